@@ -1,0 +1,43 @@
+"""What an expert says about a text: a verdict on a pair, a judgement of a model's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["harmful", "refusal", "safe", "abstain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The filter's decision on one (instruction, unsafe response) pair.
+
+    Attributes:
+        keep: True if the pair enters the dataset.
+        reason: Why not, from a small closed vocabulary (it is a key of the drop counts); "keep" if kept.
+        label: The category that the expert assigned, "" if it assigns none.
+        tokens: Tokens that the expert used for it, 0 for an expert without a model.
+    """
+
+    keep: bool
+    reason: str
+    label: str = ""
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The judge's reading of one model output.
+
+    Attributes:
+        outcome: "harmful" (it complies with an unsafe request), "refusal" (it declines), "safe" (neither), or
+            "abstain" (the judge's answer could not be read; recorded, never guessed).
+        label: The category of harm that was found, "" if none.
+        specific: Whether a refusal names the matter of the request; None where the judge does not tell.
+        tokens: Tokens that the judge used for it, 0 for a judge without a model.
+    """
+
+    outcome: Outcome
+    label: str = ""
+    specific: bool | None = None
+    tokens: int = 0
