@@ -1,0 +1,45 @@
+# `make demo` and `make test` do their own set-up: Python 3.11+ and make are all that a machine needs.
+PYTHON ?= python3
+VENV   ?= .venv
+SEED   ?= 0
+BIN    := $(VENV)/bin
+
+# One line of a build log is worth more than ten of a warning about pip's own version.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo demo-without-reverse test lint format clean help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/installed  ## the whole method on this machine: reverse, induce, SFT, DPO, evaluate (SEED=0)
+	$(BIN)/python quickstart/demo.py --seed $(SEED)
+
+demo-without-reverse: $(VENV)/installed  ## the same with the reversed tuning skipped: what the induction is worth
+	$(BIN)/python quickstart/demo.py --seed $(SEED) --skip-reverse
+
+test: $(VENV)/installed-dev  ## the whole test suite, two workers
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed-dev  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed-dev  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove runs and caches, keep the virtual environment
+	rm -rf runs .cache .pytest_cache .mypy_cache .ruff_cache
