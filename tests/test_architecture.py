@@ -1,0 +1,83 @@
+"""The boundaries of CONTRIBUTING.md that import-linter cannot see: single files, and libraries bound to one module."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    path
+    for pattern in ("*.py", "config/*.py", "trainers/*.py", "safer_instruct/*.py", "quickstart/*.py")
+    for path in ROOT.glob(pattern)
+)
+ENTRYPOINTS = {"train.py", "induce.py", "evaluate.py"}
+
+# library -> the only files that may import it
+HOMES = {
+    "hydra": ENTRYPOINTS | {"config/schema.py"},
+    "omegaconf": ENTRYPOINTS | {"config/schema.py"},
+    "wandb": {"trainers/metrics.py"},
+    "torch.distributed": {f"trainers/{name}.py" for name in ("parallel", "checkpoint", "metrics", "reference")},
+    "openai": {"safer_instruct/generation.py"},
+    "matplotlib": {"safer_instruct/plots.py"},
+}
+# first-party package -> what it must not import
+FORBIDDEN = {
+    "preference_datasets.py": {"hydra", "omegaconf", "wandb", "train", "induce", "evaluate", "config.schema"},
+}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Dotted names of everything that the file imports, at any depth of the code."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(module: str, package: str) -> bool:
+    """Whether the dotted name is the package or something inside it."""
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("library", sorted(HOMES))
+def test_a_library_stays_in_its_home(library):
+    strangers = {
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        if any(within(module, library) for module in imported_modules(path))
+    } - HOMES[library]
+    assert not strangers, f"{library} is imported by {sorted(strangers)}; its home is {sorted(HOMES[library])}"
+
+
+@pytest.mark.parametrize("file", sorted(FORBIDDEN))
+def test_a_single_file_keeps_its_boundary(file):
+    found = {m for m in imported_modules(ROOT / file) for package in FORBIDDEN[file] if within(m, package)}
+    assert not found, f"{file} imports {sorted(found)}"
+
+
+def test_sources_are_ascii():
+    strange = [p.relative_to(ROOT).as_posix() for p in SOURCES if not p.read_bytes().isascii()]
+    assert not strange, f"write \\u escapes instead: {strange}"
+
+
+def test_functions_stay_readable():
+    """Most functions under 60 lines, none beyond 90; most files under 320, none beyond 450."""
+    long_functions, long_files = [], []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 450:
+            long_files.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                length = node.end_lineno - node.lineno + 1
+                if length > 90:
+                    long_functions.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
+    assert not long_functions, long_functions
+    assert not long_files, long_files
