@@ -227,7 +227,7 @@ class PromptSetSettings:
     """One set of evaluation prompts."""
 
     path: str = MISSING
-    source: str | None = None  # null: the name of the set
+    source: str | None = None  # null: the column `source` of the file, or else the name of the set
     kind: str | None = None  # unsafe | benign | near; null: the column `kind` of the file
     max_rows: int | None = None
 
@@ -250,7 +250,10 @@ class EvaluateConfig:
     expert: Any = MISSING
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     training_data: list[str] = field(default_factory=list)  # files that no prompt may stem from; overlap is reported
-    stages: list[str] = field(default_factory=list)  # stage records (name, command, seconds) to show in the report
+    induction_report: str | None = None  # report.json of the dataset that was trained on: its funnel is shown
+    curves: dict[str, str] = field(default_factory=dict)  # NAME: run whose metrics.jsonl is drawn
+    stages_file: str | None = None  # JSONL of {"name", "command", "seconds"}: what was run before, shown in the report
+    samples_per_set: int = 6  # prompts of each set that the page shows with all answers; samples.jsonl holds all
     seed: int = 0
     device: str = "auto"
     log_text: bool = False
