@@ -1,0 +1,108 @@
+"""Log-probabilities of target tokens under a causal language model.
+
+One path for policy, reference and evaluation: hidden states of all positions, the output embedding on the rows that
+predict a target (about a third of them in preference data), float32 log-softmax, float64 sum over a sequence. Summing
+hundreds of token log-probabilities in float32 loses 1e-3 nats, 25 times what all the rest does.
+
+Letters: B = sequences, T = padded length, D = width, V = vocabulary, R = target tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config.errors import UserError
+
+
+def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The states that the output embedding reads: (B, T) tokens, (B, T) right-padded mask -> (B, T, D).
+
+    Positions count the real tokens from 0; those of the padding repeat the last one, so that a model with a table of
+    positions is never asked for one that it lacks.
+    """
+    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+
+
+def sequence_logps(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum over the target tokens of log p(token | all before it), for each sequence.
+
+    Args:
+        model: a causal LM of transformers that `check_head` accepts.
+        input_ids: (..., T) int64, right-padded.
+        attention_mask: (..., T) bool, True at real tokens.
+        response_mask: (..., T) bool, True where the token is a target. A token at position 0 has nothing before it
+            that could predict it, and is not a target whatever the mask says.
+
+    Returns:
+        log-probabilities (...,) float64, in nats, and numbers of target tokens (...,) int64.
+    """
+    leading = input_ids.shape[:-1]
+    input_ids, attention_mask, targets = (x.flatten(0, -2) for x in (input_ids, attention_mask, response_mask))
+    # The state at t predicts token t + 1: the last position predicts nothing and is not run.
+    states_BTD = hidden_states(model, input_ids[:, :-1], attention_mask[:, :-1])
+    targets = targets[:, 1:]
+    logits_RV = model.get_output_embeddings()(states_BTD[targets])
+    if logits_RV.dtype != torch.float64:
+        logits_RV = logits_RV.float()
+    logps_R = -F.cross_entropy(logits_RV, input_ids[:, 1:][targets], reduction="none")
+    # Placed back into rows and summed along them: the same result each time, unlike index_add on a GPU.
+    logps_BT = torch.zeros(targets.shape, dtype=torch.float64, device=logps_R.device)
+    logps_BT = logps_BT.masked_scatter(targets, logps_R.double())
+    return logps_BT.sum(-1).view(leading), targets.sum(-1).view(leading)
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Refuses a model whose logits are more than its output embedding applied to its last hidden states.
+
+    Soft-capped, scaled or shifted logits (Gemma 2, Cohere, Granite, ...) would make every log-probability here wrong
+    without a sign of it. No list of architectures: two tokens are run with a spy on the output embedding, which reads
+    what goes in and replaces what comes out.
+
+    Raises:
+        UserError: naming the class of the model, and what it does otherwise.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no output embedding; train a causal language model.")
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([[0, 1]], device=device)
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    seen: dict[str, Tensor] = {}
+
+    def spy(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen["input"] = args[0]
+        # Values as large as logits get, where a soft cap bends them.
+        seen["output"] = torch.linspace(-100, 100, output.numel(), device=device).view(output.shape).to(output.dtype)
+        return seen["output"]
+
+    was_training = model.training
+    model.eval()
+    handle = head.register_forward_hook(spy)
+    try:
+        expected = hidden_states(model, input_ids, mask)
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        handle.remove()
+        model.train(was_training)
+    if "input" not in seen or seen["input"].shape != expected.shape or not torch.allclose(seen["input"], expected):
+        raise UserError(
+            f"{type(model).__name__} changes its hidden states before the output embedding. Log-probabilities are "
+            "computed from the hidden states here and would be wrong; use a model without that (Llama, Mistral, "
+            "Qwen, GPT-NeoX, GPT-2 and GPT-J are tested)."
+        )
+    if not torch.equal(logits.to(seen["output"].dtype), seen["output"]):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output embedding (a soft cap, a scale or a shift). "
+            "Log-probabilities are computed from the embedding's output here and would be wrong; use a model without "
+            "that (Llama, Mistral, Qwen, GPT-NeoX, GPT-2 and GPT-J are tested)."
+        )
