@@ -1,0 +1,190 @@
+"""Generation: a row's text depends on (seed, id, prompt) alone, and equals that of a literal loop of one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from config.errors import UserError
+from config.settings import GenerationSettings
+from safer_instruct.generation import HFGenerator, Request, nucleus, row_uniforms
+from safer_instruct.prompts import Prompt
+
+WORDS = [f"w{i}" for i in range(60)]
+PAD, BOS, EOS = 0, 1, 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 3, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=160, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(12)  # a peaked distribution whose mode moves with the context
+        model.model.embed_tokens.weight.mul_(20)
+    return model.eval()
+
+
+@pytest.fixture
+def encode(tokenizer):
+    def encode(prompt: Prompt, limit: int) -> list[int]:
+        head, body, tail = (tokenizer.encode(part, add_special_tokens=False) for part in prompt)
+        room = limit - 1 - len(head) - len(tail)
+        return [BOS, *head, *body[: max(room, 0)], *tail]
+
+    return encode
+
+
+def some_requests(count: int) -> list[Request]:
+    random = torch.Generator().manual_seed(5)
+    requests = []
+    for i in range(count):
+        words = torch.randint(0, len(WORDS), (1 + 3 * i % 17,), generator=random).tolist()
+        requests.append(Request(f"row{i}", Prompt("w1 ", " ".join(WORDS[w] for w in words), " w2")))
+    return requests
+
+
+def literal(model, prompt: list[int], settings: GenerationSettings, id: str) -> list[int]:
+    """One row, no padding, no cache: the definition."""
+    uniforms = row_uniforms(settings.seed, id, settings.max_new_tokens).tolist()
+    tokens: list[int] = []
+    while len(tokens) < settings.max_new_tokens and (not tokens or tokens[-1] != EOS):
+        with torch.no_grad():
+            scores = model(torch.tensor([prompt + tokens])).logits[0, -1]
+        if settings.temperature == 0:
+            tokens.append(int(scores.argmax()))
+            continue
+        probabilities = (scores.double() / settings.temperature).softmax(-1).tolist()
+        ranked = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
+        kept, mass = set(), 0.0
+        for i in ranked:
+            if mass >= settings.top_p:
+                break
+            kept.add(i)
+            mass += probabilities[i]
+        threshold, running = uniforms[len(tokens)] * mass, 0.0
+        for i, probability in enumerate(probabilities):
+            running += probability if i in kept else 0.0
+            if running > threshold:
+                tokens.append(i)
+                break
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GenerationSettings(max_new_tokens=70),
+        GenerationSettings(max_new_tokens=70, temperature=1.0, seed=3),
+        GenerationSettings(max_new_tokens=70, temperature=0.7, top_p=0.8, seed=4),
+    ],
+    ids=["greedy", "temperature", "top_p"],
+)
+@pytest.mark.parametrize("max_batch_tokens", [1, 400, 100_000])
+def test_a_row_is_the_same_in_any_batch(model, tokenizer, encode, settings, max_batch_tokens) -> None:
+    settings.max_batch_tokens = max_batch_tokens
+    requests = some_requests(23)
+    results = {g.id: g for g in HFGenerator(model, tokenizer, settings, encode=encode).generate(requests)}
+    assert set(results) == {request.id for request in requests}
+    ended = 0
+    for request in requests:
+        prompt = encode(request.prompt, 1000)
+        expected = literal(model, prompt, settings, request.id)
+        got = results[request.id]
+        assert got.new_tokens == len(expected)
+        assert got.prompt_tokens == len(prompt)
+        assert got.truncated == (expected[-1] != EOS)
+        assert not got.prompt_cut
+        assert got.text == tokenizer.decode(expected, skip_special_tokens=True)
+        ended += not got.truncated
+    if settings.temperature == 1.0:
+        assert 3 <= ended < 23, "the fixture must hold rows that end and rows that do not"
+
+
+def test_seed_and_id_decide_the_sample(model, tokenizer, encode) -> None:
+    prompt = Prompt("w1 ", "w5 w6", " w2")
+
+    def sample(id: str, seed: int) -> str:
+        settings = GenerationSettings(max_new_tokens=20, temperature=1.5, seed=seed)
+        (generation,) = HFGenerator(model, tokenizer, settings, encode=encode).generate([Request(id, prompt)])
+        return generation.text
+
+    assert sample("a", 0) == sample("a", 0)
+    assert sample("a", 0) != sample("b", 0)
+    assert sample("a", 0) != sample("a", 1)
+
+
+def test_sampled_frequencies_are_the_models_probabilities(model, tokenizer, encode) -> None:
+    settings = GenerationSettings(max_new_tokens=1, temperature=1.3, max_batch_tokens=10**6)
+    prompt = Prompt("w1 ", "w5 w6", " w2")
+    requests = [Request(str(i), prompt) for i in range(4000)]
+    texts = [g.text for g in HFGenerator(model, tokenizer, settings, encode=encode).generate(requests)]
+    counts = torch.tensor([texts.count(word) for word in WORDS], dtype=torch.float64)
+    with torch.no_grad():
+        scores = model(torch.tensor([encode(prompt, 100)])).logits[0, -1].double()
+    expected = (scores / 1.3).softmax(-1)[3:]  # the three special tokens leave no text
+    error = (counts / 4000 - expected).abs()
+    assert (error < 5 * (expected * (1 - expected) / 4000).sqrt() + 2e-3).all()
+
+
+def test_nucleus_keeps_the_smallest_sufficient_set() -> None:
+    probabilities = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]], dtype=torch.float64)
+    assert nucleus(probabilities, 0.7).tolist() == [[0.0, 0.5, 0.0, 0.25], [0.97, 0.0, 0.0, 0.0]]
+
+
+def test_a_long_prompt_loses_its_body_and_says_so(model, tokenizer, encode) -> None:
+    long = Request("long", Prompt("w1 ", " ".join(["w7"] * 500), " w2"))
+    short = Request("short", Prompt("w1 ", "w7", " w2"))
+    generator = HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=60), encode=encode)
+    results = {g.id: g for g in generator.generate([long, short])}
+    assert (results["long"].prompt_cut, results["short"].prompt_cut) == (True, False)
+    assert results["long"].prompt_tokens == 100  # context 160 - 60
+
+
+def test_no_room_for_a_prompt_is_the_users_error(model, tokenizer, encode) -> None:
+    with pytest.raises(UserError, match=r"generation\.max_new_tokens .* 160, .* 160 tokens"):
+        HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=160), encode=encode)
+
+
+def test_generation_config_of_the_model_is_respected(model, tokenizer, encode) -> None:
+    requests = some_requests(8)
+    settings = GenerationSettings(max_new_tokens=40)
+    generator = HFGenerator(model, tokenizer, settings, encode=encode)
+    plain = " ".join(g.text for g in generator.generate(requests)).split()
+    banned = max(set(plain), key=plain.count)
+    number = tokenizer.convert_tokens_to_ids(banned)
+    before = model.generation_config.suppress_tokens
+    try:
+        model.generation_config.suppress_tokens = [number]
+        for temperature in (0.0, 1.0):
+            settings = GenerationSettings(max_new_tokens=40, temperature=temperature)
+            texts = [g.text for g in HFGenerator(model, tokenizer, settings, encode=encode).generate(requests)]
+            assert banned not in " ".join(texts).split()
+    finally:
+        model.generation_config.suppress_tokens = before
+
+
+def test_training_mode_is_given_back(model, tokenizer, encode) -> None:
+    generator = HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=4), encode=encode)
+    model.train()
+    try:
+        texts: Iterator = generator.generate(some_requests(2))
+        assert len(list(texts)) == 2
+        assert model.training
+    finally:
+        model.eval()
