@@ -1,0 +1,212 @@
+"""Metrics: summed on the device, averaged once per log interval, written to `metrics.jsonl` and wandb.
+
+The names are the DPO repo's (`loss/train`, `rewards_eval/accuracies`, ...); others stand beside them. The x-axis is
+`counters/examples`, so that runs with different batch sizes lie over each other. Nothing but this file knows wandb.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config.errors import UserError
+from config.settings import TrainConfig, WandbSettings
+from trainers.checkpoint import truncate
+from trainers.parallel import sum_over_processes
+from trainers.run_dir import RunDir
+
+
+class MetricSums:
+    """Sums and counts of named quantities, kept on the device until they are asked for: no wait per micro-batch."""
+
+    def __init__(self) -> None:
+        """Begins empty."""
+        self._sums: dict[str, Tensor] = {}  # name -> (sum, count), float64
+
+    def __len__(self) -> int:
+        """How many quantities there are."""
+        return len(self._sums)
+
+    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
+        """Adds a sum (scalar) over `count` things to a quantity's mean."""
+        total = total.detach().double()
+        pair = torch.stack([total, torch.as_tensor(count, dtype=torch.float64, device=total.device)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def state(self) -> dict[str, tuple[float, float]]:
+        """This process's sums, as JSON."""
+        return {name: (pair[0].item(), pair[1].item()) for name, pair in self._sums.items()}
+
+    def load(self, state: Mapping[str, tuple[float, float]], device: torch.device) -> None:
+        """Puts `state()` back."""
+        self._sums = {name: torch.tensor(pair, dtype=torch.float64, device=device) for name, pair in state.items()}
+
+    def means(self) -> dict[str, float]:
+        """The mean of every quantity over all that was added, by all processes, in one reduction; then empty again."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        pairs = sum_over_processes(torch.stack([self._sums[name] for name in names])).tolist()
+        self._sums = {}
+        return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
+
+
+def wandb_mode(settings: WandbSettings) -> str:
+    """`online`, `offline` or `disabled`; `auto` is online where a key is at hand. Touches no network.
+
+    A key is `WANDB_API_KEY`, or an entry of the server's in the netrc file, where `wandb login` puts it.
+    """
+    if not settings.enabled:
+        return "disabled"
+    if settings.mode != "auto":
+        return settings.mode
+    if "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = os.environ.get("NETRC", str(Path.home() / ".netrc"))
+    try:
+        return "online" if netrc.netrc(path).authenticators(host) else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+
+
+class ProgressLine:
+    """One line with the examples seen, the time that is left and a few numbers; a line now and then off a terminal."""
+
+    SECONDS_BETWEEN_LINES = 30.0
+
+    def __init__(self, total: int, done: int, stream: TextIO = sys.stderr) -> None:
+        """`total` and `done` are examples."""
+        self._bar = tqdm(total=total, initial=done, unit="ex", file=stream, disable=not stream.isatty(), leave=True)
+        self._stream = stream
+        self._total, self._first, self._done = total, done, done
+        self._started = time.monotonic()
+        self._last_line = self._started - self.SECONDS_BETWEEN_LINES + 5
+        self._note = ""
+
+    def update(self, done: int, note: str | None = None) -> None:
+        """Moves on to `done` examples; `note` takes the place of the earlier one."""
+        self._note = self._note if note is None else note
+        if not self._bar.disable:
+            self._bar.set_postfix_str(self._note, refresh=False)
+            self._bar.update(done - self._done)
+        self._done = done
+        if self._bar.disable and time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
+            self._write_line()
+
+    def _write_line(self) -> None:
+        self._last_line = time.monotonic()
+        seconds = self._last_line - self._started
+        rate = (self._done - self._first) / seconds if seconds else 0.0
+        left = tqdm.format_interval((self._total - self._done) / rate) if rate else "?"
+        line = f"{self._done}/{self._total} examples, {rate:.1f}/s, {left} left"
+        print(f"{line}, {self._note}" if self._note else line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """The last line."""
+        if self._bar.disable:
+            self._write_line()
+        self._bar.close()
+
+
+class MetricsLog:
+    """`metrics.jsonl`, `samples.jsonl` and wandb of one run; use as a context manager."""
+
+    def __init__(self, run: RunDir, settings: TrainConfig, config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Opens them where `state` (of the checkpoint that is resumed, or empty) left off: later rows are dropped."""
+        for path, key in ((run.metrics, "metrics_bytes"), (run.samples, "samples_bytes")):
+            truncate(path, state.get(key, 0))
+        self._settings = settings
+        self._metrics = run.metrics.open("a", encoding="utf-8")
+        self._samples = run.samples.open("a", encoding="utf-8")
+        self._wandb: Any = None
+        mode = "disabled" if settings.debug else wandb_mode(settings.wandb)
+        if mode != "disabled":
+            self._wandb = _start_wandb(run, settings, config, mode, state.get("wandb_id"))
+
+    def write(self, values: Mapping[str, float]) -> None:
+        """One row of metrics; `counters/examples` must be among them. Durable against a crash of this process."""
+        _append(self._metrics, values)
+        if self._wandb is not None:
+            self._wandb.log(dict(values))
+
+    def write_samples(self, rows: list[dict[str, Any]], examples: int) -> None:
+        """Rows of text, each with the counter; to wandb only if `log_text`."""
+        for row in rows:
+            _append(self._samples, {"counters/examples": examples, **row})
+        if self._wandb is not None and self._settings.log_text and rows:
+            import wandb
+
+            columns = list(rows[0])
+            table = wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
+            self._wandb.log({"samples": table, "counters/examples": examples})
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must know to go on writing after this row; makes the rows so far durable."""
+        for file in (self._metrics, self._samples):
+            os.fsync(file.fileno())
+        lengths = {"metrics_bytes": self._metrics.tell(), "samples_bytes": self._samples.tell()}
+        return lengths if self._wandb is None else {**lengths, "wandb_id": self._wandb.id}
+
+    def __enter__(self) -> Self:
+        """The log itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes the files and finishes the wandb run, as failed if there was an error."""
+        self._metrics.close()
+        self._samples.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+
+
+def _append(file: TextIO, row: Mapping[str, Any]) -> None:
+    try:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+    except OSError as error:
+        raise UserError(
+            f"could not write to {file.name} ({error.strerror}); make room and type the command again: it goes on "
+            "from the newest checkpoint."
+        ) from error
+
+
+def _start_wandb(run: RunDir, settings: TrainConfig, config: Mapping[str, Any], mode: str, run_id: str | None) -> Any:
+    import wandb
+
+    chosen = settings.wandb
+    try:
+        started = wandb.init(
+            project=chosen.project,
+            entity=chosen.entity,
+            group=chosen.group,
+            tags=chosen.tags,
+            name=settings.exp_name,
+            config=dict(config),
+            dir=str(run.path),
+            mode=mode,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(silent=mode != "online"),
+        )
+    except wandb.Error as error:
+        raise UserError(f"wandb.mode={mode} failed: {error}. Use wandb.mode=offline and `wandb sync` later.") from error
+    started.define_metric("counters/examples")
+    started.define_metric("*", step_metric="counters/examples")
+    return started
