@@ -1,0 +1,86 @@
+"""Fixtures that several files share: a tiny tokenizer and a tiny model, made in code."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+CORPUS = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is a response to a certain instruction. Write the instruction that the response is trying to complete.",
+    "### Instruction: ### Input: ### Response: ### response: Human: Assistant: the cat sat on the mat, :) :-)",
+    "List three fruits. apple, banana, cherry. What is the sum of 12 and 30? The sum is 42.",
+]
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+
+def byte_level_tokenizer(*, add_bos: bool, add_eos: bool = False, vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the few sentences above; it can encode any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    single = f"{BOS} $A" if add_bos else "$A"
+    if add_eos:
+        single += f" {EOS}"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(BOS, tokenizer.token_to_id(BOS)), (EOS, tokenizer.token_to_id(EOS))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+def tiny_llama(vocab_size: int, *, seed: int = 0) -> LlamaForCausalLM:
+    """A random two-layer Llama of about 20,000 parameters in float32, without dropout."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with 400 tokens that puts BOS before every text; pad 0, BOS 1, EOS 2."""
+    return byte_level_tokenizer(add_bos=True)
+
+
+@pytest.fixture
+def tiny_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A fresh random model that fits the tokenizer; the same weights for every test."""
+    return tiny_llama(len(tokenizer))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
+    """An HF folder with the tiny model and its tokenizer; read it, never write to it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
