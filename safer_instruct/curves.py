@@ -1,0 +1,68 @@
+"""The training curves of a run, read from its `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from config.errors import UserError
+from safer_instruct.plots import Plot, plot_curves
+
+EXAMPLES = "counters/examples"  # x-axis
+MAX_POINTS = 300  # of one line: more cannot be told apart in a figure
+# Title, y-axis, and for each line its words and its metric; a run shows the figures that it has metrics for.
+FIGURES = (
+    ("loss", "loss (nats)", {"training": "loss/train", "held out": "loss/eval"}),
+    ("reward margin", "chosen - rejected", {"training": "rewards_train/margins", "held out": "rewards_eval/margins"}),
+)
+
+Points = list[tuple[float, float]]
+
+
+def read_curves(name: str, run_path: str) -> dict[str, Points]:
+    """The points (examples seen, value) of every metric that `FIGURES` draws, thinned to `MAX_POINTS`.
+
+    A run that was killed and resumed may have written a stretch twice: of one position the last line counts. A torn last
+    line, which a killed run can leave, is ignored.
+
+    Raises:
+        UserError: If the run has no metrics.jsonl, or a line in its midst is no JSON.
+    """
+    path = Path(run_path) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"curves.{name}={run_path}: there is no metrics.jsonl in it; name the folder of a run of train.py")
+    values: dict[str, dict[float, float]] = {metric: {} for _, _, lines in FIGURES for metric in lines.values()}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                if not line.endswith("\n"):
+                    break
+                raise UserError(f"{path}:{number}: not a line of JSON") from None
+            for metric, points in values.items():
+                if metric in row and row[metric] is not None and math.isfinite(row[metric]):
+                    points[float(row[EXAMPLES])] = float(row[metric])
+    return {metric: thin(sorted(points.items())) for metric, points in values.items()}
+
+
+def thin(points: Points, limit: int = MAX_POINTS) -> Points:
+    """At most `limit` points: means of neighbours, so that noise is smoothed rather than picked from."""
+    width = math.ceil(len(points) / limit)
+    if width <= 1:
+        return points
+    groups = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def plot_runs(runs: Mapping[str, Mapping[str, Points]]) -> list[Plot]:
+    """The figures of all runs: losses first, a figure for each, since losses of different kinds share no scale."""
+    plots = []
+    for title, unit, lines in FIGURES:
+        for name, curves in runs.items():
+            plot = plot_curves(f"{name}: {title}", unit, {words: curves[metric] for words, metric in lines.items()})
+            if plot is not None:
+                plots.append(plot)
+    return plots

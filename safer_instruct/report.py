@@ -1,0 +1,328 @@
+"""What an evaluation found, as one JSON document and as Markdown tables for a paper; `page.py` renders the same document.
+
+`report.json`: `summary` (one sentence), `warnings`, `models.NAME` (`judging.summarize`), `prompts.NAME` (what was asked),
+`overlap` (prompts that occur in training files), `dataset` (the report of induce.py) and `run` (how it was made).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from config.errors import UserError
+from safer_instruct.judging import JudgedOutput, correctness
+from safer_instruct.plots import percent
+from safer_instruct.prompt_sets import EvaluationPrompt, Overlap, prompts_fingerprint
+
+REPORT_VERSION = 1
+# Unicode categories: control, format (directions, zero widths), surrogate, private, unassigned, line and paragraph ends.
+INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+@dataclass(frozen=True, slots=True)
+class MetricView:
+    """How a metric is shown: its words, the prompts it is counted over, and which way is better."""
+
+    key: str
+    title: str
+    over: str
+    better: str = ""  # lower | higher | ""
+
+
+HEADLINE = (
+    MetricView("harmful_rate", "Harmful answers", "unsafe prompts", "lower"),
+    MetricView("refusal_rate", "Refusals", "unsafe prompts", "higher"),
+    MetricView("specific_refusal_rate", "Refusals that name the matter", "unsafe prompts", "higher"),
+    MetricView("neither_rate", "Neither harmful nor refusal", "unsafe prompts", "lower"),
+    MetricView("over_refusal_rate", "Over-refusal", "benign and near prompts", "lower"),
+    MetricView("benign_accuracy", "Accuracy, benign", "benign prompts", "higher"),
+    MetricView("near_accuracy", "Accuracy, near", "benign prompts that look unsafe", "higher"),
+)
+FURTHER = (
+    MetricView("specific_among_refusals", "Refusals that name the matter", "refusals of unsafe prompts", "higher"),
+    MetricView("harmful_on_benign_rate", "Harmful answers, benign and near", "benign and near prompts", "lower"),
+    MetricView("truncated_rate", "Cut by the token limit", "all prompts"),
+    MetricView("abstain_rate", "Judge abstained", "all prompts"),
+)
+
+
+def shown_metrics(models: Mapping[str, Mapping[str, Any]], views: Sequence[MetricView]) -> list[MetricView]:
+    """The metrics that at least one model has a number for."""
+    return [view for view in views if any(model[view.key]["n"] for model in models.values())]
+
+
+def describe_prompts(path: str, prompts: Sequence[EvaluationPrompt]) -> dict[str, Any]:
+    """What a set holds: how many prompts of each kind, and a hash of its content."""
+    return {
+        "path": path,
+        "n": len(prompts),
+        "kinds": dict(sorted(Counter(prompt.kind for prompt in prompts).items())),
+        "with_reference": sum(bool(prompt.reference) for prompt in prompts),
+        "fingerprint": prompts_fingerprint(prompts),
+    }
+
+
+def build_report(
+    *,
+    models: Mapping[str, Mapping[str, Any]],
+    prompts: Mapping[str, Mapping[str, Any]],
+    overlaps: Sequence[Overlap],
+    dataset: Mapping[str, Any] | None,
+    run: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The document that `report.json` holds.
+
+    Args:
+        models: For each model its path and fingerprint and what `judging.summarize` says of it; the first is the baseline.
+        prompts: For each set what `describe_prompts` says of it.
+        overlaps: One entry for each training file that was compared with the prompts.
+        dataset: The report that induce.py wrote for the training data, if it is known.
+        run: Commands, seeds, versions, seconds: how the numbers came about.
+    """
+    return {
+        "version": REPORT_VERSION,
+        "summary": summary_sentence(models),
+        "warnings": _warnings(models, overlaps),
+        "models": dict(models),
+        "prompts": dict(prompts),
+        "overlap": [asdict(overlap) for overlap in overlaps],
+        "dataset": dataset,
+        "run": dict(run),
+    }
+
+
+def summary_sentence(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """The finding in one sentence, made from the numbers: the last model against the first.
+
+    A change is called one only where the two 95% intervals do not touch.
+    """
+    names = list(models)
+    first, last = models[names[0]], models[names[-1]]
+    parts: list[str] = []
+    harmful = last["harmful_rate"]
+    if harmful["n"]:
+        if len(names) > 1 and first["harmful_rate"]["n"]:
+            parts.append(_change("Harmful answers to unsafe prompts", "harmful_rate", names[0], names[-1], models))
+        else:
+            interval = f"95% interval {percent(harmful['low'])} to {percent(harmful['high'])}"
+            parts.append(f"{names[-1]} answers {percent(harmful['value'])}% of {harmful['n']} unsafe prompts harmfully ({interval})")
+        parts.append(f"{names[-1]} refuses {percent(last['refusal_rate']['value'])}% of them")
+    if last["over_refusal_rate"]["n"]:
+        over = last["over_refusal_rate"]
+        parts.append(f"{names[-1]} refuses {percent(over['value'])}% of {over['n']} benign prompts by mistake")
+    if last["benign_accuracy"]["n"]:
+        if len(names) > 1 and first["benign_accuracy"]["n"]:
+            parts.append(_change("accuracy on benign prompts", "benign_accuracy", names[0], names[-1], models))
+        else:
+            parts.append(f"its accuracy on benign prompts is {percent(last['benign_accuracy']['value'])}%")
+    return "; ".join(parts) + "." if parts else "The judge gave no answer that could be counted."
+
+
+def _change(subject: str, key: str, first: str, last: str, models: Mapping[str, Mapping[str, Any]]) -> str:
+    before, after = models[first][key], models[last][key]
+    values = f"from {percent(before['value'])}% ({first}) to {percent(after['value'])}% ({last})"
+    verb = "fall" if after["high"] < before["low"] else "rise" if after["low"] > before["high"] else "go"
+    if not subject.endswith(("answers to unsafe prompts",)):
+        verb = {"fall": "falls", "rise": "rises", "go": "goes"}[verb]
+    unclear = ", within the intervals of each other" if verb in ("go", "goes") else ""
+    return f"{subject} {verb} {values}{unclear}"
+
+
+def _warnings(models: Mapping[str, Mapping[str, Any]], overlaps: Iterable[Overlap]) -> list[str]:
+    warnings = [
+        f"{len(overlap.prompt_ids)} of the prompts also occur in the training file {overlap.path}; "
+        "report.json lists them under `overlap`."
+        for overlap in overlaps
+        if overlap.prompt_ids
+    ]
+    for name, model in models.items():
+        abstained = sum(outcomes.get("abstain", 0) for outcomes in model["counts"].values())
+        if abstained:
+            warnings.append(
+                f"{name}: the judge abstained on {abstained} of {model['abstain_rate']['n']} answers; "
+                "they are in no rate but `abstain_rate`."
+            )
+        cut = model["truncated_rate"]
+        if cut["n"] and cut["value"] > 0.02:
+            warnings.append(
+                f"{name}: {percent(cut['value'])}% of {cut['n']} answers were cut by the token limit "
+                "(generation.max_new_tokens) and were judged as they are."
+            )
+    return warnings
+
+
+@dataclass(frozen=True, slots=True)
+class FunnelStep:
+    """One step of a dataset's way: how many rows are left after it."""
+
+    name: str
+    rows: int
+    note: str = ""
+
+
+def funnel(dataset: Mapping[str, Any]) -> list[FunnelStep]:
+    """The steps from corpus to dataset, from the report that induce.py wrote."""
+    return [FunnelStep(str(step["name"]), int(step["rows"]), str(step.get("note", ""))) for step in dataset["funnel"]]
+
+
+def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
+    """One line of `samples.jsonl`: the prompt, the answer and its judgement."""
+    prompt, judgement = output.prompt, output.judgement
+    return {
+        "model": model,
+        "set": prompt.set_name,
+        "id": prompt.id,
+        "kind": prompt.kind,
+        "label": prompt.label,
+        "source": prompt.source,
+        "instruction": prompt.instruction,
+        "output": output.text,
+        "truncated": output.truncated,
+        "outcome": judgement.outcome,
+        "harm_label": judgement.label,
+        "specific": judgement.specific,
+        "correct": correctness(output),
+    }
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: percentages with their 95% intervals and n, ready for a paper."""
+    models = report["models"]
+    sections = ["# Evaluation", _escape_markdown(report["summary"])]
+    sections += [f"> **Note.** {_escape_markdown(warning)}" for warning in report["warnings"]]
+    sections.append("Percentages with 95% Wilson intervals in brackets, and the number of prompts that each is counted over.")
+    sections.append(_metric_table(models, shown_metrics(models, HEADLINE)))
+    sections += ["## Further rates", _metric_table(models, shown_metrics(models, FURTHER))]
+    for group, title in (("by_source", "source"), ("by_label", "label")):
+        for view in shown_metrics(models, HEADLINE):
+            names = sorted({n for model in models.values() for n, rates in model[group].items() if view.key in rates})
+            if len(names) > 1:
+                sections += [f"## {view.title}, by {title}", _group_table(models, group, view, names)]
+    if report["dataset"] is not None:
+        rows = [[step.name, str(step.rows), step.note] for step in funnel(report["dataset"])]
+        sections += ["## The dataset", _table(["stage", "rows", "note"], rows, left=(0, 2))]
+    if report["run"]["stages"]:
+        rows = [[s["name"], f"{s['seconds']:.1f}", f"`{s['command']}`" if s["command"] else ""] for s in report["run"]["stages"]]
+        sections += ["## How it was made", _table(["stage", "seconds", "command"], rows, left=(0, 2), raw=(2,))]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metric_table(models: Mapping[str, Mapping[str, Any]], views: Sequence[MetricView]) -> str:
+    arrows = {"lower": " (lower is better)", "higher": " (higher is better)", "": ""}
+    rows = [
+        [f"{view.title}, {view.over}{arrows[view.better]}", *(rate_text(model[view.key]) for model in models.values())]
+        for view in views
+    ]
+    return _table(["", *models], rows)
+
+
+def _group_table(models: Mapping[str, Mapping[str, Any]], group: str, view: MetricView, names: Sequence[str]) -> str:
+    empty = {"value": None, "low": None, "high": None, "n": 0}
+    rows = [
+        [name, *(rate_text(model[group].get(name, {}).get(view.key, empty)) for model in models.values())] for name in names
+    ]
+    return _table(["", *models], rows)
+
+
+def rate_text(rate: Mapping[str, Any]) -> str:
+    """`94.3 [91.2, 96.4] (n=600)`, or `-` where nothing was counted."""
+    if rate["n"] == 0:
+        return "-"
+    return f"{percent(rate['value'])} [{percent(rate['low'])}, {percent(rate['high'])}] (n={rate['n']})"
+
+
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), raw: Sequence[int] = ()
+) -> str:
+    """A Markdown table; columns are right-aligned but for `left`, and escaped but for `raw` (where only pipes are)."""
+    rule = "|".join(":---" if i in left else "---:" for i in range(len(header)))
+    lines = ["| " + " | ".join(map(_escape_markdown, header)) + " |", f"|{rule}|"]
+    for row in rows:
+        cells = [cell.replace("|", "\\|") if i in raw else _escape_markdown(cell) for i, cell in enumerate(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _escape_markdown(text: str) -> str:
+    """Labels and names stem from files: they must neither break a table nor become markup."""
+    text = visible(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{char}" if char in "\\`*|" else char for char in text)
+
+
+def visible(text: str) -> str:
+    r"""The text with every control, direction and other invisible character written out, `\u202e`; newline and tab stay.
+
+    A right-to-left override could otherwise reorder what stands around it, and a lone surrogate is no UTF-8.
+    """
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in INVISIBLE else _written_out(char) for char in text
+    )
+
+
+def _written_out(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes the file in one rename: a reader sees the old content or the new, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(part, path)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """`report.json`: indented, keys in the order in which they were made; NaN is refused, no JSON knows it."""
+    write_atomically(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """`samples.jsonl`, streamed; a text stays as the model gave it, as JSON escapes where it is no plain ASCII."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="ascii") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(part, path)
+
+
+def read_json_object(path: str, key: str) -> dict[str, Any]:
+    """A JSON object that a key of the command line names.
+
+    Raises:
+        UserError: If the file is missing or holds something else.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{key}={path}: there is no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}={path}: not a JSON file ({error})") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{key}={path}: a JSON object is needed, the file holds a {type(document).__name__}")
+    return document
+
+
+def read_stages(path: str) -> list[dict[str, Any]]:
+    """The stages that ran before this evaluation: one `{"name", "command", "seconds"}` a line.
+
+    Raises:
+        UserError: If the file is missing, or a line is no such object (its line number is named).
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"stages_file={path}: there is no such file") from None
+    stages = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            stages.append({"name": str(row["name"]), "command": str(row["command"]), "seconds": float(row["seconds"])})
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            raise UserError(f'{path}:{number}: a stage is {{"name": ..., "command": ..., "seconds": number}}') from None
+    return stages
