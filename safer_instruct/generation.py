@@ -8,7 +8,7 @@ noise can turn). B = rows of a batch, T = prompt positions, V = vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,12 +18,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from config.errors import UserError
 from config.settings import GenerationSettings
+from safer_instruct.encoding import prompt_token_ids
 from safer_instruct.prompts import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Encode = Callable[[Prompt, int], list[int]]  # (prompt, limit in tokens) -> token ids, the prompt's body cut to fit
 
 ROUND_TOKENS = 32  # finished rows leave the batch every so many new tokens
 
@@ -87,7 +86,6 @@ class HFGenerator:
         tokenizer: PreTrainedTokenizerBase,
         settings: GenerationSettings,
         *,
-        encode: Encode,
         name: str = "local",
         fingerprint: str = "",
         max_length: int | None = None,
@@ -98,7 +96,6 @@ class HFGenerator:
             model: A causal LM on its device.
             tokenizer: Its tokenizer, with a pad token.
             settings: Decoding.
-            encode: The function that encoded the prompts in training, bound to the tokenizer.
             name: Shown in reports.
             fingerprint: Identifies weights and tokenizer in ledgers.
             max_length: Context in tokens; None: the model's `max_position_embeddings`.
@@ -111,7 +108,6 @@ class HFGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
-        self.encode = encode
         context = max_length or model.config.max_position_embeddings
         self.max_prompt_tokens = context - settings.max_new_tokens
         if self.max_prompt_tokens < 1:
@@ -128,7 +124,7 @@ class HFGenerator:
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield the generations batch by batch, longest prompts first."""
-        encoded = [self.encode(request.prompt, self.max_prompt_tokens) for request in requests]
+        encoded = [prompt_token_ids(self.tokenizer, one.prompt, self.max_prompt_tokens) for one in requests]
         for rows in self._batches([len(ids) for ids in encoded]):
             yield from self._generate_batch([requests[i] for i in rows], [encoded[i] for i in rows])
 
@@ -163,7 +159,7 @@ class HFGenerator:
     def _was_cut(self, prompt: Prompt, tokens: list[int]) -> bool:
         # A cut can leave a few tokens of room (a body is cut between characters), so look at all that come close.
         near_limit = len(tokens) > self.max_prompt_tokens - 16
-        return near_limit and len(self.encode(prompt, 2**31)) > len(tokens)
+        return near_limit and len(prompt_token_ids(self.tokenizer, prompt, 2**31)) > len(tokens)
 
     def _decode(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> list[list[int]]:
         """Return the new tokens of each row, its end token included where it met one.

@@ -40,14 +40,8 @@ def model() -> LlamaForCausalLM:
     return model.eval()
 
 
-@pytest.fixture
-def encode(tokenizer):
-    def encode(prompt: Prompt, limit: int) -> list[int]:
-        head, body, tail = (tokenizer.encode(part, add_special_tokens=False) for part in prompt)
-        room = limit - 1 - len(head) - len(tail)
-        return [BOS, *head, *body[: max(room, 0)], *tail]
-
-    return encode
+def encode(tokenizer, prompt: Prompt) -> list[int]:
+    return tokenizer.encode(prompt.text, add_special_tokens=False)
 
 
 def some_requests(count: int) -> list[Request]:
@@ -96,14 +90,14 @@ def literal(model, prompt: list[int], settings: GenerationSettings, id: str) -> 
     ids=["greedy", "temperature", "top_p"],
 )
 @pytest.mark.parametrize("max_batch_tokens", [1, 400, 100_000])
-def test_a_row_is_the_same_in_any_batch(model, tokenizer, encode, settings, max_batch_tokens) -> None:
+def test_a_row_is_the_same_in_any_batch(model, tokenizer, settings, max_batch_tokens) -> None:
     settings.max_batch_tokens = max_batch_tokens
     requests = some_requests(23)
-    results = {g.id: g for g in HFGenerator(model, tokenizer, settings, encode=encode).generate(requests)}
+    results = {g.id: g for g in HFGenerator(model, tokenizer, settings).generate(requests)}
     assert set(results) == {request.id for request in requests}
     ended = 0
     for request in requests:
-        prompt = encode(request.prompt, 1000)
+        prompt = encode(tokenizer, request.prompt)
         expected = literal(model, prompt, settings, request.id)
         got = results[request.id]
         assert got.new_tokens == len(expected)
@@ -116,12 +110,12 @@ def test_a_row_is_the_same_in_any_batch(model, tokenizer, encode, settings, max_
         assert 3 <= ended < 23, "the fixture must hold rows that end and rows that do not"
 
 
-def test_seed_and_id_decide_the_sample(model, tokenizer, encode) -> None:
+def test_seed_and_id_decide_the_sample(model, tokenizer) -> None:
     prompt = Prompt("w1 ", "w5 w6", " w2")
 
     def sample(id: str, seed: int) -> str:
         settings = GenerationSettings(max_new_tokens=20, temperature=1.5, seed=seed)
-        (generation,) = HFGenerator(model, tokenizer, settings, encode=encode).generate([Request(id, prompt)])
+        (generation,) = HFGenerator(model, tokenizer, settings).generate([Request(id, prompt)])
         return generation.text
 
     assert sample("a", 0) == sample("a", 0)
@@ -129,14 +123,14 @@ def test_seed_and_id_decide_the_sample(model, tokenizer, encode) -> None:
     assert sample("a", 0) != sample("a", 1)
 
 
-def test_sampled_frequencies_are_the_models_probabilities(model, tokenizer, encode) -> None:
+def test_sampled_frequencies_are_the_models_probabilities(model, tokenizer) -> None:
     settings = GenerationSettings(max_new_tokens=1, temperature=1.3, max_batch_tokens=10**6)
     prompt = Prompt("w1 ", "w5 w6", " w2")
     requests = [Request(str(i), prompt) for i in range(4000)]
-    texts = [g.text for g in HFGenerator(model, tokenizer, settings, encode=encode).generate(requests)]
+    texts = [g.text for g in HFGenerator(model, tokenizer, settings).generate(requests)]
     counts = torch.tensor([texts.count(word) for word in WORDS], dtype=torch.float64)
     with torch.no_grad():
-        scores = model(torch.tensor([encode(prompt, 100)])).logits[0, -1].double()
+        scores = model(torch.tensor([encode(tokenizer, prompt)])).logits[0, -1].double()
     expected = (scores / 1.3).softmax(-1)[3:]  # the three special tokens leave no text
     error = (counts / 4000 - expected).abs()
     assert (error < 5 * (expected * (1 - expected) / 4000).sqrt() + 2e-3).all()
@@ -147,24 +141,24 @@ def test_nucleus_keeps_the_smallest_sufficient_set() -> None:
     assert nucleus(probabilities, 0.7).tolist() == [[0.0, 0.5, 0.0, 0.25], [0.97, 0.0, 0.0, 0.0]]
 
 
-def test_a_long_prompt_loses_its_body_and_says_so(model, tokenizer, encode) -> None:
+def test_a_long_prompt_loses_its_body_and_says_so(model, tokenizer) -> None:
     long = Request("long", Prompt("w1 ", " ".join(["w7"] * 500), " w2"))
     short = Request("short", Prompt("w1 ", "w7", " w2"))
-    generator = HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=60), encode=encode)
+    generator = HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=60))
     results = {g.id: g for g in generator.generate([long, short])}
     assert (results["long"].prompt_cut, results["short"].prompt_cut) == (True, False)
     assert results["long"].prompt_tokens == 100  # context 160 - 60
 
 
-def test_no_room_for_a_prompt_is_the_users_error(model, tokenizer, encode) -> None:
+def test_no_room_for_a_prompt_is_the_users_error(model, tokenizer) -> None:
     with pytest.raises(UserError, match=r"generation\.max_new_tokens .* 160, .* 160 tokens"):
-        HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=160), encode=encode)
+        HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=160))
 
 
-def test_generation_config_of_the_model_is_respected(model, tokenizer, encode) -> None:
+def test_generation_config_of_the_model_is_respected(model, tokenizer) -> None:
     requests = some_requests(8)
     settings = GenerationSettings(max_new_tokens=40)
-    generator = HFGenerator(model, tokenizer, settings, encode=encode)
+    generator = HFGenerator(model, tokenizer, settings)
     plain = " ".join(g.text for g in generator.generate(requests)).split()
     banned = max(set(plain), key=plain.count)
     number = tokenizer.convert_tokens_to_ids(banned)
@@ -173,14 +167,14 @@ def test_generation_config_of_the_model_is_respected(model, tokenizer, encode) -
         model.generation_config.suppress_tokens = [number]
         for temperature in (0.0, 1.0):
             settings = GenerationSettings(max_new_tokens=40, temperature=temperature)
-            texts = [g.text for g in HFGenerator(model, tokenizer, settings, encode=encode).generate(requests)]
+            texts = [g.text for g in HFGenerator(model, tokenizer, settings).generate(requests)]
             assert banned not in " ".join(texts).split()
     finally:
         model.generation_config.suppress_tokens = before
 
 
-def test_training_mode_is_given_back(model, tokenizer, encode) -> None:
-    generator = HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=4), encode=encode)
+def test_training_mode_is_given_back(model, tokenizer) -> None:
+    generator = HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=4))
     model.train()
     try:
         texts: Iterator = generator.generate(some_requests(2))
