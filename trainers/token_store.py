@@ -1,0 +1,141 @@
+"""Tokenised rows on disk, read through memory maps: resident memory does not grow with the number of rows.
+
+A store is a directory: `tokens.bin` (int32, all rows one behind the other), `offsets.bin` (int64, where each row
+starts), `lengths.bin` (int32, N x S), `ids.bin` (N fixed-width names) and `meta.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from xxhash import xxh3_128_hexdigest
+
+ID_BYTES = 32
+
+
+class TokenStore:
+    """N rows of S token segments each: (prompt, response), or (prompt, chosen, rejected).
+
+    Attributes:
+        num_segments: S.
+        key: Hash of everything that the content depends on.
+        meta: What the writer recorded: counts of rows used, dropped and cut. Never text.
+        lengths: (N, S) int32, tokens of each segment.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.meta: dict[str, Any] = json.loads((directory / "meta.json").read_text())
+        self.num_segments: int = self.meta["num_segments"]
+        self.key: str = self.meta["key"]
+        self._index: Tensor | None = None
+        self._tokens = _map(directory / "tokens.bin", np.int32)
+        self._offsets = _map(directory / "offsets.bin", np.int64)
+        self._ids = np.memmap(directory / "ids.bin", f"S{ID_BYTES}", "r") if len(self._offsets) else np.empty(0, "S1")
+        self.lengths = _map(directory / "lengths.bin", np.int32).view(-1, self.num_segments)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, i: int) -> list[Tensor]:
+        """The S segments of row i, each (T,) int32; views of the map, not to be written to."""
+        place = i if self._index is None else int(self._index[i])
+        start = int(self._offsets[place])
+        lengths = self.lengths[i].tolist()
+        return list(self._tokens[start : start + sum(lengths)].split(lengths))
+
+    def ids(self, i: int) -> str:
+        """Name of row i: what errors and reports call it by."""
+        place = i if self._index is None else int(self._index[i])
+        return self._ids[place].decode()
+
+    def select(self, rows: Tensor) -> TokenStore:
+        """A store of these rows, in this order, over the same maps; its key tells the selection.
+
+        Args:
+            rows: (M,) int64 row numbers of this store.
+        """
+        chosen = TokenStore.__new__(TokenStore)
+        chosen.__dict__.update(self.__dict__)
+        chosen._index = rows if self._index is None else self._index[rows]
+        chosen.lengths = self.lengths[rows]
+        chosen.key = xxh3_128_hexdigest(self.key.encode() + rows.numpy().tobytes())
+        return chosen
+
+
+def _map(path: Path, dtype: type[np.generic]) -> Tensor:
+    """A file as a flat tensor. Mapped copy-on-write: torch wants it writable, and nothing reaches the file."""
+    if not path.stat().st_size:
+        return torch.from_numpy(np.empty(0, dtype))
+    return torch.from_numpy(np.memmap(path, dtype, "c"))
+
+
+class TokenStoreWriter:
+    """Writes a store row by row; `finish` completes it. Use as a context manager.
+
+    Args:
+        directory: Made by the writer; becomes visible as a whole where it lies inside an entry of `build_once`.
+        key: Hash of everything that the content depends on.
+        num_segments: S.
+    """
+
+    def __init__(self, directory: Path, *, key: str, num_segments: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.num_rows = 0
+        self._directory, self._key, self._num_segments = directory, key, num_segments
+        self._num_tokens = 0
+        names = ("tokens", "offsets", "lengths", "ids")
+        self._tokens, self._offsets, self._lengths, self._ids = (
+            (directory / f"{name}.bin").open("wb") for name in names
+        )
+
+    def __enter__(self) -> TokenStoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._tokens, self._offsets, self._lengths, self._ids):
+            file.close()
+
+    def append(self, id: str, segments: Sequence[Sequence[int]]) -> None:
+        """Add one row.
+
+        Args:
+            id: Name of the row, at most ID_BYTES bytes in UTF-8.
+            segments: S lists of token ids.
+        """
+        name = id.encode()
+        if len(segments) != self._num_segments or not 0 < len(name) <= ID_BYTES:
+            raise ValueError(f"a row has {self._num_segments} segments and an id of 1 to {ID_BYTES} bytes")
+        lengths = [len(segment) for segment in segments]
+        for segment in segments:
+            self._tokens.write(np.asarray(segment, np.int32).tobytes())
+        self._offsets.write(self._num_tokens.to_bytes(8, "little"))
+        self._lengths.write(np.asarray(lengths, np.int32).tobytes())
+        self._ids.write(name.ljust(ID_BYTES, b"\0"))
+        self._num_tokens += sum(lengths)
+        self.num_rows += 1
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Write meta.json, without which the directory is no store.
+
+        Args:
+            meta: JSON; goes to `TokenStore.meta`.
+        """
+        for file in (self._tokens, self._offsets, self._lengths, self._ids):
+            file.flush()
+        record = {
+            **meta,
+            "key": self._key,
+            "num_segments": self._num_segments,
+            "num_rows": self.num_rows,
+            "num_tokens": self._num_tokens,
+        }
+        (self._directory / "meta.json").write_text(json.dumps(record, indent=1))
