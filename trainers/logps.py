@@ -94,7 +94,9 @@ def check_head(model: Any) -> None:
     finally:
         handle.remove()
         model.train(was_training)
-    if "input" not in seen or seen["input"].shape != expected.shape or not torch.allclose(seen["input"], expected):
+    if "input" not in seen or seen["input"].shape != expected.shape or not torch.allclose(
+        seen["input"], expected, equal_nan=True
+    ):
         raise UserError(
             f"{type(model).__name__} changes its hidden states before the output embedding. Log-probabilities are "
             "computed from the hidden states here and would be wrong; use a model without that (Llama, Mistral, "

@@ -1,0 +1,129 @@
+"""Sequence log-probabilities against `model(...).logits` of each sequence alone, in float64."""
+
+import pytest
+import torch
+
+from config.errors import UserError
+from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
+from trainers.logps import check_head, sequence_logps
+
+LENGTHS = torch.tensor([9, 14, 5, 13])
+PROMPT = torch.tensor([3, 6, 1, 12])
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four right-padded sequences of unequal length; padding is id 0, which occurs as a token, too."""
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.arange(int(LENGTHS.max()))
+    mask = positions < LENGTHS[:, None]
+    ids = torch.randint(0, VOCABULARY, mask.shape, generator=generator) * mask
+    return ids, mask, mask & (positions >= PROMPT[:, None])
+
+
+def closed_form(model, ids, response_mask) -> torch.Tensor:
+    """sum_t log softmax(logits_(t-1))[token_t], one unpadded sequence at a time."""
+    sums = []
+    for row, length in enumerate(LENGTHS.tolist()):
+        logits = model(ids[row : row + 1, :length], use_cache=False).logits[0].double()
+        probabilities = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+        targets = [t for t in range(length) if response_mask[row, t]]
+        sums.append(sum(torch.log(probabilities[t - 1, ids[row, t]]) for t in targets))
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_values_and_gradients_equal_the_full_logits(name):
+    model = tiny_model(name, dtype=torch.float64)
+    ids, mask, response = batch()
+    check_head(model)
+    logps, num_tokens = sequence_logps(model, ids, mask, response)
+    expected = closed_form(model, ids, response)
+    torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-9)
+    assert num_tokens.tolist() == (LENGTHS - PROMPT).tolist()
+
+    weights = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad((logps * weights).sum(), parameters)
+    # GPT-J attends in float32 whatever its weights are.
+    rtol, atol = (1e-4, 1e-5) if name == "gptj" else (1e-6, 1e-10)
+    for gradient, truth in zip(gradients, torch.autograd.grad((expected * weights).sum(), parameters), strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_float32_stays_within_1e_4(name):
+    ids, mask, response = batch(1)
+    exact, _ = sequence_logps(tiny_model(name, dtype=torch.float64), ids, mask, response)
+    single, _ = sequence_logps(tiny_model(name), ids, mask, response)
+    assert single.dtype == torch.float64  # the sum is, whatever the weights are
+    torch.testing.assert_close(single, exact, rtol=1e-5, atol=1e-4)
+
+
+def test_leading_dimensions_are_kept():
+    model = tiny_model(dtype=torch.float64)
+    ids, mask, response = batch()
+    flat, flat_tokens = sequence_logps(model, ids, mask, response)
+    pairs, tokens = sequence_logps(model, *(x.view(2, 2, -1) for x in (ids, mask, response)))
+    torch.testing.assert_close(pairs, flat.view(2, 2))
+    assert tokens.tolist() == flat_tokens.view(2, 2).tolist()
+
+
+def test_padding_and_company_change_nothing():
+    model = tiny_model(dtype=torch.float64)
+    ids, mask, response = batch()
+    wide = [torch.nn.functional.pad(x, (0, 7)) for x in (ids, mask, response)]
+    wide[0][~wide[1]] = 33  # any token may fill
+    together, _ = sequence_logps(model, *wide)
+    alone = torch.cat([sequence_logps(model, *(x[i : i + 1] for x in (ids, mask, response)))[0] for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sequence_without_targets_is_zero_and_takes_no_gradient():
+    model = tiny_model(dtype=torch.float64)
+    ids, mask, response = batch()
+    response[2] = False
+    logps, num_tokens = sequence_logps(model, ids, mask, response)
+    assert (logps[2].item(), num_tokens[2].item()) == (0.0, 0)
+    none, _ = sequence_logps(model, ids, mask, torch.zeros_like(mask))
+    none.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_the_first_token_is_never_a_target():
+    model = tiny_model(dtype=torch.float64)
+    ids, mask, response = batch()
+    with_first = response.clone()
+    with_first[:, 0] = True
+    torch.testing.assert_close(sequence_logps(model, ids, mask, with_first), sequence_logps(model, ids, mask, response))
+
+
+def test_long_sums_do_not_lose_digits():
+    """500 tokens in float32: the sum is as good as its terms, far from the 1e-3 of a float32 running sum."""
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCABULARY, (1, 500), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    logps, _ = sequence_logps(model, ids, mask, mask)
+    log_softmax = model(ids[:, :-1], use_cache=False).logits[0].log_softmax(-1)
+    expected = log_softmax.double().gather(1, ids[0, 1:, None]).sum()
+    assert logps.item() == pytest.approx(expected.item(), abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite"])
+def test_a_head_that_is_more_than_a_projection_is_refused(name):
+    """Log-probabilities from the projection alone are wrong for them, and small logits would not show it."""
+    model = tiny_model(name, dtype=torch.float64)
+    ids, mask, response = batch()
+    logps, _ = sequence_logps(model, ids, mask, response)
+    assert (logps - closed_form(model, ids, response)).abs().max() > 1e-3
+    with pytest.raises(UserError, match="after the output embedding"):
+        check_head(model)
+
+
+def test_the_check_leaves_the_model_as_it_was():
+    model = tiny_model().train()
+    ids, mask, response = batch()
+    before = sequence_logps(model, ids, mask, response)[0]
+    check_head(model)
+    assert model.training
+    torch.testing.assert_close(sequence_logps(model, ids, mask, response)[0], before, rtol=0, atol=0)

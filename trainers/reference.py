@@ -1,0 +1,121 @@
+"""Log-probabilities of the reference model: computed once, by the policy itself before its first step, and kept.
+
+During training no reference model is in memory. The cache is a file found by its content: weights, token rows, dtype
+and the version of the code that computes them. Points of a sweep that start together share it: one builds, the others
+wait. The weights are always the run's *initial* ones: callers load those on a resumed run, too, so that a cache that
+was deleted meanwhile is never rebuilt from trained weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from trainers.batching import BatchLoader, collate
+from trainers.cache import build_once
+from trainers.logps import check_head, sequence_logps
+from trainers.token_store import TokenStore
+
+CODE_VERSION = 1  # raise it with any change of logps.py that moves a result by more than rounding
+
+
+def weights_key(model: Any) -> str:
+    """32 hex digits of what a model computes: its config, and every tensor by name, dtype and content."""
+    digest = xxhash.xxh3_128()
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype"):
+        config.pop(key, None)  # where it came from, not what it is
+    digest.update(json.dumps([config, model.config._attn_implementation], sort_keys=True, default=str))
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def length_batches(lengths: Tensor, rows: Tensor, max_tokens: int) -> Iterator[Tensor]:
+    """Cuts rows, longest first, into batches of at most `max_tokens` padded positions (or of one row).
+
+    Args:
+        lengths: (N, 3) tokens of prompt, chosen and rejected of every row of the store.
+        rows: (R,) row numbers.
+        max_tokens: of one batch; a pair counts twice the length of its longer side.
+    """
+    per_row = lengths[rows].long()
+    longest = per_row[:, 0] + per_row[:, 1:].amax(dim=1)
+    order = torch.argsort(longest, descending=True, stable=True)
+    rows, widths = rows[order], (2 * longest[order]).tolist()
+    start = 0
+    while start < len(rows):
+        size = max(1, max_tokens // widths[start])
+        yield rows[start : start + size]
+        start += size
+
+
+@torch.no_grad()
+def reference_logps(
+    model: Any,
+    store: TokenStore,
+    rows: Tensor,
+    *,
+    cache_dir: Path,
+    pad_token_id: int,
+    weights: str,
+    max_tokens_per_batch: int = 16_384,
+) -> Tensor:
+    """Log-probabilities of chosen and rejected, in nats: (N, 2) float64, memory-mapped; NaN in rows not asked for.
+
+    Args:
+        model: the reference; computed through the same `sequence_logps` as the policy, in the model's dtype.
+        store: N rows of prompt, chosen, rejected.
+        rows: the rows that training will visit.
+        cache_dir: where caches lie; the file is `reference/<key>/logps.f64`.
+        pad_token_id: fills the batches.
+        weights: `weights_key(model)`.
+        max_tokens_per_batch: padded positions of a batch.
+    """
+    rows = rows.unique()
+    visited = xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())
+    key = xxhash.xxh3_128_hexdigest(f"{CODE_VERSION} {weights} {store.key} {visited} {model.dtype}")
+
+    def build(folder: Path) -> None:
+        check_head(model)
+        device = next(model.parameters()).device
+        result = np.memmap(folder / "logps.f64", dtype=np.float64, mode="w+", shape=(len(store), 2))
+        result[:] = np.nan
+        was_training = model.training
+        model.eval()
+        for batch_rows in length_batches(store.lengths, rows, max_tokens_per_batch):
+            batch = collate(store, batch_rows, pad_token_id).to(device)
+            logps, _ = sequence_logps(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+            result[batch_rows.numpy()] = logps.cpu().numpy()
+        model.train(was_training)
+        result.flush()
+
+    folder = build_once(cache_dir / "reference", key, build)
+    # A private map: pages are shared with the other processes that read the file.
+    values = torch.from_file(str(folder / "logps.f64"), shared=False, size=2 * len(store), dtype=torch.float64)
+    return values.view(len(store), 2)
+
+
+def attach_reference(
+    model: Any, loaders: Sequence[BatchLoader], *, cache_dir: Path, max_tokens_per_batch: int = 16_384
+) -> str:
+    """Gives each loader the columns that a preference objective reads; returns the key of the weights.
+
+    `model` must have the run's initial weights, see above; the trainer compares the key with that of the run's start.
+    """
+    weights = weights_key(model)
+    for loader in loaders:
+        logps = reference_logps(
+            model, loader.store, loader.rows_visited(), cache_dir=cache_dir, pad_token_id=loader.pad_token_id,
+            weights=weights, max_tokens_per_batch=max_tokens_per_batch,
+        )  # fmt: skip
+        loader.columns = {"reference_chosen_logps": logps[:, 0], "reference_rejected_logps": logps[:, 1]}
+    return weights
