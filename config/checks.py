@@ -38,7 +38,7 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.
 
 # What to write for the mandatory values, by the end of their names.
 EXAMPLES = {
-    "exp_name": "a name for the run, such as exp_name=si_sft; it lives in runs/<exp_name>",
+    "exp_name": "the name of the run, which lives in runs/<exp_name>",
     "model.name_or_path": "the folder of the weights (config.json, *.safetensors), or the model's id on the hub",
     "path": "the file or folder to read",
     "schema": "how its rows read: si | alpaca | hh",
@@ -117,7 +117,7 @@ def missing_values(config: Any, prefix: str = "") -> list[str]:
         key = f"{prefix}{name}"
         if isinstance(value, str) and value == MISSING:
             words = EXAMPLES.get(key) or EXAMPLES.get(name) or "a value"
-            errors.append(f"{key} is not set: give {words}" if "=" in words else f"{key} is not set: write {key}=..., {words}")
+            errors.append(f"{key} is not set: write {key}=..., {words}")
         elif is_dataclass(value) or isinstance(value, dict):
             errors += missing_values(value, key + ".")
     return errors
@@ -162,13 +162,14 @@ def _check_run(config: TrainConfig) -> list[str]:
     errors += _at_least("checkpoint.every_examples", config.checkpoint.every_examples, 1)
     errors += _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     errors += _at_least("seed", config.seed, 0)
-    if config.exp_name != MISSING and (not re.fullmatch(r"[\w.,=+-][\w.,=+ -]*", config.exp_name) or ".." in config.exp_name):
+    is_folder_name = re.fullmatch(r"[\w.,=+-][\w.,=+ -]*", config.exp_name) and ".." not in config.exp_name
+    if config.exp_name != MISSING and not is_folder_name:
         errors.append(
             f"exp_name={config.exp_name!r}: it names a folder: letters, digits and . , = + - _ only; "
             "run_dir=FOLDER puts the run elsewhere"
         )
     if config.run_dir and config.local_run_dir and config.run_dir != config.local_run_dir:
-        errors.append(f"run_dir={config.run_dir} and local_run_dir={config.local_run_dir} name one thing: set one of them")
+        errors.append(f"run_dir={config.run_dir}, local_run_dir={config.local_run_dir}: two names of one thing; set one")
     if not config.local_dirs:
         errors.append("local_dirs=[]: name a folder for the token store and the reference cache: local_dirs=[.cache]")
     return errors

@@ -97,7 +97,10 @@ def compose_config(config_name: str, overrides: list[str]) -> Any:
 
 
 def run_entrypoint(
-    config_name: str, config_class: type[ConfigT], check: Callable[[ConfigT], list[str]], main: Callable[[ConfigT], None]
+    config_name: str,
+    config_class: type[ConfigT],
+    check: Callable[[ConfigT], list[str]],
+    main: Callable[[ConfigT], None],
 ) -> None:
     """Runs `main(config)` for the command line in `sys.argv`, and for each point of a sweep (`-m`).
 
@@ -207,13 +210,14 @@ def _help(config_name: str, config_class: type[Any]) -> str:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         checked = check_overrides(config_name, [], multirun=False)
         config = compose(config_name, overrides=checked.points[0])
-        chosen = [f"  {group}={'|'.join(group_options(group))}" for group in all_groups() if group in config or group == "experiment"]
+        groups = [group for group in all_groups() if group in config or group == "experiment"]
+        choices = [f"  {group}={'|'.join(group_options(group))}" for group in groups]
     program = Path(sys.argv[0]).name
     lines = [
         str(config_class.__doc__).strip(),
         f"\nUsage: python {program} KEY=VALUE ... [-m for sweeps: KEY=A,B,C]",
         "\nGroups:",
-        *chosen,
+        *choices,
         "\nKeys and defaults (??? must be set; what each means is in config/settings.py):",
         re.sub(r"^", "  ", OmegaConf.to_yaml(config).rstrip(), flags=re.MULTILINE),
     ]

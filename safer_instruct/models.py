@@ -1,0 +1,357 @@
+"""Tokenizers and causal language models: the only caller of transformers' loaders.
+
+Weights come from a folder in Hugging Face's layout, from a run or checkpoint of `train.py` (which holds one), or from
+a `policy.pt` of the DPO repo. Nothing is unpickled that could run code, and no remote code runs unless
+`model.trust_remote_code=true`. What does not fit is a UserError before the first step, never a silently random layer.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+import xxhash
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from config.errors import UserError
+from config.paths import find_path
+from config.settings import ModelSettings
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+# Entries of config.json that two models of one architecture may differ in.
+FREE_CONFIG_KEYS = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
+    "eos_token_id", "pad_token_id", "max_position_embeddings", "task_specific_params", "model_type",
+}  # fmt: skip
+PROBE_SECONDS = 10
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model: with a padding token (EOS where it has none of its own), and never truncating.
+
+    Raises:
+        UserError: no tokenizer there, one without EOS, or one with more tokens than the model has embeddings.
+    """
+    name = settings.tokenizer_name_or_path or settings.name_or_path
+    source = _source(name, "tokenizer" if settings.tokenizer_name_or_path else "model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{name} holds no tokenizer that can be read ({_first_line(error)}). It needs tokenizer.json (or "
+            "tokenizer.model and sentencepiece installed); model.tokenizer_name_or_path=FOLDER takes it from elsewhere."
+        ) from error
+    vocabulary = _load_config(settings).get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model {settings.name_or_path} has "
+            f"embeddings for {vocabulary}: they do not belong together. Set model.tokenizer_name_or_path to the model's own."
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no EOS token (eos_token), which must end every response.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.model_max_length = int(1e12)  # limits are ours: max_length, max_prompt_length
+    return tokenizer
+
+
+def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
+    """A causal LM on the CPU, with the weights of `archive` where that is set, and all dropout switched off.
+
+    Without dropout the policy computes what the reference does, so that DPO starts at ln 2 (ANCHORS: functional
+    dropouts, such as a config's `attention_dropout`, are not `nn.Dropout` modules and stay on in training otherwise).
+
+    Args:
+        settings: where the weights are, and how attention is computed.
+        dtype: of the weights; None: `settings.policy_dtype`.
+
+    Raises:
+        UserError: nothing there, damaged weights, an archive that is of another architecture, or that holds code.
+    """
+    config = _load_config(settings)
+    _switch_dropout_off(config)
+    options = {
+        "config": config,
+        "dtype": DTYPES[dtype or settings.policy_dtype],
+        "attn_implementation": settings.attn_implementation,
+        "ignore_mismatched_sizes": True,  # reported by us, with the names
+        "output_loading_info": True,
+    }
+    source = _source(settings.name_or_path, "model")
+    archive = resolve_archive(settings.archive) if settings.archive else None
+    with _readable_errors(str(archive or settings.name_or_path)):
+        if archive is not None and archive.is_file():
+            state = _read_policy_pt(archive)
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code))
+            model, info = kind.from_pretrained(None, state_dict=state, **options)
+        else:
+            folder = archive or source
+            if isinstance(folder, Path):
+                check_weight_files(folder)
+            if archive is not None:
+                _check_same_architecture(config, archive, settings.name_or_path)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=settings.trust_remote_code, **options
+            )
+    _check_loading_info(info, archive or source, settings.name_or_path)
+    if isinstance(source, Path) and (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    active = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
+    for name in active:
+        model.get_submodule(name).p = 0.0  # a rate that is written into the model's code
+    return model
+
+
+def resolve_archive(path: str) -> Path:
+    """The HF folder, or `policy.pt` file, that `path` stands for.
+
+    Args:
+        path: a run (its LATEST), a checkpoint (its model/), an HF folder, or a `policy.pt`.
+
+    Raises:
+        UserError: there is nothing there, or nothing with weights.
+    """
+    found = find_path(path)
+    if not found.exists():
+        raise UserError(
+            f"{path}: there is no such file or folder. Give a run, a checkpoint, a model folder or a policy.pt."
+        )
+    if found.is_file():
+        return found
+    for folder in (found / "LATEST" / "model", found / "model", found):
+        if (folder / "config.json").is_file():
+            return folder
+    if (found / "policy.pt").is_file():  # the DPO repo's LATEST/policy.pt
+        return found / "policy.pt"
+    what = "a run without a checkpoint yet" if (found / "config.yaml").is_file() else "no model"
+    raise UserError(
+        f"{path} holds {what}: there is neither LATEST (a run), nor model/ (a checkpoint), nor config.json (a model "
+        "folder), nor policy.pt in it."
+    )
+
+
+def model_fingerprint(settings: ModelSettings) -> str:
+    """32 hex digits that change with the weights, the architecture or the tokenizer; nothing is loaded.
+
+    Reads every weight file once (a few GB/s). A model on the hub that is not here yet is known by its name alone.
+    """
+    digest = xxhash.xxh3_128()
+    names = [settings.name_or_path, settings.tokenizer_name_or_path, settings.archive]
+    for name in (name for name in names if name):
+        path = find_path(name)
+        if not path.exists():
+            digest.update(name.encode())
+            continue
+        found = resolve_archive(name)
+        files = [found] if found.is_file() else sorted(file for file in found.iterdir() if file.is_file())
+        for file in files:
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 22):
+                    digest.update(chunk)
+    digest.update(f"{settings.policy_dtype} {settings.attn_implementation}".encode())
+    return digest.hexdigest()
+
+
+def check_weight_files(folder: Path) -> None:
+    """Opens every safetensors file of a folder, which checks header and length, and looks for missing shards.
+
+    Raises:
+        UserError: naming the file that is missing, damaged or truncated.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in shards if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}.")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file}: damaged or truncated ({file.stat().st_size} bytes; {_first_line(error)}). Copy it again."
+            ) from error
+
+
+def _source(name: str, what: str) -> Path | str:
+    """The local folder that `name` stands for, or the id of a model on the hub that can be had."""
+    path = find_path(name)
+    if path.is_file():
+        raise UserError(
+            f"model.name_or_path={name} is a file. It must be a model folder, which says what the architecture is; a "
+            f"policy.pt is given as model.archive={name}."
+        )
+    if path.is_dir():
+        return resolve_archive(name)
+    if isinstance(huggingface_hub.try_to_load_from_cache(_hub_id(name, what), "config.json"), str):
+        return name
+    if not constants.HF_HUB_OFFLINE:
+        # One probe: the hub's own client would try for 20 seconds and more before it gives up.
+        request = urllib.request.Request(f"{constants.ENDPOINT}/{name}/resolve/main/config.json", method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+            return name
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                return name  # gated, or busy: the hub's client knows about tokens
+            reason = f"the hub has no model of this name (HTTP {error.code})"
+        except OSError as error:  # URLError, timeouts
+            reason = f"the hub cannot be reached ({_first_line(error)})"
+    else:
+        reason = "HF_HUB_OFFLINE is set and it is not in the cache"
+    raise UserError(
+        f"{what} {name}: there is no such folder here, and {reason}. Give a folder with config.json and "
+        "*.safetensors: model.name_or_path=FOLDER"
+    )
+
+
+def _hub_id(name: str, what: str) -> str:
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except ValueError as error:
+        raise UserError(f"{what} {name}: there is no such folder. Set model.name_or_path=FOLDER.") from error
+    return name
+
+
+def _load_config(settings: ModelSettings) -> PretrainedConfig:
+    source = _source(settings.name_or_path, "model")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{settings.name_or_path}: its config.json cannot be used ({_first_line(error)}). The folder must hold a "
+            "causal language model that this version of transformers knows."
+        ) from error
+
+
+def _switch_dropout_off(config: PretrainedConfig) -> None:
+    for part in (config, config.get_text_config()):
+        for key, value in part.to_dict().items():
+            if ("dropout" in key or "pdrop" in key or key == "layerdrop") and isinstance(value, (int, float)):
+                setattr(part, key, type(value)(0))
+
+
+def _check_same_architecture(config: PretrainedConfig, archive: Path, name: str) -> None:
+    """Compares an archive's config.json with the model's: equal shapes alone would hide another rope or head count."""
+    try:
+        own, other = config.to_dict(), AutoConfig.from_pretrained(archive).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"archive {archive}: its config.json cannot be used ({_first_line(error)}).") from error
+    if own["model_type"] != other["model_type"]:
+        raise UserError(
+            f"archive {archive} is of another architecture: it is a {other['model_type']} model, and {name} is a "
+            f"{own['model_type']} model. Set model.name_or_path to the model that it was trained from."
+        )
+    ignored = {key for key in own if "drop" in key} | FREE_CONFIG_KEYS
+    differing = [key for key in sorted(own.keys() & other.keys() - ignored) if own[key] != other[key]]
+    if differing:
+        listed = "; ".join(f"{key}: {other[key]} there, {own[key]} here" for key in differing[:5])
+        raise UserError(
+            f"archive {archive} is of another architecture than {name}: {listed}. Set model.name_or_path to the model "
+            "that it was trained from."
+        )
+
+
+def _check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:
+    """Refuses weights that do not cover the model exactly: transformers would fill the gaps with random numbers."""
+    problems = []
+    if info["missing_keys"]:
+        problems.append(f"{len(info['missing_keys'])} tensors are missing, such as {_names(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        strange = info["unexpected_keys"]
+        problems.append(f"{len(strange)} tensors are not part of the model, such as {_names(strange)}")
+    if info["mismatched_keys"]:
+        key, there, here = min(info["mismatched_keys"])
+        problems.append(
+            f"{len(info['mismatched_keys'])} tensors have another shape, such as {key}: {list(there)} there, "
+            f"{list(here)} in the model"
+        )
+    if problems:
+        raise UserError(
+            f"the weights of {source} do not fit the architecture of {name}: {'; '.join(problems)}. Set "
+            "model.name_or_path to the model that they were trained from."
+        )
+
+
+def _read_policy_pt(path: Path) -> dict[str, torch.Tensor]:
+    """The `state` of a DPO repo checkpoint, memory-mapped; no code in it is ever run.
+
+    Raises:
+        UserError: truncated, no PyTorch file, holds something else than tensors, or no `state`.
+    """
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip and not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: truncated ({path.stat().st_size} bytes; its end is missing). Copy it again.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "global" in str(error):
+            raise UserError(
+                f"{path}: refused. It holds Python objects besides tensors, which could run code when read; nothing of "
+                "it was run. Save the weights alone: torch.save({'state': model.state_dict()}, path)"
+            ) from error
+        raise UserError(f"{path}: truncated, or not a PyTorch file ({path.stat().st_size} bytes).") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged, or not a PyTorch file ({_first_line(error)}). Copy it again.") from error
+    state = content.get("state", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: expected a dictionary with the entry `state` (name -> tensor), as the DPO repo saves.")
+    return state
+
+
+@contextmanager
+def _readable_errors(name: str) -> Iterator[None]:
+    """Turns what transformers raises for broken folders into a UserError, and keeps its report of keys quiet."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{name}: refused. A pickled weight file in it is damaged or holds more than tensors.") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError, KeyError) as error:
+        raise UserError(f"{name}: the model cannot be loaded: {_first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _names(names: Iterable[str], count: int = 3) -> str:
+    return ", ".join(sorted(names)[:count])
