@@ -68,6 +68,7 @@ class BatchLoader:
         columns: Per-row values (N, ...) that every micro-batch gets a slice of, by name.
 
     Attributes:
+        store, pad_token_id: As given.
         columns: As given; may be set until `batches` is called.
         total_examples: Rows of the whole run, repeats included.
         steps: Global batches of the whole run.
@@ -93,6 +94,7 @@ class BatchLoader:
             raise ValueError("one of num_epochs and num_examples must be given, or the loader would never end")
         if min(batch_size, num_microbatches) < 1 or not 0 <= rank < world_size:
             raise ValueError(f"{batch_size=}, {num_microbatches=} must be positive, and 0 <= {rank=} < {world_size=}")
+        self.store, self.pad_token_id = store, pad_token_id
         self.columns: dict[str, Tensor] = dict(columns or {})
         self._store, self._batch_size, self._seed, self._shuffle = store, batch_size, seed, shuffle
         self._num_microbatches, self._max_tokens = num_microbatches, max_tokens_per_microbatch
