@@ -45,9 +45,10 @@ def test_values_and_gradients_equal_the_full_logits(name):
     parameters = list(model.parameters())
     gradients = torch.autograd.grad((logps * weights).sum(), parameters)
     # GPT-J attends in float32 whatever its weights are.
-    rtol, atol = (1e-4, 1e-5) if name == "gptj" else (1e-6, 1e-10)
+    tolerance = 1e-4 if name == "gptj" else 1e-6
     for gradient, truth in zip(gradients, torch.autograd.grad((expected * weights).sum(), parameters), strict=True):
-        torch.testing.assert_close(gradient, truth, rtol=rtol, atol=atol)
+        # Relative to the largest entry: several families normalise in float32 and leave its noise in small ones.
+        torch.testing.assert_close(gradient, truth, rtol=tolerance, atol=tolerance * truth.abs().max().item())
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from trainers.batching import BatchLoader, collate
+from trainers.batching import BatchLoader
 from trainers.cache import build_once
 from trainers.logps import check_head, sequence_logps
 from trainers.token_store import TokenStore
@@ -39,26 +39,6 @@ def weights_key(model: Any) -> str:
     return digest.hexdigest()
 
 
-def length_batches(lengths: Tensor, rows: Tensor, max_tokens: int) -> Iterator[Tensor]:
-    """Cuts rows, longest first, into batches of at most `max_tokens` padded positions (or of one row).
-
-    Args:
-        lengths: (N, 3) tokens of prompt, chosen and rejected of every row of the store.
-        rows: (R,) row numbers.
-        max_tokens: of one batch; a pair counts twice the length of its longer side.
-    """
-    per_row = lengths[rows].long()
-    longest = per_row[:, 0] + per_row[:, 1:].amax(dim=1)
-    order = torch.argsort(longest, descending=True, stable=True)
-    rows, widths = rows[order], (2 * longest[order]).tolist()
-    start = 0
-    while start < len(rows):
-        size = max(1, max_tokens // widths[start])
-        yield rows[start : start + size]
-        start += size
-
-
-@torch.no_grad()
 def reference_logps(
     model: Any,
     store: TokenStore,
@@ -81,27 +61,42 @@ def reference_logps(
         max_tokens_per_batch: padded positions of a batch.
     """
     rows = rows.unique()
-    visited = xxhash.xxh3_128_hexdigest(rows.numpy().tobytes())
-    key = xxhash.xxh3_128_hexdigest(f"{CODE_VERSION} {weights} {store.key} {visited} {model.dtype}")
+    key = xxhash.xxh3_128_hexdigest(f"{CODE_VERSION} {weights} {store.select(rows).key} {model.dtype}")
 
     def build(folder: Path) -> None:
-        check_head(model)
-        device = next(model.parameters()).device
         result = np.memmap(folder / "logps.f64", dtype=np.float64, mode="w+", shape=(len(store), 2))
         result[:] = np.nan
-        was_training = model.training
-        model.eval()
-        for batch_rows in length_batches(store.lengths, rows, max_tokens_per_batch):
-            batch = collate(store, batch_rows, pad_token_id).to(device)
-            logps, _ = sequence_logps(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
-            result[batch_rows.numpy()] = logps.cpu().numpy()
-        model.train(was_training)
+        lengths = store.lengths[rows].long()
+        by_length = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1), descending=True, stable=True)]
+        for batch_rows, logps in _logps_of_rows(model, store.select(by_length), pad_token_id, max_tokens_per_batch):
+            result[by_length[batch_rows].numpy()] = logps.numpy()
         result.flush()
 
     folder = build_once(cache_dir / "reference", key, build)
     # A private map: pages are shared with the other processes that read the file.
     values = torch.from_file(str(folder / "logps.f64"), shared=False, size=2 * len(store), dtype=torch.float64)
     return values.view(len(store), 2)
+
+
+@torch.no_grad()
+def _logps_of_rows(
+    model: Any, store: TokenStore, pad_token_id: int, max_tokens: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(row numbers (B,), log-probabilities (B, 2)) of all rows of a store, batch after batch, on the host."""
+    check_head(model)
+    loader = BatchLoader(
+        store, batch_size=256, seed=0, shuffle=False, num_epochs=1, num_examples=None, num_microbatches=1,
+        max_tokens_per_microbatch=max_tokens, pad_token_id=pad_token_id,
+    )  # fmt: skip
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    for global_batch in loader.batches():
+        for batch in global_batch.microbatches:
+            moved = batch.to(device)
+            logps, _ = sequence_logps(model, moved["input_ids"], moved["attention_mask"], moved["response_mask"])
+            yield batch["row"], logps.cpu()
+    model.train(was_training)
 
 
 def attach_reference(

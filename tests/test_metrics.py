@@ -1,0 +1,193 @@
+"""Metric sums, the files they go to, and how wandb is chosen."""
+
+import io
+import json
+
+import pytest
+import torch
+
+from config.settings import TrainConfig, WandbSettings
+from trainers.metrics import MetricsLog, MetricSums, ProgressLine, wandb_mode
+from trainers.parallel import launch
+from trainers.run_dir import RunDir
+
+
+def in_group(function):
+    """Runs a test body inside the process group that a run always has."""
+    launch(lambda layout: function(), TrainConfig(exp_name="x", device="cpu"))
+
+
+def test_every_example_of_the_interval_counts_once():
+    def body():
+        values = torch.tensor([1.0, 2.0, 30.0, 4.0, 5.0])
+        sums = MetricSums()
+        for part in (values[:1], values[1:4], values[4:]):  # of unequal size: a mean of means would be wrong
+            sums.add("loss/train", part.sum(), len(part))
+        sums.add("grad_norm", torch.tensor(7.0), 1.0)
+        assert sums.means() == {"loss/train": values.double().mean().item(), "grad_norm": 7.0}
+        assert sums.means() == {}
+
+    in_group(body)
+
+
+def test_sums_survive_json_bit_for_bit():
+    def body():
+        sums = MetricSums()
+        for value in torch.rand(50, dtype=torch.float64):
+            sums.add("a", value, 3.0)
+        copy = MetricSums()
+        copy.load(json.loads(json.dumps(sums.state())), torch.device("cpu"))
+        assert copy.means() == sums.means()
+
+    in_group(body)
+
+
+def open_log(path, state=None, **changes):
+    settings = TrainConfig(exp_name="x", wandb=WandbSettings(enabled=False), **changes)
+    run = RunDir.open(path, config={"exp_name": "x"}, manifest={})
+    return run, MetricsLog(run, settings, {}, state or {})
+
+
+def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path):
+    run, log = open_log(tmp_path)
+    with run, log:
+        log.write({"counters/examples": 1})
+        log.write_samples([{"output": "a"}], 1)
+        state = log.state()
+        log.write({"counters/examples": 2})
+        log.write_samples([{"output": "b"}], 2)
+    with run.metrics.open("a") as file:
+        file.write('{"counters/examples": 3, "loss/tra')  # torn by a kill
+    run, log = open_log(tmp_path, json.loads(json.dumps(state)))
+    with run, log:
+        log.write({"counters/examples": 2})
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [row["counters/examples"] for row in rows] == [1, 2]
+    samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
+    assert samples == [{"counters/examples": 1, "output": "a"}]
+
+
+def test_a_run_without_checkpoint_begins_its_log_anew(tmp_path):
+    for _ in range(2):
+        run, log = open_log(tmp_path)
+        with run, log:
+            log.write({"counters/examples": 0})
+    assert len(run.metrics.read_text().splitlines()) == 1
+
+
+def test_rows_are_in_the_file_at_once(tmp_path):
+    run, log = open_log(tmp_path)
+    with run, log:
+        log.write({"counters/examples": 5, "loss/train": 0.5})
+        assert json.loads(run.metrics.read_text())["loss/train"] == 0.5
+
+
+@pytest.fixture
+def no_key(monkeypatch, tmp_path):
+    for variable in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "netrc"
+
+
+def test_wandb_is_offline_without_a_key_and_online_with_one(no_key, monkeypatch):
+    assert wandb_mode(WandbSettings()) == "offline"
+    no_key.write_text("machine api.wandb.ai login user password 0\n")
+    assert wandb_mode(WandbSettings()) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_mode(WandbSettings()) == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0")
+    assert wandb_mode(WandbSettings()) == "online"
+
+
+@pytest.mark.usefixtures("no_key")
+def test_wandb_can_be_switched_off():
+    assert wandb_mode(WandbSettings(mode="disabled")) == "disabled"
+    assert wandb_mode(WandbSettings(enabled=False, mode="online")) == "disabled"
+    assert wandb_mode(WandbSettings(mode="offline")) == "offline"
+
+
+class FakeRun:
+    """Stands for a wandb run: remembers what it is given."""
+
+    id = "abc123"
+
+    def __init__(self):
+        self.rows, self.metrics = [], []
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def define_metric(self, name, step_metric=None):
+        self.metrics.append((name, step_metric))
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def fake_wandb(no_key, monkeypatch):
+    import wandb
+
+    calls = []
+
+    def init(**arguments):
+        calls.append((arguments, FakeRun()))
+        return calls[-1][1]
+
+    monkeypatch.setattr(wandb, "init", init)
+    return calls
+
+
+def wandb_log(path, state=None, **changes):
+    run = RunDir.open(path, config={}, manifest={})
+    return run, MetricsLog(run, TrainConfig(exp_name="x", **changes), {"lr": 1.0}, state or {})
+
+
+def test_wandb_gets_the_same_rows_and_resumes_the_same_run(tmp_path, fake_wandb, monkeypatch):
+    run, log = wandb_log(tmp_path)
+    with run, log:
+        log.write({"counters/examples": 4, "loss/train": 0.5})
+        state = log.state()
+    arguments, started = fake_wandb[0]
+    assert (arguments["mode"], arguments["id"], arguments["config"]) == ("offline", None, {"lr": 1.0})
+    assert started.rows == [{"counters/examples": 4, "loss/train": 0.5}]
+    assert ("*", "counters/examples") in started.metrics
+    assert started.exit_code == 0
+    monkeypatch.setenv("WANDB_API_KEY", "0")
+    run, log = wandb_log(tmp_path, state)
+    with run, log:
+        pass
+    assert (fake_wandb[1][0]["id"], fake_wandb[1][0]["resume"]) == ("abc123", "allow")
+
+
+def test_sample_text_reaches_wandb_only_if_asked_for(tmp_path, fake_wandb):
+    for log_text in (False, True):
+        run, log = wandb_log(tmp_path / str(log_text), log_text=log_text)
+        with run, log:
+            log.write_samples([{"output": "some text"}], 8)
+        assert "some text" in run.samples.read_text()
+    assert fake_wandb[0][1].rows == []
+    assert "samples" in fake_wandb[1][1].rows[0]
+
+
+def test_debug_and_failures_reach_wandb(tmp_path, fake_wandb):
+    run, log = wandb_log(tmp_path / "debug", debug=True)
+    with run, log:
+        pass
+    assert fake_wandb == []
+    run, log = wandb_log(tmp_path / "failing")
+    with run, pytest.raises(RuntimeError), log:
+        raise RuntimeError
+    assert fake_wandb[0][1].exit_code == 1
+
+
+def test_off_a_terminal_the_progress_line_is_a_few_lines():
+    stream = io.StringIO()
+    line = ProgressLine(1000, 0, stream)
+    for done in range(0, 1001, 10):
+        line.update(done, "loss 0.5")
+    line.close()
+    assert stream.getvalue().count("\n") == 1
+    assert "1000/1000 examples" in stream.getvalue()
+    assert "loss 0.5" in stream.getvalue()
