@@ -237,7 +237,9 @@ class EvaluatedModelSettings:
     """One model of a comparison: a folder, or anything `model.archive` takes."""
 
     path: str = MISSING
+    base: str | None = None  # where path is a policy.pt: the folder with its architecture and tokenizer
     template: str = "alpaca"
+    dtype: str = "float32"
 
 
 @dataclass
@@ -254,6 +256,4 @@ class EvaluateConfig:
     curves: dict[str, str] = field(default_factory=dict)  # NAME: run whose metrics.jsonl is drawn
     stages_file: str | None = None  # JSONL of {"name", "command", "seconds"}: what was run before, shown in the report
     samples_per_set: int = 6  # prompts of each set that the page shows with all answers; samples.jsonl holds all
-    seed: int = 0
     device: str = "auto"
-    log_text: bool = False
