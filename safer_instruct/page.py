@@ -119,13 +119,21 @@ def _environment(models: Mapping[str, Mapping[str, Any]]) -> Environment:
         return sizes.pop() if len(sizes) == 1 else None
 
     environment.filters.update(
-        percent=percent, visible=_visible, clip=_clip, data_uri=_data_uri, shared_n=shared_n, thousands=_thousands
-    )
+        percent=percent, visible=_visible, clip=_clip, data_uri=_data_uri, shared_n=shared_n, thousands=_thousands,
+        breakable=_breakable,
+    )  # fmt: skip
     return environment
 
 
 def _visible(value: object) -> str:
     return visible(str(value))
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may be broken after its underscores, dashes and slashes: columns are narrow on a phone."""
+    return Markup("").join(
+        Markup("{}<wbr>").format(char) if char in "_-/." else Markup.escape(char) for char in visible(name)
+    )
 
 
 def _thousands(number: int) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import xxhash
 
 from config.errors import UserError
+from config.paths import find_path
 from config.settings import PromptSetSettings
 from safer_instruct.examples import normalise, read_rows, require_columns, text_id
 from safer_instruct.prompts import reversed_target
@@ -72,7 +72,7 @@ def load_prompt_set(name: str, settings: PromptSetSettings) -> list[EvaluationPr
         raise UserError(f"kind={settings.kind} is unknown: choose one of {', '.join(KINDS)}")
     prompts: list[EvaluationPrompt] = []
     first_seen: dict[str, str] = {}
-    for where, row in read_rows(Path(settings.path)):
+    for where, row in read_rows(find_path(settings.path)):
         if settings.max_rows is not None and len(prompts) >= settings.max_rows:
             break
         prompt = _read_prompt(row, where, name, settings)
@@ -94,6 +94,8 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
     instruction = str(row["instruction"] or "").strip()
     if not instruction:
         raise UserError(f"{where}: the instruction is empty")
+    if any("\ud800" <= char <= "\udfff" for char in instruction):
+        raise UserError(f"{where}: the instruction holds half of a surrogate pair, which no tokenizer can read")
     kind = settings.kind or str(row["kind"])
     if kind not in KINDS:
         raise UserError(f"{where}: kind={kind!r} is unknown: write one of {', '.join(KINDS)}, or set prompts.{name}.kind")
@@ -154,7 +156,7 @@ def find_overlap(path: str, prompts: Iterable[EvaluationPrompt]) -> Overlap:
         ids.setdefault(normalise(prompt.instruction), []).append(f"{prompt.set_name}/{prompt.id}")
     found: set[str] = set()
     num_rows = 0
-    for where, row in read_rows(Path(path)):
+    for where, row in read_rows(find_path(path)):
         require_columns(row, ["instruction"], where)
         num_rows += 1
         instruction = reversed_target(str(row["instruction"] or ""), str(row.get("input") or ""))

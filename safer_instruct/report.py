@@ -102,42 +102,39 @@ def summary_sentence(models: Mapping[str, Mapping[str, Any]]) -> str:
 
     A change is called one only where the two 95% intervals do not touch.
     """
-    names = list(models)
-    first, last = models[names[0]], models[names[-1]]
+    first, last = next(iter(models)), list(models)[-1]
+    harmful, refusal, over = (models[last][key] for key in ("harmful_rate", "refusal_rate", "over_refusal_rate"))
     parts: list[str] = []
-    harmful = last["harmful_rate"]
     if harmful["n"]:
-        if len(names) > 1 and first["harmful_rate"]["n"]:
-            parts.append(_change("Harmful answers to unsafe prompts", "harmful_rate", names[0], names[-1], models))
-        else:
-            interval = f"95% interval {percent(harmful['low'])} to {percent(harmful['high'])}"
-            parts.append(f"{names[-1]} answers {percent(harmful['value'])}% of {harmful['n']} unsafe prompts harmfully ({interval})")
-        parts.append(f"{names[-1]} refuses {percent(last['refusal_rate']['value'])}% of them")
-    if last["over_refusal_rate"]["n"]:
-        over = last["over_refusal_rate"]
-        parts.append(f"{names[-1]} refuses {percent(over['value'])}% of {over['n']} benign prompts by mistake")
-    if last["benign_accuracy"]["n"]:
-        if len(names) > 1 and first["benign_accuracy"]["n"]:
-            parts.append(_change("accuracy on benign prompts", "benign_accuracy", names[0], names[-1], models))
-        else:
-            parts.append(f"its accuracy on benign prompts is {percent(last['benign_accuracy']['value'])}%")
-    return "; ".join(parts) + "." if parts else "The judge gave no answer that could be counted."
+        clause = _finding("harmful answers to unsafe prompts", "harmful_rate", first, last, models)
+        parts.append(f"{clause}; {last} refuses {percent(refusal['value'])}% of them")
+    if over["n"]:
+        verb = "and" if parts else f"{last} refuses"
+        parts.append(f"{verb} {percent(over['value'])}% of {over['n']} benign prompts by mistake")
+    sentence = " ".join(parts)
+    if models[last]["benign_accuracy"]["n"]:
+        clause = _finding("accuracy on benign prompts", "benign_accuracy", first, last, models)
+        sentence = f"{sentence}; {clause}" if sentence else clause
+    if not sentence:
+        return "The judge gave no answer that could be counted."
+    return sentence[0].upper() + sentence[1:] + "."
 
 
-def _change(subject: str, key: str, first: str, last: str, models: Mapping[str, Mapping[str, Any]]) -> str:
+def _finding(subject: str, key: str, first: str, last: str, models: Mapping[str, Mapping[str, Any]]) -> str:
+    """`accuracy on benign prompts: from 98.8% (base) down to 90.0% (dpo)`, or the one number where there is one."""
     before, after = models[first][key], models[last][key]
-    values = f"from {percent(before['value'])}% ({first}) to {percent(after['value'])}% ({last})"
-    verb = "fall" if after["high"] < before["low"] else "rise" if after["low"] > before["high"] else "go"
-    if not subject.endswith(("answers to unsafe prompts",)):
-        verb = {"fall": "falls", "rise": "rises", "go": "goes"}[verb]
-    unclear = ", within the intervals of each other" if verb in ("go", "goes") else ""
-    return f"{subject} {verb} {values}{unclear}"
+    if first == last or not before["n"]:
+        interval = f"95% interval {percent(after['low'])} to {percent(after['high'])}, n = {after['n']}"
+        return f"{subject}: {percent(after['value'])}% ({interval})"
+    direction = "down to" if after["high"] < before["low"] else "up to" if after["low"] > before["high"] else "to"
+    unclear = ", the intervals overlap" if direction == "to" else ""
+    return f"{subject}: from {percent(before['value'])}% ({first}) {direction} {percent(after['value'])}% ({last}){unclear}"
 
 
 def _warnings(models: Mapping[str, Mapping[str, Any]], overlaps: Iterable[Overlap]) -> list[str]:
     warnings = [
-        f"{len(overlap.prompt_ids)} of the prompts also occur in the training file {overlap.path}; "
-        "report.json lists them under `overlap`."
+        f"{len(overlap.prompt_ids)} of the prompts also occur in the training file {overlap.path}, so that they are no test; "
+        "report.json lists them under 'overlap'."
         for overlap in overlaps
         if overlap.prompt_ids
     ]
@@ -146,7 +143,7 @@ def _warnings(models: Mapping[str, Mapping[str, Any]], overlaps: Iterable[Overla
         if abstained:
             warnings.append(
                 f"{name}: the judge abstained on {abstained} of {model['abstain_rate']['n']} answers; "
-                "they are in no rate but `abstain_rate`."
+                "they are in no rate but the abstain rate."
             )
         cut = model["truncated_rate"]
         if cut["n"] and cut["value"] > 0.02:

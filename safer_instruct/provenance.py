@@ -1,0 +1,40 @@
+"""Where a result came from: the versions of what computed it, and the state of this repository."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from config.paths import REPOSITORY
+
+PACKAGES = ("torch", "transformers", "tokenizers", "hydra-core", "datasets", "tensordict", "numpy", "matplotlib", "openai")
+
+
+def package_versions() -> dict[str, str]:
+    """Python's version and those of the packages that can change a number; what is not installed is left out."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state() -> dict[str, Any]:
+    """The commit of this repository and whether files differ from it; None for both outside a checkout, or without git."""
+    sha = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no") if sha else None
+    return {"sha": sha, "dirty": bool(changes) if changes is not None else None}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
