@@ -1,0 +1,1 @@
+"""Training: losses, log-probabilities and the one loop. Knows token rows, not text."""

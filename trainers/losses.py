@@ -46,8 +46,9 @@ def dpo_loss(
         loss   = -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)
         reward = beta log pi(y|x)/ref(y|x)
 
-    eps = 0 is Rafailov et al. 2023, eq. 7; eps = `label_smoothing` > 0 is conservative DPO (Mitchell 2023, eq. 3), which
-    assumes that a preference is flipped with that probability. Rewards are eq. 5 up to a term of x alone, detached.
+    eps = 0 is Rafailov et al. 2023, eq. 7; eps = `label_smoothing` > 0 is conservative DPO (Mitchell 2023, eq. 3),
+    which assumes that a preference is flipped with that probability. Rewards are eq. 5 up to a term of x alone,
+    detached.
     """
     chosen_ratio, rejected_ratio = log_ratios(
         policy_chosen, policy_rejected, reference_chosen, reference_rejected, reference_free=reference_free

@@ -151,8 +151,8 @@ class MetricsLog:
         if self._wandb is not None and self._settings.log_text and rows:
             import wandb
 
-            columns = list(rows[0])
-            table = wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
+            columns: list[str | int] = list(rows[0])
+            table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
             self._wandb.log({"samples": table, "counters/examples": examples})
 
     def state(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _start_wandb(run: RunDir, settings: TrainConfig, config: Mapping[str, Any], 
             name=settings.exp_name,
             config=dict(config),
             dir=str(run.path),
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]  # a str here, checked by config/checks.py
             id=run_id,
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(silent=mode != "online"),

@@ -35,7 +35,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"device={name}: this PyTorch ({torch.__version__}) sees no GPU; use device=cpu or device=auto.")
+        raise UserError(f"device={name}: torch {torch.__version__} sees no GPU here; use device=cpu or device=auto.")
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -32,9 +32,9 @@ def weights_key(model: Any) -> str:
     config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype"):
         config.pop(key, None)  # where it came from, not what it is
-    digest.update(json.dumps([config, model.config._attn_implementation], sort_keys=True, default=str))
+    digest.update(json.dumps([config, model.config._attn_implementation], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -61,7 +61,7 @@ def reference_logps(
         max_tokens_per_batch: padded positions of a batch.
     """
     rows = rows.unique()
-    key = xxhash.xxh3_128_hexdigest(f"{CODE_VERSION} {weights} {store.select(rows).key} {model.dtype}")
+    key = xxhash.xxh3_128_hexdigest(f"{CODE_VERSION} {weights} {store.select(rows).key} {model.dtype}".encode())
 
     def build(folder: Path) -> None:
         result = np.memmap(folder / "logps.f64", dtype=np.float64, mode="w+", shape=(len(store), 2))

@@ -80,7 +80,7 @@ class RunDir:
             path.mkdir(parents=True, exist_ok=True)
             lock = cls._acquire(path)
         except OSError as error:
-            raise UserError(f"run_dir {path} cannot be written to: {error.strerror}; choose another run_dir.") from error
+            raise UserError(f"run_dir {path} cannot be written to ({error.strerror}); choose another.") from error
         run = cls(path, lock)
         try:
             run._check_config(config)

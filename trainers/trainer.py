@@ -68,7 +68,8 @@ class Trainer:
         self.eval_loader = eval_loader
         self.sampler = sampler
         self.tokenizer = tokenizer
-        self.policy = policy.to(layout.device)
+        self.policy = policy
+        self.policy.to(layout.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
         check_head(self.policy)
         if settings.activation_checkpointing:
             # The reentrant kind needs inputs with gradients and breaks with frozen embeddings.

@@ -1,0 +1,104 @@
+"""Runs of the trainer on random token rows of unequal length, small enough for a test."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
+from tests.tiny_models import VOCABULARY, tiny_model
+from trainers.batching import BatchLoader
+from trainers.objectives import LikelihoodObjective, PreferenceObjective
+from trainers.parallel import Layout
+from trainers.reference import attach_reference
+from trainers.run_dir import RunDir
+from trainers.token_store import TokenStore, TokenStoreWriter
+from trainers.trainer import Trainer
+
+
+def random_store(folder: Path, *, num_rows: int, segments: int, seed: int = 0) -> TokenStore:
+    """Rows of a prompt of 1 to 6 tokens and responses of 1 to 8, written where there is no such store yet."""
+    path = folder / f"store-{num_rows}-{segments}-{seed}"
+    if not (path / "meta.json").exists():
+        generator = torch.Generator().manual_seed(seed)
+        with TokenStoreWriter(path, key=path.name, num_segments=segments) as writer:
+            for i in range(num_rows):
+                lengths = [int(torch.randint(1, 7 if s == 0 else 9, (), generator=generator)) for s in range(segments)]
+                rows = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+                writer.append(f"row-{i}", rows)
+            writer.finish({})
+    return TokenStore(path)
+
+
+def tiny_settings(**changes: Any) -> TrainConfig:
+    """DPO with batches of 4, no wandb, no pause between log rows."""
+    settings = TrainConfig(
+        exp_name="tiny",
+        loss=PreferenceLossSettings(name="dpo"),
+        wandb=WandbSettings(enabled=False),
+        lr=1e-3,
+        warmup_steps=2,
+        batch_size=4,
+        eval_batch_size=4,
+        eval_every=8,
+        minimum_log_interval_secs=0.0,
+        device="cpu",
+    )
+    return replace(settings, **changes)
+
+
+def train_loader(store: TokenStore, settings: TrainConfig) -> BatchLoader:
+    """As train.py makes it."""
+    return BatchLoader(
+        store,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        shuffle=True,
+        num_epochs=settings.n_epochs,
+        num_examples=settings.n_examples,
+        num_microbatches=settings.gradient_accumulation_steps,
+        max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
+        pad_token_id=0,
+    )
+
+
+def eval_loader(store: TokenStore, settings: TrainConfig) -> BatchLoader:
+    """As train.py makes it."""
+    return BatchLoader(
+        store,
+        batch_size=settings.eval_batch_size,
+        seed=settings.seed,
+        shuffle=False,
+        num_epochs=1,
+        num_examples=None,
+        num_microbatches=1,
+        max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
+        pad_token_id=0,
+    )
+
+
+def tiny_trainer(
+    folder: Path, layout: Layout, run: RunDir, settings: TrainConfig, *, model: Any = None, num_rows: int = 22,
+    identity: dict[str, str] | None = None, **arguments: Any,
+) -> Trainer:  # fmt: skip
+    """A trainer on random rows, with a reference cache where the objective wants one."""
+    is_preference = isinstance(settings.loss, PreferenceLossSettings)
+    segments = 3 if is_preference else 2
+    loaders = (
+        train_loader(random_store(folder, num_rows=num_rows, segments=segments), settings),
+        eval_loader(random_store(folder, num_rows=7, segments=segments, seed=1), settings),
+    )
+    model = tiny_model() if model is None else model
+    if is_preference:
+        objective: Any = PreferenceObjective(settings.loss)
+    else:
+        assert isinstance(settings.loss, LikelihoodLossSettings)
+        objective = LikelihoodObjective(settings.loss)
+    if objective.needs_reference:
+        weights = attach_reference(model, loaders, cache_dir=folder / "cache")
+        identity = {"initial weights": weights, **(identity or {})}
+    return Trainer(
+        policy=model, objective=objective, train_loader=loaders[0], eval_loader=loaders[1], settings=settings,
+        layout=layout, run=run, identity=identity, **arguments,
+    )  # fmt: skip
