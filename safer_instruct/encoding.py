@@ -64,7 +64,7 @@ class Encoder:
         self._eos: int = tokenizer.eos_token_id
         self._tokenizer = _Tokenizer(tokenizer)
 
-    def encode(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[EncodedRow | None]:
+    def encode(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[EncodedRow | str]:
         """Token rows of N prompts, each with the same number of responses.
 
         Args:
@@ -72,17 +72,20 @@ class Encoder:
             responses: N times the text(s) that follow the prompt directly.
 
         Returns:
-            N rows; None where the prompt's template leaves no room for its body, or a response has no tokens.
+            N rows; where there is none, the reason: "prompt_too_long" (the template leaves no room for the body) or
+            "no_tokens" (a response that the tokenizer makes nothing of).
         """
         fitted, prompt_ids = self._fit(prompts)
-        kept = [i for i in range(len(prompts)) if fitted[i] is not None]
-        texts = [fitted[i].text + response for i in kept for response in responses[i]]  # type: ignore[union-attr]  # kept
-        joint = iter(self._tokenizer.ids(texts))
-        rows: list[EncodedRow | None] = [None] * len(prompts)
-        for i in kept:
-            ids = [self._response_ids(prompt_ids[i], next(joint), response) for response in responses[i]]
-            if all(response for response, _ in ids):
-                rows[i] = self._finish(prompt_ids[i], ids, fitted[i] != prompts[i])
+        pairs = list(zip(fitted, responses, strict=True))
+        joint = iter(self._tokenizer.ids([prompt.text + text for prompt, texts in pairs if prompt for text in texts]))
+        rows: list[EncodedRow | str] = []
+        for original, ids, (prompt, texts) in zip(prompts, prompt_ids, pairs, strict=True):
+            if prompt is None:
+                rows.append("prompt_too_long")
+                continue
+            encoded = [self._response_ids(ids, next(joint), text) for text in texts]
+            complete = all(response for response, _ in encoded)
+            rows.append(self._finish(ids, encoded, prompt != original) if complete else "no_tokens")
         return rows
 
     def _fit(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt | None], list[list[int]]]:
@@ -150,7 +153,6 @@ class _Tokenizer:
         self._tokenizer = tokenizer
         mask = tokenizer("a", return_special_tokens_mask=True, verbose=False)["special_tokens_mask"]
         self._num_suffix = next((i for i, special in enumerate(reversed(mask)) if not special), 0)
-        self._anchors = list(zip(_ANCHORS, self.ids(_ANCHORS), strict=True))
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with BOS where the tokenizer adds it, and without EOS."""
@@ -162,7 +164,8 @@ class _Tokenizer:
 
     def ids_after_other_tokens(self, text: str) -> list[int]:
         """Token ids of `text` as it is encoded behind tokens that it does not merge with."""
-        for (_, anchor_ids), ids in zip(self._anchors, self.ids([a + text for a, _ in self._anchors]), strict=True):
+        joint = self.ids([anchor + text for anchor in _ANCHORS])
+        for anchor_ids, ids in zip(self.ids(_ANCHORS), joint, strict=True):
             if ids[: len(anchor_ids)] == anchor_ids:
                 return ids[len(anchor_ids) :]
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

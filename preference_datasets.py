@@ -1,0 +1,301 @@
+"""Datasets: from files of text to stores of token rows, with every row that is dropped or cut counted.
+
+`load_examples` streams the rows of one dataset; `build_stores` encodes those of all and caches the result, so that a
+second start tokenises nothing. Reports name rows by id and place (file:line), never by their text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from tqdm import tqdm
+
+from config.errors import UserError
+from config.settings import DatasetSettings
+from safer_instruct.encoding import EncodedRow, Encoder, prompt_token_ids, special_token_texts
+from safer_instruct.examples import Example, data_files, held_out, normalise, read_rows, require_columns
+from safer_instruct.loading import LoadedExamples, RowLog, load_examples
+from safer_instruct.prompts import Prompt, render_prompt, render_reversed, response_lead, reversed_target
+from trainers.cache import build_once, hash_files
+from trainers.token_store import TokenStore, TokenStoreWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["LoadedExamples", "TrainEval", "build_stores", "describe", "load_examples", "prompt_token_ids"]
+
+Loss = Literal["likelihood", "reverse", "preference"]
+PUBLISHED_TEST_SET = "test_set.csv"  # its `si` prompts are also in the published training files
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class TrainEval:
+    """The two stores of a run, and what became of the rows (see `describe`)."""
+
+    train: TokenStore
+    eval: TokenStore
+    report: dict[str, Any]
+
+
+def build_stores(
+    datasets: Mapping[str, DatasetSettings],
+    *,
+    loss: Loss,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int,
+    cache_dir: Path,
+    n_eval_examples: int | None = None,
+    batch_size: int = 1,
+) -> TrainEval:
+    """Encode the datasets, one behind the other, or find them in the cache.
+
+    Args:
+        datasets: Settings by name.
+        loss: likelihood (prompt -> chosen), reverse (chosen -> instruction), or preference (chosen over rejected).
+        tokenizer: A fast tokenizer.
+        max_length: Tokens of prompt + response; a longer response loses its end.
+        max_prompt_length: Tokens of the prompt; a longer one loses the end of its body.
+        cache_dir: Shared by all runs; entries are keyed by content, so stale ones are never read.
+        n_eval_examples: Evaluate on so many of the held-out rows (a fixed random subset); None: on all.
+        batch_size: A smaller training split is remarked upon.
+
+    Returns:
+        The stores; `eval` may have no rows.
+
+    Raises:
+        UserError: Anything wrong with the files; no usable row for training (with the counts).
+    """
+    encoder = Encoder(tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
+    if not datasets:
+        raise UserError("datasets=[]: name at least one dataset")
+    key = _content_key(datasets, loss, tokenizer, (max_length, max_prompt_length))
+
+    def build(directory: Path) -> None:
+        _write_stores(directory, key, datasets, loss, tokenizer, encoder)
+
+    entry = build_once(cache_dir / "tokens", key, build)
+    train, held = TokenStore(entry / "train"), TokenStore(entry / "eval")
+    if n_eval_examples is not None and n_eval_examples < len(held):
+        order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+        held = held.select(order[:n_eval_examples].sort().values)
+    notes = []
+    if len(train) < batch_size:
+        notes.append(
+            f"the training split has {len(train)} rows, fewer than batch_size={batch_size}: one batch an epoch"
+        )
+    if not len(held):
+        notes.append("no row is held out: there is nothing to evaluate on")
+    report = {**train.meta["report"], "num_train": len(train), "num_eval": len(held), "notes": notes}
+    return TrainEval(train, held, report)
+
+
+def _content_key(
+    datasets: Mapping[str, DatasetSettings],
+    loss: Loss,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: tuple[int, int],
+) -> str:
+    """Hash of all that the stores depend on: contents of the files (not their paths), settings, tokenizer, code."""
+    package = Path(__file__).parent / "safer_instruct"
+    code = [Path(__file__), *(package / f"{name}.py" for name in ("encoding", "examples", "loading", "prompts"))]
+    contents: dict[str, Any] = {}
+    for name, settings in datasets.items():
+        paths = {"data": settings.path, "exclude": _exclude_path(settings), "eval": settings.eval_path}
+        files = {what: data_files(Path(path)) for what, path in paths.items() if path is not None}
+        hashes = {what: [hash_files(found), *(file.suffix for file in found)] for what, found in files.items()}
+        ignored = {"path": "", "exclude": None, "eval_path": None}
+        contents[name] = [vars(replace(settings, **ignored)), hashes]  # type: ignore[arg-type]  # fields are str | None
+    record = [list(contents.items()), loss, limits, _tokenizer_fingerprint(tokenizer), hash_files(code)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    del state["truncation"], state["padding"]  # set by whoever called the tokenizer last; the encoder uses neither
+    state = [state, tokenizer.eos_token_id, tokenizer.chat_template, special_token_texts(tokenizer)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
+
+
+def _exclude_path(settings: DatasetSettings) -> str | None:
+    """The file of instructions to keep out: the one that is set, else the published test set where it lies by."""
+    if settings.exclude is not None:
+        return settings.exclude or None
+    path = Path(settings.path)
+    beside = (path if path.is_dir() else path.parent) / PUBLISHED_TEST_SET
+    return str(beside) if settings.schema == "si" and beside.is_file() and beside != path else None
+
+
+def _write_stores(
+    directory: Path,
+    key: str,
+    datasets: Mapping[str, DatasetSettings],
+    loss: Loss,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+) -> None:
+    """Fill a cache entry: train/, eval/ and rows.jsonl (what happened to which row)."""
+    segments = 3 if loss == "preference" else 2
+    reports: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(TokenStoreWriter(directory / split, key=f"{key}-{split}", num_segments=segments))
+            for split in ("train", "eval")
+        }
+        events = stack.enter_context((directory / "rows.jsonl").open("w"))
+        for name, settings in datasets.items():
+            log = RowLog(name, settings.on_bad_row, events=events)
+            reports[name] = _DatasetWriter(settings, loss, tokenizer, encoder, log, writers).write()
+        report = {"loss": loss, "datasets": reports}
+        if not writers["train"].num_rows:
+            held = f", all {writers['eval'].num_rows} usable rows are held out" if writers["eval"].num_rows else ""
+            raise UserError(f"no usable row to train on{held}; what became of the rows:\n{describe(report)}")
+        for writer in writers.values():
+            writer.finish({"report": report})
+
+
+class _DatasetWriter:
+    """Encodes one dataset into the two stores."""
+
+    def __init__(
+        self,
+        settings: DatasetSettings,
+        loss: Loss,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
+        log: RowLog,
+        writers: Mapping[str, TokenStoreWriter],
+    ) -> None:
+        self._settings, self._loss, self._tokenizer, self._encoder = settings, loss, tokenizer, encoder
+        self._log, self._writers = log, writers
+        self._pairs = loss == "preference"
+        self._special = special_token_texts(tokenizer)
+        self._exclude_file = _exclude_path(settings)
+        self._excluded = _instructions(self._exclude_file)
+        self._in_eval_file: set[int] = set()
+        self._targets = array("Q")
+
+    def write(self) -> dict[str, Any]:
+        """Encode all rows; returns the dataset's part of the report."""
+        settings, log = self._settings, self._log
+        if settings.eval_path is not None:
+            self._encode(LoadedExamples(settings, settings.eval_path, log, pairs=self._pairs), "eval")
+        self._encode(LoadedExamples(settings, settings.path, log, pairs=self._pairs), None)
+        values, counts = np.unique(np.frombuffer(self._targets, np.uint64), return_counts=True)
+        return {
+            "read": log.read,
+            "train": log.counts.pop("train", 0),
+            "eval": log.counts.pop("eval", 0),
+            "dropped": dict(log.dropped),
+            "noted": dict(log.counts),
+            "excluded_by": None if self._exclude_file is None else Path(self._exclude_file).name,
+            "different_targets": len(values),
+            "most_common_target": int(counts.max(initial=0)),
+            "ids": log.ids,
+        }
+
+    def _encode(self, loaded: LoadedExamples, split: str | None) -> None:
+        """Encode a file's rows in batches; `split` None: by hash of the instruction, up to max_rows."""
+        limit = self._settings.max_rows if split is None else None
+        examples = iter(self._usable(loaded, split))
+        left = math.inf if limit is None else limit
+        with tqdm(desc=f"encoding {self._log.name}", unit=" rows", disable=None) as bar:
+            while chunk := list(islice(examples, int(min(left, ROWS_AT_ONCE)))):
+                texts = [self._texts(example) for example in chunk]
+                encoded = self._encoder.encode([prompt for prompt, _ in texts], [targets for _, targets in texts])
+                for example, (_, targets), row in zip(chunk, texts, encoded, strict=True):
+                    if isinstance(row, str):
+                        self._drop(row, example)
+                        continue
+                    self._append(example, row, split or self._split(example))
+                    self._targets.append(xxhash.xxh3_64_intdigest(targets[0].encode()))
+                    left -= 1
+                bar.update(len(chunk))
+
+    def _usable(self, loaded: Iterable[Example], split: str | None) -> Iterator[Example]:
+        for example in loaded:
+            instruction = _instruction_hash(str(example.instruction), example.input)
+            texts = (example.instruction, example.input, example.chosen, example.rejected if self._pairs else None)
+            if instruction in self._excluded:
+                self._drop("excluded", example)
+            elif split is None and instruction in self._in_eval_file:
+                self._drop("in_eval_file", example)
+            elif any(token in text for text in texts if text for token in self._special):
+                self._drop("special_token", example)
+            else:
+                if split is not None:
+                    self._in_eval_file.add(instruction)
+                yield example
+
+    def _drop(self, reason: str, example: Example) -> None:
+        self._log.drop(reason, example.id, str(example.provenance["where"]))
+
+    def _texts(self, example: Example) -> tuple[Prompt, tuple[str, ...]]:
+        """The prompt and what follows it: the one target, or chosen and rejected."""
+        instruction, chosen, template = str(example.instruction), str(example.chosen), self._settings.template
+        if self._loss == "reverse":
+            return render_reversed(chosen), (reversed_target(instruction, example.input),)
+        lead = response_lead(template)
+        prompt = render_prompt(template, instruction, example.input, self._tokenizer)
+        responses = (chosen,) if self._loss == "likelihood" else (chosen, str(example.rejected))
+        return prompt, tuple(lead + response for response in responses)
+
+    def _split(self, example: Example) -> str:
+        if self._settings.eval_path is not None:
+            return "train"
+        return "eval" if held_out(str(example.instruction), self._settings.eval_fraction) else "train"
+
+    def _append(self, example: Example, row: EncodedRow, split: str) -> None:
+        self._writers[split].append(example.id, (row.prompt, *row.responses))
+        self._log.counts[split] += 1
+        if row.prompt_cut:
+            self._log.note("prompt_cut", example)
+        names = ("chosen_cut", "rejected_cut") if len(row.responses) == 2 else ("response_cut",)
+        for name, cut in zip(names, row.responses_cut, strict=True):
+            if cut:
+                self._log.note(name, example)
+        if row.straddled:
+            self._log.note("boundary_merge", example)
+
+
+def _instruction_hash(instruction: str, input: str) -> int:
+    return xxhash.xxh3_64_intdigest(normalise(reversed_target(instruction, input)).encode("utf-8", "surrogatepass"))
+
+
+def _instructions(path: str | None) -> set[int]:
+    """Hashes of the (normalised) instructions in a file."""
+    found: set[int] = set()
+    for where, row in read_rows(Path(path)) if path is not None else ():
+        require_columns(row, ["instruction"], where)
+        found.add(_instruction_hash(str(row["instruction"] or ""), str(row.get("input") or "")))
+    return found
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """A short table for the console: rows used, dropped by reason, cut by kind. Counts only."""
+    lines = []
+    for name, counts in report["datasets"].items():
+        lines.append(f"{name}: {counts['read']} rows read, {counts['train']} train, {counts['eval']} eval")
+        for what, numbers in (("dropped", counts["dropped"]), ("noted", counts["noted"])):
+            if numbers:
+                parts = [f"{kind.replace('_', ' ')} {number}" for kind, number in sorted(numbers.items())]
+                lines.append(f"  {what}: {', '.join(parts)}")
+        if counts["dropped"].get("excluded"):
+            lines.append(f"  excluded: instructions of {counts['excluded_by']} are not trained on")
+        used = counts["train"] + counts["eval"]
+        if counts["most_common_target"] > 0.1 * used and counts["most_common_target"] > 1:
+            share = counts["most_common_target"] / used
+            lines.append(f"  note: {share:.1%} of the rows used have one and the same target text")
+    return "\n".join([*lines, *(f"note: {note}" for note in report.get("notes", ()))])
