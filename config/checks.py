@@ -169,7 +169,7 @@ def _check_run(config: TrainConfig) -> list[str]:
             "run_dir=FOLDER puts the run elsewhere"
         )
     if config.run_dir and config.local_run_dir and config.run_dir != config.local_run_dir:
-        errors.append(f"run_dir={config.run_dir}, local_run_dir={config.local_run_dir}: two names of one thing; set one")
+        errors.append(f"run_dir={config.run_dir}, local_run_dir={config.local_run_dir}: two names of one thing, set one")
     if not config.local_dirs:
         errors.append("local_dirs=[]: name a folder for the token store and the reference cache: local_dirs=[.cache]")
     return errors
@@ -254,7 +254,7 @@ def _check_model_path(key: str, value: str) -> list[str]:
 
 def _check_expert(expert: Any) -> list[str]:
     if isinstance(expert, RulesExpertSettings):
-        return _existing_path("expert.path", expert.path)
+        return [] if find_path(expert.path).exists() else _existing_path("expert.path", expert.path)
     if isinstance(expert, LocalExpertSettings):
         return [
             *_check_model(expert.model, "expert.model"),
@@ -310,7 +310,7 @@ def _above(key: str, value: float, bound: float) -> list[str]:
 
 
 def _existing_path(key: str, value: str | None) -> list[str]:
-    if value is None or value == MISSING or find_path(value).exists():
+    if not value or value == MISSING or Path(value).exists():
         return []
     return [f"{key}={value}: there is no such file or folder{_neighbours(value)}"]
 

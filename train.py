@@ -1,0 +1,242 @@
+"""Reversed instruction tuning, supervised fine-tuning and preference training, by one command each.
+
+    python train.py loss=reverse model=llama7b datasets=[alpaca] datasets.alpaca.path=FILE exp_name=reverse
+    python train.py loss=sft model=tiny datasets.si.path=FOLDER exp_name=si_sft
+    python train.py loss=dpo model=tiny model.archive=runs/si_sft datasets.si.path=FOLDER exp_name=si_dpo
+    python train.py --help
+
+The same command typed again goes on where the run stopped. Every key: config/settings.py (TrainConfig).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from config.checks import check_train
+from config.schema import run_entrypoint
+from config.settings import GenerationSettings, PreferenceLossSettings, TrainConfig
+from preference_datasets import TrainEval, build_stores, describe
+from safer_instruct.generation import HFGenerator, Request
+from safer_instruct.models import load_causal_lm, load_tokenizer
+from safer_instruct.prompts import Prompt
+from safer_instruct.provenance import git_state, package_versions
+from trainers.batching import BatchLoader
+from trainers.cache import usable_dir
+from trainers.checkpoint import saved_checkpoints
+from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
+from trainers.parallel import Layout, launch
+from trainers.reference import attach_reference
+from trainers.run_dir import RunDir, write_durably
+from trainers.token_store import TokenStore
+from trainers.trainer import Trainer
+
+
+def main(config: TrainConfig) -> None:
+    """Trains, or with `dry_run` tokenises and reports."""
+    launch(partial(work, config=config), config)
+
+
+def work(layout: Layout, *, config: TrainConfig) -> None:
+    """What each process of a run does: data, model, reference, training."""
+    torch.manual_seed(config.seed)
+    cache_dir = usable_dir(config.local_dirs)
+    tokenizer = load_tokenizer(config.model)
+    if config.dry_run:
+        stores = load_data(config, tokenizer, cache_dir)
+        describe_run(config, stores, *build_loaders(config, stores, tokenizer, layout))
+        return
+    manifest = {
+        "command": sys.orig_argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git": git_state(),
+        "packages": package_versions(),
+    }
+    with RunDir.open(Path(config.run_dir or ""), config=asdict(config), manifest=manifest) as run:
+        stores = load_data(config, tokenizer, cache_dir)
+        write_durably(run.path / "manifest.json", json.dumps({**manifest, "data": data_keys(stores)}, indent=2) + "\n")
+        train_loader, eval_loader = build_loaders(config, stores, tokenizer, layout)
+        if is_finished(run, train_loader):
+            print(f"{run.path} is finished: {train_loader.total_examples} examples. {next_step(config, run)}")
+            return
+        print(f"run directory: {run.path}", flush=True)
+        policy = load_causal_lm(config.model)
+        objective = build_objective(config)
+        identity = {"data": stores.train.key}
+        if objective.needs_reference:
+            loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
+            identity["reference"] = attach_references(config, policy, loaders, cache_dir, layout)
+        trainer = Trainer(
+            policy=policy,
+            objective=objective,
+            train_loader=train_loader,
+            eval_loader=eval_loader,
+            settings=config,
+            layout=layout,
+            run=run,
+            sampler=build_sampler(config, stores.eval, tokenizer),
+            tokenizer=tokenizer,
+            identity=identity,
+        )
+        trainer.train()
+        print(next_step(config, run), flush=True)
+
+
+def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> TrainEval:
+    """The token stores of all datasets, for the kind of rows that the loss reads."""
+    kind = "preference" if isinstance(config.loss, PreferenceLossSettings) else "likelihood"
+    stores = build_stores(
+        config.datasets,
+        loss="reverse" if config.loss.name == "reverse" else kind,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        cache_dir=cache_dir,
+        n_eval_examples=config.n_eval_examples,
+        batch_size=config.batch_size,
+    )
+    print(describe(stores.report), file=sys.stderr, flush=True)
+    return stores
+
+
+def build_loaders(
+    config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout
+) -> tuple[BatchLoader, BatchLoader | None]:
+    """Batches for training, and for each evaluation (None: nothing is held out)."""
+    shared: dict[str, Any] = {
+        "seed": config.seed,
+        "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
+        "pad_token_id": tokenizer.pad_token_id,
+        "rank": layout.rank,
+        "world_size": layout.world_size,
+    }
+    train = BatchLoader(
+        stores.train,
+        batch_size=config.batch_size,
+        shuffle=True,
+        num_epochs=config.n_epochs,
+        num_examples=config.n_examples,
+        num_microbatches=config.gradient_accumulation_steps,
+        **shared,
+    )
+    if not len(stores.eval):
+        return train, None
+    held_out = BatchLoader(
+        stores.eval,
+        batch_size=config.eval_batch_size,
+        shuffle=False,
+        num_epochs=1,
+        num_examples=None,
+        num_microbatches=1,
+        **shared,
+    )
+    return train, held_out
+
+
+def build_objective(config: TrainConfig) -> Objective:
+    """What `loss=` names."""
+    if isinstance(config.loss, PreferenceLossSettings):
+        return PreferenceObjective(config.loss)
+    return LikelihoodObjective(config.loss)
+
+
+def attach_references(
+    config: TrainConfig, policy: PreTrainedModel, loaders: list[BatchLoader], cache_dir: Path, layout: Layout
+) -> str:
+    """Reference log-probabilities for every row that is visited; by the policy itself unless another dtype is set.
+
+    Returns the key of the reference weights: a run that goes on must have started from the same.
+    """
+    dtype = config.model.reference_dtype or config.model.policy_dtype
+    reference = policy if dtype == config.model.policy_dtype else load_causal_lm(config.model, dtype=dtype)
+    return attach_reference(reference.to(layout.device), loaders, cache_dir=cache_dir)
+
+
+def build_sampler(
+    config: TrainConfig, store: TokenStore, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[PreTrainedModel], list[dict[str, Any]]] | None:
+    """A function from the model to sampled answers on the first evaluation prompts; None: not asked for."""
+    rows = range(min(config.n_eval_model_samples, len(store)))
+    if not config.sample_during_eval or not rows:
+        return None
+    prompts = {store.ids(row): prompt_text(tokenizer, store.row(row)[0].tolist()) for row in rows}
+    longest = max(len(store.row(row)[0]) for row in rows)
+    settings = GenerationSettings(
+        max_new_tokens=config.max_new_tokens or config.max_length - longest, temperature=1.0, seed=config.seed
+    )
+
+    def sample(model: PreTrainedModel) -> list[dict[str, Any]]:
+        generator = HFGenerator(model, tokenizer, settings, max_length=longest + settings.max_new_tokens)
+        requests = [Request(id, Prompt("", prompt, "")) for id, prompt in prompts.items()]
+        outputs = {one.id: one.text for one in generator.generate(requests)}
+        return [{"id": id, "prompt": prompt, "output": outputs[id]} for id, prompt in prompts.items()]
+
+    return sample
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """The text of a stored prompt, without the BOS that the tokenizer will put before it again."""
+    start = 1 if tokens[:1] == [tokenizer.bos_token_id] else 0
+    return tokenizer.decode(tokens[start:], clean_up_tokenization_spaces=False)
+
+
+def data_keys(stores: TrainEval) -> dict[str, Any]:
+    """The content hashes and sizes of the stores, for the manifest."""
+    return {
+        "train": {"key": stores.train.key, "rows": len(stores.train)},
+        "eval": {"key": stores.eval.key, "rows": len(stores.eval)},
+    }
+
+
+def is_finished(run: RunDir, loader: BatchLoader) -> bool:
+    """Whether the newest checkpoint is the last one of this very run: all examples of this data, evaluated."""
+    newest = saved_checkpoints(run.path)[-1:]
+    if not newest:
+        return False
+    progress = json.loads((newest[0] / "state" / "progress.json").read_text(encoding="utf-8"))
+    at_end = progress["examples"] >= loader.total_examples and progress["evaluated_at"] == progress["examples"]
+    return at_end and progress["identity"].get("data") == loader.store.key
+
+
+def describe_run(
+    config: TrainConfig, stores: TrainEval, train_loader: BatchLoader, eval_loader: BatchLoader | None
+) -> None:
+    """What `dry_run=true` prints: rows, steps, tokens and padding of the run that the command would be."""
+    tokens = positions = microbatches = 0
+    for batch in train_loader.batches():
+        microbatches += len(batch.microbatches)
+        tokens += sum(int(one["attention_mask"].sum()) for one in batch.microbatches)
+        positions += sum(one["attention_mask"].numel() for one in batch.microbatches)
+    evaluated = eval_loader.total_examples if eval_loader else 0
+    print(
+        f"{config.exp_name}: {len(stores.train)} training rows, {train_loader.total_examples} examples in "
+        f"{train_loader.steps} steps of {config.batch_size}, {microbatches} micro-batches\n"
+        f"tokens: {tokens} in {positions} positions ({1 - tokens / max(positions, 1):.1%} padding)\n"
+        f"evaluation: {evaluated} of {len(stores.eval)} rows, at the start, every {config.eval_every} examples, at the "
+        f"end\nnothing was trained (dry_run=true); the run would live in {config.run_dir}"
+    )
+
+
+def next_step(config: TrainConfig, run: RunDir) -> str:
+    """Where the weights are, and the command that the method goes on with."""
+    commands = {
+        "reverse": f"python induce.py model.name_or_path={run.path} corpus.path=FILE expert=rules output=FOLDER",
+        "sft": f"python train.py loss=dpo model.name_or_path={config.model.name_or_path} model.archive={run.path} "
+        "model=blank_model datasets=[si] datasets.si.path=FOLDER exp_name=NAME",
+    }
+    evaluate = f"python evaluate.py models.{config.loss.name}.path={run.path} prompts=[...] expert=... output=FOLDER"
+    where = f"weights: {run.latest / 'model'}" if run.latest.exists() else "no checkpoint was written (debug=true)"
+    return f"{where}\nnext: {commands.get(config.loss.name, evaluate)}"
+
+
+if __name__ == "__main__":
+    run_entrypoint("config", TrainConfig, check_train, main)
