@@ -142,24 +142,15 @@ class Trainer:
         """
         started = time.monotonic()
         self.policy.train()
-        num_units = self._count_units(batch.microbatches)
-        num_tokens = torch.tensor(sum(int(micro["attention_mask"].sum()) for micro in batch.microbatches))
-        outputs = []
-        for microbatch in batch.microbatches:
-            output = self.objective(self.policy, microbatch.to(self.layout.device))
-            if self.progress.examples == 0:
-                self.objective.check_first_batch(output, microbatch["input_ids"].shape[-1], self.policy.dtype)
-            (output.loss_sum / num_units).backward()
-            outputs.append(LossOutput(output.loss_sum.detach(), output.metrics))
+        outputs, loss_sum, num_units = self.accumulate_gradients(batch)
         grad_norm = clip_grad_norm(self.policy.parameters(), self.settings.max_grad_norm)
-        loss_sum = torch.stack([output.loss_sum for output in outputs]).sum()
         # The one wait for the device in a step: whether to take it is a decision of the host.
         if bool(torch.isfinite(grad_norm) & torch.isfinite(loss_sum)):
             lr = learning_rate(self.progress.updates, self.train_loader.steps, self.settings)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            self._add_metrics(self.train_metrics, "train", outputs, loss_sum, num_units)
+            self.add_metrics(self.train_metrics, "train", outputs, loss_sum, num_units)
             self.train_metrics.add("grad_norm", grad_norm, 1.0)
             self.train_metrics.add("learning_rate", torch.tensor(lr), 1.0)
         else:
@@ -167,19 +158,39 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.examples += batch.num_examples
         self.progress.updates += 1
-        seconds = torch.tensor(time.monotonic() - started + wait_seconds)
+        num_tokens = torch.stack([microbatch["attention_mask"].sum() for microbatch in batch.microbatches]).sum()
+        seconds = time.monotonic() - started + wait_seconds
         self.train_metrics.add("examples_per_second", torch.tensor(batch.num_examples), seconds)
         self.train_metrics.add("tokens_per_second", num_tokens, seconds)
         self.train_metrics.add("data_wait_seconds", torch.tensor(wait_seconds), 1.0)
+
+    def accumulate_gradients(self, batch: GlobalBatch) -> tuple[list[LossOutput], Tensor, float]:
+        """Adds the gradient of the global batch's mean loss to the policy's.
+
+        Returns:
+            what the objective said of each micro-batch (detached), the sum of losses (scalar), and the number of units
+            of the whole global batch.
+        """
+        num_units = self._count_units(batch.microbatches)
+        outputs = []
+        for microbatch in batch.microbatches:
+            output = self.objective(self.policy, microbatch.to(self.layout.device))
+            if batch.start_examples == 0:
+                self.objective.check_first_batch(output, microbatch["input_ids"].shape[-1], self.policy.dtype)
+            (output.loss_sum / num_units).backward()
+            outputs.append(LossOutput(output.loss_sum.detach(), output.metrics))
+        return outputs, torch.stack([output.loss_sum for output in outputs]).sum(), num_units
 
     def _count_units(self, microbatches: list[TensorDict]) -> float:
         """Units of the global batch, over all processes; counted on the host, before any backward pass."""
         local = torch.stack([self.objective.num_units(microbatch) for microbatch in microbatches]).sum()
         return sum_over_processes(local.double()).item()
 
-    def _add_metrics(
-        self, sums: MetricSums, split: str, outputs: list[LossOutput], loss_sum: Tensor, num_units: float
+    @staticmethod
+    def add_metrics(
+        sums: MetricSums, split: str, outputs: list[LossOutput], loss_sum: Tensor, num_units: float
     ) -> None:
+        """Adds the loss by its units, and every other metric by its examples."""
         sums.add(f"loss/{split}", loss_sum, num_units)
         for output in outputs:
             for name, values in output.metrics.items():
@@ -189,8 +200,8 @@ class Trainer:
         self, batch: GlobalBatch, outputs: list[LossOutput], loss_sum: Tensor, grad_norm: Tensor
     ) -> None:
         """Skips a step that is not finite, or stops the run before it."""
-        self.progress.skipped += 1
         if self.settings.on_non_finite == "skip":
+            self.progress.skipped += 1
             return
         rows = []
         for microbatch, output in zip(batch.microbatches, outputs, strict=True):
@@ -199,7 +210,6 @@ class Trainer:
         culprits = rows or batch.rows.tolist()
         shown = ", ".join(f"{self.train_loader.store.ids(row)} (row {row})" for row in culprits[:8])
         more = f" and {len(culprits) - 8} more" if len(culprits) > 8 else ""
-        self.progress.skipped -= 1
         self.optimizer.zero_grad(set_to_none=True)
         self.save()
         raise UserError(
@@ -245,7 +255,7 @@ class Trainer:
             num_units = self._count_units(batch.microbatches)
             outputs = [self.objective(self.policy, micro.to(self.layout.device)) for micro in batch.microbatches]
             loss_sum = torch.stack([output.loss_sum for output in outputs]).sum()
-            self._add_metrics(sums, "eval", outputs, loss_sum, num_units)
+            self.add_metrics(sums, "eval", outputs, loss_sum, num_units)
         return sums.means()
 
     def save(self) -> None:

@@ -1,0 +1,95 @@
+"""The loss of a global batch, its gradient and its metrics do not depend on how the batch is cut or ordered."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from config.settings import LikelihoodLossSettings, PreferenceLossSettings
+from tests.tiny_models import tiny_model
+from tests.tiny_runs import random_store, tiny_settings
+from trainers.batching import BatchLoader
+from trainers.metrics import MetricSums
+from trainers.objectives import LikelihoodObjective, PreferenceObjective
+from trainers.parallel import launch
+from trainers.reference import attach_reference
+from trainers.trainer import Trainer
+
+ROWS = 9
+LOSSES = {
+    "dpo": PreferenceLossSettings(name="dpo", beta=0.5, nll_weight=0.3),
+    "ipo": PreferenceLossSettings(name="ipo", average_logps=True),
+    "sft": LikelihoodLossSettings(name="sft", reduction="sequence_sum"),
+    "reverse": LikelihoodLossSettings(name="reverse", reduction="token_mean"),
+}
+
+
+def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=False):
+    """Gradient (flat) and metrics of one global batch of all rows, cut and ordered as told."""
+    is_preference = isinstance(loss, PreferenceLossSettings)
+    store = random_store(folder, num_rows=ROWS, segments=3 if is_preference else 2, seed=5)
+    if reverse_rows:
+        store = store.select(torch.arange(ROWS).flip(0))
+    loader = BatchLoader(
+        store, batch_size=ROWS, seed=seed, shuffle=True, num_epochs=1, num_examples=None,
+        num_microbatches=num_microbatches, max_tokens_per_microbatch=max_tokens, pad_token_id=0,
+    )  # fmt: skip
+    result = {}
+
+    def worker(layout):
+        model = tiny_model()
+        objective = PreferenceObjective(loss) if is_preference else LikelihoodObjective(loss)
+        if is_preference:  # another model's, so that there is something to prefer
+            attach_reference(tiny_model(seed=1), [loader], cache_dir=folder / "cache")
+        # The step's own method on a bare trainer: what is tested is its sum over micro-batches.
+        trainer = Trainer.__new__(Trainer)
+        trainer.objective, trainer.policy, trainer.layout = objective, model, layout
+        (batch,) = loader.batches()
+        batch = replace(batch, start_examples=ROWS)  # not the first one, whose loss is known
+        outputs, loss_sum, num_units = trainer.accumulate_gradients(batch)
+        sums = MetricSums()
+        trainer.add_metrics(sums, "train", outputs, loss_sum, num_units)
+        result["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        result["metrics"] = sums.means()
+        result["sizes"] = [len(microbatch) for microbatch in batch.microbatches]
+
+    launch(worker, tiny_settings())
+    return result
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_micro_batches_and_order_change_nothing(tmp_path, loss):
+    whole = step(tmp_path, loss, seed=0, num_microbatches=1)
+    assert whole["sizes"] == [ROWS]
+    cuts = {
+        "one by one": {"seed": 0, "num_microbatches": ROWS},
+        "three": {"seed": 0, "num_microbatches": 3},
+        "four, uneven": {"seed": 0, "num_microbatches": 4},
+        "by tokens": {"seed": 0, "num_microbatches": 1, "max_tokens": 40},
+        "another order": {"seed": 3, "num_microbatches": 3},
+        "rows reversed": {"seed": 0, "num_microbatches": 2, "reverse_rows": True},
+    }
+    for name, cut in cuts.items():
+        other = step(tmp_path, loss, **cut)
+        assert other["sizes"] != [ROWS], name
+        difference = (other["gradient"] - whole["gradient"]).norm() / whole["gradient"].norm()
+        assert difference < 1e-6, (name, difference)
+        assert other["metrics"].keys() == whole["metrics"].keys()
+        for metric, value in whole["metrics"].items():
+            assert other["metrics"][metric] == pytest.approx(value, rel=1e-6, abs=1e-6), (name, metric)
+
+
+def test_a_mean_of_means_would_fail_this(tmp_path):
+    """The negative control: averaging micro-batch means, as most trainers do, is another gradient."""
+    loss = LOSSES["reverse"]
+    whole = step(tmp_path, loss, seed=0, num_microbatches=1)
+    loader = BatchLoader(
+        random_store(tmp_path, num_rows=ROWS, segments=2, seed=5), batch_size=ROWS, seed=0, shuffle=True,
+        num_epochs=1, num_examples=None, num_microbatches=4, max_tokens_per_microbatch=None, pad_token_id=0,
+    )  # fmt: skip
+    model, objective = tiny_model(), LikelihoodObjective(loss)
+    (batch,) = loader.batches()
+    for microbatch in batch.microbatches:
+        (objective(model, microbatch).loss_sum / objective.num_units(microbatch) / 4).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (gradient - whole["gradient"]).norm() / whole["gradient"].norm() > 1e-2
