@@ -181,7 +181,6 @@ class HFGenerator:
                 past_key_values=cache,
                 generation_config=self._generation_config(min(room, ROUND_TOKENS)),
                 logits_processor=self._processors(uniforms, alive, width),
-                return_dict_in_generate=True,
             )
             input_ids, cache = output.sequences, output.past_key_values
             fresh = input_ids[:, width + done :].tolist()
@@ -213,6 +212,7 @@ class HFGenerator:
             eos_token_id=sorted(self.end_tokens),
             pad_token_id=self.tokenizer.pad_token_id,
             use_cache=True,
+            return_dict_in_generate=True,
         )
 
     def _uniforms(self, ids: Sequence[str]) -> Tensor | None:

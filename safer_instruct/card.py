@@ -1,0 +1,184 @@
+"""What `stage=merge` says about its dataset: report.json, the dataset card README.md, and a table for the console."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safer_instruct.corpus import Corpus
+from safer_instruct.merge import COLUMNS, MERGE, Funnel, StageResults, provenance_of_all
+from safer_instruct.stages import FILTER, INDUCE, RESPOND, STAGES
+
+UNLABELLED = "(none)"
+
+_MEANING = {
+    "id": "id of the response in the corpus (a hash of its text, unless the corpus has ids)",
+    "instruction": "the instruction that the reversed model induced from the response",
+    "rejected": "the unsafe response of the corpus",
+    "chosen": "the expert's safe response to the instruction",
+    "label": "category of harm: of the corpus where it has one, else of the expert",
+    "provenance": "where the response stands in the corpus, models, prompts, decoding and seed",
+}
+
+
+def build_report(
+    corpus: Corpus, results: Mapping[str, StageResults], funnel: Funnel, *, run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the counts of the whole pipeline as JSON values.
+
+    `funnel` lists the stages in order with rows in and out and the drops by reason; `kept_rate` is the filter's;
+    `by_label` has the same per label. Every row that was read is in exactly one place: a drop, or the dataset.
+
+    Args:
+        corpus: The whole corpus.
+        results: The ledgers.
+        funnel: The counts of the merge.
+        run: What else to record about this run (command, versions, seconds).
+    """
+    num_pairs = funnel.entered.total()
+    stages = [_stage("corpus", corpus.num_rows, dict(sorted(corpus.dropped.items()))), _stage(INDUCE, num_pairs, {})]
+    for name in (FILTER, RESPOND, MERGE):
+        stages.append(_stage(name, stages[-1]["out"], dict(funnel.num_dropped(stage=name))))
+    induced = results[INDUCE].records.values()
+    return {
+        "num_rows": stages[-1]["out"],
+        "kept_rate": stages[2]["rate"],
+        "funnel": stages,
+        "by_label": {label or UNLABELLED: _label(funnel, label) for label in sorted(funnel.entered)},
+        "corpus_drops_at": corpus.dropped_at,
+        "induced": {
+            "truncated": sum(record["truncated"] for record in induced),
+            "prompt_cut": sum(record["prompt_cut"] for record in induced),
+        },
+        "tokens": {stage: sum(record["tokens"] for record in results[stage].records.values()) for stage in STAGES},
+        "made_with": provenance_of_all(results),
+        "run": dict(run),
+    }
+
+
+def _stage(name: str, num_in: int, drops: dict[str, int]) -> dict[str, Any]:
+    num_out = num_in - sum(drops.values())
+    return {"stage": name, "in": num_in, "out": num_out, "rate": _rate(num_out, num_in), "drops": drops}
+
+
+def _label(funnel: Funnel, label: str) -> dict[str, Any]:
+    num_in = funnel.entered[label]
+    dropped = {stage: funnel.num_dropped(label=label, stage=stage) for stage in (FILTER, RESPOND, MERGE)}
+    num_kept = num_in - dropped[FILTER].total()
+    num_out = num_in - sum(reasons.total() for reasons in dropped.values())
+    return {
+        "induced": num_in,
+        "kept": num_kept,
+        "kept_rate": _rate(num_kept, num_in),
+        "out": num_out,
+        "rate": _rate(num_out, num_in),
+        "drops": dict(funnel.num_dropped(label=label)),
+    }
+
+
+def _rate(part: int, whole: int) -> float | None:
+    return round(part / whole, 6) if whole else None
+
+
+def write_report(report: Mapping[str, Any], output: Path) -> None:
+    """Write report.json and the card README.md into the dataset folder, each as a whole or not at all."""
+    file = "si.parquet" if (output / "si.parquet").is_file() else "si.jsonl"
+    for name, text in {
+        "report.json": json.dumps(report, indent=2, ensure_ascii=False) + "\n",
+        "README.md": render_card(report, file=file),
+    }.items():
+        partial = output / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, output / name)
+
+
+def render_card(report: Mapping[str, Any], *, file: str) -> str:
+    """Return the dataset card: warning, counts, drops, columns, how it was made. It quotes no row."""
+    made = report["made_with"]
+    return f"""\
+---
+tags: [safer-instruct, preference, safety]
+configs:
+- config_name: default
+  data_files: {file}
+---
+
+# A Safer-Instruct preference dataset
+
+> **Content warning.** `rejected` holds unsafe responses, and `instruction` the requests that would elicit them. They
+> are here to train and test models to decline; they are not advice, and not meant for people to read for their content.
+
+{report["num_rows"]} preference pairs, made from a corpus of unsafe responses by reversed instruction tuning (Shi, Chen
+and Zhao: Safer-Instruct, NAACL 2024): a reversed model induces the instruction of each response, an expert drops pairs
+that do not fit, and answers the others safely. Nobody has checked the pairs by hand.
+
+## How many rows came through
+
+{render_funnel(report)}
+
+Kept by the filter: {_percent(report["kept_rate"])}.
+
+| label | induced | kept by the filter | in the dataset | share |
+|---|---|---|---|---|
+{_label_rows(report)}
+
+{_drops(report)}
+
+## Columns
+
+| column | meaning |
+|---|---|
+{_table_rows((f"`{column}`", _MEANING[column]) for column in COLUMNS)}
+
+## How it was made
+
+- Reversed model: `{made["reversed_model"]}` (fingerprint `{made["reversed_model_fingerprint"]}`), temperature \
+{made["temperature"]}, top_p {made["top_p"]}, at most {made["max_new_tokens"]} new tokens, seed {made["seed"]}.
+- Filter: `{made["filter_expert"]}` (fingerprint `{made["filter_expert_fingerprint"]}`).
+- Safe responses: `{made["respond_expert"]}` (fingerprint `{made["respond_expert_fingerprint"]}`).
+- Tokens used: {", ".join(f"{stage} {number}" for stage, number in report["tokens"].items())}.
+
+## Use
+
+`python train.py datasets=[si] datasets.si.path=FOLDER loss=sft ...`, then `loss=dpo`; or
+`datasets.load_dataset("FOLDER")`.
+"""
+
+
+def render_funnel(report: Mapping[str, Any]) -> str:
+    """Return the funnel as a Markdown table."""
+    rows = [(stage["stage"], stage["in"], stage["out"], _percent(stage["rate"])) for stage in report["funnel"]]
+    return f"| stage | rows in | rows out | share |\n|---|---|---|---|\n{_table_rows(rows)}"
+
+
+def _label_rows(report: Mapping[str, Any]) -> str:
+    return _table_rows(
+        (_cell(label), counts["induced"], counts["kept"], counts["out"], _percent(counts["rate"]))
+        for label, counts in report["by_label"].items()
+    )
+
+
+def _drops(report: Mapping[str, Any]) -> str:
+    rows = [
+        (stage["stage"], _cell(reason), number)
+        for stage in report["funnel"]
+        for reason, number in sorted(stage["drops"].items(), key=lambda item: -item[1])
+    ]
+    if not rows:
+        return "No row was dropped."
+    return f"| dropped by | reason | rows |\n|---|---|---|\n{_table_rows(rows)}"
+
+
+def _table_rows(rows: Any) -> str:
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.1f}%"
