@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.errors import UserError
+from safer_instruct.examples import held_out, in_shard, read_rows, require_columns, text_id
+
+ROWS = [{"instruction": f'line one\nline {i}, "quoted"', "chosen": f"caf\u00e9 {i}\u2028"} for i in range(5)]
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_alpaca.json"
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """The rows in the format that the file's name says."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=2))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet", "arrow"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    assert [row for _, row in read_rows(write(tmp_path / f"a.{suffix}", ROWS))] == ROWS
+
+
+def test_where_is_the_line_that_the_row_starts_on(tmp_path: Path) -> None:
+    csv_file, json_file = write(tmp_path / "a.csv", ROWS), write(tmp_path / "b.json", ROWS)
+    assert [where for where, _ in read_rows(csv_file)][:3] == [f"{csv_file}:2", f"{csv_file}:4", f"{csv_file}:6"]
+    lines = json_file.read_text().split("\n")
+    for where, _ in read_rows(json_file):
+        assert lines[int(where.rpartition(":")[2]) - 1].strip() == "{"
+
+
+def test_a_json_list_longer_than_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"x": "y" * (i % 40), "n": [i, {"z": i}]} for i in range(300)]
+    file = write(tmp_path / "a.json", rows)
+    for size in (1, 7, 64):
+        monkeypatch.setattr("safer_instruct.examples.JSON_CHUNK_CHARACTERS", size)
+        assert [row for _, row in read_rows(file)] == rows
+
+
+def test_folders(tmp_path: Path) -> None:
+    for name in ("nsfw.csv", "hate.csv", "test_set.csv"):
+        write(tmp_path / name, [{"name": name}])
+    (tmp_path / "README.md").write_text("no data")
+    assert [row["name"] for _, row in read_rows(tmp_path)] == ["hate.csv", "nsfw.csv"]
+    made = tmp_path / "induced"
+    (made / "ledger").mkdir(parents=True)
+    write(made / "si.jsonl", ROWS)
+    write(made / "ledger" / "induce-0.jsonl", [{"no": "data"}])
+    write(made / "report.json", [{"no": "data"}])
+    assert [row for _, row in read_rows(made)] == ROWS
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert [row for _, row in read_rows(tmp_path / "saved")] == ROWS
+    datasets.DatasetDict({"b": datasets.Dataset.from_list(ROWS[:2])}).save_to_disk(tmp_path / "splits")
+    assert [row for _, row in read_rows(tmp_path / "splits")] == ROWS[:2]
+
+
+SECRET = "private text"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "a.csv: the file is empty"),
+        ("a.csv", b"instruction,chosen\n", "a.csv: the file is empty"),
+        ("a.json", b"[]", "a.json: the file is empty"),
+        ("a.jsonl", b"\n\n", "a.jsonl: the file is empty"),
+        ("a.jsonl", b'{"a": "private text"}\n{"a": "private text\n', "a.jsonl:2: broken JSON"),
+        ("a.jsonl", b'{"a": 1}\n["private text"]\n', "a.jsonl:2: a row must be a JSON object .* not a list"),
+        ("a.json", b'[\n{"a": 1},\n{"a": "private text" "b"}\n]', "a.json:3: broken JSON"),
+        ("a.json", b'[\n{"a": "private text"}\n', "a.json:3: broken JSON"),
+        ("a.csv", b'a,b\n1,2\n"private text,3\n4,5\n', "a.csv:3: broken CSV quoting"),
+        ("a.csv", b'a,b\n"private text"x,3\n', "a.csv:2: broken CSV quoting"),
+        ("a.csv", b"a,b\n1,2\n1,private text,3\n", "a.csv:3: 3 fields where the header has 2"),
+        ("a.csv", b"a,b\n1,2\nprivate text\xff,3\n", "a.csv:3: bytes that are not UTF-8"),
+        ("a.jsonl", b'{"a": 1}\n' * 9000 + b'{"a": "private text\xe9"}', "a.jsonl:9001: bytes that are not UTF-8"),
+        ("a.parquet", b"private text", "a.parquet: not a readable parquet file"),
+        ("a.txt", b"private text", "a data file ends in one of"),
+    ],
+)
+def test_bad_files_say_where_and_never_what(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(read_rows(tmp_path / name))
+    assert SECRET not in str(caught.value)
+
+
+def test_missing_paths_are_reported_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file or folder"):
+        read_rows(tmp_path / "nothing.csv")
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(UserError, match=r"no data file .* it holds notes\.md"):
+        read_rows(tmp_path)
+
+
+def test_a_utf8_signature_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfa,b\n1,2\n")
+    assert [row for _, row in read_rows(tmp_path / "a.csv")] == [{"a": "1", "b": "2"}]
+
+
+def test_require_columns_lists_what_it_found() -> None:
+    require_columns(["a", "b"], ["a"], "f.csv")
+    with pytest.raises(UserError, match=r"f\.csv: missing column chosen; the columns found are: instruction, safe"):
+        require_columns(["instruction", "safe"], ["instruction", "chosen"], "f.csv")
+
+
+@given(st.lists(st.text(st.characters(codec=None)), min_size=1, max_size=3))
+def test_text_id_tells_texts_and_their_borders_apart(texts: list[str]) -> None:
+    id = text_id(*texts)
+    assert len(id) == 16
+    assert int(id, 16) >= 0
+    assert id == text_id(*texts)
+    assert id != text_id(*texts, "")
+    assert text_id("ab", "c") != text_id("a", "bc")
+
+
+@given(st.text(), st.integers(1, 9))
+def test_every_id_is_in_exactly_one_shard(id: str, count: int) -> None:
+    assert sum(in_shard(id, index, count) for index in range(count)) == 1
+
+
+def test_shards_are_about_equal_and_checked() -> None:
+    sizes = [sum(in_shard(text_id(str(i)), index, 4) for i in range(2000)) for index in range(4)]
+    assert min(sizes) > 400
+    with pytest.raises(ValueError, match=r"0\.\.3"):
+        in_shard("a", 4, 4)
+
+
+def test_the_split_is_by_instruction_nested_and_close_to_the_fraction() -> None:
+    texts = [f"Question {i}?" for i in range(4000)]
+    small, large = ({t for t in texts if held_out(t, fraction)} for fraction in (0.05, 0.2))
+    assert small < large
+    assert 0.04 < len(small) / len(texts) < 0.06
+    assert all(held_out(f"  {t.upper()}\n", 0.05) for t in small)
+    assert not any(held_out(t, 0.0) for t in texts)
+    assert all(held_out(t, 1.0) for t in texts)
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="../shared/data/gsm8k_alpaca.json is not here")
+def test_gsm8k_reads_as_json_does() -> None:
+    assert [row for _, row in read_rows(GSM8K)] == json.loads(GSM8K.read_text())
