@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config.checks import check_train
 from config.schema import run_entrypoint
 from config.settings import GenerationSettings, PreferenceLossSettings, TrainConfig
-from preference_datasets import TrainEval, build_stores, describe
+from preference_datasets import Loss, TrainEval, build_stores, describe
 from safer_instruct.generation import HFGenerator, Request
 from safer_instruct.models import load_causal_lm, load_tokenizer
 from safer_instruct.prompts import Prompt
@@ -93,10 +93,12 @@ def work(layout: Layout, *, config: TrainConfig) -> None:
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> TrainEval:
     """The token stores of all datasets, for the kind of rows that the loss reads."""
-    kind = "preference" if isinstance(config.loss, PreferenceLossSettings) else "likelihood"
+    kind: Loss = "reverse" if config.loss.name == "reverse" else "likelihood"
+    if isinstance(config.loss, PreferenceLossSettings):
+        kind = "preference"
     stores = build_stores(
         config.datasets,
-        loss="reverse" if config.loss.name == "reverse" else kind,
+        loss=kind,
         tokenizer=tokenizer,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
@@ -158,7 +160,8 @@ def attach_references(
     """
     dtype = config.model.reference_dtype or config.model.policy_dtype
     reference = policy if dtype == config.model.policy_dtype else load_causal_lm(config.model, dtype=dtype)
-    return attach_reference(reference.to(layout.device), loaders, cache_dir=cache_dir)
+    reference.to(layout.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
+    return attach_reference(reference, loaders, cache_dir=cache_dir)
 
 
 def build_sampler(
@@ -186,7 +189,7 @@ def build_sampler(
 def prompt_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     """The text of a stored prompt, without the BOS that the tokenizer will put before it again."""
     start = 1 if tokens[:1] == [tokenizer.bos_token_id] else 0
-    return tokenizer.decode(tokens[start:], clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(tokens[start:], clean_up_tokenization_spaces=False))
 
 
 def data_keys(stores: TrainEval) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Settings, their checks, and the way from a command line to them."""

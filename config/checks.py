@@ -33,6 +33,7 @@ from config.settings import (
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = r"auto|cpu|cuda(:\d+)?"
+UNUSABLE_OPTIMIZERS = ("Optimizer", "LBFGS", "SparseAdam")  # the base class; wants a closure; wants sparse gradients
 SCHEDULERS = ("constant", "linear", "cosine")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
@@ -43,6 +44,7 @@ EXAMPLES = {
     "path": "the file or folder to read",
     "schema": "how its rows read: si | alpaca | hh",
     "output": "the folder to write",
+    "expert": "one of rules, local, openai",
     "expert.model": "the name under which the server knows the model",
 }
 
@@ -62,8 +64,11 @@ def check_train(config: TrainConfig) -> list[str]:
 
 def check_induce(config: InduceConfig) -> list[str]:
     """All errors of an induction command."""
+    needs_model = config.stage in ("all", "induce")
+    needs_expert = config.stage in ("all", "filter", "respond")
+    unused = [key for key, needed in (("model.", needs_model), ("expert", needs_expert)) if not needed]
     errors = [
-        *missing_values(config),
+        *(line for line in missing_values(config) if not line.startswith(tuple(unused))),
         *_one_of("stage", config.stage, ("all", "induce", "filter", "respond", "merge")),
         *_one_of("format", config.format, ("jsonl", "parquet")),
         *_one_of("corpus.on_bad_row", config.corpus.on_bad_row, ("drop", "error")),
@@ -72,10 +77,9 @@ def check_induce(config: InduceConfig) -> list[str]:
         *_at_least("corpus.max_rows", config.corpus.max_rows, 1),
         *_check_device(config.device),
         *_check_generation(config.generation, "generation"),
-        *_check_expert(config.expert),
+        *(_check_model(config.model, "model") if needs_model else []),
+        *(_check_expert(config.expert) if needs_expert else []),
     ]
-    if config.stage in ("all", "induce"):
-        errors += _check_model(config.model, "model")
     index, count = config.shard.index, config.shard.count
     errors += _at_least("shard.count", count, 1)
     if index is not None and (index < 0 or (count is not None and index >= max(count, 1))):
@@ -169,7 +173,7 @@ def _check_run(config: TrainConfig) -> list[str]:
             "run_dir=FOLDER puts the run elsewhere"
         )
     if config.run_dir and config.local_run_dir and config.run_dir != config.local_run_dir:
-        errors.append(f"run_dir={config.run_dir}, local_run_dir={config.local_run_dir}: two names of one thing, set one")
+        errors.append(f"run_dir={config.run_dir}, local_run_dir={config.local_run_dir}: one thing, set one of them")
     if not config.local_dirs:
         errors.append("local_dirs=[]: name a folder for the token store and the reference cache: local_dirs=[.cache]")
     return errors
@@ -204,10 +208,10 @@ def _check_optimizer(config: TrainConfig) -> list[str]:
     errors += _at_least("warmup_steps", config.warmup_steps, 0)
     if config.warmup_ratio is not None and not 0 <= config.warmup_ratio < 1:
         errors.append(f"warmup_ratio={config.warmup_ratio}: must lie in [0, 1); 0.03 warms up over 3% of the steps")
-    known = {
+    known: dict[str, Any] = {
         name: kind
         for name, kind in vars(torch.optim).items()
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in UNUSABLE_OPTIMIZERS
     }
     if config.optimizer not in known:
         return errors + _one_of("optimizer", config.optimizer, sorted(known))

@@ -120,7 +120,7 @@ def all_keys(config: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
     if not isinstance(config, DictConfig):
         return keys
-    for key in config:
+    for key in map(str, config):
         name = f"{prefix}{key}"
         keys.append(name)
         if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
@@ -214,6 +214,7 @@ def _fill_mandatory_groups(config_name: str, base: list[str], checked: CheckedOv
         options = group_options(group)
         if group not in checked.bad_keys:
             checked.errors.append(f"{group} is not set: write {group}=CHOICE. Choices: {', '.join(options)}")
+        checked.bad_keys.add(group)
         added[group] = f"{group}={options[0]}"
         base.append(added[group])
     return added
@@ -308,8 +309,14 @@ def _expected_type(config: DictConfig, key: str) -> str:
     kind = OmegaConf.get_type(parent)
     leaf = key.rpartition(".")[2]
     hint = typing.get_type_hints(kind).get(leaf) if is_dataclass(kind) else None
-    kinds = [kind for kind in typing.get_args(hint) if isinstance(kind, type)] or [hint]
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    kinds: list[Any] = [kind for kind in typing.get_args(hint) if isinstance(kind, type)] or [hint]
+    words: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     if is_dataclass(kinds[0]):
         return f"is a group of keys; set one of them: {', '.join(f'{key}.{name}' for name in parent[leaf])}"
     if isinstance(OmegaConf.select(config, key, throw_on_missing=False), ListConfig):

@@ -176,7 +176,8 @@ def _check_point(
     except (HydraException, OmegaConfBaseException) as error:
         return [] if bad_keys else [" ".join(str(error).split())]
     # A refused override left its default behind: what `check` says about that key is no news to the user.
-    named = re.compile(r"\b(" + "|".join(re.escape(key) for key in bad_keys) + r")\b") if bad_keys else None
+    keys = "|".join(re.escape(key) for key in bad_keys)
+    named = re.compile(rf"(^|[ (])({keys})([.=]| is not set)") if bad_keys else None
     return [error for error in check(config) if named is None or not named.search(error)]
 
 
@@ -193,7 +194,7 @@ def _sweep_point(swept_keys: list[str]) -> str:
     return name
 
 
-def _place(config: ConfigT, sweep_point: str) -> ConfigT:
+def _place(config: Any, sweep_point: str) -> Any:
     """Fills in the run dir of `train.py`; points of a sweep get a folder each, below the one that was named."""
     if isinstance(config, TrainConfig):
         run_dir = config.run_dir or config.local_run_dir or str(Path("runs") / config.exp_name)

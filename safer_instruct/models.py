@@ -70,7 +70,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if len(tokenizer) > vocabulary:
         raise UserError(
             f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model {settings.name_or_path} has "
-            f"embeddings for {vocabulary}: they do not belong together. Set model.tokenizer_name_or_path to the model's own."
+            f"embeddings for {vocabulary}: they do not belong together. model.tokenizer_name_or_path must be its own."
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no EOS token (eos_token), which must end every response.")
@@ -119,9 +119,10 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
                 check_weight_files(folder)
             if archive is not None:
                 _check_same_architecture(config, archive, settings.name_or_path)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=settings.trust_remote_code, **options
             )
+            model, info = loaded
     _check_loading_info(info, archive or source, settings.name_or_path)
     if isinstance(source, Path) and (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
@@ -327,7 +328,7 @@ def _read_policy_pt(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: damaged, or not a PyTorch file ({_first_line(error)}). Copy it again.") from error
     state = content.get("state", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: expected a dictionary with the entry `state` (name -> tensor), as the DPO repo saves.")
+        raise UserError(f"{path}: expected a dictionary with an entry `state` (name -> tensor), as the DPO repo saves.")
     return state
 
 
@@ -342,7 +343,7 @@ def _readable_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"{name}: refused. A pickled weight file in it is damaged or holds more than tensors.") from error
+        raise UserError(f"{name}: refused, a pickled weight file is damaged or holds more than tensors.") from error
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError, KeyError) as error:
         raise UserError(f"{name}: the model cannot be loaded: {_first_line(error)}") from error
     finally:
