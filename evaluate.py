@@ -10,26 +10,30 @@ that was stopped. The text of models and prompts goes into samples.jsonl and beh
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
 from tqdm import tqdm
 
 from config.checks import check_evaluate
 from config.errors import UserError
+from config.overrides import nearest
 from config.schema import run_entrypoint
-from config.settings import EvaluateConfig
+from config.settings import EvaluateConfig, EvaluatedModelSettings, PromptSetSettings
 from safer_instruct.answers import Answer, Respondent, check_model, generate_answers, judge_answers, prompt_key
 from safer_instruct.curves import Points, plot_runs, read_curves
 from safer_instruct.experts import build_expert
@@ -41,10 +45,7 @@ from safer_instruct.report import (
     HEADLINE,
     build_report,
     describe_prompts,
-    funnel,
     rate_text,
-    read_json_object,
-    read_stages,
     render_markdown,
     sample_row,
     shown_metrics,
@@ -52,12 +53,14 @@ from safer_instruct.report import (
     write_json,
     write_samples,
 )
+from safer_instruct.report_inputs import read_induction_report, read_stages
 
 if TYPE_CHECKING:
     from safer_instruct.experts import Expert
 
 log = logging.getLogger(__name__)
 
+NAMED: dict[str, type[Any]] = {"models": EvaluatedModelSettings, "prompts": PromptSetSettings}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -99,11 +102,10 @@ def prepare(config: EvaluateConfig) -> Evaluation:
     Raises:
         UserError: A prompt set, model, judge or file of the report is missing or broken.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else torch.device(config.device)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if config.device == "auto" else config.device)
     prompt_sets = load_prompt_sets(config.prompts)
-    dataset = read_json_object(config.induction_report, "induction_report") if config.induction_report else None
-    if dataset is not None:
-        funnel(dataset)  # says now what it cannot read
+    dataset = read_induction_report(config.induction_report) if config.induction_report else None
     expert = build_expert(config.expert, device)
     expert.check()
     evaluation = Evaluation(
@@ -138,9 +140,7 @@ def main(config: EvaluateConfig) -> None:
     write_report(config, evaluation, judged, seconds, output)
 
 
-def ask_all(
-    evaluation: Evaluation, config: EvaluateConfig, seconds: dict[str, float]
-) -> dict[str, dict[str, Answer]]:
+def ask_all(evaluation: Evaluation, config: EvaluateConfig, seconds: dict[str, float]) -> dict[str, dict[str, Answer]]:
     """The answers of each model, by `prompt_key`; one model is in memory at a time."""
     answers = {}
     for name, respondent in evaluation.respondents.items():
@@ -191,7 +191,9 @@ def write_report(
     }
     report = build_report(
         models=models,
-        prompts={name: describe_prompts(config.prompts[name].path, prompts) for name, prompts in evaluation.prompt_sets.items()},
+        prompts={
+            name: describe_prompts(config.prompts[name].path, rows) for name, rows in evaluation.prompt_sets.items()
+        },
         overlaps=evaluation.overlaps,
         dataset=evaluation.dataset,
         run=_describe_run(config, evaluation, seconds),
@@ -227,10 +229,13 @@ def headline_text(models: Mapping[str, Mapping[str, Any]]) -> str:
     for view in shown_metrics(models, HEADLINE):
         rows.append([view.title, *(rate_text(model[view.key]) for model in models.values())])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in rows
-    )
+    ]
+    return "\n".join(lines)
 
 
 @contextmanager
@@ -247,34 +252,79 @@ def _progress(words: str, rows: Sequence[object] | set[Any]) -> tqdm[Any]:
     return tqdm(total=len(rows), desc=words, unit="row", disable=None, file=sys.stderr)
 
 
-def expand_shorthands(arguments: Sequence[str]) -> list[str]:
-    """`models='{base:FOLDER}'` as `models={base:{path:'FOLDER'}}`, and the same for `prompts`; the rest as it is."""
-    return [_expand(text) if text.startswith(("models={", "prompts={")) else text for text in arguments]
+def expand_named(arguments: Sequence[str]) -> list[str]:
+    """Brings every way to name models and prompt sets into the one form that Hydra adds to a typed dictionary.
+
+    `models.base.path=FOLDER`, `models.base=FOLDER` and `models={base:FOLDER}` all become
+    `models={base:{path:'FOLDER'}}`; other arguments stay as they are, and so does what cannot be parsed.
+
+    Raises:
+        UserError: Keys that do not exist and values of a wrong type, all of them.
+    """
+    expanded: list[str] = []
+    errors: list[str] = []
+    for text in arguments:
+        if not re.match(r"\+{0,2}(models|prompts)[.=]", text):
+            expanded.append(text)
+            continue
+        try:
+            override = OverridesParser.create().parse_override(text)
+            value = override.value()
+            # Each point of a sweep is a dictionary of its own.
+            values = value.list if isinstance(value, ChoiceSweep) else [value]
+            root, *path = override.key_or_group.split(".")
+            points = [_check_entries(root, _to_entries(path, value), errors) for value in values]
+            expanded.append(f"{root}={','.join(map(_render, points))}")
+        except HydraException:
+            expanded.append(text)  # reported with the other overrides
+    if errors:
+        raise UserError("\n".join(errors))
+    return expanded
 
 
-def _expand(text: str) -> str:
-    try:
-        override: Override = OverridesParser.create().parse_override(text)
-    except HydraException:
-        return text  # reported with all the others
-    value = override.value()
-    if not isinstance(value, dict):
-        return text
-    entries = []
-    for name, entry in value.items():
-        if isinstance(entry, str | QuotedString):
-            path = entry.text if isinstance(entry, QuotedString) else entry
-            entries.append(f"{name}:{{path:{_quote(path)}}}")
-        else:
-            entries.append(f"{name}:{Override._get_value_element_as_str(entry)}")
-    return f"{override.key_or_group}={{{','.join(entries)}}}"
+def _to_entries(path: Sequence[str], value: Any) -> dict[str, dict[str, Any]]:
+    """Name -> settings, from the rest of an override's key (`base.path`, `base` or nothing) and its value."""
+    if len(path) > 1:
+        return {".".join(path[:-1]): {path[-1]: value}}
+    entries = {path[0]: value} if path else value if isinstance(value, dict) else {"": value}
+    return {name: entry if isinstance(entry, dict) else {"path": entry} for name, entry in entries.items()}
 
 
-def _quote(path: str) -> str:
-    escaped = path.replace("\\", "\\\\").replace("'", "\\'") if "'" in path else path
-    return f"'{escaped}'"
+def _check_entries(root: str, entries: dict[str, dict[str, Any]], errors: list[str]) -> dict[str, dict[str, Any]]:
+    kind = NAMED[root]
+    known = [field.name for field in fields(kind)]
+    for name, entry in entries.items():
+        if not name:
+            errors.append(f"{root}: every entry needs a name: {root}.NAME.path=...")
+        for key, value in entry.items():
+            plain = value.text if isinstance(value, QuotedString) else value
+            if key not in known:
+                guess = nearest(key, known)
+                meant = f"; did you mean {root}.{name}.{guess}?" if guess else "."
+                errors.append(f"there is no key {root}.{name}.{key}{meant} Keys: {', '.join(known)}")
+                continue
+            try:
+                OmegaConf.merge(OmegaConf.structured(kind), {key: plain})
+            except ValidationError as error:
+                errors.append(f"{root}.{name}.{key}={plain}: {str(error).splitlines()[0]}")
+    return entries
+
+
+def _render(value: Any) -> str:
+    """A parsed value as the text of an override, strings quoted."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_render(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, str):
+        return QuotedString(text=value, quote=Quote.single).with_quotes()
+    if isinstance(value, QuotedString):
+        return value.with_quotes()
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = expand_shorthands(sys.argv[1:])
+    try:
+        sys.argv[1:] = expand_named(sys.argv[1:])
+    except UserError as user_error:
+        print(f"evaluate.py: {user_error}", file=sys.stderr)
+        sys.exit(2)
     run_entrypoint("evaluate", EvaluateConfig, check, main)

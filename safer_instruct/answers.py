@@ -1,4 +1,4 @@
-"""What the models say to the prompts, and what the judge says of it: both behind ledgers, so that nothing is done twice.
+"""What the models say to the prompts, and what the judge says of it: behind ledgers, so that nothing is done twice.
 
 A ledger file belongs to one configuration (weights, template, decoding; or the judge), which is part of its name. So an
 evaluation that was killed goes on where it was, one with another model or another setting starts files of its own, and
@@ -86,7 +86,7 @@ def generate_answers(
     folder: Path,
     progress: Progress,
 ) -> dict[str, Answer]:
-    """The model's answer to every prompt, by `prompt_key`; the model is loaded only if one is missing, and let go after.
+    """The model's answer to every prompt, by `prompt_key`; the model is loaded only if one is missing.
 
     Raises:
         UserError: The model cannot be loaded, the limits leave no room for a prompt, or the ledger is broken or in use.
@@ -110,7 +110,7 @@ def _generate(
     from safer_instruct.models import load_causal_lm, load_tokenizer
 
     tokenizer = load_tokenizer(respondent.model)
-    model = load_causal_lm(respondent.model).to(device)
+    model = load_causal_lm(respondent.model).to(device)  # type: ignore[arg-type]  # a decorator hides nn.Module.to
     generator = HFGenerator(model, tokenizer, settings, name=respondent.name, fingerprint=respondent.fingerprint)
     requests = [
         Request(key, render_prompt(respondent.template, prompt.instruction, tokenizer=tokenizer))
@@ -156,7 +156,7 @@ def _to_judgement(record: Mapping[str, Any]) -> Judgement:
 
 
 def _decoding(generation: GenerationSettings) -> dict[str, Any]:
-    """The settings that an output depends on: the batch size is none, and neither is the seed where nothing is drawn."""
+    """The settings that an output depends on: no batch size, and no seed where nothing is drawn."""
     if generation.temperature == 0:
         return {"max_new_tokens": generation.max_new_tokens, "temperature": 0.0}
     return {name: value for name, value in asdict(generation).items() if name != "max_batch_tokens"}

@@ -24,15 +24,15 @@ Points = list[tuple[float, float]]
 def read_curves(name: str, run_path: str) -> dict[str, Points]:
     """The points (examples seen, value) of every metric that `FIGURES` draws, thinned to `MAX_POINTS`.
 
-    A run that was killed and resumed may have written a stretch twice: of one position the last line counts. A torn last
-    line, which a killed run can leave, is ignored.
+    A run that was killed and resumed may have written a stretch twice: of one position the last line counts. A torn
+    last line, which a killed run can leave, is ignored.
 
     Raises:
         UserError: If the run has no metrics.jsonl, or a line in its midst is no JSON.
     """
     path = Path(run_path) / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"curves.{name}={run_path}: there is no metrics.jsonl in it; name the folder of a run of train.py")
+        raise UserError(f"curves.{name}={run_path}: no metrics.jsonl in it; name the folder of a run of train.py")
     values: dict[str, dict[float, float]] = {metric: {} for _, _, lines in FIGURES for metric in lines.values()}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):

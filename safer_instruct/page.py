@@ -16,7 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from safer_instruct.plots import Plot, percent, plot_outcomes, plot_rates
-from safer_instruct.report import FURTHER, HEADLINE, funnel, shown_metrics, visible
+from safer_instruct.report import FURTHER, HEADLINE, shown_metrics, visible
+from safer_instruct.report_inputs import funnel
 
 FOLDER = Path(__file__).parent
 TEXT_LIMIT = 4000  # characters of one answer on the page; samples.jsonl has the rest
@@ -31,7 +32,9 @@ FIGURES = (
 )
 
 
-def render_page(report: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], curves: Sequence[Plot]) -> str:
+def render_page(
+    report: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], curves: Sequence[Plot]
+) -> str:
     """The page of a report.
 
     Args:
@@ -40,27 +43,31 @@ def render_page(report: Mapping[str, Any], samples: Mapping[str, Sequence[Mappin
         curves: Figures of the training runs.
     """
     models = report["models"]
-    tables = [
+    tables: list[dict[str, Any]] = [
         {"title": title, "key": metric, "group": group, "names": names}
         for title, metric, group in FIGURES
         if len(names := _groups_with(models, group, metric)) > 1
     ]
     plots = [plot_outcomes(models), *(plot_rates(t["title"], t["key"], models, t["group"]) for t in tables)]
     steps = funnel(report["dataset"]) if report["dataset"] is not None else []
-    return _environment(models).get_template("page.html").render(
-        css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
-        report=report,
-        num_prompts=sum(prompts["n"] for prompts in report["prompts"].values()),
-        headline=shown_metrics(models, HEADLINE),
-        further=shown_metrics(models, FURTHER),
-        figures=[plot for plot in plots if plot is not None],
-        group_tables=tables,
-        steps=steps,
-        largest_step=max((step.rows for step in steps), default=0) or 1,
-        curves=curves,
-        samples=samples,
-        samples_per_set=max((len(prompts) for prompts in samples.values()), default=0),
-        text_limit=TEXT_LIMIT,
+    return (
+        _environment(models)
+        .get_template("page.html")
+        .render(
+            css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
+            report=report,
+            num_prompts=sum(prompts["n"] for prompts in report["prompts"].values()),
+            headline=shown_metrics(models, HEADLINE),
+            further=shown_metrics(models, FURTHER),
+            figures=[plot for plot in plots if plot is not None],
+            group_tables=tables,
+            steps=steps,
+            largest_step=max((step.rows for step in steps), default=0) or 1,
+            curves=curves,
+            samples=samples,
+            samples_per_set=max((len(prompts) for prompts in samples.values()), default=0),
+            text_limit=TEXT_LIMIT,
+        )
     )
 
 
@@ -110,7 +117,11 @@ def _groups_with(models: Mapping[str, Mapping[str, Any]], group: str, metric: st
 
 def _environment(models: Mapping[str, Mapping[str, Any]]) -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
     def shared_n(key: str) -> int | None:

@@ -28,7 +28,7 @@ OUTCOME_STYLES = (
 WIDTH_INCHES = 4.7
 INK, FAINT = "#20242A", "#D9DDE3"
 # Names come from files and from the command line: without this a "$" in one would be read as mathematics.
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.0,
     "text.parse_math": False,
@@ -83,7 +83,8 @@ def plot_rates(title: str, metric: str, models: Mapping[str, Mapping[str, Any]],
         figure, axes = _new_figure(height)
         bar = 0.82 / len(models)
         for index, (model_name, model) in enumerate(models.items()):
-            rows = [(row, model[group][name][metric]) for row, name in enumerate(names) if metric in model[group].get(name, {})]
+            of_group = {name: rates[metric] for name, rates in model[group].items() if metric in rates}
+            rows = [(row, of_group[name]) for row, name in enumerate(names) if name in of_group]
             offset = (index - (len(models) - 1) / 2) * bar
             values = [rate["value"] for _, rate in rows]
             axes.barh(
@@ -105,14 +106,15 @@ def plot_rates(title: str, metric: str, models: Mapping[str, Mapping[str, Any]],
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         _legend(axes, len(models))
         svg = _to_svg(figure)
-    described = "; ".join(
-        f"{model_name}: "
-        + ", ".join(
-            f"{name} {percent(model[group][name][metric]['value'])}%" for name in names if metric in model[group].get(name, {})
-        )
-        for model_name, model in models.items()
-    )
+    described = "; ".join(f"{name}: {_describe(model[group], metric)}" for name, model in models.items())
     return Plot(title, f"{title}, bars with 95% intervals. {described}.", svg)
+
+
+def _describe(groups: Mapping[str, Mapping[str, Any]], metric: str) -> str:
+    """`dare 94.1%, theft 92.0%`: a figure's numbers for its alternative text."""
+    return ", ".join(
+        f"{name} {percent(rates[metric]['value'])}%" for name, rates in sorted(groups.items()) if metric in rates
+    )
 
 
 def outcome_shares(model: Mapping[str, Any]) -> dict[str, float] | None:
@@ -148,7 +150,8 @@ def plot_outcomes(models: Mapping[str, Mapping[str, Any]]) -> Plot | None:
             for row, (start, width) in enumerate(zip(starts, widths, strict=True)):
                 if width >= 0.08:
                     ink = "white" if key in ("harmful", "refusal_specific") else INK
-                    axes.text(start + width / 2, row, f"{100 * width:.0f}", ha="center", va="center", color=ink, fontsize=8.5)
+                    where: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5}
+                    axes.text(start + width / 2, row, f"{100 * width:.0f}", color=ink, **where)
             starts = [start + width for start, width in zip(starts, widths, strict=True)]
         axes.set_yticks(range(len(shares)), [short_name(name) for name in shares])
         axes.invert_yaxis()

@@ -46,7 +46,8 @@ def load_prompt_sets(sets: Mapping[str, PromptSetSettings]) -> dict[str, list[Ev
     """All prompt sets, by name; every set that cannot be read is reported at once.
 
     Raises:
-        UserError: If there is no set, or a set is missing, empty, lacks a column, names an unknown kind, or repeats an id.
+        UserError: If there is no set, or one is missing, empty, lacks a column, names an unknown kind, or
+            repeats an id.
     """
     if not sets:
         raise UserError("no prompts to evaluate on: name at least one set, prompts.NAME.path=FILE.jsonl")
@@ -98,7 +99,8 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
         raise UserError(f"{where}: the instruction holds half of a surrogate pair, which no tokenizer can read")
     kind = settings.kind or str(row["kind"])
     if kind not in KINDS:
-        raise UserError(f"{where}: kind={kind!r} is unknown: write one of {', '.join(KINDS)}, or set prompts.{name}.kind")
+        known = ", ".join(KINDS)
+        raise UserError(f"{where}: kind={kind!r} is unknown: write one of {known}, or set prompts.{name}.kind")
     return EvaluationPrompt(
         id=str(row.get("id") or text_id(instruction)),
         instruction=instruction,
@@ -162,4 +164,3 @@ def find_overlap(path: str, prompts: Iterable[EvaluationPrompt]) -> Overlap:
         instruction = reversed_target(str(row["instruction"] or ""), str(row.get("input") or ""))
         found.update(ids.get(normalise(instruction), ()))
     return Overlap(path, num_rows, tuple(sorted(found)))
-

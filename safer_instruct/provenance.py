@@ -9,7 +9,7 @@ from typing import Any
 
 from config.paths import REPOSITORY
 
-PACKAGES = ("torch", "transformers", "tokenizers", "hydra-core", "datasets", "tensordict", "numpy", "matplotlib", "openai")
+PACKAGES = ("torch", "transformers", "tokenizers", "hydra-core", "datasets", "numpy", "matplotlib", "openai")
 
 
 def package_versions() -> dict[str, str]:
@@ -24,7 +24,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit of this repository and whether files differ from it; None for both outside a checkout, or without git."""
+    """The commit of this repository, and whether files differ from it; None for both outside a checkout."""
     sha = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no") if sha else None
     return {"sha": sha, "dirty": bool(changes) if changes is not None else None}

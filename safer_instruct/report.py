@@ -1,6 +1,6 @@
-"""What an evaluation found, as one JSON document and as Markdown tables for a paper; `page.py` renders the same document.
+"""What an evaluation found, as one JSON document and as Markdown tables for a paper; `page.py` renders it too.
 
-`report.json`: `summary` (one sentence), `warnings`, `models.NAME` (`judging.summarize`), `prompts.NAME` (what was asked),
+`report.json`: `summary` (one sentence), `warnings`, `models.NAME` (`judging.summarize`), `prompts.NAME` (the sets),
 `overlap` (prompts that occur in training files), `dataset` (the report of induce.py) and `run` (how it was made).
 """
 
@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from config.errors import UserError
 from safer_instruct.judging import JudgedOutput, correctness
 from safer_instruct.plots import percent
 from safer_instruct.prompt_sets import EvaluationPrompt, Overlap, prompts_fingerprint
+from safer_instruct.report_inputs import funnel
 
 REPORT_VERSION = 1
-# Unicode categories: control, format (directions, zero widths), surrogate, private, unassigned, line and paragraph ends.
+# Unicode: control, format (directions, zero widths), surrogate, private, unassigned, line and paragraph ends.
 INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
@@ -79,7 +79,7 @@ def build_report(
     """The document that `report.json` holds.
 
     Args:
-        models: For each model its path and fingerprint and what `judging.summarize` says of it; the first is the baseline.
+        models: For each model its path, its fingerprint and its `judging.summarize`; the first is the baseline.
         prompts: For each set what `describe_prompts` says of it.
         overlaps: One entry for each training file that was compared with the prompts.
         dataset: The report that induce.py wrote for the training data, if it is known.
@@ -128,13 +128,14 @@ def _finding(subject: str, key: str, first: str, last: str, models: Mapping[str,
         return f"{subject}: {percent(after['value'])}% ({interval})"
     direction = "down to" if after["high"] < before["low"] else "up to" if after["low"] > before["high"] else "to"
     unclear = ", the intervals overlap" if direction == "to" else ""
-    return f"{subject}: from {percent(before['value'])}% ({first}) {direction} {percent(after['value'])}% ({last}){unclear}"
+    there, here = percent(before["value"]), percent(after["value"])
+    return f"{subject}: from {there}% ({first}) {direction} {here}% ({last}){unclear}"
 
 
 def _warnings(models: Mapping[str, Mapping[str, Any]], overlaps: Iterable[Overlap]) -> list[str]:
     warnings = [
-        f"{len(overlap.prompt_ids)} of the prompts also occur in the training file {overlap.path}, so that they are no test; "
-        "report.json lists them under 'overlap'."
+        f"{len(overlap.prompt_ids)} of the prompts also occur in the training file {overlap.path}, so that they test "
+        "nothing new; report.json lists them under 'overlap'."
         for overlap in overlaps
         if overlap.prompt_ids
     ]
@@ -152,20 +153,6 @@ def _warnings(models: Mapping[str, Mapping[str, Any]], overlaps: Iterable[Overla
                 "(generation.max_new_tokens) and were judged as they are."
             )
     return warnings
-
-
-@dataclass(frozen=True, slots=True)
-class FunnelStep:
-    """One step of a dataset's way: how many rows are left after it."""
-
-    name: str
-    rows: int
-    note: str = ""
-
-
-def funnel(dataset: Mapping[str, Any]) -> list[FunnelStep]:
-    """The steps from corpus to dataset, from the report that induce.py wrote."""
-    return [FunnelStep(str(step["name"]), int(step["rows"]), str(step.get("note", ""))) for step in dataset["funnel"]]
 
 
 def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
@@ -193,7 +180,9 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     models = report["models"]
     sections = ["# Evaluation", _escape_markdown(report["summary"])]
     sections += [f"> **Note.** {_escape_markdown(warning)}" for warning in report["warnings"]]
-    sections.append("Percentages with 95% Wilson intervals in brackets, and the number of prompts that each is counted over.")
+    sections.append(
+        "Per cent, with 95% Wilson intervals in brackets and the number of prompts that each is counted over."
+    )
     sections.append(_metric_table(models, shown_metrics(models, HEADLINE)))
     sections += ["## Further rates", _metric_table(models, shown_metrics(models, FURTHER))]
     for group, title in (("by_source", "source"), ("by_label", "label")):
@@ -205,7 +194,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         rows = [[step.name, str(step.rows), step.note] for step in funnel(report["dataset"])]
         sections += ["## The dataset", _table(["stage", "rows", "note"], rows, left=(0, 2))]
     if report["run"]["stages"]:
-        rows = [[s["name"], f"{s['seconds']:.1f}", f"`{s['command']}`" if s["command"] else ""] for s in report["run"]["stages"]]
+        rows = [[s["name"], f"{s['seconds']:.1f}", _code(s["command"])] for s in report["run"]["stages"]]
         sections += ["## How it was made", _table(["stage", "seconds", "command"], rows, left=(0, 2), raw=(2,))]
     return "\n\n".join(sections) + "\n"
 
@@ -222,7 +211,8 @@ def _metric_table(models: Mapping[str, Mapping[str, Any]], views: Sequence[Metri
 def _group_table(models: Mapping[str, Mapping[str, Any]], group: str, view: MetricView, names: Sequence[str]) -> str:
     empty = {"value": None, "low": None, "high": None, "n": 0}
     rows = [
-        [name, *(rate_text(model[group].get(name, {}).get(view.key, empty)) for model in models.values())] for name in names
+        [name, *(rate_text(model[group].get(name, {}).get(view.key, empty)) for model in models.values())]
+        for name in names
     ]
     return _table(["", *models], rows)
 
@@ -246,6 +236,10 @@ def _table(
     return "\n".join(lines)
 
 
+def _code(text: str) -> str:
+    return "`" + visible(text).replace("\n", " ").replace("`", "'") + "`"
+
+
 def _escape_markdown(text: str) -> str:
     """Labels and names stem from files: they must neither break a table nor become markup."""
     text = visible(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
@@ -253,9 +247,10 @@ def _escape_markdown(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    r"""The text with every control, direction and other invisible character written out, `\u202e`; newline and tab stay.
+    r"""The text with every control, direction and other invisible character written out; newline and tab stay.
 
-    A right-to-left override could otherwise reorder what stands around it, and a lone surrogate is no UTF-8.
+    A right-to-left override becomes `\u202e`, or it would reorder what stands around it; a lone surrogate
+    is no UTF-8.
     """
     return "".join(
         char if char in "\n\t" or unicodedata.category(char) not in INVISIBLE else _written_out(char) for char in text
@@ -284,42 +279,3 @@ def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with part.open("w", encoding="ascii") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     os.replace(part, path)
-
-
-def read_json_object(path: str, key: str) -> dict[str, Any]:
-    """A JSON object that a key of the command line names.
-
-    Raises:
-        UserError: If the file is missing or holds something else.
-    """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{key}={path}: there is no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}={path}: not a JSON file ({error})") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{key}={path}: a JSON object is needed, the file holds a {type(document).__name__}")
-    return document
-
-
-def read_stages(path: str) -> list[dict[str, Any]]:
-    """The stages that ran before this evaluation: one `{"name", "command", "seconds"}` a line.
-
-    Raises:
-        UserError: If the file is missing, or a line is no such object (its line number is named).
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"stages_file={path}: there is no such file") from None
-    stages = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            stages.append({"name": str(row["name"]), "command": str(row["command"]), "seconds": float(row["seconds"])})
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-            raise UserError(f'{path}:{number}: a stage is {{"name": ..., "command": ..., "seconds": number}}') from None
-    return stages

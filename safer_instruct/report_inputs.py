@@ -1,0 +1,89 @@
+"""What a report shows besides its own rates: the way of a dataset, and the commands that led here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config.errors import UserError
+from config.paths import find_path
+
+# The stages of induce.py's report, and what is left after each.
+FUNNEL_WORDS = {
+    "corpus": "usable responses",
+    "induce": "instructions induced",
+    "filter": "kept by the filter",
+    "respond": "answered safely",
+    "merge": "in the dataset",
+}
+MAX_REASONS = 4  # of one stage; the dataset's own report has them all
+
+
+@dataclass(frozen=True, slots=True)
+class FunnelStep:
+    """One step of a dataset's way: how many rows are left after it, and why others are not."""
+
+    name: str
+    rows: int
+    note: str = ""
+
+
+def read_induction_report(path: str) -> dict[str, Any]:
+    """The report.json that induce.py wrote for the training data.
+
+    Raises:
+        UserError: If the file is missing, or is no such report.
+    """
+    try:
+        document = json.loads(find_path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"induction_report={path}: no such file; name the report.json in a dataset folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"induction_report={path}: not a JSON file ({error})") from None
+    try:
+        funnel(document)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            f"induction_report={path}: not the report.json of induce.py (it has no readable funnel)"
+        ) from None
+    return dict(document)
+
+
+def funnel(report: Mapping[str, Any]) -> list[FunnelStep]:
+    """The steps from the corpus to the dataset, from the report of induce.py."""
+    stages = report["funnel"]
+    steps = [FunnelStep("responses in the corpus", int(stages[0]["in"]))]
+    for stage in stages:
+        reasons = sorted(stage["drops"].items(), key=lambda item: (-item[1], item[0]))
+        shown = [f"{reason.replace('_', ' ')} {number:,}" for reason, number in reasons[:MAX_REASONS]]
+        if len(reasons) > MAX_REASONS:
+            shown.append(f"other reasons {sum(number for _, number in reasons[MAX_REASONS:]):,}")
+        num_dropped = int(stage["in"]) - int(stage["out"])
+        note = f"{num_dropped:,} dropped: {', '.join(shown)}" if shown else ""
+        steps.append(FunnelStep(FUNNEL_WORDS.get(stage["stage"], str(stage["stage"])), int(stage["out"]), note))
+    return steps
+
+
+def read_stages(path: str) -> list[dict[str, Any]]:
+    """The stages that ran before this evaluation: one `{"name", "command", "seconds"}` a line.
+
+    Raises:
+        UserError: If the file is missing, or a line is no such object (its line number is named).
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"stages_file={path}: there is no such file") from None
+    stages = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            stages.append({"name": str(row["name"]), "command": str(row["command"]), "seconds": float(row["seconds"])})
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f'{path}:{number}: a stage is {{"name": ..., "command": ..., "seconds": number}}') from None
+    return stages
