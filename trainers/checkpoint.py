@@ -25,9 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from config.errors import UserError
 from config.settings import CheckpointSettings
@@ -87,15 +90,20 @@ def fsync_tree(folder: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Deletes a checkpoint so that no crash in between leaves a part of it that looks whole."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    folder.rename(partial)
-    shutil.rmtree(partial)
+    discarded = folder.with_name(f".{folder.name}.discarded.partial")
+    folder.rename(discarded)
+    shutil.rmtree(discarded)
 
 
 def save_checkpoint(
-    run: RunDir, *, policy: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, progress: Progress,
+    run: RunDir,
+    *,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
     settings: CheckpointSettings,
-) -> Path:  # fmt: skip
+) -> Path:
     """Writes `checkpoints/step-<examples>`, points LATEST at it, then deletes what `keep_last` does not keep.
 
     Raises:
@@ -106,9 +114,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "state").mkdir(parents=True)
-        policy.save_pretrained(partial / "model")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial / "model")
+        _save_model(partial / "model", policy, tokenizer)
         _save_state(partial / "state", policy, optimizer, progress)
         if settings.policy_pt:
             _save_policy_pt(partial / "policy.pt", policy, progress)
@@ -141,13 +147,23 @@ def _save_failure(run: RunDir, final: Path, error: BaseException) -> str:
     )
 
 
-def _save_state(folder: Path, policy: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def _save_model(folder: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    transformers_logging.disable_progress_bar()  # the run has a line of its own
+    try:
+        policy.save_pretrained(folder)
+    finally:
+        transformers_logging.enable_progress_bar()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _save_state(folder: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     dcp.save({"optimizer": get_optimizer_state_dict(policy, optimizer)}, checkpoint_id=folder)
     (folder / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
     (folder / "rng_rank0.json").write_text(json.dumps(random_state()), encoding="utf-8")
 
 
-def _save_policy_pt(path: Path, policy: Any, progress: Progress) -> None:
+def _save_policy_pt(path: Path, policy: PreTrainedModel, progress: Progress) -> None:
     with path.open("wb") as file:  # an open file, so that a full disk is an OSError
         torch.save({"step_idx": progress.examples, "state": policy.state_dict(), "metrics": {}}, file)
 
@@ -165,7 +181,7 @@ def _point_latest(run: RunDir, target: Path) -> None:
             os.close(descriptor)
 
 
-def load_checkpoint(run: RunDir, *, policy: Any, optimizer: torch.optim.Optimizer) -> Progress | None:
+def load_checkpoint(run: RunDir, *, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Progress | None:
     """Puts the run's newest checkpoint into policy, optimizer and the random generators; None if there is none.
 
     Raises:
@@ -193,34 +209,27 @@ def load_checkpoint(run: RunDir, *, policy: Any, optimizer: torch.optim.Optimize
     return progress
 
 
-def load_weights(policy: Any, folder: Path) -> None:
-    """Copies the safetensors of an HF folder into a model of the same architecture, tensor by tensor.
+def load_weights(policy: PreTrainedModel, folder: Path) -> None:
+    """Copies the weights of an HF folder into a model of the same architecture and dtype.
+
+    By way of `from_pretrained`: tensors may be stored under other names than the model's own (GPT-NeoX is one).
 
     Raises:
-        UserError: for a tensor that is missing, not asked for, or of another shape or dtype.
+        UserError: for tensors that are missing, not asked for, or of another shape.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    own: Mapping[str, torch.Tensor] = policy.state_dict()
-    filled: set[int] = set()
-    for name in files:
-        with safe_open(folder / name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                tensor = file.get_tensor(key)
-                if key not in own or own[key].shape != tensor.shape or own[key].dtype != tensor.dtype:
-                    there = f"{list(own[key].shape)} {own[key].dtype}" if key in own else "no such tensor"
-                    raise UserError(
-                        f"{folder / name}: {key} is {list(tensor.shape)} {tensor.dtype}, but the model has {there}."
-                    )
-                own[key].copy_(tensor)
-                filled.add(own[key].data_ptr())
-    # Tied weights are stored under one of their names.
-    missing = sorted(key for key, tensor in own.items() if tensor.data_ptr() not in filled)
-    if missing:
-        raise UserError(f"{folder} lacks {len(missing)} tensors of the model, such as {missing[0]}.")
+    try:
+        stored, report = type(policy).from_pretrained(
+            folder, config=policy.config, dtype=policy.dtype, local_files_only=True, output_loading_info=True
+        )
+    except RuntimeError as error:  # a tensor of another shape
+        raise UserError(f"the weights in {folder} do not fit the model: {error}") from error
+    problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(problems.values()):
+        counts = "; ".join(
+            f"{len(keys)} {kind.replace('_', ' ')} ({keys[0]}, ...)" for kind, keys in problems.items() if keys
+        )
+        raise UserError(f"the weights in {folder} do not fit the model: {counts}.")
+    policy.load_state_dict(stored.state_dict())
 
 
 def random_state() -> dict[str, Any]:

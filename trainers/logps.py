@@ -94,8 +94,10 @@ def check_head(model: Any) -> None:
     finally:
         handle.remove()
         model.train(was_training)
-    if "input" not in seen or seen["input"].shape != expected.shape or not torch.allclose(
-        seen["input"], expected, equal_nan=True
+    if (
+        "input" not in seen
+        or seen["input"].shape != expected.shape
+        or not torch.allclose(seen["input"], expected, equal_nan=True)
     ):
         raise UserError(
             f"{type(model).__name__} changes its hidden states before the output embedding. Log-probabilities are "

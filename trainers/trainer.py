@@ -91,7 +91,8 @@ class Trainer:
         ]
         if changed:
             raise UserError(
-                f"the run in {self.run.path} cannot go on, what it stands on has changed:\n  " + "\n  ".join(changed)
+                f"the run in {self.run.path} cannot go on, what it stands on has changed:\n  "
+                + "\n  ".join(changed)
                 + "\nPut that back, or start anew with another exp_name."
             )
         self.train_metrics.load(progress.unlogged, self.layout.device)
@@ -196,9 +197,7 @@ class Trainer:
             for name, values in output.metrics.items():
                 sums.add(name.format(split=split), values.double().sum(), values.numel())
 
-    def _refuse_step(
-        self, batch: GlobalBatch, outputs: list[LossOutput], loss_sum: Tensor, grad_norm: Tensor
-    ) -> None:
+    def _refuse_step(self, batch: GlobalBatch, outputs: list[LossOutput], loss_sum: Tensor, grad_norm: Tensor) -> None:
         """Skips a step that is not finite, or stops the run before it."""
         if self.settings.on_non_finite == "skip":
             self.progress.skipped += 1

@@ -1,0 +1,221 @@
+"""What a checkpoint holds, who can read it, and what is left when writing one fails."""
+
+import errno
+import json
+import os
+import subprocess
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from config.errors import UserError
+from config.settings import CheckpointSettings
+from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
+from tests.tiny_runs import tiny_settings, tiny_trainer
+from trainers import checkpoint, parallel
+from trainers.checkpoint import Progress, load_checkpoint, resolve_checkpoint, save_checkpoint
+from trainers.optimizers import build_optimizer
+from trainers.run_dir import RunDir, differing_keys
+
+IDS = torch.arange(3, 15)[None]
+
+
+def train(folder, settings, *, run_path=None, **arguments):
+    kept = {}
+
+    def worker(layout):
+        with RunDir.open(run_path or folder / "run", config=asdict(settings), manifest={}) as run:
+            kept["trainer"] = tiny_trainer(folder, layout, run, settings, **arguments)
+            kept["trainer"].train()
+
+    parallel.launch(worker, settings)
+    return kept["trainer"]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_from_pretrained_reads_what_was_trained(tmp_path, name):
+    trainer = train(tmp_path, tiny_settings(eval_every=100), model=tiny_model(name))
+    reread = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(tmp_path / "run"))
+    assert type(reread) is type(trainer.policy)
+    with torch.no_grad():
+        expected = trainer.policy.eval()(IDS).logits
+        assert torch.equal(reread.eval()(IDS).logits, expected)
+    initial = tiny_model(name)
+    assert not torch.equal(initial(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_checkpoint_is_put_back_bit_for_bit(tmp_path, name, dtype):
+    settings = tiny_settings(optimizer="AdamW")
+
+    def worker(layout):
+        with RunDir.open(tmp_path / "run", config={}, manifest={}) as run:
+            model = tiny_model(name, dtype=dtype)
+            optimizer = build_optimizer(model.parameters(), settings)
+            model(IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            progress = Progress(examples=7, updates=1, unlogged={"loss/train": (0.1, 3.0)})
+            arguments = {"tokenizer": None, "progress": progress, "settings": CheckpointSettings()}
+            save_checkpoint(run, policy=model, optimizer=optimizer, **arguments)
+
+            other = tiny_model(name, dtype=dtype, seed=1)
+            other_optimizer = build_optimizer(other.parameters(), settings)
+            restored = load_checkpoint(run, policy=other, optimizer=other_optimizer)
+            assert restored.examples == 7
+            assert restored.unlogged["loss/train"] == [0.1, 3.0]
+            for key, tensor in model.state_dict().items():
+                assert torch.equal(tensor, other.state_dict()[key]), key
+            for one, two in zip(model.parameters(), other.parameters(), strict=True):
+                assert optimizer.state[one].keys() == other_optimizer.state[two].keys()
+                for key, value in optimizer.state[one].items():
+                    assert torch.equal(value, other_optimizer.state[two][key]), key
+
+    parallel.launch(worker, settings)
+
+
+def test_resolve_takes_a_run_a_checkpoint_and_a_folder(tmp_path):
+    settings = tiny_settings()
+    train(tmp_path, settings)
+    run = tmp_path / "run"
+    newest = (run / "checkpoints" / "step-22" / "model").resolve()
+    for path in (run, run / "LATEST", run / "checkpoints" / "step-22", newest):
+        assert resolve_checkpoint(path).resolve() == newest
+    (run / "LATEST").unlink()  # killed between the two renames
+    assert resolve_checkpoint(run).resolve() == newest
+    with pytest.raises(UserError, match="there is no such path"):
+        resolve_checkpoint(tmp_path / "absent")
+    with pytest.raises(UserError, match="holds no weights"):
+        resolve_checkpoint(tmp_path)
+
+
+def test_policy_pt_is_the_dpo_repos(tmp_path):
+    trainer = train(tmp_path, tiny_settings(checkpoint=CheckpointSettings(policy_pt=True)))
+    archive = torch.load(tmp_path / "run" / "LATEST" / "policy.pt", weights_only=True)
+    assert archive["step_idx"] == 22
+    for key, tensor in trainer.policy.state_dict().items():
+        assert torch.equal(archive["state"][key], tensor)
+
+
+def test_keep_last(tmp_path):
+    train(tmp_path, tiny_settings(checkpoint=CheckpointSettings(keep_last=1)))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-22"]
+
+
+class FullDisk:
+    """Lets so many calls of a writer through, then the disk is full."""
+
+    def __init__(self, original, allowed):
+        self.original, self.allowed = original, allowed
+
+    def __call__(self, *args, **kwargs):
+        self.allowed -= 1
+        if self.allowed < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.original(*args, **kwargs)
+
+
+@pytest.mark.parametrize("writer", ["_save_state", "_save_policy_pt", "fsync_tree", "_point_latest"])
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch, writer):
+    settings = tiny_settings(checkpoint=CheckpointSettings(policy_pt=True))
+    monkeypatch.setattr(checkpoint, writer, FullDisk(vars(checkpoint)[writer], allowed=1))
+    with pytest.raises(UserError, match="No space left on device") as caught:
+        train(tmp_path, settings)
+    assert "step-8 is whole" in str(caught.value)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert (tmp_path / "run" / "LATEST").resolve().name == "step-8"
+    monkeypatch.undo()
+    train(tmp_path, settings)  # the same command, with room
+    straight = train(tmp_path, settings, run_path=tmp_path / "straight")
+    reread = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(tmp_path / "run"))
+    for one, two in zip(reread.parameters(), straight.policy.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_that_is_really_full(tmp_path):
+    """1.5 MiB of tmpfs: room for some checkpoints of a model of 0.1 MB with RMSprop's state, and then for none."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("this root may not mount")
+    try:
+        settings = tiny_settings(n_epochs=20)
+        with pytest.raises(UserError, match="could not save the checkpoint") as caught:
+            train(tmp_path, settings, run_path=small / "run")
+        assert "is whole" in str(caught.value)
+        assert not list((small / "run" / "checkpoints").glob(".*"))
+        AutoModelForCausalLM.from_pretrained(resolve_checkpoint(small / "run"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    settings = tiny_settings()
+    train(tmp_path, settings)
+
+    def worker(layout):
+        with RunDir.open(tmp_path / "run", config=asdict(settings), manifest={}) as run:
+            model = tiny_model("gpt_neox")
+            load_checkpoint(run, policy=model, optimizer=build_optimizer(model.parameters(), settings))
+
+    with pytest.raises(UserError, match="do not fit the model: .* missing keys"):
+        parallel.launch(worker, settings)
+
+
+@pytest.mark.parametrize("damage", ["model/model.safetensors", "state/progress.json", "state/.metadata"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    settings = tiny_settings()
+    train(tmp_path, settings)
+    path = tmp_path / "run" / "LATEST" / damage
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/step-22 cannot be read .* delete that folder"):
+        train(tmp_path, settings)
+
+
+def test_a_second_process_in_the_same_run_dir_is_told_who_has_it(tmp_path):
+    with RunDir.open(tmp_path, config={}, manifest={}):
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .* since"):
+            RunDir.open(tmp_path, config={}, manifest={})
+    with RunDir.open(tmp_path, config={}, manifest={}):
+        pass
+
+
+def test_a_run_dir_without_results_takes_a_corrected_command(tmp_path):
+    with RunDir.open(tmp_path, config={"lr": 1.0}, manifest={}):
+        pass
+    with RunDir.open(tmp_path, config={"lr": 2.0}, manifest={"command": "python train.py"}) as run:
+        run.metrics.write_text('{"counters/examples": 1}\n')
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"command": "python train.py"}
+    with pytest.raises(UserError, match="lr: 2.0 there, 3.0 now"):
+        RunDir.open(tmp_path, config={"lr": 3.0}, manifest={})
+
+
+def test_every_setting_survives_the_stored_config(tmp_path):
+    settings = replace(tiny_settings(), optimizer_args={"betas": [0.9, 0.95], "eps": 1e-8}, lr=5e-7)
+    for _ in range(2):
+        with RunDir.open(tmp_path, config=asdict(settings), manifest={}) as run:
+            run.metrics.write_text("{}\n")
+
+
+def test_differing_keys_are_the_ones_that_change_the_result():
+    there = {"lr": 1.0, "loss": {"beta": 0.1}, "wandb": {"mode": "auto"}, "device": "cpu", "seed": 0}
+    now = {"lr": 1.0, "loss": {"beta": 0.5}, "wandb": {"mode": "offline"}, "device": "cuda"}
+    assert differing_keys(there, now) == ["loss.beta: 0.1 there, 0.5 now", "seed: 0 there, (absent) now"]
+
+
+def test_a_run_dir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written to"):
+        RunDir.open(tmp_path / "file" / "run", config={}, manifest={})
+
+
+def test_weights_of_another_vocabulary_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    other = tiny_model()
+    other.resize_token_embeddings(VOCABULARY + 1)
+    with pytest.raises(UserError, match="do not fit the model"):
+        checkpoint.load_weights(other, tmp_path)

@@ -1,0 +1,201 @@
+"""A run that is killed, wherever, and started again by the same command ends bit-equal to one that is not.
+
+The processes come from a fork server that has imported torch and transformers once: each start costs milliseconds.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config.errors import UserError
+from config.settings import CheckpointSettings, LikelihoodLossSettings
+from tests.tiny_models import tiny_model
+from tests.tiny_runs import tiny_settings, tiny_trainer
+from trainers import checkpoint, parallel, trainer
+from trainers.run_dir import RunDir
+
+TIMINGS = {"examples_per_second", "tokens_per_second", "data_wait_seconds"}
+
+
+def settings_of(kind: str):
+    """Three epochs of 22 rows in batches of 4, saved every 10 examples."""
+    common = {
+        "n_epochs": 3, "optimizer": "AdamW", "lr_scheduler": "cosine", "eval_every": 16,
+        "checkpoint": CheckpointSettings(every_examples=10, keep_last=2), "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    if kind == "dpo":
+        return tiny_settings(**common)
+    # Dropout draws random numbers at every step; all metrics wait for one row at the end.
+    return tiny_settings(**common, loss=LikelihoodLossSettings(name="sft"), minimum_log_interval_secs=1e9)
+
+
+def model_of(kind: str):
+    model = tiny_model()
+    if kind != "dpo":
+        model.config.attention_dropout = 0.1
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+    return model
+
+
+def run(folder: Path, kind: str, run_name: str, kill: tuple[str, int] | None) -> None:
+    """One command. `kill` = (function, n): SIGKILL on entering its n-th call."""
+    torch.set_num_threads(1)
+    if kill is not None:
+        arm(*kill)
+    settings = settings_of(kind)
+
+    def worker(layout):
+        torch.manual_seed(settings.seed)
+        with RunDir.open(folder / run_name, config=asdict(settings), manifest={}) as run_dir:
+            tiny_trainer(folder, layout, run_dir, settings, model=model_of(kind)).train()
+
+    parallel.launch(worker, settings)
+
+
+def arm(function: str, calls: int) -> None:
+    owner, name = {
+        "step": (torch.optim.AdamW, "step"),
+        "clip": (trainer, "clip_grad_norm"),
+        "evaluate": (trainer.Trainer, "_evaluation_means"),
+        "write state": (checkpoint, "_save_state"),
+        "fsync": (checkpoint, "fsync_tree"),
+        "point": (checkpoint, "_point_latest"),
+        "discard": (checkpoint, "discard"),
+        "rmtree": (checkpoint.shutil, "rmtree"),
+        "resume": (trainer, "load_checkpoint"),
+    }[function]
+    original, count = getattr(owner, name), [0]
+
+    def killing(*args, **kwargs):
+        count[0] += 1
+        if count[0] == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, killing)
+
+
+@pytest.fixture(scope="module")
+def start():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_resume"])
+
+    def start_and_wait(*arguments):
+        process = context.Process(target=run, args=arguments)
+        process.start()
+        process.join(120)
+        return process.exitcode
+
+    return start_and_wait
+
+
+def final_weights(run_path: Path) -> bytes:
+    return (run_path / "LATEST" / "model" / "model.safetensors").read_bytes()
+
+
+def rows_of(run_path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+KILLS = [
+    ("clip", 2), ("step", 5), ("write state", 1), ("fsync", 1), ("point", 1), ("evaluate", 1), ("resume", 1),
+    ("discard", 1), ("rmtree", 3), ("step", 4), ("fsync", 2), ("point", 2), ("evaluate", 2), ("point", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_killed_anywhere_and_started_again(tmp_path, start, kind):
+    assert start(tmp_path, kind, "straight", None) == 0
+    died = [start(tmp_path, kind, "killed", kill) == -signal.SIGKILL for kill in KILLS]
+    assert sum(died) >= 9  # the later ones may find the run at its end
+    assert start(tmp_path, kind, "killed", None) == 0
+    assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "straight")
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "straight")
+    assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2  # nothing half-written stays
+    # Once more, at the end: nothing to do, nothing changes.
+    assert start(tmp_path, kind, "killed", None) == 0
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "straight")
+    assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("lost", ["optimizer", "rng", "position"])
+def test_what_the_state_is_for(tmp_path, start, lost):
+    """Negative controls: without one part of it the resumed run ends elsewhere."""
+    assert start(tmp_path, "sft", "straight", None) == 0
+    assert start(tmp_path, "sft", "killed", ("step", 8)) == -signal.SIGKILL
+    state = (tmp_path / "killed" / "LATEST" / "state").resolve()
+    if lost == "rng":
+        other = checkpoint.random_state()
+        other["torch"] = torch.Generator().manual_seed(99).get_state().numpy().tobytes().hex()
+        (state / "rng_rank0.json").write_text(json.dumps(other))
+    elif lost == "position":
+        progress = json.loads((state / "progress.json").read_text())
+        (state / "progress.json").write_text(json.dumps({**progress, "examples": progress["examples"] - 4}))
+    else:
+        settings = settings_of("sft")
+        model = model_of("sft")
+        optimizer = trainer.build_optimizer(model.parameters(), settings)
+        checkpoint.dcp.save(
+            {"optimizer": checkpoint.get_optimizer_state_dict(model, optimizer)}, checkpoint_id=state, no_dist=True
+        )
+    assert start(tmp_path, "sft", "killed", None) == 0
+    assert final_weights(tmp_path / "killed") != final_weights(tmp_path / "straight")
+
+
+def in_run(folder, settings, *, model=None, identity=None, train=True):
+    def worker(layout):
+        with RunDir.open(folder / "run", config=asdict(settings), manifest={}) as run_dir:
+            made = tiny_trainer(folder, layout, run_dir, settings, model=model, identity=identity)
+            if train:
+                made.train()
+
+    parallel.launch(worker, settings)
+
+
+def test_a_resumed_run_stands_on_the_same_data_and_initial_weights(tmp_path):
+    settings = tiny_settings()
+    in_run(tmp_path, settings, identity={"train data": "aa"})
+    with pytest.raises(UserError, match="train data: aa at its start, bb now"):
+        in_run(tmp_path, settings, identity={"train data": "bb"})
+    # An archive that has moved on meanwhile: its reference would be another one.
+    with pytest.raises(UserError, match="initial weights: "):
+        in_run(tmp_path, settings, model=tiny_model(seed=1), identity={"train data": "aa"})
+
+
+def test_the_reference_of_a_resumed_run_is_never_of_trained_weights(tmp_path, start):
+    """The cache is deleted between the two starts; it is computed again, from the initial weights."""
+    assert start(tmp_path, "dpo", "straight", None) == 0
+    assert start(tmp_path, "dpo", "killed", ("step", 9)) == -signal.SIGKILL
+    for path in sorted((tmp_path / "cache").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert start(tmp_path, "dpo", "killed", None) == 0
+    assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "straight")
+
+
+def test_another_config_is_refused_and_free_keys_are_not(tmp_path):
+    settings = tiny_settings()
+    in_run(tmp_path, settings)
+    with pytest.raises(UserError) as caught:
+        in_run(tmp_path, replace(settings, n_epochs=2, lr=0.5), train=False)
+    assert "lr: 0.001 there, 0.5 now" in str(caught.value)
+    assert "n_epochs: 1 there, 2 now" in str(caught.value)
+    assert "exp_name" in str(caught.value)
+    in_run(tmp_path, replace(settings, minimum_log_interval_secs=3.0, on_non_finite="skip"), train=False)
+
+
+def test_random_state_round_trip():
+    import random
+
+    state = json.loads(json.dumps(checkpoint.random_state()))
+    drawn = (random.random(), np.random.rand(), torch.rand(1).item())
+    checkpoint.set_random_state(state)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn
