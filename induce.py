@@ -89,7 +89,8 @@ def run_induce(config: InduceConfig, examples: Sequence[Example], path: Path, de
         if all(example.id in ledger.records for example in examples):
             return
         tokenizer = load_tokenizer(config.model)
-        model = load_causal_lm(config.model).to(device)
+        model = load_causal_lm(config.model)
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         generator = HFGenerator(model, tokenizer, config.generation, name=name, fingerprint=fingerprint)
         with _progress(INDUCE, examples) as bar:
             run_stage(examples, ledger, stage_induce(generator), batch_size=ROWS_AT_A_TIME, progress=bar.update)

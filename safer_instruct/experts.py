@@ -194,7 +194,8 @@ class LocalGenerator:
         from safer_instruct.models import load_causal_lm, load_tokenizer
 
         tokenizer = load_tokenizer(self._settings.model)
-        model = load_causal_lm(self._settings.model).to(self._device)
+        model = load_causal_lm(self._settings.model)
+        model.to(self._device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         generator = HFGenerator(
             model,
             tokenizer,

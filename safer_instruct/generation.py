@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROUND_TOKENS = 32  # finished rows leave the batch every so many new tokens
+# Entries of generation_config.json that count from the start of a `generate` call: with these there is one round.
+COUNTING_ENTRIES = (
+    "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "min_length", "min_new_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,9 @@ class HFGenerator:
                 f"generation.max_new_tokens={max(1, context // 2)}."
             )
         self.end_tokens = _end_tokens(model, tokenizer)
+        configured = model.generation_config.to_dict()
+        counts = any(configured.get(name) for name in COUNTING_ENTRIES)
+        self._round_tokens = settings.max_new_tokens if counts else ROUND_TOKENS
 
     def check(self) -> None:
         """Nothing can be missing: the model is here."""
@@ -149,7 +157,7 @@ class HFGenerator:
             ended = tokens[-1] in self.end_tokens
             yield Generation(
                 id=request.id,
-                text=self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True),
+                text=str(self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)),
                 truncated=not ended,
                 prompt_tokens=len(prompt),
                 new_tokens=len(tokens),
@@ -164,7 +172,7 @@ class HFGenerator:
     def _decode(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> list[list[int]]:
         """Return the new tokens of each row, its end token included where it met one.
 
-        Works in rounds of `ROUND_TOKENS`: after each, the rows that have ended leave batch and cache.
+        Works in rounds of a few tokens: after each, the rows that have ended leave batch and cache.
         """
         input_ids, mask = _pad_left(prompts, self.tokenizer.pad_token_id, self.model.device)
         width = input_ids.shape[1]
@@ -175,11 +183,11 @@ class HFGenerator:
         done = 0
         while len(alive):
             room = self.settings.max_new_tokens - done
-            output = self.model.generate(
+            output = self.model.generate(  # type: ignore[operator]  # hidden from mypy by Module.__getattr__
                 input_ids=input_ids,
                 attention_mask=mask,
                 past_key_values=cache,
-                generation_config=self._generation_config(min(room, ROUND_TOKENS)),
+                generation_config=self._generation_config(min(room, self._round_tokens)),
                 logits_processor=self._processors(uniforms, alive, width),
             )
             input_ids, cache = output.sequences, output.past_key_values
