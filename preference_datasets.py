@@ -22,6 +22,7 @@ import xxhash
 from tqdm import tqdm
 
 from config.errors import UserError
+from config.paths import find_path
 from config.settings import DatasetSettings
 from safer_instruct.encoding import EncodedRow, Encoder, prompt_token_ids, special_token_texts
 from safer_instruct.examples import Example, data_files, held_out, normalise, read_rows, require_columns
@@ -114,7 +115,7 @@ def _content_key(
     contents: dict[str, Any] = {}
     for name, settings in datasets.items():
         paths = {"data": settings.path, "exclude": _exclude_path(settings), "eval": settings.eval_path}
-        files = {what: data_files(Path(path)) for what, path in paths.items() if path is not None}
+        files = {what: data_files(find_path(path)) for what, path in paths.items() if path is not None}
         hashes = {what: [hash_files(found), *(file.suffix for file in found)] for what, found in files.items()}
         ignored = {"path": "", "exclude": None, "eval_path": None}
         contents[name] = [vars(replace(settings, **ignored)), hashes]  # type: ignore[arg-type]  # fields are str | None
@@ -133,7 +134,7 @@ def _exclude_path(settings: DatasetSettings) -> str | None:
     """The file of instructions to keep out: the one that is set, else the published test set where it lies by."""
     if settings.exclude is not None:
         return settings.exclude or None
-    path = Path(settings.path)
+    path = find_path(settings.path)
     beside = (path if path.is_dir() else path.parent) / PUBLISHED_TEST_SET
     return str(beside) if settings.schema == "si" and beside.is_file() and beside != path else None
 
@@ -277,7 +278,7 @@ def _instruction_hash(instruction: str, input: str) -> int:
 def _instructions(path: str | None) -> set[int]:
     """Hashes of the (normalised) instructions in a file."""
     found: set[int] = set()
-    for where, row in read_rows(Path(path)) if path is not None else ():
+    for where, row in read_rows(find_path(path)) if path is not None else ():
         require_columns(row, ["instruction"], where)
         found.add(_instruction_hash(str(row["instruction"] or ""), str(row.get("input") or "")))
     return found

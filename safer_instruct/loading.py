@@ -6,10 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
 from config.errors import UserError
+from config.paths import find_path
 from config.settings import DatasetSettings
 from safer_instruct.examples import Example, Row, read_rows, require_columns, text_id
 from safer_instruct.prompts import ASSISTANT, HUMAN
@@ -113,7 +113,7 @@ class LoadedExamples:
         self._columns = (*columns, "rejected") if pairs else columns
         self._columns += ("label",) if settings.labels is not None else ()
         self._labels = None if settings.labels is None else set(settings.labels)
-        self._path, self._pairs = Path(path), pairs
+        self._path, self._pairs = find_path(path), pairs
         self.log = log
 
     @property

@@ -96,9 +96,9 @@ class BatchLoader:
             raise ValueError(f"{batch_size=}, {num_microbatches=} must be positive, and 0 <= {rank=} < {world_size=}")
         self.store, self.pad_token_id = store, pad_token_id
         self.columns: dict[str, Tensor] = dict(columns or {})
-        self._store, self._batch_size, self._seed, self._shuffle = store, batch_size, seed, shuffle
+        self.store, self._batch_size, self._seed, self._shuffle = store, batch_size, seed, shuffle
         self._num_microbatches, self._max_tokens = num_microbatches, max_tokens_per_microbatch
-        self._pad, self._rank, self._world_size = pad_token_id, rank, world_size
+        self.pad_token_id, self._rank, self._world_size = pad_token_id, rank, world_size
         limits = [num_examples, None if num_epochs is None else num_epochs * len(store)]
         self.total_examples = min(limit for limit in limits if limit is not None) if len(store) else 0
         epochs, rest = divmod(self.total_examples, len(store)) if len(store) else (0, 0)
@@ -106,8 +106,8 @@ class BatchLoader:
 
     def rows_visited(self) -> Tensor:
         """Row numbers that the run visits at least once, ascending, int64."""
-        if self.total_examples >= len(self._store):
-            return torch.arange(len(self._store))
+        if self.total_examples >= len(self.store):
+            return torch.arange(len(self.store))
         return self._order(0)[: self.total_examples].sort().values
 
     def batches(self, start_examples: int = 0) -> Iterator[GlobalBatch]:
@@ -132,14 +132,14 @@ class BatchLoader:
 
     def _order(self, epoch: int) -> Tensor:
         if not self._shuffle:
-            return torch.arange(len(self._store))
-        return permutation(len(self._store), seed=self._seed, epoch=epoch)
+            return torch.arange(len(self.store))
+        return permutation(len(self.store), seed=self._seed, epoch=epoch)
 
     def _plan(self, start: int) -> Iterator[tuple[int, Tensor]]:
         """(examples seen before it, row numbers) of each global batch."""
         while start < self.total_examples:
-            epoch, offset = divmod(start, len(self._store))
-            base = epoch * len(self._store)
+            epoch, offset = divmod(start, len(self.store))
+            base = epoch * len(self.store)
             order = self._order(epoch)[: self.total_examples - base]
             while offset < len(order):
                 stop = min(offset - offset % self._batch_size + self._batch_size, len(order))
@@ -158,7 +158,7 @@ class BatchLoader:
 
     def _sequence_lengths(self, rows: Tensor) -> Tensor:
         """Length of each row's (longer) sequence, prompt included."""
-        lengths = self._store.lengths[rows].long()
+        lengths = self.store.lengths[rows].long()
         return lengths[:, 0] + lengths[:, 1:].amax(1)
 
     def _microbatch_sizes(self, lengths: list[int]) -> list[int]:
@@ -178,17 +178,17 @@ class BatchLoader:
         """How many rows, none longer than `length`, one micro-batch may hold."""
         if self._max_tokens is None:
             return self._batch_size
-        return max(1, self._max_tokens // (length * (self._store.num_segments - 1)))
+        return max(1, self._max_tokens // (length * (self.store.num_segments - 1)))
 
     def _collate(self, rows: Tensor) -> TensorDict:
         """Right-padded tensors of B rows: (B, T) for one response a row, (B, 2, T) for chosen and rejected."""
-        responses = self._store.num_segments - 1
+        responses = self.store.num_segments - 1
         shape = (len(rows), responses, int(self._sequence_lengths(rows).max()))
-        input_ids = torch.full(shape, self._pad, dtype=torch.int64)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.bool)
         response_mask = torch.zeros(shape, dtype=torch.bool)
         for b, row in enumerate(rows.tolist()):
-            prompt, *texts = self._store.row(row)
+            prompt, *texts = self.store.row(row)
             start = len(prompt)
             for s, text in enumerate(texts):
                 stop = start + len(text)
