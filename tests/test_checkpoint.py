@@ -162,7 +162,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
             model = tiny_model("gpt_neox")
             load_checkpoint(run, policy=model, optimizer=build_optimizer(model.parameters(), settings))
 
-    with pytest.raises(UserError, match="do not fit the model: .* missing keys"):
+    with pytest.raises(UserError, match=r"do not fit the model: .* missing keys"):
         parallel.launch(worker, settings)
 
 
@@ -177,9 +177,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
 
 
 def test_a_second_process_in_the_same_run_dir_is_told_who_has_it(tmp_path):
-    with RunDir.open(tmp_path, config={}, manifest={}):
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .* since"):
-            RunDir.open(tmp_path, config={}, manifest={})
+    first = RunDir.open(tmp_path, config={}, manifest={})
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .* since"):
+        RunDir.open(tmp_path, config={}, manifest={})
+    first.close()
     with RunDir.open(tmp_path, config={}, manifest={}):
         pass
 
@@ -190,7 +191,7 @@ def test_a_run_dir_without_results_takes_a_corrected_command(tmp_path):
     with RunDir.open(tmp_path, config={"lr": 2.0}, manifest={"command": "python train.py"}) as run:
         run.metrics.write_text('{"counters/examples": 1}\n')
     assert json.loads((tmp_path / "manifest.json").read_text()) == {"command": "python train.py"}
-    with pytest.raises(UserError, match="lr: 2.0 there, 3.0 now"):
+    with pytest.raises(UserError, match=r"lr: 2.0 there, 3.0 now"):
         RunDir.open(tmp_path, config={"lr": 3.0}, manifest={})
 
 

@@ -28,7 +28,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -217,8 +216,9 @@ def load_weights(policy: PreTrainedModel, folder: Path) -> None:
     Raises:
         UserError: for tensors that are missing, not asked for, or of another shape.
     """
+    reader: Any = type(policy)  # typed as returning a model only
     try:
-        stored, report = type(policy).from_pretrained(
+        stored, report = reader.from_pretrained(
             folder, config=policy.config, dtype=policy.dtype, local_files_only=True, output_loading_info=True
         )
     except RuntimeError as error:  # a tensor of another shape
