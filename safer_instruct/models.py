@@ -58,7 +58,9 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         UserError: no tokenizer there, one without EOS, or one with more tokens than the model has embeddings.
     """
     name = settings.tokenizer_name_or_path or settings.name_or_path
-    source = _source(name, "tokenizer" if settings.tokenizer_name_or_path else "model")
+    folder = find_path(name)
+    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    source = folder if has_tokenizer else _source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, json.JSONDecodeError) as error:
@@ -105,7 +107,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
         "ignore_mismatched_sizes": True,  # reported by us, with the names
         "output_loading_info": True,
     }
-    source = _source(settings.name_or_path, "model")
+    source = _source(settings.name_or_path)
     archive = resolve_archive(settings.archive) if settings.archive else None
     with _readable_errors(str(archive or settings.name_or_path)):
         if archive is not None and archive.is_file():
@@ -205,7 +207,7 @@ def check_weight_files(folder: Path) -> None:
             ) from error
 
 
-def _source(name: str, what: str) -> Path | str:
+def _source(name: str) -> Path | str:
     """The local folder that `name` stands for, or the id of a model on the hub that can be had."""
     path = find_path(name)
     if path.is_file():
@@ -215,7 +217,7 @@ def _source(name: str, what: str) -> Path | str:
         )
     if path.is_dir():
         return resolve_archive(name)
-    if isinstance(huggingface_hub.try_to_load_from_cache(_hub_id(name, what), "config.json"), str):
+    if isinstance(huggingface_hub.try_to_load_from_cache(_hub_id(name), "config.json"), str):
         return name
     if not constants.HF_HUB_OFFLINE:
         # One probe: the hub's own client would try for 20 seconds and more before it gives up.
@@ -232,21 +234,21 @@ def _source(name: str, what: str) -> Path | str:
     else:
         reason = "HF_HUB_OFFLINE is set and it is not in the cache"
     raise UserError(
-        f"{what} {name}: there is no such folder here, and {reason}. Give a folder with config.json and "
+        f"model {name}: there is no such folder here, and {reason}. Give a folder with config.json and "
         "*.safetensors: model.name_or_path=FOLDER"
     )
 
 
-def _hub_id(name: str, what: str) -> str:
+def _hub_id(name: str) -> str:
     try:
         huggingface_hub.utils.validate_repo_id(name)
     except ValueError as error:
-        raise UserError(f"{what} {name}: there is no such folder. Set model.name_or_path=FOLDER.") from error
+        raise UserError(f"model {name}: there is no such folder. Set model.name_or_path=FOLDER.") from error
     return name
 
 
 def _load_config(settings: ModelSettings) -> PretrainedConfig:
-    source = _source(settings.name_or_path, "model")
+    source = _source(settings.name_or_path)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
