@@ -1,0 +1,297 @@
+"""Corpus, stages, merge and card with a generator and an expert whose answers are known."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from config.errors import UserError
+from config.settings import CorpusSettings, GenerationSettings
+from safer_instruct.card import build_report, write_report
+from safer_instruct.corpus import read_corpus
+from safer_instruct.examples import Example, read_rows, text_id
+from safer_instruct.experts import SafeResponse
+from safer_instruct.generation import Generation
+from safer_instruct.ledger import Ledger, read_ledger, run_stage, shard_path
+from safer_instruct.merge import merge, read_results
+from safer_instruct.prompts import render_reversed
+from safer_instruct.stages import (
+    cheap_check,
+    expert_configuration,
+    induce_configuration,
+    kept,
+    stage_filter,
+    stage_induce,
+    stage_respond,
+    with_instructions,
+)
+from safer_instruct.verdicts import Verdict
+
+SECRET = "zebra-secret"
+
+
+class FakeGenerator:
+    """Knows the right answer for each kind of row; yields in a shuffled order."""
+
+    name, fingerprint = "fake", "f0"
+
+    def check(self) -> None: ...
+
+    def generate(self, requests) -> Iterator[Generation]:
+        requests = list(requests)
+        random.Random(len(requests)).shuffle(requests)
+        for request in requests:
+            body = request.prompt.body
+            assert request.prompt == render_reversed(body)
+            text, truncated = f"  Say number {body.split()[-1]}\n", False
+            if body.startswith("EMPTY"):
+                text = " \n"
+            elif body.startswith("COPY"):
+                text = body
+            elif body.startswith("CUT"):
+                truncated = True
+            elif body.startswith("SAME"):
+                text = "Say the same"
+            yield Generation(request.id, text, truncated, prompt_tokens=10, new_tokens=3)
+
+
+class FakeExpert:
+    """Keeps even numbers, abstains on some; counts what it was asked."""
+
+    name, fingerprint = "fake-expert", "e0"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def check(self) -> None: ...
+
+    def screen(self, pairs) -> Iterator[tuple[str, Verdict]]:
+        for pair in reversed(pairs):
+            self.asked.append(pair.id)
+            keep = "ODD" not in pair.rejected
+            yield pair.id, Verdict(keep, "keep" if keep else "does_not_fit", "by-expert", tokens=5)
+
+    def respond(self, examples) -> Iterator[tuple[str, SafeResponse]]:
+        for example in reversed(examples):
+            if "ABSTAIN" in example.rejected:
+                yield example.id, SafeResponse(None, "abstain_empty", 2)
+            elif "ECHO" in example.rejected:
+                yield example.id, SafeResponse(example.rejected, "", 2)
+            else:
+                yield example.id, SafeResponse(f"I decline: {example.instruction}", "", 2)
+
+
+def write_corpus(path: Path) -> list[dict]:
+    rows = []
+    for i in range(60):
+        kind = ("EVEN", "ODD", "ABSTAIN", "EMPTY", "COPY", "CUT", "ECHO", "SAME", "EVEN", "EVEN")[i % 10]
+        rows.append({"response": f"{kind} {SECRET} answer with some more words {i}", "label": ("a", "b", "")[i % 3]})
+    rows.insert(5, {"response": "  ", "label": "a"})
+    rows.insert(9, dict(rows[3]))
+    rows.insert(12, {"response": None, "label": "a"})
+    rows.insert(30, {"response": 17, "label": "a"})
+    rows.insert(31, {"response": "broken \ud800", "label": "a"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def run_shard(corpus_path: Path, folder: Path, index: int, count: int, *, batch_size: int = 7) -> FakeExpert:
+    examples = read_corpus(CorpusSettings(path=str(corpus_path)), index=index, count=count).examples
+    paths = {stage: shard_path(folder, stage, index, count) for stage in ("induce", "filter", "respond")}
+    expert = FakeExpert()
+    with Ledger(paths["induce"], induce_configuration("fake", "f0", GenerationSettings())) as ledger:
+        run_stage(examples, ledger, stage_induce(FakeGenerator()), batch_size=batch_size)
+    before, induced = read_ledger(paths["induce"])
+    pairs = with_instructions(examples, induced)
+    with Ledger(paths["filter"], expert_configuration(expert, before)) as ledger:
+        run_stage(pairs, ledger, stage_filter(expert), batch_size=batch_size)
+    before, verdicts = read_ledger(paths["filter"])
+    with Ledger(paths["respond"], expert_configuration(expert, before)) as ledger:
+        run_stage(kept(pairs, verdicts), ledger, stage_respond(expert), batch_size=batch_size)
+    return expert
+
+
+def run_all(tmp_path: Path, count: int, *, exclude: str | None = None, format: str = "jsonl"):
+    corpus_path = tmp_path / "corpus.jsonl"
+    rows = write_corpus(corpus_path)
+    output = tmp_path / f"out{count}{format}"
+    order = list(range(count))
+    random.Random(1).shuffle(order)
+    for index in order:
+        run_shard(corpus_path, output / "ledger", index, count, batch_size=3 + index)
+    corpus = read_corpus(CorpusSettings(path=str(corpus_path)))
+    results = read_results(output / "ledger")
+    funnel = merge(corpus, results, output, exclude=exclude, format=format)
+    report = build_report(corpus, results, funnel, run={"command": "x"})
+    write_report(report, output)
+    return rows, output, report
+
+
+def test_the_dataset_is_what_the_definition_says(tmp_path) -> None:
+    rows, output, report = run_all(tmp_path, 1)
+    pairs = [json.loads(line) for line in (output / "si.jsonl").read_text().splitlines()]
+    seen: set[str] = set()
+    expected = []
+    for line, row in enumerate(rows, start=1):
+        response = row["response"]
+        if not isinstance(response, str) or response in seen or not response.startswith(("EVEN", "SAME")):
+            continue
+        seen.add(response)
+        number = response.split()[-1]
+        instruction = "Say the same" if response.startswith("SAME") else f"Say number {number}"
+        expected.append((line, response, instruction, row["label"] or "by-expert"))
+    assert len(expected) == 24
+    found = [(p["provenance"]["source"], p["rejected"], p["instruction"], p["label"]) for p in pairs]
+    assert found == [(f"corpus.jsonl:{line}", *rest) for line, *rest in expected]
+    assert all(list(p) == ["id", "instruction", "rejected", "chosen", "label", "provenance"] for p in pairs)
+    assert all(p["id"] == text_id(p["rejected"]) == p["provenance"]["response_id"] for p in pairs)
+    assert all(p["chosen"] == f"I decline: {p['instruction']}" for p in pairs)
+    assert pairs[0]["provenance"]["reversed_model_fingerprint"] == "f0"
+    assert pairs[0]["provenance"]["filter_expert"] == "fake-expert"
+    assert {"temperature", "top_p", "seed", "max_new_tokens"} <= set(pairs[0]["provenance"])
+    assert report["num_rows"] == 24
+
+
+def test_shards_do_not_show(tmp_path) -> None:
+    _, one, report_one = run_all(tmp_path, 1)
+    _, three, report_three = run_all(tmp_path, 3)
+    assert (one / "si.jsonl").read_bytes() == (three / "si.jsonl").read_bytes()
+    assert report_one == report_three
+    assert (one / "README.md").read_bytes() == (three / "README.md").read_bytes()
+    settings = CorpusSettings(path=str(tmp_path / "corpus.jsonl"))
+    sizes = [len(read_corpus(settings, index=i, count=3).examples) for i in range(3)]
+    assert sum(sizes) == 60
+    assert min(sizes) > 0
+
+
+def test_every_drop_has_a_reason_and_a_count(tmp_path) -> None:
+    exclude = tmp_path / "test_set.csv"
+    exclude.write_text("instruction,label\nSAY  number 0,x\n")
+    rows, _, report = run_all(tmp_path, 3, exclude=str(exclude))
+    drops = {stage["stage"]: stage["drops"] for stage in report["funnel"]}
+    assert drops["corpus"] == {
+        "empty_response": 2, "response_not_text": 1, "response_not_unicode": 1, "duplicate_response": 1,
+    }  # fmt: skip
+    assert drops["filter"] == {
+        "copies_response": 6, "does_not_fit": 6, "empty_instruction": 6, "truncated_instruction": 6,
+    }  # fmt: skip
+    assert drops["respond"] == {"abstain_empty": 6}
+    assert drops["merge"] == {"chosen_equals_rejected": 6, "excluded_instruction": 1}
+    assert report["funnel"][0]["in"] == len(rows)
+    for before, after in zip(report["funnel"], report["funnel"][1:], strict=False):
+        assert before["out"] == after["in"]
+        assert before["out"] == before["in"] - sum(before["drops"].values())
+    assert report["num_rows"] == report["funnel"][-1]["out"] == 23
+    assert report["kept_rate"] == report["funnel"][2]["rate"] == 0.6
+    assert report["tokens"] == {"induce": 60 * 13, "filter": 42 * 5, "respond": 36 * 2}
+    labels = report["by_label"]
+    assert sum(counts["induced"] for counts in labels.values()) == 60
+    assert sum(counts["out"] for counts in labels.values()) == 23
+    reasons = Counter()
+    for counts in labels.values():
+        assert counts["induced"] - sum(counts["drops"].values()) == counts["out"]
+        reasons.update(counts["drops"])
+    assert reasons == Counter(drops["filter"]) + Counter(drops["respond"]) + Counter(drops["merge"])
+    assert report["corpus_drops_at"]["response_not_text"] == ["corpus.jsonl:31"]
+
+
+def test_duplicate_pairs_are_merged_once(tmp_path) -> None:
+    corpus_path = tmp_path / "corpus.csv"
+    corpus_path.write_text("response,label\nSAME words 1,a\nSAME  words 1,a\nEVEN other 2,a\n")
+    run_shard(corpus_path, tmp_path / "ledger", 0, 1)
+    results = read_results(tmp_path / "ledger")
+    corpus = read_corpus(CorpusSettings(path=str(corpus_path)))
+    funnel = merge(corpus, results, tmp_path, exclude=None, format="jsonl")
+    assert funnel.num_dropped() == {"duplicate_pair": 1}
+    assert len((tmp_path / "si.jsonl").read_text().splitlines()) == 2
+
+
+def test_parquet_holds_the_same_rows(tmp_path) -> None:
+    _, jsonl, _ = run_all(tmp_path, 1)
+    _, parquet, _ = run_all(tmp_path, 1, format="parquet")
+    table = pyarrow.parquet.read_table(parquet / "si.parquet")
+    rows = [{**row, "provenance": json.loads(row["provenance"])} for row in table.to_pylist()]
+    assert rows == [json.loads(line) for line in (jsonl / "si.jsonl").read_text().splitlines()]
+    assert [row["id"] for _, row in read_rows(parquet)] == [row["id"] for _, row in read_rows(jsonl)]
+
+
+def test_report_and_card_quote_no_text(tmp_path) -> None:
+    _, output, _ = run_all(tmp_path, 1)
+    for name in ("report.json", "README.md"):
+        text = (output / name).read_text()
+        assert SECRET not in text
+        assert "Say number" not in text
+    card = (output / "README.md").read_text()
+    assert "Content warning" in card
+    assert "| filter | 60 | 36 | 60.0% |" in card
+    assert "| filter | truncated_instruction | 6 |" in card
+    assert str(tmp_path) not in card
+
+
+def test_the_expert_is_not_asked_what_a_cheap_check_knows(tmp_path) -> None:
+    corpus_path = tmp_path / "corpus.jsonl"
+    write_corpus(corpus_path)
+    expert = run_shard(corpus_path, tmp_path / "ledger", 0, 1)
+    assert len(expert.asked) == len(set(expert.asked)) == 42
+
+
+@pytest.mark.parametrize(
+    ("instruction", "response", "reason"),
+    [
+        ("Say one", "one", ""),
+        ("", "one", "empty_instruction"),
+        ("The  ANSWER is", "the answer\nis", "copies_response"),
+        ("Repeat: a b c d e f g h", "a b c d e f g h", "copies_response"),
+        ("a b c d e f g h", "And a b c d e f g h i", "copies_response"),
+        ("Repeat: a b c d e f g", "a b c d e f g", ""),
+        ("a b c d e f g h", "xa b c d e f g hx", ""),
+    ],
+)
+def test_cheap_checks(instruction, response, reason) -> None:
+    pair = Example("x", instruction=instruction, rejected=response, provenance={"truncated": False})
+    assert cheap_check(pair) == reason
+
+
+def test_a_corpus_that_changed_under_its_ids_is_noticed(tmp_path) -> None:
+    corpus_path = tmp_path / "corpus.csv"
+    settings = CorpusSettings(path=str(corpus_path), id_column="key")
+    corpus_path.write_text("key,response\n1,EVEN one 1\n2,EVEN two 2\n")
+    examples = read_corpus(settings).examples
+    with Ledger(tmp_path / "l.jsonl", {}) as ledger:
+        run_stage(examples, ledger, stage_induce(FakeGenerator()), batch_size=4)
+        corpus_path.write_text("key,response\n1,EVEN one 1\n2,EVEN changed 2\n")
+        with pytest.raises(UserError, match=r"row 2 \(corpus\.csv:3\): the corpus has changed"):
+            with_instructions(read_corpus(settings).examples, ledger.records)
+
+
+def test_an_unfinished_stage_is_counted(tmp_path) -> None:
+    corpus_path = tmp_path / "corpus.jsonl"
+    write_corpus(corpus_path)
+    run_shard(corpus_path, tmp_path / "ledger", 0, 3)
+    with pytest.raises(UserError, match=r"2 of 3 shards have no ledger of stage=induce \(first missing: 1, 2\)"):
+        read_results(tmp_path / "ledger")
+    run_shard(corpus_path, tmp_path / "ledger", 1, 3)
+    run_shard(corpus_path, tmp_path / "ledger", 2, 3)
+    path = shard_path(tmp_path / "ledger", "filter", 1, 3)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
+    corpus = read_corpus(CorpusSettings(path=str(corpus_path)))
+    with pytest.raises(UserError, match="2 of 60 rows have no result of stage=filter yet"):
+        merge(corpus, read_results(tmp_path / "ledger"), tmp_path, exclude=None, format="jsonl")
+    assert not (tmp_path / "si.jsonl").exists()
+
+
+def test_shards_of_different_configurations_are_not_merged(tmp_path) -> None:
+    corpus_path = tmp_path / "corpus.jsonl"
+    write_corpus(corpus_path)
+    for index in range(2):
+        run_shard(corpus_path, tmp_path / "ledger", index, 2)
+    path = shard_path(tmp_path / "ledger", "filter", 1, 2)
+    path.write_bytes(path.read_bytes().replace(b'"expert_fingerprint": "e0"', b'"expert_fingerprint": "e1"'))
+    with pytest.raises(UserError, match=r"filter-00001-of-00002.*expert_fingerprint"):
+        read_results(tmp_path / "ledger")
