@@ -18,11 +18,11 @@ ENTRYPOINTS = {"train.py", "induce.py", "evaluate.py"}
 
 # library -> the only files that may import it
 HOMES = {
-    "hydra": ENTRYPOINTS | {"config/schema.py"},
-    "omegaconf": ENTRYPOINTS | {"config/schema.py"},
+    "hydra": ENTRYPOINTS | {"config/schema.py", "config/overrides.py"},
+    "omegaconf": ENTRYPOINTS | {"config/schema.py", "config/overrides.py"},
     "wandb": {"trainers/metrics.py"},
     "torch.distributed": {f"trainers/{name}.py" for name in ("parallel", "checkpoint", "metrics", "reference")},
-    "openai": {"safer_instruct/generation.py"},
+    "openai": {"safer_instruct/server.py"},
     "matplotlib": {"safer_instruct/plots.py"},
 }
 # first-party package -> what it must not import
