@@ -15,8 +15,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from safer_instruct.plots import Plot, percent, plot_outcomes, plot_rates
-from safer_instruct.report import FURTHER, HEADLINE, shown_metrics, visible
+from safer_instruct.display import percent, short_name, visible
+from safer_instruct.plots import Plot, plot_outcomes, plot_rates
+from safer_instruct.report import FURTHER, HEADLINE, shown_metrics
 from safer_instruct.report_inputs import funnel
 
 FOLDER = Path(__file__).parent
@@ -132,6 +133,7 @@ def _environment(models: Mapping[str, Mapping[str, Any]]) -> Environment:
     environment.filters.update(
         percent=percent, visible=_visible, clip=_clip, data_uri=_data_uri, shared_n=shared_n, thousands=_thousands,
         breakable=_breakable,
+        name=lambda text: short_name(text, 80),
     )  # fmt: skip
     return environment
 
@@ -143,7 +145,7 @@ def _visible(value: object) -> str:
 def _breakable(name: str) -> Markup:
     """A name that may be broken after its underscores, dashes and slashes: columns are narrow on a phone."""
     return Markup("").join(
-        Markup("{}<wbr>").format(char) if char in "_-/." else Markup.escape(char) for char in visible(name)
+        Markup("{}<wbr>").format(char) if char in "_-/." else Markup.escape(char) for char in short_name(name, 80)
     )
 
 

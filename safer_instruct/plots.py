@@ -17,6 +17,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from safer_instruct.display import percent, short_name
+
 MODEL_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 # Key of `outcome_shares`, words of the legend, colour.
 OUTCOME_STYLES = (
@@ -49,18 +51,6 @@ class Plot:
     title: str
     alt: str
     svg: str
-
-
-def short_name(name: str, limit: int = 22) -> str:
-    """The name, cut in the middle where it is too long for an axis."""
-    if len(name) <= limit:
-        return name
-    return f"{name[: limit // 2]}...{name[-(limit - limit // 2 - 3) :]}"
-
-
-def percent(value: float | None) -> str:
-    """`0.9432` as `94.3`, None as `-`."""
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def plot_rates(title: str, metric: str, models: Mapping[str, Mapping[str, Any]], group: str) -> Plot | None:
@@ -106,14 +96,18 @@ def plot_rates(title: str, metric: str, models: Mapping[str, Mapping[str, Any]],
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         _legend(axes, len(models))
         svg = _to_svg(figure)
-    described = "; ".join(f"{name}: {_describe(model[group], metric)}" for name, model in models.items())
+    described = "; ".join(
+        f"{short_name(name, 60)}: {_describe(model[group], metric)}" for name, model in models.items()
+    )
     return Plot(title, f"{title}, bars with 95% intervals. {described}.", svg)
 
 
 def _describe(groups: Mapping[str, Mapping[str, Any]], metric: str) -> str:
     """`dare 94.1%, theft 92.0%`: a figure's numbers for its alternative text."""
     return ", ".join(
-        f"{name} {percent(rates[metric]['value'])}%" for name, rates in sorted(groups.items()) if metric in rates
+        f"{short_name(name, 60)} {percent(rates[metric]['value'])}%"
+        for name, rates in sorted(groups.items())
+        if metric in rates
     )
 
 

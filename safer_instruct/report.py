@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safer_instruct.display import percent, visible
 from safer_instruct.judging import JudgedOutput, correctness
-from safer_instruct.plots import percent
 from safer_instruct.prompt_sets import EvaluationPrompt, Overlap, prompts_fingerprint
 from safer_instruct.report_inputs import funnel
 
 REPORT_VERSION = 1
-# Unicode: control, format (directions, zero widths), surrogate, private, unassigned, line and paragraph ends.
-INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,21 +241,6 @@ def _escape_markdown(text: str) -> str:
     """Labels and names stem from files: they must neither break a table nor become markup."""
     text = visible(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{char}" if char in "\\`*|" else char for char in text)
-
-
-def visible(text: str) -> str:
-    r"""The text with every control, direction and other invisible character written out; newline and tab stay.
-
-    A right-to-left override becomes `\u202e`, or it would reorder what stands around it; a lone surrogate
-    is no UTF-8.
-    """
-    return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in INVISIBLE else _written_out(char) for char in text
-    )
-
-
-def _written_out(char: str) -> str:
-    return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
 
 
 def write_atomically(path: Path, text: str) -> None:
