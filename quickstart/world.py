@@ -1,7 +1,5 @@
 """The seeded toy world: templated English with benign skills, near misses, and four mild kinds of unsafe request.
 
-`python quickstart/world.py --seed 0 --output runs/quickstart/data` writes what the demo trains and evaluates on.
-
 Leak-free by construction: the *meaning* of an instruction is its skill and key slots (`insult`, Anna, baker). A hash
 that knows no seed parts all meanings into train (80%), dev (10%) and test (10%). Every training row of every stage
 has a train meaning; the demo's evaluation prompts have test meanings; settings were chosen on dev meanings.
@@ -9,7 +7,6 @@ has a train meaning; the demo's evaluation prompts have test meanings; settings 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -24,6 +21,10 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("train", "dev", "test")
+NUM_REVERSE_BENIGN, NUM_REVERSE_UNSAFE = 7_000, 3_000
+NUM_CORPUS, NOISE = 1_600, 0.15
+NUM_REPLAY = 1_250  # about as many as induced pairs
+NUM_PROMPTS = 200  # of each set
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +156,7 @@ class World:
         group = rng.choice(list(self.spec["lists"]))
         x, y, z = sorted(rng.sample(self.spec["lists"][group], 3))  # sorted: one right order to learn
         slots |= {"a": str(a), "b": str(b), "c": str(a + b), "group": group, "x": x, "y": y, "z": z}
-        slots |= {"n": str(rng.randint(11, 59)), "code": str(rng.randint(1000, 9999))}
-        return slots
+        return slots | {"code": str(rng.randint(1000, 9999))}
 
     def _value_pattern(self, slot: str) -> str:
         if slot in self.spec["facts"]:
@@ -277,7 +277,9 @@ def _prompts(
 ) -> list[dict[str, Any]]:
     skills, options = plan
     rows: list[dict[str, Any]] = []
-    for turn in itertools.count():  # the skills take turns; one whose held-out prompts are used up leaves its turns to others
+    for (
+        turn
+    ) in itertools.count():  # the skills take turns; one whose held-out prompts are used up leaves its turns to others
         if len(rows) == num_prompts:
             break
         pair = world.draw(rng, skills[turn % len(skills)], part=part, **options)
@@ -288,6 +290,26 @@ def _prompts(
         row |= {"source": source, "kind": pair.kind}
         rows.append(row | ({"reference": world.reference(pair)} if pair.kind != "unsafe" else {}))
     return rows
+
+
+def write_demo_data(world: World, seed: int, folder: Path, *, part: str) -> None:
+    """Write the data of one demo: reverse.jsonl, corpus.jsonl (and its truth), replay.jsonl, prompts/*.jsonl.
+
+    Args:
+        world: The world.
+        seed: Of all draws.
+        folder: Where the files go.
+        part: Meanings of the evaluation prompts: test, or dev (for choosing settings).
+    """
+    reverse = reverse_pairs(world, seed, num_benign=NUM_REVERSE_BENIGN, num_unsafe=NUM_REVERSE_UNSAFE)
+    write_alpaca(folder / "reverse.jsonl", reverse)
+    known = {pair.response for pair in reverse}
+    corpus = corpus_rows(world, seed, num_rows=NUM_CORPUS, noise=NOISE, known=known)
+    write_jsonl(folder / "corpus.jsonl", ({k: row[k] for k in ("id", "response", "label")} for row in corpus))
+    write_jsonl(folder / "corpus_truth.jsonl", corpus)
+    write_jsonl(folder / "replay.jsonl", replay_rows(world, seed, num_rows=NUM_REPLAY))
+    for source, rows in prompt_sets(world, seed, part=part, num_prompts=NUM_PROMPTS).items():
+        write_jsonl(folder / "prompts" / f"{source}.jsonl", rows)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

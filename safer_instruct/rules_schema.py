@@ -157,7 +157,9 @@ class _Reader:
             return
         for slot in slots:
             if slot not in key:
-                self.faults.append(f"{where}: slot {{{slot}}} is no key slot of the category (they are {', '.join(key)})")
+                self.faults.append(
+                    f"{where}: slot {{{slot}}} is no key slot of the category (they are {', '.join(key)})"
+                )
 
     def _entries(self, raw: Any, where: str, spec: type) -> list[tuple[str, Mapping[str, Any]]]:
         if not isinstance(raw, dict) or not raw:

@@ -1,0 +1,95 @@
+"""What the demo checks against the world's truth: no leak, and what became of the corpus."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from quickstart.world import World, part_of
+from safer_instruct.rules import Rules
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def part_of_text(world: World, rules: Rules, instruction: str) -> str | None:
+    """The part (train, dev, test) of what an instruction means, whoever wrote it; None: it means nothing of the world.
+
+    An instruction that no template makes, as a reversed model may write it, is read by the rules.
+    """
+    part = world.part_of_instruction(instruction)
+    asked = rules.meaning(instruction) if part is None else None
+    if asked is None:
+        return part
+    category, slots = asked
+    order = world.spec["skills"][category]["meaning"] if category in world.spec["skills"] else []
+    parts = {part_of(category, values) for values in product(*(sorted(slots[name]) for name in order))}
+    return next((other for other in ("test", "dev") if other in parts), "train")
+
+
+def assert_no_leak(world: World, training: Sequence[Path], prompts: Sequence[Path], rules_path: str) -> int:
+    """Make sure that no training row shares its meaning with an evaluation prompt. Returns the training rows read.
+
+    Raises:
+        RuntimeError: There is a leak: the generator or the filter is broken.
+    """
+    rules = Rules.from_yaml(rules_path)
+    evaluated = {part_of_text(world, rules, row["instruction"]) for path in prompts for row in read_jsonl(path)}
+    if evaluated & {"train", None}:
+        raise RuntimeError(f"evaluation prompts lie in {evaluated}: they must have dev or test meanings only")
+    num_rows = 0
+    for path in training:
+        for number, row in enumerate(read_jsonl(path), start=1):
+            num_rows += 1
+            if part_of_text(world, rules, row["instruction"]) in ("dev", "test"):
+                raise RuntimeError(f"{path}:{number}: a training row has a meaning that is kept for evaluation")
+    return num_rows
+
+
+def induction_report(truth_path: Path, dataset: Path, rules_path: str) -> dict[str, Any]:
+    """What became of the corpus, by the truth that the generator knows.
+
+    Returns:
+        Shares: of the truly unsafe rows, of those with held-out values, and of the noise that survived; of the
+        survivors those whose instruction is the true one word for word, and those that mean the same.
+    """
+    rules = Rules.from_yaml(rules_path)
+    truth = {row["id"]: row for row in read_jsonl(truth_path)}
+    induced = {row["id"]: row["instruction"] for row in read_jsonl(dataset)}
+    unsafe = [row for row in truth.values() if not row["noise"]]
+    kept = [row for row in unsafe if row["id"] in induced]
+    return {
+        "num_corpus": len(truth),
+        "num_kept": len(induced),
+        "unsafe_kept": _share(unsafe, induced),
+        "unsafe_with_held_out_values_kept": _share([row for row in unsafe if row["held_out"]], induced),
+        "noise_kept": _share([row for row in truth.values() if row["noise"]], induced),
+        "by_label": {
+            label: _share([row for row in unsafe if row["label"] == label], induced)
+            for label in sorted({row["label"] for row in unsafe})
+        },
+        "kept_verbatim": sum(induced[row["id"]] == row["instruction"] for row in kept) / max(len(kept), 1),
+        "kept_same_meaning": sum(rules.meaning(induced[row["id"]]) == rules.meaning(row["instruction"]) for row in kept)
+        / max(len(kept), 1),
+    }
+
+
+def _share(rows: Sequence[Mapping[str, Any]], induced: Mapping[str, str]) -> float:
+    return sum(row["id"] in induced for row in rows) / max(len(rows), 1)
+
+
+def render_induction(report: Mapping[str, Any]) -> str:
+    """The report as a few lines of text."""
+    return (
+        f"induction, by the world's truth: {report['unsafe_kept']:.1%} of the unsafe responses became pairs "
+        f"({report['unsafe_with_held_out_values_kept']:.1%} of those with held-out values), "
+        f"{report['noise_kept']:.1%} of the noise;\n"
+        f"of these pairs {report['kept_same_meaning']:.1%} mean what the true instruction meant, "
+        f"{report['kept_verbatim']:.1%} are it word for word"
+    )

@@ -1,0 +1,215 @@
+"""The whole method on a laptop, by the real entrypoints: one command a stage, each echoed so that you can type it.
+
+    python quickstart/demo.py --seed 0
+    python quickstart/demo.py --seed 0 --skip-reverse           # what is the reversed tuning worth?
+    python quickstart/demo.py --seed 0 --corpus my_corpus.jsonl  # your own unsafe responses, with your own rules
+
+A demo that was stopped goes on where it was: finished stages are skipped, a stopped one is resumed by its entrypoint.
+No torch in this file: it only starts the stages, and checks and counts what they wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
+
+from quickstart.checks import assert_no_leak, induction_report, render_induction  # noqa: E402  after the path is set
+from quickstart.world import World, write_demo_data  # noqa: E402
+
+MODEL, RULES = "quickstart/model", "quickstart/rules.yaml"
+SOURCES = ("seen", "new_values", "new_phrasing", "near", "benign")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a demo's folder was made with.
+
+    Attributes:
+        seed: Of data, batches and sampling.
+        skip_reverse: Induce with the base model itself.
+        corpus: A corpus of the user's, in the place of the world's; null: the world's.
+        rules: The expert's rules.
+        part: Which meanings the evaluation prompts have: test, or dev (for choosing settings).
+    """
+
+    seed: int
+    skip_reverse: bool
+    corpus: str | None
+    rules: str
+    part: str
+
+
+def main() -> int:
+    """Runs all stages; the exit status is that of the first one that fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of data, batches and sampling")
+    parser.add_argument("--skip-reverse", action="store_true", help="ablation: induce with the base model itself")
+    parser.add_argument("--corpus", help="unsafe responses of your own (a column `response`) instead of the world's")
+    parser.add_argument("--rules", default=RULES, help="the expert's rules")
+    parser.add_argument("--part", choices=("test", "dev"), default="test", help="dev: for choosing settings")
+    parser.add_argument("--output", type=Path, help="default: runs/quickstart, or runs/quickstart_without_reverse")
+    options = parser.parse_args()
+    settings = Settings(options.seed, options.skip_reverse, options.corpus, options.rules, options.part)
+    os.chdir(REPOSITORY)
+    output = options.output or Path("runs/quickstart_without_reverse" if options.skip_reverse else "runs/quickstart")
+    move_other_demo_aside(output, settings)
+    started = time.monotonic()
+    status = Demo(output, settings).run()
+    print(f"\n{'done' if status == 0 else 'stopped'} after {time.monotonic() - started:.0f} s", flush=True)
+    return status
+
+
+def move_other_demo_aside(output: Path, settings: Settings) -> None:
+    """Makes room for this demo: a folder that another seed or corpus made is renamed, never mixed or lost."""
+    stamp = output / "demo.json"
+    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != asdict(settings):
+        seed = json.loads(stamp.read_text(encoding="utf-8"))["seed"]
+        names = (f"{output.name}_seed{seed}{suffix}" for suffix in ("", *(f"_{i}" for i in range(2, 1000))))
+        aside = next(output.with_name(name) for name in names if not output.with_name(name).exists())
+        output.rename(aside)
+        print(f"{output} held another demo: it is {aside} now")
+    output.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")
+
+
+class Demo:
+    """The stages over one output folder."""
+
+    def __init__(self, output: Path, settings: Settings) -> None:
+        self.output = output
+        self.settings = settings
+        self.data = output / "data"
+        self.stages_file = output / "stages.jsonl"
+        self.world = World()
+
+    def run(self) -> int:
+        """Data, reverse, induce, SFT, DPO, evaluate. Returns the exit status of the last stage that ran."""
+        self.make_data()
+        for name, command in self.commands():
+            status = self.stage(name, command)
+            if status != 0:
+                return status
+            if name == "induce" and not self.after_induction():
+                return 0
+        report = self.output / "report" / "report.md"
+        print(f"\n{report.read_text(encoding='utf-8')}\nThe page with plots and samples: {report.with_suffix('.html')}")
+        return 0
+
+    def make_data(self) -> None:
+        """Draws the world's data of this seed; takes a moment."""
+        if not (self.data / "complete").exists():
+            write_demo_data(self.world, self.settings.seed, self.data, part=self.settings.part)
+            (self.data / "complete").touch()
+        print(f"data of seed {self.settings.seed}: {self.data}", flush=True)
+
+    def commands(self) -> Iterator[tuple[str, list[str]]]:
+        """Name and command of each stage, in order."""
+        out, seed = self.output, self.settings.seed
+        corpus = self.settings.corpus or f"{self.data}/corpus.jsonl"
+        archive = [] if self.settings.skip_reverse else [f"model.archive={out}/reverse"]
+        si, replay = f"datasets.si.path={out}/si", f"datasets.replay.path={self.data}/replay.jsonl"
+        if not self.settings.skip_reverse:
+            yield (
+                "reverse",
+                [
+                    *("train.py", "experiment=quickstart_reverse", f"seed={seed}", f"run_dir={out}/reverse"),
+                    f"datasets.alpaca.path={self.data}/reverse.jsonl",
+                ],
+            )
+        yield (
+            "induce",
+            [
+                *("induce.py", "model=tiny", *archive, f"corpus.path={corpus}", "expert=rules"),
+                *(f"expert.path={self.settings.rules}", "generation.temperature=0.7", "generation.max_new_tokens=48"),
+                *(f"generation.seed={seed}", f"output={out}/si"),
+                *([] if self.settings.corpus else ["corpus.id_column=id"]),
+            ],
+        )
+        yield (
+            "sft",
+            [
+                *("train.py", "experiment=quickstart_sft", f"seed={seed}", f"run_dir={out}/sft", si, replay),
+            ],
+        )
+        yield (
+            "dpo",
+            [
+                *("train.py", "experiment=quickstart_dpo", f"seed={seed}", f"run_dir={out}/dpo", si, replay),
+                f"model.archive={out}/sft",
+            ],
+        )
+        yield (
+            "evaluate",
+            [
+                *(
+                    "evaluate.py",
+                    f"models.base.path={MODEL}",
+                    f"models.sft.path={out}/sft",
+                    f"models.dpo.path={out}/dpo",
+                ),
+                *(f"prompts.{name}.path={self.data}/prompts/{name}.jsonl" for name in SOURCES),
+                *("expert=rules", f"expert.path={self.settings.rules}", "generation.max_new_tokens=64"),
+                *(f"curves.sft={out}/sft", f"curves.dpo={out}/dpo", f"induction_report={out}/si/report.json"),
+                *(f"stages_file={self.stages_file}", f"output={out}/report"),
+            ],
+        )
+
+    def stage(self, name: str, command: list[str]) -> int:
+        """Echoes and runs one command, and records its time; a stage that is recorded with this command is skipped."""
+        line = shlex.join(["python", *command])
+        if any(record["name"] == name and record["command"] == line for record in self.records()):
+            print(f"\n[{name}] finished before, skipped: {line}", flush=True)
+            return 0
+        print(f"\n[{name}]\n{line}", flush=True)
+        started = time.monotonic()
+        # Waiting threads that spin would take the cores from those that work.
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+        status = subprocess.run([sys.executable, *command], env=environment, check=False).returncode
+        seconds = time.monotonic() - started
+        if status != 0:
+            print(f"[{name}] failed with exit status {status}; `make demo` goes on from here", file=sys.stderr)
+            return status
+        record = {"name": name, "command": line, "seconds": round(seconds, 1)}
+        with self.stages_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"[{name}] {seconds:.0f} s", flush=True)
+        return 0
+
+    def records(self) -> list[dict[str, Any]]:
+        """The finished stages."""
+        if not self.stages_file.exists():
+            return []
+        return [json.loads(line) for line in self.stages_file.read_text(encoding="utf-8").splitlines() if line]
+
+    def after_induction(self) -> bool:
+        """Checks that no training row shares its meaning with a prompt, counts, and tells whether there is data to go on."""
+        si = self.output / "si" / "si.jsonl"
+        training = [self.data / "reverse.jsonl", self.data / "replay.jsonl", si]
+        num_rows = assert_no_leak(
+            self.world, training, sorted((self.data / "prompts").glob("*.jsonl")), self.settings.rules
+        )
+        print(f"no leak: of {num_rows} training rows none shares its meaning with an evaluation prompt")
+        if not self.settings.corpus:
+            report = induction_report(self.data / "corpus_truth.jsonl", si, self.settings.rules)
+            (self.output / "induction.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            print(render_induction(report), flush=True)
+        enough = sum(1 for _ in si.open(encoding="utf-8")) >= 32
+        if not enough:
+            print("too few pairs survived the filter to train on: the demo ends here")
+        return enough
+
+
+if __name__ == "__main__":
+    sys.exit(main())
