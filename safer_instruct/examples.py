@@ -211,7 +211,10 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{file}:{number}: broken JSON: {error.msg} at column {error.colno}") from error
+                    raise UserError(
+                        f"{file}:{number}: broken JSON: {error.msg} at column {error.colno}; a file holds one object "
+                        "a line, or (in a .json file) one list of objects"
+                    ) from error
                 yield number, _object(row, file, number)
 
 

@@ -41,7 +41,7 @@ def sentencepiece_like(*, legacy: bool) -> PreTrainedTokenizerFast:
 def merging() -> PreTrainedTokenizerFast:
     """BPE without words or spaces, whose merges cross every boundary: "ab", "abc", ":)" and "))" are tokens."""
     characters = [*"abc:)( .\n"]
-    merges = [("a", "b"), ("ab", "c"), (":", ")"), (")", ")"), ("\n", "a"), ("b", "c")]
+    merges = [("\n", "a"), ("a", "b"), ("ab", "c"), (":", ")"), (")", ")"), ("b", "c")]
     names = [PAD, BOS, EOS, UNK, *characters, *(a + b for a, b in merges)]
     model = models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges, unk_token=UNK)
     tokenizer = Tokenizer(model)
@@ -227,10 +227,11 @@ def test_a_response_that_the_tokenizer_makes_nothing_of() -> None:
 
 
 def test_whoever_called_the_tokenizer_before_does_not_matter() -> None:
-    tokenizer = byte_level_tokenizer(add_bos=True)
-    before = prompt_token_ids(tokenizer, Prompt("", "the cat sat", ""), 99)
+    tokenizer, prompts = byte_level_tokenizer(add_bos=True), [Prompt("", "the cat sat", ""), Prompt("", "a", "")]
+    encoder = Encoder(tokenizer, max_length=99, max_prompt_length=50)
+    before = encoder.encode(prompts, [("on the mat",), ("b",)])
     tokenizer(["a", "the cat"], padding="max_length", max_length=3, truncation=True)
-    assert prompt_token_ids(tokenizer, Prompt("", "the cat sat", ""), 99) == before
+    assert encoder.encode(prompts, [("on the mat",), ("b",)]) == before
 
 
 def test_mistakes_in_the_limits_and_the_tokenizer() -> None:

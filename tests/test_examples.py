@@ -96,6 +96,7 @@ SECRET = "private text"
         ("a.csv", b"a,b\n1,2\nprivate text\xff,3\n", "a.csv:3: bytes that are not UTF-8"),
         ("a.jsonl", b'{"a": 1}\n' * 9000 + b'{"a": "private text\xe9"}', "a.jsonl:9001: bytes that are not UTF-8"),
         ("a.parquet", b"private text", "a.parquet: not a readable parquet file"),
+        ("a.json", b'{\n "rows": ["private text"]\n}', r"a.json:1: broken JSON.* one list of objects"),
         ("a.txt", b"private text", "a data file ends in one of"),
     ],
 )
@@ -117,6 +118,9 @@ def test_missing_paths_are_reported_at_once(tmp_path: Path) -> None:
 def test_a_utf8_signature_is_no_part_of_the_first_column(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfa,b\n1,2\n")
     assert [row for _, row in read_rows(tmp_path / "a.csv")] == [{"a": "1", "b": "2"}]
+    for name, text in (("a.json", b'[{"a": 1}]'), ("b.json", b'{"a": 1}'), ("c.jsonl", b'{"a": 1}')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text)
+        assert [row for _, row in read_rows(tmp_path / name)] == [{"a": 1}]
 
 
 def test_require_columns_lists_what_it_found() -> None:

@@ -106,8 +106,6 @@ class BatchLoader:
 
     def rows_visited(self) -> Tensor:
         """Row numbers that the run visits at least once, ascending, int64."""
-        if self.total_examples >= len(self.store):
-            return torch.arange(len(self.store))
         return self._order(0)[: self.total_examples].sort().values
 
     def batches(self, start_examples: int = 0) -> Iterator[GlobalBatch]:
