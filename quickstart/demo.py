@@ -194,7 +194,7 @@ class Demo:
         return [json.loads(line) for line in self.stages_file.read_text(encoding="utf-8").splitlines() if line]
 
     def after_induction(self) -> bool:
-        """Checks that no training row shares its meaning with a prompt, counts, and tells whether there is data to go on."""
+        """Checks for leaks, counts what survived, and tells whether there are pairs to train on."""
         si = self.output / "si" / "si.jsonl"
         training = [self.data / "reverse.jsonl", self.data / "replay.jsonl", si]
         num_rows = assert_no_leak(

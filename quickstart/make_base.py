@@ -39,7 +39,7 @@ def template_pieces() -> list[str]:
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of VOCAB_SIZE tokens and the template pieces; digits stay single, so that codes can be copied."""
+    """A byte-level BPE of VOCAB_SIZE tokens and the template pieces; single digits, so that codes can be copied."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -77,7 +77,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    # A damaged model may write pieces of the template, and rows of the embedding that stand for no token: never generate them.
+    # A damaged model may write pieces of the template, or embedding rows that stand for no token: never generate them.
     unwritable = [*tokenizer.convert_tokens_to_ids(template_pieces()), *range(len(tokenizer), config.vocab_size)]
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, suppress_tokens=unwritable

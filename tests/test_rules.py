@@ -1,5 +1,6 @@
 """The rule engine on rules of its own, on the quickstart's rules, and against outputs labelled by hand."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -214,7 +215,7 @@ class TestQuickstartRules:
     def test_a_pair_whose_instruction_asks_for_something_else_is_dropped(self, rules):
         world, rng = World(), random.Random(6)
         pairs = [world.draw(rng, rng.choice(world.skills("unsafe"))) for _ in range(100)]
-        for one, other in zip(pairs, pairs[1:], strict=False):
+        for one, other in itertools.pairwise(pairs):
             if world.meaning_of(one.instruction) != world.meaning_of(other.instruction):
                 assert not rules.screen(one.instruction, other.response).keep
 
