@@ -91,7 +91,7 @@ def start():
     def start_and_wait(*arguments):
         process = context.Process(target=run, args=arguments)
         process.start()
-        process.join(120)
+        process.join(240)
         return process.exitcode
 
     return start_and_wait
@@ -107,8 +107,8 @@ def rows_of(run_path: Path) -> list[dict]:
 
 
 KILLS = [
-    ("clip", 2), ("step", 5), ("write state", 1), ("fsync", 1), ("point", 1), ("evaluate", 1), ("resume", 1),
-    ("discard", 1), ("rmtree", 3), ("step", 4), ("fsync", 2), ("point", 2), ("evaluate", 2), ("point", 1),
+    ("clip", 2), ("step", 5), ("fsync", 1), ("point", 1), ("evaluate", 1), ("resume", 1), ("discard", 1),
+    ("rmtree", 3), ("write state", 2), ("step", 7),
 ]  # fmt: skip
 
 
@@ -116,7 +116,7 @@ KILLS = [
 def test_killed_anywhere_and_started_again(tmp_path, start, kind):
     assert start(tmp_path, kind, "straight", None) == 0
     died = [start(tmp_path, kind, "killed", kill) == -signal.SIGKILL for kill in KILLS]
-    assert sum(died) >= 9  # the later ones may find the run at its end
+    assert sum(died) >= 8, died
     assert start(tmp_path, kind, "killed", None) == 0
     assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "straight")
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "straight")
