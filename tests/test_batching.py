@@ -156,7 +156,7 @@ def expected_sequences(store: TokenStore, row: int) -> list[tuple[list[int], int
     return [(prompt + response, len(prompt)) for response in responses]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 30), st.none() | st.integers(1, 200), st.sampled_from([2, 3]))
 def test_microbatches(
     tmp_path_factory: pytest.TempPathFactory,

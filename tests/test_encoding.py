@@ -99,7 +99,7 @@ def test_prompt_and_response_are_the_encoding_of_the_joint_text(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ANY_TEXT_KINDS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     instruction=texts,
     input=st.just("") | texts,
@@ -144,7 +144,7 @@ def test_where_a_merge_straddles_the_prompt_keeps_its_tokens(
     assert row.straddled == (joint[: len(row.prompt)] != row.prompt)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.text("abc:)( .\n", max_size=8), *[st.text("abc:)( .\n", min_size=1, max_size=8)] * 2)
 def test_pairs_share_their_prompt_whatever_merges(body: str, chosen: str, rejected: str) -> None:
     tokenizer = make("merging")
@@ -164,7 +164,7 @@ def test_a_response_behind_a_straddled_boundary_gets_no_space_of_its_own() -> No
 
 
 @pytest.mark.parametrize("kind", ANY_TEXT_KINDS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(body=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300), limit=st.integers(60, 200))
 def test_truncation_keeps_head_tail_and_the_start_of_the_body(kind: str, body: str, limit: int) -> None:
     tokenizer = make(kind)
