@@ -74,23 +74,26 @@ def check_overrides(config_name: str, arguments: list[str], *, multirun: bool) -
             base.append(good[0])
             variants.append(good)
             checked.overrides.append(override.input_line or "")
-    unset = _fill_mandatory_groups(config_name, base, checked)
+    config, unset = _fill_mandatory_groups(config_name, base, checked)
     variants += [[text] for text in unset.values()]
 
-    config = compose(config_name, overrides=base)
-    all_compose = _composes(config_name, base + [override.input_line or "" for override in values])
-    for override in values:
-        if override.key_or_group.split(".")[0] in unset:
-            continue  # the group that it belongs to is not known, and that is reported already
-        prefix = "++" if _is_addition_to_open_dict(config, override) else ""
-        texts = [prefix + text for text in _expand(override, checked, multirun)]
-        surely_good = all_compose and override.type == OverrideType.CHANGE
+    values = [override for override in values if override.key_or_group.split(".")[0] not in unset]
+    expanded = [(override, _expand(override, checked, multirun)) for override in values]
+    spelled = [[_spell_addition(config, override, text) for text in texts] for override, texts in expanded]
+    # The quick answer for a command without mistakes: one composition instead of one for each override.
+    all_compose = _composes(config_name, base + [text for texts in spelled for text in texts[:1]])
+    for (override, texts), there in zip(expanded, spelled, strict=True):
+        surely_good = all_compose and len(texts) == 1 and override.type == OverrideType.CHANGE
         good = [
-            text for text in texts if surely_good or _check_value(config_name, base, config, override, text, checked)
+            text
+            for said, text in zip(texts, there, strict=True)
+            if surely_good or _check_value(config_name, base, config, override, said, text, checked)
         ]
         if good:
             variants.append(good)
-            checked.overrides.append(prefix + (override.input_line or ""))
+            checked.overrides.append(_joined(good) if there != texts else override.input_line or "")
+            if len(texts) > 1:
+                checked.swept_keys.append(good[0].lstrip("+").split("=")[0])
     checked.points = [list(point) for point in itertools.product(*variants)]
     return checked
 
@@ -145,7 +148,6 @@ def _parse(text: str, checked: CheckedOverrides) -> Override | None:
 
 
 def _composes(config_name: str, overrides: list[str]) -> bool:
-    """The quick answer for a command without mistakes: one composition instead of one for each override."""
     try:
         compose(config_name, overrides=overrides)
     except HydraException:
@@ -162,6 +164,7 @@ def _expand(override: Override, checked: CheckedOverrides, multirun: bool) -> li
     value = override.value()
     if isinstance(value, (Glob, IntervalSweep)):
         checked.swept_keys.append(override.key_or_group)
+        checked.overrides.append(override.input_line or "")
         return []  # only the sweeper knows the values
     if not override.is_sweep_override():
         return [override.input_line or ""]
@@ -197,16 +200,18 @@ def _check_group(override: Override, text: str, checked: CheckedOverrides) -> bo
     return not bad
 
 
-def _fill_mandatory_groups(config_name: str, base: list[str], checked: CheckedOverrides) -> dict[str, str]:
+def _fill_mandatory_groups(
+    config_name: str, base: list[str], checked: CheckedOverrides
+) -> tuple[DictConfig, dict[str, str]]:
     """Adds a choice to `base` for each mandatory group that has none, so that the rest can be checked.
 
-    Returns group -> override that was added; reports the groups, unless a wrong choice of theirs was reported.
+    Returns what `base` then composes to, and group -> override that was added; reports the groups, unless a wrong
+    choice of theirs was reported.
     """
     added: dict[str, str] = {}
-    for group in all_groups():
+    while True:
         try:
-            compose(config_name, overrides=base)
-            break
+            return compose(config_name, overrides=base), added
         except HydraException as error:
             if "You must specify" not in str(error):
                 raise
@@ -217,39 +222,53 @@ def _fill_mandatory_groups(config_name: str, base: list[str], checked: CheckedOv
         checked.bad_keys.add(group)
         added[group] = f"{group}={options[0]}"
         base.append(added[group])
-    return added
 
 
-def _is_addition_to_open_dict(config: DictConfig, override: Override) -> bool:
-    """Whether `a.b.c=1` adds an entry to a dictionary with free names (`optimizer_args`, `models`, `datasets`).
+def _spell_addition(config: DictConfig, override: Override, text: str) -> str:
+    """`models.base.path=x`, an entry of a dictionary with free names, as Hydra wants it: `++models={base:{path:x}}`.
 
-    Hydra wants `+a.b.c=1` for these; which keys are free is known from the schema, so the plus is ours to add. A name
-    that resembles one that exists is refused as a typing error, as is the name of a group choice that is not selected.
+    Which dictionaries are free is known from the schema (`optimizer_args`, `models`, `datasets`, ...). A name that
+    resembles one that exists, or that is a choice of the group and not selected, is left for the error it is.
     """
     if override.is_add() or override.is_force_add() or override.is_delete():
-        return False
+        return text
     parts = override.key_or_group.split(".")
+    value = text.split("=", 1)[1]
     node: Any = config
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig):
-            return False
+            return text
         if part not in node:
             known = [str(key) for key in node] + group_options(".".join(parts[:depth]))
-            return not is_dataclass(OmegaConf.get_type(node)) and nearest(part, known) is None
+            if is_dataclass(OmegaConf.get_type(node)) or nearest(part, known) is not None:
+                return text
+            nested = "".join(f"{{{name}:" for name in parts[depth:]) + value + "}" * (len(parts) - depth)
+            return f"++{'.'.join(parts[:depth])}={nested}"
         if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part):
-            return False
+            return text
         node = node[part]
-    # `optimizer_args={betas:[0.9,0.95]}`: an empty free dictionary takes a whole one only with ++
-    return isinstance(node, DictConfig) and not is_dataclass(OmegaConf.get_type(node))
+    is_free = isinstance(node, DictConfig) and not is_dataclass(OmegaConf.get_type(node))
+    return "++" + text if is_free else text  # `optimizer_args={betas:[0.9,0.95]}`
+
+
+def _joined(texts: list[str]) -> str:
+    """One override that sweeps over the values of several: `k=a`, `k=b` -> `k=a,b`."""
+    return texts[0] + "".join("," + text.split("=", 1)[1] for text in texts[1:])
 
 
 def _check_value(
-    config_name: str, base: list[str], config: DictConfig, override: Override, text: str, checked: CheckedOverrides
+    config_name: str,
+    base: list[str],
+    config: DictConfig,
+    override: Override,
+    text: str,
+    spelled: str,
+    checked: CheckedOverrides,
 ) -> bool:
-    """Composes one override on top of the groups, and reports what is wrong with it."""
+    """Composes one override, `spelled` for Hydra, on top of the groups; reports what is wrong with `text`."""
     key = override.key_or_group
     try:
-        composed = compose(config_name, overrides=[*base, text])
+        composed = compose(config_name, overrides=[*base, spelled])
     except HydraException as error:
         cause = error.__cause__
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
@@ -309,6 +328,8 @@ def _expected_type(config: DictConfig, key: str) -> str:
     kind = OmegaConf.get_type(parent)
     leaf = key.rpartition(".")[2]
     hint = typing.get_type_hints(kind).get(leaf) if is_dataclass(kind) else None
+    if hint is None:  # a key of a dictionary with free names, of which nothing is known but that it did not fit
+        return "does not fit; see config/settings.py for what it may be"
     kinds: list[Any] = [kind for kind in typing.get_args(hint) if isinstance(kind, type)] or [hint]
     words: dict[Any, str] = {
         int: "a whole number",

@@ -17,7 +17,7 @@ from config.schema import run_entrypoint
 from config.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "apple banana cherry cat mat sum task list the a of on sat fruits".split()
+WORDS = ["apple", "banana", "cherry", "cat", "mat", "sum", "task", "list", "the", "a", "of", "on", "sat", "fruits"]
 
 
 def configs_of(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
