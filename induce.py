@@ -34,6 +34,7 @@ from safer_instruct.generation import HFGenerator
 from safer_instruct.ledger import Ledger, read_ledger, run_stage, shard_count, shard_path
 from safer_instruct.merge import MERGE, merge, read_results
 from safer_instruct.models import load_causal_lm, load_tokenizer, model_fingerprint
+from safer_instruct.prompts import render_reversed
 from safer_instruct.stages import (
     FILTER,
     INDUCE,
@@ -92,6 +93,7 @@ def run_induce(config: InduceConfig, examples: Sequence[Example], path: Path, de
         model = load_causal_lm(config.model)
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         generator = HFGenerator(model, tokenizer, config.generation, name=name, fingerprint=fingerprint)
+        generator.require_room(render_reversed(""))
         with _progress(INDUCE, examples) as bar:
             run_stage(examples, ledger, stage_induce(generator), batch_size=ROWS_AT_A_TIME, progress=bar.update)
 
@@ -175,16 +177,6 @@ def require_same_shards(ledgers: Path, count: int) -> None:
         )
 
 
-def check(config: InduceConfig) -> list[str]:
-    """Return all errors of the command, less those about what its stages do not use."""
-    unused = []
-    if config.stage not in ("all", INDUCE):
-        unused.append("model.")
-    if config.stage not in ("all", FILTER, RESPOND):
-        unused.append("expert")
-    return [error for error in check_induce(config) if not error.startswith(tuple(unused))]
-
-
 def _checked_expert(config: InduceConfig, device: torch.device) -> Expert:
     if config.expert in (None, MISSING):
         raise UserError(f"stage={config.stage} needs an expert: write expert=rules, expert=local or expert=openai")
@@ -219,4 +211,4 @@ def _show(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_entrypoint("induce", InduceConfig, check, main)
+    run_entrypoint("induce", InduceConfig, check_induce, main)

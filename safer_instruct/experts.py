@@ -203,6 +203,8 @@ class LocalGenerator:
             name=self.name,
             fingerprint=self.fingerprint,
         )
+        for prompt in (render_filter("", ""), render_judge("", ""), render_respond("")):
+            generator.require_room(in_template(self._settings.template, prompt, tokenizer))
         self._loaded = generator, tokenizer
         return self._loaded
 

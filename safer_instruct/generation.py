@@ -129,12 +129,32 @@ class HFGenerator:
     def check(self) -> None:
         """Nothing can be missing: the model is here."""
 
+    def require_room(self, prompt: Prompt) -> None:
+        """Raise a UserError if not even the prompt's template fits: then no row would."""
+        room = self.max_prompt_tokens
+        try:
+            prompt_token_ids(self.tokenizer, prompt._replace(body=""), room)
+        except UserError:
+            raise UserError(
+                f"the prompt's template alone is longer than the {room} tokens that {self.settings.max_new_tokens} new "
+                f"tokens leave in the context of the model {self.name}; give fewer new tokens or another model"
+            ) from None
+
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Yield the generations batch by batch, longest prompts first."""
-        encoded = [prompt_token_ids(self.tokenizer, one.prompt, self.max_prompt_tokens) for one in requests]
+        """Yield the generations batch by batch, longest prompts first.
+
+        A row whose prompt does not fit even without its body gets the error "prompt_too_long".
+        """
+        fitting, encoded = [], []
+        for request in requests:
+            try:
+                encoded.append(prompt_token_ids(self.tokenizer, request.prompt, self.max_prompt_tokens))
+                fitting.append(request)
+            except UserError:
+                yield Generation(request.id, "", error="prompt_too_long")
         for rows in self._batches([len(ids) for ids in encoded]):
-            yield from self._generate_batch([requests[i] for i in rows], [encoded[i] for i in rows])
+            yield from self._generate_batch([fitting[i] for i in rows], [encoded[i] for i in rows])
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Cut the row numbers, sorted by falling length, so that rows x (longest prompt + new tokens) <= budget."""
