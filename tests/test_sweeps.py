@@ -1,0 +1,149 @@
+"""Sweep files and batch scripts: the commands that they would build compose, and each run has a directory of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from wandb.sdk.launch.sweeps import utils as agent
+
+from config.paths import REPOSITORY
+from config.schema import compose_config
+
+SCRIPTS = REPOSITORY / "scripts"
+
+
+def agent_command(sweep: dict, point: dict[str, object]) -> list[str]:
+    """The command that wandb's agent builds for one point, with the agent's own functions.
+
+    The last step is what `wandb_agent.Agent._command_run` does: only an item that is one whole macro is replaced.
+    """
+    template = agent.create_sweep_command(list(sweep["command"]))
+    macros = agent.create_sweep_command_args({"args": {name: {"value": value} for name, value in point.items()}})
+    macros |= {"interpreter": ["python"], "program": [sweep["program"]], "env": ["/usr/bin/env"]}
+    command: list[str] = []
+    for item in template:
+        is_macro = item.startswith("${") and item.endswith("}")
+        command += macros.get(item[2:-1]) or [] if is_macro else [item]
+    return command
+
+
+@pytest.mark.parametrize("file", sorted((SCRIPTS / "sweeps").glob("*.yaml")), ids=lambda file: file.name)
+def test_commands_of_a_wandb_agent_compose(file, monkeypatch):
+    for name, value in {"MODEL": "/models/alpaca", "SFT_RUN": "runs/si_sft", "SI_DATA": "/data/si"}.items():
+        monkeypatch.setenv(name, value)
+    sweep = yaml.safe_load(file.read_text())
+    names = set()
+    for beta in sweep["parameters"]["loss.beta"]["values"]:
+        command = agent_command(sweep, {"loss.beta": beta, "seed": 0})
+        assert command[:4] == ["/usr/bin/env", "python", "-u", "train.py"]
+        config = compose_config("config", command[4:])
+        assert config.loss.beta == beta
+        assert (config.model.name_or_path, config.model.archive) == ("/models/alpaca", "runs/si_sft")
+        assert config.datasets["si"].path == "/data/si"
+        names.add(config.exp_name)
+    assert names == {"si_dpo_beta_0.05_seed_0", "si_dpo_beta_0.1_seed_0", "si_dpo_beta_0.5_seed_0"}
+
+
+def shell_scripts() -> list[Path]:
+    return sorted([*SCRIPTS.glob("*.sh"), *(SCRIPTS / "slurm").glob("*.sbatch")])
+
+
+@pytest.mark.parametrize("script", shell_scripts(), ids=lambda script: script.name)
+def test_shell_scripts_parse(script):
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_batch_scripts_name_no_site():
+    for script in (SCRIPTS / "slurm").glob("*.sbatch"):
+        options = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+        assert options
+        assert not [line for line in options if "partition" in line or "account" in line or "--chdir" in line]
+        assert any("--requeue" in line for line in options)
+
+
+@pytest.fixture
+def fake_srun(tmp_path):
+    """A PATH on which `srun` prints the words of the command that it would run, one a line."""
+    program = tmp_path / "bin" / "srun"
+    program.parent.mkdir()
+    program.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def batch(script: str, path: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": path, "SLURM_SUBMIT_DIR": str(REPOSITORY), **variables}
+    command = ["bash", str(SCRIPTS / "slurm" / script)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def overrides_of(lines: list[str], program: str) -> list[str]:
+    assert program in lines, lines
+    return lines[lines.index(program) + 1 :]
+
+
+def test_train_array_runs_the_line_of_its_task(fake_srun):
+    paths = {"MODEL": "/models/alpaca", "SFT_RUN": "runs/si_sft", "SI_DATA": "/data/si"}
+    configs = []
+    for index in range(3):
+        done = batch("train_array.sbatch", fake_srun, SLURM_ARRAY_TASK_ID=str(index), EXTRA="seed=4", **paths)
+        assert done.returncode == 0, done.stderr
+        configs.append(compose_config("config", overrides_of(done.stdout.splitlines(), "train.py")))
+    assert [config.loss.beta for config in configs] == [0.05, 0.1, 0.5]
+    assert len({config.exp_name for config in configs}) == 3
+    assert {(config.model.name_or_path, config.datasets["si"].path, config.seed) for config in configs} == {
+        ("/models/alpaca", "/data/si", 4)
+    }
+    beyond = batch("train_array.sbatch", fake_srun, SLURM_ARRAY_TASK_ID="3", **paths)
+    assert beyond.returncode == 2
+    assert "sbatch --array=0-2" in beyond.stderr
+
+
+def test_train_array_says_which_variable_is_missing(fake_srun):
+    done = batch("train_array.sbatch", fake_srun, SLURM_ARRAY_TASK_ID="0")
+    assert done.returncode != 0
+    assert "MODEL=FOLDER" in done.stderr
+
+
+def test_induce_array_leaves_the_shard_to_the_array_variables(fake_srun):
+    variables = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8", "CORPUS": "unsafe.jsonl"}
+    expert = "expert=openai expert.model=a-model"
+    done = batch("induce_array.sbatch", fake_srun, EXPERT=expert, MODEL="runs/reverse", **variables)
+    assert done.returncode == 0, done.stderr
+    config = compose_config("induce", overrides_of(done.stdout.splitlines(), "induce.py"))
+    assert (config.corpus.path, config.output, config.model.name_or_path) == ("unsafe.jsonl", "data/si", "runs/reverse")
+    assert config.expert.model == "a-model"
+    assert (config.shard.index, config.shard.count) == (None, None)
+
+
+def test_reproduce_prints_commands_that_compose(tmp_path):
+    """The dry run of scripts/reproduce.sh: all stages, in order, each a command that its entrypoint accepts."""
+    paths = {name: f"/data/{name.lower()}" for name in ("LLAMA", "ALPACA", "ALPACA_DATA", "CORPUS", "TEST_SET")}
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / "reproduce.sh")],
+        env={**os.environ, **paths, "EXPERT": "expert=openai expert.model=a-model", "DRY_RUN": "1", "PYTHON": "python"},
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    commands = [line[2:].split() for line in done.stdout.splitlines() if line.startswith("+ ")]
+    programs = [command[2] for command in commands]
+    assert programs == ["train.py", "induce.py", "train.py", "train.py", "evaluate.py"]
+    configs = {"train.py": "config", "induce.py": "induce"}
+    composed = [compose_config(configs[command[2]], command[3:]) for command in commands if command[2] in configs]
+    assert [config.exp_name for config in (composed[0], *composed[2:])] == ["reverse", "si_sft", "si_dpo"]
+    assert composed[1].model.name_or_path == "runs/reverse"
+    assert composed[2].datasets["si"].path == composed[1].output
+    assert composed[3].model.archive == "runs/si_sft"
+
+
+def test_scripts_are_clean_for_shellcheck():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", *map(str, shell_scripts())], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
