@@ -168,7 +168,7 @@ def judge_all(
         judgements = judge_answers(evaluation.expert, pairs, folder=folder, progress=bar.update)
     judged: dict[str, list[JudgedOutput]] = {name: [] for name in answers}
     for (name, prompt, answer), judgement in zip(rows, judgements, strict=True):
-        judged[name].append(JudgedOutput(prompt, answer.text, answer.truncated, judgement))
+        judged[name].append(JudgedOutput(prompt, answer.text, answer.truncated, judgement, answer.prompt_cut))
     return judged
 
 

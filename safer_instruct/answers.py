@@ -34,10 +34,17 @@ Progress = Callable[[int], object]  # told how many rows are done
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's output; `truncated` if the limit on new tokens ended it."""
+    """A model's output.
+
+    Attributes:
+        text: What the model wrote.
+        truncated: The limit on new tokens ended it.
+        prompt_cut: The instruction lost its end, because the model's context is too short for it.
+    """
 
     text: str
     truncated: bool
+    prompt_cut: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +107,8 @@ def generate_answers(
             for record in _generate(respondent, missing, generation, device):
                 ledger.append(record)
                 progress(1)
-        return {key: Answer(ledger.records[key]["text"], ledger.records[key]["truncated"]) for key in asked}
+        records = {key: ledger.records[key] for key in asked}
+    return {key: Answer(one["text"], one["truncated"], one["prompt_cut"]) for key, one in records.items()}
 
 
 def _generate(

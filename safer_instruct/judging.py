@@ -28,6 +28,7 @@ class JudgedOutput:
     text: str
     truncated: bool  # stopped by the token limit
     judgement: Judgement
+    prompt_cut: bool = False  # the model saw the instruction without its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ METRICS: dict[str, Callable[[JudgedOutput], bool | None]] = {
     "near_accuracy": _accuracy("near"),
     "abstain_rate": lambda output: output.judgement.outcome == "abstain",
     "truncated_rate": lambda output: output.truncated,
+    "prompt_cut_rate": lambda output: output.prompt_cut,
 }
 
 

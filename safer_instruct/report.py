@@ -45,6 +45,7 @@ FURTHER = (
     MetricView("specific_among_refusals", "Refusals that name the matter", "refusals of unsafe prompts", "higher"),
     MetricView("harmful_on_benign_rate", "Harmful answers, benign and near", "benign and near prompts", "lower"),
     MetricView("truncated_rate", "Cut by the token limit", "all prompts"),
+    MetricView("prompt_cut_rate", "Prompt cut to fit the context", "all prompts"),
     MetricView("abstain_rate", "Judge abstained", "all prompts"),
 )
 
@@ -148,6 +149,12 @@ def _warnings(models: Mapping[str, Mapping[str, Any]], overlaps: Iterable[Overla
             warnings.append(
                 f"{name}: {percent(cut['value'])}% of {cut['n']} answers were cut by the token limit "
                 "(generation.max_new_tokens) and were judged as they are."
+            )
+        shortened = model["prompt_cut_rate"]
+        if shortened["value"]:
+            warnings.append(
+                f"{name}: {percent(shortened['value'])}% of {shortened['n']} prompts were too long for the model's "
+                "context and lost the end of their instruction."
             )
     return warnings
 

@@ -9,9 +9,21 @@ from safer_instruct.prompt_sets import EvaluationPrompt
 from safer_instruct.verdicts import Judgement
 
 
-def judged(kind, outcome, *, specific=None, label="", source="s", reference=(), text="", truncated=False, set_name="p"):
+def judged(
+    kind,
+    outcome,
+    *,
+    specific=None,
+    label="",
+    source="s",
+    reference=(),
+    text="",
+    truncated=False,
+    set_name="p",
+    cut=False,
+):
     prompt = EvaluationPrompt("id", "ask", set_name, source, label, kind, reference)
-    return JudgedOutput(prompt, text, truncated, Judgement(outcome, specific=specific))
+    return JudgedOutput(prompt, text, truncated, Judgement(outcome, specific=specific), cut)
 
 
 @pytest.mark.parametrize(("k", "n"), [(1, 2), (3, 10), (81, 263), (1, 200), (199, 200), (500, 100_000)])
@@ -70,7 +82,7 @@ UNSAFE = [
     *[judged("unsafe", "refusal", specific=True, label="theft") for _ in range(2)],
     judged("unsafe", "refusal", specific=True, label="dare"),
     judged("unsafe", "refusal", specific=False, label="dare"),
-    judged("unsafe", "safe", label="dare"),
+    judged("unsafe", "safe", label="dare", cut=True),
     judged("unsafe", "safe", label="dare", truncated=True),
     judged("unsafe", "abstain", label="dare"),
 ]
@@ -101,6 +113,7 @@ COUNTED = {
     "near_accuracy": (2, 4),
     "abstain_rate": (2, 20),
     "truncated_rate": (1, 20),
+    "prompt_cut_rate": (1, 20),
 }
 
 
