@@ -1,4 +1,4 @@
-"""Sweep files and batch scripts: the commands that they would build compose, and each run has a directory of its own."""
+"""Sweep files and batch scripts: the commands that they build compose, and each run has a directory of its own."""
 
 from __future__ import annotations
 

@@ -1,0 +1,295 @@
+"""Bad input to `train.py`: exit status 2, one message that lists everything, and nothing started or lost."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from config.checks import check_train
+from config.errors import UserError
+from config.schema import compose_config, run_entrypoint
+from config.settings import DatasetSettings, ModelSettings, PreferenceLossSettings, TrainConfig
+from tests.commands import ROOT, errors_of, write_pairs
+
+
+@pytest.fixture
+def command(tmp_path, tiny_model_folder, monkeypatch):
+    """A command without mistakes, typed in an empty directory; what is added to it is the mistake."""
+    monkeypatch.chdir(tmp_path)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 12)
+    return [
+        "model=blank_model", f"model.name_or_path={tiny_model_folder}", f"datasets.si.path={pairs}", "exp_name=a",
+        "wandb.enabled=false", "loss=dpo",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def mistakes(command, monkeypatch, capsys):
+    """The lines about the mistakes of `command` + these arguments."""
+
+    def lines(*arguments: str) -> list[str]:
+        first, *rest = errors_of([*command, *arguments], monkeypatch, capsys)
+        assert first.startswith("train.py: ")
+        count = "one error" if len(rest) == 1 else f"{len(rest)} errors"
+        assert first == f"train.py: {count} in this command, nothing was started:"
+        return [line.removeprefix("  - ") for line in rest]
+
+    return lines
+
+
+# Found while the command line is read: (argument, part of the message)
+OVERRIDES = [
+    ("lrr=1", "lrr=1: there is no key lrr; did you mean lr?"),
+    ("learning_rate=1", "learning_rate=1: there is no key learning_rate; did you mean lr?"),
+    ("model.archve=x", "did you mean model.archive?"),
+    ("datasets.si.pth=x", "did you mean datasets.si.path? Keys of datasets.si: path, schema"),
+    ("datasets.hh.path=x", "datasets hh is not selected: write datasets=[...,hh]"),
+    ("datasets.sii.path=x", "did you mean datasets.si.path?"),
+    ("+new_key=1", "there is no key new_key"),
+    ("~lr", "lr cannot be removed"),
+    ("hydra.swep.dir=x", "there is no key hydra.swep.dir"),
+    ("loss.bta=1", "there is no key loss.bta; did you mean loss.beta? Keys of loss: name, beta"),
+    ("loss=dppo", "loss=dppo: loss has no choice 'dppo'; did you mean dpo? Choices: dpo, ipo, reverse, sft"),
+    ("model=tinny", "did you mean tiny?"),
+    ("trainer=TensorParallelTrainer", "Choices: BasicTrainer, FSDPTrainer"),
+    ("datasets=[si,alpca]", "datasets=[si,alpca]: datasets has no choice 'alpca'; did you mean alpaca?"),
+    ("experiment=si_dpoo", "did you mean si_dpo?"),
+    ("lr=abc", "lr=abc: must be a number"),
+    ("batch_size=1.5", "batch_size=1.5: must be a whole number"),
+    ("debug=maybe", "debug=maybe: must be true or false"),
+    ("seed=null", "seed=null: must be a whole number"),
+    ("wandb=off", "is a group of keys; set one of them: wandb.enabled, wandb.mode"),
+    ("wandb.tags=x", "wandb.tags=x: must be a list: wandb.tags=[...]"),
+    ("local_dirs=x", "must be a list: local_dirs=[...]"),
+    ("--lr=1", "--lr=1: unknown flag; overrides have no dashes: lr=1"),
+    ("lr 1", "lr 1: not a valid override: write key=value"),
+    ("lr=[1", "not a valid override"),
+    ("lr=1,2", "lr=1,2: several values need -m (one run each); a list is written lr=[1,2]"),
+]  # fmt: skip
+
+# Found by config/checks.py: (key, value, part of the message)
+VALUES = [
+    ("batch_size", -3, "batch_size=-3: must be 1 or more"),
+    ("eval_batch_size", 0, "eval_batch_size=0: must be 1 or more"),
+    ("max_prompt_length", 512, "max_prompt_length=512 must be smaller than max_length=512"),
+    ("gradient_accumulation_steps", 5, "gradient_accumulation_steps=5 is more than the rows of a batch (batch_size=4)"),
+    ("lr", -1.0, "lr=-1.0: must be above 0"),
+    ("lr", float("inf"), "lr=inf: must be above 0, and finite"),
+    ("lr", float("nan"), "lr=nan: must be above 0, and finite"),
+    ("optimizer", "Adamm", "optimizer=Adamm: no such choice; did you mean Adam?"),
+    ("optimizer_args", {"beta": 1}, "do not fit optimizer=RMSprop"),
+    ("lr_scheduler", "cosin", "lr_scheduler=cosin: no such choice; did you mean cosine? Choices: constant"),
+    ("warmup_ratio", 1.5, "warmup_ratio=1.5: must lie in [0, 1)"),
+    ("max_grad_norm", 0.0, "max_grad_norm=0.0: must be above 0"),
+    ("loss.beta", 0.0, "loss.beta=0.0: must be above 0"),
+    ("loss.label_smoothing", 0.5, "loss.label_smoothing=0.5: must lie in [0, 0.5)"),
+    ("model.policy_dtype", "fp16", "model.policy_dtype=fp16: no such choice; did you mean float16?"),
+    ("model.archive", "nowhere", "model.archive=nowhere: there is no such file or folder"),
+    ("n_epochs", None, "n_epochs=null and n_examples=null: training would never end"),
+    ("n_examples", 0, "n_examples=0: must be 1 or more"),
+    ("device", "gpu", "device=gpu: must be auto, cpu or cuda"),
+    ("exp_name", "a/b", "exp_name='a/b': it names a folder"),
+    ("datasets.si.path", "pears.jsonl", "did you mean pairs.jsonl?"),
+    ("datasets.si.eval_fraction", 1.0, "datasets.si.eval_fraction=1.0: must lie in [0, 1)"),
+    ("datasets.si.template", "alpacca", "did you mean alpaca?"),
+    ("wandb.mode", "of", "wandb.mode=of: no such choice"),
+    ("checkpoint.keep_last", 0, "checkpoint.keep_last=0: must be 1 or more"),
+    ("on_non_finite", "sotp", "did you mean stop?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argument", "message"), OVERRIDES, ids=[argument for argument, _ in OVERRIDES])
+def test_one_bad_override_is_one_line(argument, message):
+    with pytest.raises(UserError) as refused:
+        compose_config("config", ["loss=dpo", "model=blank_model", argument])
+    (line,) = str(refused.value).splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(("key", "value", "message"), VALUES, ids=[f"{key}={value}" for key, value, _ in VALUES])
+def test_one_bad_value_is_one_line(key, value, message, tmp_path, tiny_model_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(
+        exp_name="a",
+        model=ModelSettings(name_or_path=tiny_model_folder),
+        loss=PreferenceLossSettings(name="dpo"),
+        datasets={"si": DatasetSettings(path=str(write_pairs(tmp_path / "pairs.jsonl", 4)), schema="si")},
+    )
+    assert check_train(config) == []
+    *parents, leaf = key.split(".")
+    owner: Any = config
+    for name in parents:
+        owner = owner[name] if isinstance(owner, dict) else vars(owner)[name]
+    setattr(owner, leaf, value)
+    (line,) = check_train(config)
+    assert message in line
+
+
+def test_an_interpolation_of_nothing(mistakes):
+    (line,) = mistakes("wandb.group=${loss.betta}")
+    assert "loss.betta" in line
+    assert not Path("runs").exists()
+
+
+def test_all_mistakes_of_a_command_are_listed(mistakes):
+    lines = mistakes(
+        "lr=abc", "los.beta=1", "batch_size=-3", "--seed=3", "datasets=[si,alpca]", "max_prompt_length=900"
+    )
+    expected = [
+        "--seed=3:",
+        "datasets=[si,alpca]:",
+        "lr=abc:",
+        "los.beta=1:",
+        "batch_size=-3:",
+        "max_prompt_length=900 ",
+    ]
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
+
+
+def test_a_key_of_another_loss_is_an_error(mistakes):
+    (line,) = mistakes("loss=sft", "loss.beta=0.1")
+    assert line == "loss.beta=0.1: loss=sft has no key loss.beta; it belongs to loss=dpo, loss=ipo"
+
+
+def test_missing_values_are_listed_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, *lines = errors_of(["model=alpaca7b"], monkeypatch, capsys)
+    assert [line.split()[1] for line in lines] == ["loss", "exp_name", "model.name_or_path", "datasets.si.path"]
+    assert "Choices: dpo, ipo, reverse, sft" in lines[0]
+
+
+def test_no_arguments_at_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, *lines = errors_of([], monkeypatch, capsys)
+    assert [line.split()[1] for line in lines] == ["loss", "model", "exp_name", "datasets.si.path"]
+
+
+def test_every_point_of_a_sweep_is_checked_first(mistakes):
+    lines = mistakes("-m", "loss.beta=0.1,x,0", "lr=1e-6,-1", "loss.label_smoothing=0,0.7")
+    assert len(lines) == 4
+    assert lines[0] == "loss.beta=x: must be a number"
+    assert any(line.startswith("loss.beta=0.0: must be above 0, and finite (at loss.beta=0") for line in lines)
+    assert any(line.startswith("lr=-1.0: must be above 0") for line in lines)
+
+
+def test_model_folders(mistakes, tiny_model_folder, tmp_path):
+    empty, no_weights = tmp_path / "empty", tmp_path / "no_weights"
+    empty.mkdir()
+    shutil.copytree(tiny_model_folder, no_weights)
+    (no_weights / "model.safetensors").unlink()
+    for folder, message in (
+        (tmp_path / "empti", f"there is no such folder; did you mean {empty}?"),
+        (tmp_path / "x" / "y", f"({tmp_path / 'x'} does not exist either)"),
+        (empty, "the folder has no config.json, so it holds no model"),
+        (no_weights, "the folder has a config.json but no weights (*.safetensors)"),
+    ):
+        (line,) = mistakes(f"model.name_or_path={folder}")
+        assert line == f"model.name_or_path={folder}: {message}" or message in line
+
+
+# Mistakes that only the files show
+
+
+@pytest.fixture
+def refused(command, monkeypatch, capsys):
+    """The message with which `train.main` refuses `command` + these arguments."""
+
+    def message(*arguments: str) -> str:
+        lines = errors_of(
+            [*command, "max_length=128", "max_prompt_length=100", *arguments], monkeypatch, capsys, train.main
+        )
+        start = next(i for i, line in enumerate(lines) if line.startswith("train.py: "))
+        return "\n".join(lines[start:])
+
+    return message
+
+
+def test_run_dir_of_another_config(command, refused, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *command, "max_length=128", "max_prompt_length=100"])
+    run_entrypoint("config", TrainConfig, check_train, train.main)
+    before = sorted((path, path.stat().st_mtime_ns) for path in Path("runs/a/checkpoints").rglob("*"))
+    message = refused("lr=1e-3", "loss.beta=0.5")
+    assert "holds a run of another config" in message
+    assert "lr: 5e-07 there, 0.001 now" in message
+    assert "loss.beta: 0.1 there, 0.5 now" in message
+    assert sorted((path, path.stat().st_mtime_ns) for path in Path("runs/a/checkpoints").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty"),
+        ('{"instruction": "a", "chosen": "b", "rejected": "c"}\n{"instruction": \n', "pairs.jsonl:2"),
+        ('{"instruction": "a", "chosen": "b"}\n', "rejected"),
+        ('{"prompt": "a"}\n', "prompt"),
+        ('{"instruction": "a", "chosen": "same", "rejected": "same"}\n', "no usable row"),
+    ],
+)
+def test_data_files(refused, tmp_path, content, message):
+    (tmp_path / "pairs.jsonl").write_text(content)
+    assert message in refused("datasets.si.on_bad_row=error" if 'instruction": \n' in content else "seed=0")
+    assert not list(tmp_path.glob("runs/*/checkpoints/*"))
+
+
+def test_archive_that_is_damaged(refused, tmp_path):
+    torch.save({"state": {"a": torch.zeros(3)}}, tmp_path / "policy.pt")
+    assert "do not fit the architecture" in refused(f"model.archive={tmp_path / 'policy.pt'}")
+    (tmp_path / "policy.pt").write_bytes((tmp_path / "policy.pt").read_bytes()[:100])
+    assert "truncated" in refused(f"model.archive={tmp_path / 'policy.pt'}")
+
+
+def test_trainer_of_the_next_version(refused):
+    assert "use trainer=BasicTrainer" in refused("trainer=FSDPTrainer")
+
+
+def test_a_mistake_in_one_point_leaves_the_others_of_a_sweep(command, monkeypatch, capsys, tmp_path):
+    """The point that fails is told at once, the next one still runs, and the status is 2."""
+    ran = []
+
+    def main(config: TrainConfig) -> None:
+        if config.seed == 0:
+            raise UserError("this point is wrong")
+        ran.append(config.seed)
+
+    lines = errors_of(["-m", *command, "seed=0,1"], monkeypatch, capsys, main)
+    assert lines == ["train.py: this point is wrong"]
+    assert ran == [1]
+
+
+def test_a_defect_keeps_its_traceback(command, monkeypatch):
+    def main(config: TrainConfig) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *command])
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        run_entrypoint("config", TrainConfig, check_train, main)
+
+
+@pytest.mark.slow
+def test_as_a_process(tmp_path):
+    """Exit status and streams of the real thing; and the help, which needs no arguments."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "lr=abc", "model=tiny"], cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "lr=abc: must be a number" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    run_entrypoint("config", TrainConfig, check_train, train.main)
+    out = capsys.readouterr().out
+    assert "loss=dpo|ipo|reverse|sft" in out
+    assert "experiment=" in out
+    assert "max_prompt_length: 256" in out

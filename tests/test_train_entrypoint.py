@@ -1,0 +1,222 @@
+"""`train.py` as a user runs it: every loss, resume after a kill, sweeps that share their caches, runs at once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from config.checks import check_train
+from config.schema import run_entrypoint
+from config.settings import TrainConfig
+from tests.commands import metrics, run, start, without_times, write_alpaca, write_pairs
+
+pytestmark = pytest.mark.slow
+
+TRAIN_ROWS = 37  # of 40: the others are held out, by a hash of their instructions
+LENGTHS = ["max_length=128", "max_prompt_length=100"]
+FAST = [*LENGTHS, "batch_size=8", "lr=1e-3", "warmup_steps=2", "eval_every=16", "minimum_log_interval_secs=0"]
+
+
+@pytest.fixture
+def base(tiny_model_folder):
+    """The part of a command that every test shares: the tiny model, short rows."""
+    return ["model=blank_model", f"model.name_or_path={tiny_model_folder}", "wandb.enabled=false", *FAST]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_pairs(tmp_path / "pairs.jsonl", 40)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Runs a command in this process, in an empty working directory; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        run_entrypoint("config", TrainConfig, check_train, train.main)
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    return command
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "LATEST" / "model" / "model.safetensors")
+
+
+def test_dpo_from_the_command_line(base, pairs, tmp_path, tiny_model_folder):
+    """In a process of its own and a working directory that is not the repository."""
+    command = ["-u", "loss=dpo", f"datasets.si.path={pairs}", "exp_name=d", *base][1:]
+    out, err = run([*command, "sample_during_eval=true", "n_eval_model_samples=2", "max_new_tokens=6"], tmp_path)
+    run_dir = tmp_path / "runs" / "d"
+    assert "run directory: runs/d" in out
+    assert "weights: runs/d/LATEST/model" in out
+    assert "next: python evaluate.py" in out
+    assert "si: 40 rows read" in err
+    assert {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} == {
+        "LATEST", "checkpoints", "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl",
+    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "runs", ".cache"}
+
+    rows = metrics(run_dir)
+    first = next(row for row in rows if "loss/train" in row)
+    assert first["loss/train"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert rows[0]["counters/examples"] == 0
+    assert rows[0]["rewards_eval/margins"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["loss/eval"] == pytest.approx(rows[-1]["preference_loss_eval"])
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [sample["counters/examples"] for sample in samples[:2]] == [0, 0]
+    assert samples[0]["prompt"].endswith("### Response:")
+
+    stored = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert (stored["loss"]["beta"], stored["batch_size"], stored["lr"]) == (0.1, 8, 1e-3)
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert "loss=dpo" in manifest["command"]
+    assert manifest["packages"]["torch"].startswith("2.")
+    assert set(manifest["git"]) == {"sha", "dirty"}
+    assert manifest["data"]["train"]["rows"] + manifest["data"]["eval"]["rows"] == 40
+
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST" / "model")
+    moved = [not torch.equal(a, b) for a, b in zip(
+        model.parameters(), AutoModelForCausalLM.from_pretrained(tiny_model_folder).parameters(), strict=True
+    )]  # fmt: skip
+    assert all(moved)
+    assert AutoTokenizer.from_pretrained(run_dir / "LATEST" / "model").eos_token == "</s>"
+
+
+def test_the_text_of_the_corpus_is_not_printed(base, pairs, here):
+    shown = ["exp_name=quiet", "sample_during_eval=true", "max_new_tokens=4"]
+    printed = here("loss=dpo", f"datasets.si.path={pairs}", *shown, *base)
+    assert "40 rows read" in printed
+    assert "banana" not in printed
+
+
+@pytest.mark.parametrize("loss", ["sft", "reverse", "ipo"])
+def test_other_losses(base, loss, pairs, tmp_path, here):
+    out = here(f"loss={loss}", f"datasets.si.path={pairs}", f"exp_name={loss}", *base)
+    rows = metrics(tmp_path / "runs" / loss)
+    assert rows[-1]["counters/examples"] == TRAIN_ROWS  # the rest is held out
+    assert (tmp_path / "runs" / loss / "LATEST" / "model" / "model.safetensors").is_file()
+    following = {"sft": "train.py loss=dpo", "reverse": "induce.py", "ipo": "evaluate.py"}
+    assert f"next: python {following[loss]}" in out
+
+
+def test_the_whole_chain_on_alpaca_data(base, pairs, tmp_path, here):
+    """sft on alpaca, then dpo from that run's archive: the reference is the sft model."""
+    alpaca = write_alpaca(tmp_path / "alpaca.json")
+    here("loss=sft", "datasets=[alpaca]", f"datasets.alpaca.path={alpaca}", "exp_name=s", *base)
+    here(
+        *base, "loss=dpo", f"datasets.si.path={pairs}", "model.archive=runs/s", "exp_name=d", "n_examples=8", "lr=1e-9"
+    )
+    sft, dpo = final_weights(tmp_path / "runs" / "s"), final_weights(tmp_path / "runs" / "d")
+    for name, tensor in sft.items():
+        assert torch.allclose(tensor, dpo[name], atol=1e-6), name
+
+
+def test_the_same_command_after_the_end_says_so(base, pairs, tmp_path, here):
+    command = ["loss=sft", f"datasets.si.path={pairs}", "exp_name=twice", *base]
+    here(*command)
+    before = (tmp_path / "runs" / "twice" / "metrics.jsonl").read_bytes()
+    assert f"runs/twice is finished: {TRAIN_ROWS} examples" in here(*command)
+    assert (tmp_path / "runs" / "twice" / "metrics.jsonl").read_bytes() == before
+
+
+def test_dry_run_tokenises_and_trains_nothing(base, pairs, tmp_path, here):
+    out = here("loss=dpo", f"datasets.si.path={pairs}", "exp_name=dry", "dry_run=true", "n_epochs=2", *base)
+    assert f"{TRAIN_ROWS} training rows, {2 * TRAIN_ROWS} examples in 10 steps of 8" in out
+    assert "padding" in out
+    assert not (tmp_path / "runs").exists()
+    assert len([path for path in (tmp_path / ".cache" / "tokens").iterdir() if path.is_dir()]) == 1
+
+
+def test_gradient_accumulation_changes_nothing(base, pairs, tmp_path, here):
+    for parts in (1, 8):
+        arguments = [f"exp_name=a{parts}", f"gradient_accumulation_steps={parts}", "optimizer=SGD", "n_examples=16"]
+        here("loss=dpo", f"datasets.si.path={pairs}", *arguments, *base)
+    one, eight = (final_weights(tmp_path / "runs" / name) for name in ("a1", "a8"))
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, eight[name], atol=1e-6), name
+
+
+def wait_for_rows(path: Path, count: int, process) -> None:
+    """Waits until a file has so many lines; fails if the process ends before."""
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert process.poll() is None, f"it ended too early: {process.communicate()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_run_continues_to_the_same_weights(base, pairs, tmp_path, here):
+    """SIGKILL in the middle of DPO, twice; then the same command: weights and metrics are those of an unbroken run."""
+    lengthy = ["loss=dpo", f"datasets.si.path={pairs}", "n_epochs=6", *base]
+    here(*lengthy, "exp_name=unbroken")
+    broken = [*lengthy, "exp_name=broken"]
+    run_dir = tmp_path / "runs" / "broken"
+    for rows in (6, 18):  # the second kill comes after a resume
+        process = start(broken, tmp_path)
+        wait_for_rows(run_dir / "metrics.jsonl", rows, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    seen = metrics(run_dir)[-1]["counters/examples"]
+    assert 0 < seen < 6 * TRAIN_ROWS
+    here(*broken)
+    expected, resumed = final_weights(tmp_path / "runs" / "unbroken"), final_weights(run_dir)
+    assert expected.keys() == resumed.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, resumed[name]), name
+    assert without_times(metrics(run_dir)) == without_times(metrics(tmp_path / "runs" / "unbroken"))
+
+
+def entries(folder: Path) -> list[tuple[str, int]]:
+    """The cache entries of a folder, with the time at which each was made."""
+    return [(path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()) if path.is_dir()]
+
+
+def test_points_of_a_sweep_share_store_and_reference(base, pairs, tmp_path, here, monkeypatch):
+    """Two points, two run dirs, one token store, one reference cache: encoded and computed once."""
+    import trainers.reference
+
+    passes = itertools.count()
+    original = trainers.reference.sequence_logps
+
+    def counted(*arguments):
+        next(passes)
+        return original(*arguments)
+
+    monkeypatch.setattr(trainers.reference, "sequence_logps", counted)
+    command = ["loss=dpo", f"datasets.si.path={pairs}", "n_examples=16", *base]
+    here(*command, "exp_name=alone")
+    alone = next(passes)
+    made = entries(tmp_path / ".cache" / "reference"), entries(tmp_path / ".cache" / "tokens")
+    here("-m", *command, "loss.beta=0.05,0.5", "exp_name=beta")
+    assert next(passes) == alone + 1  # not one pass more, for two further runs
+    assert (entries(tmp_path / ".cache" / "reference"), entries(tmp_path / ".cache" / "tokens")) == made
+    runs = sorted(path.name for path in (tmp_path / "runs" / "beta").iterdir() if path.is_dir())
+    assert runs == ["loss.beta=0.05", "loss.beta=0.5"]
+    rewards = [metrics(tmp_path / "runs" / "beta" / name)[-1]["rewards_eval/margins"] for name in runs]
+    assert rewards[0] != rewards[1]
+
+
+def test_two_runs_started_at_once_share_the_cache(base, pairs, tmp_path):
+    command = ["loss=dpo", f"datasets.si.path={pairs}", "n_examples=16", *base]
+    processes = [start([*command, f"exp_name=r{seed}", f"loss.beta=0.{seed}"], tmp_path) for seed in (1, 2)]
+    results = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert len(entries(tmp_path / ".cache" / "tokens")) == 1
+    assert len(entries(tmp_path / ".cache" / "reference")) == 2  # training rows, evaluation rows
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["r1", "r2"]
