@@ -90,6 +90,7 @@ def check_overrides(config_name: str, arguments: list[str], *, multirun: bool) -
             if surely_good or _check_value(config_name, base, config, override, said, text, checked)
         ]
         if good:
+            checked.bad_keys.discard(override.key_or_group)  # other values of a sweep are to be checked further
             variants.append(good)
             checked.overrides.append(_joined(good) if there != texts else override.input_line or "")
             if len(texts) > 1:
@@ -302,9 +303,9 @@ def _unknown_key(config_name: str, base: list[str], config: DictConfig, key: str
     chosen = [text for text in base if text.startswith(f"{group}=")]
     with_key = [option for option in group_options(group) if _has_key(config_name, base, group, option, key)]
     if chosen and with_key:
-        return f"{chosen[0]} has no key {key}; it belongs to {', '.join(f'{group}={option}' for option in with_key)}"
+        return f"{chosen[-1]} has no key {key}; it belongs to {', '.join(f'{group}={option}' for option in with_key)}"
     name = key.split(".")[1] if "." in key else ""
-    if name in group_options(group):
+    if name in group_options(group) and OmegaConf.select(config, f"{group}.{name}") is None:
         return f"{group} {name} is not selected: write {group}=[...,{name}]"
     keys = all_keys(config)
     guess = OTHER_NAMES.get(key) or nearest(key, keys)
