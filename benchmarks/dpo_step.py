@@ -8,9 +8,10 @@
   float32 logits of all positions, and a reference model that runs at every step. Written here from the method's
   description (Rafailov et al. 2023).
 
-The two take turns, on every batch, in an order that alternates; the table shows medians over batches, and the ratio is
-the median of the ratios batch by batch. Tokens are real ones: no padding, a prompt counted in both of its sequences.
-What the cache costs once is printed beside it and is in neither.
+The two take turns, on every batch, in an order that alternates. The table shows medians over batches; the ratio is the
+median of the ratios batch by batch, by the clock and by processor time (a busy machine blurs the first). Tokens are
+real ones: no padding, a prompt counted in both of its sequences. What the cache costs once is printed beside it and is
+in neither.
 """
 
 from __future__ import annotations
@@ -150,25 +151,27 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
     attach_reference(policy, [loader], cache_dir=folder / "cache")
     reference_seconds = time.perf_counter() - started
     seconds: dict[str, list[float]] = {"trainer": [], "literal": []}
-    tokens, positions, losses = [], {"trainer": 0, "literal": 0}, []
+    tokens, positions, losses, cpu_ratios = [], {"trainer": 0, "literal": 0}, [], []
     with RunDir.open(folder / "run", config={}, manifest={}) as run:
         trainer = Trainer(
             policy=policy, objective=PreferenceObjective(settings.loss), train_loader=loader, eval_loader=None,
             settings=settings, layout=layout, run=run,
         )  # fmt: skip
         for number, batch in enumerate(loader.batches()):
-            times, loss = {}, {}
+            times, cpu_times, loss = {}, {}, {}
             for name in ("trainer", "literal") if number % 2 else ("literal", "trainer"):
-                started = time.perf_counter()
+                started, cpu_started = time.perf_counter(), time.process_time()
                 if name == "trainer":
                     trainer.train_step(batch)
                     loss[name] = trainer.train_metrics.means()["loss/train"]
                 else:
                     loss[name] = literal(batch.rows)
                 times[name] = time.perf_counter() - started
+                cpu_times[name] = time.process_time() - cpu_started
             losses.append(abs(loss["trainer"] - loss["literal"]))
             if number < arguments.warmup:
                 continue
+            cpu_ratios.append(cpu_times["literal"] / cpu_times["trainer"])
             lengths = store.lengths[batch.rows].long()
             tokens.append(int((2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]).sum()))
             positions["trainer"] += sum(microbatch["input_ids"].numel() for microbatch in batch.microbatches)
@@ -185,6 +188,8 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
         "positions_per_real_token": {name: count / sum(tokens) for name, count in positions.items()},
         "ratio": statistics.median(ratios),
         "ratios": ratios,
+        "cpu_ratio": statistics.median(cpu_ratios),
+        "cpu_ratios": cpu_ratios,
         "largest_loss_difference": max(losses),
         "reference_cache_seconds_per_step_worth": reference_seconds / steps,
         "parameters": sum(parameter.numel() for parameter in policy.parameters()),
@@ -207,6 +212,8 @@ def print_table(result: dict[str, object]) -> None:
         print(f"{name:10}" + "".join(f"{result[column][name]:28,.2f}" for column in columns))  # type: ignore[index]
     spread = sorted(result["ratios"])  # type: ignore[type-var]
     print(f"tokens/s, trainer over literal: {result['ratio']:.2f} (from {spread[0]:.2f} to {spread[-1]:.2f})")
+    spread = sorted(result["cpu_ratios"])  # type: ignore[type-var]
+    print(f"the same by processor time: {result['cpu_ratio']:.2f} (from {spread[0]:.2f} to {spread[-1]:.2f})")
     print(f"losses of the two differ by at most {result['largest_loss_difference']:.1e}")
     print(f"reference cache: {result['reference_cache_seconds_per_step_worth']:.2f} s per step's rows, once")
 

@@ -98,10 +98,12 @@ def test_samples_are_written_at_each_evaluation_and_disturb_nothing(tmp_path):
 
     settings = tiny_settings(sample_during_eval=True, eval_every=8)
     sampled, _, run = train(tmp_path, settings, sampler=sampler, run_path=tmp_path / "sampled")
+    random_state = torch.get_rng_state()
     rows = [json.loads(line) for line in run.samples.read_text().splitlines()]
     assert [row["counters/examples"] for row in rows] == [0, 8, 16, 22]
     plain, _, _ = train(tmp_path, tiny_settings(eval_every=100), run_path=tmp_path / "plain")
     assert weights_equal(sampled.policy, plain.policy)
+    assert torch.equal(random_state, torch.get_rng_state())  # both began with the seed of the tiny model
 
 
 def weights_equal(one, other):
