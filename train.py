@@ -236,7 +236,10 @@ def next_step(config: TrainConfig, run: RunDir) -> str:
         "sft": f"python train.py loss=dpo model.name_or_path={config.model.name_or_path} model.archive={run.path} "
         "model=blank_model datasets=[si] datasets.si.path=FOLDER exp_name=NAME",
     }
-    evaluate = f"python evaluate.py models.{config.loss.name}.path={run.path} prompts=[...] expert=... output=FOLDER"
+    evaluate = (
+        f"python evaluate.py models.base.path={config.model.name_or_path} models.{config.loss.name}.path={run.path} "
+        "prompts.NAME.path=FILE expert=rules output=FOLDER"
+    )
     where = f"weights: {run.latest / 'model'}" if run.latest.exists() else "no checkpoint was written (debug=true)"
     return f"{where}\nnext: {commands.get(config.loss.name, evaluate)}"
 

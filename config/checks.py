@@ -97,7 +97,7 @@ def check_evaluate(config: EvaluateConfig) -> list[str]:
         *_check_expert(config.expert),
     ]
     if not config.prompts:
-        errors.append("no prompts: choose sets with prompts=[...], or give one with prompts.NAME.path=FILE")
+        errors.append("no prompts: give at least one set with prompts.NAME.path=FILE")
     for name, prompts in config.prompts.items():
         errors += _existing_path(f"prompts.{name}.path", prompts.path)
         errors += _at_least(f"prompts.{name}.max_rows", prompts.max_rows, 1)
