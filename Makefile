@@ -22,8 +22,8 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
-demo: $(VENV)/installed  ## the whole method on this machine: reverse, induce, SFT, DPO, evaluate (SEED=0)
-	$(BIN)/python quickstart/demo.py --seed $(SEED)
+demo: $(VENV)/installed  ## the whole method on this machine: reverse, induce, SFT, DPO, evaluate (SEED=0, CORPUS=your own responses)
+	$(BIN)/python quickstart/demo.py --seed $(SEED) $(if $(CORPUS),--corpus $(CORPUS))
 
 demo-without-reverse: $(VENV)/installed  ## the same with the reversed tuning skipped: what the induction is worth
 	$(BIN)/python quickstart/demo.py --seed $(SEED) --skip-reverse

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -254,19 +253,3 @@ def test_shipped_paths_are_found_from_any_directory(tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.yaml").touch()
     assert find_path("config/config.yaml") == Path("config/config.yaml")  # the user's own comes first
-
-
-def test_commands_of_the_readme_compose():
-    """Every `python train.py` line of README.md, with `...` left out."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [
-        line.strip() for line in text.splitlines() if line.strip().startswith(("python train.py", "python -u train.py"))
-    ]
-    assert len(lines) >= 4
-    for line in lines:
-        arguments = [word for word in shlex.split(line, comments=True) if "=" in word]
-        points = [arguments]
-        if " -m " in line:
-            points = [[word.split(",")[0] if "[" not in word else word for word in arguments]]
-        for point in points:
-            compose_config("config", point)
