@@ -131,7 +131,7 @@ class TrainConfig:
     max_new_tokens: int | None = None  # of a sample; null: max_length - prompt
     minimum_log_interval_secs: float = 1.0
 
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
     run_dir: str | None = None  # null: runs/<exp_name>
     local_run_dir: str | None = None  # DPO repo's name of run_dir
     local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store and reference cache: first usable

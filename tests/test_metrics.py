@@ -12,6 +12,9 @@ from trainers.parallel import launch
 from trainers.run_dir import RunDir
 
 
+CPU = torch.device("cpu")
+
+
 def in_group(function):
     """Runs a test body inside the process group that a run always has."""
     launch(lambda layout: function(), TrainConfig(exp_name="x", device="cpu"))
@@ -20,7 +23,7 @@ def in_group(function):
 def test_every_example_of_the_interval_counts_once():
     def body():
         values = torch.tensor([1.0, 2.0, 30.0, 4.0, 5.0])
-        sums = MetricSums()
+        sums = MetricSums(CPU)
         for part in (values[:1], values[1:4], values[4:]):  # of unequal size: a mean of means would be wrong
             sums.add("loss/train", part.sum(), len(part))
         sums.add("grad_norm", torch.tensor(7.0), 1.0)
@@ -32,11 +35,11 @@ def test_every_example_of_the_interval_counts_once():
 
 def test_sums_survive_json_bit_for_bit():
     def body():
-        sums = MetricSums()
+        sums = MetricSums(CPU)
         for value in torch.rand(50, dtype=torch.float64):
             sums.add("a", value, 3.0)
-        copy = MetricSums()
-        copy.load(json.loads(json.dumps(sums.state())), torch.device("cpu"))
+        copy = MetricSums(CPU)
+        copy.load(json.loads(json.dumps(sums.state())))
         assert copy.means() == sums.means()
 
     in_group(body)
@@ -191,3 +194,12 @@ def test_off_a_terminal_the_progress_line_is_a_few_lines():
     assert stream.getvalue().count("\n") == 1
     assert "1000/1000 examples" in stream.getvalue()
     assert "loss 0.5" in stream.getvalue()
+
+
+def test_numbers_of_the_host_join_those_of_the_device():
+    """On a GPU the loss lives there and the learning rate here; `meta` is a second device that every machine has."""
+    sums = MetricSums(torch.device("meta"))
+    sums.add("loss/train", torch.tensor(1.0, device="meta"), 2.0)
+    sums.add("learning_rate", torch.tensor(1e-3), torch.tensor(1))
+    sums.add("learning_rate", torch.tensor(1e-3), 1.0)
+    assert {pair.device.type for pair in sums._sums.values()} == {"meta"}

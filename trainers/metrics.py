@@ -31,8 +31,9 @@ from trainers.run_dir import RunDir
 class MetricSums:
     """Sums and counts of named quantities, kept on the device until they are asked for: no wait per micro-batch."""
 
-    def __init__(self) -> None:
-        """Begins empty."""
+    def __init__(self, device: torch.device) -> None:
+        """Begins empty. All sums live on `device`, so that one reduction takes them all, those of the host included."""
+        self._device = device
         self._sums: dict[str, Tensor] = {}  # name -> (sum, count), float64
 
     def __len__(self) -> int:
@@ -41,17 +42,17 @@ class MetricSums:
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Adds a sum (scalar) over `count` things to a quantity's mean."""
-        total = total.detach().double()
-        pair = torch.stack([total, torch.as_tensor(count, dtype=torch.float64, device=total.device)])
+        parts = (total.detach(), torch.as_tensor(count))
+        pair = torch.stack([part.to(self._device, torch.float64) for part in parts])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def state(self) -> dict[str, tuple[float, float]]:
         """This process's sums, as JSON."""
         return {name: (pair[0].item(), pair[1].item()) for name, pair in self._sums.items()}
 
-    def load(self, state: Mapping[str, tuple[float, float]], device: torch.device) -> None:
+    def load(self, state: Mapping[str, tuple[float, float]]) -> None:
         """Puts `state()` back."""
-        self._sums = {name: torch.tensor(pair, dtype=torch.float64, device=device) for name, pair in state.items()}
+        self._sums = {name: torch.tensor(pair, dtype=torch.float64, device=self._device) for name, pair in state.items()}
 
     def means(self) -> dict[str, float]:
         """The mean of every quantity over all that was added, by all processes, in one reduction; then empty again."""

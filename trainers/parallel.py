@@ -27,7 +27,7 @@ class Layout:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `device=auto|cpu|cuda` means on this machine.
+    """The device that `device=auto|cpu|cuda|cuda:1` means on this machine; a GPU becomes the current one.
 
     Raises:
         UserError: if CUDA is asked for and there is none.
@@ -36,7 +36,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(f"device={name}: torch {torch.__version__} sees no GPU here; use device=cpu or device=auto.")
-    return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda" if name == "auto" else name)
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(device)  # the random state that is saved, and nccl, are of the current one
+    return device
 
 
 def launch(worker: Callable[[Layout], None], settings: TrainConfig) -> None:

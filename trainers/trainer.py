@@ -75,7 +75,7 @@ class Trainer:
             # The reentrant kind needs inputs with gradients and breaks with frozen embeddings.
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = build_optimizer(self.policy.parameters(), settings)
-        self.train_metrics = MetricSums()
+        self.train_metrics = MetricSums(layout.device)
         self.last_log = time.monotonic()
         self.progress = self._restore(dict(identity or {}))
         self.saved_at = self.progress.examples  # the examples seen by the newest checkpoint; 0: there is none
@@ -95,7 +95,7 @@ class Trainer:
                 + "\n  ".join(changed)
                 + "\nPut that back, or start anew with another exp_name."
             )
-        self.train_metrics.load(progress.unlogged, self.layout.device)
+        self.train_metrics.load(progress.unlogged)
         return progress
 
     def train(self) -> None:
@@ -249,7 +249,7 @@ class Trainer:
                 self.log.write_samples(self.sampler(self.policy), self.progress.examples)
 
     def _evaluation_means(self, loader: BatchLoader) -> dict[str, float]:
-        sums = MetricSums()
+        sums = MetricSums(self.layout.device)
         for batch in loader.batches():
             num_units = self._count_units(batch.microbatches)
             outputs = [self.objective(self.policy, micro.to(self.layout.device)) for micro in batch.microbatches]
