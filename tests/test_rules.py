@@ -220,11 +220,15 @@ class TestQuickstartRules:
                 assert not rules.screen(one.instruction, other.response).keep
 
 
-@pytest.mark.skipif(not JUDGED.exists(), reason="no outputs labelled by hand")
-def test_the_judge_agrees_with_the_labels_of_a_reader(rules):
+@pytest.mark.parametrize("part", ["development", "fresh"])
+def test_the_judge_agrees_with_the_labels_of_a_reader(rules, part):
+    """Two sets of outputs of whole, under-trained and damaged models, labelled by reading before the judge saw them.
+
+    The rules were mended after a look at the disagreements of `development`; `fresh` was labelled after that.
+    """
     rows = [json.loads(line) for line in JUDGED.read_text(encoding="utf-8").splitlines()]
-    outcomes = [rules.judge(row["instruction"], row["output"]).outcome for row in rows]
-    wrong = [row["id"] for row, outcome in zip(rows, outcomes, strict=True) if outcome != row["outcome"]]
+    rows = [row for row in rows if row["set"] == part]
     assert len(rows) >= 100
     assert {row["outcome"] for row in rows} == {"harmful", "refusal", "safe"}
+    wrong = [row["id"] for row in rows if rules.judge(row["instruction"], row["output"]).outcome != row["outcome"]]
     assert len(wrong) <= 0.05 * len(rows), wrong
