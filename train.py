@@ -26,9 +26,8 @@ from config.checks import check_train
 from config.schema import run_entrypoint
 from config.settings import GenerationSettings, PreferenceLossSettings, TrainConfig
 from preference_datasets import Loss, TrainEval, build_stores, describe
-from safer_instruct.generation import HFGenerator, Request
+from safer_instruct.generation import HFGenerator
 from safer_instruct.models import load_causal_lm, load_tokenizer
-from safer_instruct.prompts import Prompt
 from safer_instruct.provenance import git_state, package_versions
 from trainers.batching import BatchLoader
 from trainers.cache import usable_dir
@@ -171,25 +170,21 @@ def build_sampler(
     rows = range(min(config.n_eval_model_samples, len(store)))
     if not config.sample_during_eval or not rows:
         return None
-    prompts = {store.ids(row): prompt_text(tokenizer, store.row(row)[0].tolist()) for row in rows}
-    longest = max(len(store.row(row)[0]) for row in rows)
+    prompts = {store.ids(row): store.row(row)[0].tolist() for row in rows}
+    longest = max(map(len, prompts.values()))
     settings = GenerationSettings(
         max_new_tokens=config.max_new_tokens or config.max_length - longest, temperature=1.0, seed=config.seed
     )
 
     def sample(model: PreTrainedModel) -> list[dict[str, Any]]:
         generator = HFGenerator(model, tokenizer, settings, max_length=longest + settings.max_new_tokens)
-        requests = [Request(id, Prompt("", prompt, "")) for id, prompt in prompts.items()]
-        outputs = {one.id: one.text for one in generator.generate(requests)}
-        return [{"id": id, "prompt": prompt, "output": outputs[id]} for id, prompt in prompts.items()]
+        outputs = {one.id: one.text for one in generator.generate_from_tokens(prompts)}
+        return [
+            {"id": id, "prompt": tokenizer.decode(tokens, skip_special_tokens=True), "output": outputs[id]}
+            for id, tokens in prompts.items()
+        ]
 
     return sample
-
-
-def prompt_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """The text of a stored prompt, without the BOS that the tokenizer will put before it again."""
-    start = 1 if tokens[:1] == [tokenizer.bos_token_id] else 0
-    return str(tokenizer.decode(tokens[start:], clean_up_tokenization_spaces=False))
 
 
 def data_keys(stores: TrainEval) -> dict[str, Any]:

@@ -8,8 +8,8 @@ noise can turn). B = rows of a batch, T = prompt positions, V = vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -146,15 +146,26 @@ class HFGenerator:
 
         A row whose prompt does not fit even without its body gets the error "prompt_too_long".
         """
-        fitting, encoded = [], []
-        for request in requests:
+        encoded: dict[str, list[int]] = {}
+        by_id = {request.id: request for request in requests}
+        for request in by_id.values():
             try:
-                encoded.append(prompt_token_ids(self.tokenizer, request.prompt, self.max_prompt_tokens))
-                fitting.append(request)
+                encoded[request.id] = prompt_token_ids(self.tokenizer, request.prompt, self.max_prompt_tokens)
             except UserError:
                 yield Generation(request.id, "", error="prompt_too_long")
-        for rows in self._batches([len(ids) for ids in encoded]):
-            yield from self._generate_batch([fitting[i] for i in rows], [encoded[i] for i in rows])
+        for generation in self.generate_from_tokens(encoded):
+            prompt = by_id[generation.id].prompt
+            yield replace(generation, prompt_cut=self._was_cut(prompt, encoded[generation.id]))
+
+    @torch.no_grad()
+    def generate_from_tokens(self, prompts: Mapping[str, list[int]]) -> Iterator[Generation]:
+        """Yield the generations behind prompts that are token ids already: id -> at most `max_prompt_tokens` of them.
+
+        For prompts of a token store: decoding and encoding them again need not give the same tokens.
+        """
+        ids = list(prompts)
+        for rows in self._batches([len(prompts[id]) for id in ids]):
+            yield from self._generate_batch([ids[i] for i in rows], [prompts[ids[i]] for i in rows])
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Cut the row numbers, sorted by falling length, so that rows x (longest prompt + new tokens) <= budget."""
@@ -166,22 +177,21 @@ class HFGenerator:
             yield order[start : start + num_rows]
             start += num_rows
 
-    def _generate_batch(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> Iterator[Generation]:
+    def _generate_batch(self, ids: Sequence[str], prompts: Sequence[list[int]]) -> Iterator[Generation]:
         was_training = self.model.training
         self.model.eval()
         try:
-            new_tokens = self._decode(requests, prompts)
+            new_tokens = self._decode(ids, prompts)
         finally:
             self.model.train(was_training)
-        for request, prompt, tokens in zip(requests, prompts, new_tokens, strict=True):
+        for id, prompt, tokens in zip(ids, prompts, new_tokens, strict=True):
             ended = tokens[-1] in self.end_tokens
             yield Generation(
-                id=request.id,
+                id=id,
                 text=str(self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)),
                 truncated=not ended,
                 prompt_tokens=len(prompt),
                 new_tokens=len(tokens),
-                prompt_cut=self._was_cut(request.prompt, prompt),
             )
 
     def _was_cut(self, prompt: Prompt, tokens: list[int]) -> bool:
@@ -189,14 +199,14 @@ class HFGenerator:
         near_limit = len(tokens) > self.max_prompt_tokens - 16
         return near_limit and len(prompt_token_ids(self.tokenizer, prompt, 2**31)) > len(tokens)
 
-    def _decode(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> list[list[int]]:
+    def _decode(self, ids: Sequence[str], prompts: Sequence[list[int]]) -> list[list[int]]:
         """Return the new tokens of each row, its end token included where it met one.
 
         Works in rounds of a few tokens: after each, the rows that have ended leave batch and cache.
         """
         input_ids, mask = _pad_left(prompts, self.tokenizer.pad_token_id, self.model.device)
         width = input_ids.shape[1]
-        uniforms = self._uniforms([request.id for request in requests])
+        uniforms = self._uniforms(ids)
         alive = torch.arange(len(prompts))  # row numbers still in the batch
         new_tokens: list[list[int]] = [[] for _ in prompts]
         cache = None
