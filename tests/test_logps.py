@@ -5,6 +5,7 @@ import torch
 
 from config.errors import UserError
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
+from trainers import logps as logps_module
 from trainers.logps import check_head, sequence_logps
 
 LENGTHS = torch.tensor([9, 14, 5, 13])
@@ -128,3 +129,18 @@ def test_the_check_leaves_the_model_as_it_was():
     check_head(model)
     assert model.training
     torch.testing.assert_close(sequence_logps(model, ids, mask, response)[0], before, rtol=0, atol=0)
+
+
+def test_a_head_in_parts_changes_nothing(monkeypatch):
+    """A limit of 3 rows at a time: values and gradients are those of all rows at once."""
+    results = []
+    for limit in (1 << 28, 3 * VOCABULARY):
+        monkeypatch.setattr(logps_module, "MAX_LOGITS", limit)
+        model = tiny_model()
+        logps, _ = sequence_logps(model, *batch())
+        logps.sum().backward()
+        results.append((logps.detach(), [parameter.grad for parameter in model.parameters()]))
+    (whole, gradients), (parts, gradients_of_parts) = results
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+    for one, other in zip(gradients_of_parts, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item())

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config.errors import UserError
+
+MAX_LOGITS = 1 << 28  # held at once: 1 GiB of float32, and as much again for their gradient
 
 
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -50,14 +53,27 @@ def sequence_logps(
     # The state at t predicts token t + 1: the last position predicts nothing and is not run.
     states_BTD = hidden_states(model, input_ids[:, :-1], attention_mask[:, :-1])
     targets = targets[:, 1:]
-    logits_RV = model.get_output_embeddings()(states_BTD[targets])
-    if logits_RV.dtype != torch.float64:
-        logits_RV = logits_RV.float()
-    logps_R = -F.cross_entropy(logits_RV, input_ids[:, 1:][targets], reduction="none")
+    logps_R = _token_logps(model.get_output_embeddings(), states_BTD[targets], input_ids[:, 1:][targets])
     # Placed back into rows and summed along them: the same result each time, unlike index_add on a GPU.
     logps_BT = torch.zeros(targets.shape, dtype=torch.float64, device=logps_R.device)
     logps_BT = logps_BT.masked_scatter(targets, logps_R.double())
     return logps_BT.sum(-1).view(leading), targets.sum(-1).view(leading)
+
+
+def _token_logps(head: Any, states_RD: Tensor, targets_R: Tensor) -> Tensor:
+    """Log-probability of each target, (R,); a large vocabulary's logits are made, and made again, a part at a time."""
+    rows = max(1, MAX_LOGITS // head.weight.shape[0])
+    if len(states_RD) <= rows:
+        return _logps_of_part(head, states_RD, targets_R)
+    parts = zip(states_RD.split(rows), targets_R.split(rows), strict=True)
+    return torch.cat([checkpoint(_logps_of_part, head, *part, use_reentrant=False) for part in parts])
+
+
+def _logps_of_part(head: Any, states_RD: Tensor, targets_R: Tensor) -> Tensor:
+    logits_RV = head(states_RD)
+    if logits_RV.dtype != torch.float64:
+        logits_RV = logits_RV.float()
+    return -F.cross_entropy(logits_RV, targets_R, reduction="none")
 
 
 @torch.no_grad()
