@@ -146,3 +146,11 @@ def test_attached_columns_make_the_first_rewards_zero(tmp_path):
         assert len(rewards) == 44
 
     launch(worker, settings)
+
+
+def test_another_release_or_device_is_another_entry(tmp_path, monkeypatch):
+    store, rows = random_store(tmp_path, num_rows=6, segments=3), torch.arange(6)
+    compute(tiny_model(), store, rows, tmp_path)
+    monkeypatch.setattr(reference.transformers, "__version__", "0.0")
+    compute(tiny_model(), store, rows, tmp_path)
+    assert cached(tmp_path) == 2

@@ -1,9 +1,9 @@
 """Log-probabilities of the reference model: computed once, by the policy itself before its first step, and kept.
 
-During training no reference model is in memory. The cache is a file found by its content: weights, token rows, dtype
-and the version of the code that computes them. Points of a sweep that start together share it: one builds, the others
-wait. The weights are always the run's *initial* ones: callers load those on a resumed run, too, so that a cache that
-was deleted meanwhile is never rebuilt from trained weights.
+During training no reference model is in memory. The cache is a file found by its content: weights, token rows, dtype,
+kind of device, and the versions of the code that computes them. Points of a sweep that start together share it: one
+builds, the others wait. The weights are always the run's *initial* ones: callers load those on a resumed run, too, so
+that a cache that was deleted meanwhile is never rebuilt from trained weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 import xxhash
 from torch import Tensor
 
@@ -61,7 +62,9 @@ def reference_logps(
         max_tokens_per_batch: padded positions of a batch.
     """
     rows = rows.unique()
-    key = xxhash.xxh3_128_hexdigest(f"{CODE_VERSION} {weights} {store.select(rows).key} {model.dtype}".encode())
+    # Another kernel or another release of the model's code may move a result by more than the first batch's check lets.
+    code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {next(model.parameters()).device.type}"
+    key = xxhash.xxh3_128_hexdigest(f"{code} {weights} {store.select(rows).key} {model.dtype}".encode())
 
     def build(folder: Path) -> None:
         result = np.memmap(folder / "logps.f64", dtype=np.float64, mode="w+", shape=(len(store), 2))

@@ -18,7 +18,7 @@ from trainers.batching import BatchLoader, GlobalBatch
 from trainers.checkpoint import Progress, load_checkpoint, save_checkpoint
 from trainers.logps import check_head
 from trainers.metrics import MetricsLog, MetricSums, ProgressLine
-from trainers.objectives import LossOutput, Objective
+from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective
 from trainers.optimizers import build_optimizer, learning_rate
 from trainers.parallel import Layout, clip_grad_norm, sum_over_processes
 from trainers.run_dir import RunDir
@@ -177,10 +177,16 @@ class Trainer:
         for microbatch in batch.microbatches:
             output = self.objective(self.policy, microbatch.to(self.layout.device))
             if batch.start_examples == 0:
-                self.objective.check_first_batch(output, microbatch["input_ids"].shape[-1], self.policy.dtype)
+                self.objective.check_first_batch(output, microbatch["input_ids"].shape[-1], self._coarser_dtype())
             (output.loss_sum / num_units).backward()
             outputs.append(LossOutput(output.loss_sum.detach(), output.metrics))
         return outputs, torch.stack([output.loss_sum for output in outputs]).sum(), num_units
+
+    def _coarser_dtype(self) -> torch.dtype:
+        """The dtype with the larger rounding error, of policy and reference: `model.reference_dtype` may differ."""
+        reference = f"torch.{self.settings.model.reference_dtype}"
+        dtypes = [self.policy.dtype, *(dtype for dtype in TOLERANCE_PER_TOKEN if str(dtype) == reference)]
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _count_units(self, microbatches: list[TensorDict]) -> float:
         """Units of the global batch, over all processes; counted on the host, before any backward pass."""
