@@ -55,6 +55,7 @@ class Respondent:
     path: str
     model: ModelSettings
     template: str
+    prompt: str  # hash of the template's text: another wording is asked again
     fingerprint: str
 
 
@@ -73,10 +74,10 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
         archive=settings.path if settings.base else None,
         policy_dtype=settings.dtype,
     )
-    render_prompt(settings.template, "", tokenizer=load_tokenizer(model))
+    prompt = text_id(render_prompt(settings.template, "", tokenizer=load_tokenizer(model)).text)
     if find_path(settings.path).exists() and (folder := resolve_archive(settings.path)).is_dir():
         check_weight_files(folder)
-    return Respondent(name, settings.path, model, settings.template, model_fingerprint(model))
+    return Respondent(name, settings.path, model, settings.template, prompt, model_fingerprint(model))
 
 
 def prompt_key(prompt: EvaluationPrompt) -> str:
@@ -98,7 +99,8 @@ def generate_answers(
     Raises:
         UserError: The model cannot be loaded, the limits leave no room for a prompt, or the ledger is broken or in use.
     """
-    configuration = {"model": respondent.fingerprint, "template": respondent.template, **_decoding(generation)}
+    prompt_identity = {"template": respondent.template, "prompt": respondent.prompt}
+    configuration = {"model": respondent.fingerprint, **prompt_identity, **_decoding(generation)}
     asked = {prompt_key(prompt): prompt for prompt in prompts}
     with Ledger(_ledger_path(folder, f"generate-{respondent.name}", configuration), configuration) as ledger:
         missing = {key: prompt for key, prompt in asked.items() if key not in ledger.records}

@@ -88,7 +88,7 @@ def test_killed_and_typed_again_equals_uninterrupted(tiny_model_folder, tmp_path
     assert 5 < len(before) < NUM_PROMPTS
     assert not (killed / "report.json").exists()
 
-    again = start(arguments(tiny_model_folder, tmp_path, killed))
+    again = start(arguments(tiny_model_folder, tmp_path, killed, max_batch_tokens=100_000))  # changes no text
     out, err = again.communicate(timeout=240)
     assert again.returncode == 0, err
     after = next(lines for name, lines in ledger_lines(killed).items() if name.startswith("generate-base"))
