@@ -59,8 +59,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """
     name = settings.tokenizer_name_or_path or settings.name_or_path
     folder = find_path(name)
-    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    source = folder if has_tokenizer else _source(name)
+    source = folder if _has_tokenizer(folder) else _source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, json.JSONDecodeError) as error:
@@ -174,7 +173,8 @@ def model_fingerprint(settings: ModelSettings) -> str:
         if not path.exists():
             digest.update(name.encode())
             continue
-        found = resolve_archive(name)
+        # A folder may hold a tokenizer and no model.
+        found = path if name == settings.tokenizer_name_or_path and _has_tokenizer(path) else resolve_archive(name)
         files = [found] if found.is_file() else sorted(file for file in found.iterdir() if file.is_file())
         for file in files:
             digest.update(file.name.encode())
@@ -205,6 +205,10 @@ def check_weight_files(folder: Path) -> None:
             raise UserError(
                 f"{file}: damaged or truncated ({file.stat().st_size} bytes; {_first_line(error)}). Copy it again."
             ) from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def _source(name: str) -> Path | str:
