@@ -111,7 +111,8 @@ def _content_key(
 ) -> str:
     """Hash of all that the stores depend on: contents of the files (not their paths), settings, tokenizer, code."""
     package = Path(__file__).parent / "safer_instruct"
-    code = [Path(__file__), *(package / f"{name}.py" for name in ("encoding", "examples", "loading", "prompts"))]
+    code = [Path(__file__), Path(__file__).parent / "trainers" / "token_store.py"]
+    code += [*(package / f"{name}.py" for name in ("encoding", "examples", "loading", "prompts"))]
     contents: dict[str, Any] = {}
     for name, settings in datasets.items():
         paths = {"data": settings.path, "exclude": _exclude_path(settings), "eval": settings.eval_path}

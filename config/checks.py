@@ -46,6 +46,8 @@ EXAMPLES = {
     "output": "the folder to write",
     "expert": "one of rules, local, openai",
     "expert.model": "the name under which the server knows the model",
+    "expert.model.name_or_path": "the folder of the expert's weights, or its id on the hub",
+    "expert.path": "the YAML file of the rules",
 }
 
 
@@ -258,7 +260,7 @@ def _check_model_path(key: str, value: str) -> list[str]:
 
 def _check_expert(expert: Any) -> list[str]:
     if isinstance(expert, RulesExpertSettings):
-        return [] if find_path(expert.path).exists() else _existing_path("expert.path", expert.path)
+        return _existing_path("expert.path", expert.path)
     if isinstance(expert, LocalExpertSettings):
         return [
             *_check_model(expert.model, "expert.model"),
@@ -314,7 +316,7 @@ def _above(key: str, value: float, bound: float) -> list[str]:
 
 
 def _existing_path(key: str, value: str | None) -> list[str]:
-    if not value or value == MISSING or Path(value).exists():
+    if not value or value == MISSING or find_path(value).exists():
         return []
     return [f"{key}={value}: there is no such file or folder{_neighbours(value)}"]
 
