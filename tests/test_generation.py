@@ -185,7 +185,7 @@ def test_training_mode_is_given_back(model, tokenizer) -> None:
 
 
 def test_prompts_given_as_tokens_are_asked_as_they_are(model, tokenizer) -> None:
-    """[w1, unknown-to-the-text pad, w5]: no text encodes to this, so encoding its text again would ask another thing."""
+    """[w1, pad, w5]: no text encodes to this, so encoding its text again would ask another thing."""
     settings = GenerationSettings(max_new_tokens=12, temperature=1.0, seed=2)
     prompts = {"a": [4, PAD, 8], "b": [5, 6]}
     results = {g.id: g for g in HFGenerator(model, tokenizer, settings).generate_from_tokens(prompts)}

@@ -11,7 +11,6 @@ from trainers.metrics import MetricsLog, MetricSums, ProgressLine, wandb_mode
 from trainers.parallel import launch
 from trainers.run_dir import RunDir
 
-
 CPU = torch.device("cpu")
 
 

@@ -52,7 +52,9 @@ class MetricSums:
 
     def load(self, state: Mapping[str, tuple[float, float]]) -> None:
         """Puts `state()` back."""
-        self._sums = {name: torch.tensor(pair, dtype=torch.float64, device=self._device) for name, pair in state.items()}
+        self._sums = {
+            name: torch.tensor(pair, dtype=torch.float64, device=self._device) for name, pair in state.items()
+        }
 
     def means(self) -> dict[str, float]:
         """The mean of every quantity over all that was added, by all processes, in one reduction; then empty again."""
