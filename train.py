@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config.checks import check_train
+from config.errors import UserError
 from config.schema import run_entrypoint
 from config.settings import GenerationSettings, PreferenceLossSettings, TrainConfig
 from preference_datasets import Loss, TrainEval, build_stores, describe
@@ -48,6 +49,8 @@ def main(config: TrainConfig) -> None:
 def work(layout: Layout, *, config: TrainConfig) -> None:
     """What each process of a run does: data, model, reference, training."""
     torch.manual_seed(config.seed)
+    if config.trainer.name == "BasicTrainer" and config.model.fsdp_policy_mp is not None:
+        print("note: model.fsdp_policy_mp is FSDPTrainer's; this run computes in policy_dtype", file=sys.stderr)
     cache_dir = usable_dir(config.local_dirs)
     tokenizer = load_tokenizer(config.model)
     if config.dry_run:
@@ -69,6 +72,7 @@ def work(layout: Layout, *, config: TrainConfig) -> None:
             return
         print(f"run directory: {run.path}", flush=True)
         policy = load_causal_lm(config.model)
+        require_context(config, stores, policy)
         objective = build_objective(config)
         identity = {"data": stores.train.key}
         if objective.needs_reference:
@@ -141,6 +145,18 @@ def build_loaders(
         **shared,
     )
     return train, held_out
+
+
+def require_context(config: TrainConfig, stores: TrainEval, policy: PreTrainedModel) -> None:
+    """Raises a UserError if a row is longer than the model's context: a table of positions would end in a crash."""
+    context = policy.config.max_position_embeddings
+    lengths = [store.lengths for store in (stores.train, stores.eval) if len(store)]
+    longest = max(int((rows[:, 0] + rows[:, 1:].amax(1)).max()) for rows in lengths)
+    if longest > context:
+        raise UserError(
+            f"max_length={config.max_length}: the longest row has {longest} tokens, and the context of "
+            f"{config.model.name_or_path} is {context}; write max_length={context} (max_prompt_length below it) or less"
+        )
 
 
 def build_objective(config: TrainConfig) -> Objective:

@@ -220,3 +220,18 @@ def test_two_runs_started_at_once_share_the_cache(base, pairs, tmp_path):
     assert len(entries(tmp_path / ".cache" / "tokens")) == 1
     assert len(entries(tmp_path / ".cache" / "reference")) == 2  # training rows, evaluation rows
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["r1", "r2"]
+
+
+def test_a_row_longer_than_the_models_context_is_refused(base, pairs, tmp_path, here, capsys):
+    row = {"instruction": "List fruits.", "chosen": "xq zv " * 600, "rejected": "no"}
+    pairs.write_text(pairs.read_text() + json.dumps(row) + "\n")
+    with pytest.raises(SystemExit) as stopped:
+        here("loss=sft", f"datasets.si.path={pairs}", "exp_name=long", *base, "datasets.si.eval_fraction=0",
+             "max_length=4096", "model.fsdp_policy_mp=bfloat16")  # fmt: skip
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert "the context of" in printed
+    assert "is 512; write max_length=512" in printed
+    assert "note: model.fsdp_policy_mp" in printed
+    assert "xq zv" not in printed
+    assert not list((tmp_path / "runs" / "long").glob("checkpoints/*"))
