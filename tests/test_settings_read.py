@@ -1,0 +1,21 @@
+"""No key of the command line is there for nothing: each field of the settings is read by some module."""
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+from config import settings
+
+ROOT = Path(settings.__file__).parent.parent
+# FSDPTrainer's, or accepted so that launch scripts of the DPO repo keep working.
+ACCEPTED = {"ModelSettings.block_name", "TrainConfig.fsdp_port"}
+
+
+def test_every_field_is_read_somewhere():
+    files = [*ROOT.glob("*.py"), *(ROOT / "trainers").glob("*.py"), *(ROOT / "safer_instruct").glob("*.py")]
+    files += [ROOT / "config" / "schema.py"]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    kinds = [kind for kind in vars(settings).values() if isinstance(kind, type) and is_dataclass(kind)]
+    names = {f"{kind.__name__}.{field.name}" for kind in kinds for field in fields(kind)}
+    unread = {name for name in names if not re.search(rf"\.{name.split('.')[1]}\b", code)}
+    assert unread == ACCEPTED
