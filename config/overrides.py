@@ -141,11 +141,14 @@ def _parse(text: str, checked: CheckedOverrides) -> Override | None:
         checked.errors.append(f"{text}: unknown flag; overrides have no dashes: {text.lstrip('-').replace(' ', '=')}")
         return None
     try:
-        return OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(text)
     except HydraException:
+        override = None
+    if override is None or not override.key_or_group:  # `lr = 1` is three arguments; Hydra reads `=` as an empty key
         hint = "write key=value; quote a value that holds spaces, commas, brackets or quotes, such as \"key='a, b'\""
         checked.errors.append(f"{text}: not a valid override: {hint}")
         return None
+    return override
 
 
 def _composes(config_name: str, overrides: list[str]) -> bool:

@@ -36,6 +36,7 @@ from config.settings import MISSING, EvaluateConfig, InduceConfig, TrainConfig
 
 CONFIG_DIR = Path(__file__).resolve().parent
 USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
 MAX_NAME_CHARS = 180  # a file name holds 255 bytes
 
 ConfigT = TypeVar("ConfigT", TrainConfig, InduceConfig, EvaluateConfig)
@@ -106,7 +107,8 @@ def run_entrypoint(
 
     Before that, everything that is wrong with the overrides or found by `check` is printed as one message, and the
     process exits with status 2. A `UserError` of `main` is printed without a traceback (status 2; the other points of
-    a sweep still run); any other exception is a defect and keeps its traceback (status 1).
+    a sweep still run); Ctrl-C is answered by one line (status 130); any other exception is a defect and keeps its
+    traceback (status 1).
 
     Args:
         config_name: `config/<config_name>.yaml`, whose schema is `config_class`.
@@ -139,6 +141,9 @@ def run_entrypoint(
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 sys.exit(USER_ERROR_STATUS)
             failed = True
+        except KeyboardInterrupt:
+            _print_error("interrupted; the same command goes on from what was saved")
+            sys.exit(INTERRUPTED_STATUS)
 
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(run)()
     if failed:
