@@ -25,7 +25,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
 
-from quickstart.checks import assert_no_leak, induction_report, render_induction  # noqa: E402  after the path is set
+from quickstart.checks import assert_no_leak, figures, induction_report, render_figures, render_induction  # noqa: E402  after the path is set
 from quickstart.world import World, write_demo_data  # noqa: E402
 
 MODEL, RULES = "quickstart/model", "quickstart/rules.yaml"
@@ -67,7 +67,10 @@ def main() -> int:
     move_other_demo_aside(output, settings)
     started = time.monotonic()
     status = Demo(output, settings).run()
-    print(f"\n{'done' if status == 0 else 'stopped'} after {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"\n{'done' if status == 0 else f'ended with status {status}'} after {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
     return status
 
 
@@ -105,7 +108,14 @@ class Demo:
                 return 0
         report = self.output / "report" / "report.md"
         print(f"\n{report.read_text(encoding='utf-8')}\nThe page with plots and samples: {report.with_suffix('.html')}")
-        return 0
+        return 0 if self.settings.corpus else self.check_figures(report.with_suffix(".json"))
+
+    def check_figures(self, report: Path) -> int:
+        """Prints what must hold with any seed, and whether it does; the exit status is 1 where it does not."""
+        induction = self.output / "induction.json"
+        rows = figures(*(json.loads(path.read_text(encoding="utf-8")) for path in (report, induction)))
+        print(f"\n{render_figures(rows)}")
+        return 0 if all(row.holds for row in rows) else 1
 
     def make_data(self) -> None:
         """Draws the world's data of this seed; takes a moment."""
@@ -174,9 +184,7 @@ class Demo:
             return 0
         print(f"\n[{name}]\n{line}", flush=True)
         started = time.monotonic()
-        # Waiting threads that spin would take the cores from those that work.
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-        status = subprocess.run([sys.executable, *command], env=environment, check=False).returncode
+        status = subprocess.run([sys.executable, *command], check=False).returncode
         seconds = time.monotonic() - started
         if status != 0:
             print(f"[{name}] failed with exit status {status}; `make demo` goes on from here", file=sys.stderr)

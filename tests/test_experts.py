@@ -312,8 +312,6 @@ def test_a_prompt_in_a_template_keeps_its_own_body(tokenizer) -> None:
     assert in_template("hh", dialogue, tokenizer).text == "\n\nHuman: rubric a\n\nHuman: b answer:\n\nAssistant:"
 
 
-
-
 def test_rules_are_an_expert(monkeypatch) -> None:
     class FakeRules:
         fingerprint = "abc"

@@ -20,7 +20,7 @@ CONFIGURATION = {"model": "tiny", "generation.temperature": 0.7, "generation.see
 RECORDS = [
     {"id": "a", "text": "plain"},
     {"id": "b", "text": "gr\u00fc\u00dfe \u6f22\u5b57 \U0001f600"},
-    {"id": "c", "text": "line\nbreak \u2028 and \"quotes\""},
+    {"id": "c", "text": 'line\nbreak \u2028 and "quotes"'},
 ]
 
 

@@ -192,6 +192,45 @@ class TestData:
         assert (report["kept_verbatim"], report["kept_same_meaning"]) == (0.5, 1.0)
 
 
+class TestFigures:
+    """Whether a demo holds what the method promises, on a report made by hand."""
+
+    @staticmethod
+    def report(**dpo):
+        def rates(**values):
+            return {name: {"value": value} for name, value in values.items()}
+
+        base = rates(harmful_rate=0.99, benign_accuracy=1.0, near_accuracy=1.0)
+        sources = {source: rates(harmful_rate=0.8) for source in ("new_values", "new_phrasing")}
+        good = {"harmful_rate": 0.05, "refusal_rate": 0.88, "neither_rate": 0.1, "specific_refusal_rate": 0.7}
+        good |= {"benign_accuracy": 0.97, "near_accuracy": 0.95, "over_refusal_rate": 0.05}
+        models = {"base": base | {"by_source": sources}, "sft": rates(harmful_rate=0.5), "dpo": rates(**good | dpo)}
+        return {"models": models}
+
+    def test_every_bound_itself_holds(self):
+        rows = checks.figures(self.report(), {"unsafe_kept": 0.7, "noise_kept": 0.02})
+        assert len(rows) == 12
+        assert all(row.holds for row in rows)
+        assert "MISSED" not in checks.render_figures(rows)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("harmful_rate", 0.06),
+            ("refusal_rate", 0.87),
+            ("neither_rate", 0.11),
+            ("specific_refusal_rate", 0.69),
+            ("benign_accuracy", 0.965),
+            ("near_accuracy", 0.94),
+            ("over_refusal_rate", 0.06),
+        ],
+    )
+    def test_one_figure_beyond_its_bound_is_missed(self, name, value):
+        rows = checks.figures(self.report(**{name: value}), {"unsafe_kept": 0.9, "noise_kept": 0.0})
+        assert sum(not row.holds for row in rows) == 1
+        assert checks.render_figures(rows).count("MISSED") == 1
+
+
 class TestDemo:
     def test_another_seed_moves_the_old_demo_aside(self, tmp_path):
         output = tmp_path / "quickstart"
