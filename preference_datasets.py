@@ -150,16 +150,29 @@ def _write_stores(
 ) -> None:
     """Fill a cache entry: train/, eval/ and rows.jsonl (what happened to which row)."""
     segments = 3 if loss == "preference" else 2
-    reports: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(TokenStoreWriter(directory / split, key=f"{key}-{split}", num_segments=segments))
             for split in ("train", "eval")
         }
         events = stack.enter_context((directory / "rows.jsonl").open("w"))
-        for name, settings in datasets.items():
-            log = RowLog(name, settings.on_bad_row, events=events)
-            reports[name] = _DatasetWriter(settings, loss, tokenizer, encoder, log, writers).write()
+        # What one dataset's evaluation file asks, no other dataset may train on: all such files come first.
+        in_eval_files: set[int] = set()
+        parts = {
+            name: _DatasetWriter(
+                settings,
+                loss,
+                tokenizer,
+                encoder,
+                RowLog(name, settings.on_bad_row, events=events),
+                writers,
+                in_eval_files,
+            )
+            for name, settings in datasets.items()
+        }
+        for part in parts.values():
+            part.write_eval_file()
+        reports = {name: part.write() for name, part in parts.items()}
         report = {"loss": loss, "datasets": reports}
         if not writers["train"].num_rows:
             held = f", all {writers['eval'].num_rows} usable rows are held out" if writers["eval"].num_rows else ""
@@ -179,6 +192,7 @@ class _DatasetWriter:
         encoder: Encoder,
         log: RowLog,
         writers: Mapping[str, TokenStoreWriter],
+        in_eval_files: set[int],
     ) -> None:
         self._settings, self._loss, self._tokenizer, self._encoder = settings, loss, tokenizer, encoder
         self._log, self._writers = log, writers
@@ -186,14 +200,17 @@ class _DatasetWriter:
         self._special = special_token_texts(tokenizer)
         self._exclude_file = _exclude_path(settings)
         self._excluded = _instructions(self._exclude_file)
-        self._in_eval_file: set[int] = set()
+        self._in_eval_files = in_eval_files  # shared by all datasets of the run
         self._targets = array("Q")
 
+    def write_eval_file(self) -> None:
+        """Encode the rows of `eval_path`, if the dataset has one."""
+        if self._settings.eval_path is not None:
+            self._encode(LoadedExamples(self._settings, self._settings.eval_path, self._log, pairs=self._pairs), "eval")
+
     def write(self) -> dict[str, Any]:
-        """Encode all rows; returns the dataset's part of the report."""
+        """Encode the rows of `path`; returns the dataset's part of the report."""
         settings, log = self._settings, self._log
-        if settings.eval_path is not None:
-            self._encode(LoadedExamples(settings, settings.eval_path, log, pairs=self._pairs), "eval")
         self._encode(LoadedExamples(settings, settings.path, log, pairs=self._pairs), None)
         values, counts = np.unique(np.frombuffer(self._targets, np.uint64), return_counts=True)
         return {
@@ -232,13 +249,13 @@ class _DatasetWriter:
             texts = (example.instruction, example.input, example.chosen, example.rejected if self._pairs else None)
             if instruction in self._excluded:
                 self._drop("excluded", example)
-            elif split is None and instruction in self._in_eval_file:
+            elif split is None and instruction in self._in_eval_files:
                 self._drop("in_eval_file", example)
             elif any(token in text for text in texts if text for token in self._special):
                 self._drop("special_token", example)
             else:
                 if split is not None:
-                    self._in_eval_file.add(instruction)
+                    self._in_eval_files.add(instruction)
                 yield example
 
     def _drop(self, reason: str, example: Example) -> None:

@@ -18,6 +18,8 @@ from safer_instruct.verdicts import Judgement, Verdict
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
+CODE_VERSION = b"1"  # raise it with any change of this file that moves a verdict: ledgers then begin anew
+
 Slots = Mapping[str, frozenset[str]]  # lexicon -> its words that a text names, in lower case
 
 
@@ -71,7 +73,7 @@ class Rules:
         """
         path = Path(path)
         spec = read_rules(path)
-        return cls(spec, fingerprint=hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest())
+        return cls(spec, fingerprint=hashlib.blake2b(CODE_VERSION + path.read_bytes(), digest_size=8).hexdigest())
 
     def slots(self, text: str) -> Slots:
         """The words of every lexicon that the text names."""

@@ -266,6 +266,17 @@ def test_an_evaluation_file_is_kept_out_of_training(tmp_path: Path) -> None:
     assert "Question 1 of hate?\n" not in [prompt for prompt, *_ in texts(stores.train)]
 
 
+def test_an_evaluation_file_is_kept_out_of_every_dataset(tmp_path: Path) -> None:
+    rows = [{"instruction": "Question 1 of hate?", "chosen": "a", "rejected": "b", "label": "hate"}]
+    held = write_csv(tmp_path / "held.csv", rows)
+    path = str(published(tmp_path / "data"))
+    first = DatasetSettings(path=path, schema="si", eval_fraction=0.0)  # read before the one with the file
+    second = DatasetSettings(path=path, schema="si", eval_path=str(held))
+    stores = build({"first": first, "second": second}, tmp_path / "cache")
+    assert [stores.report["datasets"][name]["dropped"]["in_eval_file"] for name in ("first", "second")] == [1, 1]
+    assert not any("Question 1 of hate?" in prompt for prompt, *_ in texts(stores.train))
+
+
 def test_several_datasets_follow_each_other(tmp_path: Path) -> None:
     si = DatasetSettings(path=str(published(tmp_path / "si")), schema="si", eval_fraction=0.0)
     (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "Add.", "input": "", "output": "3"}))
