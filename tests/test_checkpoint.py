@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 from dataclasses import asdict, replace
+from traceback import StackSummary
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
 from config.errors import UserError
@@ -132,6 +134,18 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch
     reread = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(tmp_path / "run"))
     for one, two in zip(reread.parameters(), straight.policy.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_ctrl_c_in_mid_save_is_no_full_disk(tmp_path, monkeypatch):
+    """DCP wraps whatever stops a write; only a failed write may be reported as one."""
+
+    def interrupted(*args, **kwargs):
+        raise CheckpointException("write", {0: (KeyboardInterrupt(), StackSummary())})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, tiny_settings())
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")

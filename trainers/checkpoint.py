@@ -124,6 +124,10 @@ def save_checkpoint(
         _point_latest(run, final)
     except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, CheckpointException):
+            for cause, _ in error.failures.values():  # Ctrl-C in mid-write comes wrapped like a failed write
+                if isinstance(cause, KeyboardInterrupt):
+                    raise cause from None
         raise UserError(_save_failure(run, final, error)) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
