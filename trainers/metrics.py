@@ -206,7 +206,8 @@ def _start_wandb(run: RunDir, settings: TrainConfig, config: Mapping[str, Any], 
             mode=mode,  # type: ignore[arg-type]  # a str here, checked by config/checks.py
             id=run_id,
             resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(silent=mode != "online"),
+            # Half a minute for a server that does not answer: a job array should learn of it soon.
+            settings=wandb.Settings(silent=mode != "online", init_timeout=30),
         )
     except wandb.Error as error:
         raise UserError(f"wandb.mode={mode} failed: {error}. Use wandb.mode=offline and `wandb sync` later.") from error
