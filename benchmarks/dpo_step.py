@@ -209,10 +209,10 @@ def print_table(result: dict[str, object]) -> None:
     columns = ("seconds_per_step", "tokens_per_second", "positions_per_real_token")
     print(f"{'':10}" + "".join(f"{column:>28}" for column in columns))
     for name in ("literal", "trainer"):
-        print(f"{name:10}" + "".join(f"{result[column][name]:28,.2f}" for column in columns))  # type: ignore[index]
-    spread = sorted(result["ratios"])  # type: ignore[type-var]
+        print(f"{name:10}" + "".join(f"{result[column][name]:28,.2f}" for column in columns))
+    spread = sorted(result["ratios"])
     print(f"tokens/s, trainer over literal: {result['ratio']:.2f} (from {spread[0]:.2f} to {spread[-1]:.2f})")
-    spread = sorted(result["cpu_ratios"])  # type: ignore[type-var]
+    spread = sorted(result["cpu_ratios"])
     print(f"the same by processor time: {result['cpu_ratio']:.2f} (from {spread[0]:.2f} to {spread[-1]:.2f})")
     print(f"losses of the two differ by at most {result['largest_loss_difference']:.1e}")
     print(f"reference cache: {result['reference_cache_seconds_per_step_worth']:.2f} s per step's rows, once")
