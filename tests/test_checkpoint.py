@@ -9,6 +9,7 @@ from traceback import StackSummary
 
 import pytest
 import torch
+import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
@@ -214,6 +215,8 @@ def test_every_setting_survives_the_stored_config(tmp_path):
     for _ in range(2):
         with RunDir.open(tmp_path, config=asdict(settings), manifest={}) as run:
             run.metrics.write_text("{}\n")
+        stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        assert differing_keys(stored, asdict(settings)) == []
 
 
 def test_differing_keys_are_the_ones_that_change_the_result():
