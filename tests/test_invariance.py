@@ -1,6 +1,7 @@
 """The loss of a global batch, its gradient and its metrics do not depend on how the batch is cut or ordered."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from config.settings import LikelihoodLossSettings, PreferenceLossSettings
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, tiny_settings
 from trainers.batching import BatchLoader
+from trainers.logps import sequence_logps
 from trainers.metrics import MetricSums
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
 from trainers.parallel import launch
@@ -90,6 +92,8 @@ def test_a_mean_of_means_would_fail_this(tmp_path):
     model, objective = tiny_model(), LikelihoodObjective(loss)
     (batch,) = loader.batches()
     for microbatch in batch.microbatches:
-        (objective(model, microbatch).loss_sum / objective.num_units(microbatch) / 4).backward()
+        (
+            objective(partial(sequence_logps, model), microbatch).loss_sum / objective.num_units(microbatch) / 4
+        ).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (gradient - whole["gradient"]).norm() / whole["gradient"].norm() > 1e-2

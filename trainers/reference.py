@@ -97,7 +97,7 @@ def _logps_of_rows(
     for global_batch in loader.batches():
         for batch in global_batch.microbatches:
             moved = batch.to(device)
-            logps, _ = sequence_logps(model, moved["input_ids"], moved["attention_mask"], moved["response_mask"])
+            logps, _ = sequence_logps(model, moved)
             yield batch["row"], logps.cpu()
     model.train(was_training)
 

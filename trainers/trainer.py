@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from config.errors import UserError
 from config.settings import TrainConfig
 from trainers.batching import BatchLoader, GlobalBatch
 from trainers.checkpoint import Progress, load_checkpoint, save_checkpoint
-from trainers.logps import check_head
+from trainers.logps import check_head, sequence_logps
 from trainers.metrics import MetricsLog, MetricSums, ProgressLine
 from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective
 from trainers.optimizers import build_optimizer, learning_rate
@@ -71,6 +72,7 @@ class Trainer:
         self.policy = policy
         self.policy.to(layout.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
         check_head(self.policy)
+        self.logps_of = partial(sequence_logps, self.policy)
         if settings.activation_checkpointing:
             # The reentrant kind needs inputs with gradients and breaks with frozen embeddings.
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -175,7 +177,7 @@ class Trainer:
         num_units = self._count_units(batch.microbatches)
         outputs = []
         for microbatch in batch.microbatches:
-            output = self.objective(self.policy, microbatch.to(self.layout.device))
+            output = self.objective(self.logps_of, microbatch.to(self.layout.device))
             if batch.start_examples == 0:
                 self.objective.check_first_batch(output, microbatch["input_ids"].shape[-1], self._coarser_dtype())
             (output.loss_sum / num_units).backward()
@@ -258,7 +260,7 @@ class Trainer:
         sums = MetricSums(self.layout.device)
         for batch in loader.batches():
             num_units = self._count_units(batch.microbatches)
-            outputs = [self.objective(self.policy, micro.to(self.layout.device)) for micro in batch.microbatches]
+            outputs = [self.objective(self.logps_of, micro.to(self.layout.device)) for micro in batch.microbatches]
             loss_sum = torch.stack([output.loss_sum for output in outputs]).sum()
             self.add_metrics(sums, "eval", outputs, loss_sum, num_units)
         return sums.means()
