@@ -46,6 +46,7 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
         # The step's own method on a bare trainer: what is tested is its sum over micro-batches.
         trainer = Trainer.__new__(Trainer)
         trainer.objective, trainer.policy, trainer.layout = objective, model, layout
+        trainer.logps_of = partial(sequence_logps, model)
         (batch,) = loader.batches()
         batch = replace(batch, start_examples=ROWS)  # not the first one, whose loss is known
         outputs, loss_sum, num_units = trainer.accumulate_gradients(batch)
