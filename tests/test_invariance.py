@@ -42,10 +42,11 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
         model = tiny_model()
         objective = PreferenceObjective(loss) if is_preference else LikelihoodObjective(loss)
         if is_preference:  # another model's, so that there is something to prefer
-            attach_reference(tiny_model(seed=1), [loader], cache_dir=folder / "cache")
+            attach_reference(tiny_model(seed=1), [loader], layout=layout, cache_dir=folder / "cache", weights="seed 1")
         # The step's own method on a bare trainer: what is tested is its sum over micro-batches.
         trainer = Trainer.__new__(Trainer)
         trainer.objective, trainer.policy, trainer.layout = objective, model, layout
+        trainer.settings, trainer.train_loader, trainer.last_log = tiny_settings(), loader, 0.0
         trainer.logps_of = partial(sequence_logps, model)
         (batch,) = loader.batches()
         batch = replace(batch, start_examples=ROWS)  # not the first one, whose loss is known

@@ -29,9 +29,15 @@ def literal_logps(model, store, row: int) -> list[float]:
 
 
 def compute(model, store, rows, folder, **arguments):
-    return reference_logps(
-        model, store, rows, cache_dir=folder, pad_token_id=0, weights=weights_key(model), **arguments
-    )  # fmt: skip
+    kept = {}
+
+    def worker(layout):
+        kept["logps"] = reference_logps(
+            model, store, rows, layout=layout, cache_dir=folder, pad_token_id=0, weights=weights_key(model), **arguments
+        )
+
+    launch(worker, tiny_settings())
+    return kept["logps"]
 
 
 def cached(folder: Path) -> int:
@@ -132,7 +138,7 @@ def test_attached_columns_make_the_first_rewards_zero(tmp_path):
     model = tiny_model()
 
     def worker(layout):
-        attach_reference(model, [loader], cache_dir=tmp_path)
+        attach_reference(model, [loader], layout=layout, cache_dir=tmp_path, weights=weights_key(model))
         objective = PreferenceObjective(settings.loss)
         losses, rewards = [], []
         with torch.no_grad():

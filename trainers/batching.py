@@ -167,8 +167,14 @@ class BatchLoader:
         )
 
     def filler(self) -> TensorDict:
-        """A micro-batch of the store's shortest row, for a pass whose result counts nothing."""
-        return self._collate(self._sequence_lengths(torch.arange(len(self.store))).argmin().view(1))
+        """A micro-batch of the shortest row that the run visits, for a pass whose result counts nothing."""
+        rows = self.rows_visited()  # others have no reference log-probabilities
+        return self._collate(rows[self._sequence_lengths(rows).argmin()].view(1))
+
+    def previous(self, examples: int) -> int:
+        """The examples seen before the batch that carried the run to `examples` of them."""
+        epoch, offset = divmod(examples - 1, len(self.store))
+        return epoch * len(self.store) + offset - offset % self._batch_size
 
     def _sequence_lengths(self, rows: Tensor) -> Tensor:
         """Length of each row's (longer) sequence, prompt included."""
