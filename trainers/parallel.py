@@ -109,16 +109,16 @@ def launch(worker: Callable[[Layout], None], settings: TrainConfig) -> None:
     try:
         if settings.trainer.name == "BasicTrainer":
             _refuse_launchers()
-            _work_in_group(Place(0, 1, 0), StopRequest(), worker=worker, settings=settings, address=None)
+            work_in_group(Place(0, 1, 0), StopRequest(), worker=worker, settings=settings, address=None)
             return
         place = launcher_place(os.environ)
         if place is not None:
-            _work_in_group(place, StopRequest(), worker=worker, settings=settings, address="env")
+            work_in_group(place, StopRequest(), worker=worker, settings=settings, address="env")
             return
         count = default_num_processes(settings)
         store = _local_store(settings)
         print(f"FSDPTrainer: {count} processes on this machine", file=sys.stderr, flush=True)
-        work = partial(_work_in_group, worker=worker, settings=settings, address=store.port)
+        work = partial(work_in_group, worker=worker, settings=settings, address=store.port)
         start_processes(work, count)
     except Preempted as stopped:
         if str(stopped):
@@ -176,7 +176,7 @@ def _port_taken(what: str, instead: str, error: BaseException) -> UserError:
     return UserError(f"{what} cannot be used ({str(error).splitlines()[0]}); another program may have it: {instead}.")
 
 
-def _work_in_group(
+def work_in_group(
     place: Place,
     stop: StopRequest,
     *,

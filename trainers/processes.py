@@ -85,7 +85,7 @@ def _watch(children: list[_Child], stop: StopRequest, stop_flag: Any) -> None:
     running = {child.process.sentinel: child for child in children}
     preempted = False
     while running:
-        ended = [running.pop(sentinel) for sentinel in wait(list(running), timeout=0.1) if isinstance(sentinel, int)]
+        ended = _ended(running)
         if stop:
             stop_flag.value = 1
         statuses = [child.process.exitcode for child in ended]
@@ -94,15 +94,23 @@ def _watch(children: list[_Child], stop: StopRequest, stop_flag: Any) -> None:
         if failed:
             deadline = time.monotonic() + GRACE_SECONDS
             while running and time.monotonic() < deadline:
-                ended += [running.pop(one) for one in wait(list(running), timeout=0.1) if isinstance(one, int)]
+                ended += _ended(running)
             _raise_cause(failed + [child for child in ended if child not in failed], len(children))
     if preempted:
         raise Preempted
 
 
+def _ended(running: dict[int, _Child]) -> list[_Child]:
+    """Takes out those that have ended within a tenth of a second, in the order of their ends if they differ by more."""
+    ended = [running.pop(sentinel) for sentinel in wait(list(running), timeout=0.1) if isinstance(sentinel, int)]
+    for child in ended:
+        child.process.join()  # a sentinel is ready an instant before there is an exit code
+    return ended
+
+
 def _raise_cause(ended: list[_Child], num_processes: int) -> None:
     """Raises what ended the first process that has something to say; `ended` is in the order of their ends."""
-    reports = [(child, *(child.report.recv() if child.report.poll() else ("killed", ""))) for child in ended]
+    reports = [(child, *_report(child)) for child in ended]
     told = [report for report in reports if report[1] != "said elsewhere"] or reports
     child, kind, text = told[0]
     if kind == "user error":
@@ -121,6 +129,13 @@ def _raise_cause(ended: list[_Child], num_processes: int) -> None:
     else:
         print(f"rank {rank} of {num_processes} ended with status {status}; the others were stopped", file=sys.stderr)
     sys.exit(128 - status if status is not None and status < 0 else status)
+
+
+def _report(child: _Child) -> tuple[str, str]:
+    try:
+        return child.report.recv()
+    except EOFError:  # it was killed, or left by os._exit
+        return "none", ""
 
 
 def _child(work: Callable[[Place, StopRequest], None], place: Place, stop_flag: Any, report: Connection) -> None:

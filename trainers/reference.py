@@ -28,7 +28,7 @@ from trainers.batching import BatchLoader
 from trainers.cache import build_once
 from trainers.logps import sequence_logps
 from trainers.parallel import Layout, gather_objects
-from trainers.sharding import forward_function
+from trainers.sharding import forward_function, reshard
 from trainers.token_store import TokenStore
 
 CODE_VERSION = 1  # raise it with any change of logps.py that moves a result by more than rounding
@@ -150,6 +150,7 @@ def _logps_of_rows(
             number += 1
     if layout.rank >= (number % layout.world_size or layout.world_size):  # the others have one more: keep step
         logps_of(loader.filler().to(layout.device))
+    reshard(model)
     model.train(was_training)
     parts: list[Any] = [None] * layout.world_size
     dist.gather_object(found, parts if layout.is_main else None, dst=0)

@@ -125,6 +125,7 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor], layout: Layout) ->
         state: `full_state` of the same model; read in rank 0 only.
         layout: of the model.
     """
+    reshard(model)
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             parameter.copy_(state[name])
@@ -148,6 +149,7 @@ def full_parameters(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
 
     Every process must come here. One parameter at a time is whole on the device.
     """
+    reshard(model)
     saved = model.state_dict(keep_vars=True)
     result: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
@@ -163,15 +165,31 @@ def full_parameters(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
     return result
 
 
-def forward_function(model: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def forward_function(model: Any, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
     """`function(model, ...)` with the model bound, run as a forward pass of the model: FSDP gathers its parameters."""
     if not isinstance(model, FSDPModule):
         return partial(function, model)
     module: Any = model  # an FSDPModule is always an nn.Module, which its type does not say
     name = function.__name__
-    setattr(module, name, MethodType(function, module))
+
+    def fresh(module: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # FSDP hangs its hooks on the outputs, and warns of views, on which they could be lost.
+        return tuple(value.clone() for value in function(module, *arguments))
+
+    setattr(module, name, MethodType(fresh, module))
     register_fsdp_forward_method(module, name)
     return getattr(module, name)
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts the sharded parameters back in place.
+
+    After a forward pass that no backward pass follows, the root's (embeddings, head) stay whole and are the module's
+    parameters: an optimizer, a checkpoint or a copy must not take them for the sharded ones.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def reduce_gradients_in_backward(model: nn.Module, reduce: bool) -> None:

@@ -24,7 +24,7 @@ from trainers.optimizers import build_optimizer, learning_rate
 from trainers.parallel import Layout, gather_objects, sum_over_processes
 from trainers.preemption import Preempted
 from trainers.run_dir import RunDir
-from trainers.sharding import clip_grad_norm, forward_function, reduce_gradients_in_backward, same_logits
+from trainers.sharding import clip_grad_norm, forward_function, reduce_gradients_in_backward, reshard, same_logits
 
 Sampler = Callable[[PreTrainedModel], list[dict[str, Any]]]
 
@@ -321,6 +321,7 @@ class Trainer:
             if self.settings.sample_during_eval and self.sampler is not None:
                 with same_logits(self.policy, self.layout):
                     samples = self.sampler(self.policy)
+        reshard(self.policy)
         self._require_metric(self.settings.checkpoint.keep_best, means)
         self.progress.evaluated_at, self.progress.evaluation = self.progress.examples, means
         if means:
