@@ -194,7 +194,7 @@ def work_in_group(
         address: the port of the launcher's store on this machine; "env": MASTER_ADDR and MASTER_PORT tell; None: this
             process is alone and needs no port, so that runs started at once cannot take each other's.
     """
-    _check_numbers(settings, place.world_size)
+    check_numbers(settings, place.world_size)
     device = pick_device(settings.device, place.local_rank)
     if address is None:
         store: dist.Store = dist.HashStore()
@@ -227,8 +227,8 @@ def work_in_group(
             dist.destroy_process_group()
 
 
-def _check_numbers(settings: TrainConfig, world_size: int) -> None:
-    """The numbers that only the number of processes makes wrong."""
+def check_numbers(settings: TrainConfig, world_size: int) -> None:
+    """Raises a UserError for numbers that only the number of processes makes wrong."""
     replicas = settings.trainer.num_replicas
     if world_size % replicas:
         raise UserError(

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tqdm import tqdm
+
 from config.errors import SaidElsewhere, UserError
 from trainers.preemption import PREEMPTED_STATUS, SIGNALS, Preempted, StopRequest
 
@@ -83,13 +85,12 @@ def start_processes(work: Callable[[Place, StopRequest], None], num_processes: i
 def _watch(children: list[_Child], stop: StopRequest, stop_flag: Any) -> None:
     """Returns when all have ended well; see `start_processes` for what it raises."""
     running = {child.process.sentinel: child for child in children}
-    preempted = False
+    preempted: list[str] = []
     while running:
         ended = _ended(running)
         if stop:
             stop_flag.value = 1
-        statuses = [child.process.exitcode for child in ended]
-        preempted |= PREEMPTED_STATUS in statuses
+        preempted += [_report(child)[1] for child in ended if child.process.exitcode == PREEMPTED_STATUS]
         failed = [child for child in ended if child.process.exitcode not in (0, PREEMPTED_STATUS)]
         if failed:
             deadline = time.monotonic() + GRACE_SECONDS
@@ -97,7 +98,7 @@ def _watch(children: list[_Child], stop: StopRequest, stop_flag: Any) -> None:
                 ended += _ended(running)
             _raise_cause(failed + [child for child in ended if child not in failed], len(children))
     if preempted:
-        raise Preempted
+        raise Preempted("".join(preempted))
 
 
 def _ended(running: dict[int, _Child]) -> list[_Child]:
@@ -143,6 +144,7 @@ def _child(work: Callable[[Place, StopRequest], None], place: Place, stop_flag: 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent answers it
     for number in SIGNALS:  # the parent's handlers are not inherited; until the work has its own:
         signal.signal(number, lambda number, frame: os._exit(PREEMPTED_STATUS))
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which an abrupt end would leave behind
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with_parent, args=(parent.sentinel,), daemon=True).start()
@@ -150,8 +152,8 @@ def _child(work: Callable[[Place, StopRequest], None], place: Place, stop_flag: 
     try:
         work(place, StopRequest(lambda: bool(stop_flag.value)))
         return
-    except Preempted:
-        kind, status = "preempted", PREEMPTED_STATUS
+    except Preempted as stopped:
+        kind, text, status = "preempted", str(stopped), PREEMPTED_STATUS
     except SaidElsewhere:
         kind, status = "said elsewhere", USER_ERROR_STATUS
     except UserError as error:
