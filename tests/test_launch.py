@@ -21,6 +21,7 @@ from tests.tiny_runs import tiny_settings
 from trainers.parallel import Layout, check_numbers, default_num_processes, launch, launcher_place
 from trainers.preemption import PREEMPTED_STATUS
 from trainers.processes import Place, start_processes
+from trainers.run_dir import RunDir
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_one_process_its_own_and_torchruns_train_the_same(command, tmp_path):
     assert out.count("run directory") == out.count("next:") == 1
     alone = [argument for argument in command if not argument.startswith("trainer")]
     run([*alone, *sampled, "exp_name=one"], tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
         [*torchrun, str(ROOT / "train.py"), *command, *sampled, "exp_name=torchrun"],
         cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "WANDB_MODE": "disabled"},
@@ -76,12 +77,9 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
 
 def test_stopped_killed_and_finished_by_one_command(command, tmp_path):
     """SIGTERM to the launcher; then SIGKILL of one of its processes; then the command once more."""
-    command = [*command, "n_epochs=60", "exp_name=run", "checkpoint.every_examples=40"]
+    command = [*command, "n_epochs=4", "exp_name=run", "checkpoint.every_examples=40"]
     process = start(command, tmp_path)
     wait_for(tmp_path / "runs" / "run" / "LATEST", process)
-    _, err = run(command, tmp_path, status=2)  # a second job in the same directory
-    assert err.count("is in use by process") == 1
-    assert "Traceback" not in err
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == PREEMPTED_STATUS, err
@@ -230,3 +228,10 @@ def fail_on_main(layout: Layout):
 def test_what_rank_0_does_for_all():
     settings = tiny_settings(trainer=TrainerSettings("FSDPTrainer"))
     assert Ranks(fail_on_main, 2, settings).join() == [0, 0]
+
+
+def test_two_jobs_in_one_run_directory(command, tmp_path):
+    with RunDir.open(tmp_path / "runs" / "run", config={}, manifest={}):
+        _, err = run([*command, "exp_name=run"], tmp_path, status=2)
+    assert err.count(f"is in use by process {os.getpid()} on ") == 1
+    assert "Traceback" not in err
