@@ -113,6 +113,40 @@ def test_keep_last(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-22"]
 
 
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
+    """A learning rate that makes things worse after the first steps: the best is not the last."""
+    settings = tiny_settings(
+        n_epochs=3, eval_every=8, lr=3e-2, checkpoint=CheckpointSettings(keep_last=1, keep_best="loss/eval")
+    )
+    train(tmp_path, settings)
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluations = {row["counters/examples"]: row["loss/eval"] for row in rows if "loss/eval" in row}
+    del evaluations[0]  # before the first step there is no checkpoint
+    best = min(evaluations, key=lambda examples: (evaluations[examples], -examples))
+    assert best != 66
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted([f"step-{best}", "step-66"])
+    assert (run / "BEST").resolve().name == f"step-{best}"
+    assert (run / "LATEST").resolve().name == "step-66"
+
+
+def test_accuracies_are_best_when_large(tmp_path):
+    for step, accuracy, evaluated_at in ((4, 0.5, 4), (8, 0.75, 8), (12, 0.75, 12), (16, 0.25, 16), (20, 1.0, 16)):
+        progress = Progress(examples=step, evaluated_at=evaluated_at, evaluation={"rewards_eval/accuracies": accuracy})
+        state = tmp_path / "checkpoints" / f"step-{step}" / "state"
+        state.mkdir(parents=True)
+        (state / "progress.json").write_text(json.dumps(asdict(progress)))
+    folders = checkpoint.saved_checkpoints(tmp_path)
+    # The later of two equals; step-20 carries the figures of another step.
+    assert checkpoint.best_checkpoint(folders, "rewards_eval/accuracies").name == "step-12"
+    assert checkpoint.best_checkpoint(folders, "loss/eval") is None
+
+
+def test_a_best_that_is_not_measured_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"keep_best=loss/evil: .*choose one of .*loss/eval"):
+        train(tmp_path, tiny_settings(checkpoint=CheckpointSettings(keep_best="loss/evil")))
+
+
 class FullDisk:
     """Lets so many calls of a writer through, then the disk is full."""
 
@@ -175,13 +209,24 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
         parallel.launch(worker, settings)
 
 
-@pytest.mark.parametrize("damage", ["model/model.safetensors", "state/progress.json", "state/.metadata"])
+DAMAGES = ["model/model.safetensors", "state/progress.json", "state/.metadata", "state/__0_0.distcp"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     settings = tiny_settings()
     train(tmp_path, settings)
     path = tmp_path / "run" / "LATEST" / damage
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoints/step-22 cannot be read .* delete that folder"):
+        train(tmp_path, settings)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    settings = tiny_settings()
+    train(tmp_path, settings)
+    (tmp_path / "run" / "LATEST" / "state" / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"step-22 cannot be read \(.*__0_0\.distcp.*\); delete that folder"):
         train(tmp_path, settings)
 
 
