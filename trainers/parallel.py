@@ -116,7 +116,7 @@ def launch(worker: Callable[[Layout], None], settings: TrainConfig) -> None:
             work_in_group(place, StopRequest(), worker=worker, settings=settings, address="env")
             return
         count = default_num_processes(settings)
-        store = _local_store(settings)
+        store = local_store(settings)
         print(f"FSDPTrainer: {count} processes on this machine", file=sys.stderr, flush=True)
         work = partial(work_in_group, worker=worker, settings=settings, address=store.port)
         start_processes(work, count)
@@ -163,7 +163,7 @@ def _refuse_launchers() -> None:
             )
 
 
-def _local_store(settings: TrainConfig) -> dist.TCPStore:
+def local_store(settings: TrainConfig) -> dist.TCPStore:
     """The meeting point of this machine's processes; without `fsdp_port`, the system names a port that is free."""
     port = settings.fsdp_port or 0
     try:
