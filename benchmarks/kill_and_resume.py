@@ -3,10 +3,10 @@
     python -m benchmarks.kill_and_resume --kills 20
 
 DPO of the quick start's model on random words, `python train.py trainer=FSDPTrainer` with two processes on the CPU and
-asynchronous checkpoints. First a run that nothing stops; then, for each kill, a new run whose processes (one of them, or
-all and their launcher, in turn) get SIGKILL at a random moment, and the same command again until it ends. Then SIGTERM
-to the launcher during start-up, the first evaluation, a step and a save. Weights and metrics must be those of the first
-run, to the last bit; a stopped run must end with status 75 within 30 s.
+asynchronous checkpoints. First a run that nothing stops; then, for each kill, a new run whose processes (one of them,
+or all and their launcher, in turn) get SIGKILL at a random moment, and the same command again until it ends. Then
+SIGTERM to the launcher during start-up, the first evaluation, a step and a save. Weights and metrics must be those of
+the first run, to the last bit; a stopped run must end with status 75 within 30 s.
 """
 
 from __future__ import annotations
@@ -137,6 +137,12 @@ def stop_once(runs: Runs, name: str, is_moment: Callable[[Path, float], bool]) -
         raise SystemExit(f"{name}: status {status} after {seconds:.1f} s, wanted {STOPPED} within 30 s\n{log}")
     saved = sorted(path.name for path in (run / "checkpoints").glob("*"))
     return f"status {status} after {seconds:.1f} s; {', '.join(saved) or 'nothing saved'}"
+
+
+def has_row(run: Path, metric: str) -> bool:
+    """Whether a row of metrics with this one was written."""
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and metric in metrics.read_text(encoding="utf-8")
 
 
 MOMENTS: dict[str, Callable[[Path, float], bool]] = {

@@ -14,6 +14,7 @@ from wandb.sdk.launch.sweeps import utils as agent
 
 from config.paths import REPOSITORY
 from config.schema import compose_config
+from trainers.preemption import PREEMPTED_STATUS
 
 SCRIPTS = REPOSITORY / "scripts"
 
@@ -104,6 +105,41 @@ def test_train_array_runs_the_line_of_its_task(fake_srun):
     beyond = batch("train_array.sbatch", fake_srun, SLURM_ARRAY_TASK_ID="3", **paths)
     assert beyond.returncode == 2
     assert "sbatch --array=0-2" in beyond.stderr
+
+
+@pytest.fixture
+def fake_slurm(fake_srun, tmp_path):
+    """As `fake_srun`, which ends with $STATUS; `scontrol` names two hosts, and notes what it was asked to requeue."""
+    folder = tmp_path / "bin"
+    (folder / "srun").write_text(
+        '#!/usr/bin/env bash\nprintf "%s\\n" "$MASTER_ADDR:$MASTER_PORT" "$@"\nexit "${STATUS:-0}"\n'
+    )
+    program = folder / "scontrol"
+    program.write_text(
+        '#!/usr/bin/env bash\nif [ "$1" = show ]; then printf "node1\\nnode2\\n"; else echo "$@" >> requeued; fi\n'
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return fake_srun
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 75])
+def test_a_run_over_nodes_is_requeued_if_it_was_asked_to_stop(fake_slurm, tmp_path, status):
+    script = str(SCRIPTS / "slurm" / "train.sbatch")
+    arguments = ["loss=sft", "model=alpaca7b", "model.name_or_path=/models/alpaca", "exp_name=run", "batch_size=64"]
+    slurm = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", script, *arguments], capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": fake_slurm, "STATUS": str(status), **slurm},
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "node1:21234"
+    assert lines[1] == "--kill-on-bad-exit=1"
+    config = compose_config("config", overrides_of(lines[: len(arguments) + 6], "train.py"))
+    assert (config.trainer.name, config.batch_size) == ("FSDPTrainer", 64)
+    requeued = tmp_path / "requeued"
+    assert requeued.exists() == (status == PREEMPTED_STATUS)
+    assert not requeued.exists() or requeued.read_text() == "requeue 41234\n"
 
 
 def test_train_array_says_which_variable_is_missing(fake_srun):

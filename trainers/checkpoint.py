@@ -159,6 +159,18 @@ class CheckpointWriter:
                 raise
             raise SaidElsewhere(str(error)) from error  # DCP tells every process of a failure in any of them
 
+    def finish(self) -> None:
+        """Returns when rank 0 has nothing to write any more, in every process: none may end before.
+
+        Raises:
+            UserError: as `wait`; in every process, if it is rank 0's.
+        """
+        if self._layout.is_main:
+            self._layout.on_main(self.wait)
+        else:
+            self.wait()
+            self._layout.on_main(lambda: None)
+
     def _begin(self, partial: Path) -> None:
         try:
             shutil.rmtree(partial, ignore_errors=True)

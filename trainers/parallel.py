@@ -213,16 +213,21 @@ def work_in_group(
     with stop.on_signals():
         dist.init_process_group(backend, store=group, rank=place.rank, world_size=place.world_size)
         try:
-            worker(
-                Layout(
-                    rank=place.rank,
-                    world_size=place.world_size,
-                    device=device,
-                    stop=stop,
-                    mesh=_mesh(settings, place.world_size, device),
-                    store=dist.PrefixStore("layout", store),
-                )
+            layout = Layout(
+                rank=place.rank,
+                world_size=place.world_size,
+                device=device,
+                stop=stop,
+                mesh=_mesh(settings, place.world_size, device),
+                store=dist.PrefixStore("layout", store),
             )
+            try:
+                worker(layout)
+            except (
+                Preempted
+            ):  # in all of them: a launcher ends them when the first is gone, and rank 0 has logs to close
+                layout.on_main(lambda: None)
+                raise
         finally:
             dist.destroy_process_group()
 

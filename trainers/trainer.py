@@ -115,7 +115,7 @@ class Trainer:
                 self._train()
             except Preempted:
                 self.save()
-                self.checkpoints.wait()
+                self.checkpoints.finish()
                 message = f"stopped as asked after {progress.examples} examples; the same command goes on from there"
                 raise Preempted(message if is_main else "") from None
             finally:
@@ -139,7 +139,7 @@ class Trainer:
         if progress.evaluated_at != progress.examples:
             self.evaluate()
         self.save()
-        self.checkpoints.wait()
+        self.checkpoints.finish()
 
     def _evaluation_is_due(self) -> bool:
         """Whether the run begins with an evaluation: its first one, or one that a request to stop cut short."""
@@ -279,7 +279,7 @@ class Trainer:
         more = f" and {len(culprits) - 8} more" if len(culprits) > 8 else ""
         self.optimizer.zero_grad(set_to_none=True)
         self.save()
-        self.checkpoints.wait()
+        self.checkpoints.finish()
         raise UserError(
             f"the step after {self.progress.examples} examples is not finite: loss {loss.item():.3g}, gradient "
             f"norm {grad_norm.item():.3g}; {'examples' if rows else 'one or more of the examples'} {shown}{more}. It "
