@@ -16,7 +16,6 @@ from safer_instruct.prompt_sets import EvaluationPrompt
 from safer_instruct.statistics import wilson_interval
 from safer_instruct.verdicts import Judgement
 
-
 MANY = 20  # different answers that one outcome for all of them is remarked upon
 
 

@@ -55,8 +55,8 @@ def _check_columns(path: str, found: Mapping[str, list[str]], set_name: str, col
     missing = [name for name in columns if name not in here]
     if missing:
         raise UserError(
-            f"{path}: columns=[{','.join(columns)}] names no column {', '.join(missing)}; those that can be models are: "
-            f"{listed}"
+            f"{path}: columns=[{','.join(columns)}] names no column {', '.join(missing)}; those that can be models are"
+            f": {listed}"
         )
     if not here:
         raise UserError(f"{path}: responses=csv takes the columns as models, and it has none but the prompt's own")
