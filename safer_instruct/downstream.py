@@ -174,9 +174,9 @@ def check_choices(respondent: Respondent, choices: Sequence[Sequence[Any]], scor
     # float32 has 7 digits: hundreds of nats cannot agree to 1e-4
     if not largest <= TOLERANCE * max(1.0, max(map(abs, theirs)) / 100):
         raise UserError(
-            f"models.{respondent.name}: lm_eval's log-likelihoods of {len(pairs)} choices differ from this program's "
-            f"by up to {largest:.2g} nats (at most {TOLERANCE:g} is rounding). Is models.{respondent.name}.dtype=float32 "
-            "set, and the tokenizer that of the model?"
+            f"models.{respondent.name}: lm_eval's log-likelihoods of {len(pairs)} choices differ from those of this "
+            f"program by up to {largest:.2g} nats (up to {TOLERANCE:g} is rounding). Is "
+            f"models.{respondent.name}.dtype=float32 set, and the tokenizer that of the model?"
         )
     return {"n": len(pairs), "largest_difference": largest}
 
