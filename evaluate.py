@@ -29,7 +29,6 @@ from config.errors import UserError
 from config.named import expand_named
 from config.schema import run_entrypoint
 from config.settings import MISSING, DatasetSettings, EvaluateConfig
-from induce import resolve_shard
 from safer_instruct.answers import WHOLE, Respondent
 from safer_instruct.comparisons import compare_models
 from safer_instruct.curves import plot_compared, plot_runs, read_curves
@@ -85,7 +84,7 @@ def main(config: EvaluateConfig) -> None:
     """The whole evaluation of one command."""
     started = time.perf_counter()
     config = with_paths(config)
-    evaluation = None if config.compare else prepare(config, resolve_shard(config.shard, os.environ))
+    evaluation = None if config.compare else prepare(config, _shard(config))
     output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -121,6 +120,12 @@ def main(config: EvaluateConfig) -> None:
             parts["rewards"] = rewards_part(config, evaluation)
     seconds["total"] = round(time.perf_counter() - started, 2)
     write_report(config, evaluation, judged, models, parts, seconds)
+
+
+def _shard(config: EvaluateConfig) -> tuple[int, int]:
+    from induce import resolve_shard  # the generation backends come with it, which a report of finished runs is without
+
+    return resolve_shard(config.shard, os.environ)
 
 
 def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, device: torch.device) -> list[float]:
@@ -302,6 +307,8 @@ def _write_files(
 
 
 def _log_to_wandb(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
+    if not config.wandb.enabled or config.wandb.mode == "disabled":
+        return
     from trainers.metrics import log_tables
 
     rates: list[list[Any]] = [

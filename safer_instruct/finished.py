@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,8 +88,10 @@ def _read_evaluation(folder: Path) -> FinishedEvaluation:
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         judged: dict[str, list[JudgedOutput]] = {name: [] for name in report["models"]}
+        prompts: dict[tuple[str, str], EvaluationPrompt] = {}  # one for all models: they are half of the text
         for row in _read_samples(folder / "samples.jsonl"):
-            judged[row["model"]].append(_judged_output(row))
+            prompt = prompts.setdefault((row["set"], row["id"]), _prompt(row))
+            judged[row["model"]].append(_judged_output(prompt, row))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(
             f"compare: {folder} holds no readable report of evaluate.py ({type(error).__name__}: {error}); type its "
@@ -102,9 +105,13 @@ def _read_samples(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def _judged_output(row: Mapping[str, Any]) -> JudgedOutput:
-    prompt = EvaluationPrompt(row["id"], row["instruction"], row["set"], row["source"], row["label"], row["kind"])
-    judgement = Judgement(row["outcome"], row["harm_label"], row["specific"], helpful=row["helpful"])
+def _prompt(row: Mapping[str, Any]) -> EvaluationPrompt:
+    return EvaluationPrompt(row["id"], row["instruction"], row["set"], row["source"], row["label"], row["kind"])
+
+
+def _judged_output(prompt: EvaluationPrompt, row: Mapping[str, Any]) -> JudgedOutput:
+    label = sys.intern(row["harm_label"])
+    judgement = Judgement(sys.intern(row["outcome"]), label, row["specific"], helpful=row["helpful"])
     return JudgedOutput(prompt, row["output"], row["truncated"], judgement, row["prompt_cut"], row["correct"])
 
 

@@ -1,0 +1,46 @@
+"""A killed evaluation goes on without losing a row or judging one twice; the long version is the benchmark."""
+
+import json
+import os
+
+import pytest
+
+from benchmarks.evaluation_kills import (
+    CONCURRENCY,
+    command,
+    contents,
+    judge,
+    ledger_lines,
+    measure,
+    run_to_the_end,
+    write_answers,
+)
+from tests.loopback_server import loopback
+
+
+@pytest.mark.slow
+def test_killed_twice_and_typed_again(tmp_path):
+    outcome = measure(tmp_path, num_prompts=40, num_models=3, kills=2, delay_seconds=0.15)
+    assert (outcome.rows, outcome.lost, outcome.twice, outcome.same_report) == (120, 0, 0, True)
+    assert outcome.asked_again <= 2 * CONCURRENCY
+
+
+@pytest.mark.slow
+def test_shards_judge_each_row_once_and_their_report_is_that_of_one_process(tmp_path):
+    answers = tmp_path / "answers.csv"
+    write_answers(answers, 30, 2)
+    environment = {**os.environ, "OPENAI_API_KEY": "none", "OMP_NUM_THREADS": "1"}
+    with loopback(judge) as server:
+        words = command(answers, tmp_path / "sharded", server.url)
+        for index in range(2):
+            run_to_the_end([*words, f"shard.index={index}", "shard.count=2"], environment)
+            assert not (tmp_path / "sharded" / "report.json").exists()
+        before = len(server.requests)
+        parts = sorted(path.name[-20:] for path in (tmp_path / "sharded" / "ledger").glob("judge-*"))
+        assert parts == ["00000-of-00002.jsonl", "00001-of-00002.jsonl"]
+        ids = [json.loads(line)["id"] for line in ledger_lines(tmp_path / "sharded")]
+        assert len(ids) == len(set(ids)) == 60
+        run_to_the_end(words, environment)
+        assert len(server.requests) == before + 1  # the probe: every row was in a shard's ledger
+        run_to_the_end(command(answers, tmp_path / "whole", server.url), environment)
+    assert contents(tmp_path / "sharded") == contents(tmp_path / "whole")
