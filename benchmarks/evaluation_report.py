@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS, SOURCES, LABELS = 5, ("si", "hh", "beaver"), ("hate", "illegal", "nsfw", "self-harm")
-WORDS = ["please", "tell", "me", "how", "one", "does", "this", "without", "being", "seen", "by", "anybody", "who", "could", "mind", "it", "at", "all", "today"]
+TEXT = "please tell me how one does this without being seen by anybody who could mind it at all today"
 
 
 def write_output(folder: Path, num_rows: int) -> None:
@@ -34,9 +34,9 @@ def write_output(folder: Path, num_rows: int) -> None:
     from safer_instruct.report import build_report, describe_prompts, sample_row, write_json, write_samples
     from safer_instruct.verdicts import Judgement
 
-    draw = random.Random(0)
+    draw, words = random.Random(0), TEXT.split()
     prompts = [
-        EvaluationPrompt(f"p{i}", " ".join(draw.choices(WORDS, k=20)) + f" {i}", "test", SOURCES[i % 3], LABELS[i % 4],
+        EvaluationPrompt(f"p{i}", " ".join(draw.choices(words, k=20)) + f" {i}", "test", SOURCES[i % 3], LABELS[i % 4],
                          "unsafe")
         for i in range(num_rows // MODELS)
     ]  # fmt: skip
@@ -44,7 +44,7 @@ def write_output(folder: Path, num_rows: int) -> None:
         f"model{m}": [
             JudgedOutput(
                 prompt,
-                " ".join(draw.choices(WORDS, k=90)),
+                " ".join(draw.choices(words, k=90)),
                 False,
                 Judgement(draw.choices(("harmful", "refusal", "safe"), (5 - m, 2 + m, 1))[0], specific=True),
             )

@@ -1,10 +1,10 @@
 """A killed evaluation goes on without losing a row or judging one twice; the long version is the benchmark."""
 
 import json
-import os
 
 import pytest
 
+import evaluate
 from benchmarks.evaluation_kills import (
     CONCURRENCY,
     command,
@@ -12,9 +12,10 @@ from benchmarks.evaluation_kills import (
     judge,
     ledger_lines,
     measure,
-    run_to_the_end,
     write_answers,
 )
+from config.named import expand_named
+from config.schema import compose_config
 from tests.loopback_server import loopback
 
 
@@ -25,22 +26,25 @@ def test_killed_twice_and_typed_again(tmp_path):
     assert outcome.asked_again <= 2 * CONCURRENCY
 
 
-@pytest.mark.slow
-def test_shards_judge_each_row_once_and_their_report_is_that_of_one_process(tmp_path):
+def test_shards_judge_each_row_once_and_their_report_is_that_of_one_process(tmp_path, monkeypatch):
     answers = tmp_path / "answers.csv"
     write_answers(answers, 30, 2)
-    environment = {**os.environ, "OPENAI_API_KEY": "none", "OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
     with loopback(judge) as server:
-        words = command(answers, tmp_path / "sharded", server.url)
+
+        def run(output, *more):
+            arguments = command(answers, tmp_path / output, server.url)[2:]
+            evaluate.main(compose_config("evaluate", expand_named([*arguments, *more])))
+
         for index in range(2):
-            run_to_the_end([*words, f"shard.index={index}", "shard.count=2"], environment)
+            run("sharded", f"shard.index={index}", "shard.count=2")
             assert not (tmp_path / "sharded" / "report.json").exists()
         before = len(server.requests)
         parts = sorted(path.name[-20:] for path in (tmp_path / "sharded" / "ledger").glob("judge-*"))
         assert parts == ["00000-of-00002.jsonl", "00001-of-00002.jsonl"]
         ids = [json.loads(line)["id"] for line in ledger_lines(tmp_path / "sharded")]
         assert len(ids) == len(set(ids)) == 60
-        run_to_the_end(words, environment)
+        run("sharded")
         assert len(server.requests) == before + 1  # the probe: every row was in a shard's ledger
-        run_to_the_end(command(answers, tmp_path / "whole", server.url), environment)
+        run("whole")
     assert contents(tmp_path / "sharded") == contents(tmp_path / "whole")

@@ -104,7 +104,7 @@ def test_a_sweep_becomes_one_table_sorted_by_a_metric(sweep, tmp_path):
 
 
 def test_runs_and_evaluations_together(reports, sweep, tmp_path):
-    run(f"compare=[{reports[0]},{sweep}/loss.beta=0.1]", f"output={tmp_path}/out")
+    run(f"compare=[{reports[0]},'{sweep}/loss.beta=0.1']", f"output={tmp_path}/out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["models"]) == ["model"]
     assert [one["name"] for one in report["runs"]["runs"]] == ["loss.beta=0.1"]
