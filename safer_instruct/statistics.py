@@ -40,7 +40,8 @@ class PairedDifference:
         only_first: Prompts that are counted for the first model alone (McNemar's b).
         only_second: Prompts that are counted for the second model alone (McNemar's c).
         difference: (only_second - only_first) / n.
-        low: Lower end of the bootstrap interval; None where no prompt differs, since resampling then knows nothing.
+        low: Lower end of the bootstrap interval; None where no prompt differs, or all do in the same way: resampling
+            then knows nothing.
         high: Its upper end.
         p: Exact McNemar test of "no difference", two-sided.
     """
@@ -86,7 +87,7 @@ def _bootstrap_difference(n: int, only_first: int, only_second: int, seed: int) 
 
     How often each value comes up in a resample is a multinomial draw, so that 100,000 prompts cost as much as ten.
     """
-    if only_first + only_second == 0:
+    if only_first + only_second == 0 or n in (only_first, only_second):
         return None, None
     shares = [only_first / n, only_second / n, (n - only_first - only_second) / n]
     draws = np.random.default_rng(seed).multinomial(n, shares, size=RESAMPLES)

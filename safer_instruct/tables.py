@@ -91,8 +91,8 @@ def _comparisons(entries: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
         ["rate", "models", "difference", "only first / only second", "n", "p", "p (Holm)"],
         rows,
         "Difference in percentage points, the second model minus the first, with its 95% bootstrap interval (none "
-        "where no prompt differs); prompts that count for one model alone; exact McNemar test, and its p value "
-        f"corrected for the {len(rows)} comparisons of this table (Holm); * below 0.05.",
+        "where no prompt differs, or all do alike); prompts that count for one model alone; exact McNemar test, "
+        f"and its p value corrected for the {len(rows)} comparisons of this table (Holm); * below 0.05.",
         left=(0, 1),
     )
 

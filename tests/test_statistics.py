@@ -85,6 +85,8 @@ def test_the_bootstrap_interval_is_scipys():
 def test_without_a_prompt_that_differs_there_is_no_interval():
     found = compare_paired(pairs(4, 0, 0, 6))
     assert (found.difference, found.low, found.high, found.p) == (0.0, None, None, 1.0)
+    alike = compare_paired(pairs(0, 7, 0, 0))
+    assert (alike.difference, alike.low, alike.high) == (-1.0, None, None)
     assert compare_paired([]) is None
 
 
