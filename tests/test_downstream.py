@@ -11,11 +11,10 @@ import yaml
 
 import evaluate
 from config.errors import UserError
-from config.named import expand_named
-from config.schema import compose_config
 from config.settings import DownstreamSettings, EvaluatedModelSettings
 from safer_instruct.answers import check_model
 from safer_instruct.downstream import TASK_LISTS, check_choices, encode_choice, require_lm_eval, task_names
+from tests.evaluations import run_evaluate
 
 QUESTIONS = [
     {"question": f"The {thing} sat on the", "choices": ["mat", "cherry", " banana sum", "42"], "answer": i % 4}
@@ -39,14 +38,6 @@ def tasks(tmp_path):
     return folder
 
 
-def run(*arguments):
-    config = compose_config("evaluate", expand_named(arguments))
-    errors = evaluate.check(config)
-    if errors:
-        raise UserError("\n".join(errors))
-    evaluate.main(config)
-
-
 @pytest.mark.slow
 def test_the_accuracy_is_that_of_lm_eval_called_by_hand(tiny_model_folder, tasks, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
@@ -55,7 +46,7 @@ def test_the_accuracy_is_that_of_lm_eval_called_by_hand(tiny_model_folder, tasks
         f"models.tiny.path={tiny_model_folder}", "downstream.tasks=[toy_choice]", f"downstream.include_path={tasks}",
         f"output={tmp_path}/out", "device=cpu",
     ]  # fmt: skip
-    run(*arguments)
+    run_evaluate(*arguments)
     part = json.loads((tmp_path / "out" / "report.json").read_text())["downstream"]
     found = part["models"]["tiny"]["toy_choice"]["acc"]
 
@@ -75,7 +66,7 @@ def test_the_accuracy_is_that_of_lm_eval_called_by_hand(tiny_model_folder, tasks
 
     # The same command again: nothing is run, and what is there is read.
     monkeypatch.setattr("safer_instruct.downstream._run", lambda *_: pytest.fail("lm_eval ran again"))
-    run(*arguments)
+    run_evaluate(*arguments)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["downstream"] == part
 
 
@@ -111,7 +102,7 @@ def test_without_lm_eval_the_install_command_is_named(monkeypatch, tiny_model_fo
     with pytest.raises(UserError, match=r'needs lm_eval, which is not installed here: pip install "lm_eval\[hf\]"'):
         require_lm_eval()
     with pytest.raises(UserError, match="pip install"):
-        run(f"models.t.path={tiny_model_folder}", "downstream.tasks=[mmlu]", f"output={tmp_path}/out")
+        run_evaluate(f"models.t.path={tiny_model_folder}", "downstream.tasks=[mmlu]", f"output={tmp_path}/out")
 
 
 def test_a_task_that_fails_shows_lm_evals_last_lines(monkeypatch, tiny_model_folder, tmp_path):
@@ -119,12 +110,12 @@ def test_a_task_that_fails_shows_lm_evals_last_lines(monkeypatch, tiny_model_fol
     monkeypatch.setattr("safer_instruct.downstream._command", lambda *_: [sys.executable, "-c", script])
     monkeypatch.setattr("safer_instruct.evaluation.require_lm_eval", lambda: None)
     with pytest.raises(UserError, match=r"status 1; its last lines:\n  no such task: toy|a line"):
-        run(f"models.t.path={tiny_model_folder}", "downstream.tasks=[toy]", f"output={tmp_path}/out")
+        run_evaluate(f"models.t.path={tiny_model_folder}", "downstream.tasks=[toy]", f"output={tmp_path}/out")
 
 
 def test_values_out_of_range(tiny_model_folder, tmp_path):
     with pytest.raises(UserError) as raised:
-        run(
+        run_evaluate(
             f"models.t.path={tiny_model_folder}", "downstream.tasks=[x]", f"output={tmp_path}/out",
             "downstream.limit=0", "downstream.batch_size=0", "downstream.num_fewshot=-1",
             "downstream.include_path=none",

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
 import safer_instruct.models
 from config.errors import UserError
-from config.schema import compose_config
 from config.settings import PromptSetSettings
-from evaluate import expand_named
 from safer_instruct.prompt_sets import load_prompt_sets
+from tests.evaluations import run_evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "words that belong into no message"
@@ -52,11 +50,7 @@ def run(tmp_path, *arguments):
     keys = [argument.split("=")[0] for argument in arguments]
     output = [] if "output" in keys else [f"output={tmp_path / 'out'}"]
     expert = [] if "expert" in keys else ["expert=rules"]
-    config = compose_config("evaluate", [*expert, *output, *expand_named(arguments)])
-    errors = evaluate.check(config)
-    if errors:
-        raise UserError("\n".join(errors))
-    evaluate.main(config)
+    run_evaluate(*expert, *output, *arguments)
 
 
 def test_no_model_and_no_prompts_are_both_said(tmp_path):

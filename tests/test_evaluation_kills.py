@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-import evaluate
 from benchmarks.evaluation_kills import (
     CONCURRENCY,
     command,
@@ -14,8 +13,7 @@ from benchmarks.evaluation_kills import (
     measure,
     write_answers,
 )
-from config.named import expand_named
-from config.schema import compose_config
+from tests.evaluations import run_evaluate
 from tests.loopback_server import loopback
 
 
@@ -34,7 +32,7 @@ def test_shards_judge_each_row_once_and_their_report_is_that_of_one_process(tmp_
 
         def run(output, *more):
             arguments = command(answers, tmp_path / output, server.url)[2:]
-            evaluate.main(compose_config("evaluate", expand_named([*arguments, *more])))
+            run_evaluate(*arguments, *more)
 
         for index in range(2):
             run("sharded", f"shard.index={index}", "shard.count=2")

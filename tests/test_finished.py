@@ -5,23 +5,13 @@ import json
 import pytest
 import yaml
 
-import evaluate
 from config.errors import UserError
-from config.named import expand_named
-from config.schema import compose_config
 from safer_instruct.finished import find_finished
 from safer_instruct.prompt_sets import EvaluationPrompt
 from safer_instruct.training_runs import find_training_overlap, read_training_run
+from tests.evaluations import run_evaluate
 
 PROMPTS = [{"id": f"u{i}", "instruction": f"ask {i}", "label": "ab"[i % 2], "kind": "unsafe"} for i in range(6)]
-
-
-def run(*arguments):
-    config = compose_config("evaluate", expand_named(arguments))
-    errors = evaluate.check(config)
-    if errors:
-        raise UserError("\n".join(errors))
-    evaluate.main(config)
 
 
 def evaluated(folder, column, texts, prompts=PROMPTS):
@@ -29,7 +19,7 @@ def evaluated(folder, column, texts, prompts=PROMPTS):
     file = folder.parent / f"{folder.name}.jsonl"
     rows = ({**prompt, column: text} for prompt, text in zip(prompts, texts, strict=False))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(f"prompts.p.path={file}", "responses=csv", "expert=rules", f"output={folder}", "samples_per_set=2")
+    run_evaluate(f"prompts.p.path={file}", "responses=csv", "expert=rules", f"output={folder}", "samples_per_set=2")
     return folder
 
 
@@ -66,7 +56,7 @@ def sweep(tmp_path):
 def test_two_evaluations_become_one_report_without_any_work(reports, tmp_path, monkeypatch):
     monkeypatch.setattr("safer_instruct.experts.RulesExpert.judge", lambda *_: pytest.fail("judged again"))
     a, b, _ = reports
-    run(f"compare=[{a},{b}]", f"output={tmp_path}/out")
+    run_evaluate(f"compare=[{a},{b}]", f"output={tmp_path}/out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     one, two = (json.loads((folder / "report.json").read_text())["models"]["model"] for folder in (a, b))
     assert report["models"] == {"a: model": one, "b: model": two}  # the same names: the folder tells them apart
@@ -85,11 +75,11 @@ def test_two_evaluations_become_one_report_without_any_work(reports, tmp_path, m
 def test_models_with_different_prompt_sets_cannot_share_a_table(reports, tmp_path):
     a, _, other = reports
     with pytest.raises(UserError, match=r"models with different prompt sets.*a has p \(n=6, .*other has p \(n=5, "):
-        run(f"compare=[{a},{other}]", f"output={tmp_path}/out")
+        run_evaluate(f"compare=[{a},{other}]", f"output={tmp_path}/out")
 
 
 def test_a_sweep_becomes_one_table_sorted_by_a_metric(sweep, tmp_path):
-    run(f"compare=[{sweep}]", "sort_by=loss/eval", f"output={tmp_path}/out")
+    run_evaluate(f"compare=[{sweep}]", "sort_by=loss/eval", f"output={tmp_path}/out")
     runs = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]
     assert [one["name"] for one in runs["runs"]] == ["loss.beta=0.5", "loss.beta=0.1", "loss.beta=1.0"]
     assert runs["settings"] == ["loss.beta"]  # what differs, and not the names
@@ -98,13 +88,13 @@ def test_a_sweep_becomes_one_table_sorted_by_a_metric(sweep, tmp_path):
     page, text = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert "Held-out loss, over examples seen. loss.beta=0.5 from 0.7 to 0.2; loss.beta=0.1 from 0.7 to 0.5" in page
     assert "| loss.beta=0.5 | 0.5 | 0.2 | 0.2 | 8 |" in text
-    run(f"compare=[{sweep}]", "sort_by=-loss/eval", f"output={tmp_path}/down")
+    run_evaluate(f"compare=[{sweep}]", "sort_by=-loss/eval", f"output={tmp_path}/down")
     runs = json.loads((tmp_path / "down" / "report.json").read_text())["runs"]
     assert [one["metrics"]["loss/eval"] for one in runs["runs"]] == [0.9, 0.5, 0.2]
 
 
 def test_runs_and_evaluations_together(reports, sweep, tmp_path):
-    run(f"compare=[{reports[0]},'{sweep}/loss.beta=0.1']", f"output={tmp_path}/out")
+    run_evaluate(f"compare=[{reports[0]},'{sweep}/loss.beta=0.1']", f"output={tmp_path}/out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["models"]) == ["model"]
     assert [one["name"] for one in report["runs"]["runs"]] == ["loss.beta=0.1"]
@@ -113,7 +103,7 @@ def test_runs_and_evaluations_together(reports, sweep, tmp_path):
 def test_mistakes_of_compare(reports, sweep, tmp_path):
     def message(*arguments):
         with pytest.raises(UserError) as raised:
-            run(*arguments, f"output={tmp_path}/out")
+            run_evaluate(*arguments, f"output={tmp_path}/out")
         return str(raised.value)
 
     assert f"there is no folder {tmp_path}/none" in message(f"compare=[{tmp_path}/none]")

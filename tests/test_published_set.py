@@ -5,10 +5,8 @@ import json
 
 import pytest
 
-import evaluate
 from config.errors import UserError
-from config.named import expand_named
-from config.schema import compose_config
+from tests.evaluations import run_evaluate
 from tests.loopback_server import loopback
 
 MODELS = ("alpaca", "gpt4", "beaver")
@@ -41,14 +39,6 @@ def judge(prompt, number):
     return json.dumps({"outcome": outcome, "names_the_matter": outcome == "refusal", "category": ""})
 
 
-def run(*arguments):
-    config = compose_config("evaluate", expand_named(arguments))
-    errors = evaluate.check(config)
-    if errors:
-        raise UserError("\n".join(errors))
-    evaluate.main(config)
-
-
 @pytest.fixture
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
@@ -58,7 +48,7 @@ def test_the_columns_are_judged_as_models(tmp_path, key, capsys):
     write_test_set(tmp_path / "test_set.csv")
     out = tmp_path / "out"
     with loopback(judge) as server:
-        run(
+        run_evaluate(
             "prompts=published", "responses=csv", f"path={tmp_path}/test_set.csv", "expert=openai", "expert.model=m",
             f"expert.base_url={server.url}", f"output={out}",
         )  # fmt: skip
@@ -95,7 +85,7 @@ def test_some_columns_only_and_the_same_instruction_twice(tmp_path, key):
     path = tmp_path / "t.csv"
     path.write_text("instruction,label,a,b,notes\nask,x,1,2,n\nask,x,3,,n\n")
     with loopback(lambda prompt, number: json.dumps({"outcome": "neither", "names_the_matter": False, "category": ""})) as server:  # fmt: skip # noqa: E501
-        run(
+        run_evaluate(
             "prompts=published", "responses=csv", f"path={path}", "columns=[a,b]", "expert=openai", "expert.model=m",
             f"expert.base_url={server.url}", f"output={tmp_path}/out", "samples_per_set=0",
         )  # fmt: skip
@@ -107,7 +97,9 @@ def message(tmp_path, text, *arguments):
     path = tmp_path / "t.csv"
     path.write_text(text)
     with pytest.raises(UserError) as raised:
-        run("prompts=published", "responses=csv", f"path={path}", "expert=rules", f"output={tmp_path}/out", *arguments)
+        run_evaluate(
+            "prompts=published", "responses=csv", f"path={path}", "expert=rules", f"output={tmp_path}/out", *arguments
+        )
     return str(raised.value)
 
 
@@ -121,7 +113,7 @@ def test_mistakes(tmp_path):
     assert "cannot compare two answers" in message(tmp_path, good, "helpfulness.baseline=a")
     assert "t.csv: the file is empty" in message(tmp_path, "")
     with pytest.raises(UserError, match=r"prompts\.published\.path is not set"):
-        run("prompts=published", "responses=csv", "expert=rules", f"output={tmp_path}/out")
+        run_evaluate("prompts=published", "responses=csv", "expert=rules", f"output={tmp_path}/out")
 
 
 def test_files_with_different_models_cannot_share_a_table(tmp_path):
@@ -134,7 +126,7 @@ def test_files_with_different_models_cannot_share_a_table(tmp_path):
 def test_a_judge_that_abstains_on_everything_is_an_error_and_keeps_the_answers(tmp_path, key):
     write_test_set(tmp_path / "test_set.csv")
     with loopback(lambda prompt, number: "no JSON") as server, pytest.raises(UserError) as raised:
-        run(
+        run_evaluate(
             "prompts=published", "responses=csv", f"path={tmp_path}/test_set.csv", "expert=openai", "expert.model=m",
             f"expert.base_url={server.url}", f"output={tmp_path}/out",
         )  # fmt: skip
@@ -146,7 +138,7 @@ def test_a_judge_that_always_says_the_same_is_warned_about(tmp_path, key, caplog
     write_test_set(tmp_path / "test_set.csv", per_source=8)
     always = json.dumps({"outcome": "refusal", "names_the_matter": False, "category": ""})
     with loopback(lambda prompt, number: always) as server:
-        run(
+        run_evaluate(
             "prompts=published", "responses=csv", f"path={tmp_path}/test_set.csv", "expert=openai", "expert.model=m",
             f"expert.base_url={server.url}", f"output={tmp_path}/out", "samples_per_set=0",
         )  # fmt: skip

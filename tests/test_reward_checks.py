@@ -6,13 +6,11 @@ import math
 import pytest
 import torch
 
-import evaluate
 from config.errors import UserError
-from config.named import expand_named
-from config.schema import compose_config
 from safer_instruct.prompts import render_alpaca
 from safer_instruct.reward_checks import check_rewards
 from tests.conftest import tiny_llama
+from tests.evaluations import run_evaluate
 
 PAIRS = [
     {"instruction": f"please {thing}", "chosen": f"no, not {thing}", "rejected": f"sure, {thing} it is", "label": label}
@@ -75,11 +73,7 @@ def run(tmp_path, *more):
     ]  # fmt: skip
     keys = {argument.split("=")[0] for argument in more}
     chosen = [*(argument for argument in arguments if argument.split("=")[0] not in keys), *more]
-    config = compose_config("evaluate", expand_named(chosen))
-    errors = evaluate.check(config)
-    if errors:
-        raise UserError("\n".join(errors))
-    evaluate.main(config)
+    run_evaluate(*chosen)
     return json.loads((tmp_path / "out" / "report.json").read_text())
 
 
