@@ -99,7 +99,7 @@ def check_evaluate(config: EvaluateConfig) -> list[str]:
         *_check_device(config.device),
         *_check_generation(config.generation, "generation"),
         *(_check_expert(config.expert) if needs_judge else []),
-        *(_check_expert(config.second_expert) if config.second_expert is not None else []),
+        *(re.sub(r"\bexpert\.", "second_expert.", line) for line in _check_second_expert(config.second_expert)),
         *_one_of("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled")),
         *_check_evaluation_parts(config),
     ]
@@ -115,6 +115,10 @@ def check_evaluate(config: EvaluateConfig) -> list[str]:
     for path in config.training_data:
         errors += _existing_path("training_data", path)
     return errors
+
+
+def _check_second_expert(expert: Any) -> list[str]:
+    return [] if expert is None else _check_expert(expert)
 
 
 def _check_evaluation_parts(config: EvaluateConfig) -> list[str]:

@@ -68,7 +68,10 @@ def _check_entries(root: str, entries: dict[str, dict[str, Any]], errors: list[s
     known = [field.name for field in fields(kind)]
     for name, entry in entries.items():
         if not name:
-            errors.append(f"{root}: every entry needs a name: {root}.NAME.path=...")
+            given = entry.get("path")
+            guess = nearest(str(given), PRESETS) if root == "prompts" else None
+            meant = f"; did you mean {root}={guess}?" if guess else ""
+            errors.append(f"{root}={given}: every entry needs a name: {root}.NAME.path=...{meant}")
         for key, value in entry.items():
             plain = value.text if isinstance(value, QuotedString) else value
             if key not in known:

@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from config.errors import UserError
 from config.paths import find_path
 from safer_instruct.judging import JudgedOutput
 from safer_instruct.prompt_sets import EvaluationPrompt
-from safer_instruct.verdicts import Judgement
+from safer_instruct.verdicts import Judgement, Outcome
+
+OUTCOMES: dict[str, Outcome] = {name: name for name in get_args(Outcome)}
 
 
 def find_finished(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -111,7 +113,7 @@ def _prompt(row: Mapping[str, Any]) -> EvaluationPrompt:
 
 def _judged_output(prompt: EvaluationPrompt, row: Mapping[str, Any]) -> JudgedOutput:
     label = sys.intern(row["harm_label"])
-    judgement = Judgement(sys.intern(row["outcome"]), label, row["specific"], helpful=row["helpful"])
+    judgement = Judgement(OUTCOMES[row["outcome"]], label, row["specific"], helpful=row["helpful"])
     return JudgedOutput(prompt, row["output"], row["truncated"], judgement, row["prompt_cut"], row["correct"])
 
 

@@ -214,3 +214,15 @@ def test_the_command_ends_with_status_2_and_no_traceback(arguments, tmp_path):
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_without_a_name_and_a_second_judge_that_is_not_there(tmp_path, tiny_model_folder, prompts):
+    message = message_of(tmp_path, "prompts=publishd", "responses=csv")
+    assert (
+        "prompts=publishd: every entry needs a name: prompts.NAME.path=...; did you mean prompts=published?" in message
+    )
+    message = message_of(
+        tmp_path, f"models.a.path={tiny_model_folder}", f"prompts.p.path={prompts(ROW)}", "expert@second_expert=rules",
+        f"second_expert.path={tmp_path}/none.yaml",
+    )  # fmt: skip
+    assert f"second_expert.path={tmp_path}/none.yaml: there is no such file" in message
