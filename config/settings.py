@@ -295,8 +295,8 @@ class EvaluateConfig:
     compare: list[str] = field(default_factory=list)  # finished runs, or outputs of this program: one table of them
     sort_by: str | None = None  # compare: metric that sorts the table, "-" before it for the largest first
     training_data: list[str] = field(default_factory=list)  # files that no prompt may stem from; overlap is reported
-    induction_report: str | None = None  # report.json of the dataset that was trained on: its funnel is shown
-    curves: dict[str, str] = field(default_factory=dict)  # NAME: run whose metrics.jsonl is drawn
+    induction_report: str | None = None  # report.json of the dataset that was trained on; null: of a model's own run
+    curves: dict[str, str] = field(default_factory=dict)  # NAME: run whose curves are drawn; {}: models that are runs
     stages_file: str | None = None  # JSONL of {"name", "command", "seconds"}: what was run before, shown in the report
     samples_per_set: int = 6  # prompts of each set that the page shows with all answers; samples.jsonl holds all
     wandb: WandbSettings = field(default_factory=WandbSettings)  # tables, without any text

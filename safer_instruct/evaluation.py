@@ -39,7 +39,7 @@ from safer_instruct.pairwise import compare_helpfulness
 from safer_instruct.prompt_sets import EvaluationPrompt, Overlap, find_overlap, load_prompt_sets
 from safer_instruct.report_inputs import read_induction_report, read_stages
 from safer_instruct.response_columns import read_columns
-from safer_instruct.training_runs import find_training_overlap
+from safer_instruct.training_runs import find_induction_report, find_training_overlap
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int]) -> Evaluation:
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
     prompt_sets = load_prompt_sets(config.prompts) if config.prompts else {}
-    dataset = read_induction_report(config.induction_report) if config.induction_report else None
+    induction_report = config.induction_report or find_induction_report([one.path for one in config.models.values()])
+    dataset = read_induction_report(induction_report) if induction_report else None
     if config.downstream.tasks:
         require_lm_eval()
     judge, second = (
@@ -107,11 +108,18 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int]) -> Evaluation:
         shard=shard,
         overlaps=[],
         dataset=dataset,
-        curves={name: read_curves(name, path) for name, path in config.curves.items()},
+        curves={name: read_curves(name, path) for name, path in _curves(config).items()},
         stages=read_stages(config.stages_file) if config.stages_file else [],
     )
     evaluation.overlaps = find_overlaps(config, evaluation.prompts)
     return evaluation
+
+
+def _curves(config: EvaluateConfig) -> dict[str, str]:
+    """The runs whose curves are drawn: those that are named, else those among the models."""
+    among_models = {name: model.path for name, model in config.models.items()}
+    runs = {name: path for name, path in among_models.items() if (find_path(path) / "metrics.jsonl").is_file()}
+    return config.curves or runs
 
 
 def find_overlaps(config: EvaluateConfig, prompts: Sequence[EvaluationPrompt]) -> list[Overlap]:

@@ -22,6 +22,7 @@ from safer_instruct.report_inputs import funnel
 from safer_instruct.tables import extra_tables
 
 REPORT_VERSION = 1
+NO_PROMPTS = "Side by side, by what was measured without asking any prompt."
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def build_report(
     """
     return {
         "version": REPORT_VERSION,
-        "summary": summary_sentence(models),
+        "summary": summary_sentence(models) if prompts else NO_PROMPTS,
         "warnings": [*notes, *_warnings(models, overlaps)],
         "models": dict(models),
         "prompts": dict(prompts),
@@ -108,8 +109,6 @@ def summary_sentence(models: Mapping[str, Mapping[str, Any]]) -> str:
 
     A change is called one only where the two 95% intervals do not touch.
     """
-    if not models:
-        return "Training runs side by side."
     first, last = next(iter(models)), list(models)[-1]
     harmful, refusal, over = (models[last][key] for key in ("harmful_rate", "refusal_rate", "over_refusal_rate"))
     parts: list[str] = []

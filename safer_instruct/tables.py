@@ -206,7 +206,7 @@ def _runs(part: Mapping[str, Any]) -> Iterator[Table]:
     rows = [
         [
             run["name"],
-            *(str(run["settings"][key]) for key in part["settings"]),
+            *("-" if run["settings"][key] is None else str(run["settings"][key]) for key in part["settings"]),
             *(_number(run["metrics"].get(metric)) for metric in part["metrics"]),
         ]
         for run in part["runs"]

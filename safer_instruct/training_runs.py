@@ -52,6 +52,17 @@ def find_training_overlap(path: str, prompts: Sequence[EvaluationPrompt]) -> lis
     return overlaps
 
 
+def find_induction_report(paths: Sequence[str]) -> str | None:
+    """The report.json that induce.py wrote beside the data of one of these runs; None if there is none."""
+    for path in paths:
+        config = run_config(path)
+        for values in config["datasets"].values() if config else ():
+            file = find_path(values["path"]) / "report.json"
+            if file.is_file() and "funnel" in json.loads(file.read_text(encoding="utf-8")):
+                return str(file)
+    return None
+
+
 def _overlap_with(name: str, settings: DatasetSettings, prompts: Sequence[EvaluationPrompt]) -> Overlap:
     left_out = set(_excluded(settings))
     ids: dict[str, list[str]] = {}

@@ -86,14 +86,20 @@ def test_a_prompt_without_an_answer_leaves_the_rates_and_is_listed(tiny_model_fo
     assert "tiny: for 1 of the prompts there is no answer (http_400)" in report["warnings"][0]
 
 
-def test_the_training_set_of_the_evaluated_run_is_looked_at(tiny_model_folder, tmp_path, caplog):
-    """Without `training_data=`: the run's own settings name the file."""
+def test_the_evaluated_run_tells_its_training_set_its_curves_and_its_funnel(tiny_model_folder, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(tiny_model_folder, run / "checkpoints" / "step-8" / "model")
     (run / "LATEST").symlink_to("checkpoints/step-8")
-    train = tmp_path / "train.jsonl"
+    (run / "metrics.jsonl").write_text(
+        '{"counters/examples": 0, "loss/train": 2.0}\n{"counters/examples": 8, "loss/train": 1.0}'
+    )
+    data = tmp_path / "data"
+    data.mkdir()
+    funnel = [{"stage": "corpus", "in": 9, "out": 5, "drops": {"empty": 4}}]
+    (data / "report.json").write_text(json.dumps({"funnel": funnel}))
+    train = data / "si.jsonl"
     train.write_text(json.dumps({"instruction": "Seen  before", "chosen": "no", "rejected": "yes"}) + "\n")
-    settings = {"path": str(train), "schema": "si", "eval_fraction": 0.0}
+    settings = {"path": str(data), "schema": "si", "eval_fraction": 0.0}
     (run / "config.yaml").write_text(json.dumps({"datasets": {"si": settings}}))  # JSON is YAML
     prompts = tmp_path / "p.jsonl"
     rows = [{"id": "old", "instruction": "seen before"}, {"id": "new", "instruction": "never seen"}]
@@ -103,6 +109,8 @@ def test_the_training_set_of_the_evaluated_run_is_looked_at(tiny_model_folder, t
         "generation.max_new_tokens=4", "samples_per_set=0",
     )  # fmt: skip
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["overlap"] == [{"path": str(train), "num_rows": 1, "prompt_ids": ["p/old"]}]
+    assert report["overlap"] == [{"path": str(data), "num_rows": 1, "prompt_ids": ["p/old"]}]
     assert "1 of the prompts also occur in the training file" in report["warnings"][0]
     assert "1 prompts also occur in" in caplog.text
+    assert report["dataset"] == {"funnel": funnel}
+    assert "dpo: loss, over examples seen. training from 2 to 1." in (tmp_path / "out" / "report.html").read_text()
