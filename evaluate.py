@@ -81,7 +81,7 @@ def with_paths(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
-    """The whole evaluation of one command."""
+    """The whole evaluation of one command, or the comparison of finished ones."""
     started = time.perf_counter()
     config = with_paths(config)
     evaluation = None if config.compare else prepare(config, _shard(config))
@@ -90,9 +90,14 @@ def main(config: EvaluateConfig) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output={output} cannot be written to: {error.strerror}; choose another folder") from error
-    if evaluation is None:
-        compare_finished(config, output)
-        return
+    report = compare_finished(config) if evaluation is None else evaluate_models(config, evaluation, started)
+    if report is not None:
+        _log_to_wandb(config, report)  # the answers are out of memory by now
+
+
+def evaluate_models(config: EvaluateConfig, evaluation: Evaluation, started: float) -> dict[str, Any] | None:
+    """Asks, judges, compares and writes the report; None for a shard, which writes none."""
+    output = Path(config.output)
     seconds: dict[str, float] = {}
     answers = evaluation.given if evaluation.given is not None else ask_all(evaluation, config, seconds)
     judged, unanswered = judge_all(evaluation, answers, output / "ledger", seconds)
@@ -102,7 +107,7 @@ def main(config: EvaluateConfig) -> None:
             f"shard {index} of {count}: {sum(map(len, judged.values()))} answers judged. When all shards are done, the "
             "same command with shard.count=1 shard.index=0 writes the report."
         )
-        return
+        return None
     models = {
         name: {
             "path": respondent.path,
@@ -119,7 +124,7 @@ def main(config: EvaluateConfig) -> None:
         with timed(seconds, "rewards"):
             parts["rewards"] = rewards_part(config, evaluation)
     seconds["total"] = round(time.perf_counter() - started, 2)
-    write_report(config, evaluation, judged, models, parts, seconds)
+    return write_report(config, evaluation, judged, models, parts, seconds)
 
 
 def _shard(config: EvaluateConfig) -> tuple[int, int]:
@@ -213,7 +218,7 @@ def pair_logps(respondent: Respondent, store: TokenStore, batch_size: int, devic
     return logps
 
 
-def compare_finished(config: EvaluateConfig, output: Path) -> None:
+def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
     """The report of runs and evaluations that are finished: nothing is generated or judged."""
     trained, evaluated = find_finished(config.compare)
     evaluations = read_evaluations(evaluated)
@@ -251,6 +256,7 @@ def compare_finished(config: EvaluateConfig, output: Path) -> None:
         parts=parts,
     )  # fmt: skip
     _write_files(config, report, judged, figures)
+    return report
 
 
 def write_report(
@@ -260,8 +266,8 @@ def write_report(
     models: Mapping[str, Mapping[str, Any]],
     parts: Mapping[str, Any],
     seconds: Mapping[str, float],
-) -> None:
-    """Writes the four files and prints the headline table."""
+) -> dict[str, Any]:
+    """Writes the four files, prints the headline table, and gives what report.json holds."""
     judge = evaluation.judge
     run = {
         **_describe_run(config, seconds),
@@ -288,6 +294,7 @@ def write_report(
         notes=notes,
     )
     _write_files(config, report, judged, plot_runs(evaluation.curves))
+    return report
 
 
 def _write_files(
@@ -300,7 +307,6 @@ def _write_files(
     page = render_page(report, pick_samples(samples, config.samples_per_set), curves)
     write_atomically(output / "report.html", page)
     write_json(output / "report.json", report)  # last: whoever finds it finds the others
-    _log_to_wandb(config, report)
     if report["models"] and report["prompts"]:
         print(headline_text(report["models"]))
     print(f"\n{report['summary']}\n\nreport: {output / 'report.html'}")

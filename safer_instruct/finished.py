@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -112,9 +112,14 @@ def _prompt(row: Mapping[str, Any]) -> EvaluationPrompt:
 
 
 def _judged_output(prompt: EvaluationPrompt, row: Mapping[str, Any]) -> JudgedOutput:
-    label = sys.intern(row["harm_label"])
-    judgement = Judgement(OUTCOMES[row["outcome"]], label, row["specific"], helpful=row["helpful"])
+    judgement = _judgement(row["outcome"], row["harm_label"], row["specific"], row["helpful"])
     return JudgedOutput(prompt, row["output"], row["truncated"], judgement, row["prompt_cut"], row["correct"])
+
+
+@cache
+def _judgement(outcome: str, label: str, specific: bool | None, helpful: bool | None) -> Judgement:
+    """One object for all answers that were judged alike."""
+    return Judgement(OUTCOMES[outcome], label, specific, helpful=helpful)
 
 
 def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None:
