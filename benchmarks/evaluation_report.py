@@ -3,8 +3,8 @@
     python -m benchmarks.evaluation_report [--rows 100000] [--json FILE]
 
 Writes an output of evaluate.py with five models and that many answers of about 450 characters, types
-`evaluate.py compare=[FOLDER]`, which reads it and makes its report anew, and measures that process, beside the same on 100
-answers (the libraries). Wanted: less than 500 MB and less than 60 s, libraries included.
+`evaluate.py compare=[FOLDER]`, which reads it and makes its report anew, and measures that process, beside the same on
+100 answers (the libraries). Wanted: less than 500 MB and less than 60 s, libraries included.
 """
 
 from __future__ import annotations

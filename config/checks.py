@@ -92,17 +92,18 @@ def check_induce(config: InduceConfig) -> list[str]:
 
 def check_evaluate(config: EvaluateConfig) -> list[str]:
     """All errors of an evaluation command."""
-    needs_judge = not config.compare and bool(config.prompts)
     errors = [
-        *(line for line in missing_values(config) if needs_judge or not line.startswith("expert")),
+        *missing_values(config),
         *_one_of("responses", config.responses, ("generate", "csv")),
         *_check_device(config.device),
         *_check_generation(config.generation, "generation"),
-        *(_check_expert(config.expert) if needs_judge else []),
+        *(_check_expert(config.expert) if config.expert is not None else []),
         *(re.sub(r"\bexpert\.", "second_expert.", line) for line in _check_second_expert(config.second_expert)),
         *_one_of("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled")),
         *_check_evaluation_parts(config),
     ]
+    if config.expert is None and config.prompts and not config.compare:
+        errors.append(f"expert is not set: write expert=..., {EXAMPLES['expert']}")
     for name, prompts in config.prompts.items():
         errors += _existing_path(f"prompts.{name}.path", prompts.path)
         errors += _at_least(f"prompts.{name}.max_rows", prompts.max_rows, 1)

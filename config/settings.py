@@ -284,7 +284,7 @@ class EvaluateConfig:
     path: str | None = None  # file of the prompt sets that have no path of their own
     responses: str = "generate"  # generate | csv: the answers are in the prompt files, whose columns are the models
     columns: list[str] = field(default_factory=list)  # responses=csv: columns to judge; []: all but the prompt's own
-    expert: Any = MISSING  # the judge
+    expert: Any = None  # the judge, by `expert=`; needed where there are prompts
     second_expert: Any = None  # another judge (expert@second_expert=...): their agreement is reported
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     stop: list[str] = field(default_factory=list)  # an answer ends before the first of these strings

@@ -59,6 +59,11 @@ def test_no_model_and_no_prompts_are_both_said(tmp_path):
     assert "no prompts" in message
 
 
+def test_prompts_without_a_judge(tmp_path, tiny_model_folder, prompts):
+    with pytest.raises(UserError, match=r"expert is not set: write expert=\.\.\., one of rules, local, openai"):
+        run_evaluate(f"models.a.path={tiny_model_folder}", f"prompts.p.path={prompts(ROW)}", f"output={tmp_path}/out")
+
+
 def test_unknown_keys_and_wrong_types_of_named_entries_are_all_said(tmp_path):
     message = message_of(tmp_path, "models.a.pth=x", "prompts.p.max_rows=many", "prompts.p.knd=unsafe")
     assert "no key models.a.pth; did you mean models.a.path?" in message
