@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from config.errors import UserError
+from config.paths import find_path
 from safer_instruct.plots import Plot, plot_curves
 
 EXAMPLES = "counters/examples"  # x-axis
@@ -41,7 +41,7 @@ def read_curves(name: str, run_path: str) -> dict[str, Points]:
     Raises:
         UserError: If the run has no metrics.jsonl, or a line in its midst is no JSON.
     """
-    path = Path(run_path) / "metrics.jsonl"
+    path = find_path(run_path) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"curves.{name}={run_path}: no metrics.jsonl in it; name the folder of a run of train.py")
     values: dict[str, dict[float, float]] = {metric: {} for metric in METRICS}

@@ -127,7 +127,7 @@ def find_overlaps(config: EvaluateConfig, prompts: Sequence[EvaluationPrompt]) -
     overlaps = [find_overlap(path, prompts) for path in config.training_data]
     for model in config.models.values():
         found = find_training_overlap(model.path, prompts) if prompts else []
-        overlaps += [overlap for overlap in found if overlap.path not in {known.path for known in overlaps}]
+        overlaps += [overlap for overlap in found if overlap not in overlaps]
     for overlap in overlaps:
         if overlap.prompt_ids:
             log.warning("warning: %d prompts also occur in %s", len(overlap.prompt_ids), overlap.path)
