@@ -10,11 +10,17 @@ The same command typed again goes on where the run stopped. Every key: config/se
 
 from __future__ import annotations
 
+from trainers.preemption import exit_on_signals  # isort: skip
+
+if __name__ == "__main__":
+    exit_on_signals()  # before the imports that take seconds: a signal may come while they are made
+
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,56 +34,61 @@ from config.schema import run_entrypoint
 from config.settings import GenerationSettings, PreferenceLossSettings, TrainConfig
 from preference_datasets import Loss, TrainEval, build_stores, describe
 from safer_instruct.generation import HFGenerator
-from safer_instruct.models import load_causal_lm, load_tokenizer
+from safer_instruct.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
 from trainers.batching import BatchLoader
 from trainers.cache import usable_dir
-from trainers.checkpoint import saved_checkpoints
+from trainers.checkpoint import read_progress, saved_checkpoints
+from trainers.logps import check_head
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
 from trainers.parallel import Layout, launch
-from trainers.reference import attach_reference
+from trainers.reference import attach_reference, weights_key
 from trainers.run_dir import RunDir, write_durably
+from trainers.sharding import place_model
 from trainers.token_store import TokenStore
 from trainers.trainer import Trainer
 
 
 def main(config: TrainConfig) -> None:
     """Trains, or with `dry_run` tokenises and reports."""
-    launch(partial(work, config=config), config)
-
-
-def work(layout: Layout, *, config: TrainConfig) -> None:
-    """What each process of a run does: data, model, reference, training."""
-    torch.manual_seed(config.seed)
-    if config.trainer.name == "BasicTrainer" and config.model.fsdp_policy_mp is not None:
-        print("note: model.fsdp_policy_mp is FSDPTrainer's; this run computes in policy_dtype", file=sys.stderr)
-    cache_dir = usable_dir(config.local_dirs)
-    tokenizer = load_tokenizer(config.model)
-    if config.dry_run:
-        stores = load_data(config, tokenizer, cache_dir)
-        describe_run(config, stores, *build_loaders(config, stores, tokenizer, layout))
-        return
     manifest = {
         "command": sys.orig_argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git": git_state(),
         "packages": package_versions(),
     }
-    with RunDir.open(Path(config.run_dir or ""), config=asdict(config), manifest=manifest) as run:
-        stores = load_data(config, tokenizer, cache_dir)
-        write_durably(run.path / "manifest.json", json.dumps({**manifest, "data": data_keys(stores)}, indent=2) + "\n")
+    launch(partial(work, config=config, manifest=manifest), config)
+
+
+def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> None:
+    """What each process of a run does: data, model, reference, training."""
+    torch.manual_seed(config.seed)
+    if config.trainer.name == "BasicTrainer" and config.model.fsdp_policy_mp is not None:
+        print("note: model.fsdp_policy_mp is FSDPTrainer's; this run computes in policy_dtype", file=sys.stderr)
+    cache_dir = layout.main_first(lambda: usable_dir(config.local_dirs))
+    tokenizer = layout.main_first(lambda: load_tokenizer(config.model))
+    if config.dry_run:
+        stores = load_data(config, tokenizer, cache_dir, layout)
+        if layout.is_main:
+            describe_run(config, stores, *build_loaders(config, stores, tokenizer, layout))
+        return
+    with open_run(config, manifest, layout) as run:
+        stores = load_data(config, tokenizer, cache_dir, layout)
+        manifest = {**manifest, "data": data_keys(stores), "processes": layout.world_size}
+        layout.on_main(lambda: write_durably(run.path / "manifest.json", json.dumps(manifest, indent=2) + "\n"))
         train_loader, eval_loader = build_loaders(config, stores, tokenizer, layout)
-        if is_finished(run, train_loader):
-            print(f"{run.path} is finished: {train_loader.total_examples} examples. {next_step(config, run)}")
+        if layout.on_main(lambda: is_finished(run, train_loader)):
+            if layout.is_main:
+                print(f"{run.path} is finished: {train_loader.total_examples} examples. {next_step(config, run)}")
             return
-        print(f"run directory: {run.path}", flush=True)
-        policy = load_causal_lm(config.model)
-        require_context(config, stores, policy)
+        if layout.is_main:
+            print(f"run directory: {run.path}", flush=True)
+        policy, weights = load_policy(config, stores, layout)
         objective = build_objective(config)
         identity = {"data": stores.train.key}
         if objective.needs_reference:
             loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
-            identity["reference"] = attach_references(config, policy, loaders, cache_dir, layout)
+            identity["reference"] = attach_references(config, policy, weights, loaders, cache_dir, layout)
         trainer = Trainer(
             policy=policy,
             objective=objective,
@@ -91,15 +102,42 @@ def work(layout: Layout, *, config: TrainConfig) -> None:
             identity=identity,
         )
         trainer.train()
-        print(next_step(config, run), flush=True)
+        if layout.is_main:
+            print(next_step(config, run), flush=True)
 
 
-def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> TrainEval:
+@contextmanager
+def open_run(config: TrainConfig, manifest: Mapping[str, Any], layout: Layout) -> Iterator[RunDir]:
+    """The run directory, locked by rank 0 for all processes."""
+    path = Path(config.run_dir or "")
+    opened: list[RunDir] = []
+    layout.on_main(lambda: opened.append(RunDir.open(path, config=asdict(config), manifest=manifest)))
+    with opened[0] if layout.is_main else RunDir(path, None) as run:
+        yield run
+
+
+def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple[PreTrainedModel, str]:
+    """The policy with its initial weights, laid out, and the key of these weights (empty where nothing asks for it)."""
+    keys: list[str] = []
+
+    def load() -> PreTrainedModel:
+        policy = load_causal_lm(config.model)
+        require_context(config, stores, policy)
+        check_head(policy)
+        keys.append(weights_key(policy) if build_objective(config).needs_reference else "")
+        return policy
+
+    policy = place_model(load, lambda: meta_causal_lm(config.model), config, layout)
+    return policy, layout.on_main(lambda: keys[0])
+
+
+def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
     """The token stores of all datasets, for the kind of rows that the loss reads."""
     kind: Loss = "reverse" if config.loss.name == "reverse" else "likelihood"
     if isinstance(config.loss, PreferenceLossSettings):
         kind = "preference"
-    stores = build_stores(
+    build = partial(
+        build_stores,
         config.datasets,
         loss=kind,
         tokenizer=tokenizer,
@@ -109,7 +147,9 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
         n_eval_examples=config.n_eval_examples,
         batch_size=config.batch_size,
     )
-    print(describe(stores.report), file=sys.stderr, flush=True)
+    stores = layout.main_first(build)
+    if layout.is_main:
+        print(describe(stores.report), file=sys.stderr, flush=True)
     return stores
 
 
@@ -167,16 +207,36 @@ def build_objective(config: TrainConfig) -> Objective:
 
 
 def attach_references(
-    config: TrainConfig, policy: PreTrainedModel, loaders: list[BatchLoader], cache_dir: Path, layout: Layout
+    config: TrainConfig,
+    policy: PreTrainedModel,
+    weights: str,
+    loaders: list[BatchLoader],
+    cache_dir: Path,
+    layout: Layout,
 ) -> str:
     """Reference log-probabilities for every row that is visited; by the policy itself unless another dtype is set.
 
     Returns the key of the reference weights: a run that goes on must have started from the same.
     """
     dtype = config.model.reference_dtype or config.model.policy_dtype
-    reference = policy if dtype == config.model.policy_dtype else load_causal_lm(config.model, dtype=dtype)
-    reference.to(layout.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
-    return attach_reference(reference, loaders, cache_dir=cache_dir)
+    compute_dtype = config.model.fsdp_policy_mp if layout.mesh is not None else None
+    reference = policy
+    if dtype != config.model.policy_dtype:
+        compute_dtype = None
+        keys: list[str] = []
+        alone = replace(config, model=replace(config.model, fsdp_policy_mp=None), activation_checkpointing=False)
+
+        def load() -> PreTrainedModel:
+            model = load_causal_lm(config.model, dtype=dtype)
+            keys.append(weights_key(model))
+            return model
+
+        reference = place_model(load, lambda: meta_causal_lm(config.model, dtype=dtype), alone, layout)
+        weights = layout.on_main(lambda: keys[0])
+    attach_reference(
+        reference, loaders, layout=layout, cache_dir=cache_dir, weights=weights, compute_dtype=compute_dtype
+    )
+    return weights
 
 
 def build_sampler(
@@ -216,9 +276,9 @@ def is_finished(run: RunDir, loader: BatchLoader) -> bool:
     newest = saved_checkpoints(run.path)[-1:]
     if not newest:
         return False
-    progress = json.loads((newest[0] / "state" / "progress.json").read_text(encoding="utf-8"))
-    at_end = progress["examples"] >= loader.total_examples and progress["evaluated_at"] == progress["examples"]
-    return at_end and progress["identity"].get("data") == loader.store.key
+    progress = read_progress(newest[0])
+    at_end = progress.examples >= loader.total_examples and progress.evaluated_at == progress.examples
+    return at_end and progress.identity.get("data") == loader.store.key
 
 
 def describe_run(

@@ -29,6 +29,7 @@ from config.settings import (
     PreferenceLossSettings,
     RulesExpertSettings,
     TrainConfig,
+    TrainerSettings,
 )
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -210,11 +211,17 @@ def _check_datasets(datasets: dict[str, DatasetSettings]) -> list[str]:
 
 def _check_run(config: TrainConfig) -> list[str]:
     errors = _check_device(config.device)
-    errors += _one_of("trainer.name", config.trainer.name, ("BasicTrainer", "FSDPTrainer"))
+    errors += _check_trainer(config)
     errors += _one_of("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
     errors += _one_of("on_non_finite", config.on_non_finite, ("stop", "skip"))
     errors += _at_least("checkpoint.every_examples", config.checkpoint.every_examples, 1)
     errors += _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    best = config.checkpoint.keep_best
+    if best is not None and "eval" not in best:
+        errors.append(
+            f"checkpoint.keep_best={best}: must be what an evaluation measures, such as loss/eval or "
+            "rewards_eval/accuracies"
+        )
     errors += _at_least("seed", config.seed, 0)
     is_folder_name = re.fullmatch(r"[\w.,=+-][\w.,=+ -]*", config.exp_name) and ".." not in config.exp_name
     if config.exp_name != MISSING and not is_folder_name:
@@ -226,6 +233,32 @@ def _check_run(config: TrainConfig) -> list[str]:
         errors.append(f"run_dir={config.run_dir}, local_run_dir={config.local_run_dir}: one thing, set one of them")
     if not config.local_dirs:
         errors.append("local_dirs=[]: name a folder for the token store and the reference cache: local_dirs=[.cache]")
+    return errors
+
+
+def _check_trainer(config: TrainConfig) -> list[str]:
+    trainer = config.trainer
+    errors = _one_of("trainer.name", trainer.name, ("BasicTrainer", "FSDPTrainer"))
+    errors += _at_least("trainer.num_processes", trainer.num_processes, 1)
+    errors += _at_least("trainer.num_replicas", trainer.num_replicas, 1)
+    if trainer.name == "BasicTrainer":
+        plain = TrainerSettings(compile=trainer.compile)
+        for name in ("num_processes", "num_replicas", "reshard_after_forward", "cpu_offload"):
+            if vars(trainer)[name] != vars(plain)[name]:
+                errors.append(
+                    f"trainer.{name}={vars(trainer)[name]}: BasicTrainer is one process, which it means nothing to; "
+                    "write trainer=FSDPTrainer"
+                )
+        return errors
+    if re.fullmatch(r"cuda:\d+", config.device):
+        errors.append(f"device={config.device}: the processes of FSDPTrainer take a GPU each; write device=cuda")
+    if config.device == "cpu" and trainer.cpu_offload:
+        errors.append("trainer.cpu_offload=true: on device=cpu all memory is the host's; leave it out")
+    if config.model.fsdp_policy_mp == "float16":
+        errors.append(
+            "model.fsdp_policy_mp=float16: gradients would underflow without a loss scaler; write bfloat16, or "
+            "float32 on a GPU without it"
+        )
     return errors
 
 

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from config import settings
-from config.errors import UserError
+from config.errors import SaidElsewhere, UserError
 from config.overrides import CheckedOverrides, all_groups, check_overrides, group_options
 from config.settings import MISSING, EvaluateConfig, InduceConfig, TrainConfig
 
@@ -137,7 +137,8 @@ def run_entrypoint(
         try:
             main(_place(to_dataclass(composed), _sweep_point(swept_keys)))
         except UserError as error:
-            _print_error(str(error))
+            if not isinstance(error, SaidElsewhere):
+                _print_error(str(error))
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 sys.exit(USER_ERROR_STATUS)
             failed = True

@@ -51,9 +51,14 @@ class PreferenceLossSettings:
 
 @dataclass
 class TrainerSettings:
-    """How the model is laid out over processes."""
+    """How the model is laid out over processes. All but `name` and `compile` are FSDPTrainer's."""
 
-    name: str = "BasicTrainer"
+    name: str = "BasicTrainer"  # BasicTrainer: one process | FSDPTrainer: sharded over all processes of the job
+    num_processes: int | None = None  # started on this machine; null: one for each GPU, or two on a CPU
+    num_replicas: int = 1  # HSDP: so many copies of the model, each sharded over world size / num_replicas processes
+    reshard_after_forward: bool = True  # free a block's parameters between its forward and backward pass
+    cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory (needs a GPU)
+    compile: bool = False  # torch.compile each transformer block
 
 
 @dataclass
@@ -74,6 +79,8 @@ class CheckpointSettings:
 
     every_examples: int | None = None  # null: at every evaluation, as the DPO repo does
     keep_last: int | None = None  # null: keep all
+    keep_best: str | None = None  # also keep the one whose evaluation was best by this metric, such as loss/eval
+    asynchronous: bool = True  # training goes on while a checkpoint is written
     policy_pt: bool = False  # also write the DPO repo's policy.pt
 
 
@@ -135,7 +142,7 @@ class TrainConfig:
     run_dir: str | None = None  # null: runs/<exp_name>
     local_run_dir: str | None = None  # DPO repo's name of run_dir
     local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store and reference cache: first usable
-    fsdp_port: int | None = None  # accepted for old launch scripts; a free port is always found
+    fsdp_port: int | None = None  # where the processes of one machine meet; null: a port that is free
     debug: bool = False  # no wandb, no checkpoints
     log_text: bool = False  # let samples reach wandb and the console
     dry_run: bool = False  # compose, check, tokenise, report; no training

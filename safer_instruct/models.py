@@ -133,6 +133,31 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     return model
 
 
+def meta_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
+    """The model of `load_causal_lm` on the meta device: its shape without its weights, for `place_model` to fill.
+
+    Args:
+        settings: as for `load_causal_lm`; an archive changes the weights, not the shape.
+        dtype: of the weights; None: `settings.policy_dtype`.
+
+    Raises:
+        UserError: no config.json that can be used.
+    """
+    config = _load_config(settings)
+    _switch_dropout_off(config)
+    with torch.device("meta"), _readable_errors(settings.name_or_path):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=DTYPES[dtype or settings.policy_dtype],
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    source = _source(settings.name_or_path)
+    if isinstance(source, Path) and (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
 def resolve_archive(path: str) -> Path:
     """The HF folder, or `policy.pt` file, that `path` stands for.
 
@@ -149,7 +174,9 @@ def resolve_archive(path: str) -> Path:
         )
     if found.is_file():
         return found
-    for folder in (found / "LATEST" / "model", found / "model", found):
+    # Without LATEST: a run that was killed between the two renames of its first checkpoint.
+    newest = sorted(found.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))[-1:]
+    for folder in (found / "LATEST" / "model", *(path / "model" for path in newest), found / "model", found):
         if (folder / "config.json").is_file():
             return folder
     if (found / "policy.pt").is_file():  # the DPO repo's LATEST/policy.pt

@@ -100,5 +100,5 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics that must not depend on the clock."""
-    timed = ("examples_per_second", "tokens_per_second", "data_wait_seconds")
+    timed = ("examples_per_second", "tokens_per_second", "data_wait_seconds", "memory/peak")
     return [{name: value for name, value in row.items() if name not in timed} for row in rows]

@@ -16,12 +16,15 @@ SOURCES = sorted(
 )
 ENTRYPOINTS = {"train.py", "induce.py", "evaluate.py"}
 
+PARALLEL = ("parallel", "sharding", "checkpoint", "metrics", "reference")
 # library -> the only files that may import it
 HOMES = {
     "hydra": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/named.py"},
     "omegaconf": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/named.py"},
     "wandb": {"trainers/metrics.py"},
-    "torch.distributed": {f"trainers/{name}.py" for name in ("parallel", "checkpoint", "metrics", "reference")},
+    "torch.distributed": {
+        f"trainers/{name}.py" for name in ("parallel", "sharding", "checkpoint", "metrics", "reference")
+    },
     "openai": {"safer_instruct/server.py"},
     "matplotlib": {"safer_instruct/plots.py"},
     "scipy": {"safer_instruct/statistics.py", "safer_instruct/reward_checks.py"},

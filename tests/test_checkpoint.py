@@ -5,21 +5,21 @@ import json
 import os
 import subprocess
 from dataclasses import asdict, replace
-from traceback import StackSummary
 
 import pytest
 import torch
 import yaml
-from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
 from config.errors import UserError
 from config.settings import CheckpointSettings
+from safer_instruct.models import resolve_archive
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers import checkpoint, parallel
-from trainers.checkpoint import Progress, load_checkpoint, resolve_checkpoint, save_checkpoint
+from trainers.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from trainers.optimizers import build_optimizer
+from trainers.parallel import Layout
 from trainers.run_dir import RunDir, differing_keys
 
 IDS = torch.arange(3, 15)[None]
@@ -40,7 +40,7 @@ def train(folder, settings, *, run_path=None, **arguments):
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_from_pretrained_reads_what_was_trained(tmp_path, name):
     trainer = train(tmp_path, tiny_settings(eval_every=100), model=tiny_model(name))
-    reread = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(tmp_path / "run"))
+    reread = AutoModelForCausalLM.from_pretrained(resolve_archive(str(tmp_path / "run")))
     assert type(reread) is type(trainer.policy)
     with torch.no_grad():
         expected = trainer.policy.eval()(IDS).logits
@@ -56,24 +56,30 @@ def test_a_checkpoint_is_put_back_bit_for_bit(tmp_path, name, dtype):
 
     def worker(layout):
         with RunDir.open(tmp_path / "run", config={}, manifest={}) as run:
+            writer = CheckpointWriter(run, CheckpointSettings(), layout, None)
             model = tiny_model(name, dtype=dtype)
             optimizer = build_optimizer(model.parameters(), settings)
             model(IDS, labels=IDS).loss.backward()
             optimizer.step()
-            progress = Progress(examples=7, updates=1, unlogged={"loss/train": (0.1, 3.0)})
-            arguments = {"tokenizer": None, "progress": progress, "settings": CheckpointSettings()}
-            save_checkpoint(run, policy=model, optimizer=optimizer, **arguments)
+            kept = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+            kept_state = {
+                one: {key: value.clone() for key, value in optimizer.state[one].items()} for one in model.parameters()
+            }
+            progress = Progress(examples=7, updates=1)
+            writer.save(policy=model, optimizer=optimizer, progress=progress, unlogged={"loss/train": (0.1, 3.0)})
+            optimizer.step()  # while it is written: what is written is what was there before
+            writer.wait()
 
             other = tiny_model(name, dtype=dtype, seed=1)
             other_optimizer = build_optimizer(other.parameters(), settings)
-            restored = load_checkpoint(run, policy=other, optimizer=other_optimizer)
+            restored, unlogged = load_checkpoint(run, policy=other, optimizer=other_optimizer, layout=layout)
             assert restored.examples == 7
-            assert restored.unlogged["loss/train"] == [0.1, 3.0]
-            for key, tensor in model.state_dict().items():
+            assert unlogged["loss/train"] == [0.1, 3.0]
+            for key, tensor in kept.items():
                 assert torch.equal(tensor, other.state_dict()[key]), key
             for one, two in zip(model.parameters(), other.parameters(), strict=True):
-                assert optimizer.state[one].keys() == other_optimizer.state[two].keys()
-                for key, value in optimizer.state[one].items():
+                assert kept_state[one].keys() == other_optimizer.state[two].keys()
+                for key, value in kept_state[one].items():
                     assert torch.equal(value, other_optimizer.state[two][key]), key
 
     parallel.launch(worker, settings)
@@ -85,13 +91,13 @@ def test_resolve_takes_a_run_a_checkpoint_and_a_folder(tmp_path):
     run = tmp_path / "run"
     newest = (run / "checkpoints" / "step-22" / "model").resolve()
     for path in (run, run / "LATEST", run / "checkpoints" / "step-22", newest):
-        assert resolve_checkpoint(path).resolve() == newest
+        assert resolve_archive(str(path)).resolve() == newest
     (run / "LATEST").unlink()  # killed between the two renames
-    assert resolve_checkpoint(run).resolve() == newest
-    with pytest.raises(UserError, match="there is no such path"):
-        resolve_checkpoint(tmp_path / "absent")
-    with pytest.raises(UserError, match="holds no weights"):
-        resolve_checkpoint(tmp_path)
+    assert resolve_archive(str(run)).resolve() == newest
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        resolve_archive(str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="holds no model"):
+        resolve_archive(str(tmp_path))
 
 
 def test_policy_pt_is_the_dpo_repos(tmp_path):
@@ -107,6 +113,40 @@ def test_keep_last(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-22"]
 
 
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
+    """A learning rate that makes things worse after the first steps: the best is not the last."""
+    settings = tiny_settings(
+        n_epochs=3, eval_every=8, lr=3e-2, checkpoint=CheckpointSettings(keep_last=1, keep_best="loss/eval")
+    )
+    train(tmp_path, settings)
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluations = {row["counters/examples"]: row["loss/eval"] for row in rows if "loss/eval" in row}
+    del evaluations[0]  # before the first step there is no checkpoint
+    best = min(evaluations, key=lambda examples: (evaluations[examples], -examples))
+    assert best != 66
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted([f"step-{best}", "step-66"])
+    assert (run / "BEST").resolve().name == f"step-{best}"
+    assert (run / "LATEST").resolve().name == "step-66"
+
+
+def test_accuracies_are_best_when_large(tmp_path):
+    for step, accuracy, evaluated_at in ((4, 0.5, 4), (8, 0.75, 8), (12, 0.75, 12), (16, 0.25, 16), (20, 1.0, 16)):
+        progress = Progress(examples=step, evaluated_at=evaluated_at, evaluation={"rewards_eval/accuracies": accuracy})
+        state = tmp_path / "checkpoints" / f"step-{step}" / "state"
+        state.mkdir(parents=True)
+        (state / "progress.json").write_text(json.dumps(asdict(progress)))
+    folders = checkpoint.saved_checkpoints(tmp_path)
+    # The later of two equals; step-20 carries the figures of another step.
+    assert checkpoint.best_checkpoint(folders, "rewards_eval/accuracies").name == "step-12"
+    assert checkpoint.best_checkpoint(folders, "loss/eval") is None
+
+
+def test_a_best_that_is_not_measured_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"keep_best=loss/evil: .*choose one of .*loss/eval"):
+        train(tmp_path, tiny_settings(checkpoint=CheckpointSettings(keep_best="loss/evil")))
+
+
 class FullDisk:
     """Lets so many calls of a writer through, then the disk is full."""
 
@@ -120,7 +160,7 @@ class FullDisk:
         return self.original(*args, **kwargs)
 
 
-@pytest.mark.parametrize("writer", ["_save_state", "_save_policy_pt", "fsync_tree", "_point_latest"])
+@pytest.mark.parametrize("writer", ["_save_model", "_save_policy_pt", "fsync_tree", "_point"])
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch, writer):
     settings = tiny_settings(checkpoint=CheckpointSettings(policy_pt=True))
     monkeypatch.setattr(checkpoint, writer, FullDisk(vars(checkpoint)[writer], allowed=1))
@@ -132,21 +172,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch
     monkeypatch.undo()
     train(tmp_path, settings)  # the same command, with room
     straight = train(tmp_path, settings, run_path=tmp_path / "straight")
-    reread = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(tmp_path / "run"))
+    reread = AutoModelForCausalLM.from_pretrained(resolve_archive(str(tmp_path / "run")))
     for one, two in zip(reread.parameters(), straight.policy.parameters(), strict=True):
         assert torch.equal(one, two)
-
-
-def test_ctrl_c_in_mid_save_is_no_full_disk(tmp_path, monkeypatch):
-    """DCP wraps whatever stops a write; only a failed write may be reported as one."""
-
-    def interrupted(*args, **kwargs):
-        raise CheckpointException("write", {0: (KeyboardInterrupt(), StackSummary())})
-
-    monkeypatch.setattr(checkpoint.dcp, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, tiny_settings())
-    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -163,7 +191,7 @@ def test_a_disk_that_is_really_full(tmp_path):
             train(tmp_path, settings, run_path=small / "run")
         assert "is whole" in str(caught.value)
         assert not list((small / "run" / "checkpoints").glob(".*"))
-        AutoModelForCausalLM.from_pretrained(resolve_checkpoint(small / "run"))
+        AutoModelForCausalLM.from_pretrained(resolve_archive(str(small / "run")))
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -175,19 +203,30 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     def worker(layout):
         with RunDir.open(tmp_path / "run", config=asdict(settings), manifest={}) as run:
             model = tiny_model("gpt_neox")
-            load_checkpoint(run, policy=model, optimizer=build_optimizer(model.parameters(), settings))
+            load_checkpoint(run, policy=model, optimizer=build_optimizer(model.parameters(), settings), layout=layout)
 
     with pytest.raises(UserError, match=r"do not fit the model: .* missing keys"):
         parallel.launch(worker, settings)
 
 
-@pytest.mark.parametrize("damage", ["model/model.safetensors", "state/progress.json", "state/.metadata"])
+DAMAGES = ["model/model.safetensors", "state/progress.json", "state/.metadata", "state/__0_0.distcp"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     settings = tiny_settings()
     train(tmp_path, settings)
     path = tmp_path / "run" / "LATEST" / damage
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoints/step-22 cannot be read .* delete that folder"):
+        train(tmp_path, settings)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    settings = tiny_settings()
+    train(tmp_path, settings)
+    (tmp_path / "run" / "LATEST" / "state" / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"step-22 cannot be read \(.*__0_0\.distcp.*\); delete that folder"):
         train(tmp_path, settings)
 
 
@@ -236,4 +275,4 @@ def test_weights_of_another_vocabulary_are_refused(tmp_path):
     other = tiny_model()
     other.resize_token_embeddings(VOCABULARY + 1)
     with pytest.raises(UserError, match="do not fit the model"):
-        checkpoint.load_weights(other, tmp_path)
+        checkpoint.load_weights(other, tmp_path, Layout(0, 1, torch.device("cpu")))

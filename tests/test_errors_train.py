@@ -245,10 +245,6 @@ def test_archive_that_is_damaged(refused, tmp_path):
     assert "truncated" in refused(f"model.archive={tmp_path / 'policy.pt'}")
 
 
-def test_trainer_of_the_next_version(refused):
-    assert "use trainer=BasicTrainer" in refused("trainer=FSDPTrainer")
-
-
 def test_a_mistake_in_one_point_leaves_the_others_of_a_sweep(command, monkeypatch, capsys, tmp_path):
     """The point that fails is told at once, the next one still runs, and the status is 2."""
     ran = []

@@ -1,6 +1,7 @@
 """The loss of a global batch, its gradient and its metrics do not depend on how the batch is cut or ordered."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from config.settings import LikelihoodLossSettings, PreferenceLossSettings
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, tiny_settings
 from trainers.batching import BatchLoader
+from trainers.logps import sequence_logps
 from trainers.metrics import MetricSums
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
 from trainers.parallel import launch
@@ -40,10 +42,12 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
         model = tiny_model()
         objective = PreferenceObjective(loss) if is_preference else LikelihoodObjective(loss)
         if is_preference:  # another model's, so that there is something to prefer
-            attach_reference(tiny_model(seed=1), [loader], cache_dir=folder / "cache")
+            attach_reference(tiny_model(seed=1), [loader], layout=layout, cache_dir=folder / "cache", weights="seed 1")
         # The step's own method on a bare trainer: what is tested is its sum over micro-batches.
         trainer = Trainer.__new__(Trainer)
         trainer.objective, trainer.policy, trainer.layout = objective, model, layout
+        trainer.settings, trainer.train_loader, trainer.last_log = tiny_settings(), loader, 0.0
+        trainer.logps_of = partial(sequence_logps, model)
         (batch,) = loader.batches()
         batch = replace(batch, start_examples=ROWS)  # not the first one, whose loss is known
         outputs, loss_sum, num_units = trainer.accumulate_gradients(batch)
@@ -90,6 +94,8 @@ def test_a_mean_of_means_would_fail_this(tmp_path):
     model, objective = tiny_model(), LikelihoodObjective(loss)
     (batch,) = loader.batches()
     for microbatch in batch.microbatches:
-        (objective(model, microbatch).loss_sum / objective.num_units(microbatch) / 4).backward()
+        (
+            objective(partial(sequence_logps, model), microbatch).loss_sum / objective.num_units(microbatch) / 4
+        ).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (gradient - whole["gradient"]).norm() / whole["gradient"].norm() > 1e-2

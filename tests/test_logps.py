@@ -21,6 +21,11 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, mask, mask & (positions >= PROMPT[:, None])
 
 
+def logps_of(model, ids, mask, response):
+    """`sequence_logps` of a batch given by its tensors."""
+    return sequence_logps(model, {"input_ids": ids, "attention_mask": mask, "response_mask": response})
+
+
 def closed_form(model, ids, response_mask) -> torch.Tensor:
     """sum_t log softmax(logits_(t-1))[token_t], one unpadded sequence at a time."""
     sums = []
@@ -37,7 +42,7 @@ def test_values_and_gradients_equal_the_full_logits(name):
     model = tiny_model(name, dtype=torch.float64)
     ids, mask, response = batch()
     check_head(model)
-    logps, num_tokens = sequence_logps(model, ids, mask, response)
+    logps, num_tokens = logps_of(model, ids, mask, response)
     expected = closed_form(model, ids, response)
     torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-9)
     assert num_tokens.tolist() == (LENGTHS - PROMPT).tolist()
@@ -55,8 +60,8 @@ def test_values_and_gradients_equal_the_full_logits(name):
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_float32_stays_within_1e_4(name):
     ids, mask, response = batch(1)
-    exact, _ = sequence_logps(tiny_model(name, dtype=torch.float64), ids, mask, response)
-    single, _ = sequence_logps(tiny_model(name), ids, mask, response)
+    exact, _ = logps_of(tiny_model(name, dtype=torch.float64), ids, mask, response)
+    single, _ = logps_of(tiny_model(name), ids, mask, response)
     assert single.dtype == torch.float64  # the sum is, whatever the weights are
     torch.testing.assert_close(single, exact, rtol=1e-5, atol=1e-4)
 
@@ -64,8 +69,8 @@ def test_float32_stays_within_1e_4(name):
 def test_leading_dimensions_are_kept():
     model = tiny_model(dtype=torch.float64)
     ids, mask, response = batch()
-    flat, flat_tokens = sequence_logps(model, ids, mask, response)
-    pairs, tokens = sequence_logps(model, *(x.view(2, 2, -1) for x in (ids, mask, response)))
+    flat, flat_tokens = logps_of(model, ids, mask, response)
+    pairs, tokens = logps_of(model, *(x.view(2, 2, -1) for x in (ids, mask, response)))
     torch.testing.assert_close(pairs, flat.view(2, 2))
     assert tokens.tolist() == flat_tokens.view(2, 2).tolist()
 
@@ -75,8 +80,8 @@ def test_padding_and_company_change_nothing():
     ids, mask, response = batch()
     wide = [torch.nn.functional.pad(x, (0, 7)) for x in (ids, mask, response)]
     wide[0][~wide[1]] = 33  # any token may fill
-    together, _ = sequence_logps(model, *wide)
-    alone = torch.cat([sequence_logps(model, *(x[i : i + 1] for x in (ids, mask, response)))[0] for i in range(4)])
+    together, _ = logps_of(model, *wide)
+    alone = torch.cat([logps_of(model, *(x[i : i + 1] for x in (ids, mask, response)))[0] for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
 
 
@@ -84,9 +89,9 @@ def test_a_sequence_without_targets_is_zero_and_takes_no_gradient():
     model = tiny_model(dtype=torch.float64)
     ids, mask, response = batch()
     response[2] = False
-    logps, num_tokens = sequence_logps(model, ids, mask, response)
+    logps, num_tokens = logps_of(model, ids, mask, response)
     assert (logps[2].item(), num_tokens[2].item()) == (0.0, 0)
-    none, _ = sequence_logps(model, ids, mask, torch.zeros_like(mask))
+    none, _ = logps_of(model, ids, mask, torch.zeros_like(mask))
     none.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
@@ -96,7 +101,7 @@ def test_the_first_token_is_never_a_target():
     ids, mask, response = batch()
     with_first = response.clone()
     with_first[:, 0] = True
-    torch.testing.assert_close(sequence_logps(model, ids, mask, with_first), sequence_logps(model, ids, mask, response))
+    torch.testing.assert_close(logps_of(model, ids, mask, with_first), logps_of(model, ids, mask, response))
 
 
 def test_long_sums_do_not_lose_digits():
@@ -105,7 +110,7 @@ def test_long_sums_do_not_lose_digits():
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, VOCABULARY, (1, 500), generator=generator)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    logps, _ = sequence_logps(model, ids, mask, mask)
+    logps, _ = logps_of(model, ids, mask, mask)
     log_softmax = model(ids[:, :-1], use_cache=False).logits[0].log_softmax(-1)
     expected = log_softmax.double().gather(1, ids[0, 1:, None]).sum()
     assert logps.item() == pytest.approx(expected.item(), abs=2e-4)
@@ -116,7 +121,7 @@ def test_a_head_that_is_more_than_a_projection_is_refused(name):
     """Log-probabilities from the projection alone are wrong for them, and small logits would not show it."""
     model = tiny_model(name, dtype=torch.float64)
     ids, mask, response = batch()
-    logps, _ = sequence_logps(model, ids, mask, response)
+    logps, _ = logps_of(model, ids, mask, response)
     assert (logps - closed_form(model, ids, response)).abs().max() > 1e-3
     with pytest.raises(UserError, match="after the output embedding"):
         check_head(model)
@@ -125,10 +130,10 @@ def test_a_head_that_is_more_than_a_projection_is_refused(name):
 def test_the_check_leaves_the_model_as_it_was():
     model = tiny_model().train()
     ids, mask, response = batch()
-    before = sequence_logps(model, ids, mask, response)[0]
+    before = logps_of(model, ids, mask, response)[0]
     check_head(model)
     assert model.training
-    torch.testing.assert_close(sequence_logps(model, ids, mask, response)[0], before, rtol=0, atol=0)
+    torch.testing.assert_close(logps_of(model, ids, mask, response)[0], before, rtol=0, atol=0)
 
 
 def test_a_head_in_parts_changes_nothing(monkeypatch):
@@ -137,7 +142,7 @@ def test_a_head_in_parts_changes_nothing(monkeypatch):
     for limit in (1 << 28, 3 * VOCABULARY):
         monkeypatch.setattr(logps_module, "MAX_LOGITS", limit)
         model = tiny_model()
-        logps, _ = sequence_logps(model, *batch())
+        logps, _ = logps_of(model, *batch())
         logps.sum().backward()
         results.append((logps.detach(), [parameter.grad for parameter in model.parameters()]))
     (whole, gradients), (parts, gradients_of_parts) = results

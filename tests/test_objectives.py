@@ -1,6 +1,7 @@
 """Objectives against a literal implementation of the published formulas, written from the papers for this test."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tensordict import TensorDict
 from config.errors import UserError
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings
 from tests.tiny_models import VOCABULARY, tiny_model
+from trainers.logps import sequence_logps
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
 
 PROMPT, CHOSEN, REJECTED = [4, 2, 6], [5, 3, 1], [2, 7, 4]
@@ -89,7 +91,7 @@ CASES = [
 def test_preference_loss_rewards_and_gradients_are_the_papers(settings):
     model, batch = tiny_model(dtype=torch.float64), pair_batch()
     objective = PreferenceObjective(settings)
-    output = objective(model, batch)
+    output = objective(partial(sequence_logps, model), batch)
     expected, chosen, rejected = literal_preference_loss(model, batch, settings)
     torch.testing.assert_close(output.loss_sum / objective.num_units(batch), expected, rtol=1e-6, atol=1e-9)
     assert output.metrics["rewards_{split}/chosen"].tolist() == pytest.approx(chosen, rel=1e-6)
@@ -105,7 +107,8 @@ def test_preference_loss_rewards_and_gradients_are_the_papers(settings):
 
 
 def test_metrics_are_detached_and_one_value_an_example():
-    output = PreferenceObjective(PreferenceLossSettings(name="dpo"))(tiny_model(), pair_batch())
+    objective = PreferenceObjective(PreferenceLossSettings(name="dpo"))
+    output = objective(partial(sequence_logps, tiny_model()), pair_batch())
     for name, values in output.metrics.items():
         assert values.shape == (PAIRS,), name
         assert not values.requires_grad, name
@@ -117,7 +120,7 @@ def test_likelihood_reductions(reduction):
     keys = ("input_ids", "attention_mask", "response_mask")
     batch = TensorDict({key: pairs[key][:, 0] for key in keys}, batch_size=[PAIRS])
     objective = LikelihoodObjective(LikelihoodLossSettings(name="sft", reduction=reduction))
-    output = objective(model, batch)
+    output = objective(partial(sequence_logps, model), batch)
     sums = [
         log_pi(model, batch["input_ids"][i, : PROMPT[i] + CHOSEN[i]].tolist(), PROMPT[i]).item() for i in range(PAIRS)
     ]
@@ -132,10 +135,10 @@ def test_likelihood_reductions(reduction):
 def first_batch(objective, *, shift: float = 0.0, dtype: torch.dtype = torch.float32):
     """The objective at step 0, where the reference columns are the policy's own log-probabilities (+ shift)."""
     model, batch = tiny_model(dtype=dtype), pair_batch()
-    output = objective(model, batch)
+    output = objective(partial(sequence_logps, model), batch)
     batch["reference_chosen_logps"] = output.metrics["logps_{split}/chosen"] + shift
     batch["reference_rejected_logps"] = output.metrics["logps_{split}/rejected"]
-    return objective(model, batch), batch["input_ids"].shape[-1]
+    return objective(partial(sequence_logps, model), batch), batch["input_ids"].shape[-1]
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
@@ -170,5 +173,5 @@ def test_bfloat16_has_a_wider_tolerance_but_finds_a_wrong_model():
 def test_without_a_reference_there_is_nothing_to_check():
     objective = PreferenceObjective(PreferenceLossSettings(name="dpo", reference_free=True))
     assert not objective.needs_reference
-    output = objective(tiny_model(), pair_batch())
+    output = objective(partial(sequence_logps, tiny_model()), pair_batch())
     objective.check_first_batch(output, 10, torch.float32)

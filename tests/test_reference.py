@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,15 @@ def literal_logps(model, store, row: int) -> list[float]:
 
 
 def compute(model, store, rows, folder, **arguments):
-    return reference_logps(
-        model, store, rows, cache_dir=folder, pad_token_id=0, weights=weights_key(model), **arguments
-    )  # fmt: skip
+    kept = {}
+
+    def worker(layout):
+        kept["logps"] = reference_logps(
+            model, store, rows, layout=layout, cache_dir=folder, pad_token_id=0, weights=weights_key(model), **arguments
+        )
+
+    launch(worker, tiny_settings())
+    return kept["logps"]
 
 
 def cached(folder: Path) -> int:
@@ -131,13 +138,13 @@ def test_attached_columns_make_the_first_rewards_zero(tmp_path):
     model = tiny_model()
 
     def worker(layout):
-        attach_reference(model, [loader], cache_dir=tmp_path)
+        attach_reference(model, [loader], layout=layout, cache_dir=tmp_path, weights=weights_key(model))
         objective = PreferenceObjective(settings.loss)
         losses, rewards = [], []
         with torch.no_grad():
             for batch in loader.batches():
                 for microbatch in batch.microbatches:
-                    output = objective(model, microbatch)
+                    output = objective(partial(reference.sequence_logps, model), microbatch)
                     losses.append(output.loss_sum.item())
                     rewards += output.metrics["rewards_{split}/chosen"].tolist()
                     rewards += output.metrics["rewards_{split}/rejected"].tolist()

@@ -21,7 +21,7 @@ from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers import checkpoint, parallel, trainer
 from trainers.run_dir import RunDir
 
-TIMINGS = {"examples_per_second", "tokens_per_second", "data_wait_seconds"}
+TIMINGS = {"examples_per_second", "tokens_per_second", "data_wait_seconds", "memory/peak"}
 
 
 def settings_of(kind: str):
@@ -65,9 +65,9 @@ def arm(function: str, calls: int) -> None:
         "step": (torch.optim.AdamW, "step"),
         "clip": (trainer, "clip_grad_norm"),
         "evaluate": (trainer.Trainer, "_evaluation_means"),
-        "write state": (checkpoint, "_save_state"),
+        "write model": (checkpoint, "_save_model"),
         "fsync": (checkpoint, "fsync_tree"),
-        "point": (checkpoint, "_point_latest"),
+        "point": (checkpoint, "_point"),
         "discard": (checkpoint, "discard"),
         "rmtree": (checkpoint.shutil, "rmtree"),
         "resume": (trainer, "load_checkpoint"),
@@ -108,7 +108,7 @@ def rows_of(run_path: Path) -> list[dict]:
 
 KILLS = [
     ("clip", 2), ("step", 5), ("fsync", 1), ("point", 1), ("evaluate", 1), ("resume", 1), ("discard", 1),
-    ("rmtree", 3), ("write state", 2), ("step", 7),
+    ("rmtree", 3), ("write model", 2), ("step", 7),
 ]  # fmt: skip
 
 
@@ -134,9 +134,9 @@ def test_what_the_state_is_for(tmp_path, start, lost):
     assert start(tmp_path, "sft", "killed", ("step", 8)) == -signal.SIGKILL
     state = (tmp_path / "killed" / "LATEST" / "state").resolve()
     if lost == "rng":
-        other = checkpoint.random_state()
-        other["torch"] = torch.Generator().manual_seed(99).get_state().numpy().tobytes().hex()
-        (state / "rng_rank0.json").write_text(json.dumps(other))
+        other = json.loads((state / "rank0.json").read_text())
+        other["random"]["torch"] = torch.Generator().manual_seed(99).get_state().numpy().tobytes().hex()
+        (state / "rank0.json").write_text(json.dumps(other))
     elif lost == "position":
         progress = json.loads((state / "progress.json").read_text())
         (state / "progress.json").write_text(json.dumps({**progress, "examples": progress["examples"] - 4}))

@@ -205,13 +205,6 @@ def test_one_process_under_a_launcher_of_several_is_refused(monkeypatch, variabl
         launch(lambda layout: None, tiny_settings())
 
 
-def test_the_sharded_trainer_is_not_in_this_version():
-    settings = tiny_settings()
-    settings.trainer.name = "FSDPTrainer"
-    with pytest.raises(UserError, match="use trainer=BasicTrainer"):
-        launch(lambda layout: None, settings)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there():
     with pytest.raises(UserError, match="device=cuda"):

@@ -9,10 +9,12 @@ import torch
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
 from tests.tiny_models import VOCABULARY, tiny_model
 from trainers.batching import BatchLoader
+from trainers.logps import check_head
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
 from trainers.parallel import Layout
-from trainers.reference import attach_reference
+from trainers.reference import attach_reference, weights_key
 from trainers.run_dir import RunDir
+from trainers.sharding import place_model
 from trainers.token_store import TokenStore, TokenStoreWriter
 from trainers.trainer import Trainer
 
@@ -48,7 +50,7 @@ def tiny_settings(**changes: Any) -> TrainConfig:
     return replace(settings, **changes)
 
 
-def train_loader(store: TokenStore, settings: TrainConfig) -> BatchLoader:
+def train_loader(store: TokenStore, settings: TrainConfig, layout: Layout | None = None) -> BatchLoader:
     """As train.py makes it."""
     return BatchLoader(
         store,
@@ -60,10 +62,12 @@ def train_loader(store: TokenStore, settings: TrainConfig) -> BatchLoader:
         num_microbatches=settings.gradient_accumulation_steps,
         max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
         pad_token_id=0,
+        rank=layout.rank if layout else 0,
+        world_size=layout.world_size if layout else 1,
     )
 
 
-def eval_loader(store: TokenStore, settings: TrainConfig) -> BatchLoader:
+def eval_loader(store: TokenStore, settings: TrainConfig, layout: Layout | None = None) -> BatchLoader:
     """As train.py makes it."""
     return BatchLoader(
         store,
@@ -75,6 +79,8 @@ def eval_loader(store: TokenStore, settings: TrainConfig) -> BatchLoader:
         num_microbatches=1,
         max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
         pad_token_id=0,
+        rank=layout.rank if layout else 0,
+        world_size=layout.world_size if layout else 1,
     )
 
 
@@ -82,21 +88,36 @@ def tiny_trainer(
     folder: Path, layout: Layout, run: RunDir, settings: TrainConfig, *, model: Any = None, num_rows: int = 22,
     identity: dict[str, str] | None = None, **arguments: Any,
 ) -> Trainer:  # fmt: skip
-    """A trainer on random rows, with a reference cache where the objective wants one."""
+    """A trainer on random rows, laid out as the settings say, with a reference cache where the objective wants one.
+
+    `model`: made anew for the meta device where it is sharded, so a name of `tests/tiny_models.py` there.
+    """
     is_preference = isinstance(settings.loss, PreferenceLossSettings)
     segments = 3 if is_preference else 2
+
+    def stored(num_rows: int, seed: int = 0) -> TokenStore:
+        return layout.main_first(lambda: random_store(folder, num_rows=num_rows, segments=segments, seed=seed))
+
     loaders = (
-        train_loader(random_store(folder, num_rows=num_rows, segments=segments), settings),
-        eval_loader(random_store(folder, num_rows=7, segments=segments, seed=1), settings),
+        train_loader(stored(num_rows), settings, layout),
+        eval_loader(stored(7, seed=1), settings, layout),
     )
-    model = tiny_model() if model is None else model
+    full = tiny_model(model or "llama") if model is None or isinstance(model, str) else model
+    weights = weights_key(full)
+    check_head(full)
+
+    def skeleton() -> torch.nn.Module:
+        with torch.device("meta"):
+            return type(full)(full.config)
+
+    model = place_model(lambda: full, skeleton, settings, layout)
     if is_preference:
         objective: Any = PreferenceObjective(settings.loss)
     else:
         assert isinstance(settings.loss, LikelihoodLossSettings)
         objective = LikelihoodObjective(settings.loss)
     if objective.needs_reference:
-        weights = attach_reference(model, loaders, cache_dir=folder / "cache")
+        attach_reference(model, loaders, layout=layout, cache_dir=folder / "cache", weights=weights)
         identity = {"initial weights": weights, **(identity or {})}
     return Trainer(
         policy=model, objective=objective, train_loader=loaders[0], eval_loader=loaders[1], settings=settings,

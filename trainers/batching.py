@@ -27,12 +27,15 @@ class GlobalBatch:
     Attributes:
         microbatches: This rank's rows, longest first; never an empty one. A rank without rows (a batch of fewer rows
             than ranks) has none.
+        num_idle: Micro-batches that some other rank has more than this one. Where the model is sharded, every pass
+            is a collective: this rank makes as many passes over `BatchLoader.filler()`, which count nothing.
         num_examples: Rows of the whole global batch, over all ranks.
         rows: (num_examples,) int64 row numbers of the whole global batch, in the order of the epoch.
         start_examples: Examples seen before this batch.
     """
 
     microbatches: list[TensorDict]
+    num_idle: int
     num_examples: int
     rows: Tensor
     start_examples: int
@@ -96,7 +99,7 @@ class BatchLoader:
             raise ValueError(f"{batch_size=}, {num_microbatches=} must be positive, and 0 <= {rank=} < {world_size=}")
         self.store, self.pad_token_id = store, pad_token_id
         self.columns: dict[str, Tensor] = dict(columns or {})
-        self.store, self._batch_size, self._seed, self._shuffle = store, batch_size, seed, shuffle
+        self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
         self._num_microbatches, self._max_tokens = num_microbatches, max_tokens_per_microbatch
         self.pad_token_id, self._rank, self._world_size = pad_token_id, rank, world_size
         limits = [num_examples, None if num_epochs is None else num_epochs * len(store)]
@@ -148,11 +151,30 @@ class BatchLoader:
     def _make(self, start: int, rows: Tensor) -> GlobalBatch:
         """This rank's micro-batches: every world_size-th row by length, so that all ranks have the same work."""
         lengths = self._sequence_lengths(rows)
-        by_length = torch.argsort(lengths, descending=True, stable=True)[self._rank :: self._world_size]
-        share, lengths = rows[by_length], lengths[by_length]
-        sizes = self._microbatch_sizes(lengths.tolist())
-        microbatches = [self._collate(part) for part in share.split(sizes)] if sizes else []
-        return GlobalBatch(microbatches, num_examples=len(rows), rows=rows, start_examples=start)
+        by_length = torch.argsort(lengths, descending=True, stable=True)
+        # From the lengths alone each rank knows how the others cut their shares: nothing needs to be told.
+        sizes = [
+            self._microbatch_sizes(lengths[by_length[r :: self._world_size]].tolist()) for r in range(self._world_size)
+        ]
+        own = sizes[self._rank]
+        parts = rows[by_length[self._rank :: self._world_size]].split(own) if own else ()
+        return GlobalBatch(
+            [self._collate(part) for part in parts],
+            num_idle=max(map(len, sizes)) - len(own),
+            num_examples=len(rows),
+            rows=rows,
+            start_examples=start,
+        )
+
+    def filler(self) -> TensorDict:
+        """A micro-batch of the shortest row that the run visits, for a pass whose result counts nothing."""
+        rows = self.rows_visited()  # others have no reference log-probabilities
+        return self._collate(rows[self._sequence_lengths(rows).argmin()].view(1))
+
+    def previous(self, examples: int) -> int:
+        """The examples seen before the batch that carried the run to `examples` of them."""
+        epoch, offset = divmod(examples - 1, len(self.store))
+        return epoch * len(self.store) + offset - offset % self._batch_size
 
     def _sequence_lengths(self, rows: Tensor) -> Tensor:
         """Length of each row's (longer) sequence, prompt included."""

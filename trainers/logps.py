@@ -9,6 +9,7 @@ Letters: B = sequences, T = padded length, D = width, V = vocabulary, R = target
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,23 +34,23 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
     ).last_hidden_state
 
 
-def sequence_logps(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def sequence_logps(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Sum over the target tokens of log p(token | all before it), for each sequence.
 
     Args:
         model: a causal LM of transformers that `check_head` accepts.
-        input_ids: (..., T) int64, right-padded.
-        attention_mask: (..., T) bool, True at real tokens.
-        response_mask: (..., T) bool, True where the token is a target. A token at position 0 has nothing before it
-            that could predict it, and is not a target whatever the mask says.
+        batch: a micro-batch of `BatchLoader`:
+            input_ids: (..., T) int64, right-padded.
+            attention_mask: (..., T) bool, True at real tokens.
+            response_mask: (..., T) bool, True where the token is a target. A token at position 0 has nothing before
+                it that could predict it, and is not a target whatever the mask says.
 
     Returns:
         log-probabilities (...,) float64, in nats, and numbers of target tokens (...,) int64.
     """
-    leading = input_ids.shape[:-1]
-    input_ids, attention_mask, targets = (x.flatten(0, -2) for x in (input_ids, attention_mask, response_mask))
+    names = ("input_ids", "attention_mask", "response_mask")
+    leading = batch["input_ids"].shape[:-1]
+    input_ids, attention_mask, targets = (batch[name].flatten(0, -2) for name in names)
     # The state at t predicts token t + 1: the last position predicts nothing and is not run.
     states_BTD = hidden_states(model, input_ids[:, :-1], attention_mask[:, :-1])
     targets = targets[:, 1:]

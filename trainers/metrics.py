@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.settings import TrainConfig, WandbSettings
 from trainers.checkpoint import truncate
-from trainers.parallel import sum_over_processes
+from trainers.parallel import gather_from_processes
+from trainers.preemption import Preempted
 from trainers.run_dir import RunDir
 
 
@@ -35,6 +37,7 @@ class MetricSums:
         """Begins empty. All sums live on `device`, so that one reduction takes them all, those of the host included."""
         self._device = device
         self._sums: dict[str, Tensor] = {}  # name -> (sum, count), float64
+        self._peaks: dict[str, float] = {}
 
     def __len__(self) -> int:
         """How many quantities there are."""
@@ -45,6 +48,10 @@ class MetricSums:
         parts = (total.detach(), torch.as_tensor(count))
         pair = torch.stack([part.to(self._device, torch.float64) for part in parts])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def peak(self, name: str, value: float) -> None:
+        """Notes a quantity whose largest value over steps and processes is what matters."""
+        self._peaks[name] = max(value, self._peaks.get(name, value))
 
     def state(self) -> dict[str, tuple[float, float]]:
         """This process's sums, as JSON."""
@@ -57,13 +64,28 @@ class MetricSums:
         }
 
     def means(self) -> dict[str, float]:
-        """The mean of every quantity over all that was added, by all processes, in one reduction; then empty again."""
+        """The mean of every quantity over all that was added, by all processes, in one collective; then empty again.
+
+        Every process must come here, with the same names.
+        """
         if not self._sums:
             return {}
-        names = sorted(self._sums)
-        pairs = sum_over_processes(torch.stack([self._sums[name] for name in names])).tolist()
-        self._sums = {}
-        return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
+        names, peaks = sorted(self._sums), sorted(self._peaks)
+        rows = [self._sums[name] for name in names]
+        rows += [torch.tensor([self._peaks[name], 0], dtype=torch.float64, device=self._device) for name in peaks]
+        gathered = gather_from_processes(torch.stack(rows)).cpu()
+        self._sums, self._peaks = {}, {}
+        totals = gathered[:, : len(names)].sum(0).tolist()
+        means = {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
+        return {**means, **dict(zip(peaks, gathered[:, len(names) :, 0].amax(0).tolist(), strict=True))}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that this process has held: the allocator's on a GPU, resident memory on a CPU. In GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB here
 
 
 def wandb_mode(settings: WandbSettings) -> str:
@@ -92,9 +114,12 @@ class ProgressLine:
 
     SECONDS_BETWEEN_LINES = 30.0
 
-    def __init__(self, total: int, done: int, stream: TextIO = sys.stderr) -> None:
-        """`total` and `done` are examples."""
-        self._bar = tqdm(total=total, initial=done, unit="ex", file=stream, disable=not stream.isatty(), leave=True)
+    def __init__(self, total: int, done: int, stream: TextIO = sys.stderr, *, active: bool = True) -> None:
+        """`total` and `done` are examples; one that is not active says nothing."""
+        self._active = active
+        self._bar = tqdm(
+            total=total, initial=done, unit="ex", file=stream, disable=not (active and stream.isatty()), leave=True
+        )
         self._stream = stream
         self._total, self._first, self._done = total, done, done
         self._started = time.monotonic()
@@ -112,6 +137,8 @@ class ProgressLine:
             self._write_line()
 
     def _write_line(self) -> None:
+        if not self._active:
+            return
         self._last_line = time.monotonic()
         seconds = self._last_line - self._started
         rate = (self._done - self._first) / seconds if seconds else 0.0
@@ -129,26 +156,44 @@ class ProgressLine:
 class MetricsLog:
     """`metrics.jsonl`, `samples.jsonl` and wandb of one run; use as a context manager."""
 
-    def __init__(self, run: RunDir, settings: TrainConfig, config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """Opens them where `state` (of the checkpoint that is resumed, or empty) left off: later rows are dropped."""
+    def __init__(
+        self,
+        run: RunDir,
+        settings: TrainConfig,
+        config: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *,
+        active: bool = True,
+    ) -> None:
+        """Opens them where `state` (of the checkpoint that is resumed, or empty) left off: later rows are dropped.
+
+        One that is not active, that of a process beside the first, writes nothing.
+        """
+        self._active = active
+        self._wandb: Any = None
+        if not active:
+            return
         for path, key in ((run.metrics, "metrics_bytes"), (run.samples, "samples_bytes")):
             truncate(path, state.get(key, 0))
         self._settings = settings
         self._metrics = run.metrics.open("a", encoding="utf-8")
         self._samples = run.samples.open("a", encoding="utf-8")
-        self._wandb: Any = None
         mode = "disabled" if settings.debug else wandb_mode(settings.wandb)
         if mode != "disabled":
             self._wandb = _start_wandb(run, settings, config, mode, state.get("wandb_id"))
 
     def write(self, values: Mapping[str, float]) -> None:
         """One row of metrics; `counters/examples` must be among them. Durable against a crash of this process."""
+        if not self._active:
+            return
         _append(self._metrics, values)
         if self._wandb is not None:
             self._wandb.log(dict(values))
 
     def write_samples(self, rows: list[dict[str, Any]], examples: int) -> None:
         """Rows of text, each with the counter; to wandb only if `log_text`."""
+        if not self._active:
+            return
         for row in rows:
             _append(self._samples, {"counters/examples": examples, **row})
         if self._wandb is not None and self._settings.log_text and rows:
@@ -160,6 +205,8 @@ class MetricsLog:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must know to go on writing after this row; makes the rows so far durable."""
+        if not self._active:
+            return {}
         for file in (self._metrics, self._samples):
             os.fsync(file.fileno())
         lengths = {"metrics_bytes": self._metrics.tell(), "samples_bytes": self._samples.tell()}
@@ -172,10 +219,14 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Closes the files and finishes the wandb run, as failed if there was an error."""
+        """Closes the files and finishes the wandb run, as preempted or failed if there was an error."""
+        if not self._active:
+            return
         self._metrics.close()
         self._samples.close()
         if self._wandb is not None:
+            if kind is Preempted:
+                self._wandb.mark_preempting()
             self._wandb.finish(exit_code=0 if error is None else 1)
 
 

@@ -1,4 +1,4 @@
-"""What is minimised: from a model and a micro-batch to a sum of losses.
+"""What is minimised: from the log-probabilities of a micro-batch to a sum of losses.
 
 An objective returns *sums* over the units that its loss is a mean of (pairs, sequences or tokens). The trainer divides
 by the number of units of the whole global batch, so that the loss and its gradient do not depend on how the batch was
@@ -10,8 +10,9 @@ Letters: B = examples of a micro-batch. A metric's name holds `{split}`, for whi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from tensordict import TensorDict
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from config.errors import UserError
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings
-from trainers.logps import sequence_logps
 from trainers.losses import dpo_loss, ipo_loss, reward_accuracy
+
+# A micro-batch -> log-probabilities and numbers of target tokens of its sequences, as `sequence_logps` under a model.
+LogpsOf = Callable[[TensorDict], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Objective(Protocol):
 
     needs_reference: bool
 
-    def __call__(self, model: Any, batch: TensorDict) -> LossOutput:
+    def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
         """The sum of the losses of one micro-batch, and its metrics."""
 
     def num_units(self, batch: TensorDict) -> Tensor:
@@ -64,9 +67,9 @@ class LikelihoodObjective:
         """Takes `loss.reduction`."""
         self.reduction = settings.reduction
 
-    def __call__(self, model: Any, batch: TensorDict) -> LossOutput:
+    def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
         """-sum of log-probabilities; the two reductions differ only in what the trainer divides by."""
-        logps, num_tokens = sequence_logps(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+        logps, num_tokens = logps_of(batch)
         detached = logps.detach()
         metrics = {"logps_{split}/chosen": detached, "nll_{split}": nats_per_token(detached, num_tokens)}
         return LossOutput(loss_sum=-logps.sum(), metrics=metrics)
@@ -97,10 +100,10 @@ class PreferenceObjective:
         self.settings = settings
         self.needs_reference = not settings.reference_free
 
-    def __call__(self, model: Any, batch: TensorDict) -> LossOutput:
+    def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
         """Chosen and rejected in one forward pass: (B, 2, T) -> log-probabilities (B, 2)."""
         settings = self.settings
-        logps, num_tokens = sequence_logps(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+        logps, num_tokens = logps_of(batch)
         scores = logps
         reference = torch.zeros_like(logps)
         if self.needs_reference:

@@ -4,24 +4,31 @@ During training no reference model is in memory. The cache is a file found by it
 kind of device, and the versions of the code that computes them. Points of a sweep that start together share it: one
 builds, the others wait. The weights are always the run's *initial* ones: callers load those on a resumed run, too, so
 that a cache that was deleted meanwhile is never rebuilt from trained weights.
+
+Under several processes each computes its part of the micro-batches, which are cut as one process would cut them: the
+file is the same whatever their number.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 import xxhash
 from torch import Tensor
 
+from config.errors import UserError
 from trainers.batching import BatchLoader
 from trainers.cache import build_once
-from trainers.logps import check_head, sequence_logps
+from trainers.logps import sequence_logps
+from trainers.parallel import Layout, gather_objects
+from trainers.sharding import forward_function, reshard
 from trainers.token_store import TokenStore
 
 CODE_VERSION = 1  # raise it with any change of logps.py that moves a result by more than rounding
@@ -45,75 +52,135 @@ def reference_logps(
     store: TokenStore,
     rows: Tensor,
     *,
+    layout: Layout,
     cache_dir: Path,
     pad_token_id: int,
     weights: str,
+    compute_dtype: str | None = None,
     max_tokens_per_batch: int = 16_384,
 ) -> Tensor:
     """Log-probabilities of chosen and rejected, in nats: (N, 2) float64, memory-mapped; NaN in rows not asked for.
+
+    Every process must come here.
 
     Args:
         model: the reference; computed through the same `sequence_logps` as the policy, in the model's dtype.
         store: N rows of prompt, chosen, rejected.
         rows: the rows that training will visit.
+        layout: of the model.
         cache_dir: where caches lie; the file is `reference/<key>/logps.f64`.
         pad_token_id: fills the batches.
-        weights: `weights_key(model)`.
+        weights: `weights_key` of the model before it was sharded.
+        compute_dtype: what a sharded model computes in, where that is not its own dtype.
         max_tokens_per_batch: padded positions of a batch.
     """
     rows = rows.unique()
     # Another kernel or another release of the model's code may move a result by more than the first batch's check lets.
-    code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {next(model.parameters()).device.type}"
-    key = xxhash.xxh3_128_hexdigest(f"{code} {weights} {store.select(rows).key} {model.dtype}".encode())
+    code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {layout.device.type}"
+    identity = f"{code} {weights} {store.select(rows).key} {model.dtype} {compute_dtype or model.dtype}"
+    directory, key = cache_dir / "reference", xxhash.xxh3_128_hexdigest(identity.encode())
 
     def build(folder: Path) -> None:
-        result = np.memmap(folder / "logps.f64", dtype=np.float64, mode="w+", shape=(len(store), 2))
-        result[:] = np.nan
-        lengths = store.lengths[rows].long()
-        by_length = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1), descending=True, stable=True)]
-        for batch_rows, logps in _logps_of_rows(model, store.select(by_length), pad_token_id, max_tokens_per_batch):
-            result[by_length[batch_rows].numpy()] = logps.numpy()
-        result.flush()
+        layout.on_main(lambda: "compute")
+        _write(folder, compute())
 
-    folder = build_once(cache_dir / "reference", key, build)
+    def compute() -> np.ndarray | None:
+        return _logps_of_rows(model, store, rows, layout, pad_token_id, max_tokens_per_batch)
+
+    if layout.is_main:
+        error: UserError | None = None
+        try:
+            build_once(directory, key, build)
+        except UserError as failed:
+            error = failed
+        layout.on_main(lambda: _raise_or(error, "there"))
+    else:
+        while layout.on_main(lambda: "") == "compute":
+            compute()
+    entry = _on_every_file_system(directory, key, len(store), layout)
     # A private map: pages are shared with the other processes that read the file.
-    values = torch.from_file(str(folder / "logps.f64"), shared=False, size=2 * len(store), dtype=torch.float64)
+    values = torch.from_file(str(entry / "logps.f64"), shared=False, size=2 * len(store), dtype=torch.float64)
     return values.view(len(store), 2)
+
+
+def _raise_or(error: UserError | None, answer: str) -> str:
+    if error is not None:
+        raise error
+    return answer
+
+
+def _write(folder: Path, logps: np.ndarray | None) -> None:
+    assert logps is not None  # rank 0 has what all computed
+    logps.tofile(folder / "logps.f64")
+
+
+def _on_every_file_system(directory: Path, key: str, num_rows: int, layout: Layout) -> Path:
+    """The entry, which rank 0 has, copied to where other processes look for it in vain: disks of other nodes."""
+    entry = directory / key
+    if not all(gather_objects(entry.is_dir())):
+        values = torch.empty(2 * num_rows, dtype=torch.float64)
+        if layout.is_main:
+            values = torch.from_file(str(entry / "logps.f64"), shared=False, size=2 * num_rows, dtype=torch.float64)
+        dist.broadcast(values, src=0)
+        build_once(directory, key, lambda folder: _write(folder, values.numpy()))
+    return entry
 
 
 @torch.no_grad()
 def _logps_of_rows(
-    model: Any, store: TokenStore, pad_token_id: int, max_tokens: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row numbers (B,), log-probabilities (B, 2)) of all rows of a store, batch after batch, on the host."""
-    check_head(model)
+    model: Any, store: TokenStore, rows: Tensor, layout: Layout, pad_token_id: int, max_tokens: int
+) -> np.ndarray | None:
+    """(N, 2) float64 log-probabilities of the rows, NaN elsewhere; in rank 0, None in the others."""
+    lengths = store.lengths[rows].long()
+    by_length = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1), descending=True, stable=True)]
     loader = BatchLoader(
-        store, batch_size=256, seed=0, shuffle=False, num_epochs=1, num_examples=None, num_microbatches=1,
-        max_tokens_per_microbatch=max_tokens, pad_token_id=pad_token_id,
+        store.select(by_length), batch_size=256, seed=0, shuffle=False, num_epochs=1, num_examples=None,
+        num_microbatches=1, max_tokens_per_microbatch=max_tokens, pad_token_id=pad_token_id,
     )  # fmt: skip
-    device = next(model.parameters()).device
+    logps_of = forward_function(model, sequence_logps)
     was_training = model.training
     model.eval()
+    found: list[tuple[Tensor, Tensor]] = []
+    number = 0
     for global_batch in loader.batches():
         for batch in global_batch.microbatches:
-            moved = batch.to(device)
-            logps, _ = sequence_logps(model, moved["input_ids"], moved["attention_mask"], moved["response_mask"])
-            yield batch["row"], logps.cpu()
+            if number % layout.world_size == layout.rank:
+                logps, _ = logps_of(batch.to(layout.device))
+                found.append((by_length[batch["row"]], logps.cpu()))
+            number += 1
+    if layout.rank >= (number % layout.world_size or layout.world_size):  # the others have one more: keep step
+        logps_of(loader.filler().to(layout.device))
+    reshard(model)
     model.train(was_training)
+    parts: list[Any] = [None] * layout.world_size
+    dist.gather_object(found, parts if layout.is_main else None, dst=0)
+    if not layout.is_main:
+        return None
+    result = np.full((len(store), 2), np.nan)
+    for part in parts:
+        for places, logps in part:
+            result[places.numpy()] = logps.numpy()
+    return result
 
 
 def attach_reference(
-    model: Any, loaders: Sequence[BatchLoader], *, cache_dir: Path, max_tokens_per_batch: int = 16_384
-) -> str:
-    """Gives each loader the columns that a preference objective reads; returns the key of the weights.
+    model: Any,
+    loaders: Sequence[BatchLoader],
+    *,
+    layout: Layout,
+    cache_dir: Path,
+    weights: str,
+    compute_dtype: str | None = None,
+    max_tokens_per_batch: int = 16_384,
+) -> None:
+    """Gives each loader the columns that a preference objective reads.
 
-    `model` must have the run's initial weights, see above; the trainer compares the key with that of the run's start.
+    `model` must have the run's initial weights, see above; the trainer compares `weights`, their key, with that of the
+    run's start.
     """
-    weights = weights_key(model)
     for loader in loaders:
         logps = reference_logps(
-            model, loader.store, loader.rows_visited(), cache_dir=cache_dir, pad_token_id=loader.pad_token_id,
-            weights=weights, max_tokens_per_batch=max_tokens_per_batch,
+            model, loader.store, loader.rows_visited(), layout=layout, cache_dir=cache_dir, weights=weights,
+            pad_token_id=loader.pad_token_id, compute_dtype=compute_dtype, max_tokens_per_batch=max_tokens_per_batch,
         )  # fmt: skip
         loader.columns = {"reference_chosen_logps": logps[:, 0], "reference_rejected_logps": logps[:, 1]}
-    return weights

@@ -21,6 +21,8 @@ from config.errors import UserError
 FREE_KEYS = (
     "exp_name", "run_dir", "local_run_dir", "local_dirs", "device", "fsdp_port", "debug", "dry_run", "log_text",
     "minimum_log_interval_secs", "on_non_finite", "wandb", "checkpoint",
+    # Up to rounding: how the same batches are cut and laid out.
+    "trainer", "gradient_accumulation_steps", "max_tokens_per_microbatch", "activation_checkpointing",
 )  # fmt: skip
 
 
@@ -57,13 +59,21 @@ def write_durably(path: Path, text: str) -> None:
 
 
 class RunDir:
-    """A locked run directory. Use `with RunDir.open(...) as run`; the lock goes with the process, however it ends."""
+    """A locked run directory. Use `with RunDir.open(...) as run`; the lock goes with the process, however it ends.
 
-    def __init__(self, path: Path, lock: FileLock) -> None:
-        """Use `open`."""
+    Attributes:
+        path: the directory.
+        checkpoints: where the checkpoints are.
+        latest, best: links to the newest and, with `checkpoint.keep_best`, to the best of them.
+        metrics, samples: files of JSON lines.
+    """
+
+    def __init__(self, path: Path, lock: FileLock | None) -> None:
+        """Use `open`, or `RunDir(path, None)` in a process beside the one that has opened it."""
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.latest = path / "LATEST"
+        self.best = path / "BEST"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
         self._lock = lock
@@ -134,7 +144,8 @@ class RunDir:
 
     def close(self) -> None:
         """Gives the directory back."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         """The directory itself."""

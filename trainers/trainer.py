@@ -15,13 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config.errors import UserError
 from config.settings import TrainConfig
 from trainers.batching import BatchLoader, GlobalBatch
-from trainers.checkpoint import Progress, load_checkpoint, save_checkpoint
-from trainers.logps import check_head
-from trainers.metrics import MetricsLog, MetricSums, ProgressLine
+from trainers.checkpoint import CheckpointWriter, Progress, load_checkpoint
+from trainers.flops import peak_flops, training_flops_per_token
+from trainers.logps import sequence_logps
+from trainers.metrics import MetricsLog, MetricSums, ProgressLine, peak_memory_gib
 from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective
 from trainers.optimizers import build_optimizer, learning_rate
-from trainers.parallel import Layout, clip_grad_norm, sum_over_processes
+from trainers.parallel import Layout, gather_objects, sum_over_processes
+from trainers.preemption import Preempted
 from trainers.run_dir import RunDir
+from trainers.sharding import clip_grad_norm, forward_function, reduce_gradients_in_backward, reshard, same_logits
 
 Sampler = Callable[[PreTrainedModel], list[dict[str, Any]]]
 
@@ -46,14 +49,15 @@ class Trainer:
         """Prepares a run and, if its directory has a checkpoint, puts that in place.
 
         Args:
-            policy: with its initial weights, on a resumed run too.
+            policy: laid out (`place_model`), with its initial weights, on a resumed run too.
             objective: what is minimised.
             train_loader: batches of the whole run, with the reference columns if the objective needs them.
             eval_loader: the same batches at each evaluation; None: no evaluation.
             settings: see `config/settings.py`.
             layout: this process's place.
             run: the locked run directory.
-            sampler: model -> rows for `samples.jsonl`, called at each evaluation if `sample_during_eval`.
+            sampler: model -> rows for `samples.jsonl`, called at each evaluation if `sample_during_eval`, in every
+                process with the same result.
             tokenizer: saved beside the weights.
             identity: what a resumed run must agree on besides its config, such as the key of the data: name -> value.
 
@@ -67,23 +71,23 @@ class Trainer:
         self.train_loader = train_loader
         self.eval_loader = eval_loader
         self.sampler = sampler
-        self.tokenizer = tokenizer
         self.policy = policy
-        self.policy.to(layout.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
-        check_head(self.policy)
-        if settings.activation_checkpointing:
-            # The reentrant kind needs inputs with gradients and breaks with frozen embeddings.
-            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.logps_of = forward_function(policy, sequence_logps)
+        self.checkpoints = CheckpointWriter(run, settings.checkpoint, layout, tokenizer)
         self.optimizer = build_optimizer(self.policy.parameters(), settings)
         self.train_metrics = MetricSums(layout.device)
         self.last_log = time.monotonic()
+        self.log_due = self.stop_asked = False  # as all processes have agreed for the step in hand
         self.progress = self._restore(dict(identity or {}))
-        self.saved_at = self.progress.examples  # the examples seen by the newest checkpoint; 0: there is none
+        self.saved = (self.progress.examples, self.progress.evaluated_at)  # what the newest checkpoint has seen
+        self.peak_flops = peak_flops(layout.device)
+        self.flops_per_token = training_flops_per_token(policy)
 
     def _restore(self, identity: dict[str, str]) -> Progress:
-        progress = load_checkpoint(self.run, policy=self.policy, optimizer=self.optimizer)
-        if progress is None:
+        found = load_checkpoint(self.run, policy=self.policy, optimizer=self.optimizer, layout=self.layout)
+        if found is None:
             return Progress(identity=identity)
+        progress, unlogged = found
         changed = [
             f"{name}: {progress.identity.get(name)} at its start, {value} now"
             for name, value in identity.items()
@@ -95,29 +99,55 @@ class Trainer:
                 + "\n  ".join(changed)
                 + "\nPut that back, or start anew with another exp_name."
             )
-        self.train_metrics.load(progress.unlogged)
+        self.train_metrics.load(unlogged)
         return progress
 
     def train(self) -> None:
-        """Runs to the end of the data: first evaluation, steps, evaluations, checkpoints, last evaluation and save."""
+        """Runs to the end of the data: first evaluation, steps, evaluations, checkpoints, last evaluation and save.
+
+        Raises:
+            Preempted: the run was asked to stop; it is saved as of its last step.
+        """
+        progress, is_main = self.progress, self.layout.is_main
+        with MetricsLog(self.run, self.settings, asdict(self.settings), progress.log, active=is_main) as self.log:
+            self.line = ProgressLine(self.train_loader.total_examples, progress.examples, active=is_main)
+            try:
+                self._train()
+            except Preempted:
+                self.save()
+                self.checkpoints.wait()
+                message = f"stopped as asked after {progress.examples} examples; the same command goes on from there"
+                raise Preempted(message if is_main else "") from None
+            finally:
+                self.line.close()
+
+    def _train(self) -> None:
         settings, progress = self.settings, self.progress
-        total = self.train_loader.total_examples
-        with MetricsLog(self.run, settings, asdict(settings), progress.log) as self.log:
-            self.line = ProgressLine(total, progress.examples)
-            if settings.do_first_eval and progress.examples == 0:
-                self.evaluate()
-            for batch, wait_seconds in self._timed_batches():
-                self.train_step(batch, wait_seconds)
-                self.log_training()
-                if self._passed(settings.eval_every, batch):
-                    self.evaluate()
-                if self._passed(settings.checkpoint.every_examples or settings.eval_every, batch):
-                    self.save()
-            self.log_training(always=True)
-            if progress.evaluated_at != progress.examples:
-                self.evaluate()
+        if self._evaluation_is_due():
+            self.evaluate()
             self.save()
-            self.line.close()
+        for batch, wait_seconds in self._timed_batches():
+            self.train_step(batch, wait_seconds)
+            self.log_training()
+            if self._passed(settings.eval_every, batch.num_examples):
+                self.evaluate()
+            if self._passed(settings.checkpoint.every_examples or settings.eval_every, batch.num_examples):
+                self.save()
+            if self.stop_asked:
+                raise Preempted
+        self.log_training(always=True)
+        if progress.evaluated_at != progress.examples:
+            self.evaluate()
+        self.save()
+        self.checkpoints.wait()
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether the run begins with an evaluation: its first one, or one that a request to stop cut short."""
+        progress = self.progress
+        if progress.examples == 0:
+            return self.settings.do_first_eval
+        last = progress.examples - self.train_loader.previous(progress.examples)
+        return self._passed(self.settings.eval_every, last) and progress.evaluated_at != progress.examples
 
     def _timed_batches(self) -> Iterator[tuple[GlobalBatch, float]]:
         """Batches from the run's position on, each with the seconds that it was waited for."""
@@ -129,10 +159,10 @@ class Trainer:
                 return
             yield batch, time.monotonic() - started
 
-    def _passed(self, every: int, batch: GlobalBatch) -> bool:
-        """Whether this batch carried the examples seen over a multiple of `every`."""
+    def _passed(self, every: int, num_examples: int) -> bool:
+        """Whether the last batch, of `num_examples`, carried the examples seen over a multiple of `every`."""
         examples = self.progress.examples
-        return examples // every > (examples - batch.num_examples) // every
+        return examples // every > (examples - num_examples) // every
 
     def train_step(self, batch: GlobalBatch, wait_seconds: float = 0.0) -> None:
         """One optimizer step on one global batch; its loss is the exact mean over the units of all micro-batches.
@@ -144,9 +174,11 @@ class Trainer:
         started = time.monotonic()
         self.policy.train()
         outputs, loss_sum, num_units = self.accumulate_gradients(batch)
-        grad_norm = clip_grad_norm(self.policy.parameters(), self.settings.max_grad_norm)
+        grad_norm, total_loss = clip_grad_norm(
+            self.policy.parameters(), self.settings.max_grad_norm, loss_sum, self.layout
+        )
         # The one wait for the device in a step: whether to take it is a decision of the host.
-        if bool(torch.isfinite(grad_norm) & torch.isfinite(loss_sum)):
+        if bool(torch.isfinite(grad_norm) & torch.isfinite(total_loss)):
             lr = learning_rate(self.progress.updates, self.train_loader.steps, self.settings)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -155,43 +187,72 @@ class Trainer:
             self.train_metrics.add("grad_norm", grad_norm, 1.0)
             self.train_metrics.add("learning_rate", torch.tensor(lr), 1.0)
         else:
-            self._refuse_step(batch, outputs, loss_sum, grad_norm)
+            self._refuse_step(batch, outputs, total_loss, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.examples += batch.num_examples
         self.progress.updates += 1
-        num_tokens = torch.stack([microbatch["attention_mask"].sum() for microbatch in batch.microbatches]).sum()
-        seconds = time.monotonic() - started + wait_seconds
-        self.train_metrics.add("examples_per_second", torch.tensor(batch.num_examples), seconds)
-        self.train_metrics.add("tokens_per_second", num_tokens, seconds)
-        self.train_metrics.add("data_wait_seconds", torch.tensor(wait_seconds), 1.0)
+        self._add_speed(batch, time.monotonic() - started, wait_seconds)
+
+    def _add_speed(self, batch: GlobalBatch, step_seconds: float, wait_seconds: float) -> None:
+        """Rates of the whole run: sums over processes are divided by their summed seconds."""
+        seconds, world_size = step_seconds + wait_seconds, self.layout.world_size
+        num_tokens = sum(int(microbatch["attention_mask"].sum()) for microbatch in batch.microbatches)
+        metrics = self.train_metrics
+        metrics.add("examples_per_second", torch.tensor(batch.num_examples), seconds)
+        metrics.add("tokens_per_second", torch.tensor(num_tokens * world_size), seconds)
+        metrics.add("data_wait_seconds", torch.tensor(wait_seconds), 1.0)
+        if self.peak_flops is not None:
+            metrics.add("mfu", torch.tensor(self.flops_per_token * num_tokens / self.peak_flops), seconds)
+        metrics.peak("memory/peak", peak_memory_gib(self.layout.device))
 
     def accumulate_gradients(self, batch: GlobalBatch) -> tuple[list[LossOutput], Tensor, float]:
         """Adds the gradient of the global batch's mean loss to the policy's.
 
         Returns:
-            what the objective said of each micro-batch (detached), the sum of losses (scalar), and the number of units
-            of the whole global batch.
+            what the objective said of each micro-batch of this process (detached; of a pass that counts nothing, the
+            names of its metrics without values), their sum of losses (scalar), and their number of units.
         """
-        num_units = self._count_units(batch.microbatches)
+        own, num_units = self._count_units(batch.microbatches)
         outputs = []
-        for microbatch in batch.microbatches:
-            output = self.objective(self.policy, microbatch.to(self.layout.device))
-            if batch.start_examples == 0:
+        passes = len(batch.microbatches) + batch.num_idle
+        for number, microbatch in enumerate(self._passes(batch, self.train_loader)):
+            # Summed over the processes once, in the last pass: not a reduce-scatter for each micro-batch.
+            reduce_gradients_in_backward(self.policy, number == passes - 1)
+            output = self.objective(self.logps_of, microbatch.to(self.layout.device))
+            counts = number < len(batch.microbatches)
+            if batch.start_examples == 0 and counts:
                 self.objective.check_first_batch(output, microbatch["input_ids"].shape[-1], self._coarser_dtype())
-            (output.loss_sum / num_units).backward()
-            outputs.append(LossOutput(output.loss_sum.detach(), output.metrics))
-        return outputs, torch.stack([output.loss_sum for output in outputs]).sum(), num_units
+            (output.loss_sum * float(counts) / num_units).backward()
+            outputs.append(_detached(output, counts))
+        return outputs, torch.stack([output.loss_sum for output in outputs]).sum(), own
+
+    @staticmethod
+    def _passes(batch: GlobalBatch, loader: BatchLoader) -> list[TensorDict]:
+        """This process's micro-batches, and fillers up to the number of passes that every process makes."""
+        return [*batch.microbatches, *([loader.filler()] * batch.num_idle if batch.num_idle else [])]
 
     def _coarser_dtype(self) -> torch.dtype:
-        """The dtype with the larger rounding error, of policy and reference: `model.reference_dtype` may differ."""
-        reference = f"torch.{self.settings.model.reference_dtype}"
-        dtypes = [self.policy.dtype, *(dtype for dtype in TOLERANCE_PER_TOKEN if str(dtype) == reference)]
+        """The dtype with the larger rounding error, of what policy and reference are kept in and computed in."""
+        model = self.settings.model
+        names = {f"torch.{name}" for name in (model.reference_dtype, self._compute_dtype())}
+        dtypes = [self.policy.dtype, *(dtype for dtype in TOLERANCE_PER_TOKEN if str(dtype) in names)]
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
-    def _count_units(self, microbatches: list[TensorDict]) -> float:
-        """Units of the global batch, over all processes; counted on the host, before any backward pass."""
-        local = torch.stack([self.objective.num_units(microbatch) for microbatch in microbatches]).sum()
-        return sum_over_processes(local.double()).item()
+    def _compute_dtype(self) -> str | None:
+        return self.settings.model.fsdp_policy_mp if self.layout.mesh is not None else None
+
+    def _count_units(self, microbatches: list[TensorDict]) -> tuple[float, float]:
+        """Units of this process's micro-batches, and of the global batch.
+
+        Counted on the host, before any backward pass. What all processes must decide alike travels along: whether to
+        stop, and whether to log (rank 0's clock tells).
+        """
+        own = sum(float(self.objective.num_units(microbatch)) for microbatch in microbatches)
+        log_due = time.monotonic() - self.last_log >= self.settings.minimum_log_interval_secs
+        told = [own, float(bool(self.layout.stop)), float(log_due and self.layout.is_main)]
+        num_units, stop, log = sum_over_processes(torch.tensor(told, dtype=torch.float64)).tolist()
+        self.stop_asked, self.log_due = stop > 0, log > 0
+        return own, num_units
 
     @staticmethod
     def add_metrics(
@@ -203,22 +264,24 @@ class Trainer:
             for name, values in output.metrics.items():
                 sums.add(name.format(split=split), values.double().sum(), values.numel())
 
-    def _refuse_step(self, batch: GlobalBatch, outputs: list[LossOutput], loss_sum: Tensor, grad_norm: Tensor) -> None:
+    def _refuse_step(self, batch: GlobalBatch, outputs: list[LossOutput], loss: Tensor, grad_norm: Tensor) -> None:
         """Skips a step that is not finite, or stops the run before it."""
         if self.settings.on_non_finite == "skip":
             self.progress.skipped += 1
             return
-        rows = []
-        for microbatch, output in zip(batch.microbatches, outputs, strict=True):
+        own = []
+        for microbatch, output in zip(batch.microbatches, outputs, strict=False):  # fillers have outputs, too
             values = torch.stack([values.double() for values in output.metrics.values()])
-            rows += microbatch["row"][~torch.isfinite(values).all(dim=0).cpu()].tolist()
+            own += microbatch["row"][~torch.isfinite(values).all(dim=0).cpu()].tolist()
+        rows = [row for part in gather_objects(own) for row in part]
         culprits = rows or batch.rows.tolist()
         shown = ", ".join(f"{self.train_loader.store.ids(row)} (row {row})" for row in culprits[:8])
         more = f" and {len(culprits) - 8} more" if len(culprits) > 8 else ""
         self.optimizer.zero_grad(set_to_none=True)
         self.save()
+        self.checkpoints.wait()
         raise UserError(
-            f"the step after {self.progress.examples} examples is not finite: loss {loss_sum.item():.3g}, gradient "
+            f"the step after {self.progress.examples} examples is not finite: loss {loss.item():.3g}, gradient "
             f"norm {grad_norm.item():.3g}; {'examples' if rows else 'one or more of the examples'} {shown}{more}. It "
             "was not taken. Lower lr or max_grad_norm (with another exp_name), use model.policy_dtype=float32, or go "
             "on without such steps: the same command with on_non_finite=skip."
@@ -226,11 +289,10 @@ class Trainer:
 
     def log_training(self, *, always: bool = False) -> None:
         """A row with the means since the last one, if `minimum_log_interval_secs` have passed."""
-        now = time.monotonic()
-        if not always and now - self.last_log < self.settings.minimum_log_interval_secs:
+        if not always and not self.log_due:
             self.line.update(self.progress.examples)
             return
-        self.last_log = now
+        self.last_log = time.monotonic()
         means = self.train_metrics.means()
         if not means:
             return
@@ -244,33 +306,68 @@ class Trainer:
         return {**counters, "counters/skipped": self.progress.skipped} if self.progress.skipped else counters
 
     def evaluate(self) -> None:
-        """Means over the whole evaluation set, and samples; neither leaves a trace in the random numbers."""
-        self.progress.evaluated_at = self.progress.examples
+        """Means over the whole evaluation set, and samples; neither leaves a trace in the random numbers.
+
+        Raises:
+            Preempted: in the middle, with nothing written: the evaluation is made anew when the run goes on.
+        """
         devices = [self.layout.device] if self.layout.device.type == "cuda" else []
+        means: dict[str, float] = {}
+        samples: list[dict[str, Any]] = []
         self.policy.eval()
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             if self.eval_loader is not None:
-                self.log.write({**self._evaluation_means(self.eval_loader), **self._counters()})
+                means = self._evaluation_means(self.eval_loader)
             if self.settings.sample_during_eval and self.sampler is not None:
-                self.log.write_samples(self.sampler(self.policy), self.progress.examples)
+                with same_logits(self.policy, self.layout):
+                    samples = self.sampler(self.policy)
+        reshard(self.policy)
+        self._require_metric(self.settings.checkpoint.keep_best, means)
+        self.progress.evaluated_at, self.progress.evaluation = self.progress.examples, means
+        if means:
+            self.log.write({**means, **self._counters()})
+        self.log.write_samples(samples, self.progress.examples)
+
+    @staticmethod
+    def _require_metric(name: str | None, means: dict[str, float]) -> None:
+        if name is not None and name not in means:
+            raise UserError(
+                f"checkpoint.keep_best={name}: an evaluation of this run does not measure it; choose one of "
+                f"{', '.join(sorted(means)) or 'none: nothing is held out'}."
+            )
 
     def _evaluation_means(self, loader: BatchLoader) -> dict[str, float]:
         sums = MetricSums(self.layout.device)
         for batch in loader.batches():
-            num_units = self._count_units(batch.microbatches)
-            outputs = [self.objective(self.policy, micro.to(self.layout.device)) for micro in batch.microbatches]
+            num_units, _ = self._count_units(batch.microbatches)
+            if self.stop_asked:
+                raise Preempted
+            outputs = [
+                _detached(self.objective(self.logps_of, one.to(self.layout.device)), number < len(batch.microbatches))
+                for number, one in enumerate(self._passes(batch, loader))
+            ]
             loss_sum = torch.stack([output.loss_sum for output in outputs]).sum()
             self.add_metrics(sums, "eval", outputs, loss_sum, num_units)
         return sums.means()
 
     def save(self) -> None:
-        """A checkpoint of this moment; none under `debug`, none before the first step, none twice."""
-        if self.settings.debug or self.saved_at == self.progress.examples:
+        """Begins a checkpoint of this moment; none under `debug`, none before the first step, none twice."""
+        moment = (self.progress.examples, self.progress.evaluated_at)
+        if self.settings.debug or not self.progress.examples or self.saved == moment:
             return
-        self.progress.unlogged = self.train_metrics.state()
         self.progress.log = self.log.state()
-        save_checkpoint(
-            self.run, policy=self.policy, tokenizer=self.tokenizer, optimizer=self.optimizer,
-            progress=self.progress, settings=self.settings.checkpoint,
-        )  # fmt: skip
-        self.saved_at = self.progress.examples
+        self.checkpoints.save(
+            policy=self.policy,
+            optimizer=self.optimizer,
+            progress=self.progress,
+            unlogged=self.train_metrics.state(),
+        )
+        self.saved = moment
+
+
+def _detached(output: LossOutput, counts: bool) -> LossOutput:
+    """Without the graph; of a pass that counts nothing, no loss, and the metrics' names without values."""
+    if counts:
+        return LossOutput(output.loss_sum.detach(), output.metrics)
+    metrics = {name: values[:0] for name, values in output.metrics.items()}
+    return LossOutput(torch.zeros_like(output.loss_sum), metrics)

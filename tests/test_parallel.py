@@ -1,0 +1,248 @@
+"""Training over several processes equals training in one: losses, weights, reference, evaluation, checkpoints."""
+
+import json
+import os
+import signal
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from config.errors import UserError
+from config.settings import (
+    CheckpointSettings,
+    GenerationSettings,
+    LikelihoodLossSettings,
+    PreferenceLossSettings,
+    TrainerSettings,
+)
+from safer_instruct.generation import HFGenerator
+from tests.conftest import byte_level_tokenizer, tiny_llama
+from tests.ranks import Ranks, read, run_ranks
+from tests.tiny_models import SUPPORTED, tiny_model
+from tests.tiny_runs import tiny_settings, tiny_trainer
+from trainers.parallel import launch
+from trainers.run_dir import RunDir
+from trainers.sharding import find_blocks, same_logits
+from trainers.trainer import Trainer
+
+LOSSES = {
+    "dpo": PreferenceLossSettings(name="dpo", nll_weight=0.3),
+    "sft": LikelihoodLossSettings(name="sft"),
+    "reverse": LikelihoodLossSettings(name="reverse", reduction="token_mean"),
+}
+LAYOUTS = {  # name -> processes, replicas
+    "fsdp 2": (2, 1),
+    "fsdp 4": (4, 1),
+    "hsdp 2x2": (4, 2),
+}
+STEPS = 20
+IDS = torch.arange(3, 15)[None]
+
+
+def settings_of(loss: str, accumulation: int, processes: int, replicas: int, **changes):
+    """20 steps over 46 rows of unequal lengths in batches of 5: the last of an epoch has 1 row, fewer than ranks."""
+    name = "BasicTrainer" if processes == 1 else "FSDPTrainer"
+    settings = tiny_settings(
+        loss=LOSSES[loss], batch_size=5, eval_batch_size=5, n_epochs=2, optimizer="AdamW", lr=3e-4,
+        gradient_accumulation_steps=accumulation, eval_every=60,
+        trainer=TrainerSettings(name=name, num_processes=processes, num_replicas=replicas),
+    )  # fmt: skip
+    return replace(settings, **changes)
+
+
+def train(layout, folder: Path, run_name: str, settings, model: str = "llama"):
+    path = folder / run_name
+    opened: list[RunDir] = []
+    layout.on_main(lambda: opened.append(RunDir.open(path, config=asdict(settings), manifest={})))
+    with opened[0] if layout.is_main else RunDir(path, None) as run:
+        tiny_trainer(folder, layout, run, settings, model=model, num_rows=46).train()
+
+
+def start(folder: Path, run_name: str, settings, model: str = "llama") -> None:
+    if settings.trainer.name == "BasicTrainer":
+        launch(lambda layout: train(layout, folder, run_name, settings, model), settings)
+    else:
+        run_ranks(train, settings.trainer.num_processes, settings, folder, run_name, settings, model)
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [value for row in rows for name, value in row.items() if name in ("loss/train", "loss/eval")]
+
+
+def weights(run: Path) -> torch.Tensor:
+    tensors = load_file(run / "LATEST" / "model" / "model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_twenty_steps_equal_those_of_one_process(tmp_path, loss, accumulation):
+    start(tmp_path, "one", settings_of(loss, accumulation, 1, 1))
+    expected, one = losses(tmp_path / "one"), weights(tmp_path / "one")
+    assert len(expected) == STEPS + 3
+    for name, (processes, replicas) in LAYOUTS.items():
+        start(tmp_path, name, settings_of(loss, accumulation, processes, replicas))
+        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5), name
+        difference = (weights(tmp_path / name) - one).abs()
+        print(f"{loss} {accumulation} {name}: mean {difference.mean():.2e} largest {difference.max():.2e}")
+        assert difference.mean() < 1e-6, name
+
+
+def deviation(run: Path, other: Path) -> float:
+    """Mean absolute difference of the final weights."""
+    return (weights(run) - weights(other)).abs().mean().item()
+
+
+def train_and_keep_logits(layout, folder, run_name, settings, model):
+    """A run; rank 0 leaves the logits of the trained policy, sharded as it is, in <run>/logits.pt."""
+    kept = {}
+    original = Trainer.train
+
+    def train_and_keep(self):
+        original(self)
+        with torch.no_grad():
+            kept["logits"] = self.policy.eval()(IDS).logits
+
+    Trainer.train = train_and_keep
+    train(layout, folder, run_name, settings, model)
+    if layout.is_main:
+        torch.save(kept["logits"], folder / run_name / "logits.pt")
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_every_architecture_is_sharded_materialised_and_saved(tmp_path, name):
+    """Losses of one process; and what is saved has, to the last bit, the logits of the sharded model in training."""
+    one = settings_of("sft", 2, 1, 1, n_epochs=1, activation_checkpointing=True)
+    start(tmp_path, "one", one, name)
+    two = settings_of("sft", 2, 2, 1, n_epochs=1, activation_checkpointing=True)
+    run_ranks(train_and_keep_logits, 2, two, tmp_path, "two", two, name)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6, abs=1e-5)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "LATEST" / "model")
+    assert type(saved) is type(tiny_model(name))
+    with torch.no_grad():
+        logits = saved.eval()(IDS).logits
+    assert torch.equal(logits, read(tmp_path / "two", "logits.pt"))
+
+
+def die_after(layout, folder, run_name, settings, model, steps):
+    """A run whose processes are all killed at the begin of a step; the checkpoints before it are complete."""
+    original, count = Trainer.train_step, [0]
+
+    def counted(self, *arguments):
+        count[0] += 1
+        if count[0] > steps:
+            self.checkpoints.wait()
+            dist.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, *arguments)
+
+    Trainer.train_step = counted
+    train(layout, folder, run_name, settings, model)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+def test_a_run_goes_on_under_any_layout(tmp_path, loss):
+    """Started on 2 processes, then on 4, as 2 replicas of 2, as one of 1 shard, and finished in one process."""
+    checkpoint = CheckpointSettings(every_examples=5, keep_last=2)
+    start(tmp_path, "straight", settings_of(loss, 1, 1, 1, checkpoint=checkpoint))
+    for processes, replicas, steps in ((2, 1, 5), (4, 1, 3), (4, 2, 4), (1, 1, 3)):
+        changes = {"trainer": TrainerSettings("FSDPTrainer", processes, replicas), "checkpoint": checkpoint}
+        settings = settings_of(loss, 1, 2, 1, **changes)
+        died = Ranks(die_after, processes, settings, tmp_path, "moved", settings, "llama", steps).join()
+        assert died == [-signal.SIGKILL] * processes
+    start(tmp_path, "moved", settings_of(loss, 1, 1, 1, checkpoint=checkpoint))
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5)
+    assert deviation(tmp_path / "moved", tmp_path / "straight") < 1e-6
+
+
+def test_the_reference_cache_is_the_same_file_for_any_number_of_processes(tmp_path):
+    files = []
+    for processes in (1, 2, 4):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        start(folder, "run", settings_of("dpo", 1, processes, 1, n_epochs=1))
+        entries = [path for path in (folder / "cache" / "reference").iterdir() if path.is_dir()]
+        files.append({path.name: (path / "logps.f64").read_bytes() for path in entries})
+    assert len(files[0]) == 2  # training and evaluation
+    assert files[0] == files[1] == files[2]
+
+
+def test_bfloat16_compute_keeps_float32_masters(tmp_path):
+    """Losses within what bfloat16 rounds, a first reward of 0, and weights that move by less than bfloat16 resolves."""
+    start(tmp_path, "one", settings_of("dpo", 1, 1, 1))
+    settings = settings_of("dpo", 1, 2, 1)
+    settings = replace(settings, model=replace(settings.model, fsdp_policy_mp="bfloat16"))
+    start(tmp_path, "two", settings)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0.03)
+    assert losses(tmp_path / "two") != pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    # Not 0.0 as in float32: the cache's batches have other shapes, which bfloat16 rounds otherwise (beta x 0.05 nats).
+    assert rows[0]["rewards_eval/margins"] == pytest.approx(0.0, abs=5e-3)
+    final = weights(tmp_path / "two")
+    assert final.dtype == torch.float32
+    assert not torch.equal(final.bfloat16().float(), final)
+
+
+def count_reductions(layout, folder, settings):
+    """Leaves the number of reduce-scatters of one step in reductions-<accumulation>.pt."""
+    original, counts = Trainer.accumulate_gradients, []
+
+    def profiled(self, batch):
+        with torch.profiler.profile() as profile:
+            result = original(self, batch)
+        counts.append(sum(event.count for event in profile.key_averages() if "reduce_scatter" in event.key))
+        return result
+
+    Trainer.accumulate_gradients = profiled
+    accumulation = settings.gradient_accumulation_steps
+    train(layout, folder, f"run-{accumulation}", settings)
+    if layout.is_main:
+        torch.save(torch.tensor(counts), folder / f"reductions-{accumulation}.pt")
+
+
+def test_gradients_are_reduced_once_a_step(tmp_path):
+    counts = {}
+    for accumulation in (1, 2):
+        settings = settings_of("sft", accumulation, 2, 1, n_examples=10)
+        run_ranks(count_reductions, 2, settings, tmp_path, settings)
+        counts[accumulation] = read(tmp_path, f"reductions-{accumulation}.pt").tolist()
+    assert counts[1] == counts[2]
+    assert min(counts[1]) > 0
+
+
+def sample(layout, folder):
+    """Generates under `same_logits` with other weights in each process."""
+    tokenizer = byte_level_tokenizer(add_bos=True)
+    model = tiny_llama(len(tokenizer), seed=layout.rank)
+    settings = GenerationSettings(max_new_tokens=40, temperature=1.0)
+    prompts = {"a": [1, 5, 9], "b": [1, 7, 8, 9, 30], "c": [1, 40]}
+    with same_logits(model, layout):
+        outputs = HFGenerator(model, tokenizer, settings).generate_from_tokens(prompts)
+        texts = sorted((one.id, one.text) for one in outputs)
+    (folder / f"texts-{layout.rank}.json").write_text(json.dumps(texts))
+
+
+def test_processes_that_would_sample_apart_do_not(tmp_path):
+    """Different weights stand for rounding that differs: every process follows rank 0, token by token."""
+    run_ranks(sample, 2, settings_of("sft", 1, 2, 1), tmp_path)
+    first, second = (json.loads((tmp_path / f"texts-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    launch(lambda layout: sample(layout, tmp_path), tiny_settings())  # rank 0 alone
+    assert json.loads((tmp_path / "texts-0.json").read_text()) == first
+
+
+def test_blocks_are_found_and_a_wrong_name_lists_the_candidates():
+    for name, expected in {"llama": "LlamaDecoderLayer", "gpt_neox": "GPTNeoXLayer", "gpt2": "GPT2Block"}.items():
+        model = tiny_model(name)
+        assert {type(block).__name__ for block in find_blocks(model, None)} == {expected}
+        assert find_blocks(model, expected) == find_blocks(model, None)
+    with pytest.raises(UserError, match=r"block_name=LlamaBlock: .* its lists hold LlamaDecoderLayer \(2\)"):
+        find_blocks(tiny_model(), "LlamaBlock")
+    with pytest.raises(UserError, match="has no list of blocks"):
+        find_blocks(torch.nn.Linear(2, 2), None)

@@ -1,0 +1,40 @@
+"""Arithmetic of a training step, for `mfu`: the share of what the GPU could do that the model needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Dense bfloat16 FLOP/s, from the vendor's data sheets; the first name that is part of the device's.
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "GH200": 9.89e14,
+    "H200": 9.89e14,
+    "H100 PCIe": 7.56e14,
+    "H100": 9.89e14,
+    "H800": 9.89e14,
+    "A100": 3.12e14,
+    "A800": 3.12e14,
+    "L40S": 3.62e14,
+    "A10G": 7.0e13,
+    "RTX 4090": 1.65e14,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of bfloat16 matrix products that a GPU is built for; None: a CPU, or a GPU that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def training_flops_per_token(model: Any) -> float:
+    """Forward and backward pass of a token through the blocks: 6 x their parameters (Kaplan et al. 2020, sec. 2.1).
+
+    Embeddings, the output head and the products of attention are left out, so that `mfu` is a lower bound.
+    """
+    embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return 6.0 * sum(one.numel() for one in model.parameters() if id(one) not in embeddings)

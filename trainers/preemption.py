@@ -1,0 +1,80 @@
+"""Stopping on request: SIGTERM or SIGUSR1 ends a run at its next step boundary, with a checkpoint.
+
+Slurm sends SIGTERM before it takes a job's nodes away, and whatever `sbatch --signal` names before the time is up. The
+first signal asks; a second one, more than a second later, exits at once. (Less than that apart, they are one request
+that came twice: Slurm and torchrun both deliver it to every process.)
+
+Nothing but the standard library is imported here, so that `train.py` can answer while torch is still loading.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later. scripts/slurm/train.sbatch requeues on it
+SAME_REQUEST_SECONDS = 1.0
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and all that it has is saved."""
+
+
+def exit_on_signals() -> None:
+    """Until a run begins there is nothing to save: a signal exits with the status that asks for another try."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        _say(f"{signal.Signals(number).name} before the run had begun; the same command begins it")
+        os._exit(PREEMPTED_STATUS)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
+
+
+class StopRequest:
+    """Whether this process, or the launcher that started it, was asked to stop."""
+
+    def __init__(self, asked_elsewhere: Callable[[], bool] = lambda: False) -> None:
+        """Nothing was asked yet.
+
+        Args:
+            asked_elsewhere: a look at what other processes were asked; cheap, for it is called at every step.
+        """
+        self._asked_elsewhere = asked_elsewhere
+        self._asked_at: float | None = None
+
+    def __bool__(self) -> bool:
+        """True from the first request on."""
+        return self._asked_at is not None or self._asked_elsewhere()
+
+    def ask(self, number: int, frame: FrameType | None = None) -> None:
+        """What the signal handler does; the second request ends the process (128 + signal, as shells have it)."""
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Answers signals for the time of the context; in the main thread, the only one that may."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    os.write(sys.stderr.fileno(), f"train.py: {text}\n".encode())
