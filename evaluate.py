@@ -155,7 +155,7 @@ def _logps(model: Any, batch: Any) -> torch.Tensor:
     """The one place that knows how trainers/ is asked for log-probabilities of a micro-batch: (...,) float64."""
     from trainers.logps import sequence_logps
 
-    return sequence_logps(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])[0]
+    return sequence_logps(model, batch)[0]
 
 
 def rewards_part(config: EvaluateConfig, evaluation: Evaluation) -> dict[str, Any]:
