@@ -18,10 +18,10 @@ from tests.loopback_server import loopback
 
 
 @pytest.mark.slow
-def test_killed_twice_and_typed_again(tmp_path):
-    outcome = measure(tmp_path, num_prompts=40, num_models=3, kills=2, delay_seconds=0.15)
+def test_killed_and_typed_again(tmp_path):
+    outcome = measure(tmp_path, num_prompts=40, num_models=3, kills=1, delay_seconds=0.15)
     assert (outcome.rows, outcome.lost, outcome.twice, outcome.same_report) == (120, 0, 0, True)
-    assert outcome.asked_again <= 2 * CONCURRENCY
+    assert outcome.asked_again <= CONCURRENCY
 
 
 def test_shards_judge_each_row_once_and_their_report_is_that_of_one_process(tmp_path, monkeypatch):
