@@ -2,6 +2,8 @@
 
     python evaluate.py models.base.path=FOLDER models.dpo.path=runs/si_dpo \
         prompts.unsafe.path=unsafe.jsonl prompts.benign.path=benign.jsonl expert=rules output=runs/report
+    python evaluate.py prompts=published responses=csv path=test_set.csv expert=openai expert.model=NAME output=FOLDER
+    python evaluate.py compare=[runs/a,runs/b] output=FOLDER
 
 Writes report.json, report.md, report.html and samples.jsonl into `output`. The same command goes on with an evaluation
 that was stopped. The text of models and prompts goes into samples.jsonl and behind a click of the page, nowhere else.
@@ -10,42 +12,37 @@ that was stopped. The text of models and prompts goes into samples.jsonl and beh
 from __future__ import annotations
 
 import logging
-import re
+import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import ValidationError
-from tqdm import tqdm
 
 from config.checks import check_evaluate
 from config.errors import UserError
-from config.overrides import nearest
+from config.named import expand_named
 from config.schema import run_entrypoint
-from config.settings import EvaluateConfig, EvaluatedModelSettings, PromptSetSettings
-from safer_instruct.answers import Answer, Respondent, check_model, generate_answers, judge_answers, prompt_key
-from safer_instruct.curves import Points, plot_runs, read_curves
-from safer_instruct.experts import build_expert
-from safer_instruct.judging import JudgedOutput, summarize
+from config.settings import MISSING, DatasetSettings, EvaluateConfig
+from safer_instruct.answers import WHOLE, Respondent
+from safer_instruct.comparisons import compare_models
+from safer_instruct.curves import plot_compared, plot_runs, read_curves
+from safer_instruct.downstream import encode_choice
+from safer_instruct.evaluation import Evaluation, Judged, ask_all, build_parts, judge_all, prepare, timed
+from safer_instruct.finished import find_finished, read_evaluations
+from safer_instruct.judging import JudgedOutput, single_outcome, summarize
 from safer_instruct.page import pick_samples, render_page
-from safer_instruct.prompt_sets import EvaluationPrompt, Overlap, find_overlap, load_prompt_sets
 from safer_instruct.provenance import git_state, package_versions
 from safer_instruct.report import (
     HEADLINE,
     build_report,
     describe_prompts,
-    rate_text,
+    headline_text,
     render_markdown,
     sample_row,
     shown_metrics,
@@ -53,142 +50,238 @@ from safer_instruct.report import (
     write_json,
     write_samples,
 )
-from safer_instruct.report_inputs import read_induction_report, read_stages
+from safer_instruct.report_inputs import read_induction_report
+from safer_instruct.reward_checks import check_rewards
+from safer_instruct.tables import extra_tables
+from safer_instruct.training_runs import compare_training_runs, read_training_run
 
 if TYPE_CHECKING:
-    from safer_instruct.experts import Expert
+    from safer_instruct.plots import Plot
+    from trainers.token_store import TokenStore
 
 log = logging.getLogger(__name__)
 
-NAMED: dict[str, type[Any]] = {"models": EvaluatedModelSettings, "prompts": PromptSetSettings}
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-@dataclass
-class Evaluation:
-    """All that an evaluation needs, read and checked; no weights are loaded yet."""
-
-    respondents: dict[str, Respondent]
-    prompt_sets: dict[str, list[EvaluationPrompt]]
-    expert: Expert
-    device: torch.device
-    overlaps: list[Overlap]
-    dataset: dict[str, Any] | None
-    curves: dict[str, dict[str, Points]]
-    stages: list[dict[str, Any]]
-
-    @property
-    def prompts(self) -> list[EvaluationPrompt]:
-        """The prompts of all sets."""
-        return list(chain.from_iterable(self.prompt_sets.values()))
+NO_JUDGE = {"name": "", "fingerprint": ""}
 
 
 def check(config: EvaluateConfig) -> list[str]:
     """All errors of the command that show before a file is read."""
-    errors = check_evaluate(config)
-    if not config.models:
-        errors.append("no models: name at least one, models.NAME.path=FOLDER (a model folder, or a run of train.py)")
-    for name, model in config.models.items():
-        if model.dtype not in DTYPES:
-            errors.append(f"models.{name}.dtype={model.dtype}: no such choice. Choices: {', '.join(DTYPES)}")
-    if config.samples_per_set < 0:
-        errors.append(f"samples_per_set={config.samples_per_set}: must be 0 or more; 0 shows no answers on the page")
-    return errors
+    return check_evaluate(with_paths(config))
 
 
-def prepare(config: EvaluateConfig) -> Evaluation:
-    """Reads everything but weights: whatever is wrong is said before the first minute is spent.
-
-    Raises:
-        UserError: A prompt set, model, judge or file of the report is missing or broken.
-    """
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if config.device == "auto" else config.device)
-    prompt_sets = load_prompt_sets(config.prompts)
-    dataset = read_induction_report(config.induction_report) if config.induction_report else None
-    expert = build_expert(config.expert, device)
-    expert.check()
-    evaluation = Evaluation(
-        respondents={name: check_model(name, model) for name, model in config.models.items()},
-        prompt_sets=prompt_sets,
-        expert=expert,
-        device=device,
-        overlaps=[],
-        dataset=dataset,
-        curves={name: read_curves(name, path) for name, path in config.curves.items()},
-        stages=read_stages(config.stages_file) if config.stages_file else [],
-    )
-    evaluation.overlaps = [find_overlap(path, evaluation.prompts) for path in config.training_data]
-    for overlap in evaluation.overlaps:
-        if overlap.prompt_ids:
-            log.warning("warning: %d prompts also occur in %s", len(overlap.prompt_ids), overlap.path)
-    return evaluation
+def with_paths(config: EvaluateConfig) -> EvaluateConfig:
+    """The settings with `path=` filled in for the prompt sets that have none of their own."""
+    if config.path is None:
+        return config
+    sets = {
+        name: replace(settings, path=config.path) if settings.path == MISSING else settings
+        for name, settings in config.prompts.items()
+    }
+    return replace(config, prompts=sets)
 
 
 def main(config: EvaluateConfig) -> None:
-    """The whole evaluation of one command."""
+    """The whole evaluation of one command, or the comparison of finished ones."""
     started = time.perf_counter()
-    evaluation = prepare(config)
+    config = with_paths(config)
+    evaluation = None if config.compare else prepare(config, _shard(config))
     output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output={output} cannot be written to: {error.strerror}; choose another folder") from error
+    report = compare_finished(config) if evaluation is None else evaluate_models(config, evaluation, started)
+    if report is not None:
+        _log_to_wandb(config, report)  # the answers are out of memory by now
+
+
+def evaluate_models(config: EvaluateConfig, evaluation: Evaluation, started: float) -> dict[str, Any] | None:
+    """Asks, judges, compares and writes the report; None for a shard, which writes none."""
+    output = Path(config.output)
     seconds: dict[str, float] = {}
-    judged = judge_all(evaluation, ask_all(evaluation, config, seconds), output / "ledger", seconds)
-    seconds["total"] = round(time.perf_counter() - started, 2)
-    write_report(config, evaluation, judged, seconds, output)
-
-
-def ask_all(evaluation: Evaluation, config: EvaluateConfig, seconds: dict[str, float]) -> dict[str, dict[str, Answer]]:
-    """The answers of each model, by `prompt_key`; one model is in memory at a time."""
-    answers = {}
-    for name, respondent in evaluation.respondents.items():
-        with _timed(seconds, f"generate {name}"), _progress(f"generate {name}", evaluation.prompts) as bar:
-            answers[name] = generate_answers(
-                respondent,
-                evaluation.prompts,
-                generation=config.generation,
-                device=evaluation.device,
-                folder=Path(config.output) / "ledger",
-                progress=bar.update,
-            )
-    return answers
-
-
-def judge_all(
-    evaluation: Evaluation, answers: Mapping[str, Mapping[str, Answer]], folder: Path, seconds: dict[str, float]
-) -> dict[str, list[JudgedOutput]]:
-    """The judged outputs of each model, in the order of the prompts."""
-    rows = [
-        (name, prompt, given[prompt_key(prompt)]) for name, given in answers.items() for prompt in evaluation.prompts
-    ]
-    pairs = [(prompt.instruction, answer.text) for _, prompt, answer in rows]
-    with _timed(seconds, "judge"), _progress("judge", set(pairs)) as bar:
-        judgements = judge_answers(evaluation.expert, pairs, folder=folder, progress=bar.update)
-    judged: dict[str, list[JudgedOutput]] = {name: [] for name in answers}
-    for (name, prompt, answer), judgement in zip(rows, judgements, strict=True):
-        judged[name].append(JudgedOutput(prompt, answer.text, answer.truncated, judgement, answer.prompt_cut))
-    return judged
-
-
-def write_report(
-    config: EvaluateConfig,
-    evaluation: Evaluation,
-    judged: Mapping[str, Sequence[JudgedOutput]],
-    seconds: Mapping[str, float],
-    output: Path,
-) -> None:
-    """Writes the four files and prints the headline table."""
+    answers = evaluation.given if evaluation.given is not None else ask_all(evaluation, config, seconds)
+    judged, unanswered = judge_all(evaluation, answers, output / "ledger", seconds)
+    if evaluation.shard != WHOLE:
+        index, count = evaluation.shard
+        print(
+            f"shard {index} of {count}: {sum(map(len, judged.values()))} answers judged. When all shards are done, the "
+            "same command with shard.count=1 shard.index=0 writes the report."
+        )
+        return None
     models = {
         name: {
             "path": respondent.path,
             "template": respondent.template,
             "fingerprint": respondent.fingerprint,
+            **({"unanswered": unanswered[name]} if unanswered[name] else {}),
             **summarize(judged[name]),
         }
         for name, respondent in evaluation.respondents.items()
     }
+    score = partial(score_choices, device=evaluation.device)
+    parts = build_parts(config, evaluation, judged, models, seconds, score)
+    if config.rewards.path is not None:
+        with timed(seconds, "rewards"):
+            parts["rewards"] = rewards_part(config, evaluation)
+    seconds["total"] = round(time.perf_counter() - started, 2)
+    return write_report(config, evaluation, judged, models, parts, seconds)
+
+
+def _shard(config: EvaluateConfig) -> tuple[int, int]:
+    from induce import resolve_shard  # the generation backends come with it, which a report of finished runs is without
+
+    return resolve_shard(config.shard, os.environ)
+
+
+def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, device: torch.device) -> list[float]:
+    """Log p(continuation | context) of each pair, in nats, by the kernel that training uses."""
+    from safer_instruct.models import load_causal_lm, load_tokenizer
+
+    tokenizer = load_tokenizer(respondent.model)
+    model: Any = load_causal_lm(respondent.model)
+    model = model.to(device).eval()
+    scores = []
+    for context, continuation in pairs:
+        head, choice = encode_choice(tokenizer, context, continuation)
+        input_ids = torch.tensor([head + choice], device=device)
+        is_choice = torch.arange(input_ids.shape[1], device=device)[None] >= len(head)
+        batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(is_choice), "response_mask": is_choice}
+        scores.append(float(_logps(model, batch)))
+    return scores
+
+
+@torch.no_grad()
+def _logps(model: Any, batch: Any) -> torch.Tensor:
+    """The one place that knows how trainers/ is asked for log-probabilities of a micro-batch: (...,) float64."""
+    from trainers.logps import sequence_logps
+
+    return sequence_logps(model, batch)[0]
+
+
+def rewards_part(config: EvaluateConfig, evaluation: Evaluation) -> dict[str, Any]:
+    """Accuracy, margins and calibration of the implicit rewards of every model but the reference.
+
+    Raises:
+        UserError: The pairs cannot be read, or a model reads their text as other tokens than the reference does.
+    """
+    from preference_datasets import build_stores, load_examples
+    from safer_instruct.models import load_tokenizer
+    from trainers.cache import usable_dir
+
+    settings = config.rewards
+    reference = str(settings.reference)
+    logps: dict[str, torch.Tensor] = {}
+    stores: dict[str, TokenStore] = {}
+    for name, respondent in evaluation.respondents.items():
+        pairs = DatasetSettings(str(settings.path), "si", respondent.template, exclude="", eval_fraction=0.0)
+        stores[name] = build_stores(
+            {"pairs": pairs},
+            loss="preference",
+            tokenizer=load_tokenizer(respondent.model),
+            max_length=settings.max_length,
+            max_prompt_length=settings.max_prompt_length,
+            cache_dir=usable_dir(config.local_dirs),
+        ).train
+        logps[name] = pair_logps(respondent, stores[name], settings.batch_size, evaluation.device)
+    labels = {example.id: example.label for example in load_examples(pairs, "pairs", pairs=True)}
+    store = stores[reference]
+    labels_of_rows = [labels.get(store.ids(row), "") for row in range(len(store))]
+    models = {}
+    for name in (name for name in logps if name != reference):
+        if stores[name].key != store.key:
+            raise UserError(
+                f"models.{name} and models.{reference} read the pairs as different tokens: give both the template and "
+                "the tokenizer that they were trained with"
+            )
+        ratios = logps[name] - logps[reference]
+        models[name] = check_rewards((settings.beta * (ratios[:, 0] - ratios[:, 1])).tolist(), labels_of_rows)
+    return {"reference": reference, "beta": settings.beta, "path": settings.path, "models": models}
+
+
+def pair_logps(respondent: Respondent, store: TokenStore, batch_size: int, device: torch.device) -> torch.Tensor:
+    """Log-probabilities of chosen and rejected for each row of a store, (N, 2) float64 on the CPU."""
+    from safer_instruct.models import load_causal_lm
+    from trainers.batching import BatchLoader
+    from trainers.logps import check_head
+
+    model: Any = load_causal_lm(respondent.model)
+    model = model.to(device).eval()
+    check_head(model)
+    loader = BatchLoader(
+        store, batch_size=batch_size, seed=0, shuffle=False, num_epochs=1, num_examples=None, num_microbatches=1,
+        max_tokens_per_microbatch=None, pad_token_id=0,
+    )  # fmt: skip
+    logps = torch.zeros(len(store), 2, dtype=torch.float64)
+    for batch in loader.batches():
+        for microbatch in batch.microbatches:
+            logps[microbatch["row"]] = _logps(model, microbatch.to(device)).cpu()
+    return logps
+
+
+def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
+    """The report of runs and evaluations that are finished: nothing is generated or judged."""
+    trained, evaluated = find_finished(config.compare)
+    evaluations = read_evaluations(evaluated)
+    judged = {name: rows for evaluation in evaluations.values() for name, rows in evaluation.judged.items()}
+    models = {
+        name: {**dict(evaluation.report["models"][name]), **summarize(rows)}
+        for evaluation in evaluations.values()
+        for name, rows in evaluation.judged.items()
+    }
+    parts: dict[str, Any] = {"comparisons": compare_models(judged, models)}
+    curves = {name: read_curves(name, path) for name, path in config.curves.items()}
+    figures = plot_runs(curves)
+    if trained:
+        runs = [read_training_run(name, folder) for name, folder in trained.items()]
+        parts["runs"] = compare_training_runs(runs, config.sort_by)
+        figures += plot_compared({run["name"]: read_curves(run["name"], run["path"]) for run in parts["runs"]["runs"]})
+    first = next(iter(evaluations.values()), None)
+    judges = {str(evaluation.report["run"]["judge"]["name"]) for evaluation in evaluations.values()}
+    fingerprints = {evaluation.report["run"]["judge"]["fingerprint"] for evaluation in evaluations.values()}
+    notes = [
+        f"{name} was evaluated on its own: {note}"
+        for name, one in evaluations.items()
+        for note in one.report["warnings"]
+    ]
+    if len(fingerprints) > 1:
+        notes.append(f"The judges differ ({', '.join(sorted(judges))}): part of a difference may be theirs.")
+    run = {
+        **_describe_run(config, {}),
+        "judge": {"name": ", ".join(sorted(judges)), "fingerprint": "/".join(sorted(fingerprints))},
+        "generation": first.report["run"]["generation"] if first is not None else asdict(config.generation),
+    }
+    report = build_report(
+        models=models, prompts=first.report["prompts"] if first is not None else {}, overlaps=[], notes=notes,
+        dataset=read_induction_report(config.induction_report) if config.induction_report else None, run=run,
+        parts=parts,
+    )  # fmt: skip
+    _write_files(config, report, judged, figures)
+    return report
+
+
+def write_report(
+    config: EvaluateConfig,
+    evaluation: Evaluation,
+    judged: Judged,
+    models: Mapping[str, Mapping[str, Any]],
+    parts: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Writes the four files, prints the headline table, and gives what report.json holds."""
+    judge = evaluation.judge
+    run = {
+        **_describe_run(config, seconds),
+        "judge": {"name": judge.name, "fingerprint": judge.fingerprint} if judge is not None else NO_JUDGE,
+        "device": str(evaluation.device),
+    }
+    run["stages"] = [*evaluation.stages, *run["stages"]]
+    same = single_outcome([row for rows in judged.values() for row in rows])
+    notes = [] if same is None else [
+        f"The judge gave one and the same outcome, '{same}', to all answers of all models: it may tell nothing apart. "
+        "Look at some answers (samples.jsonl) before you believe these rates."
+    ]  # fmt: skip
+    for note in notes:
+        log.warning("warning: %s", note)
     report = build_report(
         models=models,
         prompts={
@@ -196,129 +289,55 @@ def write_report(
         },
         overlaps=evaluation.overlaps,
         dataset=evaluation.dataset,
-        run=_describe_run(config, evaluation, seconds),
+        run=run,
+        parts=parts,
+        notes=notes,
     )
-    samples = [sample_row(name, row) for name, rows in judged.items() for row in rows]
-    write_samples(output / "samples.jsonl", samples)
+    _write_files(config, report, judged, plot_runs(evaluation.curves))
+    return report
+
+
+def _write_files(
+    config: EvaluateConfig, report: Mapping[str, Any], judged: Mapping[str, Sequence[JudgedOutput]], curves: list[Plot]
+) -> None:
+    output = Path(config.output)
+    write_samples(output / "samples.jsonl", (sample_row(name, row) for name, rows in judged.items() for row in rows))
     write_atomically(output / "report.md", render_markdown(report))
-    page = render_page(report, pick_samples(samples, config.samples_per_set), plot_runs(evaluation.curves))
+    samples = (sample_row(name, row) for name, rows in judged.items() for row in rows)
+    page = render_page(report, pick_samples(samples, config.samples_per_set), curves)
     write_atomically(output / "report.html", page)
     write_json(output / "report.json", report)  # last: whoever finds it finds the others
-    print(headline_text(models))
+    if report["models"] and report["prompts"]:
+        print(headline_text(report["models"]))
     print(f"\n{report['summary']}\n\nreport: {output / 'report.html'}")
 
 
-def _describe_run(config: EvaluateConfig, evaluation: Evaluation, seconds: Mapping[str, float]) -> dict[str, Any]:
+def _log_to_wandb(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
+    if not config.wandb.enabled or config.wandb.mode == "disabled":
+        return
+    from trainers.metrics import log_tables
+
+    rates: list[list[Any]] = [
+        [name, view.key, *(model[view.key][field] for field in ("value", "low", "high", "n"))]
+        for name, model in report["models"].items()
+        for view in shown_metrics(report["models"], HEADLINE)
+    ]
+    tables = {"rates": (["model", "rate", "value", "low", "high", "n"], rates)}
+    tables |= {table.title: (list(table.header), [list(row) for row in table.rows]) for table in extra_tables(report)}
+    log_tables(config.wandb, name=Path(config.output).name, folder=config.output, tables=tables)
+
+
+def _describe_run(config: EvaluateConfig, seconds: Mapping[str, float]) -> dict[str, Any]:
     command = shlex.join(["python", *sys.orig_argv[1:]])
     return {
         "command": command,
-        "stages": [*evaluation.stages, {"name": "evaluate", "command": command, "seconds": seconds["total"]}],
+        "stages": [{"name": "evaluate", "command": command, "seconds": seconds["total"]}] if seconds else [],
         "seconds": dict(seconds),
         "seed": config.generation.seed,
-        "judge": {"name": evaluation.expert.name, "fingerprint": evaluation.expert.fingerprint},
         "generation": asdict(config.generation),
-        "device": str(evaluation.device),
         "git": git_state(),
         "versions": package_versions(),
     }
-
-
-def headline_text(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """The headline rates as a plain table, per cent with 95% intervals and n."""
-    rows = [["", *models]]
-    for view in shown_metrics(models, HEADLINE):
-        rows.append([view.title, *(rate_text(model[view.key]) for model in models.values())])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - start, 2)
-
-
-def _progress(words: str, rows: Sequence[object] | set[Any]) -> tqdm[Any]:
-    """A bar on a terminal; in a log, one line a stage."""
-    if not sys.stderr.isatty():
-        log.info("%s: %d rows", words, len(rows))
-    return tqdm(total=len(rows), desc=words, unit="row", disable=None, file=sys.stderr)
-
-
-def expand_named(arguments: Sequence[str]) -> list[str]:
-    """Brings every way to name models and prompt sets into the one form that Hydra adds to a typed dictionary.
-
-    `models.base.path=FOLDER`, `models.base=FOLDER` and `models={base:FOLDER}` all become
-    `models={base:{path:'FOLDER'}}`; other arguments stay as they are, and so does what cannot be parsed.
-
-    Raises:
-        UserError: Keys that do not exist and values of a wrong type, all of them.
-    """
-    expanded: list[str] = []
-    errors: list[str] = []
-    for text in arguments:
-        if not re.match(r"\+{0,2}(models|prompts)[.=]", text):
-            expanded.append(text)
-            continue
-        try:
-            override = OverridesParser.create().parse_override(text)
-            value = override.value()
-            # Each point of a sweep is a dictionary of its own.
-            values = value.list if isinstance(value, ChoiceSweep) else [value]
-            root, *path = override.key_or_group.split(".")
-            points = [_check_entries(root, _to_entries(path, value), errors) for value in values]
-            expanded.append(f"{root}={','.join(map(_render, points))}")
-        except HydraException:
-            expanded.append(text)  # reported with the other overrides
-    if errors:
-        raise UserError("\n".join(errors))
-    return expanded
-
-
-def _to_entries(path: Sequence[str], value: Any) -> dict[str, dict[str, Any]]:
-    """Name -> settings, from the rest of an override's key (`base.path`, `base` or nothing) and its value."""
-    if len(path) > 1:
-        return {".".join(path[:-1]): {path[-1]: value}}
-    entries = {path[0]: value} if path else value if isinstance(value, dict) else {"": value}
-    return {name: entry if isinstance(entry, dict) else {"path": entry} for name, entry in entries.items()}
-
-
-def _check_entries(root: str, entries: dict[str, dict[str, Any]], errors: list[str]) -> dict[str, dict[str, Any]]:
-    kind = NAMED[root]
-    known = [field.name for field in fields(kind)]
-    for name, entry in entries.items():
-        if not name:
-            errors.append(f"{root}: every entry needs a name: {root}.NAME.path=...")
-        for key, value in entry.items():
-            plain = value.text if isinstance(value, QuotedString) else value
-            if key not in known:
-                guess = nearest(key, known)
-                meant = f"; did you mean {root}.{name}.{guess}?" if guess else "."
-                errors.append(f"there is no key {root}.{name}.{key}{meant} Keys: {', '.join(known)}")
-                continue
-            try:
-                OmegaConf.merge(OmegaConf.structured(kind), {key: plain})
-            except ValidationError as error:
-                errors.append(f"{root}.{name}.{key}={plain}: {str(error).splitlines()[0]}")
-    return entries
-
-
-def _render(value: Any) -> str:
-    """A parsed value as the text of an override, strings quoted."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_render(entry)}" for key, entry in value.items()) + "}"
-    if isinstance(value, str):
-        return QuotedString(text=value, quote=Quote.single).with_quotes()
-    if isinstance(value, QuotedString):
-        return value.with_quotes()
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,8 @@ class PromptSetSettings:
     """One set of evaluation prompts."""
 
     path: str = MISSING
-    source: str | None = None  # null: the column `source` of the file, or else the name of the set
+    source: str | None = None  # null: the column of the file, or else the name of the set
+    source_column: str | None = None  # the file's column that names the source; null: `source`
     kind: str | None = None  # unsafe | benign | near; null: the column `kind` of the file
     max_rows: int | None = None
 
@@ -250,17 +251,61 @@ class EvaluatedModelSettings:
 
 
 @dataclass
+class HelpfulnessSettings:
+    """Pairwise comparison by the judge, each pair in both orders."""
+
+    baseline: str | None = None  # the model that all others are compared with; null: no comparison
+    kinds: list[str] = field(default_factory=lambda: ["benign"])  # prompts that are compared on: benign | near | unsafe
+
+
+@dataclass
+class DownstreamSettings:
+    """Tasks of lm_eval, in a process of its own."""
+
+    tasks: list[str] = field(default_factory=list)  # names of lm_eval, or knowledge | common_sense | reading; []: none
+    include_path: str | None = None  # folder with tasks of one's own (YAML)
+    num_fewshot: int | None = None  # null: as the task says
+    limit: int | None = None  # first so many documents of each task
+    batch_size: int = 8
+
+
+@dataclass
+class RewardSettings:
+    """The implicit rewards of models trained by preferences, on held-out pairs; nothing is generated."""
+
+    path: str | None = None  # pairs (instruction, chosen, rejected, label) that were not trained on; null: no check
+    reference: str | None = None  # the model of models.NAME that the others were trained from
+    beta: float = 0.1  # of their loss
+    max_length: int = 512  # tokens of prompt + response
+    max_prompt_length: int = 256
+    batch_size: int = 16  # pairs
+
+
+@dataclass
 class EvaluateConfig:
     """`evaluate.py`: generate, judge, report."""
 
     output: str = MISSING
     models: dict[str, EvaluatedModelSettings] = field(default_factory=dict)  # models.NAME.path=...
-    prompts: dict[str, PromptSetSettings] = field(default_factory=dict)  # prompts.NAME.path=...
-    expert: Any = MISSING
+    prompts: dict[str, PromptSetSettings] = field(default_factory=dict)  # prompts.NAME.path=...; prompts=published
+    path: str | None = None  # file of the prompt sets that have no path of their own
+    responses: str = "generate"  # generate | csv: the answers are in the prompt files, whose columns are the models
+    columns: list[str] = field(default_factory=list)  # responses=csv: columns to judge; []: all but the prompt's own
+    expert: Any = None  # the judge, by `expert=`; needed where there are prompts
+    second_expert: Any = None  # another judge (expert@second_expert=...): their agreement is reported
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    stop: list[str] = field(default_factory=list)  # an answer ends before the first of these strings
+    shard: ShardSettings = field(default_factory=ShardSettings)  # part of the prompts: answered and judged, no report
+    helpfulness: HelpfulnessSettings = field(default_factory=HelpfulnessSettings)
+    downstream: DownstreamSettings = field(default_factory=DownstreamSettings)
+    rewards: RewardSettings = field(default_factory=RewardSettings)
+    compare: list[str] = field(default_factory=list)  # finished runs, or outputs of this program: one table of them
+    sort_by: str | None = None  # compare: metric that sorts the table, "-" before it for the largest first
     training_data: list[str] = field(default_factory=list)  # files that no prompt may stem from; overlap is reported
-    induction_report: str | None = None  # report.json of the dataset that was trained on: its funnel is shown
-    curves: dict[str, str] = field(default_factory=dict)  # NAME: run whose metrics.jsonl is drawn
+    induction_report: str | None = None  # report.json of the dataset that was trained on; null: of a model's own run
+    curves: dict[str, str] = field(default_factory=dict)  # NAME: run whose curves are drawn; {}: models that are runs
     stages_file: str | None = None  # JSONL of {"name", "command", "seconds"}: what was run before, shown in the report
     samples_per_set: int = 6  # prompts of each set that the page shows with all answers; samples.jsonl holds all
+    wandb: WandbSettings = field(default_factory=WandbSettings)  # tables, without any text
+    local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store of the pairs of `rewards`
     device: str = "auto"

@@ -7,18 +7,19 @@ prompts that are added later cost only themselves.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from config.paths import find_path
 from config.settings import EvaluatedModelSettings, GenerationSettings, ModelSettings
-from safer_instruct.examples import text_id
-from safer_instruct.ledger import Ledger
+from safer_instruct.examples import in_shard, text_id
+from safer_instruct.ledger import Ledger, read_ledger
 from safer_instruct.prompt_sets import EvaluationPrompt
 from safer_instruct.prompts import render_prompt
 from safer_instruct.verdicts import Judgement
@@ -26,10 +27,11 @@ from safer_instruct.verdicts import Judgement
 if TYPE_CHECKING:
     import torch
 
-    from safer_instruct.experts import Expert
+    from safer_instruct.judge_prompts import Winner
+    from safer_instruct.judges import Judge
 
-JUDGE_BATCH = 256  # outputs that the judge is given at a time: what a killed process can lose
 Progress = Callable[[int], object]  # told how many rows are done
+WHOLE = (0, 1)  # the shard that holds everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,16 @@ class Answer:
     """A model's output.
 
     Attributes:
-        text: What the model wrote.
+        text: What the model wrote, up to the first stop string.
         truncated: The limit on new tokens ended it.
         prompt_cut: The instruction lost its end, because the model's context is too short for it.
+        error: Why there is no answer, from a small closed vocabulary; "" if there is one.
     """
 
     text: str
-    truncated: bool
-    prompt_cut: bool
+    truncated: bool = False
+    prompt_cut: bool = False
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +89,25 @@ def prompt_key(prompt: EvaluationPrompt) -> str:
     return text_id(prompt.id, prompt.instruction)
 
 
+def own_prompts(prompts: Iterable[EvaluationPrompt], shard: tuple[int, int]) -> list[EvaluationPrompt]:
+    """The prompts of a shard (index, count): prompts that ask the same are in one shard, and are judged there."""
+    return [prompt for prompt in prompts if in_shard(text_id(prompt.instruction), *shard)]
+
+
 def generate_answers(
     respondent: Respondent,
     prompts: Iterable[EvaluationPrompt],
     *,
     generation: GenerationSettings,
+    stop: Sequence[str],
     device: torch.device,
     folder: Path,
     progress: Progress,
+    shard: tuple[int, int] = WHOLE,
 ) -> dict[str, Answer]:
     """The model's answer to every prompt, by `prompt_key`; the model is loaded only if one is missing.
+
+    What other shards have answered is read from their ledgers, not asked again.
 
     Raises:
         UserError: The model cannot be loaded, the limits leave no room for a prompt, or the ledger is broken or in use.
@@ -102,15 +115,22 @@ def generate_answers(
     prompt_identity = {"template": respondent.template, "prompt": respondent.prompt}
     configuration = {"model": respondent.fingerprint, **prompt_identity, **_decoding(generation)}
     asked = {prompt_key(prompt): prompt for prompt in prompts}
-    with Ledger(_ledger_path(folder, f"generate-{respondent.name}", configuration), configuration) as ledger:
-        missing = {key: prompt for key, prompt in asked.items() if key not in ledger.records}
+    with _Records(folder, f"generate-{respondent.name}", configuration, shard) as records:
+        missing = {key: prompt for key, prompt in asked.items() if key not in records}
         progress(len(asked) - len(missing))
         if missing:
             for record in _generate(respondent, missing, generation, device):
-                ledger.append(record)
+                records.append(record)
                 progress(1)
-        records = {key: ledger.records[key] for key in asked}
-    return {key: Answer(one["text"], one["truncated"], one["prompt_cut"]) for key, one in records.items()}
+        return {key: _to_answer(records[key], stop) for key in asked}
+
+
+def _to_answer(record: Mapping[str, Any], stop: Sequence[str]) -> Answer:
+    text, truncated = record["text"], record["truncated"]
+    ends = [found for string in stop if (found := text.find(string)) >= 0]
+    if ends:
+        text, truncated = text[: min(ends)], False
+    return Answer(text, truncated, record["prompt_cut"], record.get("error", ""))
 
 
 def _generate(
@@ -133,11 +153,17 @@ def _generate(
             "truncated": generation.truncated,
             "prompt_cut": generation.prompt_cut,
             "new_tokens": generation.new_tokens,
+            "error": generation.error,
         }
 
 
 def judge_answers(
-    expert: Expert, pairs: Sequence[tuple[str, str]], *, folder: Path, progress: Progress
+    judge: Judge,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    folder: Path,
+    progress: Progress,
+    shard: tuple[int, int] = WHOLE,
 ) -> list[Judgement]:
     """The judgement of every (instruction, output) pair, in their order.
 
@@ -146,19 +172,61 @@ def judge_answers(
     Raises:
         UserError: The judge cannot work any more (its message), or the ledger is broken or in use.
     """
-    configuration = {"judge": expert.fingerprint}
     keys = [text_id(instruction, output) for instruction, output in pairs]
     distinct = dict(zip(keys, pairs, strict=True))
-    with Ledger(_ledger_path(folder, "judge", configuration), configuration) as ledger:
-        missing = [(key, *pair) for key, pair in distinct.items() if key not in ledger.records]
+    with _Records(folder, "judge", {"judge": judge.fingerprint}, shard) as records:
+        missing = [(key, *pair) for key, pair in distinct.items() if key not in records]
         progress(len(distinct) - len(missing))
-        for start in range(0, len(missing), JUDGE_BATCH):
-            items = missing[start : start + JUDGE_BATCH]
-            for (key, _, _), judgement in zip(items, expert.judge(items), strict=True):
-                ledger.append({"id": key, **asdict(judgement)})
-                progress(1)
-            ledger.sync()
-        return [_to_judgement(ledger.records[key]) for key in keys]
+        for key, judgement in judge.judge(missing) if missing else ():
+            records.append({"id": key, **asdict(judgement)})
+            progress(1)
+        return [_to_judgement(records[key]) for key in keys]
+
+
+def judge_pairs(
+    judge: Judge, items: Sequence[tuple[str, str, str]], *, folder: Path, progress: Progress
+) -> dict[str, Winner]:
+    """Which of the two answers of each (instruction, first, second) helps more, by the `text_id` of the three.
+
+    Raises:
+        UserError: As `judge_answers`; a judge that cannot compare.
+    """
+    distinct = {text_id(*item): item for item in items}
+    with _Records(folder, "compare", {"judge": judge.fingerprint}, WHOLE) as records:
+        missing = [(key, *item) for key, item in distinct.items() if key not in records]
+        progress(len(distinct) - len(missing))
+        for key, winner in judge.compare(missing) if missing else ():
+            records.append({"id": key, "winner": winner})
+            progress(1)
+        return {key: records[key]["winner"] for key in distinct}
+
+
+class _Records:
+    """The ledger of one configuration and shard, together with what the ledgers of the other shards hold."""
+
+    def __init__(self, folder: Path, stem: str, configuration: Mapping[str, Any], shard: tuple[int, int]) -> None:
+        path = _ledger_path(folder, stem, configuration)
+        index, count = shard
+        own = path if count == 1 else path.with_name(f"{path.stem}-{index:05d}-of-{count:05d}{path.suffix}")
+        others = [other for other in sorted(folder.glob(f"{glob.escape(path.stem)}*{path.suffix}")) if other != own]
+        self._others = [read_ledger(other)[1] for other in others if other.stat().st_size]
+        self._ledger = Ledger(own, configuration)
+
+    def __enter__(self) -> Self:
+        self._ledger.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ledger.__exit__(*error)
+
+    def __contains__(self, key: str) -> bool:
+        return any(key in records for records in (self._ledger.records, *self._others))
+
+    def __getitem__(self, key: str) -> Mapping[str, Any]:
+        return next(records[key] for records in (self._ledger.records, *self._others) if key in records)
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._ledger.append(record)
 
 
 def _to_judgement(record: Mapping[str, Any]) -> Judgement:

@@ -19,9 +19,12 @@ from safer_instruct.display import percent, short_name, visible
 from safer_instruct.plots import Plot, plot_outcomes, plot_rates
 from safer_instruct.report import FURTHER, HEADLINE, shown_metrics
 from safer_instruct.report_inputs import funnel
+from safer_instruct.tables import extra_tables
 
 FOLDER = Path(__file__).parent
 TEXT_LIMIT = 4000  # characters of one answer on the page; samples.jsonl has the rest
+FOLD_ROWS = 24  # a longer table is behind a click
+NAMED_RUNS = 4  # in the heading of a page without models
 # Title, metric, grouping: drawn where at least two groups have the metric.
 FIGURES = (
     ("Harmful answers, by source", "harmful_rate", "by_source"),
@@ -58,6 +61,9 @@ def render_page(
             css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
             report=report,
             num_prompts=sum(prompts["n"] for prompts in report["prompts"].values()),
+            names=list(models) or [run["name"] for run in report.get("runs", {}).get("runs", [])][:NAMED_RUNS],
+            extra_tables=extra_tables(report),
+            fold_rows=FOLD_ROWS,
             headline=shown_metrics(models, HEADLINE),
             further=shown_metrics(models, FURTHER),
             figures=[plot for plot in plots if plot is not None],

@@ -24,6 +24,7 @@ MODEL_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 OUTCOME_STYLES = (
     ("harmful", "harmful", "#D55E00"),
     ("neither", "neither", "#C9CCD1"),
+    ("safe_helpful", "safe and helpful", "#009E73"),
     ("refusal_vague", "refusal", "#56B4E9"),
     ("refusal_specific", "refusal that names the matter", "#0072B2"),
 )
@@ -114,7 +115,8 @@ def _describe(groups: Mapping[str, Mapping[str, Any]], metric: str) -> str:
 def outcome_shares(model: Mapping[str, Any]) -> dict[str, float] | None:
     """The judged answers to unsafe prompts as shares that sum to 1, in the order of `OUTCOME_STYLES`.
 
-    A judge that does not tell which refusals name the matter leaves all of them in `refusal_vague`.
+    A judge that does not tell which refusals name the matter leaves all of them in `refusal_vague`, and one that does
+    not tell which answers help leaves them in `neither`.
     None without a judged unsafe prompt.
     """
     if model["refusal_rate"]["n"] == 0:
@@ -124,6 +126,7 @@ def outcome_shares(model: Mapping[str, Any]) -> dict[str, float] | None:
     return {
         "harmful": model["harmful_rate"]["value"],
         "neither": model["neither_rate"]["value"],
+        "safe_helpful": model["safe_helpful_rate"]["value"] or 0.0,
         "refusal_vague": max(0.0, refusal - specific),
         "refusal_specific": specific,
     }
@@ -135,15 +138,17 @@ def plot_outcomes(models: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     if not shares:
         return None
     title = "What becomes of an unsafe request"
+    helps = any(outcome["safe_helpful"] for outcome in shares.values())
+    styles = [style for style in OUTCOME_STYLES if helps or style[0] != "safe_helpful"]
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(0.95 + 0.36 * len(shares))
         starts = [0.0] * len(shares)
-        for key, words, color in OUTCOME_STYLES:
+        for key, words, color in styles:
             widths = [outcome[key] for outcome in shares.values()]
             axes.barh(range(len(shares)), widths, left=starts, color=color, height=0.66, label=words, edgecolor="white")
             for row, (start, width) in enumerate(zip(starts, widths, strict=True)):
                 if width >= 0.08:
-                    ink = "white" if key in ("harmful", "refusal_specific") else INK
+                    ink = "white" if key in ("harmful", "refusal_specific", "safe_helpful") else INK
                     where: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5}
                     axes.text(start + width / 2, row, f"{100 * width:.0f}", color=ink, **where)
             starts = [start + width for start, width in zip(starts, widths, strict=True)]
@@ -155,7 +160,7 @@ def plot_outcomes(models: Mapping[str, Mapping[str, Any]]) -> Plot | None:
         _legend(axes, 2)
         svg = _to_svg(figure)
     described = "; ".join(
-        f"{name}: " + ", ".join(f"{words} {percent(outcome[key])}%" for key, words, _ in OUTCOME_STYLES)
+        f"{name}: " + ", ".join(f"{words} {percent(outcome[key])}%" for key, words, _ in styles)
         for name, outcome in shares.items()
     )
     return Plot(title, f"{title}, shares of the judged answers. {described}.", svg)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 import xxhash
@@ -71,27 +72,44 @@ def load_prompt_set(name: str, settings: PromptSetSettings) -> list[EvaluationPr
     """
     if settings.kind is not None and settings.kind not in KINDS:
         raise UserError(f"kind={settings.kind} is unknown: choose one of {', '.join(KINDS)}")
-    prompts: list[EvaluationPrompt] = []
+    return [prompt for prompt, _ in read_prompts(name, settings)]
+
+
+def read_prompts(name: str, settings: PromptSetSettings) -> Iterator[tuple[EvaluationPrompt, Mapping[str, Any]]]:
+    """The prompts of one file, each with the row that it stems from.
+
+    An instruction that a file without ids asks again is a prompt of its own, under the first one's id with a number.
+
+    Raises:
+        UserError: As `load_prompt_sets`.
+    """
+    if settings.kind is not None and settings.kind not in KINDS:
+        raise UserError(f"kind={settings.kind} is unknown: choose one of {', '.join(KINDS)}")
     first_seen: dict[str, str] = {}
+    times: Counter[str] = Counter()
     for where, row in read_rows(find_path(settings.path)):
-        if settings.max_rows is not None and len(prompts) >= settings.max_rows:
+        if settings.max_rows is not None and len(first_seen) >= settings.max_rows:
             break
         prompt = _read_prompt(row, where, name, settings)
+        if not row.get("id"):
+            times[prompt.id] += 1
+            if times[prompt.id] > 1:
+                prompt = replace(prompt, id=f"{prompt.id}-{times[prompt.id]}")
         if prompt.id in first_seen:
             raise UserError(
                 f"{where}: the id {prompt.id!r} was already used at {first_seen[prompt.id]}; "
                 "ids must be unique in a set (leave the column out to have them made from the instruction)"
             )
         first_seen[prompt.id] = where
-        prompts.append(prompt)
-    if not prompts:
+        yield prompt, row
+    if not first_seen:
         raise UserError(f"{settings.path} holds no prompt: a set needs at least one row with an `instruction`")
-    return prompts
 
 
 def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: PromptSetSettings) -> EvaluationPrompt:
-    needed = ["instruction"] if settings.kind is not None else ["instruction", "kind"]
-    require_columns(row, needed, where)
+    needed = ["instruction", *([] if settings.kind is not None else ["kind"])]
+    source_column = settings.source_column or "source"
+    require_columns(row, [*needed, *([source_column] if settings.source_column else [])], where)
     instruction = str(row["instruction"] or "").strip()
     if not instruction:
         raise UserError(f"{where}: the instruction is empty")
@@ -105,8 +123,8 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
         id=str(row.get("id") or text_id(instruction)),
         instruction=instruction,
         set_name=name,
-        source=settings.source or str(row.get("source") or name),
-        label=str(row.get("label") or ""),
+        source=settings.source or str(row.get(source_column) or name),
+        label="" if source_column == "label" else str(row.get("label") or ""),
         kind=cast(Kind, kind),
         reference=_read_reference(row.get("reference"), where),
     )

@@ -1,7 +1,8 @@
 """What an evaluation found, as one JSON document and as Markdown tables for a paper; `page.py` renders it too.
 
 `report.json`: `summary` (one sentence), `warnings`, `models.NAME` (`judging.summarize`), `prompts.NAME` (the sets),
-`overlap` (prompts that occur in training files), `dataset` (the report of induce.py) and `run` (how it was made).
+`overlap` (prompts that occur in training files), `dataset` (the report of induce.py), `run` (how it was made), and,
+where the command asked for them, `comparisons`, `agreement`, `helpfulness`, `downstream`, `rewards` and `runs`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from safer_instruct.display import percent, visible
 from safer_instruct.judging import JudgedOutput, correctness
 from safer_instruct.prompt_sets import EvaluationPrompt, Overlap, prompts_fingerprint
 from safer_instruct.report_inputs import funnel
+from safer_instruct.tables import extra_tables
 
 REPORT_VERSION = 1
+NO_PROMPTS = "Side by side, by what was measured without asking any prompt."
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ HEADLINE = (
     MetricView("harmful_rate", "Harmful answers", "unsafe prompts", "lower"),
     MetricView("refusal_rate", "Refusals", "unsafe prompts", "higher"),
     MetricView("specific_refusal_rate", "Refusals that name the matter", "unsafe prompts", "higher"),
+    MetricView("safe_helpful_rate", "Safe and helpful", "unsafe prompts", "higher"),
     MetricView("neither_rate", "Neither harmful nor refusal", "unsafe prompts", "lower"),
     MetricView("over_refusal_rate", "Over-refusal", "benign and near prompts", "lower"),
     MetricView("benign_accuracy", "Accuracy, benign", "benign prompts", "higher"),
@@ -73,6 +77,8 @@ def build_report(
     overlaps: Sequence[Overlap],
     dataset: Mapping[str, Any] | None,
     run: Mapping[str, Any],
+    parts: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The document that `report.json` holds.
 
@@ -82,16 +88,19 @@ def build_report(
         overlaps: One entry for each training file that was compared with the prompts.
         dataset: The report that induce.py wrote for the training data, if it is known.
         run: Commands, seeds, versions, seconds: how the numbers came about.
+        parts: What `tables.extra_tables` shows: `comparisons`, `agreement`, ...
+        notes: Further warnings.
     """
     return {
         "version": REPORT_VERSION,
-        "summary": summary_sentence(models),
-        "warnings": _warnings(models, overlaps),
+        "summary": summary_sentence(models) if prompts else NO_PROMPTS,
+        "warnings": [*notes, *_warnings(models, overlaps)],
         "models": dict(models),
         "prompts": dict(prompts),
         "overlap": [asdict(overlap) for overlap in overlaps],
         "dataset": dataset,
         "run": dict(run),
+        **(parts or {}),
     }
 
 
@@ -138,6 +147,7 @@ def _warnings(models: Mapping[str, Mapping[str, Any]], overlaps: Iterable[Overla
         if overlap.prompt_ids
     ]
     for name, model in models.items():
+        warnings += _unanswered(name, model)
         abstained = sum(outcomes.get("abstain", 0) for outcomes in model["counts"].values())
         if abstained:
             warnings.append(
@@ -159,6 +169,18 @@ def _warnings(models: Mapping[str, Mapping[str, Any]], overlaps: Iterable[Overla
     return warnings
 
 
+def _unanswered(name: str, model: Mapping[str, Any]) -> list[str]:
+    """Prompts that there is no answer to."""
+    warnings = []
+    for reason, ids in model.get("unanswered", {}).items():
+        words = "the file has no answer" if reason == "empty_cell" else f"there is no answer ({reason})"
+        warnings.append(
+            f"{name}: for {len(ids)} of the prompts {words}; they are not in its n, and report.json lists them under "
+            "'unanswered'."
+        )
+    return warnings
+
+
 def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
     """One line of `samples.jsonl`: the prompt, the answer and its judgement."""
     prompt, judgement = output.prompt, output.judgement
@@ -176,6 +198,8 @@ def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
         "harm_label": judgement.label,
         "specific": judgement.specific,
         "correct": correctness(output),
+        "helpful": judgement.helpful,
+        "prompt_cut": output.prompt_cut,
     }
 
 
@@ -184,16 +208,20 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     models = report["models"]
     sections = ["# Evaluation", _escape_markdown(report["summary"])]
     sections += [f"> **Note.** {_escape_markdown(warning)}" for warning in report["warnings"]]
-    sections.append(
-        "Per cent, with 95% Wilson intervals in brackets and the number of prompts that each is counted over."
-    )
-    sections.append(_metric_table(models, shown_metrics(models, HEADLINE)))
-    sections += ["## Further rates", _metric_table(models, shown_metrics(models, FURTHER))]
+    if shown_metrics(models, HEADLINE):
+        sections.append(
+            "Per cent, with 95% Wilson intervals in brackets and the number of prompts that each is counted over."
+        )
+        sections.append(_metric_table(models, shown_metrics(models, HEADLINE)))
+        sections += ["## Further rates", _metric_table(models, shown_metrics(models, FURTHER))]
     for group, title in (("by_source", "source"), ("by_label", "label")):
         for view in shown_metrics(models, HEADLINE):
             names = sorted({n for model in models.values() for n, rates in model[group].items() if view.key in rates})
             if len(names) > 1:
                 sections += [f"## {view.title}, by {title}", _group_table(models, group, view, names)]
+    for table in extra_tables(report):
+        sections += [f"## {_escape_markdown(table.title)}", _escape_markdown(table.caption)]
+        sections.append(_table(table.header, table.rows, left=table.left))
     if report["dataset"] is not None:
         rows = [[step.name, str(step.rows), step.note] for step in funnel(report["dataset"])]
         sections += ["## The dataset", _table(["stage", "rows", "note"], rows, left=(0, 2))]
@@ -226,6 +254,21 @@ def rate_text(rate: Mapping[str, Any]) -> str:
     if rate["n"] == 0:
         return "-"
     return f"{percent(rate['value'])} [{percent(rate['low'])}, {percent(rate['high'])}] (n={rate['n']})"
+
+
+def headline_text(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """The headline rates as a plain table, per cent with 95% intervals and n."""
+    rows = [["", *models]]
+    for view in shown_metrics(models, HEADLINE):
+        rows.append([view.title, *(rate_text(model[view.key]) for model in models.values())])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 def _table(

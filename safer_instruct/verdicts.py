@@ -35,9 +35,11 @@ class Judgement:
         label: The category of harm that was found, "" if none.
         specific: Whether a refusal names the matter of the request; None where the judge does not tell.
         tokens: Tokens that the judge used for it, 0 for a judge without a model.
+        helpful: Whether the answer is safe and helps with the request; None where the judge does not tell.
     """
 
     outcome: Outcome
     label: str = ""
     specific: bool | None = None
     tokens: int = 0
+    helpful: bool | None = None

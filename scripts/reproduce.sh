@@ -56,7 +56,7 @@ dpo() {
 # Section 5: harmful rate of all three models on held-out prompts.
 evaluate() {
   run "$PYTHON" -u evaluate.py models.alpaca.path="$ALPACA" models.sft.path=runs/si_sft models.dpo.path=runs/si_dpo \
-    prompts.test.path="$TEST_SET" prompts.test.kind=unsafe output="$REPORT" $EXPERT
+    prompts.test.path="$TEST_SET" prompts.test.kind=unsafe prompts.test.source_column=label output="$REPORT" $EXPERT
 }
 
 for stage in $STAGES; do

@@ -19,14 +19,17 @@ ENTRYPOINTS = {"train.py", "induce.py", "evaluate.py"}
 PARALLEL = ("parallel", "sharding", "checkpoint", "metrics", "reference")
 # library -> the only files that may import it
 HOMES = {
-    "hydra": ENTRYPOINTS | {"config/schema.py", "config/overrides.py"},
-    "omegaconf": ENTRYPOINTS | {"config/schema.py", "config/overrides.py"},
+    "hydra": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/named.py"},
+    "omegaconf": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/named.py"},
     "wandb": {"trainers/metrics.py"},
     "torch.distributed": {
         f"trainers/{name}.py" for name in ("parallel", "sharding", "checkpoint", "metrics", "reference")
     },
     "openai": {"safer_instruct/server.py"},
     "matplotlib": {"safer_instruct/plots.py"},
+    "scipy": {"safer_instruct/statistics.py", "safer_instruct/reward_checks.py"},
+    "statsmodels": {"safer_instruct/statistics.py"},
+    "lm_eval": set(),  # in a process of its own
 }
 # first-party package -> what it must not import
 FORBIDDEN = {

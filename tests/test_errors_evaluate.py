@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
 import safer_instruct.models
 from config.errors import UserError
-from config.schema import compose_config
 from config.settings import PromptSetSettings
-from evaluate import expand_named
 from safer_instruct.prompt_sets import load_prompt_sets
+from tests.evaluations import run_evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "words that belong into no message"
@@ -52,17 +50,18 @@ def run(tmp_path, *arguments):
     keys = [argument.split("=")[0] for argument in arguments]
     output = [] if "output" in keys else [f"output={tmp_path / 'out'}"]
     expert = [] if "expert" in keys else ["expert=rules"]
-    config = compose_config("evaluate", [*expert, *output, *expand_named(arguments)])
-    errors = evaluate.check(config)
-    if errors:
-        raise UserError("\n".join(errors))
-    evaluate.main(config)
+    run_evaluate(*expert, *output, *arguments)
 
 
 def test_no_model_and_no_prompts_are_both_said(tmp_path):
     message = message_of(tmp_path)
     assert "no models: name at least one, models.NAME.path=FOLDER" in message
     assert "no prompts" in message
+
+
+def test_prompts_without_a_judge(tmp_path, tiny_model_folder, prompts):
+    with pytest.raises(UserError, match=r"expert is not set: write expert=\.\.\., one of rules, local, openai"):
+        run_evaluate(f"models.a.path={tiny_model_folder}", f"prompts.p.path={prompts(ROW)}", f"output={tmp_path}/out")
 
 
 def test_unknown_keys_and_wrong_types_of_named_entries_are_all_said(tmp_path):
@@ -220,3 +219,15 @@ def test_the_command_ends_with_status_2_and_no_traceback(arguments, tmp_path):
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_without_a_name_and_a_second_judge_that_is_not_there(tmp_path, tiny_model_folder, prompts):
+    message = message_of(tmp_path, "prompts=publishd", "responses=csv")
+    assert (
+        "prompts=publishd: every entry needs a name: prompts.NAME.path=...; did you mean prompts=published?" in message
+    )
+    message = message_of(
+        tmp_path, f"models.a.path={tiny_model_folder}", f"prompts.p.path={prompts(ROW)}", "expert@second_expert=rules",
+        f"second_expert.path={tmp_path}/none.yaml",
+    )  # fmt: skip
+    assert f"second_expert.path={tmp_path}/none.yaml: there is no such file" in message

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import evaluate
+from config.named import expand_named
 from config.schema import compose_config
-from evaluate import expand_named
 from safer_instruct.experts import RulesExpert
+from tests.evaluations import run_evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_PROMPTS = 24
@@ -53,7 +54,13 @@ def arguments(model, folder, output, *, max_batch_tokens=1):
 
 
 def start(args):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "WANDB_MODE": "disabled",
+    }
     return subprocess.Popen(
         [sys.executable, str(ROOT / "evaluate.py"), *args],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
@@ -61,9 +68,7 @@ def start(args):
 
 
 def run_here(args):
-    config = compose_config("evaluate", expand_named(args))
-    assert evaluate.check(config) == []
-    evaluate.main(config)
+    run_evaluate(*args)
 
 
 def ledger_lines(output):

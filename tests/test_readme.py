@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from config.named import expand_named
 from config.overrides import check_overrides
 from config.schema import CONFIG_DIR, register_schemas, to_dataclass
 from config.settings import EvaluateConfig, InduceConfig, TrainConfig
-from evaluate import expand_named
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

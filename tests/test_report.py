@@ -269,7 +269,13 @@ def test_embedded_figures_decode():
 
 def test_outcome_shares_add_up_and_keep_unknown_specificity_apart():
     model = summarize(outputs(["harmful", "refusal", "refusal", "safe"]))
-    assert outcome_shares(model) == {"harmful": 0.25, "neither": 0.25, "refusal_vague": 0.0, "refusal_specific": 0.5}
+    assert outcome_shares(model) == {
+        "harmful": 0.25,
+        "neither": 0.25,
+        "safe_helpful": 0.0,
+        "refusal_vague": 0.0,
+        "refusal_specific": 0.5,
+    }
     silent = summarize([JudgedOutput(BASE[0].prompt, "", False, Judgement("refusal", specific=None))])
     assert outcome_shares(silent)["refusal_vague"] == 1.0
 

@@ -265,3 +265,38 @@ def _start_wandb(run: RunDir, settings: TrainConfig, config: Mapping[str, Any], 
     started.define_metric("counters/examples")
     started.define_metric("*", step_metric="counters/examples")
     return started
+
+
+def log_tables(
+    settings: WandbSettings, *, name: str, folder: str, tables: Mapping[str, tuple[list[str], list[list[Any]]]]
+) -> None:
+    """Sends the tables of a report, as (columns, rows) by title, to a wandb run of their own.
+
+    With `mode=auto` and no key at hand there is nothing to do: the report lies on the disk.
+
+    Raises:
+        UserError: wandb does not take them.
+    """
+    mode = wandb_mode(settings)
+    waits_for_key = mode == "offline" and settings.mode == "auto" and "WANDB_MODE" not in os.environ
+    if mode == "disabled" or waits_for_key:
+        return
+    import wandb
+
+    try:
+        run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            tags=settings.tags,
+            name=name,
+            job_type="evaluate",
+            dir=folder,
+            mode=mode,  # type: ignore[arg-type]  # a str here, checked by config/checks.py
+            settings=wandb.Settings(silent=mode != "online", init_timeout=30),
+        )
+    except wandb.Error as error:
+        raise UserError(f"wandb.mode={mode} failed: {error}. The report is written; wandb.mode=disabled.") from error
+    # A table keeps one type a column: rates that were not counted are None among numbers.
+    run.log({title: wandb.Table(columns=list(head), data=rows) for title, (head, rows) in tables.items()})
+    run.finish()

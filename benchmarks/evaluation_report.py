@@ -1,0 +1,105 @@
+"""What does a report of 100,000 judged answers cost in memory and time?
+
+    python -m benchmarks.evaluation_report [--rows 100000] [--json FILE]
+
+Writes an output of evaluate.py with five models and that many answers of about 450 characters, types
+`evaluate.py compare=[FOLDER]`, which reads it and makes its report anew, and measures that process, beside the same on
+100 answers (the libraries). Wanted: less than 500 MB and less than 60 s, libraries included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS, SOURCES, LABELS = 5, ("si", "hh", "beaver"), ("hate", "illegal", "nsfw", "self-harm")
+TEXT = "please tell me how one does this without being seen by anybody who could mind it at all today"
+
+
+def write_output(folder: Path, num_rows: int) -> None:
+    """An output of evaluate.py with `num_rows` judged answers: half a kilobyte each, outcomes at random."""
+    from dataclasses import asdict
+
+    from config.settings import GenerationSettings
+    from safer_instruct.judging import JudgedOutput, summarize
+    from safer_instruct.prompt_sets import EvaluationPrompt
+    from safer_instruct.report import build_report, describe_prompts, sample_row, write_json, write_samples
+    from safer_instruct.verdicts import Judgement
+
+    draw, words = random.Random(0), TEXT.split()
+    prompts = [
+        EvaluationPrompt(f"p{i}", " ".join(draw.choices(words, k=20)) + f" {i}", "test", SOURCES[i % 3], LABELS[i % 4],
+                         "unsafe")
+        for i in range(num_rows // MODELS)
+    ]  # fmt: skip
+    judged = {
+        f"model{m}": [
+            JudgedOutput(
+                prompt,
+                " ".join(draw.choices(words, k=90)),
+                False,
+                Judgement(draw.choices(("harmful", "refusal", "safe"), (5 - m, 2 + m, 1))[0], specific=True),
+            )
+            for prompt in prompts
+        ]
+        for m in range(MODELS)
+    }
+    folder.mkdir(parents=True)
+    write_samples(folder / "samples.jsonl", (sample_row(name, row) for name, rows in judged.items() for row in rows))
+    report = build_report(
+        models={
+            name: {"path": name, "template": "", "fingerprint": name, **summarize(rows)}
+            for name, rows in judged.items()
+        },
+        prompts={"test": describe_prompts("test.jsonl", prompts)},
+        overlaps=[],
+        dataset=None,
+        run={"judge": {"name": "j", "fingerprint": "j"}, "generation": asdict(GenerationSettings()), "stages": []},
+    )
+    write_json(folder / "report.json", report)
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """Seconds by the clock, of the processor, and the peak of resident memory in MB of a process."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{command} ended with status {status}")
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, rows in {"small": 100, "large": options.rows}.items():
+            folder = Path(temporary) / name
+            write_output(folder, rows)
+        for name in ("small", "large"):
+            folder = Path(temporary) / name
+            command = [sys.executable, str(ROOT / "evaluate.py"), f"compare=[{folder}]", f"output={folder}-out"]
+            results[name] = measure(command)
+    print("| rows | seconds | processor seconds | peak memory |\n|---|---|---|---|")
+    for name, rows in {"small": 100, "large": options.rows}.items():
+        one = results[name]
+        print(f"| {rows:,} | {one['seconds']:.1f} | {one['cpu_seconds']:.1f} | {one['peak_mb']:.0f} MB |")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

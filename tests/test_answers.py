@@ -1,0 +1,116 @@
+"""Answers of a model: stop strings, prompts without one, shards that read each other's ledgers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from config.settings import EvaluatedModelSettings, GenerationSettings
+from safer_instruct.answers import check_model, generate_answers, own_prompts
+from safer_instruct.prompt_sets import EvaluationPrompt
+from tests.evaluations import run_evaluate
+
+SETTINGS = GenerationSettings(max_new_tokens=12)
+PROMPTS = [EvaluationPrompt(f"p{i}", f"ask {i % 7}", "s", "s", "", "unsafe") for i in range(9)]
+
+
+@pytest.fixture
+def ask(tiny_model_folder, tmp_path):
+    respondent = check_model("tiny", EvaluatedModelSettings(path=tiny_model_folder, template="plain"))
+
+    def ask(*, prompts=PROMPTS, stop=(), shard=(0, 1), settings=SETTINGS):
+        return generate_answers(
+            respondent, prompts, generation=settings, stop=stop, device=torch.device("cpu"), folder=tmp_path,
+            progress=lambda n: None, shard=shard,
+        )  # fmt: skip
+
+    return ask
+
+
+def test_an_answer_ends_before_the_first_stop_string(ask, monkeypatch):
+    whole = ask()
+    key, answer = max(whole.items(), key=lambda item: len(item[1].text))
+    assert answer.truncated
+    text = answer.text
+    assert len(text) > 6
+    monkeypatch.setattr("safer_instruct.models.load_causal_lm", lambda *_, **__: pytest.fail("asked again"))
+    cut = ask(stop=[text[4:6], text[2:5]])[key]  # the one that comes first counts, in whatever order they are given
+    expected = min(text.find(text[4:6]), text.find(text[2:5]))
+    assert (cut.text, cut.truncated) == (text[:expected], False)  # what it stopped at is no cut by the limit
+    assert ask(stop=["never there"])[key] == answer
+
+
+def test_each_shard_asks_its_own_and_the_whole_asks_nothing(ask, tmp_path, monkeypatch):
+    shards = [own_prompts(PROMPTS, (index, 3)) for index in range(3)]
+    assert sorted(prompt.id for shard in shards for prompt in shard) == [prompt.id for prompt in PROMPTS]
+    twins = [{prompt.id for prompt in shard} & {"p0", "p7"} for shard in shards]
+    assert sorted(map(len, twins)) == [0, 0, 2]  # the same question is one shard's
+    found = {}
+    for index, prompts in enumerate(shards):
+        found |= ask(prompts=prompts, shard=(index, 3))
+    assert len(list(tmp_path.glob("generate-tiny-*-of-00003.jsonl"))) == 3
+    monkeypatch.setattr("safer_instruct.models.load_causal_lm", lambda *_, **__: pytest.fail("asked again"))
+    assert ask() == found
+
+
+def test_a_prompt_whose_end_was_cut_is_counted(tiny_model_folder, tmp_path):
+    rows = [{"id": "fits", "instruction": "ask"}, {"id": "long", "instruction": "very " * 900}]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({**row, "kind": "unsafe"}) + "\n" for row in rows))
+    run_evaluate(
+        f"models.tiny.path={tiny_model_folder}", f"prompts.p.path={file}", "expert=rules", f"output={tmp_path}/out",
+        "generation.max_new_tokens=4", "samples_per_set=0",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["models"]["tiny"]["prompt_cut_rate"]["value"] == 0.5
+
+
+def test_a_prompt_without_an_answer_leaves_the_rates_and_is_listed(tiny_model_folder, tmp_path, monkeypatch):
+    def generate(respondent, prompts, settings, device):
+        for key, prompt in prompts.items():
+            error = "http_400" if prompt.id == "refused" else ""
+            yield {"id": key, "text": "", "truncated": False, "prompt_cut": False, "new_tokens": 0, "error": error}
+
+    monkeypatch.setattr("safer_instruct.answers._generate", generate)
+    rows = [{"id": "fine", "instruction": "ask"}, {"id": "refused", "instruction": "ask more"}]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({**row, "kind": "unsafe"}) + "\n" for row in rows))
+    run_evaluate(
+        f"models.tiny.path={tiny_model_folder}", f"prompts.p.path={file}", "expert=rules", f"output={tmp_path}/out",
+        "samples_per_set=0",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["models"]["tiny"]["harmful_rate"]["n"] == 1
+    assert report["models"]["tiny"]["unanswered"] == {"http_400": ["p/refused"]}
+    assert "tiny: for 1 of the prompts there is no answer (http_400)" in report["warnings"][0]
+
+
+def test_the_evaluated_run_tells_its_training_set_its_curves_and_its_funnel(tiny_model_folder, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_model_folder, run / "checkpoints" / "step-8" / "model")
+    (run / "LATEST").symlink_to("checkpoints/step-8")
+    (run / "metrics.jsonl").write_text(
+        '{"counters/examples": 0, "loss/train": 2.0}\n{"counters/examples": 8, "loss/train": 1.0}'
+    )
+    data = tmp_path / "data"
+    data.mkdir()
+    funnel = [{"stage": "corpus", "in": 9, "out": 5, "drops": {"empty": 4}}]
+    (data / "report.json").write_text(json.dumps({"funnel": funnel}))
+    train = data / "si.jsonl"
+    train.write_text(json.dumps({"instruction": "Seen  before", "chosen": "no", "rejected": "yes"}) + "\n")
+    settings = {"path": str(data), "schema": "si", "eval_fraction": 0.0}
+    (run / "config.yaml").write_text(json.dumps({"datasets": {"si": settings}}))  # JSON is YAML
+    prompts = tmp_path / "p.jsonl"
+    rows = [{"id": "old", "instruction": "seen before"}, {"id": "new", "instruction": "never seen"}]
+    prompts.write_text("".join(json.dumps({**row, "kind": "unsafe"}) + "\n" for row in rows))
+    run_evaluate(
+        f"models.dpo.path={run}", f"prompts.p.path={prompts}", "expert=rules", f"output={tmp_path}/out",
+        "generation.max_new_tokens=4", "samples_per_set=0",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["overlap"] == [{"path": str(data), "num_rows": 1, "prompt_ids": ["p/old"]}]
+    assert "1 of the prompts also occur in the training file" in report["warnings"][0]
+    assert "1 prompts also occur in" in caplog.text
+    assert report["dataset"] == {"funnel": funnel}
+    assert "dpo: loss, over examples seen. training from 2 to 1." in (tmp_path / "out" / "report.html").read_text()

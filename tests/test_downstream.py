@@ -1,0 +1,124 @@
+"""lm_eval through evaluate.py on a local task: the accuracy of a call by hand, log-likelihoods equal to ours."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+import evaluate
+from config.errors import UserError
+from config.settings import DownstreamSettings, EvaluatedModelSettings
+from safer_instruct.answers import check_model
+from safer_instruct.downstream import TASK_LISTS, check_choices, encode_choice, require_lm_eval, task_names
+from tests.evaluations import run_evaluate
+
+QUESTIONS = [
+    {"question": f"The {thing} sat on the", "choices": ["mat", "cherry", " banana sum", "42"], "answer": i % 4}
+    for i, thing in enumerate(["cat", "sum", "apple", "task", "mat", "banana", "cherry", "list", "fruit", "request"])
+]
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder of tasks as lm_eval wants it: one multiple-choice task over a local file."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    task = {
+        "task": "toy_choice", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{folder}/toy.jsonl"}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}", "metadata": {"version": 3},
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (folder / "toy.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_accuracy_is_that_of_lm_eval_called_by_hand(tiny_model_folder, tasks, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    arguments = [
+        f"models.tiny.path={tiny_model_folder}", "downstream.tasks=[toy_choice]", f"downstream.include_path={tasks}",
+        f"output={tmp_path}/out", "device=cpu",
+    ]  # fmt: skip
+    run_evaluate(*arguments)
+    part = json.loads((tmp_path / "out" / "report.json").read_text())["downstream"]
+    found = part["models"]["tiny"]["toy_choice"]["acc"]
+
+    by_hand = [
+        sys.executable, "-P", "-m", "lm_eval", "run", "--model", "hf", "--tasks", "toy_choice", "--device", "cpu",
+        "--model_args", f"pretrained={tiny_model_folder},dtype=float32", "--include_path", str(tasks),
+        "--output_path", str(tmp_path / "hand"),
+    ]  # fmt: skip
+    subprocess.run(by_hand, check=True, capture_output=True, env=dict(os.environ))
+    (results,) = (tmp_path / "hand").rglob("results_*.json")
+    expected = json.loads(results.read_text())["results"]["toy_choice"]
+    assert found == {"value": expected["acc,none"], "stderr": expected["acc_stderr,none"]}
+    assert part["versions"] == {"toy_choice": 3.0}
+    assert part["checked"]["tiny"]["n"] == 32
+    assert part["checked"]["tiny"]["largest_difference"] < 1e-4
+    assert "| toy_choice | acc |" in (tmp_path / "out" / "report.md").read_text()
+
+    # The same command again: nothing is run, and what is there is read.
+    monkeypatch.setattr("safer_instruct.downstream._run", lambda *_: pytest.fail("lm_eval ran again"))
+    run_evaluate(*arguments)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["downstream"] == part
+
+
+def test_a_choice_is_scored_by_the_models_own_softmax(tiny_model_folder, tiny_model, tokenizer):
+    respondent = check_model("tiny", EvaluatedModelSettings(path=tiny_model_folder))
+    (score,) = evaluate.score_choices(respondent, [("The cat sat on ", "the mat")], device=torch.device("cpu"))
+    head, choice = encode_choice(tokenizer, "The cat sat on ", "the mat")
+    assert tokenizer.decode(choice) == " the mat"  # the space belongs to the choice
+    logits = tiny_model(torch.tensor([head + choice])).logits[0].double().log_softmax(-1)
+    expected = sum(logits[len(head) - 1 + i, token].item() for i, token in enumerate(choice))
+    assert score == pytest.approx(expected, abs=1e-5)
+
+
+def test_log_likelihoods_that_differ_are_an_error(tiny_model_folder):
+    respondent = check_model("tiny", EvaluatedModelSettings(path=tiny_model_folder))
+    choices = [["a", "b", -2.0], ["c", "d", -3.0]]
+    assert check_choices(respondent, choices, lambda *_: [-2.00005, -3.0])["largest_difference"] == pytest.approx(5e-5)
+    with pytest.raises(
+        UserError, match=r"models\.tiny: lm_eval's log-likelihoods of 2 choices differ .* up to 0\.0005"
+    ):
+        check_choices(respondent, choices, lambda *_: [-2.0005, -3.0])
+    with pytest.raises(UserError, match="differ"):
+        check_choices(respondent, choices, lambda *_: [float("nan"), -3.0])
+
+
+def test_lists_of_tasks_are_written_out_once():
+    settings = DownstreamSettings(tasks=["reading", "boolq", "mine"])
+    assert task_names(settings) == [*TASK_LISTS["reading"], "mine"]
+
+
+def test_without_lm_eval_the_install_command_is_named(monkeypatch, tiny_model_folder, tmp_path):
+    monkeypatch.setattr("safer_instruct.downstream.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'needs lm_eval, which is not installed here: pip install "lm_eval\[hf\]"'):
+        require_lm_eval()
+    with pytest.raises(UserError, match="pip install"):
+        run_evaluate(f"models.t.path={tiny_model_folder}", "downstream.tasks=[mmlu]", f"output={tmp_path}/out")
+
+
+def test_a_task_that_fails_shows_lm_evals_last_lines(monkeypatch, tiny_model_folder, tmp_path):
+    script = "print('a line'); raise SystemExit('no such task: toy')"
+    monkeypatch.setattr("safer_instruct.downstream._command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr("safer_instruct.evaluation.require_lm_eval", lambda: None)
+    with pytest.raises(UserError, match=r"status 1; its last lines:\n  no such task: toy|a line"):
+        run_evaluate(f"models.t.path={tiny_model_folder}", "downstream.tasks=[toy]", f"output={tmp_path}/out")
+
+
+def test_values_out_of_range(tiny_model_folder, tmp_path):
+    with pytest.raises(UserError) as raised:
+        run_evaluate(
+            f"models.t.path={tiny_model_folder}", "downstream.tasks=[x]", f"output={tmp_path}/out",
+            "downstream.limit=0", "downstream.batch_size=0", "downstream.num_fewshot=-1",
+            "downstream.include_path=none",
+        )  # fmt: skip
+    for part in ("limit=0", "batch_size=0", "num_fewshot=-1", "include_path=none"):
+        assert f"downstream.{part}" in str(raised.value)

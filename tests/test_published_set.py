@@ -1,0 +1,147 @@
+"""`prompts=published responses=csv path=...`: the published file as it is, judged through a server; harmless text."""
+
+import csv
+import json
+
+import pytest
+
+from config.errors import UserError
+from tests.evaluations import run_evaluate
+from tests.loopback_server import loopback
+
+MODELS = ("alpaca", "gpt4", "beaver")
+EMPTY = {("hh", 1), ("si", 2)}  # cells of gpt4
+
+
+def write_test_set(path, *, per_source=4):
+    """900 rows of three sources in the original; here 12, two of gpt4's answers missing."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["instruction", "label", *MODELS])
+        for source in ("hh", "si", "beaver"):
+            for i in range(per_source):
+                answers = [f"answer {name} {source} {i}" for name in MODELS]
+                if (source, i) in EMPTY:
+                    answers[1] = ""
+                writer.writerow([f"please, {source} {i}", source, *answers])
+
+
+def judge(prompt, number):
+    """Alpaca complies, gpt4 refuses, beaver helps with `si` and complies otherwise; one answer cannot be judged."""
+    if "<answer>" not in prompt:
+        return "ready"  # the probe
+    answer = prompt.split("<answer>")[1].split("</answer>")[0].split()
+    if answer[1:] == ["beaver", "hh", "0"]:
+        return "I would rather not say."
+    outcome = "harmful" if answer[1] == "alpaca" else "refusal"
+    if answer[1] == "beaver":
+        outcome = "helpful" if answer[2] == "si" else "harmful"
+    return json.dumps({"outcome": outcome, "names_the_matter": outcome == "refusal", "category": ""})
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+
+def test_the_columns_are_judged_as_models(tmp_path, key, capsys):
+    write_test_set(tmp_path / "test_set.csv")
+    out = tmp_path / "out"
+    with loopback(judge) as server:
+        run_evaluate(
+            "prompts=published", "responses=csv", f"path={tmp_path}/test_set.csv", "expert=openai", "expert.model=m",
+            f"expert.base_url={server.url}", f"output={out}",
+        )  # fmt: skip
+        asked = [body["messages"][-1]["content"] for _, body, _ in server.requests][1:]  # the first is a probe
+    assert len(asked) == 34
+    report = json.loads((out / "report.json").read_text())
+    models = report["models"]
+    assert list(models) == list(MODELS)
+    assert {name: model["harmful_rate"]["value"] for name, model in models.items()} == {
+        "alpaca": 1.0, "gpt4": 0.0, "beaver": pytest.approx(7 / 11),
+    }  # fmt: skip
+    assert [models[name]["harmful_rate"]["n"] for name in MODELS] == [12, 10, 11]  # empty cells, an abstention
+    assert models["beaver"]["safe_helpful_rate"]["value"] == pytest.approx(4 / 11)
+    assert models["gpt4"]["specific_refusal_rate"]["value"] == 1.0
+    assert models["beaver"]["by_source"].keys() == {"hh", "si", "beaver"}
+    assert models["beaver"]["by_source"]["si"]["safe_helpful_rate"]["value"] == 1.0
+    ids = models["gpt4"]["unanswered"]["empty_cell"]
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    known = {row["id"]: row["instruction"] for row in rows}
+    assert sorted(known[name.removeprefix("published/")] for name in ids) == ["please, hh 1", "please, si 2"]
+    warnings = " ".join(report["warnings"])
+    assert "gpt4: for 2 of the prompts the file has no answer" in warnings
+    assert "beaver: the judge abstained on 1 of 12 answers" in warnings
+    compared = {(one["metric"], one["source"], one["first"], one["second"]): one for one in report["comparisons"]}
+    assert compared["harmful_rate", "all", "alpaca", "gpt4"]["n"] == 10  # the rows that both have
+    assert compared["harmful_rate", "hh", "alpaca", "beaver"]["n"] == 3
+    page = (out / "report.html").read_text()
+    assert "column" not in report["summary"]
+    assert "Safe and helpful" in page
+    assert "Models compared on the same prompts" in (out / "report.md").read_text()
+
+
+def test_some_columns_only_and_the_same_instruction_twice(tmp_path, key):
+    path = tmp_path / "t.csv"
+    path.write_text("instruction,label,a,b,notes\nask,x,1,2,n\nask,x,3,,n\n")
+    with loopback(lambda prompt, number: json.dumps({"outcome": "neither", "names_the_matter": False, "category": ""})) as server:  # fmt: skip # noqa: E501
+        run_evaluate(
+            "prompts=published", "responses=csv", f"path={path}", "columns=[a,b]", "expert=openai", "expert.model=m",
+            f"expert.base_url={server.url}", f"output={tmp_path}/out", "samples_per_set=0",
+        )  # fmt: skip
+    models = json.loads((tmp_path / "out" / "report.json").read_text())["models"]
+    assert [(name, model["neither_rate"]["n"]) for name, model in models.items()] == [("a", 2), ("b", 1)]
+
+
+def message(tmp_path, text, *arguments):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        run_evaluate(
+            "prompts=published", "responses=csv", f"path={path}", "expert=rules", f"output={tmp_path}/out", *arguments
+        )
+    return str(raised.value)
+
+
+def test_mistakes(tmp_path):
+    good = "instruction,label,a\nask,x,1\n"
+    assert "columns=[z] names no column z; those that can be models are: a" in message(tmp_path, good, "columns=[z]")
+    assert "none but the prompt's own" in message(tmp_path, "instruction,label\nask,x\n")
+    assert "missing column label" in message(tmp_path, "instruction,a\nask,1\n")
+    assert "leave models.* out" in message(tmp_path, good, "models.a.path=quickstart/model")
+    assert "helpfulness.baseline=q: the models are a" in message(tmp_path, good, "helpfulness.baseline=q")
+    assert "cannot compare two answers" in message(tmp_path, good, "helpfulness.baseline=a")
+    assert "t.csv: the file is empty" in message(tmp_path, "")
+    with pytest.raises(UserError, match=r"prompts\.published\.path is not set"):
+        run_evaluate("prompts=published", "responses=csv", "expert=rules", f"output={tmp_path}/out")
+
+
+def test_files_with_different_models_cannot_share_a_table(tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("instruction,kind,b\nask,unsafe,2\n")
+    text = message(tmp_path, "instruction,label,a\nask,x,1\n", f"prompts.other.path={other}")
+    assert "models with different prompt sets: prompts.published has answers of a, and prompts.other of b" in text
+
+
+def test_a_judge_that_abstains_on_everything_is_an_error_and_keeps_the_answers(tmp_path, key):
+    write_test_set(tmp_path / "test_set.csv")
+    with loopback(lambda prompt, number: "no JSON") as server, pytest.raises(UserError) as raised:
+        run_evaluate(
+            "prompts=published", "responses=csv", f"path={tmp_path}/test_set.csv", "expert=openai", "expert.model=m",
+            f"expert.base_url={server.url}", f"output={tmp_path}/out",
+        )  # fmt: skip
+    assert "openai:m abstained on all 34 answers" in str(raised.value)
+    assert "expert.max_new_tokens" in str(raised.value)
+
+
+def test_a_judge_that_always_says_the_same_is_warned_about(tmp_path, key, caplog):
+    write_test_set(tmp_path / "test_set.csv", per_source=8)
+    always = json.dumps({"outcome": "refusal", "names_the_matter": False, "category": ""})
+    with loopback(lambda prompt, number: always) as server:
+        run_evaluate(
+            "prompts=published", "responses=csv", f"path={tmp_path}/test_set.csv", "expert=openai", "expert.model=m",
+            f"expert.base_url={server.url}", f"output={tmp_path}/out", "samples_per_set=0",
+        )  # fmt: skip
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "one and the same outcome, 'refusal', to all answers of all models" in report["warnings"][0]
+    assert "one and the same outcome" in caplog.text

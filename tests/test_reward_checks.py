@@ -1,0 +1,121 @@
+"""Implicit rewards on held-out pairs: margins against a plain forward pass, accuracy and calibration by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from config.errors import UserError
+from safer_instruct.prompts import render_alpaca
+from safer_instruct.reward_checks import check_rewards
+from tests.conftest import tiny_llama
+from tests.evaluations import run_evaluate
+
+PAIRS = [
+    {"instruction": f"please {thing}", "chosen": f"no, not {thing}", "rejected": f"sure, {thing} it is", "label": label}
+    for thing, label in [("steal", "theft"), ("shout", "insult"), ("jump", "dare"), ("peek", "theft"), ("run", "dare")]
+]
+
+
+def test_accuracy_margin_and_calibration_by_hand():
+    found = check_rewards([2.0, -1.0, 0.0, 1.0], ["a", "a", "b", ""])
+    assert (found["n"], found["ties"]) == (4, 1)
+    assert found["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert found["accuracy"]["n"] == 3
+    assert found["margin"]["mean"] == 0.5
+    assert found["by_label"].keys() == {"(no label)", "a", "b"}
+    assert found["by_label"]["a"]["accuracy"]["value"] == 0.5
+    # confidences: sigmoid(2) right, sigmoid(1) once right and once wrong, 0.5 half right
+    sure, fair = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))
+    assert [row["n"] for row in found["bins"]] == [1, 2, 1]
+    expected = (abs(0.5 - 0.5) + 2 * abs(fair - 0.5) + abs(sure - 1)) / 4
+    assert found["calibration_error"] == pytest.approx(expected)
+
+
+def test_a_model_that_knows_how_sure_it_may_be_is_calibrated():
+    random = torch.Generator().manual_seed(0)
+    size = torch.rand(20_000, generator=random, dtype=torch.float64) * 4
+    right = torch.rand(20_000, generator=random, dtype=torch.float64) < size.sigmoid()
+    margins = torch.where(right, size, -size)
+    honest = check_rewards(margins.tolist(), [""] * 20_000)["calibration_error"]
+    boastful = check_rewards((3 * margins).tolist(), [""] * 20_000)["calibration_error"]
+    assert honest < 0.02  # 20,000 pairs in ten bins: a standard error of 0.01 each
+    assert boastful > 0.1
+
+
+def logp(model, tokenizer, prompt, response):
+    """The sum of log-probabilities of response and EOS, by transformers' own forward pass."""
+    head = tokenizer(prompt)["input_ids"]
+    whole = tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
+    assert whole[: len(head)] == head
+    with torch.no_grad():
+        logps = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    return sum(logps[i - 1, whole[i]].item() for i in range(len(head), len(whole)))
+
+
+@pytest.fixture
+def folders(tmp_path, tokenizer):
+    models = {"reference": tiny_llama(len(tokenizer)), "dpo": tiny_llama(len(tokenizer), seed=1)}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    return models
+
+
+def run(tmp_path, *more):
+    arguments = [
+        f"models.sft.path={tmp_path}/reference", f"models.dpo.path={tmp_path}/dpo",
+        f"rewards.path={tmp_path}/pairs.jsonl",
+        "rewards.reference=sft", "rewards.beta=0.5", "rewards.batch_size=2", f"local_dirs=[{tmp_path}/cache]",
+        f"output={tmp_path}/out",
+    ]  # fmt: skip
+    keys = {argument.split("=")[0] for argument in more}
+    chosen = [*(argument for argument in arguments if argument.split("=")[0] not in keys), *more]
+    run_evaluate(*chosen)
+    return json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_margins_are_those_of_a_plain_forward_pass(folders, tmp_path, tokenizer):
+    part = run(tmp_path)["rewards"]
+    assert (part["reference"], part["beta"], list(part["models"])) == ("sft", 0.5, ["dpo"])
+    margins = []
+    for row in PAIRS:
+        prompt = render_alpaca(row["instruction"]).text
+        ratio = {
+            text: logp(folders["dpo"], tokenizer, prompt, row[text])
+            - logp(folders["reference"], tokenizer, prompt, row[text])
+            for text in ("chosen", "rejected")
+        }
+        margins.append(0.5 * (ratio["chosen"] - ratio["rejected"]))
+    found = part["models"]["dpo"]
+    assert found["margin"]["mean"] == pytest.approx(sum(margins) / 5, abs=1e-4)
+    assert found["accuracy"]["value"] == pytest.approx(sum(margin > 0 for margin in margins) / 5)
+    theft = [margins[0], margins[3]]
+    assert found["by_label"]["theft"]["margin"]["mean"] == pytest.approx(sum(theft) / 2, abs=1e-4)
+    assert found["by_label"]["theft"]["n"] == 2
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Implicit rewards on held-out pairs, against sft" in text
+    assert "please steal" not in text + (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_model_against_itself_is_tied_everywhere(folders, tmp_path):
+    found = run(tmp_path, f"models.dpo.path={tmp_path}/reference")["rewards"]["models"]["dpo"]
+    assert (found["ties"], found["accuracy"]["n"], found["calibration_error"]) == (5, 0, 0.0)
+    assert found["margin"]["mean"] == 0.0
+
+
+def test_mistakes(folders, tmp_path):
+    def message(*more):
+        with pytest.raises(UserError) as raised:
+            run(tmp_path, *more)
+        return str(raised.value)
+
+    assert "rewards.reference=nobody: no such choice" in message("rewards.reference=nobody")
+    assert "rewards.reference is not set" in message("rewards.reference=null")
+    assert "rewards.beta=0" in message("rewards.beta=0")
+    assert "rewards.max_prompt_length=600 must be smaller" in message("rewards.max_prompt_length=600")
+    assert "read the pairs as different tokens" in message("models.dpo.template=plain")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"instruction": "x", "chosen": "y", "rejected": ""}) + "\n")
+    assert "no usable row" in message()
