@@ -28,6 +28,7 @@ from config.settings import (
     OpenAIExpertSettings,
     PreferenceLossSettings,
     RulesExpertSettings,
+    ServerSettings,
     TrainConfig,
 )
 
@@ -268,18 +269,41 @@ def _check_expert(expert: Any) -> list[str]:
             *_check_generation(expert.generation, "expert.generation"),
         ]
     if isinstance(expert, OpenAIExpertSettings):
-        errors = _at_least("expert.concurrency", expert.concurrency, 1) + _at_least(
-            "expert.max_retries", expert.max_retries, 0
-        )
-        errors += _above("expert.timeout_seconds", expert.timeout_seconds, 0)
-        errors += _at_least("expert.max_new_tokens", expert.max_new_tokens, 1)
-        if not os.environ.get(expert.api_key_env):
-            errors.append(
-                f"the environment variable {expert.api_key_env} (expert.api_key_env) is not set: export the key of the "
-                "server there; a server without keys takes any text"
-            )
-        return errors
+        return [*_check_server(expert, "expert"), *_check_budget(expert)]
     return []
+
+
+def _check_server(server: ServerSettings, key: str) -> list[str]:
+    errors = _at_least(f"{key}.concurrency", server.concurrency, 1)
+    errors += _at_least(f"{key}.max_retries", server.max_retries, 0)
+    errors += _above(f"{key}.timeout_seconds", server.timeout_seconds, 0)
+    errors += _above(f"{key}.patience_seconds", server.patience_seconds, 0)
+    if not os.environ.get(server.api_key_env):
+        errors.append(
+            f"the environment variable {server.api_key_env} ({key}.api_key_env) is not set: export the key of the "
+            "server there; a server without keys takes any text"
+        )
+    return errors
+
+
+def _check_budget(expert: OpenAIExpertSettings) -> list[str]:
+    errors = _at_least("expert.max_new_tokens", expert.max_new_tokens, 1)
+    errors += _one_of("expert.structured_output", expert.structured_output, ("auto", "always", "never"))
+    errors += _at_least("expert.price_prompt", expert.price_prompt, 0)
+    errors += _at_least("expert.price_completion", expert.price_completion, 0)
+    for name in ("max_cost", "max_tokens"):
+        limit = expert.__dict__[name]
+        if limit is not None and not limit > 0:
+            errors.append(
+                f"expert.{name}={limit}: nothing could be asked; give a limit above 0, or null for none (the stages "
+                "that ask no expert are stage=induce and stage=merge)"
+            )
+    if expert.max_cost is not None and not (expert.price_prompt or expert.price_completion):
+        errors.append(
+            f"expert.max_cost={expert.max_cost} needs prices to count with: expert.price_prompt=... and "
+            "expert.price_completion=..., each of a million tokens"
+        )
+    return errors
 
 
 def _check_generation(generation: GenerationSettings, key: str) -> list[str]:

@@ -191,18 +191,30 @@ class LocalExpertSettings:
 
 
 @dataclass
-class OpenAIExpertSettings:
-    """`expert=openai`: any OpenAI-compatible server. The key is read from the environment variable `api_key_env`."""
+class ServerSettings:
+    """An OpenAI-compatible server. The key is read from the environment variable `api_key_env`, never from here."""
+
+    model: str = MISSING  # the name under which the server knows the model
+    base_url: str | None = None  # null: OpenAI's; others usually end in /v1
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8  # requests at a time, at most: fewer while the server answers many of them with 429
+    timeout_seconds: float = 60.0  # of one attempt; a little more than the slowest honest answer takes
+    max_retries: int = 8  # attempts after a failed one (5xx, lost connection, time-out); a 429 is waited out instead
+    patience_seconds: float = 600.0  # give up (and keep everything) when nothing has been answered for so long
+
+
+@dataclass
+class OpenAIExpertSettings(ServerSettings):
+    """`expert=openai`: any OpenAI-compatible server, with a budget."""
 
     name: str = "openai"
-    model: str = MISSING
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    timeout_seconds: float = 60.0
-    max_retries: int = 5
     temperature: float = 0.0
     max_new_tokens: int = 512
+    structured_output: str = "auto"  # auto: a JSON schema is sent where the server takes one | always | never
+    price_prompt: float = 0.0  # of a million prompt tokens
+    price_completion: float = 0.0  # of a million completion tokens
+    max_cost: float | None = None  # of the whole dataset, in the currency of the prices; each shard has its part of it
+    max_tokens: int | None = None  # of the whole dataset, prompt and completion; each shard has its part of it
 
 
 @dataclass
