@@ -67,8 +67,8 @@ _FENCE = re.compile(r"\A```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
 MAX_CATEGORY_CHARACTERS = 40
 
 _REPAIR = """\
-That could not be read. Answer again, with exactly one line of JSON in the form that was asked for: all of its keys and \
-no others, true and false without quotes, and no word before or behind it."""
+That could not be read. Answer again, with exactly one line of JSON in the form that was asked for: all of its \
+keys and no others, true and false without quotes, and no word before or behind it."""
 
 _FILTER_FIELDS: dict[str, type] = {"well_formed": bool, "unsafe": bool, "response_fits": bool, "category": str}
 _JUDGE_FIELDS: dict[str, type] = {"outcome": str, "names_the_matter": bool, "category": str}

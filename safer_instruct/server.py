@@ -189,7 +189,7 @@ class OpenAIGenerator:
         prompt_tokens, new_tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         return Generation(
             id=id,
-            text=text or "",
+            text=(text or "").encode("utf-8", "replace").decode(),  # JSON can hold half a surrogate pair
             truncated=reason == "length",
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
@@ -419,7 +419,7 @@ class _Run:
         what = {
             "timeout": f"no answer within {self.settings.timeout_seconds:g} s",
             "http_429": f"HTTP 429: too many requests, even at {self.slots.limit} at a time",
-            "malformed_reply": "it answers, but not with a completion; an OpenAI-compatible address usually ends in /v1",
+            "malformed_reply": "it answers, but not with a completion; an OpenAI address usually ends in /v1",
         }.get(failure.reason, failure.reason.replace("http_", "HTTP ").replace("no_connection", "no answer"))
         tail = "" if self._is_probe else f" This was row {id}, with nothing answered in the meantime. {KEPT}"
         return UserError(f"{client.base_url} ({self.generator.key}.base_url): {what}.{tail}")

@@ -165,6 +165,7 @@ def generator(url: str, **options) -> OpenAIGenerator:
 def test_a_schema_is_sent_where_the_server_takes_one() -> None:
     schemas = []
     for refuses in (False, True):
+
         def answer(prompt: str, number: int, refuses=refuses):
             asked = server.requests[number][1]
             return (400, {"error": {"message": "no"}}) if refuses and "response_format" in asked else GOOD
@@ -188,6 +189,7 @@ def test_a_schema_is_sent_where_the_server_takes_one() -> None:
 
 def test_what_cannot_be_read_is_asked_for_once_more() -> None:
     """Row 0: the second answer is good; row 1: it is not; row 2: there is no second; the first is paid for, too."""
+
     def answer(prompt: str, number: int):
         messages = server.requests[number][1]["messages"]
         row, second = int(prompt.split("Take item ")[1].split()[0]), len(messages) > 1
@@ -297,7 +299,10 @@ def test_a_server_that_only_throttles_is_given_up_after_the_patience() -> None:
 
 def test_a_model_that_continues_plain_text() -> None:
     """The reversed model behind a server: the prompt as it is, a seed for each row, the text of the completion."""
-    reply = {"choices": [{"text": " Say it", "finish_reason": "length"}], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+    reply = {
+        "choices": [{"text": " Say it", "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 2},
+    }
     with loopback(lambda *_: (200, reply)) as server:
         decoding = Decoding(chat=False, max_new_tokens=9, temperature=0.7, top_p=0.9, seed=3)
         server_settings = ServerSettings(model="m", base_url=server.url, api_key_env="TEST_KEY")
@@ -311,7 +316,9 @@ def test_a_model_that_continues_plain_text() -> None:
     path, body, _ = server.requests[1]
     assert path == "/v1/completions"
     assert (body["prompt"], body["max_tokens"], body["temperature"], body["top_p"]) == ("head body 0 tail", 9, 0.7, 0.9)
-    seeds = [{body["prompt"]: body["seed"] for _, body, _ in part} for part in (server.requests[1:4], server.requests[4:])]
+    seeds = [
+        {body["prompt"]: body["seed"] for _, body, _ in part} for part in (server.requests[1:4], server.requests[4:])
+    ]
     assert seeds[0] == seeds[1], "the same row has the same seed"
     assert len(set(seeds[0].values())) == 3
 
