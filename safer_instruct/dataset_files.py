@@ -74,7 +74,7 @@ def _open_arrow(folder: Path) -> Iterator[BatchWriter]:
     with (folder / ARROW_FILE).open("rb") as file:
         fingerprint = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
     features = {column: {"dtype": "string", "_type": "Value"} for column in COLUMNS}
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": ARROW_FILE}],
         "_fingerprint": fingerprint,
         "_format_columns": None,

@@ -94,7 +94,7 @@ class RoundTrip:
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = load_tokenizer(self._settings.model)
         model = load_causal_lm(self._settings.model).eval()
-        model.to(self._device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+        model.to(self._device)
         self._loaded = model, tokenizer
         return self._loaded
 

@@ -76,9 +76,9 @@ class NearDuplicates:
         for first, second in self._candidates():
             if dropped[first] or dropped[second]:
                 continue
-            parts = [flat[ends[i - 1] if i else 0 : ends[i]] for i in (first, second)]
-            common = len(numpy.intersect1d(*parts, assume_unique=True))
-            union = len(parts[0]) + len(parts[1]) - common
+            one, other = (flat[ends[i - 1] if i else 0 : ends[i]] for i in (first, second))
+            common = len(numpy.intersect1d(one, other, assume_unique=True))
+            union = len(one) + len(other) - common
             dropped[second] = common >= self.threshold * union
         return dropped
 
