@@ -139,9 +139,9 @@ def run_score(
     before, induced = read_ledger(paths[INDUCE])
     pairs = with_instructions(examples, induced)
     scorer = RoundTrip(config.roundtrip, device)
-    with Ledger(paths[SCORE], score_configuration(scorer, before), num_rows=len(pairs)) as ledger:
-        with _progress(SCORE, pairs) as update:
-            run_stage(pairs, ledger, stage_score(scorer), batch_size=ROWS_AT_A_TIME, progress=update)
+    configuration = score_configuration(scorer, before)
+    with Ledger(paths[SCORE], configuration, num_rows=len(pairs)) as ledger, _progress(SCORE, pairs) as update:
+        run_stage(pairs, ledger, stage_score(scorer), batch_size=ROWS_AT_A_TIME, progress=update)
 
 
 def run_filter(

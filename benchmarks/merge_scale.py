@@ -4,8 +4,8 @@
 
 Corpus and ledgers are synthetic: 40 + 10 random words a pair from 20,000, in 16 shards. Two rows in a hundred repeat an
 earlier one with one or two words changed, at a Jaccard index of at least 0.8 that is computed from their texts. Each
-merge runs in a process of its own, whose peak resident memory is read from the kernel. Wanted: a million rows within 240
-s with the index; memory above that at 10,000 rows: less than 100 MB without, at most 2 GB with it; recall at least
+merge runs in a process of its own, whose peak resident memory is read from the kernel. Wanted: a million rows within
+240 s with the index; memory above that at 10,000 rows: less than 100 MB without, at most 2 GB with it; recall at least
 0.95; at most 0.1% of the other rows removed.
 """
 
@@ -80,13 +80,17 @@ def write_run(folder: Path, num_rows: int) -> None:
 
 def run_here(folder: Path, what: str, index: str) -> None:
     """One merge or audit in this process; prints what it took."""
-    duplicates = DuplicatesSettings(threshold=None if index == "off" else 0.8, index="memory" if index == "off" else index)
+    duplicates = DuplicatesSettings(
+        threshold=None if index == "off" else 0.8, index="memory" if index == "off" else index
+    )
     guard = LeakageGuard(["take the red pen from the desk of the clerk"], 0.6)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
     if what == "merge":
         corpus = CorpusSettings(path=str(folder / "corpus.jsonl"))
-        merged = merge(corpus, find_ledgers(folder / "ledger"), folder, guard=guard, duplicates=duplicates, format="all")
+        merged = merge(
+            corpus, find_ledgers(folder / "ledger"), folder, guard=guard, duplicates=duplicates, format="all"
+        )
         num_rows = merged.num_rows
     else:
         report = audit(str(folder / "si.jsonl"), guard=guard, duplicates=duplicates, max_same_chosen=None, output=None)
@@ -129,7 +133,9 @@ def main() -> None:
         run_here(Path(options.here[0]), *options.here[1:])
         return
     results = []
-    print(f"{'rows':>9} {'what':>6} {'index':>7} {'seconds':>8} {'cpu s':>7} {'peak MB':>8} {'recall':>7} {'false %':>8}")
+    print(
+        f"{'rows':>9} {'what':>6} {'index':>7} {'seconds':>8} {'cpu s':>7} {'peak MB':>8} {'recall':>7} {'false %':>8}"
+    )
     for num_rows in options.rows:
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             write_run(Path(name), num_rows)

@@ -105,7 +105,7 @@ def check_induce(config: InduceConfig) -> list[str]:
         *_check_induction(config),
         *(_check_model(config.model, "model") if needs_model else []),
         *(_check_server(config.generation.server, "generation.server") if needs_server else []),
-        *(_check_roundtrip(config.roundtrip) if has_roundtrip else []),
+        *_check_roundtrip(config.roundtrip, has_roundtrip),
         *(_check_expert(config.expert) if needs_expert else []),
     ]
     if stage == "audit" and config.path is None:
@@ -140,8 +140,12 @@ def _check_induction(config: InduceConfig) -> list[str]:
     return errors
 
 
-def _check_roundtrip(roundtrip: RoundTripSettings) -> list[str]:
-    errors = _check_model(roundtrip.model, "roundtrip.model")
+def _check_roundtrip(roundtrip: RoundTripSettings, has_model: bool) -> list[str]:
+    errors = _check_model(roundtrip.model, "roundtrip.model") if has_model else []
+    if roundtrip.threshold is not None and not has_model:
+        errors.append(
+            f"roundtrip.threshold={roundtrip.threshold} needs scores: give roundtrip.model.name_or_path=FOLDER"
+        )
     errors += _one_of("roundtrip.template", roundtrip.template, ("alpaca", "hh", "plain", "chat"))
     errors += _share("roundtrip.top_fraction", roundtrip.top_fraction)
     errors += _at_least("roundtrip.max_length", roundtrip.max_length, 2)

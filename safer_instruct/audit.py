@@ -238,7 +238,9 @@ def render_audit(report: Mapping[str, Any]) -> str:
         f"{report['instructions']['with_several_rows']} with more than one row."
     )
     if test["instructions"]:
-        lines.append(f"Test set: {test['found_in_dataset']} of its {test['instructions']} instructions are in the data.")
+        lines.append(
+            f"Test set: {test['found_in_dataset']} of its {test['instructions']} instructions are in the data."
+        )
     lines += ["", "| words | mean | median | 95% | most |", "|---|---|---|---|---|"]
     for column, values in report["words"].items():
         lines.append(f"| {column} | {values['mean']} | {values['median']} | {values['p95']} | {values['max']} |")
@@ -269,5 +271,3 @@ def write_audit(report: Mapping[str, Any], output: Path) -> None:
         partial = output / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, output / name)
-
-

@@ -1,6 +1,6 @@
 """Where the reversed model runs: in this process (transformers), in vLLM's offline engine, or behind a server.
 
-All are TextGenerators; which one is a setting (`generation=hf`, `vllm`, `openai`), and part of a ledger's configuration.
+All are TextGenerators; which one is a setting (`generation=hf`, `vllm`, `openai`) and part of a ledger's header.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _MEANING = {
     "rejected": "the unsafe response of the corpus",
     "chosen": "the expert's safe response to the instruction",
     "label": "category of harm: of the corpus where it has one, else of the expert",
-    "provenance": "place in the corpus, models, prompts, decoding, seed, scores, verdict, tokens; a JSON string but in JSONL",
+    "provenance": "place in the corpus, models, prompts, decoding, seed, scores, verdict, tokens (JSON)",
 }
 
 

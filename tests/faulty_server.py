@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+PROBE_WORDS = "single word: ready"  # the client's test of a server
 GOOD = json.dumps({"well_formed": True, "unsafe": True, "response_fits": True, "category": "theft"})
 FAULTS = {"429": 0.20, "500": 0.10, "reset": 0.05, "hang": 0.05, "broken": 0.05, "schema": 0.05, "empty": 0.02}
 TEXTS = {
@@ -29,7 +30,7 @@ TEXTS = {
 
 
 class FaultyServer:
-    """Counts by kind, and the good answers by row (the word behind `Take item `)."""
+    """Counts by kind, and the good answers by row (the word behind `Take item `, else the prompt)."""
 
     def __init__(self, faults: Mapping[str, float], *, latency: float, retry_after: float, seed: int = 0) -> None:
         self.faults = faults
@@ -72,7 +73,7 @@ class FaultyServer:
             return True
         asked = json.loads(body)
         prompt = asked["messages"][0]["content"]
-        probe = "Take item" not in prompt
+        probe = PROBE_WORDS in prompt
         kind = "good" if probe else self.draw()
         self.counts["probe" if probe else kind] += 1
         self._at_once += 1
@@ -94,7 +95,7 @@ class FaultyServer:
             answers = kind == "good" and not probe
             text = TEXTS[kind] if "The reply:" not in prompt or kind == "empty" else "I will not."
             if answers:
-                self.good[prompt.split("Take item ")[1].split()[0]] += 1
+                self.good[_row(prompt)] += 1
             await self._reply(writer, 200, completion(text))
             return True
         finally:
@@ -108,6 +109,10 @@ class FaultyServer:
         lines += [f"{name}: {value}" for name, value in headers.items()]
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
         await writer.drain()
+
+
+def _row(prompt: str) -> str:
+    return prompt.split("Take item ")[1].split()[0] if "Take item " in prompt else prompt
 
 
 def completion(text: str) -> dict[str, Any]:

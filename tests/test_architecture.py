@@ -23,7 +23,9 @@ HOMES = {
     "wandb": {"trainers/metrics.py"},
     "torch.distributed": {f"trainers/{name}.py" for name in ("parallel", "checkpoint", "metrics", "reference")},
     "openai": {"safer_instruct/server.py"},
-    "matplotlib": {"safer_instruct/plots.py"},
+    "matplotlib": {"safer_instruct/plots.py", "safer_instruct/induction_plots.py"},
+    "datasketch": {"safer_instruct/similarity.py"},
+    "vllm": {"safer_instruct/backends.py"},
 }
 # first-party package -> what it must not import
 FORBIDDEN = {
