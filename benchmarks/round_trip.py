@@ -76,9 +76,12 @@ def main() -> None:
         induce += ["roundtrip.model.name_or_path=quickstart/model"]
         for stage in ("induce", "score"):
             subprocess.run([sys.executable, *induce, f"stage={stage}"], check=True, stdout=subprocess.DEVNULL)
-        results[count] = precisions(induced_pairs(output, data / "corpus.jsonl"), truth, rules)
-        best = "  ".join(f"{share}: {value:.3f}" for share, value in results[count]["best"].items())
-        print(f"{count} candidate(s): {results[count]['pairs']} pairs, right {results[count]['all']:.3f}; best {best}")
+        pairs = induced_pairs(output, data / "corpus.jsonl")
+        unsafe = [pair for pair in pairs if not truth[pair.id]["noise"]]
+        results[count] = {"all": precisions(pairs, truth, rules), "unsafe": precisions(unsafe, truth, rules)}
+        for name, result in results[count].items():
+            best = "  ".join(f"{share}: {value:.3f}" for share, value in result["best"].items())
+            print(f"{count} candidate(s), {name}: {result['pairs']} pairs, right {result['all']:.3f}; best {best}")
     (options.output / f"seed{seed}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
