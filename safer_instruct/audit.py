@@ -136,8 +136,8 @@ class _Audit:
             for n, _ in key_rows[1:]:
                 self._marks[n] |= FINDINGS["duplicate_pair"]
                 self._marks[n] &= ~FINDINGS["near_duplicate_pair"]
-        sizes = [len(key_rows) for key_rows in self._groups("instruction")]
-        self._instructions = {"distinct": len(sizes), "with_several_rows": sum(size > 1 for size in sizes)}
+        sizes = Counter(min(len(key_rows), 2) for key_rows in self._groups("instruction"))
+        self._instructions = {"distinct": sizes.total(), "with_several_rows": sizes[2]}
         top: list[tuple[int, int]] = []
         distinct = 0
         for key_rows in self._groups("chosen"):

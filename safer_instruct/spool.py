@@ -11,7 +11,8 @@ from pathlib import Path
 
 BUCKET_ROWS = 16_384  # wanted size of a bucket
 MAX_BUCKETS = 512
-BUFFER_BYTES = 8_000_000  # of all buckets together
+BUFFER_BYTES = 4_000_000  # of all buckets together
+LINE_BYTES = 48  # that Python needs for each line beside its text
 
 
 def num_buckets(num_rows: int) -> int:
@@ -31,7 +32,7 @@ class Spool:
     def add(self, key: str, line: bytes) -> None:
         """Append a line, which ends in a newline, to the bucket of its key."""
         self._buffers[zlib.crc32(key.encode("utf-8", "surrogatepass")) % self.count].append(line)
-        self._num_buffered += len(line)
+        self._num_buffered += len(line) + LINE_BYTES
         if self._num_buffered > BUFFER_BYTES:
             self._flush()
 
