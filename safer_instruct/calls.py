@@ -97,6 +97,8 @@ class Run:
             finally:
                 task = asyncio.current_task()
                 assert task is not None
+                if result is not None:
+                    self.slots.hold()
                 finished.put_nowait((task, result))
 
         async with self.generator.open() as client:
@@ -116,6 +118,7 @@ class Run:
                     await task  # a defect in a row's code is not swallowed
                 if results := [result for _, result in batch if result is not None]:
                     yield results
+                    self.slots.written(len(results))  # whoever asks for more has written these down
         if self.stopped is not None:
             raise self.stopped
 

@@ -50,19 +50,21 @@ class Slots:
     """At most `limit` requests at a time; the limit follows the share of replies that say "too many requests".
 
     After each WINDOW of replies it is cut by a quarter where more than a THROTTLED_SHARE of them were 429, and grows
-    back by a quarter otherwise, up to `maximum`. Waiters are served in their order.
+    back by a quarter otherwise, up to `maximum`. Waiters are served in their order. An answer that has come but is not
+    written down yet holds its place, so that a kill costs no more calls than run at a time.
     """
 
     def __init__(self, maximum: int) -> None:
         self.maximum = maximum
         self.limit = maximum
         self.in_flight = 0
+        self._unwritten = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._replies = 0
         self._throttled = 0
 
     async def __aenter__(self) -> None:
-        while self.in_flight >= self.limit:
+        while self.in_flight + self._unwritten >= self.limit:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
             await turn
@@ -70,6 +72,15 @@ class Slots:
 
     async def __aexit__(self, *_: object) -> None:
         self.in_flight -= 1
+        self._wake()
+
+    def hold(self) -> None:
+        """Keep a place for an answer until it is written down; to be called before anything else can take the place."""
+        self._unwritten += 1
+
+    def written(self, count: int) -> None:
+        """Free the places of so many answers."""
+        self._unwritten -= count
         self._wake()
 
     def replied(self, *, throttled: bool) -> None:
@@ -86,7 +97,7 @@ class Slots:
         self._wake()
 
     def _wake(self) -> None:
-        for _ in range(min(len(self._waiting), max(0, self.limit - self.in_flight))):
+        for _ in range(min(len(self._waiting), max(0, self.limit - self.in_flight - self._unwritten))):
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(None)
