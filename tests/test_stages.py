@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import pytest
 
@@ -18,6 +19,7 @@ from safer_instruct.completions import Generation
 from safer_instruct.corpus import read_corpus
 from safer_instruct.examples import Example, read_rows, text_id
 from safer_instruct.experts import SafeResponse
+from safer_instruct.hub import push_dataset
 from safer_instruct.ledger import Ledger, read_ledger, run_stage, shard_path
 from safer_instruct.merge import find_ledgers, merge, read_instructions
 from safer_instruct.prompts import render_reversed
@@ -297,3 +299,63 @@ def test_shards_of_different_configurations_are_not_merged(tmp_path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"expert_fingerprint": "e0"', b'"expert_fingerprint": "e1"'))
     with pytest.raises(UserError, match=r"filter-00001-of-00002.*expert_fingerprint"):
         find_ledgers(tmp_path / "ledger")
+
+
+def test_all_formats_hold_the_same_rows(tmp_path) -> None:
+    _, output, _ = run_all(tmp_path, 3, format="all")
+    jsonl = [json.loads(line) for line in (output / "si.jsonl").read_text().splitlines()]
+    for table in (
+        pyarrow.parquet.read_table(output / "si.parquet").to_pylist(),
+        datasets.load_from_disk(output / "arrow"),
+    ):
+        assert [{**row, "provenance": json.loads(row["provenance"])} for row in table] == jsonl
+    assert not (output / ".merge").exists()
+
+
+def test_near_duplicates_and_near_leaks_are_found_across_shards(tmp_path) -> None:
+    """Row 0 and row 6 differ in one word of many; row 3's instruction is nearly one of the test set."""
+    corpus_path = tmp_path / "corpus.jsonl"
+    words = " ".join(f"w{i}" for i in range(40))
+    texts = [
+        f"EVEN {words} {i}" if i in (0, 6) else f"EVEN text {i} {' '.join(f'v{i}{j}' for j in range(20))} {i}"
+        for i in range(9)
+    ]
+    corpus_path.write_text("".join(json.dumps({"response": text}) + "\n" for text in texts))
+    results = []
+    for count in (1, 4):
+        output = tmp_path / f"out{count}"
+        for index in range(count):
+            run_shard(corpus_path, output / "ledger", index, count)
+        merged = merge(
+            CorpusSettings(path=str(corpus_path)),
+            find_ledgers(output / "ledger"),
+            output,
+            guard=LeakageGuard(["say number 3 please"], 0.6),
+            duplicates=DuplicatesSettings(index="disk" if count == 4 else "memory"),
+            format="jsonl",
+        )
+        assert merged.funnel.num_dropped() == {"near_duplicate_pair": 1, "near_excluded_instruction": 1}
+        results.append((output / "si.jsonl").read_bytes())
+    assert results[0] == results[1]
+    kept = [json.loads(line)["rejected"] for line in results[0].splitlines()]
+    assert kept == [text for i, text in enumerate(texts) if i not in (3, 6)]
+
+
+def test_upload_to_the_hub(tmp_path, monkeypatch) -> None:
+    seen = {}
+
+    class Api:
+        def create_repo(self, name, **options):
+            if name == "nobody/x":
+                raise OSError("no login")
+            return f"https://hub/{name}"
+
+        def upload_folder(self, **options):
+            seen.update(options)
+
+    monkeypatch.setattr("safer_instruct.hub.huggingface_hub.HfApi", Api)
+    assert push_dataset(tmp_path, "me/si", ("si.jsonl", "si.parquet", "arrow")) == "https://hub/me/si"
+    assert "si.parquet" in seen["allow_patterns"]
+    assert not any("ledger" in name or name == "arrow" for name in seen["allow_patterns"])
+    with pytest.raises(UserError, match=r"push_to_hub=nobody/x: the upload failed \(no login\)"):
+        push_dataset(tmp_path, "nobody/x", ("si.jsonl",))
