@@ -214,7 +214,8 @@ def test_duplicate_pairs_are_merged_once(tmp_path) -> None:
     corpus_path.write_text("response,label\nSAME words 1,a\nSAME  words 1,a\nEVEN other 2,a\n")
     run_shard(corpus_path, tmp_path / "ledger", 0, 1)
     assert run_merge(corpus_path, tmp_path).funnel.num_dropped() == {"duplicate_pair": 1}
-    assert len((tmp_path / "si.jsonl").read_text().splitlines()) == 2
+    pairs = [json.loads(line) for line in (tmp_path / "si.jsonl").read_text().splitlines()]
+    assert [pair["rejected"] for pair in pairs] == ["SAME words 1", "EVEN other 2"], "the first stays"
 
 
 def test_parquet_holds_the_same_rows(tmp_path) -> None:
