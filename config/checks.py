@@ -27,7 +27,9 @@ from config.settings import (
     ModelSettings,
     OpenAIExpertSettings,
     PreferenceLossSettings,
+    RoundTripSettings,
     RulesExpertSettings,
+    ServerSettings,
     TrainConfig,
     TrainerSettings,
 )
@@ -45,6 +47,8 @@ EXAMPLES = {
     "path": "the file or folder to read",
     "schema": "how its rows read: si | alpaca | hh",
     "output": "the folder to write",
+    "generation.server.model": "the name under which the server knows the reversed model",
+    "roundtrip.model.name_or_path": "the folder of a model that follows instructions",
     "expert": "one of rules, local, openai",
     "expert.model": "the name under which the server knows the model",
     "expert.model.name_or_path": "the folder of the expert's weights, or its id on the hub",
@@ -65,30 +69,98 @@ def check_train(config: TrainConfig) -> list[str]:
     ]
 
 
+INDUCE_STAGES = ("all", "induce", "score", "filter", "respond", "merge", "status", "audit")
+
+
 def check_induce(config: InduceConfig) -> list[str]:
     """All errors of an induction command."""
-    needs_model = config.stage in ("all", "induce")
-    needs_expert = config.stage in ("all", "filter", "respond")
-    unused = [key for key, needed in (("model.", needs_model), ("expert", needs_expert)) if not needed]
+    stage = config.stage
+    local = config.generation.backend != "openai"
+    needs_model = stage in ("all", "induce") and local
+    needs_server = stage in ("all", "induce") and not local
+    needs_expert = stage in ("all", "filter", "respond")
+    has_roundtrip = config.roundtrip.model.name_or_path != MISSING
+    needed = {
+        "output": stage != "audit",
+        "corpus.": stage not in ("status", "audit"),
+        "model.": needs_model,
+        "expert": needs_expert,
+        "generation.server.": needs_server,
+        "roundtrip.": has_roundtrip or stage == "score",
+    }
+    unused = tuple(key for key, is_needed in needed.items() if not is_needed)
     errors = [
-        *(line for line in missing_values(config) if not line.startswith(tuple(unused))),
-        *_one_of("stage", config.stage, ("all", "induce", "filter", "respond", "merge")),
-        *_one_of("format", config.format, ("jsonl", "parquet")),
+        *(line for line in missing_values(config) if not line.startswith(unused)),
+        *_one_of("stage", stage, INDUCE_STAGES),
+        *_one_of("format", config.format, ("all", "jsonl", "parquet")),
         *_one_of("corpus.on_bad_row", config.corpus.on_bad_row, ("drop", "error")),
         *_existing_path("corpus.path", config.corpus.path),
         *_existing_path("exclude", config.exclude),
+        *_existing_path("path", config.path),
         *_at_least("corpus.max_rows", config.corpus.max_rows, 1),
+        *_at_least("max_same_chosen", config.max_same_chosen, 1),
+        *_share("exclude_similarity", config.exclude_similarity),
+        *_share("duplicates.threshold", config.duplicates.threshold),
+        *_one_of("duplicates.index", config.duplicates.index, ("memory", "disk")),
         *_check_device(config.device),
-        *_check_generation(config.generation, "generation"),
+        *_check_induction(config),
         *(_check_model(config.model, "model") if needs_model else []),
+        *(_check_server(config.generation.server, "generation.server") if needs_server else []),
+        *_check_roundtrip(config.roundtrip, has_roundtrip),
         *(_check_expert(config.expert) if needs_expert else []),
     ]
+    if stage == "audit" and config.path is None:
+        errors.append("stage=audit reads a dataset: write path=..., a file or folder with the columns of `si`")
     index, count = config.shard.index, config.shard.count
     errors += _at_least("shard.count", count, 1)
     if index is not None and (index < 0 or (count is not None and index >= max(count, 1))):
         last = f"{count - 1}" if count else "shard.count - 1"
         errors.append(f"shard.index={index}: shards are numbered from 0 to {last}")
     return errors
+
+
+def _check_induction(config: InduceConfig) -> list[str]:
+    generation = config.generation
+    errors = _check_generation(generation, "generation")
+    errors += _one_of("generation.backend", generation.backend, ("hf", "vllm", "openai"))
+    errors += _at_least("generation.num_candidates", generation.num_candidates, 1)
+    errors += _at_least("generation.vllm.tensor_parallel", generation.vllm.tensor_parallel, 1)
+    errors += _at_least("generation.vllm.max_length", generation.vllm.max_length, 1)
+    errors += _share("generation.vllm.memory_fraction", generation.vllm.memory_fraction)
+    several = generation.num_candidates > 1
+    if several and config.roundtrip.model.name_or_path == MISSING and config.stage in ("all", "induce", "filter"):
+        errors.append(
+            f"generation.num_candidates={generation.num_candidates}: the round-trip score chooses among them, so a "
+            "forward model is needed: roundtrip.model.name_or_path=FOLDER"
+        )
+    if several and generation.temperature == 0:
+        errors.append(
+            f"generation.num_candidates={generation.num_candidates} with generation.temperature=0: all candidates "
+            "would be the same; give a temperature, for example generation.temperature=0.7"
+        )
+    return errors
+
+
+def _check_roundtrip(roundtrip: RoundTripSettings, has_model: bool) -> list[str]:
+    errors = _check_model(roundtrip.model, "roundtrip.model") if has_model else []
+    if roundtrip.threshold is not None and not has_model:
+        errors.append(
+            f"roundtrip.threshold={roundtrip.threshold} needs scores: give roundtrip.model.name_or_path=FOLDER"
+        )
+    errors += _one_of("roundtrip.template", roundtrip.template, ("alpaca", "hh", "plain", "chat"))
+    errors += _share("roundtrip.top_fraction", roundtrip.top_fraction)
+    errors += _at_least("roundtrip.max_length", roundtrip.max_length, 2)
+    errors += _at_least("roundtrip.max_batch_tokens", roundtrip.max_batch_tokens, 1)
+    if roundtrip.threshold is not None and roundtrip.top_fraction is not None:
+        errors.append(
+            f"roundtrip.threshold={roundtrip.threshold}, roundtrip.top_fraction={roundtrip.top_fraction}: two ways to "
+            "draw one line, set one of them"
+        )
+    return errors
+
+
+def _share(key: str, value: float | None) -> list[str]:
+    return [] if value is None or 0 < value <= 1 else [f"{key}={value}: must lie in (0, 1]"]
 
 
 def check_evaluate(config: EvaluateConfig) -> list[str]:
@@ -349,18 +421,41 @@ def _check_expert(expert: Any) -> list[str]:
             *_check_generation(expert.generation, "expert.generation"),
         ]
     if isinstance(expert, OpenAIExpertSettings):
-        errors = _at_least("expert.concurrency", expert.concurrency, 1) + _at_least(
-            "expert.max_retries", expert.max_retries, 0
-        )
-        errors += _above("expert.timeout_seconds", expert.timeout_seconds, 0)
-        errors += _at_least("expert.max_new_tokens", expert.max_new_tokens, 1)
-        if not os.environ.get(expert.api_key_env):
-            errors.append(
-                f"the environment variable {expert.api_key_env} (expert.api_key_env) is not set: export the key of the "
-                "server there; a server without keys takes any text"
-            )
-        return errors
+        return [*_check_server(expert, "expert"), *_check_budget(expert)]
     return []
+
+
+def _check_server(server: ServerSettings, key: str) -> list[str]:
+    errors = _at_least(f"{key}.concurrency", server.concurrency, 1)
+    errors += _at_least(f"{key}.max_retries", server.max_retries, 0)
+    errors += _above(f"{key}.timeout_seconds", server.timeout_seconds, 0)
+    errors += _above(f"{key}.patience_seconds", server.patience_seconds, 0)
+    if not os.environ.get(server.api_key_env):
+        errors.append(
+            f"the environment variable {server.api_key_env} ({key}.api_key_env) is not set: export the key of the "
+            "server there; a server without keys takes any text"
+        )
+    return errors
+
+
+def _check_budget(expert: OpenAIExpertSettings) -> list[str]:
+    errors = _at_least("expert.max_new_tokens", expert.max_new_tokens, 1)
+    errors += _one_of("expert.structured_output", expert.structured_output, ("auto", "always", "never"))
+    errors += _at_least("expert.price_prompt", expert.price_prompt, 0)
+    errors += _at_least("expert.price_completion", expert.price_completion, 0)
+    for name in ("max_cost", "max_tokens"):
+        limit = expert.__dict__[name]
+        if limit is not None and not limit > 0:
+            errors.append(
+                f"expert.{name}={limit}: nothing could be asked; give a limit above 0, or null for none (the stages "
+                "that ask no expert are stage=induce and stage=merge)"
+            )
+    if expert.max_cost is not None and not (expert.price_prompt or expert.price_completion):
+        errors.append(
+            f"expert.max_cost={expert.max_cost} needs prices to count with: expert.price_prompt=... and "
+            "expert.price_completion=..., each of a million tokens"
+        )
+    return errors
 
 
 def _check_generation(generation: GenerationSettings, key: str) -> list[str]:

@@ -198,33 +198,90 @@ class LocalExpertSettings:
 
 
 @dataclass
-class OpenAIExpertSettings:
-    """`expert=openai`: any OpenAI-compatible server. The key is read from the environment variable `api_key_env`."""
+class ServerSettings:
+    """An OpenAI-compatible server. The key is read from the environment variable `api_key_env`, never from here."""
+
+    model: str = MISSING  # the name under which the server knows the model
+    base_url: str | None = None  # null: OpenAI's; others usually end in /v1
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8  # requests at a time, at most: fewer while the server answers many of them with 429
+    timeout_seconds: float = 60.0  # of one attempt; a little more than the slowest honest answer takes
+    max_retries: int = 8  # attempts after a failed one (5xx, lost connection, time-out); a 429 is waited out instead
+    patience_seconds: float = 600.0  # give up (and keep everything) when nothing has been answered for so long
+
+
+@dataclass
+class OpenAIExpertSettings(ServerSettings):
+    """`expert=openai`: any OpenAI-compatible server, with a budget."""
 
     name: str = "openai"
-    model: str = MISSING
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    timeout_seconds: float = 60.0
-    max_retries: int = 5
     temperature: float = 0.0
     max_new_tokens: int = 512
+    structured_output: str = "auto"  # auto: a JSON schema is sent where the server takes one | always | never
+    price_prompt: float = 0.0  # of a million prompt tokens
+    price_completion: float = 0.0  # of a million completion tokens
+    max_cost: float | None = None  # of the whole dataset, in the currency of the prices; each shard has its part of it
+    max_tokens: int | None = None  # of the whole dataset, prompt and completion; each shard has its part of it
+
+
+@dataclass
+class VLLMSettings:
+    """`generation=vllm`: what its engine is started with."""
+
+    tensor_parallel: int = 1  # GPUs that one model is spread over
+    memory_fraction: float = 0.9  # of each GPU
+    max_length: int | None = None  # context in tokens; null: the model's
+
+
+@dataclass
+class InductionSettings(GenerationSettings):
+    """How the reversed model is run, by `generation=hf`, `vllm` or `openai`."""
+
+    backend: str = "hf"  # hf: transformers in this process | vllm: its offline engine | openai: a server that has it
+    num_candidates: int = 1  # instructions of each response, of which the round-trip score keeps the best
+    vllm: VLLMSettings = field(default_factory=VLLMSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)  # of backend=openai
+
+
+@dataclass
+class RoundTripSettings:
+    """A forward model that scores how much an instruction explains its response (nats per token); off without one."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)  # follows instructions; roundtrip.model.name_or_path=
+    template: str = "alpaca"  # how it is asked: alpaca | hh | plain | chat
+    threshold: float | None = None  # least score of a pair that the expert is asked about
+    top_fraction: float | None = None  # instead: the best part of all pairs of all shards, in (0, 1]
+    max_length: int = 1024  # tokens of prompt + response; a longer pair has no score
+    max_batch_tokens: int = 8192  # padded positions of one batch
+
+
+@dataclass
+class DuplicatesSettings:
+    """Pairs that nearly repeat an earlier one, in the order of the corpus; exact repetitions always go."""
+
+    threshold: float | None = 0.8  # Jaccard index of the word pairs of instruction + response; null: off
+    index: str = "memory"  # memory (about 0.3 kB a pair) | disk: in the output folder while the merge runs
 
 
 @dataclass
 class InduceConfig:
     """`induce.py`: from a corpus of unsafe responses to a preference dataset."""
 
-    output: str = MISSING  # the dataset folder
-    stage: str = "all"  # all | induce | filter | respond | merge
+    output: str = MISSING  # the dataset folder; stage=audit writes its report there, if it is given
+    stage: str = "all"  # all | induce | score | filter | respond | merge | status | audit
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     model: ModelSettings = field(default_factory=ModelSettings)  # the reversed model
     expert: Any = MISSING  # RulesExpertSettings, LocalExpertSettings or OpenAIExpertSettings, by `expert=`
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    generation: InductionSettings = field(default_factory=InductionSettings)
+    roundtrip: RoundTripSettings = field(default_factory=RoundTripSettings)
     shard: ShardSettings = field(default_factory=ShardSettings)
-    format: str = "jsonl"  # jsonl | parquet
+    format: str = "all"  # all (JSONL, Parquet, and a folder for datasets.load_from_disk) | jsonl | parquet
     exclude: str | None = None  # a file of prompts whose instructions are kept out of the dataset
+    exclude_similarity: float | None = 0.6  # and what is so similar to one of them; null: exact matches only
+    duplicates: DuplicatesSettings = field(default_factory=DuplicatesSettings)
+    push_to_hub: str | None = None  # USER/NAME: upload the merged dataset, privately; needs a login of huggingface_hub
+    path: str | None = None  # stage=audit: any file or folder in the schema of `si`
+    max_same_chosen: int | None = None  # stage=audit: of equal safe responses, so many stay in the dataset it writes
     device: str = "auto"
     log_text: bool = False
 

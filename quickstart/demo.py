@@ -143,7 +143,8 @@ class Demo:
             [
                 *("induce.py", "model=tiny", *archive, f"corpus.path={corpus}", "expert=rules"),
                 *(f"expert.path={self.settings.rules}", "generation.temperature=0.7", "generation.max_new_tokens=48"),
-                *(f"generation.seed={seed}", f"output={out}/si"),
+                # Two templated sentences that differ in one name are near duplicates, and both are wanted here.
+                *(f"generation.seed={seed}", f"output={out}/si", "duplicates.threshold=null"),
                 *([] if self.settings.corpus else ["corpus.id_column=id"]),
             ],
         )

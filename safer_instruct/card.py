@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safer_instruct.corpus import Corpus
-from safer_instruct.merge import COLUMNS, MERGE, Funnel, StageResults, provenance_of_all
-from safer_instruct.stages import FILTER, INDUCE, RESPOND, STAGES
+from safer_instruct.dataset_files import COLUMNS, JSONL, PARQUET
+from safer_instruct.induction_plots import plot_funnel
+from safer_instruct.merge import MERGE, Funnel, Merged, provenance_of_all
+from safer_instruct.stages import FILTER, INDUCE, RESPOND
 
 UNLABELLED = "(none)"
+PLOT = "funnel.svg"
+DROPPING = (FILTER, RESPOND, MERGE)
 
 _MEANING = {
     "id": "id of the response in the corpus (a hash of its text, unless the corpus has ids)",
@@ -20,41 +23,37 @@ _MEANING = {
     "rejected": "the unsafe response of the corpus",
     "chosen": "the expert's safe response to the instruction",
     "label": "category of harm: of the corpus where it has one, else of the expert",
-    "provenance": "where the response stands in the corpus, models, prompts, decoding and seed",
+    "provenance": "place in the corpus, models, prompts, decoding, seed, scores, verdict, tokens (JSON)",
 }
 
 
-def build_report(
-    corpus: Corpus, results: Mapping[str, StageResults], funnel: Funnel, *, run: Mapping[str, Any]
-) -> dict[str, Any]:
+def build_report(merged: Merged, *, run: Mapping[str, Any]) -> dict[str, Any]:
     """Return the counts of the whole pipeline as JSON values.
 
     `funnel` lists the stages in order with rows in and out and the drops by reason; `kept_rate` is the filter's;
     `by_label` has the same per label. Every row that was read is in exactly one place: a drop, or the dataset.
 
     Args:
-        corpus: The whole corpus.
-        results: The ledgers.
-        funnel: The counts of the merge.
+        merged: What the merge found.
         run: What else to record about this run (command, versions, seconds).
     """
+    funnel = merged.funnel
     num_pairs = funnel.entered.total()
-    stages = [_stage("corpus", corpus.num_rows, dict(sorted(corpus.dropped.items()))), _stage(INDUCE, num_pairs, {})]
-    for name in (FILTER, RESPOND, MERGE):
+    drops = dict(sorted(merged.corpus_dropped.counts.items()))
+    stages = [_stage("corpus", merged.corpus_rows, drops), _stage(INDUCE, num_pairs, {})]
+    for name in DROPPING:
         stages.append(_stage(name, stages[-1]["out"], dict(funnel.num_dropped(stage=name))))
-    induced = results[INDUCE].records.values()
     return {
-        "num_rows": stages[-1]["out"],
+        "num_rows": merged.num_rows,
         "kept_rate": stages[2]["rate"],
         "funnel": stages,
         "by_label": {label or UNLABELLED: _label(funnel, label) for label in sorted(funnel.entered)},
-        "corpus_drops_at": corpus.dropped_at,
-        "induced": {
-            "truncated": sum(record["truncated"] for record in induced),
-            "prompt_cut": sum(record["prompt_cut"] for record in induced),
-        },
-        "tokens": {stage: sum(record["tokens"] for record in results[stage].records.values()) for stage in STAGES},
-        "made_with": provenance_of_all(results),
+        "corpus_drops_at": dict(sorted(merged.corpus_dropped.places.items())),
+        "induced": {name: merged.induced[name] for name in ("truncated", "prompt_cut")},
+        "round_trip_scores": [[key / 10, *counts] for key, counts in sorted(merged.scores.items())],
+        "tokens": {stage: merged.tokens[stage] for stage in merged.ledgers},
+        "cost": {stage: round(merged.cost[stage], 6) for stage in merged.ledgers if merged.cost[stage]},
+        "made_with": provenance_of_all(merged.ledgers),
         "run": dict(run),
     }
 
@@ -66,7 +65,7 @@ def _stage(name: str, num_in: int, drops: dict[str, int]) -> dict[str, Any]:
 
 def _label(funnel: Funnel, label: str) -> dict[str, Any]:
     num_in = funnel.entered[label]
-    dropped = {stage: funnel.num_dropped(label=label, stage=stage) for stage in (FILTER, RESPOND, MERGE)}
+    dropped = {stage: funnel.num_dropped(label=label, stage=stage) for stage in DROPPING}
     num_kept = num_in - dropped[FILTER].total()
     num_out = num_in - sum(reasons.total() for reasons in dropped.values())
     return {
@@ -76,6 +75,7 @@ def _label(funnel: Funnel, label: str) -> dict[str, Any]:
         "out": num_out,
         "rate": _rate(num_out, num_in),
         "drops": dict(funnel.num_dropped(label=label)),
+        "drops_by_stage": {stage: reasons.total() for stage, reasons in dropped.items()},
     }
 
 
@@ -85,10 +85,11 @@ def _rate(part: int, whole: int) -> float | None:
 
 def write_report(report: Mapping[str, Any], output: Path) -> None:
     """Write report.json and the card README.md into the dataset folder, each as a whole or not at all."""
-    file = "si.parquet" if (output / "si.parquet").is_file() else "si.jsonl"
+    file = PARQUET if (output / PARQUET).is_file() else JSONL
     for name, text in {
         "report.json": json.dumps(report, indent=2, ensure_ascii=False) + "\n",
         "README.md": render_card(report, file=file),
+        PLOT: plot_funnel(report),
     }.items():
         partial = output / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")
@@ -125,6 +126,8 @@ Kept by the filter: {_percent(report["kept_rate"])}.
 |---|---|---|---|---|
 {_label_rows(report)}
 
+![Where the rows of each label went]({PLOT})
+
 {_drops(report)}
 
 ## Columns
@@ -136,16 +139,33 @@ Kept by the filter: {_percent(report["kept_rate"])}.
 ## How it was made
 
 - Reversed model: `{made["reversed_model"]}` (fingerprint `{made["reversed_model_fingerprint"]}`), temperature \
-{made["temperature"]}, top_p {made["top_p"]}, at most {made["max_new_tokens"]} new tokens, seed {made["seed"]}.
+{made["temperature"]}, top_p {made["top_p"]}, at most {made["max_new_tokens"]} new tokens, seed {made["seed"]}, \
+{made["num_candidates"]} candidate(s) a response.
 - Filter: `{made["filter_expert"]}` (fingerprint `{made["filter_expert_fingerprint"]}`).
 - Safe responses: `{made["respond_expert"]}` (fingerprint `{made["respond_expert_fingerprint"]}`).
-- Tokens used: {", ".join(f"{stage} {number}" for stage, number in report["tokens"].items())}.
+{_forward(made)}- Tokens used: {", ".join(f"{stage} {number}" for stage, number in report["tokens"].items())}.\
+{_cost(report)}
 
 ## Use
 
 `python train.py datasets=[si] datasets.si.path=FOLDER loss=sft ...`, then `loss=dpo`; or
 `datasets.load_dataset("FOLDER")`.
 """
+
+
+def _forward(made: Mapping[str, Any]) -> str:
+    if "forward_model" not in made:
+        return ""
+    least = made["min_round_trip"]
+    return (
+        f"- Round-trip score: `{made['forward_model']}` (fingerprint `{made['forward_fingerprint']}`), "
+        f"{'no pair dropped by it' if least is None else f'at least {least:.3g} nats per token of the response'}.\n"
+    )
+
+
+def _cost(report: Mapping[str, Any]) -> str:
+    spent = ", ".join(f"{stage} {cost:g}" for stage, cost in report["cost"].items())
+    return f" Cost by the prices given: {spent}." if spent else ""
 
 
 def render_funnel(report: Mapping[str, Any]) -> str:

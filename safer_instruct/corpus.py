@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import CorpusSettings
-from safer_instruct.examples import Example, in_shard, read_rows, require_columns, text_id
+from safer_instruct.examples import Example, Row, in_shard, read_rows, require_columns, text_id
+
+MAX_PLACES = 10
+
+
+@dataclass
+class Dropped:
+    """Rows that are no part of the corpus: how many for each reason, and where the first of them are.
+
+    Attributes:
+        counts: Reason -> rows.
+        places: Reason -> the first few, as "file:line" (never text).
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def count(self, reason: str, where: str) -> None:
+        """Count one row."""
+        self.counts[reason] += 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < MAX_PLACES:
+            places.append(where)
 
 
 @dataclass(frozen=True)
@@ -20,24 +43,22 @@ class Corpus:
     Attributes:
         examples: Rows with `id`, `rejected`, `label` and provenance ("corpus.csv:17").
         num_rows: Rows of the shard that were read, usable or not.
-        dropped: Reason -> number of rows of the shard that were dropped.
-        dropped_at: Reason -> where the first few of them are (file:line, never text).
+        dropped: Rows of the shard that were dropped.
+        broken: Why reading ended before the end of the corpus (file:line and what is wrong there); "" if it did not.
     """
 
     examples: list[Example]
     num_rows: int
-    dropped: Counter[str]
-    dropped_at: dict[str, list[str]]
-
-
-MAX_PLACES = 10
+    dropped: Dropped
+    broken: str = ""
 
 
 def read_corpus(settings: CorpusSettings, *, index: int = 0, count: int = 1) -> Corpus:
     """Read one shard of the corpus.
 
     Rows without a response, with one that is no text, and repetitions of an id or a response are dropped and counted.
-    A row belongs to a shard by a hash of its id, so the shards are parts of the same whole for any `count`.
+    A row belongs to a shard by a hash of its id, so the shards are parts of the same whole for any `count`. Where the
+    file cannot be read on behind usable rows, these are kept and `broken` tells.
 
     Args:
         settings: File and columns.
@@ -48,41 +69,73 @@ def read_corpus(settings: CorpusSettings, *, index: int = 0, count: int = 1) -> 
         UserError: A missing, empty or broken file, a missing column, no usable row in the whole corpus; with
             `on_bad_row=error`, the first row that would be dropped (repetitions are no error).
     """
-    reader = _Reader(settings, index, count)
-    for where, row in read_rows(find_path(settings.path)):
-        if settings.max_rows is not None and reader.num_usable >= settings.max_rows:
-            break
-        reader.read(where, row)
-    if not reader.num_usable:
-        reasons = ", ".join(f"{reason}: {number}" for reason, number in sorted(reader.unusable.items()))
-        raise UserError(
-            f"corpus.path={settings.path}: none of its rows can be used ({reasons}); corpus.response_column="
-            f"{settings.response_column} must name the column of the responses"
-        )
-    return Corpus(reader.examples, reader.num_rows, reader.dropped, reader.dropped_at)
+    rows = CorpusRows(settings, index=index, count=count)
+    examples: list[Example] = []
+    ids: set[str] = set()
+    texts: set[str] = set()
+    for example in rows:
+        text = text_id(example.rejected or "")
+        if example.id in ids or text in texts:
+            rows.dropped.count(repetition(settings, same_id=example.id in ids), example.provenance["source"])
+            continue
+        ids.add(example.id)
+        texts.add(text)
+        examples.append(example)
+    return Corpus(examples, rows.num_rows, rows.dropped, rows.broken)
 
 
-class _Reader:
-    """What has been seen so far; see read_corpus."""
+def repetition(settings: CorpusSettings, *, same_id: bool) -> str:
+    """The reason to drop a row whose id or response was there before."""
+    return "duplicate_id" if same_id and settings.id_column else "duplicate_response"
 
-    def __init__(self, settings: CorpusSettings, index: int, count: int) -> None:
+
+class CorpusRows:
+    """The usable rows of one shard, streamed, repetitions included; the counts are complete when the iteration is.
+
+    Attributes:
+        num_rows: Rows of the shard read so far, usable or not.
+        dropped: Rows of the shard that cannot be used.
+        broken: See Corpus.
+    """
+
+    def __init__(self, settings: CorpusSettings, *, index: int = 0, count: int = 1) -> None:
         self.settings = settings
-        self.index = index
-        self.count = count
-        self.num_usable = 0  # of the whole corpus
-        self.unusable: Counter[str] = Counter()  # of the whole corpus
         self.num_rows = 0
-        self.examples: list[Example] = []
-        self.dropped: Counter[str] = Counter()
-        self.dropped_at: dict[str, list[str]] = {}
-        self._ids: set[str] = set()
-        self._texts: set[str] = set()
+        self.dropped = Dropped()
+        self.broken = ""
+        self._index, self._count = index, count
+        self._num_usable = 0  # of the whole corpus
+        self._unusable: Counter[str] = Counter()  # of the whole corpus
 
-    def read(self, where: str, row: dict[str, Any]) -> None:
-        """Take one row in, or count why not."""
+    def __iter__(self) -> Iterator[Example]:
+        settings = self.settings
+        rows = read_rows(find_path(settings.path))
+        while settings.max_rows is None or self._num_usable < settings.max_rows:
+            try:
+                where, row = next(rows)
+            except StopIteration:
+                break
+            except UserError as error:
+                if not self._num_usable:
+                    raise
+                self.broken = str(error)
+                break
+            example = self._example(where, row)
+            if example is not None and in_shard(example.id, self._index, self._count):
+                self.num_rows += 1
+                yield example
+        if not self._num_usable:
+            reasons = ", ".join(f"{reason}: {number}" for reason, number in sorted(self._unusable.items()))
+            raise UserError(
+                f"corpus.path={settings.path}: none of its rows can be used ({reasons}); corpus.response_column="
+                f"{settings.response_column} must name the column of the responses"
+            )
+
+    def _example(self, where: str, row: Row) -> Example | None:
+        """One row, None if it cannot be used; counts it."""
         settings = self.settings
         needed = [settings.response_column, settings.label_column, settings.id_column]
-        if self.num_usable == 0:  # a column that is missing from the first row is missing from the file
+        if self._num_usable == 0:  # a column that is missing from the first row is missing from the file
             require_columns(row, [name for name in needed if name], where)
         response = row.get(settings.response_column)
         reason = _why_unusable(response)
@@ -92,41 +145,24 @@ class _Reader:
             id = str(given) if given not in (None, "") else where
             reason = reason or ("empty_id" if given in (None, "") else "")
         if reason:
-            self._drop_unusable(reason, id, where)
-            return
+            self._drop(reason, id, where)
+            return None
         assert isinstance(response, str)
-        self.num_usable += 1
-        if not in_shard(id, self.index, self.count):
-            return
-        self.num_rows += 1
-        text = text_id(response)
-        if id in self._ids or text in self._texts:
-            self._count("duplicate_id" if id in self._ids and settings.id_column else "duplicate_response", where)
-            return
-        self._ids.add(id)
-        self._texts.add(text)
+        self._num_usable += 1
         label = row.get(settings.label_column or "label")
         source = f"{Path(where).name}"  # of the whole path only the name: it may name the user's machine
-        self.examples.append(
-            Example(id, rejected=response, label="" if label is None else str(label), provenance={"source": source})
-        )
+        return Example(id, rejected=response, label="" if label is None else str(label), provenance={"source": source})
 
-    def _drop_unusable(self, reason: str, id: str, where: str) -> None:
+    def _drop(self, reason: str, id: str, where: str) -> None:
         if self.settings.on_bad_row == "error":
             raise UserError(
                 f"{where}: {reason} in column {self.settings.response_column}; mend the row, or drop such rows with "
                 "corpus.on_bad_row=drop"
             )
-        self.unusable[reason] += 1
-        if in_shard(id, self.index, self.count):
+        self._unusable[reason] += 1
+        if in_shard(id, self._index, self._count):
             self.num_rows += 1
-            self._count(reason, where)
-
-    def _count(self, reason: str, where: str) -> None:
-        self.dropped[reason] += 1
-        places = self.dropped_at.setdefault(reason, [])
-        if len(places) < MAX_PLACES:
-            places.append(Path(where).name)
+            self.dropped.count(reason, Path(where).name)
 
 
 def _why_unusable(response: Any) -> str:

@@ -7,15 +7,19 @@ this machine (`LocalGenerator`) or on a server (`server.OpenAIGenerator`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from config.paths import find_path
 from config.settings import LocalExpertSettings, OpenAIExpertSettings, RulesExpertSettings
+from safer_instruct.completions import Generation, Request, TextGenerator
 from safer_instruct.examples import Example
 from safer_instruct.expert_prompts import (
+    FILTER_SCHEMA,
+    JUDGE_SCHEMA,
+    PROMPT_HASHES,
     PROMPTS_FINGERPRINT,
     parse_filter,
     parse_judge,
@@ -23,6 +27,8 @@ from safer_instruct.expert_prompts import (
     render_filter,
     render_judge,
     render_respond,
+    repair_filter,
+    repair_judge,
 )
 from safer_instruct.prompts import Prompt, render_prompt
 from safer_instruct.rules import Rules
@@ -32,7 +38,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from safer_instruct.generation import Generation, HFGenerator, Request, TextGenerator
+    from safer_instruct.generation import HFGenerator
+    from safer_instruct.pacing import Budget
 
 ExpertSettings = RulesExpertSettings | LocalExpertSettings | OpenAIExpertSettings
 
@@ -45,11 +52,13 @@ class SafeResponse:
         text: The response; None if the expert abstained.
         reason: Why it abstained, from a small closed vocabulary; "" if it did not.
         tokens: Tokens that the expert used for it.
+        cost: What they cost by the expert's prices.
     """
 
     text: str | None
     reason: str = ""
     tokens: int = 0
+    cost: float = 0.0
 
 
 class Expert(Protocol):
@@ -62,6 +71,7 @@ class Expert(Protocol):
 
     name: str
     fingerprint: str
+    prompt_hashes: Mapping[str, str]  # role (filter, respond, judge) -> hash of what a model is told in it
 
     def check(self) -> None:
         """Raise a UserError if the expert cannot work (no key, no server, no file). Loads no model."""
@@ -82,6 +92,7 @@ class RulesExpert:
     def __init__(self, rules: Rules, *, name: str = "rules") -> None:
         self.name = name
         self.fingerprint = rules.fingerprint
+        self.prompt_hashes: Mapping[str, str] = {}
         self._rules = rules
 
     def check(self) -> None:
@@ -104,13 +115,14 @@ class RulesExpert:
 
 
 class LLMExpert:
-    """An expert that asks a language model, and reads its answers strictly."""
+    """An expert that asks a language model, and reads its answers strictly; one that cannot be read is asked again."""
 
     def __init__(self, generator: TextGenerator) -> None:
         self.name = generator.name
         self.fingerprint = hashlib.blake2b(
             f"{generator.fingerprint}/{PROMPTS_FINGERPRINT}".encode(), digest_size=8
         ).hexdigest()
+        self.prompt_hashes: Mapping[str, str] = PROMPT_HASHES
         self._generator = generator
 
     def check(self) -> None:
@@ -119,36 +131,72 @@ class LLMExpert:
 
     def screen(self, pairs: Sequence[Example]) -> Iterator[tuple[str, Verdict]]:
         """See Expert."""
-        prompts = {pair.id: render_filter(pair.instruction or "", pair.rejected or "") for pair in pairs}
-        for generation, tokens in self._ask(prompts):
-            verdict = parse_filter(generation.text, tokens=tokens)
-            yield generation.id, verdict or Verdict(False, _abstention(generation), tokens=tokens)
+        requests = [
+            Request(pair.id, render_filter(pair.instruction or "", pair.rejected or ""), FILTER_SCHEMA, repair_filter)
+            for pair in pairs
+        ]
+        for generation in self._ask(requests):
+            tokens = _tokens(generation)
+            verdict = parse_filter(generation.text, tokens=tokens) if not generation.error else None
+            verdict = verdict or Verdict(False, _abstention(generation), tokens=tokens)
+            yield generation.id, replace(verdict, cost=generation.cost)
 
     def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """See Expert; a response that the limit on new tokens cut off is an abstention."""
-        prompts = {example.id: render_respond(example.instruction or "") for example in examples}
-        for generation, tokens in self._ask(prompts):
+        requests = [Request(example.id, render_respond(example.instruction or "")) for example in examples]
+        for generation in self._ask(requests):
             text = None if generation.truncated or generation.error else parse_respond(generation.text)
-            yield generation.id, SafeResponse(text, _abstention(generation) if text is None else "", tokens)
+            reason = _abstention(generation) if text is None else ""
+            yield generation.id, SafeResponse(text, reason, _tokens(generation), generation.cost)
 
     def judge(self, items: Sequence[tuple[str, str, str]]) -> list[Judgement]:
         """See Expert."""
-        prompts = {id: render_judge(instruction, output) for id, instruction, output in items}
-        if len(prompts) != len(items):
+        requests = [
+            Request(id, render_judge(instruction, output), JUDGE_SCHEMA, repair_judge)
+            for id, instruction, output in items
+        ]
+        if len({request.id for request in requests}) != len(items):
             raise ValueError("the ids of the items to judge must be unique")
-        judgements = {
-            generation.id: parse_judge(generation.text, tokens=tokens) or Judgement("abstain", tokens=tokens)
-            for generation, tokens in self._ask(prompts)
-        }
+        judgements = {}
+        for generation in self._ask(requests):
+            tokens = _tokens(generation)
+            read = parse_judge(generation.text, tokens=tokens) if not generation.error else None
+            judgements[generation.id] = read or Judgement("abstain", tokens=tokens)
         return [judgements[id] for id, _, _ in items]
 
-    def _ask(self, prompts: dict[str, Prompt]) -> Iterator[tuple[Generation, int]]:
-        """Yield (generation, tokens used) for each prompt, by id."""
-        from safer_instruct.generation import Request  # transformers is slow to import, and rules need none of it
-
-        requests = [Request(id, prompt) for id, prompt in prompts.items()]
+    def _ask(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """Yield the answers. A generator on this machine asks no second time by itself: that is done here."""
+        unreadable: dict[str, tuple[Request, Generation]] = {}
+        by_id = {request.id: request for request in requests}
         for generation in self._generator.generate(requests):
-            yield generation, generation.prompt_tokens + generation.new_tokens
+            request = by_id[generation.id]
+            if request.repair is None or generation.repaired or generation.error or not request.repair(generation.text):
+                yield generation
+            else:
+                unreadable[generation.id] = request, generation
+        again = [_repair_request(request, first) for request, first in unreadable.values()]
+        for second in self._generator.generate(again) if again else ():
+            first = unreadable[second.id][1]
+            if second.error:  # its longer prompt has no room, perhaps: the first answer stays what it is
+                second = replace(second, text=first.text, truncated=first.truncated, error="")
+            yield replace(
+                second,
+                prompt_tokens=first.prompt_tokens + second.prompt_tokens,
+                new_tokens=first.new_tokens + second.new_tokens,
+                repaired=True,
+            )
+
+
+def _repair_request(request: Request, first: Generation) -> Request:
+    """The same material, and behind it the unreadable answer with what was wrong: one turn, as templates have it."""
+    assert request.repair is not None
+    complaint = request.repair(first.text)
+    tail = f"{request.prompt.tail}\n\n{first.text.strip()}\n\n{complaint}"
+    return Request(request.id, request.prompt._replace(tail=tail), request.schema)
+
+
+def _tokens(generation: Generation) -> int:
+    return generation.prompt_tokens + generation.new_tokens
 
 
 def _abstention(generation: Generation) -> str:
@@ -182,8 +230,6 @@ class LocalGenerator:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield one generation per request; each prompt is one user turn of the template."""
-        from safer_instruct.generation import Request
-
         generator, tokenizer = self._loaded or self._load()
         template = self._settings.template
         rendered = [Request(one.id, in_template(template, one.prompt, tokenizer)) for one in requests]
@@ -217,12 +263,13 @@ def in_template(template: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBas
     return Prompt(outer.head + prompt.head, prompt.body, prompt.tail + outer.tail)
 
 
-def build_expert(settings: ExpertSettings, device: torch.device) -> Expert:
+def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget | None = None) -> Expert:
     """Build the expert that `expert=` chose; no weights are loaded yet.
 
     Args:
         settings: One of the expert groups' settings.
         device: Where a local model runs.
+        budget: What a paid expert may spend; None: what its settings say, nothing of it spent yet.
 
     Raises:
         UserError: The rules file or the model folder is missing or broken.
@@ -232,6 +279,6 @@ def build_expert(settings: ExpertSettings, device: torch.device) -> Expert:
         return RulesExpert(Rules.from_yaml(path), name=f"rules:{path.stem}")
     if isinstance(settings, LocalExpertSettings):
         return LLMExpert(LocalGenerator(settings, device))
-    from safer_instruct.server import OpenAIGenerator
+    from safer_instruct.server import expert_server
 
-    return LLMExpert(OpenAIGenerator(settings))
+    return LLMExpert(expert_server(settings, budget))

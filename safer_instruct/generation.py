@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,11 +18,14 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from config.errors import UserError
 from config.settings import GenerationSettings
+from safer_instruct.completions import Generation, Request, TextGenerator
 from safer_instruct.encoding import prompt_token_ids
 from safer_instruct.prompts import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Generation", "HFGenerator", "Request", "TextGenerator", "nucleus", "row_uniforms"]
 
 ROUND_TOKENS = 16  # finished rows leave the batch every so many new tokens (2.4 x the tokens/s where a few are long)
 # Entries of generation_config.json that count from the start of a `generate` call: with these there is one round.
@@ -30,50 +33,6 @@ COUNTING_ENTRIES = (
     "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
     "min_length", "min_new_tokens",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One text to generate; `id` names it in the results and seeds its sampling."""
-
-    id: str
-    prompt: Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What came back for the request `id`.
-
-    Attributes:
-        id: The request's id.
-        text: The generated text without special tokens.
-        truncated: True if the limit on new tokens ended the text.
-        prompt_tokens: Tokens of the prompt, template included.
-        new_tokens: Tokens generated, the end-of-sequence token included.
-        prompt_cut: True if the prompt's body was cut to fit the context.
-        error: Why there is no text ("" if there is), from a small closed vocabulary such as "http_400".
-    """
-
-    id: str
-    text: str
-    truncated: bool = False
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    prompt_cut: bool = False
-    error: str = ""
-
-
-class TextGenerator(Protocol):
-    """Anything that turns requests into texts."""
-
-    name: str
-    fingerprint: str
-
-    def check(self) -> None:
-        """Raise a UserError if generation cannot work (no key, no server). Cheap: loads nothing."""
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Yield one generation per request, in any order, each as soon as it is there."""
 
 
 class HFGenerator:

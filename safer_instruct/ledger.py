@@ -21,6 +21,7 @@ from config.errors import UserError
 from safer_instruct.examples import Example
 
 FORMAT = 1
+WRITTEN_AT = "at"  # seconds since the epoch on each line, for `stage=status`; no part of the record
 SYNC_SECONDS = 1.0  # an fsync at most this often, and at the end of every batch
 
 Record = dict[str, Any]
@@ -36,13 +37,14 @@ class Ledger:
         records: id -> record, in the order of the file.
     """
 
-    def __init__(self, path: Path, configuration: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, configuration: Mapping[str, Any], *, num_rows: int | None = None) -> None:
         """Open a ledger to append to it, or start one.
 
         Args:
             path: The file; its folder is made.
             configuration: What the records depend on, as flat JSON values. Records made with another configuration
                 are not mixed with new ones.
+            num_rows: Rows that the stage has in this shard, for the header of a new ledger: `stage=status` reads it.
 
         Raises:
             UserError: The ledger belongs to another configuration or another running process, or its inside is broken.
@@ -57,7 +59,8 @@ class Ledger:
             header, self.records, end = _read(path)
             if header is None:
                 os.ftruncate(self._file, 0)
-                self._write([{"format": FORMAT, "configuration": dict(configuration)}])
+                rows = {} if num_rows is None else {"rows": num_rows}
+                self._write([{"format": FORMAT, "configuration": dict(configuration), **rows}])
                 self.sync()
             else:
                 check_configuration(path, header, configuration)
@@ -81,7 +84,7 @@ class Ledger:
         """
         if record["id"] in self.records:
             raise ValueError(f"{self.path}: row {record['id']} is in the ledger already")
-        self._write([record])
+        self._write([{**record, WRITTEN_AT: round(time.time(), 1)}])
         self.records[record["id"]] = record
         if time.monotonic() - self._synced_at > SYNC_SECONDS:
             self.sync()
@@ -118,6 +121,40 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:
     if header is None:
         raise UserError(f"{path}: no such ledger; run the stage that writes it first")
     return header["configuration"], records
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return a ledger's configuration; its records are not read.
+
+    Raises:
+        UserError: There is no such ledger.
+    """
+    return _first_line(path)["configuration"]
+
+
+def header_rows(path: Path) -> int:
+    """Return how many rows a ledger's stage has in its shard, 0 if its header does not tell; see read_header."""
+    return _first_line(path).get("rows", 0)
+
+
+def _first_line(path: Path) -> dict[str, Any]:
+    header = next(scan_ledger(path), None) if path.is_file() else None
+    if header is None:
+        raise UserError(f"{path}: no such ledger; run the stage that writes it first")
+    return header[0]
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of newlines of a file: one more than the records of a ledger."""
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+
+
+def scan_records(path: Path) -> Iterator[tuple[Record, bytes]]:
+    """Yield (record, line) of a ledger, one at a time, without its header; see scan_ledger."""
+    lines = scan_ledger(path)
+    next(lines, None)
+    return lines
 
 
 def run_stage(
@@ -171,6 +208,22 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Record], int]:
     records: dict[str, Record] = {}
     header: dict[str, Any] | None = None
     end = 0
+    for parsed, line in scan_ledger(path):
+        end += len(line)
+        if header is None:
+            header = parsed
+        else:
+            parsed.pop(WRITTEN_AT, None)
+            records.setdefault(parsed["id"], parsed)
+    return header, records, end
+
+
+def scan_ledger(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield (object, line) of each whole line: the header, then the records as they stand there; one line at a time.
+
+    Raises:
+        UserError: The file is no ledger, or broken inside; a torn tail is no error.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             parsed = _parse(line)
@@ -179,15 +232,10 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Record], int]:
                     raise UserError(
                         f"{path}:{number}: broken line inside the ledger; delete the line to compute its row again"
                     )
-                break
-            end += len(line)
-            if header is None:
-                if not parsed.keys() >= _HEADER_KEYS:
-                    raise UserError(f"{path}: not a ledger (its first line is no header); give another output=FOLDER")
-                header = parsed
-            else:
-                records.setdefault(parsed["id"], parsed)
-    return header, records, end
+                return
+            if number == 1 and not parsed.keys() >= _HEADER_KEYS:
+                raise UserError(f"{path}: not a ledger (its first line is no header); give another output=FOLDER")
+            yield parsed, line
 
 
 _HEADER_KEYS = {"format", "configuration"}

@@ -1,40 +1,59 @@
 """All shards' ledgers -> one dataset, in the order of the corpus, whatever the number of shards.
 
-The dataset is a function of corpus, ledgers and `exclude` alone: nothing in it tells how many shards there were.
+The dataset is a function of corpus, ledgers and the rules below alone: nothing in it tells how many shards there were.
+Corpus and ledgers are joined on the disk, bucket by bucket (`spool.Spool`), so memory does not grow with them: what is
+kept of each row is one byte, and the near-duplicate index where that is switched on.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
-import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from config.errors import UserError
 from config.paths import find_path
-from safer_instruct.corpus import Corpus
+from config.settings import CorpusSettings, DuplicatesSettings
+from safer_instruct.corpus import MAX_PLACES, CorpusRows, Dropped, repetition
+from safer_instruct.dataset_files import write_dataset
 from safer_instruct.examples import Example, normalise, read_rows, require_columns, text_id
-from safer_instruct.ledger import Record, read_ledger, shard_count, shard_path
-from safer_instruct.stages import FILTER, INDUCE, RESPOND, STAGES, kept, require_records, with_instructions
+from safer_instruct.ledger import Record, count_lines, read_header, scan_records, shard_count, shard_path
+from safer_instruct.similarity import LeakageGuard, NearDuplicates
+from safer_instruct.spool import Spool, num_buckets
+from safer_instruct.stages import (
+    FILTER,
+    INDUCE,
+    REQUIRED_STAGES,
+    RESPOND,
+    SCORE,
+    STAGES,
+    with_instruction,
+    with_score,
+)
 
 MERGE = "merge"
-COLUMNS = ("id", "instruction", "rejected", "chosen", "label", "provenance")
-PARQUET_ROWS = 4096
+SCRATCH = ".merge"  # folder inside the output
+# What is kept of each row of the corpus, one byte: 0, or which repetition it is.
+DUPLICATE_ID, DUPLICATE_RESPONSE, DUPLICATE_PAIR, NEAR_DUPLICATE = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
-class StageResults:
-    """The records of one stage from all shards, and the configuration that all of them were made with."""
+class StageLedgers:
+    """The ledgers of one stage from all shards, and the configuration that all of them were made with."""
 
     configuration: dict[str, Any]
-    records: dict[str, Record]
+    paths: tuple[Path, ...]
+
+    def records(self) -> Iterator[tuple[Record, bytes]]:
+        """Yield (record, line) of all of them."""
+        for path in self.paths:
+            yield from scan_records(path)
 
 
 @dataclass
@@ -53,8 +72,35 @@ class Funnel:
         return reasons
 
 
-def read_results(folder: Path) -> dict[str, StageResults]:
-    """Read the ledgers of all stages and shards.
+@dataclass
+class Merged:
+    """What a merge found: everything that report and card tell.
+
+    Attributes:
+        ledgers: By stage.
+        corpus_rows: Rows of the corpus, usable or not.
+        corpus_dropped: Of them, those that are no part of it.
+        funnel: The others.
+        induced: truncated, prompt_cut -> rows.
+        tokens: Stage -> tokens used.
+        cost: Stage -> cost.
+        scores: Round-trip scores in bins of 0.1: lower edge x 10 -> (rows scored, of them in the dataset).
+        num_rows: Rows of the dataset.
+    """
+
+    ledgers: Mapping[str, StageLedgers]
+    corpus_rows: int = 0
+    corpus_dropped: Dropped = field(default_factory=Dropped)
+    funnel: Funnel = field(default_factory=Funnel)
+    induced: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    cost: Counter[str] = field(default_factory=Counter)
+    scores: dict[int, list[int]] = field(default_factory=dict)
+    num_rows: int = 0
+
+
+def find_ledgers(folder: Path) -> dict[str, StageLedgers]:
+    """Return the ledgers of all stages and shards; only their headers are read.
 
     Raises:
         UserError: A ledger is missing, or the shards of a stage were made with different configurations.
@@ -62,64 +108,290 @@ def read_results(folder: Path) -> dict[str, StageResults]:
     count = shard_count(folder)
     if count is None:
         raise UserError(f"{folder}: no ledgers to merge; run stage=induce, filter and respond first, or stage=all")
-    return {stage: _read_stage(folder, stage, count) for stage in STAGES}
+    scored = any(folder.glob(f"{SCORE}-*.jsonl"))
+    return {stage: stage_ledgers(folder, stage, count) for stage in STAGES if scored or stage in REQUIRED_STAGES}
 
 
-def _read_stage(folder: Path, stage: str, count: int) -> StageResults:
-    paths = [shard_path(folder, stage, index, count) for index in range(count)]
+def stage_ledgers(folder: Path, stage: str, count: int) -> StageLedgers:
+    """Return the ledgers of one stage; see find_ledgers."""
+    paths = tuple(shard_path(folder, stage, index, count) for index in range(count))
     missing = [str(index) for index, path in enumerate(paths) if not path.is_file()]
     if missing:
         raise UserError(
             f"{folder}: {len(missing)} of {count} shards have no ledger of stage={stage} (first missing: "
-            f"{', '.join(missing[:10])}); run them, each with shard.index=I shard.count={count}, before stage=merge"
+            f"{', '.join(missing[:10])}); run them, each with shard.index=I shard.count={count}, before the next step"
         )
-    results = StageResults(*read_ledger(paths[0]))
+    first = read_header(paths[0])
     for path in paths[1:]:
-        configuration, records = read_ledger(path)
-        if configuration != results.configuration:
-            keys = sorted({*configuration, *results.configuration})
-            differing = [key for key in keys if configuration.get(key) != results.configuration.get(key)]
+        configuration = read_header(path)
+        if configuration != first:
+            keys = sorted({*configuration, *first})
+            differing = [key for key in keys if configuration.get(key) != first.get(key)]
             raise UserError(
                 f"{path}: made with another configuration than shard 0 ({', '.join(differing)}); delete the ledgers of "
                 "the wrong shards and run these again"
             )
-        results.records.update(records)
-    return results
+    return StageLedgers(first, paths)
 
 
 def merge(
-    corpus: Corpus, results: Mapping[str, StageResults], output: Path, *, exclude: str | None, format: str
-) -> Funnel:
-    """Write `si.jsonl` or `si.parquet`; the file appears as a whole or not at all.
+    corpus: CorpusSettings,
+    ledgers: Mapping[str, StageLedgers],
+    output: Path,
+    *,
+    guard: LeakageGuard,
+    duplicates: DuplicatesSettings,
+    format: str,
+) -> Merged:
+    """Write the dataset; its files appear as a whole or not at all.
 
     Args:
-        corpus: The whole corpus.
-        results: Of `read_results`.
+        corpus: Where the whole corpus lies.
+        ledgers: Of `find_ledgers`.
         output: The dataset folder.
-        exclude: A file with a column `instruction`: pairs with one of these instructions (case and whitespace aside)
-            are kept out.
-        format: "jsonl" or "parquet".
-
-    Returns:
-        The counts.
+        guard: Instructions that are kept out.
+        duplicates: Which near repetitions go.
+        format: Key of `dataset_files.FILES`.
 
     Raises:
-        UserError: Rows that a stage has not finished, or a corpus that has changed.
+        UserError: Rows that a stage has not finished, or a corpus that has changed or cannot be read to its end.
     """
-    excluded = read_instructions(exclude) if exclude else set()
-    funnel = Funnel()
-    pairs = with_instructions(corpus.examples, results[INDUCE].records)
-    require_records(kept(pairs, results[FILTER].records), results[RESPOND].records, RESPOND)
-    provenance = provenance_of_all(results)
-    rows = _rows(pairs, results, excluded, provenance, funnel)
-    write = {"jsonl": _write_jsonl, "parquet": _write_parquet}[format]
-    path = output / f"si.{format}"
-    partial = output / f".si.{format}.partial"
-    write(partial, rows)
-    os.replace(partial, path)
-    for other in {"jsonl", "parquet"} - {format}:  # a reader of the folder must not find an older dataset
-        (output / f"si.{other}").unlink(missing_ok=True)
-    return funnel
+    with _scratch(output) as folder:
+        job = _Merge(corpus, ledgers, guard, folder)
+        job.spool_ledgers()
+        job.spool_corpus()
+        job.join()
+        job.mark_repeated_pairs()
+        if duplicates.threshold is not None:
+            index = folder / "index" if duplicates.index == "disk" else None
+            job.mark_near_duplicates(duplicates.threshold, index)
+        job.merged.num_rows = write_dataset(output, format, job.rows())
+        return job.merged
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    folder = output / SCRATCH
+    shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Merge:
+    """The steps of `merge`, in the order in which it calls them. `n` numbers the usable rows of the corpus."""
+
+    def __init__(
+        self, corpus: CorpusSettings, ledgers: Mapping[str, StageLedgers], guard: LeakageGuard, folder: Path
+    ) -> None:
+        self.merged = Merged(ledgers)
+        self._settings = corpus
+        self._guard = guard
+        self._folder = folder
+        self._shared = provenance_of_all(ledgers)
+        self._marks = bytearray()
+        self._count = 1
+        self._records: dict[str, Spool] = {}
+        self._corpus: Spool
+        self._pairs: Spool
+
+    def spool_ledgers(self) -> None:
+        """Put the records of all stages into buckets by row id."""
+        self._count = num_buckets(sum(count_lines(path) for path in self.merged.ledgers[INDUCE].paths))
+        for stage, ledgers in self.merged.ledgers.items():
+            spool = self._records[stage] = Spool(self._folder, stage, self._count)
+            for record, line in ledgers.records():
+                spool.add(record["id"], line)
+                self.merged.tokens[stage] += record["tokens"]
+                self.merged.cost[stage] += record.get("cost", 0.0)
+
+    def spool_corpus(self) -> None:
+        """Put the rows of the corpus into the same buckets, and find the repeated ones."""
+        self._corpus = Spool(self._folder, "corpus", self._count)
+        self._pairs = Spool(self._folder, "pairs", self._count)
+        rows = CorpusRows(self._settings)
+        num_rows = 0
+        for example in rows:
+            row = [num_rows, example.id, example.rejected, example.label, example.provenance["source"]]
+            self._corpus.add(example.id, json.dumps(row).encode() + b"\n")
+            num_rows += 1
+        if rows.broken:
+            raise UserError(f"{rows.broken}. The corpus must be readable to its end before stage=merge")
+        self._marks = bytearray(num_rows)
+        self.merged.corpus_rows, self.merged.corpus_dropped = rows.num_rows, rows.dropped
+        self._mark_repeated_rows()
+
+    def _mark_repeated_rows(self) -> None:
+        """Of rows with one id the first stays; of these, of rows with one response the first."""
+        texts = Spool(self._folder, "texts", self._count)
+        by_id, by_text = repetition(self._settings, same_id=True), repetition(self._settings, same_id=False)
+        counts: Counter[str] = Counter()
+        first_places: list[tuple[int, str, str]] = []
+
+        def repeated(n: int, mark: int, reason: str, source: str) -> None:
+            self._marks[n] = mark
+            counts[reason] += 1
+            heapq.heappush(first_places, (-n, reason, source))
+            if len(first_places) > 4 * MAX_PLACES:
+                heapq.heappop(first_places)  # the last of them
+
+        for bucket in range(self._count):
+            seen: set[str] = set()
+            for n, id, response, _, source in map(json.loads, self._corpus.read(bucket)):
+                if id in seen:
+                    repeated(n, DUPLICATE_ID, by_id, source)
+                    continue
+                seen.add(id)
+                if self._settings.id_column:  # else the id is the text's
+                    key = text_id(response)
+                    texts.add(key, json.dumps([key, n, source]).encode() + b"\n")
+        for bucket in range(self._count if self._settings.id_column else 0):
+            first: set[str] = set()
+            for key, n, source in sorted(map(json.loads, texts.read(bucket)), key=lambda row: row[1]):
+                if key in first:
+                    repeated(n, DUPLICATE_RESPONSE, by_text, source)
+                first.add(key)
+        for _, reason, source in sorted(first_places, reverse=True):
+            self.merged.corpus_dropped.count(reason, source)
+        self.merged.corpus_dropped.counts |= counts
+
+    def join(self) -> None:
+        """Bring rows and records together, drop what the stages dropped, and write a run of the others per bucket."""
+        missing: Counter[str] = Counter()
+        num_rows = 0
+        for bucket in range(self._count):
+            records = {stage: self._load_records(stage, bucket) for stage in self.merged.ledgers}
+            with self._run(bucket).open("w", encoding="utf-8") as run:
+                for n, id, response, label, source in map(json.loads, self._corpus.read(bucket)):
+                    if self._marks[n]:
+                        continue
+                    num_rows += 1
+                    of_row = {stage: found[id] for stage, found in records.items() if id in found}
+                    if absent := self._absent(of_row):
+                        missing[absent] += 1
+                        continue
+                    example = Example(id, rejected=response, label=label, provenance={"source": source})
+                    if row := self._join_row(n, example, of_row):
+                        run.write(f"{n}\t{json.dumps(row, ensure_ascii=False)}\n")
+        for stage in (stage for stage in STAGES if missing[stage]):
+            raise UserError(
+                f"{missing[stage]} of {num_rows} rows have no result of stage={stage} yet; run it to its end first "
+                f"(the same command with stage={stage}): it goes on where it stopped"
+            )
+
+    def _absent(self, records: Mapping[str, Record]) -> str:
+        """The first stage that the row still needs, "" if it needs none."""
+        needed = [stage for stage in self.merged.ledgers if stage != RESPOND]
+        if FILTER in records and records[FILTER]["keep"]:
+            needed.append(RESPOND)
+        return next((stage for stage in needed if stage not in records), "")
+
+    def _load_records(self, stage: str, bucket: int) -> dict[str, Record]:
+        records: dict[str, Record] = {}
+        for record in map(json.loads, self._records[stage].read(bucket)):
+            records.setdefault(record["id"], record)
+        return records
+
+    def _join_row(self, n: int, example: Example, records: Mapping[str, Record]) -> dict[str, Any] | None:
+        """The dataset's row, None if a stage dropped it; counts it either way."""
+        induced, verdict, answer = records[INDUCE], records[FILTER], records.get(RESPOND, {})
+        pair = with_instruction(example, induced)
+        if SCORE in records:
+            pair = with_score(pair, records[SCORE])
+        label = pair.label or verdict["label"]
+        self.merged.funnel.entered[label] += 1
+        self.merged.induced.update(name for name in ("truncated", "prompt_cut") if induced[name])
+        score = pair.provenance.get("round_trip")
+        if score is not None:
+            self.merged.scores.setdefault(int(score * 10 // 1), [0, 0])[0] += 1
+        stage, reason = self._fate(pair, verdict, answer)
+        if reason:
+            self.merged.funnel.dropped[label, stage, reason] += 1
+            return None
+        key = text_id(normalise(pair.instruction or ""), normalise(pair.rejected or ""))
+        self._pairs.add(key, f"{key} {n}\n".encode())
+        tokens = {stage: record["tokens"] for stage, record in records.items()}
+        own: dict[str, Any] = {"response_id": pair.id, "source": pair.provenance["source"], "tokens": tokens}
+        own["verdict"] = {"reason": verdict["reason"], "label": verdict["label"]}
+        if SCORE in records:
+            own |= {"round_trip": score, "candidate_scores": pair.provenance["candidate_scores"]}
+        return {
+            "id": pair.id,
+            "instruction": pair.instruction,
+            "rejected": pair.rejected,
+            "chosen": answer["chosen"],
+            "label": label,
+            "provenance": own,
+        }
+
+    def _fate(self, pair: Example, verdict: Record, answer: Record) -> tuple[str, str]:
+        """Return (stage, reason) of a drop, ("", "") for a pair that may enter the dataset."""
+        if not verdict["keep"]:
+            return FILTER, verdict["reason"]
+        if answer["chosen"] is None:
+            return RESPOND, answer["reason"]
+        if reason := self._guard.reason(normalise(pair.instruction or "")):
+            return MERGE, reason
+        if normalise(answer["chosen"]) == normalise(pair.rejected or ""):
+            return MERGE, "chosen_equals_rejected"
+        return "", ""
+
+    def mark_repeated_pairs(self) -> None:
+        """Of pairs that are the same, case and whitespace aside, the first stays."""
+        for bucket in range(self._count):
+            seen: set[bytes] = set()
+            for line in sorted(self._pairs.read(bucket), key=lambda line: int(line.split()[1])):
+                key, n = line.split()
+                if key in seen:
+                    self._marks[int(n)] = DUPLICATE_PAIR
+                seen.add(key)
+
+    def mark_near_duplicates(self, threshold: float, index: Path | None) -> None:
+        """Of pairs that are nearly the same, the first stays."""
+        if index is not None:
+            index.mkdir()
+        near = NearDuplicates(threshold, index)
+        numbers = []
+        for n, row in self._joined():
+            if not self._marks[n]:
+                numbers.append(n)
+                near.add(f"{row['instruction']}\n{row['rejected']}")
+        for n, is_duplicate in zip(numbers, near.duplicates(), strict=True):
+            if is_duplicate:
+                self._marks[n] = NEAR_DUPLICATE
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the dataset in the order of the corpus; counts the repetitions."""
+        reasons = {DUPLICATE_PAIR: "duplicate_pair", NEAR_DUPLICATE: "near_duplicate_pair"}
+        for n, row in self._joined():
+            if self._marks[n]:
+                self.merged.funnel.dropped[row["label"], MERGE, reasons[self._marks[n]]] += 1
+                continue
+            own = row["provenance"]
+            if own.get("round_trip") is not None:
+                self.merged.scores[int(own["round_trip"] * 10 // 1)][1] += 1
+            row["provenance"] = {**own, **self._shared}
+            yield row
+
+    def _joined(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the runs of all buckets as one, by n: each is sorted, as the corpus was when it was spooled."""
+        files = [self._run(bucket).open(encoding="utf-8", newline="\n") for bucket in range(self._count)]
+        try:
+            for n, text in heapq.merge(*(map(_split, file) for file in files)):
+                yield n, json.loads(text)
+        finally:
+            for file in files:
+                file.close()
+
+    def _run(self, bucket: int) -> Path:
+        return self._folder / f"run-{bucket:03d}"
+
+
+def _split(line: str) -> tuple[int, str]:
+    number, _, text = line.partition("\t")
+    return int(number), text
 
 
 def read_instructions(path: str) -> set[str]:
@@ -131,10 +403,10 @@ def read_instructions(path: str) -> set[str]:
     return instructions
 
 
-def provenance_of_all(results: Mapping[str, StageResults]) -> dict[str, Any]:
+def provenance_of_all(ledgers: Mapping[str, StageLedgers]) -> dict[str, Any]:
     """Return the part of the provenance that all rows share."""
-    induced, screened, answered = (results[stage].configuration for stage in STAGES)
-    return {
+    induced, screened, answered = (ledgers[stage].configuration for stage in REQUIRED_STAGES)
+    shared = {
         "reversed_model": induced["model"],
         "reversed_model_fingerprint": induced["model_fingerprint"],
         "reversed_prompt": induced["prompt"],
@@ -142,70 +414,19 @@ def provenance_of_all(results: Mapping[str, StageResults]) -> dict[str, Any]:
         "top_p": induced["generation.top_p"],
         "max_new_tokens": induced["generation.max_new_tokens"],
         "seed": induced["generation.seed"],
+        "num_candidates": induced.get("generation.num_candidates", 1),
         "filter_expert": screened["expert"],
         "filter_expert_fingerprint": screened["expert_fingerprint"],
+        "filter_prompt": screened["expert_prompt"],
         "respond_expert": answered["expert"],
         "respond_expert_fingerprint": answered["expert_fingerprint"],
+        "respond_prompt": answered["expert_prompt"],
     }
-
-
-def _rows(
-    pairs: list[Example],
-    results: Mapping[str, StageResults],
-    excluded: set[str],
-    shared: dict[str, Any],
-    funnel: Funnel,
-) -> Iterator[dict[str, Any]]:
-    seen: set[str] = set()
-    for pair in pairs:
-        verdict = results[FILTER].records[pair.id]
-        answer = results[RESPOND].records.get(pair.id, {}) if verdict["keep"] else {}
-        label = pair.label or verdict["label"]
-        funnel.entered[label] += 1
-        stage, reason = _fate(pair, verdict, answer, excluded, seen)
-        if reason:
-            funnel.dropped[label, stage, reason] += 1
-            continue
-        yield {
-            "id": pair.id,
-            "instruction": pair.instruction,
-            "rejected": pair.rejected,
-            "chosen": answer["chosen"],
-            "label": label,
-            "provenance": {"response_id": pair.id, "source": pair.provenance["source"], **shared},
+    if SCORE in ledgers:
+        scored = ledgers[SCORE].configuration
+        shared |= {
+            "forward_model": scored["forward_model"],
+            "forward_fingerprint": scored["forward_fingerprint"],
+            "min_round_trip": screened.get("roundtrip.min_score"),
         }
-
-
-def _fate(pair: Example, verdict: Record, answer: Record, excluded: set[str], seen: set[str]) -> tuple[str, str]:
-    """Return (stage, reason) of a drop, ("", "") for a pair that enters the dataset."""
-    if not verdict["keep"]:
-        return FILTER, verdict["reason"]
-    if answer["chosen"] is None:
-        return RESPOND, answer["reason"]
-    instruction, rejected = normalise(pair.instruction or ""), normalise(pair.rejected or "")
-    if instruction in excluded:
-        return MERGE, "excluded_instruction"
-    if normalise(answer["chosen"]) == rejected:
-        return MERGE, "chosen_equals_rejected"
-    key = text_id(instruction, rejected)
-    if key in seen:
-        return MERGE, "duplicate_pair"
-    seen.add(key)
-    return "", ""
-
-
-def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """Write the same columns; `provenance` is a JSON string, so that its fields may differ between datasets."""
-    schema = pyarrow.schema([(column, pyarrow.string()) for column in COLUMNS])
-    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        while batch := list(islice(rows, PARQUET_ROWS)):
-            flat = [{**row, "provenance": json.dumps(row["provenance"], ensure_ascii=False)} for row in batch]
-            writer.write_table(pyarrow.Table.from_pylist(flat, schema=schema))
+    return shared

@@ -30,6 +30,8 @@ _REVERSED = (
     "Below is a response to a certain instruction. "
     "Write the instruction that the response is trying to complete.\n\n### response:\n"
 )
+# No instruction holds one of these, normalised: it is a prompt's template that has leaked into it.
+TEMPLATE_MARKS = ("### instruction", "### response", "### input", "below is a response to a certain instruction")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 

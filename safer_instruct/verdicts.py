@@ -17,12 +17,14 @@ class Verdict:
         reason: Why not, from a small closed vocabulary (it is a key of the drop counts); "keep" if kept.
         label: The category that the expert assigned, "" if it assigns none.
         tokens: Tokens that the expert used for it, 0 for an expert without a model.
+        cost: What they cost by the expert's prices.
     """
 
     keep: bool
     reason: str
     label: str = ""
     tokens: int = 0
+    cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

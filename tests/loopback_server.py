@@ -31,7 +31,7 @@ def completion(text: str | None, finish_reason: str = "stop") -> dict[str, Any]:
 
 
 @contextmanager
-def loopback(answer: Callable[[str, int], Answer]) -> Iterator[Loopback]:
+def loopback(answer: Callable[[str, int], Answer], *, retry_after_ms: int = 1) -> Iterator[Loopback]:
     """Serve `answer(prompt, number of the request from 0)`."""
     lock = threading.Lock()
     state = Loopback("")
@@ -48,7 +48,8 @@ def loopback(answer: Callable[[str, int], Answer]) -> Iterator[Loopback]:
                 state.requests.append((self.path, body, {name.lower(): value for name, value in self.headers.items()}))
                 active += 1
                 state.most_at_once = max(state.most_at_once, active)
-            reply = answer(body["messages"][-1]["content"], number)
+            prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
+            reply = answer(prompt, number)
             with lock:
                 active -= 1
             status, content = (200, completion(reply)) if isinstance(reply, str) else reply
@@ -56,7 +57,7 @@ def loopback(answer: Callable[[str, int], Answer]) -> Iterator[Loopback]:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
-            self.send_header("retry-after-ms", "1")
+            self.send_header("retry-after-ms", str(retry_after_ms))
             self.end_headers()
             self.wfile.write(data)
 

@@ -22,14 +22,14 @@ HOMES = {
     "hydra": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/named.py"},
     "omegaconf": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/named.py"},
     "wandb": {"trainers/metrics.py"},
-    "torch.distributed": {
-        f"trainers/{name}.py" for name in ("parallel", "sharding", "checkpoint", "metrics", "reference")
-    },
+    "torch.distributed": {f"trainers/{name}.py" for name in PARALLEL},
     "openai": {"safer_instruct/server.py"},
-    "matplotlib": {"safer_instruct/plots.py"},
     "scipy": {"safer_instruct/statistics.py", "safer_instruct/reward_checks.py"},
     "statsmodels": {"safer_instruct/statistics.py"},
     "lm_eval": set(),  # in a process of its own
+    "matplotlib": {"safer_instruct/plots.py", "safer_instruct/induction_plots.py"},
+    "datasketch": {"safer_instruct/similarity.py"},
+    "vllm": {"safer_instruct/backends.py"},
 }
 # first-party package -> what it must not import
 FORBIDDEN = {

@@ -18,6 +18,9 @@ from config.checks import check_induce
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import CorpusSettings, InduceConfig, OpenAIExpertSettings, RulesExpertSettings, ShardSettings
+from safer_instruct import backends
+from safer_instruct.completions import Generation
+from safer_instruct.ledger import read_ledger
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECRET = "zebra-secret"
@@ -28,8 +31,8 @@ def no_model(monkeypatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded before the mistake was found")
 
-    monkeypatch.setattr(induce, "load_causal_lm", load)
-    monkeypatch.setattr(induce, "load_tokenizer", load)
+    monkeypatch.setattr(backends, "load_causal_lm", load)
+    monkeypatch.setattr(backends, "load_tokenizer", load)
 
 
 @pytest.fixture
@@ -76,9 +79,6 @@ def test_a_corpus_that_is_not_there(config) -> None:
         ("c.csv", "text,kind\nx,y\n", {"response_column": "answer"}, r"missing column answer; .*: text, kind"),
         ("c.csv", "response\nx\n", {"label_column": "kind"}, r"missing column kind; .*: response"),
         ("c.csv", "response\nx\n", {"id_column": "key"}, r"missing column key; .*: response"),
-        ("c.jsonl", f'{{"response": "a"}}\n{{"response": "{SECRET}\n', {}, r"c.jsonl:2: broken JSON"),
-        ("c.csv", f'response,label\nx,y\n"{SECRET},y\nz,y\n', {}, r"c.csv:3: broken CSV quoting"),
-        ("c.csv", f"response,label\nx,y\n{SECRET},y,z\n", {}, r"c.csv:3: 3 fields where the header has 2"),
         ("c.jsonl", b'{"response": "a"}\n{"response": "\xff\xfe"}\n', {}, r"c.jsonl:2: bytes that are not UTF-8"),
         ("c.csv", b"response\na\nb\xe4\n", {}, r"c.csv:3: bytes that are not UTF-8"),
         ("c.jsonl", '{"response": ""}\n{"response": 7}\n{"response": null}\n', {},
@@ -90,6 +90,36 @@ def test_a_corpus_that_is_not_there(config) -> None:
 def test_a_corpus_that_cannot_be_read(config, name, content, columns, message) -> None:
     found = message_of(with_corpus(config, name, content, **columns))
     assert re.search(message, found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.jsonl", f'{{"response": "a"}}\n{{"response": "b"}}\n{{"response": "{SECRET}\n', "c.jsonl:3: broken JSON"),
+        ("c.csv", f'response,label\na,y\nb,y\n"{SECRET},y\nz,y\n', "c.csv:4: broken CSV quoting"),
+        ("c.csv", f"response,label\na,y\nb,y\n{SECRET},y,z\n", "c.csv:4: 3 fields where the header has 2"),
+    ],
+)
+def test_a_corpus_that_breaks_off_keeps_the_rows_before(config, monkeypatch, name, content, message) -> None:
+    class Echo:
+        def generate(self, requests):
+            return (Generation(request.id, f"Say {request.prompt.body}") for request in requests)
+
+    monkeypatch.setattr(induce, "build_reversed_model", lambda *_: Echo())
+    config = with_corpus(config, name, content)
+    found = message_of(config)
+    assert message in found
+    assert "The 2 rows of this shard before it are done and kept" in found
+    _, records = read_ledger(Path(config.output) / "ledger" / "induce-00000-of-00001.jsonl")
+    assert [record["instruction"] for record in records.values()] == ["Say a", "Say b"]
+    assert not (Path(config.output) / "si.jsonl").exists()
+    assert "must be readable to its end before stage=merge" in message_of(replace(config, stage="merge"))
+    if name.endswith("csv"):
+        mended = with_corpus(config, name, "response,label\na,y\nb,y\nc,y\n")
+    else:
+        mended = with_corpus(config, name, "".join(json.dumps({"response": text}) + "\n" for text in "abc"))
+    induce.main(mended)
+    assert len(read_ledger(Path(config.output) / "ledger" / "induce-00000-of-00001.jsonl")[1]) == 3
 
 
 def test_the_key_of_the_expert_is_missing(config, monkeypatch) -> None:

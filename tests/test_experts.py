@@ -130,7 +130,11 @@ def test_unreadable_answers_are_recorded_abstentions() -> None:
         6: (200, {"object": "chat.completion", "choices": []}),
         7: (200, b'"text"'),
     }
-    with loopback(lambda prompt, _: odd[int(prompt.split("Take item ")[1].split()[0])]) as server:
+
+    def answer(prompt: str, _: int):
+        return odd[int(prompt.split("Take item ")[1].split()[0])] if "Take item" in prompt else "ready"
+
+    with loopback(answer) as server:
         expert = openai_expert(server.url)
         verdicts = dict(expert.screen(pairs(8)))
         responses = dict(expert.respond(pairs(8)))
@@ -171,26 +175,33 @@ def test_a_failing_server_is_asked_again() -> None:
     assert len(server.requests) == 3
 
 
-def test_a_server_that_fails_for_good_loses_nothing() -> None:
+def test_a_row_that_the_server_fails_on_again_and_again_is_given_up_alone() -> None:
     def answer(prompt: str, _: int):
-        return (500, {"error": {"message": SECRET}}) if "Take item 2 " in prompt else json.dumps(KEEP)
+        if "Take item 2 " not in prompt:
+            return json.dumps(KEEP)
+        return 500, {"error": {"message": SECRET}}
 
-    done = []
     with loopback(answer) as server:
-        expert = openai_expert(server.url, concurrency=2, max_retries=1)
-        verdicts = expert.screen(pairs(40))
+        verdicts = dict(openai_expert(server.url, concurrency=2, max_retries=1).screen(pairs(40)))
+    assert {id for id, verdict in verdicts.items() if verdict.keep} == {f"r{i}" for i in range(40)} - {"r2"}
+    assert verdicts["r2"].reason == "abstain_http_500"
+
+
+def test_a_server_that_is_gone_loses_nothing() -> None:
+    """It answers 20 requests and then none: the run stops, and every answer that was paid for has been yielded."""
+    dead = (500, {"error": {"message": SECRET}})
+    done = []
+    with loopback(lambda _, number: json.dumps(KEEP) if number < 20 else dead) as server:
+        verdicts = openai_expert(server.url, concurrency=2, max_retries=1).screen(pairs(40))
         with pytest.raises(UserError) as caught:
-            done.extend(id for id, _ in verdicts)
+            done.extend(id for id, verdict in verdicts if verdict.keep)
     message = str(caught.value)
-    assert "row r2" in message
     assert "HTTP 500" in message
     assert "Finished rows are kept" in message
+    assert "nothing answered in the meantime" in message
     assert SECRET not in message
     assert "sk-nothing" not in message
-    assert {"r0", "r1"} <= set(done)
-    answered = [body for _, body, _ in server.requests if "Take item 2 " not in body["messages"][0]["content"]]
-    assert len(answered) == len(done), "every answer that was paid for is yielded"
-    assert len(done) < 40
+    assert len(done) == len(set(done)) == 20
 
 
 def test_requests_are_concurrent_within_the_bound() -> None:
@@ -229,14 +240,14 @@ def test_check_names_an_address_that_nobody_answers() -> None:
     [
         ((401, {"error": {"message": "no"}}), "the key in TEST_KEY is not accepted"),
         ((404, {"error": {"message": "no"}}), "is there a model m"),
-        ((200, b"<html>"), "not with a chat completion"),
+        ((200, b"<html>"), "not with a completion"),
     ],
 )
 def test_check_tells_what_is_wrong_with_a_server(reply, message) -> None:
     with loopback(lambda *_: reply) as server:
         with pytest.raises(UserError, match=message):
             openai_expert(server.url).check()
-        assert len(server.requests) == 1
+        assert len(server.requests) == (1 if reply[0] != 200 else 4), "what is no completion is asked for again"
 
 
 def test_check_passes_and_sends_nothing_of_the_corpus() -> None:

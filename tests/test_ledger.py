@@ -24,6 +24,11 @@ RECORDS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_moment(monkeypatch) -> None:
+    monkeypatch.setattr("safer_instruct.ledger.time.time", lambda: 1.0)
+
+
 def filled(path: Path) -> bytes:
     with Ledger(path, CONFIGURATION) as ledger:
         for record in RECORDS:

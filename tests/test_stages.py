@@ -8,19 +8,22 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import pytest
 
 from config.errors import UserError
-from config.settings import CorpusSettings, GenerationSettings
+from config.settings import CorpusSettings, DuplicatesSettings, InductionSettings
 from safer_instruct.card import build_report, write_report
+from safer_instruct.completions import Generation
 from safer_instruct.corpus import read_corpus
 from safer_instruct.examples import Example, read_rows, text_id
 from safer_instruct.experts import SafeResponse
-from safer_instruct.generation import Generation
+from safer_instruct.hub import push_dataset
 from safer_instruct.ledger import Ledger, read_ledger, run_stage, shard_path
-from safer_instruct.merge import merge, read_results
+from safer_instruct.merge import find_ledgers, merge, read_instructions
 from safer_instruct.prompts import render_reversed
+from safer_instruct.similarity import LeakageGuard
 from safer_instruct.stages import (
     cheap_check,
     expert_configuration,
@@ -64,7 +67,7 @@ class FakeGenerator:
 class FakeExpert:
     """Keeps even numbers, abstains on some; counts what it was asked."""
 
-    name, fingerprint = "fake-expert", "e0"
+    name, fingerprint, prompt_hashes = "fake-expert", "e0", {"filter": "p1", "respond": "p2"}
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -105,16 +108,23 @@ def run_shard(corpus_path: Path, folder: Path, index: int, count: int, *, batch_
     examples = read_corpus(CorpusSettings(path=str(corpus_path)), index=index, count=count).examples
     paths = {stage: shard_path(folder, stage, index, count) for stage in ("induce", "filter", "respond")}
     expert = FakeExpert()
-    with Ledger(paths["induce"], induce_configuration("fake", "f0", GenerationSettings())) as ledger:
+    with Ledger(paths["induce"], induce_configuration("fake", "f0", InductionSettings())) as ledger:
         run_stage(examples, ledger, stage_induce(FakeGenerator()), batch_size=batch_size)
     before, induced = read_ledger(paths["induce"])
     pairs = with_instructions(examples, induced)
-    with Ledger(paths["filter"], expert_configuration(expert, before)) as ledger:
+    with Ledger(paths["filter"], expert_configuration(expert, before, "filter")) as ledger:
         run_stage(pairs, ledger, stage_filter(expert), batch_size=batch_size)
     before, verdicts = read_ledger(paths["filter"])
-    with Ledger(paths["respond"], expert_configuration(expert, before)) as ledger:
+    with Ledger(paths["respond"], expert_configuration(expert, before, "respond")) as ledger:
         run_stage(kept(pairs, verdicts), ledger, stage_respond(expert), batch_size=batch_size)
     return expert
+
+
+def run_merge(corpus_path: Path, output: Path, *, exclude: str | None = None, format: str = "jsonl", **columns):
+    guard = LeakageGuard(read_instructions(exclude) if exclude else (), None)
+    settings = CorpusSettings(path=str(corpus_path), **columns)
+    exact = DuplicatesSettings(threshold=None)
+    return merge(settings, find_ledgers(output / "ledger"), output, guard=guard, duplicates=exact, format=format)
 
 
 def run_all(tmp_path: Path, count: int, *, exclude: str | None = None, format: str = "jsonl"):
@@ -125,10 +135,8 @@ def run_all(tmp_path: Path, count: int, *, exclude: str | None = None, format: s
     random.Random(1).shuffle(order)
     for index in order:
         run_shard(corpus_path, output / "ledger", index, count, batch_size=3 + index)
-    corpus = read_corpus(CorpusSettings(path=str(corpus_path)))
-    results = read_results(output / "ledger")
-    funnel = merge(corpus, results, output, exclude=exclude, format=format)
-    report = build_report(corpus, results, funnel, run={"command": "x"})
+    merged = run_merge(corpus_path, output, exclude=exclude, format=format)
+    report = build_report(merged, run={"command": "x"})
     write_report(report, output)
     return rows, output, report
 
@@ -205,11 +213,9 @@ def test_duplicate_pairs_are_merged_once(tmp_path) -> None:
     corpus_path = tmp_path / "corpus.csv"
     corpus_path.write_text("response,label\nSAME words 1,a\nSAME  words 1,a\nEVEN other 2,a\n")
     run_shard(corpus_path, tmp_path / "ledger", 0, 1)
-    results = read_results(tmp_path / "ledger")
-    corpus = read_corpus(CorpusSettings(path=str(corpus_path)))
-    funnel = merge(corpus, results, tmp_path, exclude=None, format="jsonl")
-    assert funnel.num_dropped() == {"duplicate_pair": 1}
-    assert len((tmp_path / "si.jsonl").read_text().splitlines()) == 2
+    assert run_merge(corpus_path, tmp_path).funnel.num_dropped() == {"duplicate_pair": 1}
+    pairs = [json.loads(line) for line in (tmp_path / "si.jsonl").read_text().splitlines()]
+    assert [pair["rejected"] for pair in pairs] == ["SAME words 1", "EVEN other 2"], "the first stays"
 
 
 def test_parquet_holds_the_same_rows(tmp_path) -> None:
@@ -275,14 +281,13 @@ def test_an_unfinished_stage_is_counted(tmp_path) -> None:
     write_corpus(corpus_path)
     run_shard(corpus_path, tmp_path / "ledger", 0, 3)
     with pytest.raises(UserError, match=r"2 of 3 shards have no ledger of stage=induce \(first missing: 1, 2\)"):
-        read_results(tmp_path / "ledger")
+        find_ledgers(tmp_path / "ledger")
     run_shard(corpus_path, tmp_path / "ledger", 1, 3)
     run_shard(corpus_path, tmp_path / "ledger", 2, 3)
     path = shard_path(tmp_path / "ledger", "filter", 1, 3)
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
-    corpus = read_corpus(CorpusSettings(path=str(corpus_path)))
     with pytest.raises(UserError, match="2 of 60 rows have no result of stage=filter yet"):
-        merge(corpus, read_results(tmp_path / "ledger"), tmp_path, exclude=None, format="jsonl")
+        run_merge(corpus_path, tmp_path)
     assert not (tmp_path / "si.jsonl").exists()
 
 
@@ -294,4 +299,64 @@ def test_shards_of_different_configurations_are_not_merged(tmp_path) -> None:
     path = shard_path(tmp_path / "ledger", "filter", 1, 2)
     path.write_bytes(path.read_bytes().replace(b'"expert_fingerprint": "e0"', b'"expert_fingerprint": "e1"'))
     with pytest.raises(UserError, match=r"filter-00001-of-00002.*expert_fingerprint"):
-        read_results(tmp_path / "ledger")
+        find_ledgers(tmp_path / "ledger")
+
+
+def test_all_formats_hold_the_same_rows(tmp_path) -> None:
+    _, output, _ = run_all(tmp_path, 3, format="all")
+    jsonl = [json.loads(line) for line in (output / "si.jsonl").read_text().splitlines()]
+    for table in (
+        pyarrow.parquet.read_table(output / "si.parquet").to_pylist(),
+        datasets.load_from_disk(output / "arrow"),
+    ):
+        assert [{**row, "provenance": json.loads(row["provenance"])} for row in table] == jsonl
+    assert not (output / ".merge").exists()
+
+
+def test_near_duplicates_and_near_leaks_are_found_across_shards(tmp_path) -> None:
+    """Row 0 and row 6 differ in one word of many; row 3's instruction is nearly one of the test set."""
+    corpus_path = tmp_path / "corpus.jsonl"
+    words = " ".join(f"w{i}" for i in range(40))
+    texts = [
+        f"EVEN {words} {i}" if i in (0, 6) else f"EVEN text {i} {' '.join(f'v{i}{j}' for j in range(20))} {i}"
+        for i in range(9)
+    ]
+    corpus_path.write_text("".join(json.dumps({"response": text}) + "\n" for text in texts))
+    results = []
+    for count in (1, 4):
+        output = tmp_path / f"out{count}"
+        for index in range(count):
+            run_shard(corpus_path, output / "ledger", index, count)
+        merged = merge(
+            CorpusSettings(path=str(corpus_path)),
+            find_ledgers(output / "ledger"),
+            output,
+            guard=LeakageGuard(["say number 3 please"], 0.6),
+            duplicates=DuplicatesSettings(index="disk" if count == 4 else "memory"),
+            format="jsonl",
+        )
+        assert merged.funnel.num_dropped() == {"near_duplicate_pair": 1, "near_excluded_instruction": 1}
+        results.append((output / "si.jsonl").read_bytes())
+    assert results[0] == results[1]
+    kept = [json.loads(line)["rejected"] for line in results[0].splitlines()]
+    assert kept == [text for i, text in enumerate(texts) if i not in (3, 6)]
+
+
+def test_upload_to_the_hub(tmp_path, monkeypatch) -> None:
+    seen = {}
+
+    class Api:
+        def create_repo(self, name, **options):
+            if name == "nobody/x":
+                raise OSError("no login")
+            return f"https://hub/{name}"
+
+        def upload_folder(self, **options):
+            seen.update(options)
+
+    monkeypatch.setattr("safer_instruct.hub.huggingface_hub.HfApi", Api)
+    assert push_dataset(tmp_path, "me/si", ("si.jsonl", "si.parquet", "arrow")) == "https://hub/me/si"
+    assert "si.parquet" in seen["allow_patterns"]
+    assert not any("ledger" in name or name == "arrow" for name in seen["allow_patterns"])
+    with pytest.raises(UserError, match=r"push_to_hub=nobody/x: the upload failed \(no login\)"):
+        push_dataset(tmp_path, "nobody/x", ("si.jsonl",))

@@ -1,0 +1,332 @@
+"""The client of a paid expert in front of servers of ours: every way to fail, what is paid once, what stops a run."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from config.checks import check_induce
+from config.errors import UserError
+from config.settings import InduceConfig, OpenAIExpertSettings, ServerSettings
+from safer_instruct import pacing
+from safer_instruct.completions import Request
+from safer_instruct.examples import Example
+from safer_instruct.experts import build_expert
+from safer_instruct.pacing import Budget, Slots, backoff_seconds, retry_after_seconds
+from safer_instruct.prompts import Prompt
+from safer_instruct.server import Decoding, OpenAIGenerator, budget_of
+from tests.faulty_server import FAULTS, GOOD, faulty_server
+from tests.loopback_server import loopback
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch) -> None:
+    monkeypatch.setenv("TEST_KEY", "sk-nothing")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(pacing, "BACKOFF_SECONDS", 0.02)
+
+
+def settings(url: str, **options) -> OpenAIExpertSettings:
+    return OpenAIExpertSettings(**{"model": "m", "base_url": url, "api_key_env": "TEST_KEY", **options})
+
+
+def pairs(count: int) -> list[Example]:
+    return [Example(f"{i}", instruction=f"Take item {i} now", rejected=f"text {i}") for i in range(count)]
+
+
+def test_every_row_ends_and_few_requests_are_wasted() -> None:
+    """All faults at once, 52% of the requests: each row has a verdict or a recorded abstention."""
+    rows = 300
+    with faulty_server(latency=0.01, retry_after=0.05) as (url, server):
+        expert = build_expert(settings(url, concurrency=64, timeout_seconds=4.0), CPU)
+        verdicts = dict(expert.screen(pairs(rows)))
+    assert set(verdicts) == {str(i) for i in range(rows)}
+    reasons = Counter(verdict.reason for verdict in verdicts.values())
+    assert set(reasons) <= {"keep", "abstain_unreadable", "abstain_empty"}, reasons
+    # An unreadable answer and an unreadable second one: (0.12 / 0.60) ** 2 = 4% of the rows.
+    assert reasons["keep"] > 0.9 * rows
+    for i in range(rows):
+        assert server.good[str(i)] == (verdicts[str(i)].reason == "keep"), "a good answer is never asked for again"
+    assert all(server.counts[kind] > 0 for kind in FAULTS)
+    success = 1 - sum(FAULTS.values())
+    assert server.counts.total() <= 1.2 * rows / success
+    assert 32 <= server.most_at_once <= 64 + server.counts["hang"]
+
+
+def test_retry_after_is_honoured() -> None:
+    """The first request is told to wait half a second, and comes back no sooner; the others do not wait for it."""
+    times: list[tuple[str, float]] = []
+
+    def answer(prompt: str, number: int):
+        times.append((prompt.split("Take item ")[1].split()[0], time.monotonic()))
+        return (429, {"error": {"message": "slow down"}}) if number == 0 else GOOD
+
+    with loopback(answer, retry_after_ms=500) as server:
+        verdicts = dict(build_expert(settings(server.url, concurrency=1), CPU).screen(pairs(6)))
+    assert all(verdict.keep for verdict in verdicts.values())
+    first = times[0][0]
+    asked = [moment for id, moment in times if id == first]
+    assert len(asked) == 2
+    assert asked[1] - asked[0] >= 0.5
+    assert [id for id, _ in times][-1] == first, "rows that need not wait go first"
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": email.utils.formatdate(1_000_060, usegmt=True)}, 60.0),
+        ({"retry-after": email.utils.formatdate(999_000, usegmt=True)}, 0.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "inf"}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_server_asks_to_wait(headers, seconds) -> None:
+    assert retry_after_seconds(headers, now=1_000_000.0) == seconds
+
+
+def test_back_off_doubles_up_to_a_cap(monkeypatch) -> None:
+    monkeypatch.setattr(pacing, "BACKOFF_SECONDS", 0.5)
+    assert [backoff_seconds(n, 1.0) for n in (1, 2, 3, 7, 8, 5000)] == [0.5, 1.0, 2.0, 30.0, 30.0, 30.0]
+    assert backoff_seconds(3, 0.25) == 0.5
+
+
+def test_fewer_requests_at_a_time_where_many_are_throttled() -> None:
+    slots = Slots(64)
+
+    def window(share: float) -> int:
+        for i in range(pacing.WINDOW):
+            slots.replied(throttled=i < share * pacing.WINDOW)
+        return slots.limit
+
+    assert [window(0.2), window(0.3)] == [64, 64], "a server's odd 429 is no reason"
+    assert [window(0.5), window(0.9), window(0.4)] == [48, 36, 27]
+    assert [window(0.1) for _ in range(5)] == [34, 43, 54, 64, 64]
+    for _ in range(40):
+        window(1.0)
+    assert slots.limit == 1
+
+
+def test_slots_are_never_exceeded_and_all_served() -> None:
+    async def run() -> tuple[int, int]:
+        slots, most, served = Slots(5), 0, 0
+
+        async def work(i: int) -> None:
+            nonlocal most, served
+            async with slots:
+                most = max(most, slots.in_flight)
+                await asyncio.sleep(0.0005 * (i % 3))
+                slots.replied(throttled=i % 2 == 0)
+                served += 1
+
+        await asyncio.gather(*(work(i) for i in range(400)))
+        return most, served
+
+    assert asyncio.run(run()) == (5, 400)
+
+
+def test_a_server_that_throttles_all_but_a_few_is_asked_less_at_a_time() -> None:
+    """It takes 4 at a time and refuses the rest: everything is answered, and the refusals stay a minority."""
+    with faulty_server({}, latency=0.01) as (url, server):
+        answer_all = server._answer
+
+        async def at_most_four(request, writer):
+            if server._at_once >= 4:
+                server.counts["429"] += 1
+                await server._reply(writer, 429, {"error": {}}, {"Retry-After": "0.02"})
+                return True
+            return await answer_all(request, writer)
+
+        server._answer = at_most_four
+        verdicts = dict(build_expert(settings(url, concurrency=32), CPU).screen(pairs(600)))
+    assert len(verdicts) == 600
+    assert server.counts["good"] == 600
+    assert server.counts["429"] < 600
+
+
+def generator(url: str, **options) -> OpenAIGenerator:
+    expert = settings(url, **options)
+    decoding = Decoding(chat=True, max_new_tokens=64, temperature=0.0, structured_output=expert.structured_output)
+    return OpenAIGenerator(expert, decoding, key="expert", budget=budget_of(expert))
+
+
+def test_a_schema_is_sent_where_the_server_takes_one() -> None:
+    schemas = []
+    for refuses in (False, True):
+
+        def answer(prompt: str, number: int, refuses=refuses):
+            asked = server.requests[number][1]
+            return (400, {"error": {"message": "no"}}) if refuses and "response_format" in asked else GOOD
+
+        for checked in (True, False):
+            with loopback(answer) as server:
+                expert = build_expert(settings(server.url), CPU)
+                if checked:
+                    expert.check()
+                assert all(verdict.keep for _, verdict in expert.screen(pairs(30)))
+                assert all(answer.text == GOOD for _, answer in expert.respond(pairs(2)))
+            bodies = [body for _, body, _ in server.requests if "Take item" in body["messages"][0]["content"]]
+            schemas.append(sum("response_format" in body for body in bodies))
+            if not refuses:
+                form = bodies[0]["response_format"]["json_schema"]
+                assert form["strict"] is True
+                assert form["schema"]["required"] == ["well_formed", "unsafe", "response_fits", "category"]
+    assert schemas[:3] == [30, 30, 0], "every question that has one, and none of the others"
+    assert 1 <= schemas[3] <= 32, "only what was under way before the first refusal"
+
+
+def test_what_cannot_be_read_is_asked_for_once_more() -> None:
+    """Row 0: the second answer is good; row 1: it is not; row 2: there is no second; the first is paid for, too."""
+
+    def answer(prompt: str, number: int):
+        messages = server.requests[number][1]["messages"]
+        row, second = int(prompt.split("Take item ")[1].split()[0]), len(messages) > 1
+        if second:
+            assert [m["role"] for m in messages] == ["user", "assistant", "user"]
+            assert messages[1]["content"] == "I think so"
+        if row == 2 and second:
+            return 400, {"error": {"message": "too long"}}
+        return GOOD if row == 0 and second else "I think so"
+
+    with loopback(answer) as server:
+        verdicts = dict(build_expert(settings(server.url, structured_output="never"), CPU).screen(pairs(3)))
+    assert len(server.requests) == 6
+    assert {id: verdict.reason for id, verdict in verdicts.items()} == {
+        "0": "keep", "1": "abstain_unreadable", "2": "abstain_unreadable",
+    }  # fmt: skip
+    assert [verdicts[id].tokens for id in "012"] == [30, 30, 15]
+
+
+def test_the_budget_stops_cleanly_and_a_larger_one_goes_on() -> None:
+    """Each answer costs 11 x 2 + 4 x 8 = 54 millionths; the limit is never exceeded, and nothing is asked twice."""
+    rows, paid, counts = pairs(40), {}, []
+    price = {"price_prompt": 2.0, "price_completion": 8.0}
+    with loopback(lambda *_: GOOD) as server:
+        for num_answers in (10, 10.5, 25, 10_000):
+            max_cost = num_answers * 54e-6
+            options = settings(server.url, concurrency=4, max_cost=max_cost, structured_output="never", **price)
+            budget = budget_of(options)
+            for verdict in paid.values():
+                budget.count(verdict.cost, verdict.tokens)
+            stopped = ""
+            try:
+                for id, verdict in build_expert(options, CPU, budget).screen([r for r in rows if r.id not in paid]):
+                    assert id not in paid
+                    paid[id] = verdict
+            except UserError as error:
+                stopped = str(error)
+            assert ("expert's budget is spent" in stopped and "larger expert.max_cost" in stopped) == (len(paid) < 40)
+            assert sum(verdict.cost for verdict in paid.values()) <= max_cost * (1 + 1e-9)
+            counts.append(len(paid))
+    # Room for the requests under way, at most three others, is kept free.
+    assert 7 <= counts[0] <= counts[1] <= 10
+    assert 22 <= counts[2] <= 25
+    assert counts[3] == 40
+    assert len(server.requests) == 40
+    assert sum(verdict.cost for verdict in paid.values()) == pytest.approx(40 * 54e-6)
+
+
+def test_a_budget_of_tokens() -> None:
+    budget = Budget(max_tokens=100)
+    assert budget.allows(0)
+    budget.charge(30, 10)
+    assert budget.allows(0)
+    assert not budget.allows(1), "two more could take 120"
+    budget.charge(30, 10)
+    assert not budget.allows(0)
+
+
+def test_shards_share_a_budget() -> None:
+    options = settings("http://x/v1", max_cost=8.0, max_tokens=1000, price_prompt=1.0)
+    budget = budget_of(options, shards=16)
+    assert (budget.max_cost, budget.max_tokens) == (0.5, 62)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_cost": 0.0, "price_prompt": 1.0}, "expert.max_cost=0.0: nothing could be asked"),
+        ({"max_tokens": 0}, "expert.max_tokens=0: nothing could be asked"),
+        ({"max_cost": 3.0}, "expert.max_cost=3.0 needs prices"),
+        ({"price_prompt": -1.0}, "expert.price_prompt=-1.0: must be 0 or more"),
+        ({"structured_output": "yes"}, "Choices: auto, always, never"),
+        ({"patience_seconds": 0.0}, "expert.patience_seconds=0.0: must be above 0"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "environment variable NO_SUCH_KEY"),
+    ],
+)
+def test_settings_that_cannot_work(options, message) -> None:
+    config = InduceConfig(output="out", stage="filter", expert=settings("http://x/v1", **options))
+    assert message in "\n".join(check_induce(config))
+
+
+def test_a_used_up_quota_stops_at_once() -> None:
+    reply = (429, {"error": {"message": "pay", "code": "insufficient_quota"}})
+    with loopback(lambda _, number: GOOD if number < 5 else reply) as server:
+        verdicts = build_expert(settings(server.url, concurrency=1), CPU).screen(pairs(20))
+        done = []
+        with pytest.raises(UserError, match="quota is used up"):
+            done.extend(verdicts)
+    assert len(done) == 5
+    assert len(server.requests) == 6
+
+
+def test_an_unknown_model_stops_at_once() -> None:
+    with loopback(lambda *_: (404, {"error": {"message": "no such model"}})) as server:
+        with pytest.raises(UserError, match=r"is there a model m \(expert\.model\)"):
+            list(build_expert(settings(server.url), CPU).screen(pairs(3)))
+        assert len(server.requests) <= 3
+
+
+def test_a_server_that_only_throttles_is_given_up_after_the_patience() -> None:
+    with loopback(lambda *_: (429, {"error": {}}), retry_after_ms=30) as server:
+        expert = build_expert(settings(server.url, patience_seconds=0.3), CPU)
+        with pytest.raises(UserError, match="HTTP 429: too many requests"):
+            list(expert.screen(pairs(4)))
+    assert len(server.requests) > 4
+
+
+def test_a_model_that_continues_plain_text() -> None:
+    """The reversed model behind a server: the prompt as it is, a seed for each row, the text of the completion."""
+    reply = {
+        "choices": [{"text": " Say it", "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 2},
+    }
+    with loopback(lambda *_: (200, reply)) as server:
+        decoding = Decoding(chat=False, max_new_tokens=9, temperature=0.7, top_p=0.9, seed=3)
+        server_settings = ServerSettings(model="m", base_url=server.url, api_key_env="TEST_KEY")
+        model = OpenAIGenerator(server_settings, decoding, key="generation.server")
+        model.check()
+        requests = [Request(str(i), Prompt("head ", f"body {i}", " tail")) for i in range(3)]
+        results = {generation.id: generation for generation in model.generate(requests)}
+        list(model.generate(requests))
+    assert {generation.text for generation in results.values()} == {" Say it"}
+    assert all(generation.truncated and generation.new_tokens == 2 for generation in results.values())
+    assert {path for path, _, _ in server.requests} == {"/v1/completions"}
+    (body,) = [body for _, body, _ in server.requests[1:4] if body["prompt"] == "head body 0 tail"]
+    assert (body["max_tokens"], body["temperature"], body["top_p"]) == (9, 0.7, 0.9)
+    seeds = [
+        {body["prompt"]: body["seed"] for _, body, _ in part} for part in (server.requests[1:4], server.requests[4:])
+    ]
+    assert seeds[0] == seeds[1], "the same row has the same seed"
+    assert len(set(seeds[0].values())) == 3
+
+
+def test_no_text_of_a_row_is_in_a_message() -> None:
+    with loopback(lambda *_: (403, {"error": {"message": "zebra-secret"}})) as server:
+        rows = [Example("a", instruction="Take zebra-secret", rejected="zebra-secret")]
+        with pytest.raises(UserError) as caught:
+            list(build_expert(settings(server.url), CPU).screen(rows))
+    assert "zebra" not in str(caught.value)
+    assert json.dumps("sk-nothing") not in str(caught.value)

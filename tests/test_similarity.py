@@ -1,0 +1,132 @@
+"""Near duplicates and leaks, against the definition: the Jaccard index of word pairs over all pairs of texts."""
+
+from __future__ import annotations
+
+import random
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safer_instruct.similarity import LeakageGuard, NearDuplicates, recall, shingles, similarity
+from safer_instruct.spool import BUFFER_BYTES, MAX_BUCKETS, Spool, num_buckets
+
+
+def word_pairs(text: str) -> set[tuple[str, ...]]:
+    words = text.lower().split()
+    return {tuple(words[i : i + 2]) for i in range(len(words) - 1)} or {tuple(words)}
+
+
+def jaccard(first: str, second: str) -> float:
+    a, b = word_pairs(first), word_pairs(second)
+    return len(a & b) / len(a | b)
+
+
+def some_texts(count: int, seed: int) -> list[str]:
+    """Random sentences, every third with an earlier one's words and a few of them changed."""
+    draw = random.Random(seed)
+    vocabulary = [f"w{i}" for i in range(400)]
+    texts: list[list[str]] = []
+    for i in range(count):
+        words = draw.choices(vocabulary, k=draw.randint(20, 40))
+        if i % 3 == 2:
+            words = list(draw.choice(texts))
+            for _ in range(draw.randint(0, 5)):
+                words[draw.randrange(len(words))] = draw.choice(vocabulary)
+        texts.append(words)
+    return [" ".join(words) for words in texts]
+
+
+def literal(texts: list[str], threshold: float) -> list[bool]:
+    kept: list[str] = []
+    dropped = []
+    for text in texts:
+        dropped.append(any(jaccard(text, other) >= threshold for other in kept))
+        if not dropped[-1]:
+            kept.append(text)
+    return dropped
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_near_duplicates_are_those_of_the_definition(tmp_path, on_disk) -> None:
+    texts = some_texts(600, 1)
+    near = NearDuplicates(0.8, tmp_path if on_disk else None)
+    for text in texts:
+        near.add(text)
+    found, expected = near.duplicates(), numpy.array(literal(texts, 0.8))
+    assert not (found & ~expected).any(), "a removal is verified, so there is no false one"
+    assert expected.sum() > 60
+    # LSH misses a pair of similarity 0.8 with probability 0.014, one of 0.9 hardly ever.
+    assert (found & expected).sum() >= 0.97 * expected.sum()
+
+
+def test_the_order_decides_who_stays() -> None:
+    near = NearDuplicates(0.8)
+    for text in (
+        "a b c d e f g h i j k",
+        "other words altogether here",
+        "a b c d e f g h i j x",
+        "A, b c d e f g h i j k!",
+    ):
+        near.add(text)
+    assert near.duplicates().tolist() == [False, False, True, True]
+    assert NearDuplicates(0.8).duplicates().tolist() == []
+
+
+def test_a_chain_of_small_changes_is_cut_where_it_has_gone_too_far() -> None:
+    """Each is near the one before, the third is far from the first: it stays, because the second one has gone."""
+    words = [f"w{i}" for i in range(30)]
+    chain = [" ".join([f"x{i}" for i in range(4 * step)] + words[4 * step :]) for step in range(3)]
+    assert [jaccard(chain[0], chain[i]) >= 0.7 for i in (1, 2)] == [True, False]
+    assert jaccard(chain[1], chain[2]) >= 0.7
+    near = NearDuplicates(0.7)
+    for text in chain:
+        near.add(text)
+    assert near.duplicates().tolist() == literal(chain, 0.7) == [False, True, False]
+
+
+@given(st.lists(st.sampled_from("abcdef"), max_size=8), st.lists(st.sampled_from("abcdef"), max_size=8))
+def test_similarity_is_the_jaccard_index_of_word_pairs(first, second) -> None:
+    one, other = " ".join(first), " ".join(second)
+    if first and second:
+        assert similarity(shingles(one), shingles(other)) == jaccard(one, other)
+    assert similarity(shingles(one), shingles(one)) == 1.0
+
+
+def test_the_probability_of_a_candidate() -> None:
+    assert recall(0.8) > 0.98
+    assert recall(0.9) > 0.9999
+    assert recall(0.1) < 1e-5
+
+
+def test_a_test_set_is_kept_out_exactly_and_nearly() -> None:
+    test_set = ["how do i take the red pen from the desk of the clerk", "say one word"]
+    guard = LeakageGuard(test_set, 0.6)
+    assert guard.reason("say one word") == "excluded_instruction"
+    assert guard.reason("how do i take the blue pen from the desk of the clerk") == "near_excluded_instruction"
+    assert guard.reason("how do i take the blue cup from the shelf of a friend") == ""
+    assert guard.reason("") == ""
+    assert LeakageGuard(test_set, None).reason("how do i take the blue pen from the desk of the clerk") == ""
+    for instruction in some_texts(200, 3):
+        near = max(jaccard(instruction, other) for other in test_set) >= 0.6
+        assert (guard.reason(instruction) != "") == near
+
+
+def test_a_spool_gives_back_what_belongs_together_in_order(tmp_path) -> None:
+    spool = Spool(tmp_path, "x", 7)
+    lines = [(f"key{i % 50}", f"key{i % 50} {i} {'long ' * (BUFFER_BYTES // 1000)}\n".encode()) for i in range(400)]
+    for key, line in lines:
+        spool.add(key, line)
+    assert any(tmp_path.iterdir()), "more than the buffer holds lies on the disk"
+    buckets = [list(spool.read(bucket)) for bucket in range(7)]
+    assert sorted(line for bucket in buckets for line in bucket) == sorted(line for _, line in lines)
+    homes = [{line.split()[0] for line in bucket} for bucket in buckets]
+    assert sum(map(len, homes)) == 50, "no key is in two buckets"
+    for bucket in buckets:
+        numbers = [int(line.split()[1]) for line in bucket]
+        assert numbers == sorted(numbers)
+
+
+def test_buckets_are_small_and_not_too_many() -> None:
+    assert [num_buckets(rows) for rows in (0, 1, 16_384, 16_385, 1_000_000, 10**9)] == [1, 1, 1, 2, 62, MAX_BUCKETS]
