@@ -33,6 +33,7 @@ from safer_instruct.provenance import git_state, package_versions
 from trainers.batching import BatchLoader
 from trainers.cache import usable_dir
 from trainers.checkpoint import saved_checkpoints
+from trainers.logps import autocast_dtype
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
 from trainers.parallel import Layout, launch
 from trainers.reference import attach_reference
@@ -121,6 +122,7 @@ def build_loaders(
         "seed": config.seed,
         "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
         "pad_token_id": tokenizer.pad_token_id,
+        "packing": config.packing,
         "rank": layout.rank,
         "world_size": layout.world_size,
     }
@@ -176,7 +178,7 @@ def attach_references(
     dtype = config.model.reference_dtype or config.model.policy_dtype
     reference = policy if dtype == config.model.policy_dtype else load_causal_lm(config.model, dtype=dtype)
     reference.to(layout.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
-    return attach_reference(reference, loaders, cache_dir=cache_dir)
+    return attach_reference(reference, loaders, cache_dir=cache_dir, autocast=autocast_dtype(config.model.autocast))
 
 
 def build_sampler(

@@ -99,9 +99,9 @@ def build_in_process(folder: Path, report: Path) -> None:
     store = random_store(folder, num_rows=6, segments=3)
     original, calls = reference.sequence_logps, [0]
 
-    def counting(*arguments):
+    def counting(*arguments, **keywords):
         calls[0] += 1
-        return original(*arguments)
+        return original(*arguments, **keywords)
 
     reference.sequence_logps = counting
     compute(tiny_model(), store, torch.arange(6), folder)

@@ -60,6 +60,7 @@ def train_loader(store: TokenStore, settings: TrainConfig) -> BatchLoader:
         num_microbatches=settings.gradient_accumulation_steps,
         max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
         pad_token_id=0,
+        packing=settings.packing,
     )
 
 
@@ -75,6 +76,7 @@ def eval_loader(store: TokenStore, settings: TrainConfig) -> BatchLoader:
         num_microbatches=1,
         max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
         pad_token_id=0,
+        packing=settings.packing,
     )
 
 

@@ -19,12 +19,13 @@ import transformers
 import xxhash
 from torch import Tensor
 
+from trainers.attention import use_packed_attention
 from trainers.batching import BatchLoader
 from trainers.cache import build_once
 from trainers.logps import check_head, sequence_logps
 from trainers.token_store import TokenStore
 
-CODE_VERSION = 1  # raise it with any change of logps.py that moves a result by more than rounding
+CODE_VERSION = 2  # raise it with any change of logps.py that moves a result by more than rounding
 
 
 def weights_key(model: Any) -> str:
@@ -48,7 +49,9 @@ def reference_logps(
     cache_dir: Path,
     pad_token_id: int,
     weights: str,
-    max_tokens_per_batch: int = 16_384,
+    packing: bool = False,
+    autocast: torch.dtype | None = None,
+    max_tokens_per_batch: int | None = None,
 ) -> Tensor:
     """Log-probabilities of chosen and rejected, in nats: (N, 2) float64, memory-mapped; NaN in rows not asked for.
 
@@ -59,19 +62,26 @@ def reference_logps(
         cache_dir: where caches lie; the file is `reference/<key>/logps.f64`.
         pad_token_id: fills the batches.
         weights: `weights_key(model)`.
-        max_tokens_per_batch: padded positions of a batch.
+        packing: as the policy has its rows.
+        autocast: as the policy has its matrix products.
+        max_tokens_per_batch: positions of a batch; None: what suits the device, 16,384 where it is padded.
     """
     rows = rows.unique()
     # Another kernel or another release of the model's code may move a result by more than the first batch's check lets.
     code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {next(model.parameters()).device.type}"
-    key = xxhash.xxh3_128_hexdigest(f"{code} {weights} {store.select(rows).key} {model.dtype}".encode())
+    key = xxhash.xxh3_128_hexdigest(
+        f"{code} {weights} {store.select(rows).key} {model.dtype} {packing} {autocast}".encode()
+    )
 
     def build(folder: Path) -> None:
         result = np.memmap(folder / "logps.f64", dtype=np.float64, mode="w+", shape=(len(store), 2))
         result[:] = np.nan
         lengths = store.lengths[rows].long()
         by_length = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1), descending=True, stable=True)]
-        for batch_rows, logps in _logps_of_rows(model, store.select(by_length), pad_token_id, max_tokens_per_batch):
+        selected = store.select(by_length)
+        for batch_rows, logps in _logps_of_rows(
+            model, selected, pad_token_id, packing=packing, autocast=autocast, max_tokens=max_tokens_per_batch
+        ):
             result[by_length[batch_rows].numpy()] = logps.numpy()
         result.flush()
 
@@ -83,37 +93,54 @@ def reference_logps(
 
 @torch.no_grad()
 def _logps_of_rows(
-    model: Any, store: TokenStore, pad_token_id: int, max_tokens: int
+    model: Any,
+    store: TokenStore,
+    pad_token_id: int,
+    *,
+    packing: bool,
+    autocast: torch.dtype | None,
+    max_tokens: int | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(row numbers (B,), log-probabilities (B, 2)) of all rows of a store, batch after batch, on the host."""
     check_head(model)
+    if packing:
+        use_packed_attention(model)
+    elif max_tokens is None:
+        max_tokens = 16_384
     loader = BatchLoader(
         store, batch_size=256, seed=0, shuffle=False, num_epochs=1, num_examples=None, num_microbatches=1,
-        max_tokens_per_microbatch=max_tokens, pad_token_id=pad_token_id,
+        max_tokens_per_microbatch=max_tokens, pad_token_id=pad_token_id, packing=packing,
     )  # fmt: skip
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     for global_batch in loader.batches():
         for batch in global_batch.microbatches:
-            moved = batch.to(device)
-            logps, _ = sequence_logps(model, moved)
+            logps, _ = sequence_logps(model, batch.to(device, non_blocking=True), autocast=autocast)
             yield batch["row"], logps.cpu()
     model.train(was_training)
 
 
 def attach_reference(
-    model: Any, loaders: Sequence[BatchLoader], *, cache_dir: Path, max_tokens_per_batch: int = 16_384
+    model: Any,
+    loaders: Sequence[BatchLoader],
+    *,
+    cache_dir: Path,
+    autocast: torch.dtype | None = None,
+    max_tokens_per_batch: int | None = None,
 ) -> str:
     """Gives each loader the columns that a preference objective reads; returns the key of the weights.
 
     `model` must have the run's initial weights, see above; the trainer compares the key with that of the run's start.
     """
+    check_head(model)
+    if any(loader.packing for loader in loaders):
+        use_packed_attention(model)
     weights = weights_key(model)
     for loader in loaders:
         logps = reference_logps(
             model, loader.store, loader.rows_visited(), cache_dir=cache_dir, pad_token_id=loader.pad_token_id,
-            weights=weights, max_tokens_per_batch=max_tokens_per_batch,
+            weights=weights, packing=loader.packing, autocast=autocast, max_tokens_per_batch=max_tokens_per_batch,
         )  # fmt: skip
         loader.columns = {"reference_chosen_logps": logps[:, 0], "reference_rejected_logps": logps[:, 1]}
     return weights

@@ -15,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config.errors import UserError
 from config.settings import TrainConfig
+from trainers.attention import use_packed_attention
 from trainers.batching import BatchLoader, GlobalBatch
 from trainers.checkpoint import Progress, load_checkpoint, save_checkpoint
-from trainers.logps import check_head, sequence_logps
+from trainers.logps import autocast_dtype, check_head, sequence_logps
 from trainers.metrics import MetricsLog, MetricSums, ProgressLine
 from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective
 from trainers.optimizers import build_optimizer, learning_rate
+from trainers.packing import longest_sequence, num_tokens
 from trainers.parallel import Layout, clip_grad_norm, sum_over_processes
 from trainers.run_dir import RunDir
 
@@ -72,7 +74,10 @@ class Trainer:
         self.policy = policy
         self.policy.to(layout.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
         check_head(self.policy)
-        self.logps_of = partial(sequence_logps, self.policy)
+        if train_loader.packing:
+            use_packed_attention(self.policy)
+        self.autocast = autocast_dtype(settings.model.autocast)
+        self.logps_of = partial(sequence_logps, self.policy, autocast=self.autocast)
         if settings.activation_checkpointing:
             # The reentrant kind needs inputs with gradients and breaks with frozen embeddings.
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -161,10 +166,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.examples += batch.num_examples
         self.progress.updates += 1
-        num_tokens = torch.stack([microbatch["attention_mask"].sum() for microbatch in batch.microbatches]).sum()
+        tokens = torch.stack([num_tokens(microbatch) for microbatch in batch.microbatches]).sum()
         seconds = time.monotonic() - started + wait_seconds
         self.train_metrics.add("examples_per_second", torch.tensor(batch.num_examples), seconds)
-        self.train_metrics.add("tokens_per_second", num_tokens, seconds)
+        self.train_metrics.add("tokens_per_second", tokens, seconds)
         self.train_metrics.add("data_wait_seconds", torch.tensor(wait_seconds), 1.0)
 
     def accumulate_gradients(self, batch: GlobalBatch) -> tuple[list[LossOutput], Tensor, float]:
@@ -177,9 +182,9 @@ class Trainer:
         num_units = self._count_units(batch.microbatches)
         outputs = []
         for microbatch in batch.microbatches:
-            output = self.objective(self.logps_of, microbatch.to(self.layout.device))
+            output = self.objective(self.logps_of, microbatch.to(self.layout.device, non_blocking=True))
             if batch.start_examples == 0:
-                self.objective.check_first_batch(output, microbatch["input_ids"].shape[-1], self._coarser_dtype())
+                self.objective.check_first_batch(output, longest_sequence(microbatch), self._coarser_dtype())
             (output.loss_sum / num_units).backward()
             outputs.append(LossOutput(output.loss_sum.detach(), output.metrics))
         return outputs, torch.stack([output.loss_sum for output in outputs]).sum(), num_units
@@ -188,6 +193,7 @@ class Trainer:
         """The dtype with the larger rounding error, of policy and reference: `model.reference_dtype` may differ."""
         reference = f"torch.{self.settings.model.reference_dtype}"
         dtypes = [self.policy.dtype, *(dtype for dtype in TOLERANCE_PER_TOKEN if str(dtype) == reference)]
+        dtypes += [] if self.autocast is None else [self.autocast]
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _count_units(self, microbatches: list[TensorDict]) -> float:
@@ -260,7 +266,8 @@ class Trainer:
         sums = MetricSums(self.layout.device)
         for batch in loader.batches():
             num_units = self._count_units(batch.microbatches)
-            outputs = [self.objective(self.logps_of, micro.to(self.layout.device)) for micro in batch.microbatches]
+            device = self.layout.device
+            outputs = [self.objective(self.logps_of, one.to(device, non_blocking=True)) for one in batch.microbatches]
             loss_sum = torch.stack([output.loss_sum for output in outputs]).sum()
             self.add_metrics(sums, "eval", outputs, loss_sum, num_units)
         return sums.means()
