@@ -13,10 +13,11 @@ Contenders take turns on every global batch, in an order that rotates, each from
 
 The model is a random Llama, the tokens are random, their lengths those of the published `si` pairs or, with `long`,
 with prompts of 2.6 times the length, which are then 70% of the tokens. Figures are medians over global batches; a ratio
-is the median of the ratios batch by batch, by the clock and by processor time (a busy machine blurs the first). The reference cache costs one forward pass over the data, once; it is
-printed, and in no contender. `floor` is the time of the matrix products that a packed step needs (three passes of each
-weight over its positions, of the output embedding over the response rows, of attention over the visible pairs of
-positions), each at the speed measured in this run at its own shapes.
+is the median of the ratios batch by batch, by the clock and by processor time (a busy machine blurs the first). The
+reference cache costs one forward pass over the data, once; it is printed, and in no contender. `floor` is the time of
+the matrix products that a packed step needs (three passes of each weight over its positions, of the output embedding
+over the response rows, of attention over the visible pairs of positions), each at the speed measured in this run at its
+own shapes.
 """
 
 from __future__ import annotations
