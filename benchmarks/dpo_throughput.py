@@ -96,6 +96,14 @@ def random_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
     )
 
 
+def train_loader(store: TokenStore, arguments: argparse.Namespace, *, packing: bool) -> BatchLoader:
+    """All rows once, as train.py would take them."""
+    return BatchLoader(
+        store, batch_size=arguments.batch_size, seed=arguments.seed, shuffle=True, num_epochs=1, num_examples=None,
+        num_microbatches=1, max_tokens_per_microbatch=arguments.max_tokens, pad_token_id=0, packing=packing,
+    )  # fmt: skip
+
+
 def our_step(
     name: str, policy: LlamaForCausalLM, store: TokenStore, arguments: argparse.Namespace, layout: Layout, folder: Path,
     stack: ExitStack,
@@ -104,10 +112,7 @@ def our_step(
     settings = train_settings(arguments)
     settings.packing = OURS[name].get("packing", True)
     settings.model.autocast = OURS[name].get("autocast")
-    loader = BatchLoader(
-        store, batch_size=arguments.batch_size, seed=arguments.seed, shuffle=True, num_epochs=1, num_examples=None,
-        num_microbatches=1, max_tokens_per_microbatch=arguments.max_tokens, pad_token_id=0, packing=settings.packing,
-    )  # fmt: skip
+    loader = train_loader(store, arguments, packing=settings.packing)
     objective = (PreferenceObjective if arguments.task == "dpo" else LikelihoodObjective)(settings.loss)
     if objective.needs_reference:
         started = time.perf_counter()
@@ -138,13 +143,11 @@ def build_steps(
     store, model = random_rows(folder / "rows", arguments, num_rows), random_model(arguments)
     settings = train_settings(arguments)
     steps: dict[str, Callable[[GlobalBatch], float]] = {}
-    batches: list[GlobalBatch] = []
+    batches = list(train_loader(store, arguments, packing=True).batches())
     for name in arguments.contenders:
         policy = copy.deepcopy(model)
         if name in OURS:
-            trainer, own = our_step(name, policy, store, arguments, layout, folder, stack)
-            steps[name] = step_of(trainer, own)
-            batches = own if name == "packed" or not batches else batches
+            steps[name] = step_of(*our_step(name, policy, store, arguments, layout, folder, stack))
         elif name == "literal":
             literal = LiteralStep(policy, store, settings, arguments.literal_parts)
             steps[name] = lambda batch, step=literal: step(batch.rows)

@@ -88,7 +88,7 @@ def test_micro_batches_and_order_change_nothing(tmp_path, loss):
         other = step(tmp_path, loss, **cut)
         assert (other["sizes"] == [ROWS]) == (name == "packed"), name
         difference = (other["gradient"] - whole["gradient"]).norm() / whole["gradient"].norm()
-        assert difference < 1e-6, (name, difference)
+        assert difference < 2e-6, (name, difference)  # float32 sums in another order
         assert other["metrics"].keys() == whole["metrics"].keys()
         for metric, value in whole["metrics"].items():
             assert other["metrics"][metric] == pytest.approx(value, rel=1e-6, abs=1e-6), (name, metric)

@@ -110,7 +110,7 @@ def collate_packed(store: TokenStore, rows: Tensor, columns: Mapping[str, Tensor
         start, first = len(prompt), min(len(prompt), 1)
         input_ids.append(prompt)
         position_ids.append(torch.arange(start))
-        last_of_prompt = torch.tensor([offset + start - 1][: len(prompt)])
+        last_of_prompt = torch.arange(offset + start - first, offset + start)
         offset += start
         for response in responses:
             num_inputs = max(len(response) - 1, 0)
