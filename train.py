@@ -35,6 +35,7 @@ from trainers.cache import usable_dir
 from trainers.checkpoint import saved_checkpoints
 from trainers.logps import autocast_dtype
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
+from trainers.packing import num_positions, num_tokens
 from trainers.parallel import Layout, launch
 from trainers.reference import attach_reference
 from trainers.run_dir import RunDir, write_durably
@@ -230,13 +231,14 @@ def describe_run(
     tokens = positions = microbatches = 0
     for batch in train_loader.batches():
         microbatches += len(batch.microbatches)
-        tokens += sum(int(one["attention_mask"].sum()) for one in batch.microbatches)
-        positions += sum(one["attention_mask"].numel() for one in batch.microbatches)
+        tokens += sum(int(num_tokens(one)) for one in batch.microbatches)
+        positions += sum(num_positions(one) for one in batch.microbatches)
     evaluated = eval_loader.total_examples if eval_loader else 0
     print(
         f"{config.exp_name}: {len(stores.train)} training rows, {train_loader.total_examples} examples in "
         f"{train_loader.steps} steps of {config.batch_size}, {microbatches} micro-batches\n"
-        f"tokens: {tokens} in {positions} positions ({1 - tokens / max(positions, 1):.1%} padding)\n"
+        f"tokens: {tokens} of all sequences, in {positions} positions ({positions / max(tokens, 1):.2f} a token; "
+        f"packing={str(config.packing).lower()})\n"
         f"evaluation: {evaluated} of {len(stores.eval)} rows, at the start, every {config.eval_every} examples, at the "
         f"end\nnothing was trained (dry_run=true); the run would live in {config.run_dir}"
     )
