@@ -36,11 +36,13 @@ from preference_datasets import Loss, TrainEval, build_stores, describe
 from safer_instruct.generation import HFGenerator
 from safer_instruct.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
+from trainers.attention import PACKED, use_packed_attention
 from trainers.batching import BatchLoader
 from trainers.cache import usable_dir
 from trainers.checkpoint import read_progress, saved_checkpoints
-from trainers.logps import check_head
+from trainers.logps import autocast_dtype, check_head
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
+from trainers.packing import num_positions, num_tokens
 from trainers.parallel import Layout, launch
 from trainers.reference import attach_reference, weights_key
 from trainers.run_dir import RunDir, write_durably
@@ -124,11 +126,21 @@ def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple
         policy = load_causal_lm(config.model)
         require_context(config, stores, policy)
         check_head(policy)
+        if config.packing:
+            use_packed_attention(policy)
         keys.append(weights_key(policy) if build_objective(config).needs_reference else "")
         return policy
 
-    policy = place_model(load, lambda: meta_causal_lm(config.model), config, layout)
+    policy = place_model(load, lambda: skeleton(config), config, layout)
     return policy, layout.on_main(lambda: keys[0])
+
+
+def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
+    """The policy on the meta device, attending as the loaded one does."""
+    model = meta_causal_lm(config.model, dtype=dtype)
+    if config.packing:
+        model.set_attn_implementation(PACKED)
+    return model
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
@@ -161,6 +173,7 @@ def build_loaders(
         "seed": config.seed,
         "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
         "pad_token_id": tokenizer.pad_token_id,
+        "packing": config.packing,
         "rank": layout.rank,
         "world_size": layout.world_size,
     }
@@ -228,14 +241,17 @@ def attach_references(
 
         def load() -> PreTrainedModel:
             model = load_causal_lm(config.model, dtype=dtype)
+            if config.packing:
+                use_packed_attention(model)
             keys.append(weights_key(model))
             return model
 
-        reference = place_model(load, lambda: meta_causal_lm(config.model, dtype=dtype), alone, layout)
+        reference = place_model(load, lambda: skeleton(config, dtype), alone, layout)
         weights = layout.on_main(lambda: keys[0])
     attach_reference(
-        reference, loaders, layout=layout, cache_dir=cache_dir, weights=weights, compute_dtype=compute_dtype
-    )
+        reference, loaders, layout=layout, cache_dir=cache_dir, weights=weights, compute_dtype=compute_dtype,
+        autocast=autocast_dtype(config.model.autocast),
+    )  # fmt: skip
     return weights
 
 
@@ -288,13 +304,14 @@ def describe_run(
     tokens = positions = microbatches = 0
     for batch in train_loader.batches():
         microbatches += len(batch.microbatches)
-        tokens += sum(int(one["attention_mask"].sum()) for one in batch.microbatches)
-        positions += sum(one["attention_mask"].numel() for one in batch.microbatches)
+        tokens += sum(int(num_tokens(one)) for one in batch.microbatches)
+        positions += sum(num_positions(one) for one in batch.microbatches)
     evaluated = eval_loader.total_examples if eval_loader else 0
     print(
         f"{config.exp_name}: {len(stores.train)} training rows, {train_loader.total_examples} examples in "
         f"{train_loader.steps} steps of {config.batch_size}, {microbatches} micro-batches\n"
-        f"tokens: {tokens} in {positions} positions ({1 - tokens / max(positions, 1):.1%} padding)\n"
+        f"tokens: {tokens} of all sequences, in {positions} positions ({positions / max(tokens, 1):.2f} a token; "
+        f"packing={str(config.packing).lower()})\n"
         f"evaluation: {evaluated} of {len(stores.eval)} rows, at the start, every {config.eval_every} examples, at the "
         f"end\nnothing was trained (dry_run=true); the run would live in {config.run_dir}"
     )

@@ -342,6 +342,11 @@ def _check_batches(config: TrainConfig) -> list[str]:
         errors += _at_least(name, config.__dict__[name], 1)
     errors += _at_least("n_eval_model_samples", config.n_eval_model_samples, 0)
     errors += _at_least("minimum_log_interval_secs", config.minimum_log_interval_secs, 0)
+    if config.packing and config.model.attn_implementation != "sdpa":
+        errors.append(
+            f"model.attn_implementation={config.model.attn_implementation}: packing=true attends by itself and "
+            "asks for sdpa; write packing=false to have padded rows under another one"
+        )
     if config.max_prompt_length >= config.max_length:
         errors.append(
             f"max_prompt_length={config.max_prompt_length} must be smaller than max_length={config.max_length}: "
@@ -383,6 +388,8 @@ def _check_model(model: ModelSettings, key: str) -> list[str]:
         if model.__dict__[name] is not None:
             errors += _one_of(f"{key}.{name}", model.__dict__[name], DTYPES)
     errors += _one_of(f"{key}.attn_implementation", model.attn_implementation, ("sdpa", "eager", "flash_attention_2"))
+    if model.autocast is not None:
+        errors += _one_of(f"{key}.autocast", model.autocast, ("bfloat16",))
     errors += _check_model_path(f"{key}.name_or_path", model.name_or_path)
     if model.archive is not None and not find_path(model.archive).exists():
         errors.append(

@@ -25,7 +25,8 @@ class ModelSettings:
     policy_dtype: str = "float32"  # dtype of the trained weights
     fsdp_policy_mp: str | None = None  # compute dtype under FSDP; null: policy_dtype
     reference_dtype: str | None = None  # null: as the policy, which is what makes the first rewards 0
-    attn_implementation: str = "sdpa"
+    autocast: str | None = None  # bfloat16: matrix products in it, weights as they are; docs/performance.md has errors
+    attn_implementation: str = "sdpa"  # packing=true attends by itself, and asks for sdpa
     trust_remote_code: bool = False
 
 
@@ -115,7 +116,8 @@ class TrainConfig:
     batch_size: int = 4  # examples (pairs) of one optimizer step, over all processes
     eval_batch_size: int = 16
     gradient_accumulation_steps: int = 1  # micro-batches of one step, at least
-    max_tokens_per_microbatch: int | None = None  # split further so that none holds more padded token positions
+    packing: bool = True  # no padding, the prompt of a pair computed once; false: padded rows, the same numbers, slower
+    max_tokens_per_microbatch: int | None = None  # token positions; null: 2048 on a CPU, 8192 on a GPU, padded no limit
     max_length: int = 512  # tokens of prompt + response
     max_prompt_length: int = 256
     n_epochs: int | None = 1

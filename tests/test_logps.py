@@ -1,5 +1,7 @@
 """Sequence log-probabilities against `model(...).logits` of each sequence alone, in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -149,3 +151,45 @@ def test_a_head_in_parts_changes_nothing(monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
     for one, other in zip(gradients_of_parts, gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item())
+
+
+def test_gradients_of_the_token_log_probabilities_are_those_of_finite_differences():
+    """States, weight and bias; all logits kept, and made again part by part."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((7, 3), (11, 3), (11,))
+    )
+    targets = torch.randint(0, 11, (7,), generator=generator)
+
+    def logps(states, weight, bias):
+        head = SimpleNamespace(weight=weight, bias=bias)
+        return logps_module.token_logps(head, states, targets)
+
+    assert torch.autograd.gradcheck(logps, (states, weight, bias))
+    expected = (states @ weight.T + bias).log_softmax(-1)[torch.arange(7), targets]
+    torch.testing.assert_close(logps(states, weight, bias), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_backward_pass_is_right(monkeypatch):
+    """The first one overwrites what the forward pass kept."""
+    head = torch.nn.Linear(3, 11)
+    states = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    logps = logps_module.token_logps(head, states, torch.arange(5))
+    first, second = (torch.autograd.grad(logps.sum(), head.weight, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
+
+
+def test_improbable_tokens_keep_their_digits():
+    """A probability that float32 cannot hold: its logarithm is finite."""
+    head = torch.nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[0.0], [-200.0]]))
+    assert logps_module.token_logps(head, torch.ones(1, 1), torch.tensor([1])).item() == -200.0
+
+
+def test_an_output_embedding_that_is_more_than_a_matrix_is_refused():
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(UserError, match="more than a matrix"):
+        check_head(model)

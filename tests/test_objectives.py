@@ -118,7 +118,7 @@ def test_metrics_are_detached_and_one_value_an_example():
 def test_likelihood_reductions(reduction):
     model, pairs = tiny_model(dtype=torch.float64), pair_batch()
     keys = ("input_ids", "attention_mask", "response_mask")
-    batch = TensorDict({key: pairs[key][:, 0] for key in keys}, batch_size=[PAIRS])
+    batch = TensorDict({"row": pairs["row"], **{key: pairs[key][:, 0] for key in keys}}, batch_size=[PAIRS])
     objective = LikelihoodObjective(LikelihoodLossSettings(name="sft", reduction=reduction))
     output = objective(partial(sequence_logps, model), batch)
     sums = [

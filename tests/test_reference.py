@@ -12,6 +12,7 @@ import torch
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, tiny_settings, train_loader
 from trainers import reference
+from trainers.attention import use_packed_attention
 from trainers.objectives import PreferenceObjective
 from trainers.parallel import launch
 from trainers.reference import attach_reference, reference_logps, weights_key
@@ -105,9 +106,9 @@ def build_in_process(folder: Path, report: Path) -> None:
     store = random_store(folder, num_rows=6, segments=3)
     original, calls = reference.sequence_logps, [0]
 
-    def counting(*arguments):
+    def counting(*arguments, **keywords):
         calls[0] += 1
-        return original(*arguments)
+        return original(*arguments, **keywords)
 
     reference.sequence_logps = counting
     compute(tiny_model(), store, torch.arange(6), folder)
@@ -138,6 +139,8 @@ def test_attached_columns_make_the_first_rewards_zero(tmp_path):
     model = tiny_model()
 
     def worker(layout):
+        if loader.packing:
+            use_packed_attention(model)
         attach_reference(model, [loader], layout=layout, cache_dir=tmp_path, weights=weights_key(model))
         objective = PreferenceObjective(settings.loss)
         losses, rewards = [], []

@@ -32,8 +32,9 @@ def settings_of(kind: str):
     }  # fmt: skip
     if kind == "dpo":
         return tiny_settings(**common)
-    # Dropout draws random numbers at every step; all metrics wait for one row at the end.
-    return tiny_settings(**common, loss=LikelihoodLossSettings(name="sft"), minimum_log_interval_secs=1e9)
+    # Dropout, which packed attention has not, draws random numbers; all metrics wait for one row at the end.
+    loss = LikelihoodLossSettings(name="sft")
+    return tiny_settings(**common, loss=loss, minimum_log_interval_secs=1e9, packing=False)
 
 
 def model_of(kind: str):

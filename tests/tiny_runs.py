@@ -8,6 +8,7 @@ import torch
 
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
 from tests.tiny_models import VOCABULARY, tiny_model
+from trainers.attention import use_packed_attention
 from trainers.batching import BatchLoader
 from trainers.logps import check_head
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
@@ -64,6 +65,7 @@ def train_loader(store: TokenStore, settings: TrainConfig, layout: Layout | None
         pad_token_id=0,
         rank=layout.rank if layout else 0,
         world_size=layout.world_size if layout else 1,
+        packing=settings.packing,
     )
 
 
@@ -81,6 +83,7 @@ def eval_loader(store: TokenStore, settings: TrainConfig, layout: Layout | None 
         pad_token_id=0,
         rank=layout.rank if layout else 0,
         world_size=layout.world_size if layout else 1,
+        packing=settings.packing,
     )
 
 
@@ -103,8 +106,10 @@ def tiny_trainer(
         eval_loader(stored(7, seed=1), settings, layout),
     )
     full = tiny_model(model or "llama") if model is None or isinstance(model, str) else model
-    weights = weights_key(full)
     check_head(full)
+    if settings.packing:
+        use_packed_attention(full)
+    weights = weights_key(full)
 
     def skeleton() -> torch.nn.Module:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Which rows make up which batch, and the padded tensors of a batch.
+"""Which rows make up which batch, and the tensors of a micro-batch: packed (`trainers.packing`), or padded.
 
 Letters: N rows of a store, B rows of a micro-batch, T padded length, S segments of a row.
 
@@ -17,6 +17,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from trainers.packing import balanced_shares, collate_packed, default_max_tokens, input_lengths, pack_rows
 from trainers.token_store import TokenStore
 
 
@@ -63,15 +64,17 @@ class BatchLoader:
         num_examples: Stop after so many rows, whichever comes first; at least one of the two is needed.
         num_microbatches: Micro-batches of a rank's share; fewer where it has fewer rows, more where
             `max_tokens_per_microbatch` is exceeded.
-        max_tokens_per_microbatch: Padded token positions (of both responses' sequences for pairs) that no micro-batch
-            exceeds, unless a single row does.
+        max_tokens_per_microbatch: Token positions (padded: of both responses' sequences for pairs) that no micro-batch
+            exceeds, unless a single row does. None: no limit; packed, what suits the kind of device here.
         pad_token_id: Fills the right of shorter rows.
+        packing: Micro-batches without padding that hold the prompt of a pair once, see `collate_packed`.
         rank: This process, from 0.
-        world_size: Number of processes. Shares of a batch differ by at most one row.
+        world_size: Number of processes. Shares of a batch differ by at most one row; packed, by as few positions as
+            its rows allow.
         columns: Per-row values (N, ...) that every micro-batch gets a slice of, by name.
 
     Attributes:
-        store, pad_token_id: As given.
+        store, pad_token_id, packing: As given.
         columns: As given; may be set until `batches` is called.
         total_examples: Rows of the whole run, repeats included.
         steps: Global batches of the whole run.
@@ -89,6 +92,7 @@ class BatchLoader:
         num_microbatches: int,
         max_tokens_per_microbatch: int | None,
         pad_token_id: int,
+        packing: bool = False,
         rank: int = 0,
         world_size: int = 1,
         columns: Mapping[str, Tensor] | None = None,
@@ -97,11 +101,11 @@ class BatchLoader:
             raise ValueError("one of num_epochs and num_examples must be given, or the loader would never end")
         if min(batch_size, num_microbatches) < 1 or not 0 <= rank < world_size:
             raise ValueError(f"{batch_size=}, {num_microbatches=} must be positive, and 0 <= {rank=} < {world_size=}")
-        self.store, self.pad_token_id = store, pad_token_id
+        self.store, self.pad_token_id, self.packing = store, pad_token_id, packing
         self.columns: dict[str, Tensor] = dict(columns or {})
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
         self._num_microbatches, self._max_tokens = num_microbatches, max_tokens_per_microbatch
-        self.pad_token_id, self._rank, self._world_size = pad_token_id, rank, world_size
+        self._rank, self._world_size = rank, world_size
         limits = [num_examples, None if num_epochs is None else num_epochs * len(store)]
         self.total_examples = min(limit for limit in limits if limit is not None) if len(store) else 0
         epochs, rest = divmod(self.total_examples, len(store)) if len(store) else (0, 0)
@@ -149,22 +153,37 @@ class BatchLoader:
             start = base + offset
 
     def _make(self, start: int, rows: Tensor) -> GlobalBatch:
-        """This rank's micro-batches: every world_size-th row by length, so that all ranks have the same work."""
-        lengths = self._sequence_lengths(rows)
-        by_length = torch.argsort(lengths, descending=True, stable=True)
-        # From the lengths alone each rank knows how the others cut their shares: nothing needs to be told.
-        sizes = [
-            self._microbatch_sizes(lengths[by_length[r :: self._world_size]].tolist()) for r in range(self._world_size)
-        ]
-        own = sizes[self._rank]
-        parts = rows[by_length[self._rank :: self._world_size]].split(own) if own else ()
+        """This rank's micro-batches. From the lengths alone each rank knows how the others cut their shares."""
+        cuts = (self._packed_cuts if self.packing else self._padded_cuts)(rows)
+        own = cuts[self._rank]
         return GlobalBatch(
-            [self._collate(part) for part in parts],
-            num_idle=max(map(len, sizes)) - len(own),
+            [self._collate(rows[part]) for part in own],
+            num_idle=max(map(len, cuts)) - len(own),
             num_examples=len(rows),
             rows=rows,
             start_examples=start,
         )
+
+    def _packed_cuts(self, rows: Tensor) -> list[list[Tensor]]:
+        """For each rank the indices into `rows` of each of its micro-batches; shares balanced by positions."""
+        sizes = input_lengths(self.store.lengths[rows].long()).sum(1).tolist()
+        limit = self._max_tokens or default_max_tokens(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        cuts = []
+        for share in balanced_shares(sizes, self._world_size):
+            packed = pack_rows([sizes[i] for i in share], limit=limit, at_least=self._num_microbatches)
+            cuts.append([torch.tensor(share)[part] for part in packed])
+        return cuts
+
+    def _padded_cuts(self, rows: Tensor) -> list[list[Tensor]]:
+        """The same; every world_size-th row by length, so that all ranks have the same work."""
+        lengths = self._sequence_lengths(rows)
+        by_length = torch.argsort(lengths, descending=True, stable=True)
+        cuts: list[list[Tensor]] = []
+        for rank in range(self._world_size):
+            share = by_length[rank :: self._world_size]
+            sizes = self._microbatch_sizes(lengths[share].tolist())
+            cuts.append(list(share.split(sizes)) if sizes else [])
+        return cuts
 
     def filler(self) -> TensorDict:
         """A micro-batch of the shortest row that the run visits, for a pass whose result counts nothing."""
@@ -201,7 +220,12 @@ class BatchLoader:
         return max(1, self._max_tokens // (length * (self.store.num_segments - 1)))
 
     def _collate(self, rows: Tensor) -> TensorDict:
-        """Right-padded tensors of B rows: (B, T) for one response a row, (B, 2, T) for chosen and rejected."""
+        """The tensors of B rows, in memory that a GPU copies from by itself where there is one."""
+        batch = collate_packed(self.store, rows, self.columns) if self.packing else self._collate_padded(rows)
+        return batch.pin_memory() if torch.cuda.is_available() else batch
+
+    def _collate_padded(self, rows: Tensor) -> TensorDict:
+        """Right-padded: (B, T) for one response a row, (B, 2, T) for chosen and rejected."""
         responses = self.store.num_segments - 1
         shape = (len(rows), responses, int(self._sequence_lengths(rows).max()))
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)

@@ -21,6 +21,7 @@ from torch import Tensor
 from config.errors import UserError
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings
 from trainers.losses import dpo_loss, ipo_loss, reward_accuracy
+from trainers.packing import num_target_tokens
 
 # A micro-batch -> log-probabilities and numbers of target tokens of its sequences, as `sequence_logps` under a model.
 LogpsOf = Callable[[TensorDict], tuple[Tensor, Tensor]]
@@ -77,8 +78,8 @@ class LikelihoodObjective:
     def num_units(self, batch: TensorDict) -> Tensor:
         """Sequences, or target tokens."""
         if self.reduction == "token_mean":
-            return batch["response_mask"][..., 1:].sum()
-        return torch.tensor(batch.shape[0], device=batch["response_mask"].device)
+            return num_target_tokens(batch)
+        return torch.tensor(len(batch["row"]), device=batch["row"].device)
 
     def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
         """A likelihood may begin anywhere."""
@@ -101,7 +102,7 @@ class PreferenceObjective:
         self.needs_reference = not settings.reference_free
 
     def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
-        """Chosen and rejected in one forward pass: (B, 2, T) -> log-probabilities (B, 2)."""
+        """Chosen and rejected in one forward pass: B rows -> log-probabilities (B, 2)."""
         settings = self.settings
         logps, num_tokens = logps_of(batch)
         scores = logps
@@ -140,7 +141,7 @@ class PreferenceObjective:
 
     def num_units(self, batch: TensorDict) -> Tensor:
         """Pairs."""
-        return torch.tensor(batch.shape[0], device=batch["response_mask"].device)
+        return torch.tensor(len(batch["row"]), device=batch["row"].device)
 
     def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
         """Before the first step the policy is the reference: rewards 0, DPO loss ln 2, IPO loss 1 / (2 beta)^2.

@@ -31,7 +31,7 @@ from trainers.parallel import Layout, gather_objects
 from trainers.sharding import forward_function, reshard
 from trainers.token_store import TokenStore
 
-CODE_VERSION = 1  # raise it with any change of logps.py that moves a result by more than rounding
+CODE_VERSION = 2  # raise it with any change of logps.py that moves a result by more than rounding
 
 
 def weights_key(model: Any) -> str:
@@ -56,8 +56,10 @@ def reference_logps(
     cache_dir: Path,
     pad_token_id: int,
     weights: str,
+    packing: bool = False,
+    autocast: torch.dtype | None = None,
     compute_dtype: str | None = None,
-    max_tokens_per_batch: int = 16_384,
+    max_tokens_per_batch: int | None = None,
 ) -> Tensor:
     """Log-probabilities of chosen and rejected, in nats: (N, 2) float64, memory-mapped; NaN in rows not asked for.
 
@@ -71,21 +73,35 @@ def reference_logps(
         cache_dir: where caches lie; the file is `reference/<key>/logps.f64`.
         pad_token_id: fills the batches.
         weights: `weights_key` of the model before it was sharded.
+        packing: as the policy has its rows.
+        autocast: as the policy has its matrix products.
         compute_dtype: what a sharded model computes in, where that is not its own dtype.
-        max_tokens_per_batch: padded positions of a batch.
+        max_tokens_per_batch: positions of a batch; None: what suits the device, 16,384 where it is padded.
     """
     rows = rows.unique()
     # Another kernel or another release of the model's code may move a result by more than the first batch's check lets.
     code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {layout.device.type}"
-    identity = f"{code} {weights} {store.select(rows).key} {model.dtype} {compute_dtype or model.dtype}"
+    kind = f"{model.dtype} {compute_dtype or model.dtype} {packing} {autocast}"
+    identity = f"{code} {weights} {store.select(rows).key} {kind}"
     directory, key = cache_dir / "reference", xxhash.xxh3_128_hexdigest(identity.encode())
+    lengths = store.lengths[rows].long()
+    by_length = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1), descending=True, stable=True)]
+    # Cut as one process cuts them: the parts of the others are skipped, not cut anew.
+    loader = BatchLoader(
+        store.select(by_length), batch_size=256, seed=0, shuffle=False, num_epochs=1, num_examples=None,
+        num_microbatches=1, max_tokens_per_microbatch=max_tokens_per_batch or (None if packing else 16_384),
+        pad_token_id=pad_token_id, packing=packing,
+    )  # fmt: skip
 
     def build(folder: Path) -> None:
         layout.on_main(lambda: "compute")
         _write(folder, compute())
 
-    def compute() -> np.ndarray | None:
-        return _logps_of_rows(model, store, rows, layout, pad_token_id, max_tokens_per_batch)
+    def compute() -> np.ndarray:
+        result = np.full((len(store), 2), np.nan)
+        for places, logps in _logps_of_rows(model, loader, layout, autocast):
+            result[by_length[places].numpy()] = logps.numpy()
+        return result
 
     if layout.is_main:
         error: UserError | None = None
@@ -109,8 +125,7 @@ def _raise_or(error: UserError | None, answer: str) -> str:
     return answer
 
 
-def _write(folder: Path, logps: np.ndarray | None) -> None:
-    assert logps is not None  # rank 0 has what all computed
+def _write(folder: Path, logps: np.ndarray) -> None:
     logps.tofile(folder / "logps.f64")
 
 
@@ -128,16 +143,10 @@ def _on_every_file_system(directory: Path, key: str, num_rows: int, layout: Layo
 
 @torch.no_grad()
 def _logps_of_rows(
-    model: Any, store: TokenStore, rows: Tensor, layout: Layout, pad_token_id: int, max_tokens: int
-) -> np.ndarray | None:
-    """(N, 2) float64 log-probabilities of the rows, NaN elsewhere; in rank 0, None in the others."""
-    lengths = store.lengths[rows].long()
-    by_length = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1), descending=True, stable=True)]
-    loader = BatchLoader(
-        store.select(by_length), batch_size=256, seed=0, shuffle=False, num_epochs=1, num_examples=None,
-        num_microbatches=1, max_tokens_per_microbatch=max_tokens, pad_token_id=pad_token_id,
-    )  # fmt: skip
-    logps_of = forward_function(model, sequence_logps)
+    model: Any, loader: BatchLoader, layout: Layout, autocast: torch.dtype | None
+) -> list[tuple[Tensor, Tensor]]:
+    """(row numbers (B,), log-probabilities (B, 2)) of the loader's micro-batches, on the host; in rank 0 alone."""
+    logps_of = forward_function(model, sequence_logps, autocast=autocast)
     was_training = model.training
     model.eval()
     found: list[tuple[Tensor, Tensor]] = []
@@ -145,8 +154,8 @@ def _logps_of_rows(
     for global_batch in loader.batches():
         for batch in global_batch.microbatches:
             if number % layout.world_size == layout.rank:
-                logps, _ = logps_of(batch.to(layout.device))
-                found.append((by_length[batch["row"]], logps.cpu()))
+                logps, _ = logps_of(batch.to(layout.device, non_blocking=True))
+                found.append((batch["row"], logps.cpu()))
             number += 1
     if layout.rank >= (number % layout.world_size or layout.world_size):  # the others have one more: keep step
         logps_of(loader.filler().to(layout.device))
@@ -154,13 +163,7 @@ def _logps_of_rows(
     model.train(was_training)
     parts: list[Any] = [None] * layout.world_size
     dist.gather_object(found, parts if layout.is_main else None, dst=0)
-    if not layout.is_main:
-        return None
-    result = np.full((len(store), 2), np.nan)
-    for part in parts:
-        for places, logps in part:
-            result[places.numpy()] = logps.numpy()
-    return result
+    return [one for part in parts if part is not None for one in part]
 
 
 def attach_reference(
@@ -170,8 +173,9 @@ def attach_reference(
     layout: Layout,
     cache_dir: Path,
     weights: str,
+    autocast: torch.dtype | None = None,
     compute_dtype: str | None = None,
-    max_tokens_per_batch: int = 16_384,
+    max_tokens_per_batch: int | None = None,
 ) -> None:
     """Gives each loader the columns that a preference objective reads.
 
@@ -181,6 +185,7 @@ def attach_reference(
     for loader in loaders:
         logps = reference_logps(
             model, loader.store, loader.rows_visited(), layout=layout, cache_dir=cache_dir, weights=weights,
-            pad_token_id=loader.pad_token_id, compute_dtype=compute_dtype, max_tokens_per_batch=max_tokens_per_batch,
+            pad_token_id=loader.pad_token_id, packing=loader.packing, autocast=autocast, compute_dtype=compute_dtype,
+            max_tokens_per_batch=max_tokens_per_batch,
         )  # fmt: skip
         loader.columns = {"reference_chosen_logps": logps[:, 0], "reference_rejected_logps": logps[:, 1]}

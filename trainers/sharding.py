@@ -165,16 +165,16 @@ def full_parameters(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
     return result
 
 
-def forward_function(model: Any, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """`function(model, ...)` with the model bound, run as a forward pass of the model: FSDP gathers its parameters."""
+def forward_function(model: Any, function: Callable[..., tuple[Tensor, ...]], **options: Any) -> Callable[..., Any]:
+    """`function(model, ..., **options)` with both bound, run as a forward pass: FSDP gathers the parameters."""
     if not isinstance(model, FSDPModule):
-        return partial(function, model)
+        return partial(function, model, **options)
     module: Any = model  # an FSDPModule is always an nn.Module, which its type does not say
     name = function.__name__
 
     def fresh(module: Any, *arguments: Any) -> tuple[Tensor, ...]:
         # FSDP hangs its hooks on the outputs, and warns of views, on which they could be lost.
-        return tuple(value.clone() for value in function(module, *arguments))
+        return tuple(value.clone() for value in function(module, *arguments, **options))
 
     setattr(module, name, MethodType(fresh, module))
     register_fsdp_forward_method(module, name)

@@ -17,10 +17,11 @@ from config.settings import TrainConfig
 from trainers.batching import BatchLoader, GlobalBatch
 from trainers.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from trainers.flops import peak_flops, training_flops_per_token
-from trainers.logps import sequence_logps
+from trainers.logps import autocast_dtype, sequence_logps
 from trainers.metrics import MetricsLog, MetricSums, ProgressLine, peak_memory_gib
 from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective
 from trainers.optimizers import build_optimizer, learning_rate
+from trainers.packing import longest_sequence, num_positions, num_tokens
 from trainers.parallel import Layout, gather_objects, sum_over_processes
 from trainers.preemption import Preempted
 from trainers.run_dir import RunDir
@@ -72,7 +73,8 @@ class Trainer:
         self.eval_loader = eval_loader
         self.sampler = sampler
         self.policy = policy
-        self.logps_of = forward_function(policy, sequence_logps)
+        self.autocast = autocast_dtype(settings.model.autocast)
+        self.logps_of = forward_function(policy, sequence_logps, autocast=self.autocast)
         self.checkpoints = CheckpointWriter(run, settings.checkpoint, layout, tokenizer)
         self.optimizer = build_optimizer(self.policy.parameters(), settings)
         self.train_metrics = MetricSums(layout.device)
@@ -196,13 +198,14 @@ class Trainer:
     def _add_speed(self, batch: GlobalBatch, step_seconds: float, wait_seconds: float) -> None:
         """Rates of the whole run: sums over processes are divided by their summed seconds."""
         seconds, world_size = step_seconds + wait_seconds, self.layout.world_size
-        num_tokens = sum(int(microbatch["attention_mask"].sum()) for microbatch in batch.microbatches)
+        tokens = sum(int(num_tokens(microbatch)) for microbatch in batch.microbatches)
         metrics = self.train_metrics
         metrics.add("examples_per_second", torch.tensor(batch.num_examples), seconds)
-        metrics.add("tokens_per_second", torch.tensor(num_tokens * world_size), seconds)
+        metrics.add("tokens_per_second", torch.tensor(tokens * world_size), seconds)
         metrics.add("data_wait_seconds", torch.tensor(wait_seconds), 1.0)
         if self.peak_flops is not None:
-            metrics.add("mfu", torch.tensor(self.flops_per_token * num_tokens / self.peak_flops), seconds)
+            positions = sum(num_positions(microbatch) for microbatch in batch.microbatches)
+            metrics.add("mfu", torch.tensor(self.flops_per_token * positions / self.peak_flops), seconds)
         metrics.peak("memory/peak", peak_memory_gib(self.layout.device))
 
     def accumulate_gradients(self, batch: GlobalBatch) -> tuple[list[LossOutput], Tensor, float]:
@@ -218,10 +221,10 @@ class Trainer:
         for number, microbatch in enumerate(self._passes(batch, self.train_loader)):
             # Summed over the processes once, in the last pass: not a reduce-scatter for each micro-batch.
             reduce_gradients_in_backward(self.policy, number == passes - 1)
-            output = self.objective(self.logps_of, microbatch.to(self.layout.device))
+            output = self.objective(self.logps_of, microbatch.to(self.layout.device, non_blocking=True))
             counts = number < len(batch.microbatches)
             if batch.start_examples == 0 and counts:
-                self.objective.check_first_batch(output, microbatch["input_ids"].shape[-1], self._coarser_dtype())
+                self.objective.check_first_batch(output, longest_sequence(microbatch), self._coarser_dtype())
             (output.loss_sum * float(counts) / num_units).backward()
             outputs.append(_detached(output, counts))
         return outputs, torch.stack([output.loss_sum for output in outputs]).sum(), own
@@ -234,7 +237,7 @@ class Trainer:
     def _coarser_dtype(self) -> torch.dtype:
         """The dtype with the larger rounding error, of what policy and reference are kept in and computed in."""
         model = self.settings.model
-        names = {f"torch.{name}" for name in (model.reference_dtype, self._compute_dtype())}
+        names = {f"torch.{name}" for name in (model.reference_dtype, self._compute_dtype(), model.autocast)}
         dtypes = [self.policy.dtype, *(dtype for dtype in TOLERANCE_PER_TOKEN if str(dtype) in names)]
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
@@ -342,10 +345,10 @@ class Trainer:
             num_units, _ = self._count_units(batch.microbatches)
             if self.stop_asked:
                 raise Preempted
-            outputs = [
-                _detached(self.objective(self.logps_of, one.to(self.layout.device)), number < len(batch.microbatches))
-                for number, one in enumerate(self._passes(batch, loader))
-            ]
+            outputs = []
+            for number, microbatch in enumerate(self._passes(batch, loader)):
+                output = self.objective(self.logps_of, microbatch.to(self.layout.device, non_blocking=True))
+                outputs.append(_detached(output, number < len(batch.microbatches)))
             loss_sum = torch.stack([output.loss_sum for output in outputs]).sum()
             self.add_metrics(sums, "eval", outputs, loss_sum, num_units)
         return sums.means()

@@ -1,0 +1,355 @@
+"""How fast is a training step? The trainer's own against a literal DPO step, TRL's, and the arithmetic floor.
+
+    OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --lengths si --vocabulary 8192 --json si-8k.json
+    OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --contenders literal packed trl --lengths long
+    OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --task sft --contenders packed trl trl_packed
+    OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --memory literal packed --vocabulary 32768 --layers 4
+
+Contenders take turns on every global batch, in an order that rotates, each from the same weights:
+
+- `packed`, `padded`: `Trainer.train_step` as `python train.py` runs it, with `packing` true and false;
+- `packed_bf16`: the same with `model.autocast=bfloat16`;
+- `literal`, `trl`, `trl_packed`: see `throughput_peers.py` (TRL needs `pip install -r requirements-bench.txt`).
+
+The model is a random Llama, the tokens are random, their lengths those of the published `si` pairs or, with `long`,
+with prompts of 2.6 times the length, which are then 70% of the tokens. Figures are medians over global batches; a ratio
+is the median of the ratios batch by batch, by the clock and by processor time (a busy machine blurs the first). The
+reference cache costs one forward pass over the data, once; it is printed, and in no contender. `floor` is the time of
+the matrix products that a packed step needs (three passes of each weight over its positions, of the output embedding
+over the response rows, of attention over the visible pairs of positions), each at the speed measured in this run at its
+own shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.throughput_peers import LiteralStep, trl_step
+from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
+from trainers.batching import BatchLoader, GlobalBatch
+from trainers.logps import autocast_dtype
+from trainers.objectives import LikelihoodObjective, PreferenceObjective
+from trainers.packing import input_lengths, num_positions
+from trainers.parallel import Layout, launch
+from trainers.reference import attach_reference
+from trainers.run_dir import RunDir
+from trainers.token_store import TokenStore, TokenStoreWriter
+from trainers.trainer import Trainer
+
+# Tokens of the published Safer-Instruct pairs that have both responses (5,721 of them): prompt with its template,
+# chosen, rejected, at these percentiles.
+PERCENTILES = [0, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.7, 100]
+PROMPT = [37, 41, 44, 48, 53, 59, 67, 77, 90, 103, 121, 150, 195, 219, 257, 378]
+CHOSEN = [2, 12, 12, 12, 12, 13, 31, 48, 57, 63, 92, 151, 276, 358, 470, 659]
+REJECTED = [2, 6, 8, 12, 16, 20, 24, 31, 39, 51, 68, 114, 166, 205, 301, 857]
+MAX_LENGTH = 512
+PROMPT_SCALE = {"si": 1.0, "long": 2.6}
+OURS = {"packed": {}, "padded": {"packing": False}, "packed_bf16": {"autocast": "bfloat16"}}
+
+
+def random_rows(folder: Path, arguments: argparse.Namespace, num_rows: int) -> TokenStore:
+    """Random tokens with the lengths of the published pairs; responses are cut to MAX_LENGTH - prompt."""
+    random = np.random.default_rng(arguments.seed)
+    num_segments = 3 if arguments.task == "dpo" else 2
+    with TokenStoreWriter(folder, key="random rows", num_segments=num_segments) as writer:
+        for row in range(num_rows):
+            drawn = [int(np.interp(100 * random.random(), PERCENTILES, table)) for table in (PROMPT, CHOSEN, REJECTED)]
+            prompt = min(int(drawn[0] * PROMPT_SCALE[arguments.lengths]), MAX_LENGTH - 64)
+            lengths = [prompt, *(min(length, MAX_LENGTH - prompt) for length in drawn[1:num_segments])]
+            writer.append(f"row-{row}", [random.integers(3, arguments.vocabulary, n).tolist() for n in lengths])
+        writer.finish({})
+    return TokenStore(folder)
+
+
+def random_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
+    """A Llama with random weights."""
+    torch.manual_seed(arguments.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=arguments.vocabulary,
+            hidden_size=arguments.width,
+            intermediate_size=arguments.width * 11 // 4 // 32 * 32,
+            num_hidden_layers=arguments.layers,
+            num_attention_heads=arguments.width // 64,
+            max_position_embeddings=2 * MAX_LENGTH,
+            tie_word_embeddings=arguments.tied,
+        )
+    )
+
+
+def train_loader(store: TokenStore, arguments: argparse.Namespace, *, packing: bool) -> BatchLoader:
+    """All rows once, as train.py would take them."""
+    return BatchLoader(
+        store, batch_size=arguments.batch_size, seed=arguments.seed, shuffle=True, num_epochs=1, num_examples=None,
+        num_microbatches=1, max_tokens_per_microbatch=arguments.max_tokens, pad_token_id=0, packing=packing,
+    )  # fmt: skip
+
+
+def our_step(
+    name: str, policy: LlamaForCausalLM, store: TokenStore, arguments: argparse.Namespace, layout: Layout, folder: Path,
+    stack: ExitStack,
+) -> tuple[Trainer, list[GlobalBatch]]:  # fmt: skip
+    """A trainer, and its global batches; the reference is cached."""
+    settings = train_settings(arguments)
+    settings.packing = OURS[name].get("packing", True)
+    settings.model.autocast = OURS[name].get("autocast")
+    loader = train_loader(store, arguments, packing=settings.packing)
+    objective = (PreferenceObjective if arguments.task == "dpo" else LikelihoodObjective)(settings.loss)
+    if objective.needs_reference:
+        started = time.perf_counter()
+        autocast = autocast_dtype(settings.model.autocast)
+        attach_reference(policy, [loader], cache_dir=folder / "cache", autocast=autocast)
+        print(f"{name}: reference cache of {len(store)} pairs in {time.perf_counter() - started:.1f} s", flush=True)
+    run = stack.enter_context(RunDir.open(folder / name, config={}, manifest={}))
+    trainer = Trainer(
+        policy=policy, objective=objective, train_loader=loader, eval_loader=None, settings=settings, layout=layout,
+        run=run,
+    )  # fmt: skip
+    return trainer, list(loader.batches())
+
+
+def train_settings(arguments: argparse.Namespace) -> TrainConfig:
+    """Published: RMSprop, clipped at 10."""
+    loss = PreferenceLossSettings(name="dpo")
+    if arguments.task == "sft":
+        loss = LikelihoodLossSettings(name="sft", reduction="token_mean")
+    return TrainConfig(exp_name="benchmark", loss=loss, lr=1e-6, wandb=WandbSettings(enabled=False))
+
+
+def build_steps(
+    arguments: argparse.Namespace, layout: Layout, folder: Path, stack: ExitStack
+) -> tuple[TokenStore, list[GlobalBatch], dict[str, Callable[[GlobalBatch], float]], LlamaForCausalLM]:
+    """The data, the global batches and each contender's step, all from the same weights."""
+    num_rows = (arguments.steps + 1) * arguments.batch_size
+    store, model = random_rows(folder / "rows", arguments, num_rows), random_model(arguments)
+    settings = train_settings(arguments)
+    steps: dict[str, Callable[[GlobalBatch], float]] = {}
+    batches = list(train_loader(store, arguments, packing=True).batches())
+    for name in arguments.contenders:
+        policy = copy.deepcopy(model)
+        if name in OURS:
+            steps[name] = step_of(*our_step(name, policy, store, arguments, layout, folder, stack))
+        elif name == "literal":
+            literal = LiteralStep(policy, store, settings, arguments.literal_parts)
+            steps[name] = lambda batch, step=literal: step(batch.rows)
+        else:
+            packed = name == "trl_packed"
+            peer = trl_step(policy, store, settings, folder / name, task=arguments.task, packed=packed)
+            steps[name] = lambda batch, step=peer: step(batch.rows)
+    return store, batches, steps, model
+
+
+def step_of(trainer: Trainer, batches: list[GlobalBatch]) -> Callable[[GlobalBatch], float]:
+    """A trainer's step on its own cut of a global batch; returns the loss."""
+    by_start = {batch.start_examples: batch for batch in batches}
+
+    def step(batch: GlobalBatch) -> float:
+        trainer.train_step(by_start[batch.start_examples])
+        return trainer.train_metrics.means()["loss/train"]
+
+    return step
+
+
+class Floor:
+    """Seconds that the matrix products of a step need, at the speed of this run."""
+
+    def __init__(self, model: LlamaForCausalLM, store: TokenStore, num_positions: int) -> None:
+        """`num_positions`: of a typical micro-batch."""
+        self.store, self.width, self.layers = store, model.config.hidden_size, model.config.num_hidden_layers
+        layer = [p.shape for p in model.model.layers[0].parameters() if p.dim() == 2]
+        self.head = model.lm_head.weight.shape
+        # Seconds per position of each shape: forward, gradient of the input, gradient of the weight.
+        self.per_position = self.layers * sum(self.seconds(shape, num_positions) for shape in layer)
+        self.per_target = self.seconds(self.head, num_positions // 2)
+        flops = 6 * self.layers * sum(rows * columns for rows, columns in layer)
+        self.rate = flops / self.per_position
+
+    @staticmethod
+    def seconds(shape: tuple[int, int], positions: int, repetitions: int = 5) -> float:
+        """Seconds of a weight's three products, per position: the median."""
+        states, weight, gradient = (torch.randn(n) for n in ((positions, shape[1]), shape, (positions, shape[0])))
+        times = []
+        for _ in range(repetitions + 1):
+            started = time.perf_counter()
+            states @ weight.T, gradient @ weight, gradient.T @ states
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:]) / positions
+
+    def __call__(self, rows: Tensor) -> float:
+        """The floor of one global batch."""
+        inputs = input_lengths(self.store.lengths[rows].long())
+        prompt, responses = inputs[:, :1], inputs[:, 1:]
+        visible = (prompt * (prompt + 1) // 2).sum() + (responses * prompt + responses * (responses + 1) // 2).sum()
+        # Scores and weighted values, 2 x 2 x width operations a visible pair; twice that in the backward pass.
+        attention = 12 * self.width * self.layers * int(visible) / self.rate
+        targets = int(self.store.lengths[rows][:, 1:].sum())
+        return self.per_position * int(inputs.sum()) + self.per_target * targets + attention
+
+
+def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict[str, object]:
+    """Alternates the contenders over the same batches."""
+    with ExitStack() as stack:
+        store, batches, steps, model = build_steps(arguments, layout, folder, stack)
+        positions = [sum(map(num_positions, batch.microbatches)) for batch in batches]
+        floor = Floor(model, store, positions[0] // len(batches[0].microbatches))
+        del model
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        cpu_seconds: dict[str, list[float]] = {name: [] for name in steps}
+        floors: list[float] = []
+        differences: dict[str, float] = dict.fromkeys(steps, 0.0)
+        names = list(steps)
+        for number, batch in enumerate(batches):
+            losses = {}
+            if number == 0:  # warm-up on a few rows, where the batch can be cut
+                batch = replace(batch, rows=batch.rows[:4])
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                started, cpu_started = time.perf_counter(), time.process_time()
+                losses[name] = steps[name](batch)
+                if number:
+                    seconds[name].append(time.perf_counter() - started)
+                    cpu_seconds[name].append(time.process_time() - cpu_started)
+            if number:
+                floors.append(floor(batch.rows))
+                for name, loss in losses.items():
+                    differences[name] = max(differences[name], abs(loss - losses[names[0]]))
+                print(number, {name: round(values[-1], 2) for name, values in seconds.items()}, flush=True)
+    needed = [int(input_lengths(store.lengths[batch.rows].long()).sum()) for batch in batches]
+    return {
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "rows_per_second": {
+            name: statistics.median(arguments.batch_size / value for value in values)
+            for name, values in seconds.items()
+        },
+        "all_seconds": seconds,
+        "all_cpu_seconds": cpu_seconds,
+        "floor_seconds": floors,
+        "over_floor": {
+            name: statistics.median(a / b for a, b in zip(values, floors, strict=True))
+            for name, values in seconds.items()
+        },
+        "matmul_gflops": floor.rate / 1e9,
+        "positions_per_needed": sum(positions) / sum(needed),
+        "loss_difference_to_first": differences,
+        "settings": {key: value for key, value in vars(arguments).items() if key != "json"},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
+    """GiB that one step of each contender adds to a process, model, gradients and optimizer included."""
+    own = [word for word in sys.argv[1:] if word not in ("--memory", *arguments.memory)]
+    peaks = {}
+    for name in arguments.memory:
+        command = [sys.executable, "-m", "benchmarks.dpo_throughput", *own, "--contenders", name, "--peak"]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks[name] = float(output.split()[-1])
+    return peaks
+
+
+def peak_of_one_step(arguments: argparse.Namespace, layout: Layout, folder: Path) -> float:
+    """GiB between the imports and the peak of one step."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with ExitStack() as stack:
+        _, batches, steps, _ = build_steps(arguments, layout, folder, stack)
+        for step in steps.values():
+            step(batches[1])
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+def print_table(result: dict[str, object]) -> None:
+    """The medians, side by side; ratios to the first contender are of each batch."""
+    all_seconds, cpu = result["all_seconds"], result["all_cpu_seconds"]
+    first = next(iter(all_seconds))
+    print(
+        f"{'':12}{'s/step':>9}{'rows/s':>9}{'x ' + first:>12}{'(from':>8}{'to)':>7}{'by cpu':>8}{'x floor':>9}"
+        f"{'loss diff.':>12}"
+    )
+    for name, values in all_seconds.items():
+        ratios = sorted(slow / fast for slow, fast in zip(all_seconds[first], values, strict=True))
+        cpu_ratio = statistics.median(slow / fast for slow, fast in zip(cpu[first], cpu[name], strict=True))
+        print(
+            f"{name:12}{result['seconds'][name]:9.2f}{result['rows_per_second'][name]:9.2f}"
+            f"{statistics.median(ratios):12.2f}{ratios[0]:8.2f}{ratios[-1]:7.2f}{cpu_ratio:8.2f}"
+            f"{result['over_floor'][name]:9.2f}{result['loss_difference_to_first'][name]:12.1e}"
+        )
+    print(
+        f"floor {statistics.median(result['floor_seconds']):.2f} s at {result['matmul_gflops']:.0f} GFLOP/s; "
+        f"positions computed / needed {result['positions_per_needed']:.4f}"
+    )
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("dpo", "sft"), default="dpo")
+    parser.add_argument(
+        "--contenders", nargs="+", default=["literal", "packed"], help="the first is what ratios are of"
+    )
+    parser.add_argument("--memory", nargs="+", default=[], help="measure the memory of these instead")
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--lengths", choices=tuple(PROMPT_SCALE), default="si")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--literal-parts", type=int, default=4, help="micro-batches of the literal step")
+    parser.add_argument("--max-tokens", type=int, default=None, help="positions of one of our micro-batches")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--tied", action="store_true", help="output embedding = input embedding")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=None, help="write the figures there, too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    arguments = parse()
+    result: dict[str, object] = {}
+
+    def worker(layout: Layout) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            if arguments.peak:
+                print(peak_of_one_step(arguments, layout, Path(folder)))
+            else:
+                result.update(measure(arguments, layout, Path(folder)))
+
+    if arguments.memory:
+        result = {"peak_gib": measure_memory(arguments)}
+        for name, value in result["peak_gib"].items():
+            print(f"{name:12}{value:8.2f} GiB")
+    else:
+        launch(worker, TrainConfig(exp_name="benchmark", device="cpu"))
+        if arguments.peak:
+            return
+        print_table(result)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

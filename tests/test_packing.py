@@ -1,0 +1,291 @@
+"""Packed rows against padded ones: the plan, the layout, and the numbers of every architecture."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config.errors import UserError
+from tests.test_batching import PAD, make_store
+from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
+from trainers import attention
+from trainers.attention import PACKED, PackedLayout, use_packed_attention
+from trainers.batching import BatchLoader
+from trainers.logps import sequence_logps
+from trainers.packing import (
+    balanced_shares,
+    best_fit,
+    collate_packed,
+    input_lengths,
+    longest_sequence,
+    num_positions,
+    num_target_tokens,
+    num_tokens,
+    pack_rows,
+)
+from trainers.token_store import TokenStore, TokenStoreWriter
+
+# Prompt, chosen, rejected: some longer than Mistral's window of 6, some of one token, which is a target and no input.
+PAIRS = [(4, 3, 5), (9, 1, 1), (1, 12, 2), (3, 1, 8), (7, 6, 1)]
+
+
+def store_of(folder, shapes, seed=0) -> TokenStore:
+    """Rows of random tokens with these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    with TokenStoreWriter(folder, key=f"{shapes} {seed}", num_segments=len(shapes[0])) as writer:
+        for i, shape in enumerate(shapes):
+            writer.append(f"row-{i}", [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in shape])
+        writer.finish({})
+    return TokenStore(folder)
+
+
+def microbatch(store, *, packing):
+    """All rows of a store, in its order."""
+    loader = BatchLoader(
+        store, batch_size=len(store), seed=0, shuffle=False, num_epochs=1, num_examples=None, num_microbatches=1,
+        max_tokens_per_microbatch=None, pad_token_id=PAD, packing=packing,
+    )  # fmt: skip
+    return loader._collate(torch.arange(len(store)))
+
+
+def exact_model(name="llama", *, dtype=torch.float64):
+    """In float64, norms included: those of the Llama family round to float32 inside, and so do their gradients."""
+    model = tiny_model(name, dtype=dtype)
+    for module in list(model.modules()):
+        for key, child in list(module.named_children()):
+            if dtype == torch.float64 and type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=dtype)
+                norm.weight.data.copy_(child.weight.data)
+                setattr(module, key, norm)
+    return model
+
+
+def packed_model(name="llama", *, dtype=torch.float64):
+    model = exact_model(name, dtype=dtype)
+    use_packed_attention(model)
+    return model
+
+
+def logps_and_gradients(model, batch):
+    """Log-probabilities, and the gradients of a weighted sum of them by name."""
+    logps, num_targets = sequence_logps(model, batch)
+    weights = torch.linspace(-1, 2, logps.numel(), dtype=torch.float64).view(logps.shape)
+    model.zero_grad()
+    (logps * weights).sum().backward()
+    return logps.detach(), num_targets, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("segments", [3, 2])
+@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_log_probabilities_and_gradients_equal_the_padded_ones(tmp_path, name, dtype, segments):
+    store = store_of(tmp_path / "store", [shape[:segments] for shape in PAIRS])
+    padded, packed = microbatch(store, packing=False), microbatch(store, packing=True)
+    expected, expected_counts, truth = logps_and_gradients(exact_model(name, dtype=dtype), padded)
+    logps, counts, gradients = logps_and_gradients(packed_model(name, dtype=dtype), packed)
+    assert torch.equal(counts, expected_counts)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(logps, expected, rtol=tolerance, atol=tolerance)
+    for key, gradient in gradients.items():
+        scale = truth[key].abs().max().item()
+        torch.testing.assert_close(gradient, truth[key], rtol=tolerance, atol=tolerance * scale, msg=key)
+
+
+def difference(name, model, batch, expected):
+    return (sequence_logps(model, batch)[0] - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_wrong_masks_and_wrong_positions_are_nats_away(tmp_path, name):
+    """The negative controls: the comparison above would see responses that see each other, or that stand later."""
+    store = store_of(tmp_path / "store", PAIRS)
+    model, packed = packed_model(name), microbatch(store, packing=True)
+    expected, _ = sequence_logps(model, packed)
+    plain = packed.clone()
+    plain["lengths"] = torch.tensor([[len(packed["input_ids"]), 0, 0]])  # plain causal attention over all rows
+    later = packed.clone()
+    later["position_ids"] = torch.arange(len(packed["input_ids"]))
+    assert difference(name, model, plain, expected) > 0.1
+    if name != "gpt2":  # its 64 positions are fewer than the micro-batch's
+        assert difference(name, model, later, expected) > 1e-3
+
+
+def test_a_window_that_is_ignored_is_seen(tmp_path):
+    """Mistral's window of 6: without it, the longer rows have other log-probabilities, and only they."""
+    store = store_of(tmp_path / "store", PAIRS)
+    batch = microbatch(store, packing=True)
+    expected, _ = sequence_logps(packed_model("mistral"), batch)
+    model = exact_model("mistral")
+    model.config.sliding_window = None
+    use_packed_attention(model)
+    moved = (sequence_logps(model, batch)[0] - expected).abs() > 1e-3
+    inputs = input_lengths(store.lengths.long())
+    assert moved.tolist() == ((inputs[:, :1] + inputs[:, 1:]) > 6).tolist()
+
+
+def test_the_example_of_the_docstring(tmp_path):
+    with TokenStoreWriter(tmp_path / "store", key="x", num_segments=3) as writer:
+        writer.append("row", [[5, 6], [7, 8, 2], [9, 2]])
+        writer.finish({})
+    batch = collate_packed(TokenStore(tmp_path / "store"), torch.tensor([0]), {"score": torch.tensor([0.5])})
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [5, 6, 7, 8, 9],
+        "position_ids": [0, 1, 2, 3, 2],
+        "lengths": [[2, 2, 1]],
+        "sources": [1, 2, 3, 1, 4],
+        "targets": [7, 8, 2, 9, 2],
+        "num_targets": [[3, 2]],
+        "score": [0.5],
+        "row": [0],
+    }
+
+
+def test_empty_prompts_and_responses(tmp_path):
+    """Without a prompt nothing predicts a response's first token; an empty response has log-probability 0."""
+    shapes = [(0, 3, 2), (2, 0, 3), (0, 1, 1), (3, 2, 2)]
+    store = store_of(tmp_path / "store", shapes)
+    expected, counts, truth = logps_and_gradients(exact_model(), microbatch(store, packing=False))
+    logps, packed_counts, gradients = logps_and_gradients(packed_model(), microbatch(store, packing=True))
+    torch.testing.assert_close(logps, expected, rtol=1e-10, atol=1e-10)
+    assert packed_counts.tolist() == counts.tolist() == [[2, 1], [0, 3], [0, 0], [2, 2]]
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, truth[key], rtol=1e-10, atol=1e-10 * truth[key].abs().max().item())
+
+
+@pytest.mark.parametrize("segments", [2, 3])
+def test_what_is_counted_is_the_same_packed_and_padded(tmp_path, segments):
+    store = store_of(tmp_path / "store", [shape[:segments] for shape in PAIRS])
+    padded, packed = microbatch(store, packing=False), microbatch(store, packing=True)
+    assert int(num_tokens(packed)) == int(num_tokens(padded))
+    assert int(num_target_tokens(packed)) == int(num_target_tokens(padded))
+    assert longest_sequence(packed) == longest_sequence(padded)
+    assert num_positions(packed) == int(input_lengths(store.lengths).sum()) < num_positions(padded)
+
+
+sizes_lists = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+
+
+@settings(max_examples=60)
+@given(sizes_lists, st.integers(1, 100), st.integers(1, 6))
+def test_bins_hold_every_row_once_within_the_limit(sizes, limit, at_least):
+    bins = pack_rows(sizes, limit=limit, at_least=at_least)
+    assert sorted(i for part in bins for i in part) == list(range(len(sizes)))
+    assert all(len(part) == 1 or sum(sizes[i] for i in part) <= limit for part in bins) or len(bins) == at_least
+    assert len(bins) >= min(at_least, len(sizes))
+    fullest = best_fit(sizes, limit)
+    # No two bins of a fit could be one: what the guarantee of any-fit rests on.
+    fills = sorted(sum(sizes[i] for i in part) for part in fullest)
+    assert len(fills) < 2 or fills[0] + fills[1] > min(limit, fills[0] + fills[1] - 1)
+
+
+@settings(max_examples=60)
+@given(sizes_lists, st.integers(1, 8))
+def test_shares_differ_by_at_most_one_row_in_positions(sizes, world_size):
+    shares = balanced_shares(sizes, world_size)
+    assert sorted(i for part in shares for i in part) == list(range(len(sizes)))
+    fills = [sum(sizes[i] for i in part) for part in shares]
+    assert max(fills) - min(fills) <= max(sizes)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 16])
+def test_ranks_share_the_packed_batches_of_one_process(tmp_path, world_size):
+    store = make_store(tmp_path, 23)
+
+    def batches(rank, world_size):
+        return list(
+            BatchLoader(
+                store, batch_size=10, seed=3, shuffle=True, num_epochs=2, num_examples=None, num_microbatches=1,
+                max_tokens_per_microbatch=40, pad_token_id=PAD, packing=True, rank=rank, world_size=world_size,
+            ).batches()
+        )  # fmt: skip
+
+    shares = [batches(rank, world_size) for rank in range(world_size)]
+    for k, alone in enumerate(batches(0, 1)):
+        parts = [share[k] for share in shares]
+        assert all(part.rows.tolist() == alone.rows.tolist() for part in parts)
+        rows = [row for part in parts for micro in part.microbatches for row in micro["row"].tolist()]
+        assert sorted(rows) == sorted(alone.rows.tolist())
+        passes = {len(part.microbatches) + part.num_idle for part in parts}
+        assert len(passes) == 1  # every rank makes as many
+        assert all(
+            len(micro["row"]) == 1 or num_positions(micro) <= 40 for part in parts for micro in part.microbatches
+        )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_block_masks_are_the_dense_ones(window):
+    """What flex_attention gets on a GPU, against a mask written pair by pair; its eager form gives the same output."""
+    shapes = [(4, 3, 5), (2, 0, 7), (1, 6, 0), (30, 60, 70)]
+    total = sum(map(sum, shapes))
+    dense = torch.zeros(total, total, dtype=torch.bool)
+    start = 0
+    for prompt, chosen, rejected in shapes:
+        for first, length in ((start + prompt, chosen), (start + prompt + chosen, rejected)):
+            places = [*range(start, start + prompt), *range(first, first + length)]
+            for i, query in enumerate(places):
+                for j, key in enumerate(places[: i + 1]):
+                    dense[query, key] = window is None or i - j < window
+        start += prompt + chosen + rejected
+    layout = PackedLayout(torch.tensor(shapes), total)
+    place = torch.arange(total)
+    assert torch.equal(layout.visible(place[:, None], place, window), dense)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, total, 16, generator=generator)
+    key, value = (torch.randn(1, 2, total, 16, generator=generator) for _ in range(2))
+    with torch.no_grad():
+        flex = attention._flex(query, key, value, layout, 0.2, window)
+    rows = attention._row_by_row(query, key, value, layout, 0.2, window)
+    repeated = [x.repeat_interleave(2, dim=1) for x in (key, value)]
+    scores = (query @ repeated[0].transpose(2, 3) * 0.2).masked_fill(~dense, -torch.inf)
+    expected = (scores.softmax(-1) @ repeated[1]).transpose(1, 2)
+    torch.testing.assert_close(flex, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_is_chosen_by_the_device_and_asserted(tmp_path):
+    batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=True)
+    with pytest.raises(AssertionError, match="use_packed_attention was not called"):
+        sequence_logps(tiny_model(), batch)
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(UserError, match="attn_implementation=eager needs packing=false"):
+        use_packed_attention(model)
+
+
+def test_a_model_that_ignores_its_positions_is_refused():
+    model = tiny_model()
+    forward = model.base_model.forward
+    model.base_model.forward = lambda position_ids=None, **rest: forward(**rest)
+    with pytest.raises(UserError, match=r"other states for packed rows.*packing=false"):
+        use_packed_attention(model)
+
+
+def test_ordinary_passes_of_a_packed_model_are_those_of_sdpa():
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
+    model, packed = tiny_model("mistral"), packed_model("mistral", dtype=torch.float32)
+    assert packed.config._attn_implementation == PACKED
+    assert torch.equal(packed(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+    arguments = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(packed.generate(ids, **arguments), model.generate(ids, **arguments))
+
+
+def test_activation_checkpointing_runs_the_same_attention_again(tmp_path):
+    batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=True)
+    _, _, truth = logps_and_gradients(packed_model(), batch)
+    model = packed_model().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, _, gradients = logps_and_gradients(model, batch)
+    assert all(torch.equal(gradients[name], truth[name]) for name in truth)
+
+
+def test_autocast_stays_within_its_documented_error(tmp_path):
+    """bfloat16 keeps 8 bits: half a percent of a gradient, a few hundredths of a nat a token; and it is used."""
+    batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=True)
+    model = packed_model(dtype=torch.float32)
+    exact, counts = sequence_logps(model, batch)
+    rounded, _ = sequence_logps(model, batch, autocast=torch.bfloat16)
+    assert rounded.dtype == torch.float64
+    error = ((rounded - exact).abs() / counts).max().item()
+    assert 1e-5 < error < 0.1
+    assert not torch.is_autocast_enabled("cpu")

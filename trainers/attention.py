@@ -1,0 +1,247 @@
+"""Attention of packed rows: each sequence of a micro-batch sees itself, and its prompt, and nothing else.
+
+Registered with transformers under the name `packed`, so that every architecture that takes its attention from there has
+it. The description of a micro-batch travels as the attention mask: transformers asks for a mask once a forward pass,
+gets a `PackedLayout`, and hands it to every layer, also where a layer is run again by activation checkpointing. A
+forward pass outside of `packed_layout` (generation, padded batches) is the `sdpa` of transformers.
+
+Which kernel runs is decided by the device alone: `flex_attention` with a block mask on a GPU, one call of scaled dot
+product attention for each sequence elsewhere (flex_attention has no backward pass on a CPU). What a kernel cannot do
+(soft caps, sinks, biases, dropout) is refused, and `use_packed_attention` compares each model with itself, unpacked.
+
+Letters: B = rows, S = segments of a row, T = positions of the micro-batch, H = heads, D = size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from config.errors import UserError
+
+PACKED = "packed"
+ATTENTION_ARGUMENTS = {"softcap", "s_aux", "position_bias"}  # of some layers of transformers; no kernel here has them
+
+
+class PackedMask(NamedTuple):
+    """What the layers get as their attention mask."""
+
+    layout: PackedLayout
+    window: int | None  # positions that a token sees, itself included; None: all before it
+
+
+class Call(NamedTuple):
+    """One call of scaled dot product attention on the CPU."""
+
+    num_queries: int
+    mask: Tensor | None  # (queries, keys), added to the scores; None: causal
+
+
+class PackedLayout:
+    """Where the sequences of a packed micro-batch lie; makes the masks that keep them apart, once for all layers."""
+
+    def __init__(self, lengths: Tensor, num_positions: int) -> None:
+        """Takes the micro-batch's `lengths`, (B, S), and T, their sum; waits for no device."""
+        self._lengths = lengths
+        flat = lengths.flatten()
+        numbers = torch.arange(len(flat), device=flat.device)
+        self._segment = numbers.repeat_interleave(flat, output_size=num_positions)
+        # A response's positions go on from its prompt's.
+        before = F.pad(lengths[:, :1].expand(-1, lengths.shape[1] - 1), (1, 0)).flatten()
+        start = flat.cumsum(0) - flat
+        self._position = torch.arange(num_positions, device=flat.device) + (before - start)[self._segment]
+        self._block_masks: dict[int | None, BlockMask] = {}
+        self._calls: dict[tuple[int | None, torch.dtype], list[list[Call]]] = {}
+
+    def visible(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+        """Whether the position `query` sees the position `key`; index tensors of any shapes that broadcast."""
+        segment, num_segments = self._segment[query], self._lengths.shape[1]
+        same_sequence = (self._segment[key] == segment) | (self._segment[key] == segment - segment % num_segments)
+        distance = self._position[query] - self._position[key]
+        seen = same_sequence & (distance >= 0)
+        return seen if window is None else seen & (distance < window)
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """For flex_attention."""
+        if window not in self._block_masks:
+            size = len(self._segment)
+            self._block_masks[window] = create_block_mask(
+                lambda b, h, query, key: self.visible(query, key, window), None, None, size, size,
+                device=str(self._segment.device),
+            )  # fmt: skip
+        return self._block_masks[window]
+
+    def calls(self, window: int | None, dtype: torch.dtype) -> list[list[Call]]:
+        """For attention row by row: prompt and first response in one call, each other response in one of its own."""
+        key = (window, dtype)
+        if key not in self._calls:
+            self._calls[key] = []
+            place = torch.arange(len(self._segment), device=self._segment.device)
+            for prompt, first, *others in self._lengths.tolist():
+                row, place = place.split([prompt + first + sum(others), len(place) - prompt - first - sum(others)])
+                calls = [self._call(row, 0, prompt + first, window, dtype)]
+                for start, length in zip(accumulate(others, initial=prompt + first), others, strict=False):
+                    calls.append(self._call(row, start, length, window, dtype))
+                self._calls[key].append([call for call in calls if call.num_queries])
+        return self._calls[key]
+
+    def _call(self, row: Tensor, start: int, length: int, window: int | None, dtype: torch.dtype) -> Call:
+        """The queries of a row from `start` on. Keys are views of the row from its start, those of others masked."""
+        if start == 0 and (window is None or length <= window):
+            return Call(length, None)
+        # The keys before and between: a copy of those that count would cost more than looking past the others.
+        seen = self.visible(row[start : start + length, None], row[: start + length], window)
+        return Call(
+            length, torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        )
+
+
+_current: ContextVar[PackedLayout | None] = ContextVar("layout of the forward pass", default=None)
+
+
+@contextmanager
+def packed_layout(layout: PackedLayout) -> Iterator[None]:
+    """What `packed` models attend by in the forward passes inside of it, which take no attention mask."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _mask(*arguments: Any, **keywords: Any) -> PackedMask | Tensor | None:
+    """What transformers calls for a mask, once for the full and once for the sliding layers."""
+    layout = _current.get()
+    return sdpa_mask(*arguments, **keywords) if layout is None else PackedMask(layout, keywords.get("local_size"))
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedMask | Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None, **keywords: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """(1, H, T, D) queries, and keys and values of H or fewer heads -> (1, T, H, D)."""
+    if not isinstance(attention_mask, PackedMask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **keywords,
+        )  # fmt: skip
+    layout, window = attention_mask
+    refused = [name for name in ATTENTION_ARGUMENTS if keywords.get(name) is not None] + ["dropout"] * (dropout > 0)
+    if sliding_window != window:  # chunks, or a layer and a mask that do not belong together
+        refused.append(f"a window of {sliding_window} under a mask of {window}")
+    if refused:
+        raise UserError(
+            f"{type(module).__name__} attends with {', '.join(refused)}, which packed attention lacks: packing=false"
+        )
+    kernel = _flex if query.device.type == "cuda" else _row_by_row
+    return kernel(query, key, value, layout, scaling, window), None
+
+
+def _row_by_row(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
+) -> Tensor:
+    """Scaled dot product attention for each row: no padding, and no work between rows."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    rows = layout.calls(window, query.dtype)
+    sizes = [sum(call.num_queries for call in calls) for calls in rows]
+    # Splits, not slices: the backward pass of a split writes each part once, that of a slice fills a tensor with zeros.
+    outputs = []
+    for calls, q, k, v in zip(rows, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
+        stop = 0
+        for call, queries in zip(calls, q.split([call.num_queries for call in calls], 2), strict=True):
+            stop += call.num_queries
+            keys, values = (k, v) if stop == k.shape[2] else (k[:, :, :stop], v[:, :, :stop])
+            output = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=call.mask, is_causal=call.mask is None, scale=scale
+            )
+            outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+@cache
+def _compiled_flex() -> Any:
+    """Compiled once, and again for the first other size: from then on for any."""
+    return torch.compile(flex_attention)
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
+) -> Tensor:
+    """`flex_attention`, which skips the blocks that hold nothing visible."""
+    run = flex_attention if query.device.type == "cpu" else _compiled_flex()  # eager on a CPU: for tests alone
+    grouped = query.shape[1] != key.shape[1]
+    output = run(query, key, value, block_mask=layout.block_mask(window), scale=scale, enable_gqa=grouped)
+    return output.transpose(1, 2)
+
+
+AttentionInterface.register(PACKED, _attention)
+AttentionMaskInterface.register(PACKED, _mask)
+
+
+def use_packed_attention(model: Any) -> None:
+    """Switches a model to `packed`, and compares it with itself: two packed pairs against their four sequences.
+
+    Raises:
+        UserError: for an attention that was asked for and is not this one, and for a model that does not take its
+            attention, mask or positions from where the others do.
+    """
+    if model.config._attn_implementation == PACKED:
+        return
+    if model.config._attn_implementation != "sdpa":
+        raise UserError(
+            f"packing=true computes attention by itself; model.attn_implementation={model.config._attn_implementation} "
+            "needs packing=false (slower), or leave model.attn_implementation=sdpa"
+        )
+    model.set_attn_implementation(PACKED)
+    _check(model)
+
+
+@torch.no_grad()
+def _check(model: Any) -> None:
+    """Hidden states of packed pairs are those of each sequence alone, up to the rounding of the weights' dtype."""
+    device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4, 2), (2, 1, 5)]
+    ids = [torch.randint(vocabulary, (sum(shape),), generator=generator).to(device) for shape in shapes]
+    alone, positions = [], []
+    for row, shape in zip(ids, shapes, strict=True):
+        before, *responses = row.split(shape)
+        for n, response in enumerate(responses):
+            sequence = torch.cat([before, response])
+            states = model.base_model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
+            skipped = 0 if n == 0 else len(before)
+            alone.append(states[skipped:])
+            positions.append(torch.arange(skipped, len(sequence), device=device))
+    lengths = torch.tensor(shapes, device=device)
+    packed = packed_states(model, torch.cat(ids), torch.cat(positions), lengths)
+    expected = torch.cat(alone)
+    error = ((packed - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    tolerance = 1e-3 if expected.dtype.itemsize > 2 else 0.1
+    if not error <= tolerance:
+        raise UserError(
+            f"{type(model).__name__} computes other states for packed rows than for each sequence alone (relative "
+            f"difference {error:.1g}, at most {tolerance} is rounding): it does not attend, mask or count positions as "
+            "Llama, Mistral, Qwen, GPT-NeoX, GPT-2 and GPT-J do. Write packing=false."
+        )
+
+
+def packed_states(model: Any, input_ids: Tensor, position_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Last hidden states of packed rows, (T, D); see `trainers.packing.collate_packed` for the arguments."""
+    assert model.config._attn_implementation == PACKED, "use_packed_attention was not called for this model"
+    with packed_layout(PackedLayout(lengths, len(input_ids))):
+        output = model.base_model(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
+    return output.last_hidden_state[0]
