@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from config.checks import check_evaluate
+from config.checks_evaluate import check_evaluate
 from config.errors import UserError
 from config.named import expand_named
 from config.schema import run_entrypoint

@@ -6,10 +6,8 @@ Nothing is loaded here: folders are looked at, not read.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from typing import Any
 import torch
 
 from config.paths import find_path
+from config.ranges import above, at_least, existing_path, neighbours, one_of, share
 from config.settings import (
     MISSING,
     DatasetSettings,
-    EvaluateConfig,
     GenerationSettings,
     InduceConfig,
     LocalExpertSettings,
@@ -91,28 +89,28 @@ def check_induce(config: InduceConfig) -> list[str]:
     unused = tuple(key for key, is_needed in needed.items() if not is_needed)
     errors = [
         *(line for line in missing_values(config) if not line.startswith(unused)),
-        *_one_of("stage", stage, INDUCE_STAGES),
-        *_one_of("format", config.format, ("all", "jsonl", "parquet")),
-        *_one_of("corpus.on_bad_row", config.corpus.on_bad_row, ("drop", "error")),
-        *_existing_path("corpus.path", config.corpus.path),
-        *_existing_path("exclude", config.exclude),
-        *_existing_path("path", config.path),
-        *_at_least("corpus.max_rows", config.corpus.max_rows, 1),
-        *_at_least("max_same_chosen", config.max_same_chosen, 1),
-        *_share("exclude_similarity", config.exclude_similarity),
-        *_share("duplicates.threshold", config.duplicates.threshold),
-        *_one_of("duplicates.index", config.duplicates.index, ("memory", "disk")),
-        *_check_device(config.device),
+        *one_of("stage", stage, INDUCE_STAGES),
+        *one_of("format", config.format, ("all", "jsonl", "parquet")),
+        *one_of("corpus.on_bad_row", config.corpus.on_bad_row, ("drop", "error")),
+        *existing_path("corpus.path", config.corpus.path),
+        *existing_path("exclude", config.exclude),
+        *existing_path("path", config.path),
+        *at_least("corpus.max_rows", config.corpus.max_rows, 1),
+        *at_least("max_same_chosen", config.max_same_chosen, 1),
+        *share("exclude_similarity", config.exclude_similarity),
+        *share("duplicates.threshold", config.duplicates.threshold),
+        *one_of("duplicates.index", config.duplicates.index, ("memory", "disk")),
+        *check_device(config.device),
         *_check_induction(config),
         *(_check_model(config.model, "model") if needs_model else []),
         *(_check_server(config.generation.server, "generation.server") if needs_server else []),
         *_check_roundtrip(config.roundtrip, has_roundtrip),
-        *(_check_expert(config.expert) if needs_expert else []),
+        *(check_expert(config.expert) if needs_expert else []),
     ]
     if stage == "audit" and config.path is None:
         errors.append("stage=audit reads a dataset: write path=..., a file or folder with the columns of `si`")
     index, count = config.shard.index, config.shard.count
-    errors += _at_least("shard.count", count, 1)
+    errors += at_least("shard.count", count, 1)
     if index is not None and (index < 0 or (count is not None and index >= max(count, 1))):
         last = f"{count - 1}" if count else "shard.count - 1"
         errors.append(f"shard.index={index}: shards are numbered from 0 to {last}")
@@ -121,12 +119,12 @@ def check_induce(config: InduceConfig) -> list[str]:
 
 def _check_induction(config: InduceConfig) -> list[str]:
     generation = config.generation
-    errors = _check_generation(generation, "generation")
-    errors += _one_of("generation.backend", generation.backend, ("hf", "vllm", "openai"))
-    errors += _at_least("generation.num_candidates", generation.num_candidates, 1)
-    errors += _at_least("generation.vllm.tensor_parallel", generation.vllm.tensor_parallel, 1)
-    errors += _at_least("generation.vllm.max_length", generation.vllm.max_length, 1)
-    errors += _share("generation.vllm.memory_fraction", generation.vllm.memory_fraction)
+    errors = check_generation(generation, "generation")
+    errors += one_of("generation.backend", generation.backend, ("hf", "vllm", "openai"))
+    errors += at_least("generation.num_candidates", generation.num_candidates, 1)
+    errors += at_least("generation.vllm.tensor_parallel", generation.vllm.tensor_parallel, 1)
+    errors += at_least("generation.vllm.max_length", generation.vllm.max_length, 1)
+    errors += share("generation.vllm.memory_fraction", generation.vllm.memory_fraction)
     several = generation.num_candidates > 1
     if several and config.roundtrip.model.name_or_path == MISSING and config.stage in ("all", "induce", "filter"):
         errors.append(
@@ -147,89 +145,14 @@ def _check_roundtrip(roundtrip: RoundTripSettings, has_model: bool) -> list[str]
         errors.append(
             f"roundtrip.threshold={roundtrip.threshold} needs scores: give roundtrip.model.name_or_path=FOLDER"
         )
-    errors += _one_of("roundtrip.template", roundtrip.template, ("alpaca", "hh", "plain", "chat"))
-    errors += _share("roundtrip.top_fraction", roundtrip.top_fraction)
-    errors += _at_least("roundtrip.max_length", roundtrip.max_length, 2)
-    errors += _at_least("roundtrip.max_batch_tokens", roundtrip.max_batch_tokens, 1)
+    errors += one_of("roundtrip.template", roundtrip.template, ("alpaca", "hh", "plain", "chat"))
+    errors += share("roundtrip.top_fraction", roundtrip.top_fraction)
+    errors += at_least("roundtrip.max_length", roundtrip.max_length, 2)
+    errors += at_least("roundtrip.max_batch_tokens", roundtrip.max_batch_tokens, 1)
     if roundtrip.threshold is not None and roundtrip.top_fraction is not None:
         errors.append(
             f"roundtrip.threshold={roundtrip.threshold}, roundtrip.top_fraction={roundtrip.top_fraction}: two ways to "
             "draw one line, set one of them"
-        )
-    return errors
-
-
-def _share(key: str, value: float | None) -> list[str]:
-    return [] if value is None or 0 < value <= 1 else [f"{key}={value}: must lie in (0, 1]"]
-
-
-def check_evaluate(config: EvaluateConfig) -> list[str]:
-    """All errors of an evaluation command."""
-    errors = [
-        *missing_values(config),
-        *_one_of("responses", config.responses, ("generate", "csv")),
-        *_check_device(config.device),
-        *_check_generation(config.generation, "generation"),
-        *(_check_expert(config.expert) if config.expert is not None else []),
-        *(re.sub(r"\bexpert\.", "second_expert.", line) for line in _check_second_expert(config.second_expert)),
-        *_one_of("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled")),
-        *_check_evaluation_parts(config),
-    ]
-    if config.expert is None and config.prompts and not config.compare:
-        errors.append(f"expert is not set: write expert=..., {EXAMPLES['expert']}")
-    for name, prompts in config.prompts.items():
-        errors += _existing_path(f"prompts.{name}.path", prompts.path)
-        errors += _at_least(f"prompts.{name}.max_rows", prompts.max_rows, 1)
-        if prompts.kind is not None:
-            errors += _one_of(f"prompts.{name}.kind", prompts.kind, ("unsafe", "benign", "near"))
-    for name, model in config.models.items():
-        errors += _one_of(f"models.{name}.template", model.template, ("alpaca", "hh", "plain", "chat"))
-        errors += _one_of(f"models.{name}.dtype", model.dtype, DTYPES)
-        errors += _check_model_path(f"models.{name}.path", model.path)
-    for path in config.training_data:
-        errors += _existing_path("training_data", path)
-    return errors
-
-
-def _check_second_expert(expert: Any) -> list[str]:
-    return [] if expert is None else _check_expert(expert)
-
-
-def _check_evaluation_parts(config: EvaluateConfig) -> list[str]:
-    """The parts of an evaluation that a command asks for, and what each of them needs."""
-    helpfulness, rewards, downstream = config.helpfulness, config.rewards, config.downstream
-    errors = _at_least("samples_per_set", config.samples_per_set, 0) + _above("rewards.beta", rewards.beta, 0)
-    for name in ("max_prompt_length", "batch_size"):
-        errors += _at_least(f"rewards.{name}", rewards.__dict__[name], 1)
-    if rewards.max_prompt_length >= rewards.max_length:
-        errors.append(
-            f"rewards.max_prompt_length={rewards.max_prompt_length} must be smaller than "
-            f"rewards.max_length={rewards.max_length}: that counts prompt and response together"
-        )
-    for kind in helpfulness.kinds:
-        errors += _one_of("helpfulness.kinds", kind, ("unsafe", "benign", "near"))
-    for name in ("limit", "batch_size"):
-        errors += _at_least(f"downstream.{name}", downstream.__dict__[name], 1)
-    errors += _at_least("downstream.num_fewshot", downstream.num_fewshot, 0)
-    errors += _existing_path("downstream.include_path", downstream.include_path)
-    errors += _existing_path("rewards.path", rewards.path)
-    if config.compare:
-        return errors
-    if not config.prompts and not downstream.tasks and rewards.path is None:
-        errors.append("no prompts: give at least one set with prompts.NAME.path=FILE")
-    if not config.models and config.responses == "generate":
-        errors.append("no models: name at least one, models.NAME.path=FOLDER (a model folder, or a run of train.py)")
-    if config.models and config.responses == "csv":
-        errors.append(
-            "responses=csv takes the columns of the prompt files as models: leave models.* out, or responses=csv"
-        )
-    if config.models and helpfulness.baseline is not None:
-        errors += _one_of("helpfulness.baseline", helpfulness.baseline, list(config.models))
-    if rewards.path is not None:
-        errors += (
-            ["rewards.reference is not set: name the model of models.NAME that the others were trained from"]
-            if rewards.reference is None
-            else _one_of("rewards.reference", rewards.reference, list(config.models))
         )
     return errors
 
@@ -254,8 +177,8 @@ def _check_loss(loss: Any) -> list[str]:
     if loss == MISSING:
         return []
     if not isinstance(loss, PreferenceLossSettings):
-        return _one_of("loss.reduction", loss.reduction, ("sequence_sum", "token_mean"))
-    errors = _above("loss.beta", loss.beta, 0) + _at_least("loss.nll_weight", loss.nll_weight, 0)
+        return one_of("loss.reduction", loss.reduction, ("sequence_sum", "token_mean"))
+    errors = above("loss.beta", loss.beta, 0) + at_least("loss.nll_weight", loss.nll_weight, 0)
     if not 0 <= loss.label_smoothing < 0.5:
         errors.append(
             f"loss.label_smoothing={loss.label_smoothing}: must lie in [0, 0.5); at 0.5 both responses count the same"
@@ -269,32 +192,32 @@ def _check_datasets(datasets: dict[str, DatasetSettings]) -> list[str]:
     errors: list[str] = []
     for name, settings in datasets.items():
         key = f"datasets.{name}"
-        errors += _existing_path(f"{key}.path", settings.path)
-        errors += _existing_path(f"{key}.eval_path", settings.eval_path)
-        errors += _existing_path(f"{key}.exclude", settings.exclude)
-        errors += _one_of(f"{key}.schema", settings.schema, ("si", "alpaca", "hh"))
-        errors += _one_of(f"{key}.template", settings.template, ("alpaca", "hh", "plain", "chat"))
-        errors += _one_of(f"{key}.on_bad_row", settings.on_bad_row, ("drop", "error"))
-        errors += _at_least(f"{key}.max_rows", settings.max_rows, 1)
+        errors += existing_path(f"{key}.path", settings.path)
+        errors += existing_path(f"{key}.eval_path", settings.eval_path)
+        errors += existing_path(f"{key}.exclude", settings.exclude)
+        errors += one_of(f"{key}.schema", settings.schema, ("si", "alpaca", "hh"))
+        errors += one_of(f"{key}.template", settings.template, ("alpaca", "hh", "plain", "chat"))
+        errors += one_of(f"{key}.on_bad_row", settings.on_bad_row, ("drop", "error"))
+        errors += at_least(f"{key}.max_rows", settings.max_rows, 1)
         if not 0 <= settings.eval_fraction < 1:
             errors.append(f"{key}.eval_fraction={settings.eval_fraction}: must lie in [0, 1); 0.05 holds out 5%")
     return errors
 
 
 def _check_run(config: TrainConfig) -> list[str]:
-    errors = _check_device(config.device)
+    errors = check_device(config.device)
     errors += _check_trainer(config)
-    errors += _one_of("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
-    errors += _one_of("on_non_finite", config.on_non_finite, ("stop", "skip"))
-    errors += _at_least("checkpoint.every_examples", config.checkpoint.every_examples, 1)
-    errors += _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    errors += one_of("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
+    errors += one_of("on_non_finite", config.on_non_finite, ("stop", "skip"))
+    errors += at_least("checkpoint.every_examples", config.checkpoint.every_examples, 1)
+    errors += at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     best = config.checkpoint.keep_best
     if best is not None and "eval" not in best:
         errors.append(
             f"checkpoint.keep_best={best}: must be what an evaluation measures, such as loss/eval or "
             "rewards_eval/accuracies"
         )
-    errors += _at_least("seed", config.seed, 0)
+    errors += at_least("seed", config.seed, 0)
     is_folder_name = re.fullmatch(r"[\w.,=+-][\w.,=+ -]*", config.exp_name) and ".." not in config.exp_name
     if config.exp_name != MISSING and not is_folder_name:
         errors.append(
@@ -310,9 +233,9 @@ def _check_run(config: TrainConfig) -> list[str]:
 
 def _check_trainer(config: TrainConfig) -> list[str]:
     trainer = config.trainer
-    errors = _one_of("trainer.name", trainer.name, ("BasicTrainer", "FSDPTrainer"))
-    errors += _at_least("trainer.num_processes", trainer.num_processes, 1)
-    errors += _at_least("trainer.num_replicas", trainer.num_replicas, 1)
+    errors = one_of("trainer.name", trainer.name, ("BasicTrainer", "FSDPTrainer"))
+    errors += at_least("trainer.num_processes", trainer.num_processes, 1)
+    errors += at_least("trainer.num_replicas", trainer.num_replicas, 1)
     if trainer.name == "BasicTrainer":
         plain = TrainerSettings(compile=trainer.compile)
         for name in ("num_processes", "num_replicas", "reshard_after_forward", "cpu_offload"):
@@ -337,11 +260,11 @@ def _check_trainer(config: TrainConfig) -> list[str]:
 def _check_batches(config: TrainConfig) -> list[str]:
     errors: list[str] = []
     for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_prompt_length", "eval_every"):
-        errors += _at_least(name, config.__dict__[name], 1)
+        errors += at_least(name, config.__dict__[name], 1)
     for name in ("max_tokens_per_microbatch", "n_epochs", "n_examples", "n_eval_examples", "max_new_tokens"):
-        errors += _at_least(name, config.__dict__[name], 1)
-    errors += _at_least("n_eval_model_samples", config.n_eval_model_samples, 0)
-    errors += _at_least("minimum_log_interval_secs", config.minimum_log_interval_secs, 0)
+        errors += at_least(name, config.__dict__[name], 1)
+    errors += at_least("n_eval_model_samples", config.n_eval_model_samples, 0)
+    errors += at_least("minimum_log_interval_secs", config.minimum_log_interval_secs, 0)
     if config.packing and config.model.attn_implementation != "sdpa":
         errors.append(
             f"model.attn_implementation={config.model.attn_implementation}: packing=true attends by itself and "
@@ -363,9 +286,9 @@ def _check_batches(config: TrainConfig) -> list[str]:
 
 
 def _check_optimizer(config: TrainConfig) -> list[str]:
-    errors = _above("lr", config.lr, 0) + _above("max_grad_norm", config.max_grad_norm, 0)
-    errors += _one_of("lr_scheduler", config.lr_scheduler, SCHEDULERS)
-    errors += _at_least("warmup_steps", config.warmup_steps, 0)
+    errors = above("lr", config.lr, 0) + above("max_grad_norm", config.max_grad_norm, 0)
+    errors += one_of("lr_scheduler", config.lr_scheduler, SCHEDULERS)
+    errors += at_least("warmup_steps", config.warmup_steps, 0)
     if config.warmup_ratio is not None and not 0 <= config.warmup_ratio < 1:
         errors.append(f"warmup_ratio={config.warmup_ratio}: must lie in [0, 1); 0.03 warms up over 3% of the steps")
     known: dict[str, Any] = {
@@ -374,7 +297,7 @@ def _check_optimizer(config: TrainConfig) -> list[str]:
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in UNUSABLE_OPTIMIZERS
     }
     if config.optimizer not in known:
-        return errors + _one_of("optimizer", config.optimizer, sorted(known))
+        return errors + one_of("optimizer", config.optimizer, sorted(known))
     try:
         known[config.optimizer]([torch.nn.Parameter(torch.zeros(1))], lr=1e-3, **config.optimizer_args)
     except (TypeError, ValueError) as error:
@@ -383,23 +306,23 @@ def _check_optimizer(config: TrainConfig) -> list[str]:
 
 
 def _check_model(model: ModelSettings, key: str) -> list[str]:
-    errors = _one_of(f"{key}.policy_dtype", model.policy_dtype, DTYPES)
+    errors = one_of(f"{key}.policy_dtype", model.policy_dtype, DTYPES)
     for name in ("fsdp_policy_mp", "reference_dtype"):
         if model.__dict__[name] is not None:
-            errors += _one_of(f"{key}.{name}", model.__dict__[name], DTYPES)
-    errors += _one_of(f"{key}.attn_implementation", model.attn_implementation, ("sdpa", "eager", "flash_attention_2"))
+            errors += one_of(f"{key}.{name}", model.__dict__[name], DTYPES)
+    errors += one_of(f"{key}.attn_implementation", model.attn_implementation, ("sdpa", "eager", "flash_attention_2"))
     if model.autocast is not None:
-        errors += _one_of(f"{key}.autocast", model.autocast, ("bfloat16",))
-    errors += _check_model_path(f"{key}.name_or_path", model.name_or_path)
+        errors += one_of(f"{key}.autocast", model.autocast, ("bfloat16",))
+    errors += check_model_path(f"{key}.name_or_path", model.name_or_path)
     if model.archive is not None and not find_path(model.archive).exists():
         errors.append(
-            f"{key}.archive={model.archive}: there is no such file or folder{_neighbours(model.archive)}. Give a run, "
+            f"{key}.archive={model.archive}: there is no such file or folder{neighbours(model.archive)}. Give a run, "
             "a checkpoint, a model folder, or a policy.pt"
         )
     return errors
 
 
-def _check_model_path(key: str, value: str) -> list[str]:
+def check_model_path(key: str, value: str) -> list[str]:
     """A model folder that is not there, or holds no weights. What may be an id on the hub is left to the loader."""
     path = find_path(value)
     if value == MISSING or path.is_file():
@@ -408,7 +331,7 @@ def _check_model_path(key: str, value: str) -> list[str]:
         is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) and not value.startswith(".")
         if is_hub_id and not (path.parent != Path(".") and path.parent.is_dir()):
             return []
-        return [f"{key}={value}: there is no such folder{_neighbours(value)}"]
+        return [f"{key}={value}: there is no such folder{neighbours(value)}"]
     if (path / "LATEST").exists() or (path / "model").is_dir():
         return []  # a run or a checkpoint
     if not (path / "config.json").is_file():
@@ -418,14 +341,15 @@ def _check_model_path(key: str, value: str) -> list[str]:
     return []
 
 
-def _check_expert(expert: Any) -> list[str]:
+def check_expert(expert: Any) -> list[str]:
+    """The settings of an expert, whichever it is."""
     if isinstance(expert, RulesExpertSettings):
-        return _existing_path("expert.path", expert.path)
+        return existing_path("expert.path", expert.path)
     if isinstance(expert, LocalExpertSettings):
         return [
             *_check_model(expert.model, "expert.model"),
-            *_one_of("expert.template", expert.template, ("alpaca", "hh", "plain", "chat")),
-            *_check_generation(expert.generation, "expert.generation"),
+            *one_of("expert.template", expert.template, ("alpaca", "hh", "plain", "chat")),
+            *check_generation(expert.generation, "expert.generation"),
         ]
     if isinstance(expert, OpenAIExpertSettings):
         return [*_check_server(expert, "expert"), *_check_budget(expert)]
@@ -433,10 +357,10 @@ def _check_expert(expert: Any) -> list[str]:
 
 
 def _check_server(server: ServerSettings, key: str) -> list[str]:
-    errors = _at_least(f"{key}.concurrency", server.concurrency, 1)
-    errors += _at_least(f"{key}.max_retries", server.max_retries, 0)
-    errors += _above(f"{key}.timeout_seconds", server.timeout_seconds, 0)
-    errors += _above(f"{key}.patience_seconds", server.patience_seconds, 0)
+    errors = at_least(f"{key}.concurrency", server.concurrency, 1)
+    errors += at_least(f"{key}.max_retries", server.max_retries, 0)
+    errors += above(f"{key}.timeout_seconds", server.timeout_seconds, 0)
+    errors += above(f"{key}.patience_seconds", server.patience_seconds, 0)
     if not os.environ.get(server.api_key_env):
         errors.append(
             f"the environment variable {server.api_key_env} ({key}.api_key_env) is not set: export the key of the "
@@ -446,10 +370,10 @@ def _check_server(server: ServerSettings, key: str) -> list[str]:
 
 
 def _check_budget(expert: OpenAIExpertSettings) -> list[str]:
-    errors = _at_least("expert.max_new_tokens", expert.max_new_tokens, 1)
-    errors += _one_of("expert.structured_output", expert.structured_output, ("auto", "always", "never"))
-    errors += _at_least("expert.price_prompt", expert.price_prompt, 0)
-    errors += _at_least("expert.price_completion", expert.price_completion, 0)
+    errors = at_least("expert.max_new_tokens", expert.max_new_tokens, 1)
+    errors += one_of("expert.structured_output", expert.structured_output, ("auto", "always", "never"))
+    errors += at_least("expert.price_prompt", expert.price_prompt, 0)
+    errors += at_least("expert.price_completion", expert.price_completion, 0)
     for name in ("max_cost", "max_tokens"):
         limit = expert.__dict__[name]
         if limit is not None and not limit > 0:
@@ -465,49 +389,20 @@ def _check_budget(expert: OpenAIExpertSettings) -> list[str]:
     return errors
 
 
-def _check_generation(generation: GenerationSettings, key: str) -> list[str]:
-    errors = _at_least(f"{key}.max_new_tokens", generation.max_new_tokens, 1)
-    errors += _at_least(f"{key}.temperature", generation.temperature, 0)
-    errors += _at_least(f"{key}.max_batch_tokens", generation.max_batch_tokens, 1)
+def check_generation(generation: GenerationSettings, key: str) -> list[str]:
+    """Decoding parameters out of range."""
+    errors = at_least(f"{key}.max_new_tokens", generation.max_new_tokens, 1)
+    errors += at_least(f"{key}.temperature", generation.temperature, 0)
+    errors += at_least(f"{key}.max_batch_tokens", generation.max_batch_tokens, 1)
     if not 0 < generation.top_p <= 1:
         errors.append(f"{key}.top_p={generation.top_p}: must lie in (0, 1]")
     return errors
 
 
-def _check_device(device: str) -> list[str]:
+def check_device(device: str) -> list[str]:
+    """A device that this machine has not."""
     if not re.fullmatch(DEVICES, device):
         return [f"device={device}: must be auto, cpu or cuda"]
     if device.startswith("cuda") and not torch.cuda.is_available():
         return [f"device={device}: no CUDA device is visible to this process; write device=cpu or device=auto"]
     return []
-
-
-def _one_of(key: str, value: str, choices: Sequence[str]) -> list[str]:
-    if value in choices or value == MISSING:
-        return []
-    guess = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-    meant = f"; did you mean {guess[0]}?" if guess else ""
-    return [f"{key}={value}: no such choice{meant} Choices: {', '.join(choices)}"]
-
-
-def _at_least(key: str, value: float | None, least: float) -> list[str]:
-    return [f"{key}={value}: must be {least} or more"] if value is not None and not value >= least else []
-
-
-def _above(key: str, value: float, bound: float) -> list[str]:
-    return [] if value > bound and value != float("inf") else [f"{key}={value}: must be above {bound}, and finite"]
-
-
-def _existing_path(key: str, value: str | None) -> list[str]:
-    if not value or value == MISSING or find_path(value).exists():
-        return []
-    return [f"{key}={value}: there is no such file or folder{_neighbours(value)}"]
-
-
-def _neighbours(value: str) -> str:
-    """`; did you mean ...?`, from the folder that the path points into."""
-    path = Path(value).expanduser()
-    if not path.parent.is_dir():
-        return f" ({path.parent} does not exist either)"
-    names = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6)
-    return f"; did you mean {path.parent / names[0]}?" if names else ""
