@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from config.errors import UserError
 from config.named import expand_named
 from config.schema import run_entrypoint
 from config.settings import MISSING, DatasetSettings, EvaluateConfig
-from safer_instruct.answers import WHOLE, Respondent
+from safer_instruct.answers import WHOLE, Respondent, describe_decoding
 from safer_instruct.comparisons import compare_models
 from safer_instruct.curves import plot_compared, plot_runs, read_curves
 from safer_instruct.downstream import encode_choice
@@ -248,7 +248,7 @@ def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
     run = {
         **_describe_run(config, {}),
         "judge": {"name": ", ".join(sorted(judges)), "fingerprint": "/".join(sorted(fingerprints))},
-        "generation": first.report["run"]["generation"] if first is not None else asdict(config.generation),
+        "generation": first.report["run"]["generation"] if first is not None else describe_decoding(config.generation),
     }
     report = build_report(
         models=models, prompts=first.report["prompts"] if first is not None else {}, overlaps=[], notes=notes,
@@ -334,7 +334,7 @@ def _describe_run(config: EvaluateConfig, seconds: Mapping[str, float]) -> dict[
         "stages": [{"name": "evaluate", "command": command, "seconds": seconds["total"]}] if seconds else [],
         "seconds": dict(seconds),
         "seed": config.generation.seed,
-        "generation": asdict(config.generation),
+        "generation": describe_decoding(config.generation),
         "git": git_state(),
         "versions": package_versions(),
     }

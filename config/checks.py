@@ -18,6 +18,7 @@ from config.paths import find_path
 from config.ranges import above, at_least, existing_path, neighbours, one_of, share
 from config.settings import (
     MISSING,
+    BackendSettings,
     DatasetSettings,
     GenerationSettings,
     InduceConfig,
@@ -103,7 +104,7 @@ def check_induce(config: InduceConfig) -> list[str]:
         *check_device(config.device),
         *_check_induction(config),
         *(_check_model(config.model, "model") if needs_model else []),
-        *(_check_server(config.generation.server, "generation.server") if needs_server else []),
+        *(check_server(config.generation.server, "generation.server") if needs_server else []),
         *_check_roundtrip(config.roundtrip, has_roundtrip),
         *(check_expert(config.expert) if needs_expert else []),
     ]
@@ -119,12 +120,7 @@ def check_induce(config: InduceConfig) -> list[str]:
 
 def _check_induction(config: InduceConfig) -> list[str]:
     generation = config.generation
-    errors = check_generation(generation, "generation")
-    errors += one_of("generation.backend", generation.backend, ("hf", "vllm", "openai"))
-    errors += at_least("generation.num_candidates", generation.num_candidates, 1)
-    errors += at_least("generation.vllm.tensor_parallel", generation.vllm.tensor_parallel, 1)
-    errors += at_least("generation.vllm.max_length", generation.vllm.max_length, 1)
-    errors += share("generation.vllm.memory_fraction", generation.vllm.memory_fraction)
+    errors = check_backend(generation) + at_least("generation.num_candidates", generation.num_candidates, 1)
     several = generation.num_candidates > 1
     if several and config.roundtrip.model.name_or_path == MISSING and config.stage in ("all", "induce", "filter"):
         errors.append(
@@ -137,6 +133,15 @@ def _check_induction(config: InduceConfig) -> list[str]:
             "would be the same; give a temperature, for example generation.temperature=0.7"
         )
     return errors
+
+
+def check_backend(generation: BackendSettings) -> list[str]:
+    """How a model is run, its server apart."""
+    errors = check_generation(generation, "generation")
+    errors += one_of("generation.backend", generation.backend, ("hf", "vllm", "openai"))
+    errors += at_least("generation.vllm.tensor_parallel", generation.vllm.tensor_parallel, 1)
+    errors += at_least("generation.vllm.max_length", generation.vllm.max_length, 1)
+    return errors + share("generation.vllm.memory_fraction", generation.vllm.memory_fraction)
 
 
 def _check_roundtrip(roundtrip: RoundTripSettings, has_model: bool) -> list[str]:
@@ -352,11 +357,12 @@ def check_expert(expert: Any) -> list[str]:
             *check_generation(expert.generation, "expert.generation"),
         ]
     if isinstance(expert, OpenAIExpertSettings):
-        return [*_check_server(expert, "expert"), *_check_budget(expert)]
+        return [*check_server(expert, "expert"), *_check_budget(expert)]
     return []
 
 
-def _check_server(server: ServerSettings, key: str) -> list[str]:
+def check_server(server: ServerSettings, key: str) -> list[str]:
+    """The settings of a server, its name and address apart."""
     errors = at_least(f"{key}.concurrency", server.concurrency, 1)
     errors += at_least(f"{key}.max_retries", server.max_retries, 0)
     errors += above(f"{key}.timeout_seconds", server.timeout_seconds, 0)

@@ -8,23 +8,25 @@ from typing import Any
 from config.checks import (
     DTYPES,
     EXAMPLES,
+    check_backend,
     check_device,
     check_expert,
-    check_generation,
     check_model_path,
+    check_server,
     missing_values,
 )
 from config.ranges import above, at_least, existing_path, one_of
-from config.settings import EvaluateConfig
+from config.settings import MISSING, EvaluateConfig
 
 
 def check_evaluate(config: EvaluateConfig) -> list[str]:
     """All errors of an evaluation command."""
     errors = [
-        *missing_values(config),
+        *(line for line in missing_values(config) if not line.startswith("generation.server.")),
         *one_of("responses", config.responses, ("generate", "csv")),
         *check_device(config.device),
-        *check_generation(config.generation, "generation"),
+        *check_backend(config.generation),
+        *_check_servers(config),
         *(check_expert(config.expert) if config.expert is not None else []),
         *(re.sub(r"\bexpert\.", "second_expert.", line) for line in _check_second_expert(config.second_expert)),
         *one_of("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled")),
@@ -44,6 +46,24 @@ def check_evaluate(config: EvaluateConfig) -> list[str]:
     for path in config.training_data:
         errors += existing_path("training_data", path)
     return errors
+
+
+def _check_servers(config: EvaluateConfig) -> list[str]:
+    """Each model's name at its server, if the models are behind servers."""
+    server = config.generation.server
+    if config.generation.backend != "openai":
+        return [
+            f"models.{name}.{key}={value}: only generation=openai asks a server; leave it out, or write that"
+            for name, model in config.models.items()
+            for key, value in (("served_as", model.served_as), ("base_url", model.base_url))
+            if value is not None
+        ]
+    unnamed = [name for name, model in config.models.items() if (model.served_as or server.model) == MISSING]
+    return check_server(server, "generation.server") + [
+        f"models.{name}.served_as is not set: write the name under which the server knows the model, or once for all "
+        "models generation.server.model=NAME"
+        for name in unnamed
+    ]
 
 
 def _check_second_expert(expert: Any) -> list[str]:

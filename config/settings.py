@@ -236,13 +236,19 @@ class VLLMSettings:
 
 
 @dataclass
-class InductionSettings(GenerationSettings):
-    """How the reversed model is run, by `generation=hf`, `vllm` or `openai`."""
+class BackendSettings(GenerationSettings):
+    """How a model is run, by `generation=hf`, `vllm` or `openai`."""
 
     backend: str = "hf"  # hf: transformers in this process | vllm: its offline engine | openai: a server that has it
-    num_candidates: int = 1  # instructions of each response, of which the round-trip score keeps the best
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
     server: ServerSettings = field(default_factory=ServerSettings)  # of backend=openai
+
+
+@dataclass
+class InductionSettings(BackendSettings):
+    """How the reversed model is run."""
+
+    num_candidates: int = 1  # instructions of each response, of which the round-trip score keeps the best
 
 
 @dataclass
@@ -307,6 +313,8 @@ class EvaluatedModelSettings:
     base: str | None = None  # where path is a policy.pt: the folder with its architecture and tokenizer
     template: str = "alpaca"
     dtype: str = "float32"
+    served_as: str | None = None  # generation=openai: its name at the server; null: generation.server.model
+    base_url: str | None = None  # generation=openai: a server of its own; null: generation.server.base_url
 
 
 @dataclass
@@ -352,7 +360,7 @@ class EvaluateConfig:
     columns: list[str] = field(default_factory=list)  # responses=csv: columns to judge; []: all but the prompt's own
     expert: Any = None  # the judge, by `expert=`; needed where there are prompts
     second_expert: Any = None  # another judge (expert@second_expert=...): their agreement is reported
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    generation: BackendSettings = field(default_factory=BackendSettings)
     stop: list[str] = field(default_factory=list)  # an answer ends before the first of these strings
     shard: ShardSettings = field(default_factory=ShardSettings)  # part of the prompts: answered and judged, no report
     helpfulness: HelpfulnessSettings = field(default_factory=HelpfulnessSettings)

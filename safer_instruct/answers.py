@@ -12,12 +12,12 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from config.paths import find_path
-from config.settings import EvaluatedModelSettings, GenerationSettings, ModelSettings
+from config.settings import BackendSettings, EvaluatedModelSettings, ModelSettings
 from safer_instruct.examples import in_shard, text_id
 from safer_instruct.ledger import Ledger, read_ledger
 from safer_instruct.prompt_sets import EvaluationPrompt
@@ -57,10 +57,12 @@ class Respondent:
 
     name: str
     path: str
-    model: ModelSettings
+    model: ModelSettings  # behind a server, too: its tokenizer has the template, and its files are its identity
     template: str
     prompt: str  # hash of the template's text: another wording is asked again
     fingerprint: str
+    served_as: str | None = None  # its name at a server, where that is not the one of `generation.server`
+    base_url: str | None = None  # of a server of its own
 
 
 def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
@@ -81,7 +83,8 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
     prompt = text_id(render_prompt(settings.template, "", tokenizer=load_tokenizer(model)).text)
     if find_path(settings.path).exists() and (folder := resolve_archive(settings.path)).is_dir():
         check_weight_files(folder)
-    return Respondent(name, settings.path, model, settings.template, prompt, model_fingerprint(model))
+    served = {"served_as": settings.served_as, "base_url": settings.base_url}
+    return Respondent(name, settings.path, model, settings.template, prompt, model_fingerprint(model), **served)
 
 
 def prompt_key(prompt: EvaluationPrompt) -> str:
@@ -98,7 +101,7 @@ def generate_answers(
     respondent: Respondent,
     prompts: Iterable[EvaluationPrompt],
     *,
-    generation: GenerationSettings,
+    generation: BackendSettings,
     stop: Sequence[str],
     device: torch.device,
     folder: Path,
@@ -113,7 +116,9 @@ def generate_answers(
         UserError: The model cannot be loaded, the limits leave no room for a prompt, or the ledger is broken or in use.
     """
     prompt_identity = {"template": respondent.template, "prompt": respondent.prompt}
-    configuration = {"model": respondent.fingerprint, **prompt_identity, **_decoding(generation)}
+    configuration = {"model": respondent.fingerprint, **prompt_identity, **describe_decoding(generation)}
+    if generation.backend == "openai":
+        configuration["served_as"] = respondent.served_as or generation.server.model
     asked = {prompt_key(prompt): prompt for prompt in prompts}
     with _Records(folder, f"generate-{respondent.name}", configuration, shard) as records:
         missing = {key: prompt for key, prompt in asked.items() if key not in records}
@@ -134,14 +139,26 @@ def _to_answer(record: Mapping[str, Any], stop: Sequence[str]) -> Answer:
 
 
 def _generate(
-    respondent: Respondent, prompts: Mapping[str, EvaluationPrompt], settings: GenerationSettings, device: torch.device
+    respondent: Respondent, prompts: Mapping[str, EvaluationPrompt], settings: BackendSettings, device: torch.device
 ) -> Iterable[dict[str, Any]]:
-    from safer_instruct.generation import HFGenerator, Request
-    from safer_instruct.models import load_causal_lm, load_tokenizer
+    from safer_instruct.backends import build_generator
+    from safer_instruct.completions import Request
+    from safer_instruct.models import load_tokenizer
 
     tokenizer = load_tokenizer(respondent.model)
-    model = load_causal_lm(respondent.model).to(device)  # type: ignore[arg-type]  # a decorator hides nn.Module.to
-    generator = HFGenerator(model, tokenizer, settings, name=respondent.name, fingerprint=respondent.fingerprint)
+    server = replace(
+        settings.server,
+        model=respondent.served_as or settings.server.model,
+        base_url=respondent.base_url or settings.server.base_url,
+    )
+    generator = build_generator(
+        respondent.model,
+        replace(settings, server=server),
+        device,
+        template=render_prompt(respondent.template, "", tokenizer=tokenizer),
+        name=respondent.name,
+        fingerprint=respondent.fingerprint,
+    )
     requests = [
         Request(key, render_prompt(respondent.template, prompt.instruction, tokenizer=tokenizer))
         for key, prompt in prompts.items()
@@ -233,11 +250,11 @@ def _to_judgement(record: Mapping[str, Any]) -> Judgement:
     return Judgement(**{name: value for name, value in record.items() if name != "id"})
 
 
-def _decoding(generation: GenerationSettings) -> dict[str, Any]:
+def describe_decoding(generation: BackendSettings) -> dict[str, Any]:
     """The settings that an output depends on: no batch size, and no seed where nothing is drawn."""
-    if generation.temperature == 0:
-        return {"max_new_tokens": generation.max_new_tokens, "temperature": 0.0}
-    return {name: value for name, value in asdict(generation).items() if name != "max_batch_tokens"}
+    names = ["max_new_tokens", "temperature"] + ["top_p", "seed"] * (generation.temperature > 0)
+    backend = {} if generation.backend == "hf" else {"backend": generation.backend}
+    return {**{name: vars(generation)[name] for name in names}, **backend}
 
 
 def _ledger_path(folder: Path, stem: str, configuration: Mapping[str, Any]) -> Path:

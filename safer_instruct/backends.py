@@ -1,4 +1,4 @@
-"""Where the reversed model runs: in this process (transformers), in vLLM's offline engine, or behind a server.
+"""Where a model runs: in this process (transformers), in vLLM's offline engine, or behind a server.
 
 All are TextGenerators; which one is a setting (`generation=hf`, `vllm`, `openai`) and part of a ledger's header.
 """
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
-from config.settings import InductionSettings, ModelSettings
+from config.settings import BackendSettings, ModelSettings
 from safer_instruct.completions import Generation, Request, TextGenerator
 from safer_instruct.encoding import prompt_token_ids
 from safer_instruct.models import load_causal_lm, load_tokenizer, model_fingerprint, resolve_archive
-from safer_instruct.prompts import render_reversed
+from safer_instruct.prompts import Prompt, render_reversed
 
 if TYPE_CHECKING:
     import torch
 
 
-def reversed_model_identity(model: ModelSettings, generation: InductionSettings) -> tuple[str, str]:
+def reversed_model_identity(model: ModelSettings, generation: BackendSettings) -> tuple[str, str]:
     """Return (name, fingerprint) of the reversed model; nothing is loaded.
 
     Of paths only the last parts are told: a dataset that is passed on must not tell about the user's machine.
@@ -33,30 +33,55 @@ def reversed_model_identity(model: ModelSettings, generation: InductionSettings)
     return f"{name}@{Path(model.archive).name}" if model.archive else name, model_fingerprint(model)
 
 
-def build_reversed_model(model: ModelSettings, generation: InductionSettings, device: torch.device) -> TextGenerator:
+def build_reversed_model(model: ModelSettings, generation: BackendSettings, device: torch.device) -> TextGenerator:
     """Load the reversed model, or reach its server.
 
     Raises:
         UserError: It cannot be loaded or reached, or the template of its prompt has no room in its context.
     """
+    name, fingerprint = reversed_model_identity(model, generation)
+    return build_generator(model, generation, device, template=render_reversed(""), name=name, fingerprint=fingerprint)
+
+
+def build_generator(
+    model: ModelSettings,
+    generation: BackendSettings,
+    device: torch.device,
+    *,
+    template: Prompt,
+    name: str,
+    fingerprint: str,
+) -> TextGenerator:
+    """Load a model, or reach its server.
+
+    Args:
+        model: Where it is; of a model behind a server nothing is read.
+        generation: How it is run.
+        device: Of backend=hf.
+        template: A prompt with an empty body, for which there must be room.
+        name: Shown in reports.
+        fingerprint: Identifies the model in ledgers.
+
+    Raises:
+        UserError: It cannot be loaded or reached, or the template has no room in its context.
+    """
     if generation.backend == "openai":
         server = _server(generation)
         server.check()
         return server
-    name, fingerprint = reversed_model_identity(model, generation)
     if generation.backend == "vllm":
-        return VLLMGenerator(model, generation, name=name, fingerprint=fingerprint)
+        return VLLMGenerator(model, generation, template=template, name=name, fingerprint=fingerprint)
     from safer_instruct.generation import HFGenerator
 
     tokenizer = load_tokenizer(model)
     loaded = load_causal_lm(model)
     loaded.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     generator = HFGenerator(loaded, tokenizer, generation, name=name, fingerprint=fingerprint)
-    generator.require_room(render_reversed(""))
+    generator.require_room(template)
     return generator
 
 
-def _server(generation: InductionSettings) -> Any:
+def _server(generation: BackendSettings) -> Any:
     from safer_instruct.server import Decoding, OpenAIGenerator
 
     decoding = Decoding(
@@ -76,7 +101,9 @@ class VLLMGenerator:
     tokens are within rounding of each other.
     """
 
-    def __init__(self, model: ModelSettings, settings: InductionSettings, *, name: str, fingerprint: str) -> None:
+    def __init__(
+        self, model: ModelSettings, settings: BackendSettings, *, template: Prompt, name: str, fingerprint: str
+    ) -> None:
         """Start the engine.
 
         Raises:
@@ -112,7 +139,7 @@ class VLLMGenerator:
         )
         context = self._engine.llm_engine.model_config.max_model_len
         self._max_prompt_tokens = context - settings.max_new_tokens
-        prompt_token_ids(self._tokenizer, render_reversed(""), self._max_prompt_tokens)
+        prompt_token_ids(self._tokenizer, template, self._max_prompt_tokens)
 
     def check(self) -> None:
         """Nothing can be missing: the engine runs."""

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 
-from config.settings import EvaluatedModelSettings, GenerationSettings
+from config.errors import UserError
+from config.settings import BackendSettings, EvaluatedModelSettings, ServerSettings
 from safer_instruct.answers import check_model, generate_answers, own_prompts
 from safer_instruct.prompt_sets import EvaluationPrompt
 from tests.evaluations import run_evaluate
+from tests.loopback_server import loopback
 
-SETTINGS = GenerationSettings(max_new_tokens=12)
+SETTINGS = BackendSettings(max_new_tokens=12)
 PROMPTS = [EvaluationPrompt(f"p{i}", f"ask {i % 7}", "s", "s", "", "unsafe") for i in range(9)]
 
 
@@ -114,3 +117,62 @@ def test_the_evaluated_run_tells_its_training_set_its_curves_and_its_funnel(tiny
     assert "1 prompts also occur in" in caplog.text
     assert report["dataset"] == {"funnel": funnel}
     assert "dpo: loss, over examples seen. training from 2 to 1." in (tmp_path / "out" / "report.html").read_text()
+
+
+def served(text: str) -> tuple[int, dict]:
+    """What a server of /v1/completions answers."""
+    choice = {"index": 0, "text": text, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    return 200, {
+        "id": "x",
+        "object": "text_completion",
+        "created": 0,
+        "model": "m",
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+def test_models_behind_servers_are_asked_there(tiny_model_folder, tmp_path, monkeypatch):
+    """Two models, two servers, two names; nothing is loaded here, and a second look asks nothing."""
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    monkeypatch.setattr("safer_instruct.models.load_causal_lm", lambda *_, **__: pytest.fail("loaded here"))
+    answers = {}
+    with loopback(lambda prompt, n: served(f"one: {prompt}")) as one, loopback(lambda prompt, n: served("two")) as two:
+        shared = ServerSettings(model="first", base_url=one.url)
+        settings = BackendSettings(max_new_tokens=12, backend="openai", server=shared)
+        own = {"served_as": "second", "base_url": two.url}
+        for _ in range(2):
+            for name, options in (("a", {}), ("b", own)):
+                model = EvaluatedModelSettings(path=tiny_model_folder, template="plain", **options)
+                answers[name] = generate_answers(
+                    check_model(name, model), PROMPTS, generation=settings, stop=(), device=torch.device("cpu"),
+                    folder=tmp_path, progress=lambda n: None,
+                )  # fmt: skip
+            asked = [len(server.requests) for server in (one, two)]
+        assert asked == [1 + len(PROMPTS)] * 2  # one probe, and each prompt once
+    assert {answer.text for answer in answers["a"].values()} == {f"one: {prompt.instruction}\n" for prompt in PROMPTS}
+    assert {answer.text for answer in answers["b"].values()} == {"two"}
+    assert {body["model"] for _, body, _ in one.requests} == {"first"}
+    assert {body["model"] for _, body, _ in two.requests} == {"second"}
+    assert all(path.endswith("/completions") and body["max_tokens"] <= 12 for path, body, _ in one.requests)
+
+
+def test_another_backend_is_another_ledger(ask, tmp_path, monkeypatch):
+    ask()
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=r"pip install 'safer-instruct\[vllm\]'"):
+        ask(settings=BackendSettings(max_new_tokens=12, backend="vllm"))
+
+
+def test_a_served_model_needs_a_name_and_a_name_needs_a_server(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"instruction": "ask", "kind": "unsafe"}) + "\n")
+    command = [f"models.a.path={tiny_model_folder}", f"prompts.p.path={tmp_path / 'p.jsonl'}", f"output={tmp_path}/out"]
+    command += ["expert=rules", "expert.path=quickstart/rules.yaml"]
+    with pytest.raises(UserError, match=r"models\.a\.served_as is not set: .* generation\.server\.model=NAME"):
+        run_evaluate(*command, "generation=openai")
+    with pytest.raises(UserError, match=r"models\.a\.served_as=x: only generation=openai asks a server"):
+        run_evaluate(*command, "models.a.served_as=x")
+    with pytest.raises(UserError, match=r"generation\.backend=vlm: no such choice; did you mean vllm"):
+        run_evaluate(*command, "generation.backend=vlm")
