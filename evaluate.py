@@ -52,6 +52,7 @@ from safer_instruct.report import (
 )
 from safer_instruct.report_inputs import read_induction_report
 from safer_instruct.reward_checks import check_rewards
+from safer_instruct.shards import resolve_shard
 from safer_instruct.tables import extra_tables
 from safer_instruct.training_runs import compare_training_runs, read_training_run
 
@@ -84,7 +85,7 @@ def main(config: EvaluateConfig) -> None:
     """The whole evaluation of one command, or the comparison of finished ones."""
     started = time.perf_counter()
     config = with_paths(config)
-    evaluation = None if config.compare else prepare(config, _shard(config))
+    evaluation = None if config.compare else prepare(config, resolve_shard(config.shard, os.environ))
     output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -125,12 +126,6 @@ def evaluate_models(config: EvaluateConfig, evaluation: Evaluation, started: flo
             parts["rewards"] = rewards_part(config, evaluation)
     seconds["total"] = round(time.perf_counter() - started, 2)
     return write_report(config, evaluation, judged, models, parts, seconds)
-
-
-def _shard(config: EvaluateConfig) -> tuple[int, int]:
-    from induce import resolve_shard  # the generation backends come with it, which a report of finished runs is without
-
-    return resolve_shard(config.shard, os.environ)
 
 
 def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, device: torch.device) -> list[float]:

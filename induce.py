@@ -27,7 +27,7 @@ from tqdm import tqdm
 from config.checks import check_induce
 from config.errors import UserError
 from config.schema import run_entrypoint
-from config.settings import MISSING, InduceConfig, OpenAIExpertSettings, ShardSettings
+from config.settings import MISSING, InduceConfig, OpenAIExpertSettings
 from safer_instruct.backends import build_reversed_model, reversed_model_identity
 from safer_instruct.corpus import read_corpus
 from safer_instruct.dataset_files import FILES
@@ -45,6 +45,7 @@ from safer_instruct.ledger import (
 )
 from safer_instruct.merge import MERGE, find_ledgers, merge, read_instructions, stage_ledgers
 from safer_instruct.scoring import RoundTrip
+from safer_instruct.shards import resolve_shard
 from safer_instruct.similarity import LeakageGuard
 from safer_instruct.stages import (
     FILTER,
@@ -254,35 +255,6 @@ def run_audit(config: InduceConfig) -> None:
     if output is not None:
         write_audit(report, output)
         print(f"\n{output / 'audit.md'}, audit.json and figures; the cleaned dataset beside them")
-
-
-def resolve_shard(settings: ShardSettings, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return (index, count) of the shard: as given, else from Slurm's array variables, else the whole.
-
-    `--array=1-10` makes shards 0 to 9 of 10. Where `shard.count` differs from the size of the array (some tasks run
-    once more: `--array=3,7 ... shard.count=10`), the task's number is the index itself.
-
-    Raises:
-        UserError: An index that is missing or out of range.
-    """
-    array = {
-        name: int(environment[f"SLURM_ARRAY_TASK_{name}"])
-        for name in ("ID", "COUNT", "MIN", "STEP")
-        if environment.get(f"SLURM_ARRAY_TASK_{name}", "").isdigit()
-    }
-    count = settings.count if settings.count is not None else array.get("COUNT", 1)
-    index = settings.index
-    if index is None and "ID" in array:
-        whole_array = count == array.get("COUNT", count)
-        index = (array["ID"] - array.get("MIN", 0)) // array.get("STEP", 1) if whole_array else array["ID"]
-    if index is None and count > 1:
-        raise UserError(f"shard.count={count}: which of the shards? Give shard.index=0 to {count - 1}")
-    if not 0 <= (index or 0) < count:
-        raise UserError(
-            f"shard.index={index} is out of range: of {count} shard{'s' * (count > 1)} the indices are 0 to {count - 1}"
-            + ("; give shard.count too" if settings.count is None else "")
-        )
-    return index or 0, count
 
 
 def require_same_shards(ledgers: Path, count: int) -> None:

@@ -99,7 +99,7 @@ FILTER_SCHEMA = _schema(_FILTER_FIELDS)
 JUDGE_SCHEMA = _schema(_JUDGE_FIELDS, outcome={"enum": list(OUTCOMES)})
 
 
-def _render(template: str, body: str, *, instruction: str = "") -> Prompt:
+def render_template(template: str, body: str, *, instruction: str = "") -> Prompt:
     """Fill a template; the material `body` is what may be cut where the context is too short."""
     head, tail = template.split("{body}")
     # str.format over the two halves only: braces inside the material must stay as they are.
@@ -108,17 +108,17 @@ def _render(template: str, body: str, *, instruction: str = "") -> Prompt:
 
 def render_filter(instruction: str, response: str) -> Prompt:
     """Render the question whether an induced instruction fits its unsafe response (Safer-Instruct, section 3.3)."""
-    return _render(_FILTER, response, instruction=instruction)
+    return render_template(_FILTER, response, instruction=instruction)
 
 
 def render_respond(instruction: str) -> Prompt:
     """Render the request for the safe response, the dataset's `chosen` (Safer-Instruct, section 3.4)."""
-    return _render(_RESPOND, instruction)
+    return render_template(_RESPOND, instruction)
 
 
 def render_judge(instruction: str, output: str) -> Prompt:
     """Render the question whether a model's output is harmful, a refusal, or neither."""
-    return _render(_JUDGE, output, instruction=instruction)
+    return render_template(_JUDGE, output, instruction=instruction)
 
 
 def repair_filter(answer: str) -> str | None:
@@ -133,10 +133,10 @@ def repair_judge(answer: str) -> str | None:
 
 def parse_filter(answer: str, *, tokens: int = 0) -> Verdict | None:
     """Read an answer to `render_filter`; the first failing criterion is the reason of a drop."""
-    fields = _read_object(answer, _FILTER_FIELDS)
+    fields = read_object(answer, _FILTER_FIELDS)
     if fields is None:
         return None
-    label = _category(fields["category"])
+    label = category_of(fields["category"])
     if not fields["well_formed"]:
         return Verdict(False, "ill_formed_instruction", label, tokens)
     if not fields["unsafe"]:
@@ -153,15 +153,15 @@ def parse_respond(answer: str) -> str | None:
 
 def parse_judge(answer: str, *, tokens: int = 0) -> Judgement | None:
     """Read an answer to `render_judge`; `specific` is told for refusals only."""
-    fields = _read_object(answer, _JUDGE_FIELDS)
+    fields = read_object(answer, _JUDGE_FIELDS)
     if fields is None or fields["outcome"] not in OUTCOMES:
         return None
     outcome = cast(Literal["harmful", "refusal", "safe"], fields["outcome"])
     specific = fields["names_the_matter"] if outcome == "refusal" else None
-    return Judgement(outcome, _category(fields["category"]), specific, tokens)
+    return Judgement(outcome, category_of(fields["category"]), specific, tokens)
 
 
-def _read_object(answer: str, fields: Mapping[str, type]) -> dict[str, Any] | None:
+def read_object(answer: str, fields: Mapping[str, type]) -> dict[str, Any] | None:
     """Return the answer's JSON object if it has exactly `fields`, of these types; a code fence around it is allowed."""
     text = answer.strip()
     if fence := _FENCE.match(text):
@@ -175,5 +175,6 @@ def _read_object(answer: str, fields: Mapping[str, type]) -> dict[str, Any] | No
     return found if all(type(found[name]) is kind for name, kind in fields.items()) else None
 
 
-def _category(text: str) -> str:
+def category_of(text: str) -> str:
+    """A category as it is counted: one line, lower case, not too long."""
     return " ".join(text.split()).lower()[:MAX_CATEGORY_CHARACTERS]

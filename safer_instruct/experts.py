@@ -123,11 +123,11 @@ class LLMExpert:
             f"{generator.fingerprint}/{PROMPTS_FINGERPRINT}".encode(), digest_size=8
         ).hexdigest()
         self.prompt_hashes: Mapping[str, str] = PROMPT_HASHES
-        self._generator = generator
+        self.generator = generator
 
     def check(self) -> None:
         """See Expert."""
-        self._generator.check()
+        self.generator.check()
 
     def screen(self, pairs: Sequence[Example]) -> Iterator[tuple[str, Verdict]]:
         """See Expert."""
@@ -168,14 +168,14 @@ class LLMExpert:
         """Yield the answers. A generator on this machine asks no second time by itself: that is done here."""
         unreadable: dict[str, tuple[Request, Generation]] = {}
         by_id = {request.id: request for request in requests}
-        for generation in self._generator.generate(requests):
+        for generation in self.generator.generate(requests):
             request = by_id[generation.id]
             if request.repair is None or generation.repaired or generation.error or not request.repair(generation.text):
                 yield generation
             else:
                 unreadable[generation.id] = request, generation
         again = [_repair_request(request, first) for request, first in unreadable.values()]
-        for second in self._generator.generate(again) if again else ():
+        for second in self.generator.generate(again) if again else ():
             first = unreadable[second.id][1]
             if second.error:  # its longer prompt has no room, perhaps: the first answer stays what it is
                 second = replace(second, text=first.text, truncated=first.truncated, error="")

@@ -80,7 +80,7 @@ class LLMJudge:
 
     def __init__(self, expert: LLMExpert) -> None:
         # The expert's own generator: one limit on concurrency, one budget, one loaded model.
-        self._generator: TextGenerator = expert._generator
+        self._generator: TextGenerator = expert.generator
         self.name = expert.name
         identity = f"{self._generator.fingerprint}/{RUBRIC_FINGERPRINT}"
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()

@@ -48,7 +48,7 @@ class Prompt(NamedTuple):
         return self.head + self.body + self.tail
 
 
-def _cut_the_longer(head: str, first: str, between: str, second: str, tail: str) -> Prompt:
+def cut_the_longer(head: str, first: str, between: str, second: str, tail: str) -> Prompt:
     """Prompt of two texts, of which the longer one is the body: it is what makes a prompt too long."""
     if len(first) > len(second):
         return Prompt(head, first, between + second + tail)
@@ -58,7 +58,7 @@ def _cut_the_longer(head: str, first: str, between: str, second: str, tail: str)
 def render_alpaca(instruction: str, input: str = "") -> Prompt:
     """Stanford Alpaca's prompt, with or without an input (github.com/tatsu-lab/stanford_alpaca, train.py)."""
     if input:
-        return _cut_the_longer(_ALPACA_INPUT, instruction, "\n\n### Input:\n", input, "\n\n### Response:")
+        return cut_the_longer(_ALPACA_INPUT, instruction, "\n\n### Input:\n", input, "\n\n### Response:")
     return Prompt(_ALPACA, instruction, "\n\n### Response:")
 
 
@@ -70,7 +70,7 @@ def render_hh(instruction: str, input: str = "") -> Prompt:
     text = reversed_target(instruction, input)
     earlier, turn, last = text.rpartition(HUMAN)
     if turn:
-        return _cut_the_longer(HUMAN + " ", earlier, HUMAN, last, ASSISTANT)
+        return cut_the_longer(HUMAN + " ", earlier, HUMAN, last, ASSISTANT)
     return Prompt(HUMAN + " ", text, ASSISTANT)
 
 

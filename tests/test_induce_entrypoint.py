@@ -22,6 +22,7 @@ from config.errors import UserError
 from config.schema import compose_config
 from config.settings import ShardSettings
 from safer_instruct.ledger import read_ledger
+from safer_instruct.shards import resolve_shard
 from tests.loopback_server import loopback
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -157,7 +158,7 @@ def test_corpora_of_any_format(kind, tmp_path, ending_model, server) -> None:
 )
 def test_the_shard_of_a_slurm_task(given, slurm, expected) -> None:
     environment = {f"SLURM_ARRAY_TASK_{name}": value for name, value in slurm.items()}
-    assert induce.resolve_shard(ShardSettings(*given), environment) == expected
+    assert resolve_shard(ShardSettings(*given), environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -166,4 +167,4 @@ def test_the_shard_of_a_slurm_task(given, slurm, expected) -> None:
 )
 def test_a_shard_that_there_is_not(given, message) -> None:
     with pytest.raises(UserError, match=message):
-        induce.resolve_shard(ShardSettings(*given), {})
+        resolve_shard(ShardSettings(*given), {})

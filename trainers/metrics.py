@@ -242,29 +242,32 @@ def _append(file: TextIO, row: Mapping[str, Any]) -> None:
 
 
 def _start_wandb(run: RunDir, settings: TrainConfig, config: Mapping[str, Any], mode: str, run_id: str | None) -> Any:
-    import wandb
-
-    chosen = settings.wandb
-    try:
-        started = wandb.init(
-            project=chosen.project,
-            entity=chosen.entity,
-            group=chosen.group,
-            tags=chosen.tags,
-            name=settings.exp_name,
-            config=dict(config),
-            dir=str(run.path),
-            mode=mode,  # type: ignore[arg-type]  # a str here, checked by config/checks.py
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            # Half a minute for a server that does not answer: a job array should learn of it soon.
-            settings=wandb.Settings(silent=mode != "online", init_timeout=30),
-        )
-    except wandb.Error as error:
-        raise UserError(f"wandb.mode={mode} failed: {error}. Use wandb.mode=offline and `wandb sync` later.") from error
+    started = _init_wandb(
+        settings.wandb, mode, "Use wandb.mode=offline and `wandb sync` later.", name=settings.exp_name,
+        config=dict(config), dir=str(run.path), id=run_id, resume="allow" if mode == "online" else None,
+    )  # fmt: skip
     started.define_metric("counters/examples")
     started.define_metric("*", step_metric="counters/examples")
     return started
+
+
+def _init_wandb(settings: WandbSettings, mode: str, instead: str, **arguments: Any) -> Any:
+    """A wandb run; `instead` ends the message of one that cannot be had."""
+    import wandb
+
+    try:
+        return wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            tags=settings.tags,
+            mode=mode,  # type: ignore[arg-type]  # a str here, checked by config/checks.py
+            # Half a minute for a server that does not answer: a job array should learn of it soon.
+            settings=wandb.Settings(silent=mode != "online", init_timeout=30),
+            **arguments,
+        )
+    except wandb.Error as error:
+        raise UserError(f"wandb.mode={mode} failed: {error}. {instead}") from error
 
 
 def log_tables(
@@ -283,20 +286,8 @@ def log_tables(
         return
     import wandb
 
-    try:
-        run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            group=settings.group,
-            tags=settings.tags,
-            name=name,
-            job_type="evaluate",
-            dir=folder,
-            mode=mode,  # type: ignore[arg-type]  # a str here, checked by config/checks.py
-            settings=wandb.Settings(silent=mode != "online", init_timeout=30),
-        )
-    except wandb.Error as error:
-        raise UserError(f"wandb.mode={mode} failed: {error}. The report is written; wandb.mode=disabled.") from error
+    instead = "The report is written; wandb.mode=disabled."
+    run = _init_wandb(settings, mode, instead, name=name, job_type="evaluate", dir=folder)
     # A table keeps one type a column: rates that were not counted are None among numbers.
     run.log({title: wandb.Table(columns=list(head), data=rows) for title, (head, rows) in tables.items()})
     run.finish()
