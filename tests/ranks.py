@@ -6,9 +6,11 @@ They come from a fork server that has imported torch and transformers once: star
 from __future__ import annotations
 
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,16 @@ class Ranks:
             process.start()
 
     def join(self, timeout: float = 200) -> list[int | None]:
-        """Waits for all; their exit statuses, by rank."""
-        for process in self.processes:
-            process.join(timeout)
-        statuses = [process.exitcode for process in self.processes]
+        """Waits for all; their exit statuses, by rank. Where one has died, the others are ended, as launchers do."""
+        deadline = time.monotonic() + timeout
+        while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+            wait([process.sentinel for process in self.processes if process.is_alive()], timeout=1.0)
+            if any(process.exitcode not in (None, 0, PREEMPTED_STATUS) for process in self.processes):
+                deadline = min(deadline, time.monotonic() + 10)  # one that waits for the dead may wait for long
         for process in self.processes:
             process.kill()
-        return statuses
+            process.join()
+        return [process.exitcode for process in self.processes]
 
 
 def run_ranks(work: Callable[..., None], world_size: int, settings: TrainConfig, *arguments: Any) -> None:

@@ -194,9 +194,9 @@ def test_points_of_a_sweep_share_store_and_reference(base, pairs, tmp_path, here
     passes = itertools.count()
     original = trainers.reference.sequence_logps
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         next(passes)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(trainers.reference, "sequence_logps", counted)
     command = ["loss=dpo", f"datasets.si.path={pairs}", "n_examples=16", *base]
