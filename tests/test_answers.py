@@ -37,7 +37,7 @@ def test_an_answer_ends_before_the_first_stop_string(ask, monkeypatch):
     assert answer.truncated
     text = answer.text
     assert len(text) > 6
-    monkeypatch.setattr("safer_instruct.models.load_causal_lm", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr("safer_instruct.backends.load_causal_lm", lambda *_, **__: pytest.fail("asked again"))
     cut = ask(stop=[text[4:6], text[2:5]])[key]  # the one that comes first counts, in whatever order they are given
     expected = min(text.find(text[4:6]), text.find(text[2:5]))
     assert (cut.text, cut.truncated) == (text[:expected], False)  # what it stopped at is no cut by the limit
@@ -53,7 +53,7 @@ def test_each_shard_asks_its_own_and_the_whole_asks_nothing(ask, tmp_path, monke
     for index, prompts in enumerate(shards):
         found |= ask(prompts=prompts, shard=(index, 3))
     assert len(list(tmp_path.glob("generate-tiny-*-of-00003.jsonl"))) == 3
-    monkeypatch.setattr("safer_instruct.models.load_causal_lm", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr("safer_instruct.backends.load_causal_lm", lambda *_, **__: pytest.fail("asked again"))
     assert ask() == found
 
 
@@ -136,7 +136,7 @@ def served(text: str) -> tuple[int, dict]:
 def test_models_behind_servers_are_asked_there(tiny_model_folder, tmp_path, monkeypatch):
     """Two models, two servers, two names; nothing is loaded here, and a second look asks nothing."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
-    monkeypatch.setattr("safer_instruct.models.load_causal_lm", lambda *_, **__: pytest.fail("loaded here"))
+    monkeypatch.setattr("safer_instruct.backends.load_causal_lm", lambda *_, **__: pytest.fail("loaded here"))
     answers = {}
     with loopback(lambda prompt, n: served(f"one: {prompt}")) as one, loopback(lambda prompt, n: served("two")) as two:
         shared = ServerSettings(model="first", base_url=one.url)

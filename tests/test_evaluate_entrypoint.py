@@ -142,9 +142,9 @@ def check_report(folder, out, err):
 def counted_run(tiny_model_folder, tmp_path, monkeypatch):
     """Runs evaluate in this process and counts models loaded and outputs judged."""
     counts, reported = {}, []
-    import safer_instruct.models as models
+    import safer_instruct.backends as backends
 
-    load, judge = models.load_causal_lm, RulesExpert.judge
+    load, judge = backends.load_causal_lm, RulesExpert.judge
 
     def counted_load(*args, **kwargs):
         counts["loaded"] += 1
@@ -154,7 +154,7 @@ def counted_run(tiny_model_folder, tmp_path, monkeypatch):
         counts["judged"] += len(items)
         return judge(self, items)
 
-    monkeypatch.setattr(models, "load_causal_lm", counted_load)
+    monkeypatch.setattr(backends, "load_causal_lm", counted_load)
     monkeypatch.setattr(RulesExpert, "judge", counted_judge)
 
     # The page takes longest, and is tested elsewhere.
