@@ -93,7 +93,7 @@ def seconds_of(layout: Layout, settings: TrainConfig, folder: Path, name: str) -
             if trainer.progress.updates < STEPS:
                 last()
 
-        trainer.save = save  # type: ignore[method-assign]
+        trainer.save = save  # type: ignore[method-assign]  # all but the last one
         started = time.perf_counter()
         trainer.train()
         return time.perf_counter() - started

@@ -129,7 +129,8 @@ def test_names_take_as_many_folders_as_they_need(tmp_path):
     found, _ = find_finished([str(tmp_path / place) for place in ("x/run", "y/run", "x/run")])
     assert list(found) == ["x/run", "y/run"]
     assert list(find_finished([str(tmp_path / "z/alone")])[0]) == ["alone"]
-    assert read_training_run("r", tmp_path / "x/run").metrics == {"counters/examples": 0.0, "loss/eval": 1.0, "loss/train": 1.0}  # fmt: skip # noqa: E501
+    expected = {"counters/examples": 0.0, "loss/eval": 1.0, "loss/train": 1.0}
+    assert read_training_run("r", tmp_path / "x/run").metrics == expected
 
 
 def prompt(instruction):

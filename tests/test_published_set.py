@@ -84,7 +84,8 @@ def test_the_columns_are_judged_as_models(tmp_path, key, capsys):
 def test_some_columns_only_and_the_same_instruction_twice(tmp_path, key):
     path = tmp_path / "t.csv"
     path.write_text("instruction,label,a,b,notes\nask,x,1,2,n\nask,x,3,,n\n")
-    with loopback(lambda prompt, number: json.dumps({"outcome": "neither", "names_the_matter": False, "category": ""})) as server:  # fmt: skip # noqa: E501
+    answer = json.dumps({"outcome": "neither", "names_the_matter": False, "category": ""})
+    with loopback(lambda prompt, number: answer) as server:
         run_evaluate(
             "prompts=published", "responses=csv", f"path={path}", "columns=[a,b]", "expert=openai", "expert.model=m",
             f"expert.base_url={server.url}", f"output={tmp_path}/out", "samples_per_set=0",

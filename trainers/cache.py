@@ -64,10 +64,10 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
     try:
         build(temporary)
         for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         temporary.rename(entry)
-        _sync(entry.parent)
+        sync(entry.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -78,7 +78,7 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file or directory durable: a rename must not reach the disk before what it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from config.errors import SaidElsewhere, UserError
 from config.settings import CheckpointSettings
+from trainers.cache import sync
 from trainers.parallel import Layout, gather_objects
 from trainers.rng import random_state, set_random_state
 from trainers.run_dir import RunDir
@@ -77,15 +78,7 @@ def fsync_tree(folder: Path) -> None:
     """Makes every file below a folder, and the names of them, durable."""
     for parent, _, files in os.walk(folder):
         for name in [*files, "."]:
-            _fsync(Path(parent) / name)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(Path(parent) / name)
 
 
 def discard(folder: Path) -> None:
@@ -292,7 +285,7 @@ def _point(link: Path, target: Path) -> None:
     partial.symlink_to(target.relative_to(link.parent))
     os.replace(partial, link)
     for folder in (target.parent, link.parent):
-        _fsync(folder)
+        sync(folder)
 
 
 def load_checkpoint(

@@ -193,7 +193,7 @@ def check_head(model: Any) -> None:
 
     def spy(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen["input"] = args[0]
-        seen["difference"] = output - F.linear(args[0], module.weight, module.bias)  # type: ignore[arg-type]
+        seen["difference"] = output - F.linear(args[0], module.weight, module.bias)  # type: ignore[arg-type]  # a head
         # Values as large as logits get, where a soft cap bends them.
         seen["output"] = torch.linspace(-100, 100, output.numel(), device=device).view(output.shape).to(output.dtype)
         return seen["output"]
