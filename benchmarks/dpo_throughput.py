@@ -26,7 +26,6 @@ import argparse
 import copy
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.memory import forget_peak, resident_mib
 from benchmarks.throughput_peers import LiteralStep, trl_step
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
 from trainers.batching import BatchLoader, GlobalBatch
@@ -273,12 +273,13 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
 
 def peak_of_one_step(arguments: argparse.Namespace, layout: Layout, folder: Path) -> float:
     """GiB between the imports and the peak of one step."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_mib("VmRSS")
+    forget_peak()
     with ExitStack() as stack:
         _, batches, steps, _ = build_steps(arguments, layout, folder, stack)
         for step in steps.values():
             step(batches[1])
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return (resident_mib("VmHWM") - before) / 1024
 
 
 def print_table(result: dict[str, object]) -> None:

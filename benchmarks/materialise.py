@@ -22,19 +22,12 @@ import transformers
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.memory import MIB, forget_peak, resident_mib
 from config.settings import TrainConfig, TrainerSettings
 from trainers.parallel import Layout, local_store, work_in_group
 from trainers.preemption import StopRequest
 from trainers.processes import Place, start_processes
 from trainers.sharding import find_blocks, place_model
-
-MIB = 2**20
-
-
-def resident_mib(what: str) -> float:
-    """VmRSS (now) or VmHWM (the peak) of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) / 1024
 
 
 def measure(layout: Layout, *, folder: str, settings: TrainConfig) -> None:
@@ -50,7 +43,7 @@ def measure(layout: Layout, *, folder: str, settings: TrainConfig) -> None:
 
     layout.on_main(lambda: None)  # both are here
     before = resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    forget_peak()
     started = time.perf_counter()
     model = place_model(load, skeleton, settings, layout)
     seconds = time.perf_counter() - started

@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.memory import resident_mib
 from config.settings import CorpusSettings, DuplicatesSettings
 from safer_instruct.audit import audit
 from safer_instruct.examples import in_shard, text_id
@@ -84,7 +85,6 @@ def run_here(folder: Path, what: str, index: str) -> None:
         threshold=None if index == "off" else 0.8, index="memory" if index == "off" else index
     )
     guard = LeakageGuard(["take the red pen from the desk of the clerk"], 0.6)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
     if what == "merge":
         corpus = CorpusSettings(path=str(folder / "corpus.jsonl"))
@@ -97,7 +97,7 @@ def run_here(folder: Path, what: str, index: str) -> None:
         num_rows = report["rows"]
     usage = resource.getrusage(resource.RUSAGE_SELF)
     took = {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
-    print(json.dumps({**took, "start_mb": before // 1024, "peak_mb": usage.ru_maxrss // 1024, "rows": num_rows}))
+    print(json.dumps({**took, "peak_mb": round(resident_mib("VmHWM")), "rows": num_rows}))
 
 
 def child(folder: Path, what: str, index: str) -> dict:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.memory import resident_mib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 NUM_BATCHES = 50
@@ -51,12 +52,6 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
 
 
-def resident_mb() -> float:
-    """Resident memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
 def measure(folder: Path) -> dict:
     """One start in this process: seconds to the first batch, and memory over what the imports take."""
     from transformers import PreTrainedTokenizerFast
@@ -67,7 +62,7 @@ def measure(folder: Path) -> dict:
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     settings = DatasetSettings(path=str(folder / "rows.jsonl"), schema="si", template="plain")
-    before, start = resident_mb(), time.perf_counter()
+    before, start = resident_mib("VmRSS"), time.perf_counter()
     stores = build_stores(
         {"si": settings},
         loss="preference",
@@ -94,12 +89,11 @@ def measure(folder: Path) -> dict:
     for _ in range(min(NUM_BATCHES, loader.steps) - 1):
         next(batches)
     batches.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "train_rows": len(stores.train),
         "seconds": round(seconds, 2),
-        "grown_mb": round(resident_mb() - before, 1),
-        "peak_mb": round(peak, 1),
+        "grown_mb": round(resident_mib("VmRSS") - before, 1),
+        "peak_mb": round(resident_mib("VmHWM"), 1),
     }
 
 
