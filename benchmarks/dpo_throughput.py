@@ -45,13 +45,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.memory import forget_peak, resident_mib
 from benchmarks.throughput_peers import LiteralStep, trl_step
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
+from trainers.attention import use_packed_attention
 from trainers.batching import BatchLoader, GlobalBatch
 from trainers.logps import autocast_dtype
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
 from trainers.packing import input_lengths, num_positions
 from trainers.parallel import Layout, launch
-from trainers.reference import attach_reference
+from trainers.reference import attach_reference, weights_key
 from trainers.run_dir import RunDir
+from trainers.sharding import parallelize
 from trainers.token_store import TokenStore, TokenStoreWriter
 from trainers.trainer import Trainer
 
@@ -63,7 +65,9 @@ CHOSEN = [2, 12, 12, 12, 12, 13, 31, 48, 57, 63, 92, 151, 276, 358, 470, 659]
 REJECTED = [2, 6, 8, 12, 16, 20, 24, 31, 39, 51, 68, 114, 166, 205, 301, 857]
 MAX_LENGTH = 512
 PROMPT_SCALE = {"si": 1.0, "long": 2.6}
-OURS = {"packed": {}, "padded": {"packing": False}, "packed_bf16": {"autocast": "bfloat16"}}
+OURS = {
+    "packed": {}, "padded": {"packing": False}, "packed_bf16": {"autocast": "bfloat16"}, "packed_compiled": {"compile": True},
+}  # fmt: skip
 
 
 def random_rows(folder: Path, arguments: argparse.Namespace, num_rows: int) -> TokenStore:
@@ -112,12 +116,18 @@ def our_step(
     settings = train_settings(arguments)
     settings.packing = OURS[name].get("packing", True)
     settings.model.autocast = OURS[name].get("autocast")
+    settings.trainer.compile = OURS[name].get("compile", False)
     loader = train_loader(store, arguments, packing=settings.packing)
+    if settings.packing:
+        use_packed_attention(policy)
+    parallelize(policy, settings, layout)
     objective = (PreferenceObjective if arguments.task == "dpo" else LikelihoodObjective)(settings.loss)
     if objective.needs_reference:
         started = time.perf_counter()
         autocast = autocast_dtype(settings.model.autocast)
-        attach_reference(policy, [loader], cache_dir=folder / "cache", autocast=autocast)
+        attach_reference(
+            policy, [loader], layout=layout, cache_dir=folder / "cache", weights=weights_key(policy), autocast=autocast
+        )
         print(f"{name}: reference cache of {len(store)} pairs in {time.perf_counter() - started:.1f} s", flush=True)
     run = stack.enter_context(RunDir.open(folder / name, config={}, manifest={}))
     trainer = Trainer(
