@@ -1,5 +1,7 @@
 """Packed rows against padded ones: the plan, the layout, and the numbers of every architecture."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -242,7 +244,45 @@ def test_block_masks_are_the_dense_ones(window):
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_kernel_is_chosen_by_the_device_and_asserted(tmp_path):
+def documented_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """What torch's documentation says of `varlen_attn`, sequence by sequence: (T, H, D) and starts -> (T, H, D)."""
+    left, right = window_size
+    assert right == 0
+    assert cu_seq_q.dtype == torch.int32
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    parts = []
+    for start, stop in itertools.pairwise(cu_seq_q.tolist()):
+        assert stop - start <= min(max_q, max_k)
+        q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
+        distance = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
+        hidden = (distance < 0) | ((distance > left) if left >= 0 else torch.zeros(()).bool())
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+        parts.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_flash_attention_gets_the_rows_of_one_response(monkeypatch, window):
+    """What a GPU would be asked for sft and reverse, against the kernel of the CPU."""
+    monkeypatch.setattr(attention, "varlen_attn", documented_varlen_attn)
+    shapes = [(4, 3), (2, 0), (1, 6), (30, 60)]
+    layout = PackedLayout(torch.tensor(shapes), total := sum(map(sum, shapes)))
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, total, 16, generator=generator)
+    key, value = (torch.randn(1, 2, total, 16, generator=generator) for _ in range(2))
+    flash = attention._varlen(query, key, value, layout, 0.2, window)
+    rows = attention._row_by_row(query, key, value, layout, 0.2, window)
+    torch.testing.assert_close(flash, rows, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_is_chosen_by_device_dtype_and_rows():
+    half, full = torch.bfloat16, torch.float32
+    assert attention.kernel_for("cpu", half, 2) is attention.kernel_for("cpu", full, 3) is attention._row_by_row
+    assert attention.kernel_for("cuda", half, 3) is attention.kernel_for("cuda", full, 2) is attention._flex
+    assert attention.kernel_for("cuda", half, 2) is attention._varlen  # float32 has no flash kernel
+
+
+def test_the_attention_of_a_model_is_asserted(tmp_path):
     batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=True)
     with pytest.raises(AssertionError, match="use_packed_attention was not called"):
         sequence_logps(tiny_model(), batch)

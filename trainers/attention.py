@@ -5,8 +5,9 @@ it. The description of a micro-batch travels as the attention mask: transformers
 gets a `PackedLayout`, and hands it to every layer, also where a layer is run again by activation checkpointing. A
 forward pass outside of `packed_layout` (generation, padded batches) is the `sdpa` of transformers.
 
-Which kernel runs is decided by the device alone: `flex_attention` with a block mask on a GPU, one call of scaled dot
-product attention for each sequence elsewhere (flex_attention has no backward pass on a CPU). What a kernel cannot do
+Which kernel runs follows from device, dtype and rows alone (`kernel_for`): on a GPU `flex_attention` with a block mask,
+or, where each row is one sequence and 16 bits wide, torch's variable-length flash attention; elsewhere one call of
+scaled dot product attention for each sequence (flex_attention has no backward pass on a CPU). What a kernel cannot do
 (soft caps, sinks, biases, dropout) is refused, and `use_packed_attention` compares each model with itself, unpacked.
 
 Letters: B = rows, S = segments of a row, T = positions of the micro-batch, H = heads, D = size of a head.
@@ -14,7 +15,7 @@ Letters: B = rows, S = segments of a row, T = positions of the micro-batch, H = 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -55,6 +57,7 @@ class PackedLayout:
     def __init__(self, lengths: Tensor, num_positions: int) -> None:
         """Takes the micro-batch's `lengths`, (B, S), and T, their sum; waits for no device."""
         self._lengths = lengths
+        self.device, self.num_segments = lengths.device, lengths.shape[1]
         flat = lengths.flatten()
         numbers = torch.arange(len(flat), device=flat.device)
         self._segment = numbers.repeat_interleave(flat, output_size=num_positions)
@@ -67,8 +70,9 @@ class PackedLayout:
 
     def visible(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
         """Whether the position `query` sees the position `key`; index tensors of any shapes that broadcast."""
-        segment, num_segments = self._segment[query], self._lengths.shape[1]
-        same_sequence = (self._segment[key] == segment) | (self._segment[key] == segment - segment % num_segments)
+        segment = self._segment[query]
+        prompt = segment - segment % self.num_segments
+        same_sequence = (self._segment[key] == segment) | (self._segment[key] == prompt)
         distance = self._position[query] - self._position[key]
         seen = same_sequence & (distance >= 0)
         return seen if window is None else seen & (distance < window)
@@ -82,6 +86,10 @@ class PackedLayout:
                 device=str(self._segment.device),
             )  # fmt: skip
         return self._block_masks[window]
+
+    def row_starts(self) -> Tensor:
+        """Where each row starts, and the last one ends: (B + 1,) int32, for variable-length attention."""
+        return F.pad(self._lengths.sum(1).cumsum(0), (1, 0)).int()
 
     def calls(self, window: int | None, dtype: torch.dtype) -> list[list[Call]]:
         """For attention row by row: prompt and first response in one call, each other response in one of its own."""
@@ -108,6 +116,9 @@ class PackedLayout:
         )
 
 
+# Queries (1, H, T, D), keys and values of H or fewer heads, layout, scale, window -> (1, T, H, D).
+Kernel = Callable[[Tensor, Tensor, Tensor, PackedLayout, float | None, int | None], Tensor]
+
 _current: ContextVar[PackedLayout | None] = ContextVar("layout of the forward pass", default=None)
 
 
@@ -124,7 +135,12 @@ def packed_layout(layout: PackedLayout) -> Iterator[None]:
 def _mask(*arguments: Any, **keywords: Any) -> PackedMask | Tensor | None:
     """What transformers calls for a mask, once for the full and once for the sliding layers."""
     layout = _current.get()
-    return sdpa_mask(*arguments, **keywords) if layout is None else PackedMask(layout, keywords.get("local_size"))
+    if layout is None:
+        return sdpa_mask(*arguments, **keywords)
+    window = keywords.get("local_size")
+    if layout.device.type == "cuda" and layout.num_segments > 2:
+        layout.block_mask(window)  # made here: the layers may be compiled
+    return PackedMask(layout, window)
 
 
 def _attention(
@@ -145,17 +161,23 @@ def _attention(
         raise UserError(
             f"{type(module).__name__} attends with {', '.join(refused)}, which packed attention lacks: packing=false"
         )
-    kernel = _flex if query.device.type == "cuda" else _row_by_row
+    kernel = kernel_for(query.device.type, query.dtype, layout.num_segments)
     return kernel(query, key, value, layout, scaling, window), None
 
 
+def kernel_for(device: str, dtype: torch.dtype, num_segments: int) -> Kernel:
+    """What computes the attention of packed rows."""
+    if device != "cuda":
+        return _row_by_row
+    return _varlen if num_segments == 2 and dtype.itemsize == 2 else _flex
+
+
+@torch.compiler.disable  # how many calls there are, and of what size, differs from one micro-batch to the next
 def _row_by_row(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
 ) -> Tensor:
     """Scaled dot product attention for each row: no padding, and no work between rows."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = _for_each_head(query, key, value)
     rows = layout.calls(window, query.dtype)
     sizes = [sum(call.num_queries for call in calls) for calls in rows]
     # Splits, not slices: the backward pass of a split writes each part once, that of a slice fills a tensor with zeros.
@@ -170,6 +192,26 @@ def _row_by_row(
             )
             outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
+
+
+def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values repeated, where several heads of queries share them."""
+    groups = query.shape[1] // key.shape[1]
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
+) -> Tensor:
+    """Torch's `varlen_attn` where a row is one sequence: no mask at all."""
+    starts, size = layout.row_starts(), query.shape[2]  # the longest row is known to the device alone: `size` bounds it
+    key, value = _for_each_head(query, key, value)
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    # Its window counts the positions before the query, ours the query's own too.
+    sees = (-1 if window is None else window - 1, 0)
+    output = varlen_attn(q, k, v, starts, starts, size, size, scale=scale, window_size=sees)
+    assert isinstance(output, Tensor)  # a tuple where more than the output is asked for
+    return output[None]
 
 
 @cache
