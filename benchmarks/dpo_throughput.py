@@ -23,7 +23,6 @@ own shapes.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import statistics
@@ -35,6 +34,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ from trainers.logps import autocast_dtype
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
 from trainers.packing import input_lengths, num_positions
 from trainers.parallel import Layout, launch
-from trainers.reference import attach_reference, weights_key
+from trainers.reference import attach_reference, reference_logps, weights_key
 from trainers.run_dir import RunDir
 from trainers.sharding import parallelize
 from trainers.token_store import TokenStore, TokenStoreWriter
@@ -65,9 +65,13 @@ CHOSEN = [2, 12, 12, 12, 12, 13, 31, 48, 57, 63, 92, 151, 276, 358, 470, 659]
 REJECTED = [2, 6, 8, 12, 16, 20, 24, 31, 39, 51, 68, 114, 166, 205, 301, 857]
 MAX_LENGTH = 512
 PROMPT_SCALE = {"si": 1.0, "long": 2.6}
-OURS = {
-    "packed": {}, "padded": {"packing": False}, "packed_bf16": {"autocast": "bfloat16"}, "packed_compiled": {"compile": True},
-}  # fmt: skip
+OURS: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "padded": {"packing": False},
+    "packed_bf16": {"autocast": "bfloat16"},
+    "packed_compiled": {"compile": True},
+}
+WARM_UP_ROWS = 4  # the first step, which is not counted
 
 
 def random_rows(folder: Path, arguments: argparse.Namespace, num_rows: int) -> TokenStore:
@@ -138,34 +142,49 @@ def our_step(
 
 
 def train_settings(arguments: argparse.Namespace) -> TrainConfig:
-    """Published: RMSprop, clipped at 10."""
+    """Published, without the warm-up: RMSprop, clipped at 10."""
     loss = PreferenceLossSettings(name="dpo")
     if arguments.task == "sft":
         loss = LikelihoodLossSettings(name="sft", reduction="token_mean")
-    return TrainConfig(exp_name="benchmark", loss=loss, lr=1e-6, wandb=WandbSettings(enabled=False))
+    return TrainConfig(
+        exp_name="benchmark", loss=loss, lr=arguments.lr, warmup_steps=0, wandb=WandbSettings(enabled=False)
+    )
+
+
+def reference_of(store: TokenStore, arguments: argparse.Namespace, layout: Layout, folder: Path) -> Tensor | None:
+    """What a peer with a precomputed reference is given: (N, 2) log-probabilities, the cache of `packed`."""
+    if arguments.task != "dpo":
+        return None
+    model = random_model(arguments)
+    use_packed_attention(model)
+    return reference_logps(
+        model, store, torch.arange(len(store)), layout=layout, cache_dir=folder / "cache", pad_token_id=0,
+        weights=weights_key(model), packing=True,
+    )  # fmt: skip
 
 
 def build_steps(
     arguments: argparse.Namespace, layout: Layout, folder: Path, stack: ExitStack
-) -> tuple[TokenStore, list[GlobalBatch], dict[str, Callable[[GlobalBatch], float]], LlamaForCausalLM]:
+) -> tuple[TokenStore, list[GlobalBatch], dict[str, Callable[[GlobalBatch], float]]]:
     """The data, the global batches and each contender's step, all from the same weights."""
-    num_rows = (arguments.steps + 1) * arguments.batch_size
-    store, model = random_rows(folder / "rows", arguments, num_rows), random_model(arguments)
+    store = random_rows(folder / "rows", arguments, arguments.steps * arguments.batch_size + WARM_UP_ROWS)
     settings = train_settings(arguments)
     steps: dict[str, Callable[[GlobalBatch], float]] = {}
     batches = list(train_loader(store, arguments, packing=True).batches())
     for name in arguments.contenders:
-        policy = copy.deepcopy(model)
+        policy = random_model(arguments)
         if name in OURS:
             steps[name] = step_of(*our_step(name, policy, store, arguments, layout, folder, stack))
         elif name == "literal":
             literal = LiteralStep(policy, store, settings, arguments.literal_parts)
             steps[name] = lambda batch, step=literal: step(batch.rows)
         else:
-            packed = name == "trl_packed"
-            peer = trl_step(policy, store, settings, folder / name, task=arguments.task, packed=packed)
+            peer = trl_step(
+                policy, store, settings, folder / name, rows_at_once=arguments.trl_rows, packed=name == "trl_packed",
+                reference=reference_of(store, arguments, layout, folder),
+            )  # fmt: skip
             steps[name] = lambda batch, step=peer: step(batch.rows)
-    return store, batches, steps, model
+    return store, batches, steps
 
 
 def step_of(trainer: Trainer, batches: list[GlobalBatch]) -> Callable[[GlobalBatch], float]:
@@ -173,7 +192,8 @@ def step_of(trainer: Trainer, batches: list[GlobalBatch]) -> Callable[[GlobalBat
     by_start = {batch.start_examples: batch for batch in batches}
 
     def step(batch: GlobalBatch) -> float:
-        trainer.train_step(by_start[batch.start_examples])
+        # Whatever its place: not the first of a run, for which the trainer would want policy and reference equal.
+        trainer.train_step(replace(by_start[batch.start_examples], start_examples=1))
         return trainer.train_metrics.means()["loss/train"]
 
     return step
@@ -218,19 +238,16 @@ class Floor:
 def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict[str, object]:
     """Alternates the contenders over the same batches."""
     with ExitStack() as stack:
-        store, batches, steps, model = build_steps(arguments, layout, folder, stack)
+        store, batches, steps = build_steps(arguments, layout, folder, stack)
         positions = [sum(map(num_positions, batch.microbatches)) for batch in batches]
-        floor = Floor(model, store, positions[0] // len(batches[0].microbatches))
-        del model
+        floor = Floor(random_model(arguments), store, positions[0] // len(batches[0].microbatches))
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         cpu_seconds: dict[str, list[float]] = {name: [] for name in steps}
         floors: list[float] = []
         differences: dict[str, float] = dict.fromkeys(steps, 0.0)
         names = list(steps)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate([batches[-1], *batches[:-1]]):  # the last one has WARM_UP_ROWS
             losses = {}
-            if number == 0:  # warm-up on a few rows, where the batch can be cut
-                batch = replace(batch, rows=batch.rows[:4])
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 started, cpu_started = time.perf_counter(), time.process_time()
                 losses[name] = steps[name](batch)
@@ -271,7 +288,7 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
-    """GiB that one step of each contender adds to a process, model, gradients and optimizer included."""
+    """GiB that steps of each contender add to a process, model, gradients and optimizer included."""
     own = [word for word in sys.argv[1:] if word not in ("--memory", *arguments.memory)]
     peaks = {}
     for name in arguments.memory:
@@ -282,12 +299,13 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def peak_of_one_step(arguments: argparse.Namespace, layout: Layout, folder: Path) -> float:
-    """GiB between the imports and the peak of one step."""
+    """GiB between the imports and the peak of the second step, when the optimizer has its state."""
     before = resident_mib("VmRSS")
     forget_peak()
     with ExitStack() as stack:
-        _, batches, steps, _ = build_steps(arguments, layout, folder, stack)
+        _, batches, steps = build_steps(arguments, layout, folder, stack)
         for step in steps.values():
+            step(batches[0])
             step(batches[1])
     return (resident_mib("VmHWM") - before) / 1024
 
@@ -314,7 +332,7 @@ def print_table(result: dict[str, object]) -> None:
     )
 
 
-def parse() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("dpo", "sft"), default="dpo")
@@ -326,20 +344,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", choices=tuple(PROMPT_SCALE), default="si")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--trl-rows", type=int, default=8, help="rows of one of TRL's micro-batches")
     parser.add_argument("--literal-parts", type=int, default=4, help="micro-batches of the literal step")
     parser.add_argument("--max-tokens", type=int, default=None, help="positions of one of our micro-batches")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--tied", action="store_true", help="output embedding = input embedding")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None, help="write the figures there, too")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Measures, prints, writes."""
-    arguments = parse()
+    arguments = parser().parse_args()
     result: dict[str, object] = {}
 
     def worker(layout: Layout) -> None:

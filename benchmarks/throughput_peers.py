@@ -79,13 +79,22 @@ class LiteralStep:
 
 
 def trl_step(
-    policy: LlamaForCausalLM, store: TokenStore, settings: TrainConfig, folder: Path, *, task: str, packed: bool = False
-) -> Callable[[Tensor], float]:
+    policy: LlamaForCausalLM, store: TokenStore, settings: TrainConfig, folder: Path, *, rows_at_once: int,
+    reference: Tensor | None, packed: bool,
+) -> Callable[[Tensor], float]:  # fmt: skip
     """TRL's own `training_step`, clipping and optimizer, on the rows of a global batch sorted by length.
 
-    Micro-batches of 8 rows of like length (the best that its options `group_by_length` could do within a batch), no
-    gradient checkpointing, float32, reference log-probabilities precomputed. `packed`: SFTTrainer's padding-free
-    collator, whose sequences transformers keeps apart by their positions.
+    Micro-batches of rows of like length (the best that its `group_by_length` could do within a batch), no gradient
+    checkpointing, float32.
+
+    Args:
+        policy: the model.
+        store: of pairs (DPOTrainer) or of prompts and responses (SFTTrainer).
+        settings: of our trainer.
+        folder: TRL's `output_dir`.
+        rows_at_once: rows of a micro-batch.
+        reference: (N, 2) log-probabilities, as TRL would have precomputed them; None: SFTTrainer.
+        packed: SFTTrainer's padding-free collator, whose sequences transformers keeps apart by their positions.
     """
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
@@ -95,24 +104,26 @@ def trl_step(
     size = policy.config.vocab_size
     tokenizer = _tokenizer(PreTrainedTokenizerFast, size)
     shared = {
-        "output_dir": str(folder), "per_device_train_batch_size": 8, "gradient_checkpointing": False, "bf16": False,
-        "report_to": "none", "optim": "rmsprop", "learning_rate": settings.lr, "max_length": 512, "use_cpu": True,
+        "output_dir": str(folder), "per_device_train_batch_size": rows_at_once, "gradient_checkpointing": False,
+        "bf16": False, "report_to": "none", "optim": "rmsprop", "learning_rate": settings.lr, "max_length": 512,
+        "use_cpu": True,
         "max_grad_norm": settings.max_grad_norm, "gradient_accumulation_steps": 1, "save_strategy": "no",
     }  # fmt: skip
 
     def example(row: int) -> dict[str, object]:
         prompt, *responses = (segment.tolist() for segment in store.row(row))
-        if task == "sft":
+        if reference is None:
             return {
                 "input_ids": prompt + responses[0],
                 "labels": [-100] * len(prompt) + responses[0],
                 "seq_lengths": [len(prompt) + len(responses[0])],
             }
+        chosen, rejected = reference[row].tolist()
         ids = {"prompt_ids": prompt, "chosen_ids": responses[0], "rejected_ids": responses[1]}
-        return {**ids, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
+        return {**ids, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     dataset = Dataset.from_list([example(row) for row in range(8)])
-    if task == "sft":
+    if reference is None:
         trainer = SFTTrainer(
             policy, args=SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True}), train_dataset=dataset,
             processing_class=tokenizer,
@@ -132,7 +143,7 @@ def trl_step(
         policy.train()
         lengths = store.lengths[rows].long()
         by_length = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1))]
-        parts = by_length.split(8)
+        parts = by_length.split(rows_at_once)
         total = 0.0
         for part in parts:
             inputs = collate([example(row) for row in part.tolist()])
