@@ -117,7 +117,7 @@ class TrainConfig:
     eval_batch_size: int = 16
     gradient_accumulation_steps: int = 1  # micro-batches of one step, at least
     packing: bool = True  # no padding, the prompt of a pair computed once; false: padded rows, the same numbers, slower
-    max_tokens_per_microbatch: int | None = None  # token positions; null: 2048 on a CPU, 8192 on a GPU, padded no limit
+    max_tokens_per_microbatch: int | None = None  # token positions; null: 1024 on a CPU, 8192 on a GPU, padded no limit
     max_length: int = 512  # tokens of prompt + response
     max_prompt_length: int = 256
     n_epochs: int | None = 1

@@ -20,7 +20,6 @@ def test_the_trainer_takes_the_steps_of_the_literal_one(tmp_path, lengths):
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     figures = json.loads((tmp_path / "figures.json").read_text())
     differences = figures["loss_difference_to_first"]
-    assert (
-        max(differences["packed"], differences["padded"]) < 5e-6
-    )  # of losses of 0.8: float32, summed in another order
+    # Of losses of 0.8: float32, summed in another order.
+    assert max(differences["packed"], differences["padded"]) < 5e-6
     assert figures["positions_per_needed"] == 1.0
