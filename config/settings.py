@@ -130,7 +130,7 @@ class TrainConfig:
     warmup_steps: int = 150
     warmup_ratio: float | None = None  # share of all steps; takes the place of warmup_steps
     max_grad_norm: float = 10.0
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | str = False  # none (false) | selective: matrix products are kept | full (true)
     on_non_finite: str = "stop"  # stop | skip a step whose loss or gradient is not finite
 
     do_first_eval: bool = True
