@@ -215,6 +215,7 @@ def _check_run(config: TrainConfig) -> list[str]:
     errors += one_of("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
     errors += one_of("on_non_finite", config.on_non_finite, ("stop", "skip"))
     errors += switch("activation_checkpointing", config.activation_checkpointing, ("none", "selective", "full"))
+    errors += switch("dry_run", config.dry_run, ("data",))
     errors += at_least("checkpoint.every_examples", config.checkpoint.every_examples, 1)
     errors += at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     best = config.checkpoint.keep_best

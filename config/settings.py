@@ -147,7 +147,7 @@ class TrainConfig:
     fsdp_port: int | None = None  # where the processes of one machine meet; null: a port that is free
     debug: bool = False  # no wandb, no checkpoints
     log_text: bool = False  # let samples reach wandb and the console
-    dry_run: bool = False  # compose, check, tokenise, report; no training
+    dry_run: bool | str = False  # true: estimates from the data and three real steps | data: from the data alone
 
 
 @dataclass
