@@ -18,11 +18,13 @@ if __name__ == "__main__":
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -40,9 +42,9 @@ from trainers.attention import PACKED, use_packed_attention
 from trainers.batching import BatchLoader
 from trainers.cache import usable_dir
 from trainers.checkpoint import read_progress, saved_checkpoints
+from trainers.estimates import Work, count_work, describe_measured, describe_work, measure
 from trainers.logps import autocast_dtype, check_head
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
-from trainers.packing import num_positions, num_tokens
 from trainers.parallel import Layout, launch
 from trainers.reference import attach_reference, weights_key
 from trainers.run_dir import RunDir, write_durably
@@ -50,9 +52,11 @@ from trainers.sharding import place_model
 from trainers.token_store import TokenStore
 from trainers.trainer import Trainer
 
+LARGE_ON_A_CPU = 1.0  # billions of parameters: nobody trains so many without a GPU by intention
+
 
 def main(config: TrainConfig) -> None:
-    """Trains, or with `dry_run` tokenises and reports."""
+    """Trains, or with `dry_run` says what that would take."""
     manifest = {
         "command": sys.orig_argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -70,9 +74,7 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
     cache_dir = layout.main_first(lambda: usable_dir(config.local_dirs))
     tokenizer = layout.main_first(lambda: load_tokenizer(config.model))
     if config.dry_run:
-        stores = load_data(config, tokenizer, cache_dir, layout)
-        if layout.is_main:
-            describe_run(config, stores, *build_loaders(config, stores, tokenizer, layout))
+        estimate(config, load_data(config, tokenizer, cache_dir, layout), tokenizer, layout)
         return
     with open_run(config, manifest, layout) as run:
         stores = load_data(config, tokenizer, cache_dir, layout)
@@ -85,27 +87,41 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
             return
         if layout.is_main:
             print(f"run directory: {run.path}", flush=True)
-        policy, weights = load_policy(config, stores, layout)
-        objective = build_objective(config)
-        identity = {"data": stores.train.key}
-        if objective.needs_reference:
-            loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
-            identity["reference"] = attach_references(config, policy, weights, loaders, cache_dir, layout)
-        trainer = Trainer(
-            policy=policy,
-            objective=objective,
-            train_loader=train_loader,
-            eval_loader=eval_loader,
-            settings=config,
-            layout=layout,
-            run=run,
-            sampler=build_sampler(config, stores.eval, tokenizer),
-            tokenizer=tokenizer,
-            identity=identity,
-        )
+        trainer = build_trainer(config, stores, train_loader, eval_loader, tokenizer, cache_dir, run, layout)
         trainer.train()
         if layout.is_main:
             print(next_step(config, run), flush=True)
+
+
+def build_trainer(
+    config: TrainConfig,
+    stores: TrainEval,
+    train_loader: BatchLoader,
+    eval_loader: BatchLoader | None,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    run: RunDir,
+    layout: Layout,
+) -> Trainer:
+    """The policy and the log-probabilities of its reference, ready to be trained."""
+    policy, weights = load_policy(config, stores, layout)
+    objective = build_objective(config)
+    identity = {"data": stores.train.key}
+    if objective.needs_reference:
+        loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
+        identity["reference"] = attach_references(config, policy, weights, loaders, cache_dir, layout)
+    return Trainer(
+        policy=policy,
+        objective=objective,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        settings=config,
+        layout=layout,
+        run=run,
+        sampler=build_sampler(config, stores.eval, tokenizer),
+        tokenizer=tokenizer,
+        identity=identity,
+    )
 
 
 @contextmanager
@@ -297,24 +313,64 @@ def is_finished(run: RunDir, loader: BatchLoader) -> bool:
     return at_end and progress.identity.get("data") == loader.store.key
 
 
-def describe_run(
-    config: TrainConfig, stores: TrainEval, train_loader: BatchLoader, eval_loader: BatchLoader | None
-) -> None:
-    """What `dry_run=true` prints: rows, steps, tokens and padding of the run that the command would be."""
-    tokens = positions = microbatches = 0
-    for batch in train_loader.batches():
-        microbatches += len(batch.microbatches)
-        tokens += sum(int(num_tokens(one)) for one in batch.microbatches)
-        positions += sum(num_positions(one) for one in batch.microbatches)
-    evaluated = eval_loader.total_examples if eval_loader else 0
-    print(
-        f"{config.exp_name}: {len(stores.train)} training rows, {train_loader.total_examples} examples in "
-        f"{train_loader.steps} steps of {config.batch_size}, {microbatches} micro-batches\n"
-        f"tokens: {tokens} of all sequences, in {positions} positions ({positions / max(tokens, 1):.2f} a token; "
-        f"packing={str(config.packing).lower()})\n"
-        f"evaluation: {evaluated} of {len(stores.eval)} rows, at the start, every {config.eval_every} examples, at the "
-        f"end\nnothing was trained (dry_run=true); the run would live in {config.run_dir}"
+def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
+    """`dry_run`: says what the run would be and, unless it is `data`, what it would take; leaves nothing behind."""
+    loaders = [loader for loader in build_loaders(config, stores, tokenizer, layout) if loader is not None]
+    works = layout.on_main(lambda: [count_work(loader) for loader in loaders])  # the second, if any, is evaluation
+    if layout.is_main:  # now: the steps may fail
+        print(f"{config.exp_name}, from the lengths of its rows:", flush=True)
+        print(describe_work(config, loaders, works, cut_texts(stores)), flush=True)
+    lines = take_steps(config, stores, tokenizer, layout, loaders, works) if config.dry_run != "data" else []
+    if layout.is_main:
+        print(*lines, f"nothing was trained; the run would live in {config.run_dir}", sep="\n", flush=True)
+
+
+def take_steps(
+    config: TrainConfig,
+    stores: TrainEval,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+    loaders: list[BatchLoader],
+    works: list[Work],
+) -> list[str]:
+    """Lines on three steps of the run, or why there are none; `works` are those of `loaders`."""
+    reason = layout.on_main(lambda: why_no_steps(config, layout))
+    if reason:
+        return [f"no steps were taken: {reason}"]
+    first, largest = loaders[0].excerpt(works[0].first), loaders[0].excerpt(works[0].largest)
+    alone = replace(config, debug=True, sample_during_eval=False)  # no checkpoints, no wandb
+    with TemporaryDirectory(prefix="dry-run-") as folder:
+        run = RunDir(Path(folder) / "run", None)
+        trainer = build_trainer(alone, stores, first, largest, tokenizer, Path(folder), run, layout)
+        measured = measure(trainer)
+    visited = loaders if trainer.objective.needs_reference else []
+    num_positions = sum(int(loader.row_positions(loader.rows_visited()).sum()) for loader in visited)
+    return [
+        f"from three real steps ({layout.device.type}, processes: {layout.world_size}):",
+        describe_measured(config, works, measured, num_positions),
+    ]
+
+
+def why_no_steps(config: TrainConfig, layout: Layout) -> str:
+    """Why a dry run had better not load the model: what looks like a login node. Empty: it may."""
+    if config.device != "auto" or layout.device.type != "cpu":
+        return ""
+    billions = skeleton(config).num_parameters() / 1e9
+    if billions < LARGE_ON_A_CPU:
+        return ""
+    return (
+        f"device=auto found no GPU, and the model has {billions:.1f} billion parameters; type the command where it "
+        "will run, or insist with device=cpu"
     )
+
+
+def cut_texts(stores: TrainEval) -> dict[str, int]:
+    """How many prompts and responses of all rows were too long."""
+    noted = Counter[str]()
+    for counts in stores.report["datasets"].values():
+        noted.update(counts["noted"])
+    responses = noted["response_cut"] + noted["chosen_cut"] + noted["rejected_cut"]
+    return {"prompts": noted["prompt_cut"], "responses": responses}
 
 
 def next_step(config: TrainConfig, run: RunDir) -> str:

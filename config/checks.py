@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from config.paths import find_path
-from config.ranges import above, at_least, existing_path, neighbours, one_of, share
+from config.ranges import above, at_least, existing_path, neighbours, one_of, share, switch
 from config.settings import (
     MISSING,
     BackendSettings,
@@ -214,6 +214,8 @@ def _check_run(config: TrainConfig) -> list[str]:
     errors += _check_trainer(config)
     errors += one_of("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled"))
     errors += one_of("on_non_finite", config.on_non_finite, ("stop", "skip"))
+    errors += switch("activation_checkpointing", config.activation_checkpointing, ("none", "selective", "full"))
+    errors += switch("dry_run", config.dry_run, ("data",))
     errors += at_least("checkpoint.every_examples", config.checkpoint.every_examples, 1)
     errors += at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     best = config.checkpoint.keep_best

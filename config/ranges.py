@@ -24,6 +24,11 @@ def one_of(key: str, value: str, choices: Sequence[str]) -> list[str]:
     return [f"{key}={value}: no such choice{meant} Choices: {', '.join(choices)}"]
 
 
+def switch(key: str, value: bool | str, choices: Sequence[str]) -> list[str]:
+    """A value that is neither true nor false nor one of the choices."""
+    return [] if isinstance(value, bool) else [f"{error}, true, false" for error in one_of(key, value, choices)]
+
+
 def at_least(key: str, value: float | None, least: float) -> list[str]:
     """A value below its least one; None is not set."""
     return [f"{key}={value}: must be {least} or more"] if value is not None and not value >= least else []

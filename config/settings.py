@@ -130,7 +130,7 @@ class TrainConfig:
     warmup_steps: int = 150
     warmup_ratio: float | None = None  # share of all steps; takes the place of warmup_steps
     max_grad_norm: float = 10.0
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | str = False  # none (false) | selective: matrix products are kept | full (true)
     on_non_finite: str = "stop"  # stop | skip a step whose loss or gradient is not finite
 
     do_first_eval: bool = True
@@ -147,7 +147,7 @@ class TrainConfig:
     fsdp_port: int | None = None  # where the processes of one machine meet; null: a port that is free
     debug: bool = False  # no wandb, no checkpoints
     log_text: bool = False  # let samples reach wandb and the console
-    dry_run: bool = False  # compose, check, tokenise, report; no training
+    dry_run: bool | str = False  # true: estimates from the data and three real steps | data: from the data alone
 
 
 @dataclass

@@ -135,10 +135,12 @@ def test_the_same_command_after_the_end_says_so(base, pairs, tmp_path, here):
     assert (tmp_path / "runs" / "twice" / "metrics.jsonl").read_bytes() == before
 
 
-def test_dry_run_tokenises_and_trains_nothing(base, pairs, tmp_path, here):
-    out = here("loss=dpo", f"datasets.si.path={pairs}", "exp_name=dry", "dry_run=true", "n_epochs=2", *base)
-    assert f"{TRAIN_ROWS} training rows, {2 * TRAIN_ROWS} examples in 10 steps of 8" in out
-    assert "positions" in out
+@pytest.mark.parametrize("dry_run", ["true", "data"])
+def test_dry_run_tokenises_and_trains_nothing(base, pairs, tmp_path, here, dry_run):
+    out = here("loss=dpo", f"datasets.si.path={pairs}", "exp_name=dry", f"dry_run={dry_run}", "n_epochs=2", *base)
+    assert f"{TRAIN_ROWS} for training, 3 for evaluation; cut: 0 prompts, 0 responses" in out
+    assert f"10 of 8 examples: {2 * TRAIN_ROWS} in all, in 10 micro-batches" in out
+    assert "nothing was trained; the run would live in runs/dry" in out
     assert not (tmp_path / "runs").exists()
     assert len([path for path in (tmp_path / ".cache" / "tokens").iterdir() if path.is_dir()]) == 1
 

@@ -8,6 +8,7 @@ position of a run is one number, the examples seen.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,7 @@ class BatchLoader:
         columns: As given; may be set until `batches` is called.
         total_examples: Rows of the whole run, repeats included.
         steps: Global batches of the whole run.
+        max_tokens: Positions that no micro-batch exceeds, unless a single row does; None: no limit.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class BatchLoader:
         self.store, self.pad_token_id, self.packing = store, pad_token_id, packing
         self.columns: dict[str, Tensor] = dict(columns or {})
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
-        self._num_microbatches, self._max_tokens = num_microbatches, max_tokens_per_microbatch
+        self._num_microbatches, self.max_tokens = num_microbatches, max_tokens_per_microbatch
+        if packing and max_tokens_per_microbatch is None:
+            self.max_tokens = default_max_tokens(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._rank, self._world_size = rank, world_size
         limits = [num_examples, None if num_epochs is None else num_epochs * len(store)]
         self.total_examples = min(limit for limit in limits if limit is not None) if len(store) else 0
@@ -135,6 +139,34 @@ class BatchLoader:
             if coming is not None:
                 yield coming.result()
 
+    def plan(self) -> Iterator[tuple[Tensor, list[list[int]]]]:
+        """What `batches` would make, from the lengths of the rows alone.
+
+        Yields:
+            of each global batch its rows (int64), and for each rank the positions of each of its micro-batches.
+        """
+        for _, rows in self._plan(0):
+            sizes = self.row_positions(rows).tolist()
+            yield rows, [[self._positions([sizes[i] for i in part]) for part in own] for own in self._cuts(rows)]
+
+    def row_positions(self, rows: Tensor) -> Tensor:
+        """Positions of each of these rows by itself, (B,) int64."""
+        if self.packing:
+            return input_lengths(self.store.lengths[rows].long()).sum(1)
+        return self._sequence_lengths(rows) * (self.store.num_segments - 1)
+
+    def _positions(self, sizes: list[int]) -> int:
+        """Positions of a micro-batch of rows that have so many each."""
+        return sum(sizes) if self.packing else len(sizes) * max(sizes)
+
+    def excerpt(self, rows: Tensor) -> BatchLoader:
+        """A loader of a single global batch, of these rows (B,), cut as in this one; its store has no others."""
+        one = copy.copy(self)
+        one.store, one.columns = self.store.select(rows), {}
+        one.total_examples = one._batch_size = len(rows)
+        one._shuffle, one.steps = False, 1
+        return one
+
     def _order(self, epoch: int) -> Tensor:
         if not self._shuffle:
             return torch.arange(len(self.store))
@@ -154,7 +186,7 @@ class BatchLoader:
 
     def _make(self, start: int, rows: Tensor) -> GlobalBatch:
         """This rank's micro-batches. From the lengths alone each rank knows how the others cut their shares."""
-        cuts = (self._packed_cuts if self.packing else self._padded_cuts)(rows)
+        cuts = self._cuts(rows)
         own = cuts[self._rank]
         return GlobalBatch(
             [self._collate(rows[part]) for part in own],
@@ -164,25 +196,29 @@ class BatchLoader:
             start_examples=start,
         )
 
-    def _packed_cuts(self, rows: Tensor) -> list[list[Tensor]]:
-        """For each rank the indices into `rows` of each of its micro-batches; shares balanced by positions."""
-        sizes = input_lengths(self.store.lengths[rows].long()).sum(1).tolist()
-        limit = self._max_tokens or default_max_tokens(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    def _cuts(self, rows: Tensor) -> list[list[list[int]]]:
+        """For each rank the indices into `rows` of each of its micro-batches."""
+        return (self._packed_cuts if self.packing else self._padded_cuts)(rows)
+
+    def _packed_cuts(self, rows: Tensor) -> list[list[list[int]]]:
+        """Shares balanced by positions."""
+        assert self.max_tokens is not None
+        sizes = self.row_positions(rows).tolist()
         cuts = []
         for share in balanced_shares(sizes, self._world_size):
-            packed = pack_rows([sizes[i] for i in share], limit=limit, at_least=self._num_microbatches)
-            cuts.append([torch.tensor(share)[part] for part in packed])
+            packed = pack_rows([sizes[i] for i in share], limit=self.max_tokens, at_least=self._num_microbatches)
+            cuts.append([[share[i] for i in part] for part in packed])
         return cuts
 
-    def _padded_cuts(self, rows: Tensor) -> list[list[Tensor]]:
-        """The same; every world_size-th row by length, so that all ranks have the same work."""
+    def _padded_cuts(self, rows: Tensor) -> list[list[list[int]]]:
+        """Every world_size-th row by length, so that all ranks have the same work."""
         lengths = self._sequence_lengths(rows)
         by_length = torch.argsort(lengths, descending=True, stable=True)
-        cuts: list[list[Tensor]] = []
+        cuts: list[list[list[int]]] = []
         for rank in range(self._world_size):
             share = by_length[rank :: self._world_size]
             sizes = self._microbatch_sizes(lengths[share].tolist())
-            cuts.append(list(share.split(sizes)) if sizes else [])
+            cuts.append([part.tolist() for part in share.split(sizes)] if sizes else [])
         return cuts
 
     def filler(self) -> TensorDict:
@@ -215,9 +251,9 @@ class BatchLoader:
 
     def _rows_that_fit(self, length: int) -> int:
         """How many rows, none longer than `length`, one micro-batch may hold."""
-        if self._max_tokens is None:
+        if self.max_tokens is None:
             return self._batch_size
-        return max(1, self._max_tokens // (length * (self.store.num_segments - 1)))
+        return max(1, self.max_tokens // (length * (self.store.num_segments - 1)))
 
     def _collate(self, rows: Tensor) -> TensorDict:
         """The tensors of B rows, in memory that a GPU copies from by itself where there is one."""

@@ -26,11 +26,26 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from config.errors import UserError
 from config.settings import TrainConfig
 from trainers.parallel import Layout, stop_requested, sum_over_processes
 from trainers.preemption import Preempted
+
+# What takes the time of a block: its matrix products, and attention by any kernel. The rest waits for memory, and is
+# quick to compute again.
+KEPT_BY_SELECTIVE = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+]
 
 
 def find_blocks(model: nn.Module, name: str | None) -> list[nn.Module]:
@@ -59,9 +74,12 @@ def find_blocks(model: nn.Module, name: str | None) -> list[nn.Module]:
 def parallelize(model: nn.Module, settings: TrainConfig, layout: Layout) -> None:
     """Activation checkpointing, compilation and sharding of a model, in place and in this order."""
     blocks = find_blocks(model, settings.model.block_name) if layout.mesh or settings.trainer.compile else []
-    if settings.activation_checkpointing:
+    if settings.activation_checkpointing not in (False, "none"):
         # The reentrant kind needs inputs with gradients and breaks with frozen embeddings.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        how: dict[str, Any] = {"use_reentrant": False}
+        if settings.activation_checkpointing == "selective":
+            how["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT_BY_SELECTIVE)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
     if settings.trainer.compile:
         for block in blocks:
             block.compile()

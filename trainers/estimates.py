@@ -1,0 +1,226 @@
+"""What a run would be and would take, for `dry_run`: counts from the lengths of the rows, times from real steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config.settings import TrainConfig
+from trainers.batching import BatchLoader
+from trainers.metrics import MetricsLog, peak_memory_gib
+from trainers.parallel import gather_objects
+from trainers.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Work:
+    """The batches of a loader, over all processes.
+
+    Attributes:
+        ends: Examples seen after each global batch.
+        microbatches: Their number.
+        tokens: Of all sequences, the prompt of a pair counted in both.
+        positions: That the model is run on.
+        padding: Share of the positions that hold no token.
+        largest_microbatch: Its positions.
+        first: Rows of the first global batch, (B,) int64.
+        largest: Rows of the global batch that has the largest micro-batch, (B,) int64.
+    """
+
+    ends: list[int]
+    microbatches: int
+    tokens: int
+    positions: int
+    padding: float
+    largest_microbatch: int
+    first: Tensor
+    largest: Tensor
+
+
+def count_work(loader: BatchLoader) -> Work:
+    """Counts without making a batch: some ten seconds for a million rows. The loader must have rows."""
+    plan = list(loader.plan())
+    batches = [rows for rows, _ in plan]
+    sizes = [[size for own in ranks for size in own] for _, ranks in plan]
+    largest = max(range(len(plan)), key=lambda k: max(sizes[k]))
+    seen = torch.cat(batches)
+    lengths = loader.store.lengths[seen].long()
+    tokens = int(lengths[:, 1:].sum() + lengths[:, 0].sum() * (lengths.shape[1] - 1))
+    positions = sum(map(sum, sizes))
+    return Work(
+        ends=torch.tensor([len(rows) for rows in batches]).cumsum(0).tolist(),
+        microbatches=sum(map(len, sizes)),
+        tokens=tokens,
+        positions=positions,
+        padding=0.0 if loader.packing else 1 - tokens / positions,
+        largest_microbatch=max(sizes[largest]),
+        first=batches[0],
+        largest=batches[largest],
+    )
+
+
+def num_evaluations(ends: Sequence[int], settings: TrainConfig) -> int:
+    """How often a run evaluates whose steps end at these numbers of examples."""
+    return settings.do_first_eval + len(_due_at(ends, settings.eval_every))
+
+
+def num_checkpoints(ends: Sequence[int], settings: TrainConfig) -> int:
+    """How many checkpoints it leaves; with `keep_best`, the best counts beside the last ones."""
+    checkpoint = settings.checkpoint
+    written = 0 if settings.debug else len(_due_at(ends, checkpoint.every_examples or settings.eval_every))
+    if checkpoint.keep_last is None:
+        return written
+    return min(written, checkpoint.keep_last + (checkpoint.keep_best is not None))
+
+
+def _due_at(ends: Sequence[int], every: int) -> set[int]:
+    """The ends of the steps that pass a multiple of `every`, and of the last step."""
+    starts = [0, *ends[:-1]]
+    return {end for start, end in zip(starts, ends, strict=True) if end // every > start // every} | {ends[-1]}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a few real steps took.
+
+    Attributes:
+        step_seconds: Of a step, for each position of its batch over all processes.
+        forward_seconds: Of an evaluation, likewise.
+        peak_memory_gib: Of the process that held most.
+        weights_bytes, optimizer_bytes: Of a checkpoint.
+    """
+
+    step_seconds: float
+    forward_seconds: float
+    peak_memory_gib: float
+    weights_bytes: int
+    optimizer_bytes: int
+
+
+def measure(trainer: Trainer) -> Measured:
+    """Takes three steps and evaluates; every process must come here.
+
+    Args:
+        trainer: before its first step, under `debug`. Its training loader is an excerpt with the first global batch of
+            the run, its evaluation loader one with the batch that has the largest micro-batch.
+    """
+    first, largest, device = trainer.train_loader, trainer.eval_loader, trainer.layout.device
+    assert largest is not None
+    seconds = 0.0
+    # The first step warms up and makes the optimizer's state, beside which the largest micro-batch needs most memory.
+    for loader in (first, largest, first):
+        (batch,) = loader.batches()
+        batch, trainer.train_loader = replace(batch, start_examples=trainer.progress.examples), loader
+        seconds = _seconds(partial(trainer.train_step, batch), device)
+    with MetricsLog(trainer.run, trainer.settings, {}, {}, active=False) as trainer.log:
+        forward_seconds = [_seconds(trainer.evaluate, device) for _ in range(2)][-1]
+    weights, optimizer = checkpoint_bytes(trainer)
+    return Measured(
+        step_seconds=seconds / count_work(first).positions,
+        forward_seconds=forward_seconds / count_work(largest).positions,
+        peak_memory_gib=max(gather_objects(peak_memory_gib(device))),
+        weights_bytes=weights,
+        optimizer_bytes=optimizer,
+    )
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    """What it takes, the device's part included."""
+    started = time.monotonic()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic() - started
+
+
+def checkpoint_bytes(trainer: Trainer) -> tuple[int, int]:
+    """Bytes of the weights (twice with `checkpoint.policy_pt`) and of the optimizer's state, after a step.
+
+    The tensors of all processes; tokenizer, random states and headers are some 100 kB beside them.
+    """
+    weights = {id(tensor): tensor for tensor in trainer.policy.state_dict(keep_vars=True).values()}  # tied ones once
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    copies = 1 + trainer.settings.checkpoint.policy_pt
+    return copies * _bytes(weights.values()), _bytes(value for value in states if isinstance(value, Tensor))
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # of a DTensor: of all its shards
+
+
+def describe_work(
+    settings: TrainConfig, loaders: Sequence[BatchLoader], works: Sequence[Work], cut: Mapping[str, int]
+) -> str:
+    """Lines on what the run is.
+
+    Args:
+        settings: of the run.
+        loaders: for training and, if anything is held out, for evaluation.
+        works: of these.
+        cut: what of the rows was cut -> number of them.
+    """
+    rows, work, limit = [len(loader.store) for loader in loaders], works[0], loaders[0].max_tokens
+    return _table(
+        {
+            "rows": f"{rows[0]:,} for training, {sum(rows[1:]):,} for evaluation; cut: "
+            + ", ".join(f"{number:,} {what}" for what, number in cut.items()),
+            "steps": f"{len(work.ends):,} of {settings.batch_size:,} examples: {work.ends[-1]:,} in all, in "
+            f"{work.microbatches:,} micro-batches",
+            "tokens": f"{work.tokens:,} in {work.positions:,} positions, padding {work.padding:.1%}",
+            "micro-batch": f"up to {work.largest_microbatch:,} positions "
+            + ("(no limit)" if limit is None else f"(limit {limit:,})"),
+        }
+    )
+
+
+def describe_measured(
+    settings: TrainConfig, works: Sequence[Work], measured: Measured, reference_positions: int
+) -> str:
+    """Lines on what the run takes.
+
+    Args:
+        settings: of the run.
+        works: of its training and, if anything is held out, of each of its evaluations.
+        measured: what its steps took.
+        reference_positions: of all rows that need reference log-probabilities; 0 where the objective reads none.
+    """
+    work = works[0]
+    training = measured.step_seconds * work.positions
+    reference = measured.forward_seconds * reference_positions
+    evaluation = measured.forward_seconds * sum(one.positions for one in works[1:])
+    times = num_evaluations(work.ends, settings) if works[1:] else 0
+    size = measured.weights_bytes + measured.optimizer_bytes
+    kept = num_checkpoints(work.ends, settings)
+    return _table(
+        {
+            "step": f"{_duration(training / len(work.ends))} ({1 / measured.step_seconds:,.0f} positions/s)",
+            "training": _duration(training),
+            "reference": f"{_duration(reference)}, unless it is cached" if reference_positions else "none",
+            "evaluations": f"{_duration(times * evaluation)}: {times} of {_duration(evaluation)}, without samples",
+            "in all": f"{_duration(training + reference + times * evaluation)}, without loading and saving",
+            "memory": f"{measured.peak_memory_gib:.2f} GiB at the peak of a process",
+            "checkpoint": f"{_size(size)} (weights {_size(measured.weights_bytes)}, optimizer "
+            f"{_size(measured.optimizer_bytes)}); {kept} kept: {_size(kept * size)}",
+        }
+    )
+
+
+def _table(lines: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:<13}{text}" for name, text in lines.items())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"
