@@ -38,17 +38,18 @@ from preference_datasets import Loss, TrainEval, build_stores, describe
 from safer_instruct.generation import HFGenerator
 from safer_instruct.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
-from trainers.attention import PACKED, use_packed_attention
+from trainers.attention import PACKED, check_packed_attention, packed_and_alone, use_packed_attention
 from trainers.batching import BatchLoader
 from trainers.cache import usable_dir
 from trainers.checkpoint import read_progress, saved_checkpoints
 from trainers.estimates import Work, count_work, describe_measured, describe_work, measure
 from trainers.logps import autocast_dtype, check_head
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
+from trainers.packing import default_max_tokens
 from trainers.parallel import Layout, launch
 from trainers.reference import attach_reference, weights_key
 from trainers.run_dir import RunDir, write_durably
-from trainers.sharding import place_model
+from trainers.sharding import forward_function, place_model, reshard
 from trainers.token_store import TokenStore
 from trainers.trainer import Trainer
 
@@ -148,6 +149,10 @@ def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple
         return policy
 
     policy = place_model(load, lambda: skeleton(config), config, layout)
+    if config.packing:  # now: on its device, and with the kernel that will run there
+        packed, alone = forward_function(policy, packed_and_alone, device=layout.device)()
+        check_packed_attention(packed, alone, name=type(policy).__name__.removeprefix("FSDP"))
+        reshard(policy)
     return policy, layout.on_main(lambda: keys[0])
 
 
@@ -185,9 +190,12 @@ def build_loaders(
     config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Batches for training, and for each evaluation (None: nothing is held out)."""
+    max_tokens = config.max_tokens_per_microbatch
+    if config.packing and max_tokens is None:
+        max_tokens = default_max_tokens(layout.device)
     shared: dict[str, Any] = {
         "seed": config.seed,
-        "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
+        "max_tokens_per_microbatch": max_tokens,
         "pad_token_id": tokenizer.pad_token_id,
         "packing": config.packing,
         "rank": layout.rank,

@@ -70,6 +70,8 @@ OURS: dict[str, dict[str, Any]] = {
     "padded": {"packing": False},
     "packed_bf16": {"autocast": "bfloat16"},
     "packed_compiled": {"compile": True},
+    "packed_selective": {"activation_checkpointing": "selective"},
+    "packed_full": {"activation_checkpointing": "full"},
 }
 WARM_UP_ROWS = 4  # the first step, which is not counted
 
@@ -120,6 +122,7 @@ def our_step(
     settings = train_settings(arguments)
     settings.packing = OURS[name].get("packing", True)
     settings.model.autocast = OURS[name].get("autocast")
+    settings.activation_checkpointing = OURS[name].get("activation_checkpointing", False)
     settings.trainer.compile = OURS[name].get("compile", False)
     loader = train_loader(store, arguments, packing=settings.packing)
     if settings.packing:

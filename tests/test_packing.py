@@ -11,7 +11,13 @@ from config.errors import UserError
 from tests.test_batching import PAD, make_store
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
 from trainers import attention
-from trainers.attention import PACKED, PackedLayout, use_packed_attention
+from trainers.attention import (
+    PACKED,
+    PackedLayout,
+    check_packed_attention,
+    packed_and_alone,
+    use_packed_attention,
+)
 from trainers.batching import BatchLoader
 from trainers.logps import sequence_logps
 from trainers.packing import (
@@ -65,6 +71,7 @@ def exact_model(name="llama", *, dtype=torch.float64):
 def packed_model(name="llama", *, dtype=torch.float64):
     model = exact_model(name, dtype=dtype)
     use_packed_attention(model)
+    check_packed_attention(*packed_and_alone(model, device=torch.device("cpu")), name=name)
     return model
 
 
@@ -294,10 +301,11 @@ def test_the_attention_of_a_model_is_asserted(tmp_path):
 
 def test_a_model_that_ignores_its_positions_is_refused():
     model = tiny_model()
+    use_packed_attention(model)
     forward = model.base_model.forward
     model.base_model.forward = lambda position_ids=None, **rest: forward(**rest)
-    with pytest.raises(UserError, match=r"other states for packed rows.*packing=false"):
-        use_packed_attention(model)
+    with pytest.raises(UserError, match=r"Llama computes other states for packed rows.*packing=false"):
+        check_packed_attention(*packed_and_alone(model, device=torch.device("cpu")), name="Llama")
 
 
 def test_ordinary_passes_of_a_packed_model_are_those_of_sdpa():

@@ -8,7 +8,7 @@ forward pass outside of `packed_layout` (generation, padded batches) is the `sdp
 Which kernel runs follows from device, dtype and rows alone (`kernel_for`): on a GPU `flex_attention` with a block mask,
 or, where each row is one sequence and 16 bits wide, torch's variable-length flash attention; elsewhere one call of
 scaled dot product attention for each sequence (flex_attention has no backward pass on a CPU). What a kernel cannot do
-(soft caps, sinks, biases, dropout) is refused, and `use_packed_attention` compares each model with itself, unpacked.
+(soft caps, sinks, biases, dropout) is refused, and `check_packed_attention` compares each model with itself, unpacked.
 
 Letters: B = rows, S = segments of a row, T = positions of the micro-batch, H = heads, D = size of a head.
 """
@@ -235,49 +235,59 @@ AttentionMaskInterface.register(PACKED, _mask)
 
 
 def use_packed_attention(model: Any) -> None:
-    """Switches a model to `packed`, and compares it with itself: two packed pairs against their four sequences.
+    """Switches a model to `packed`; `check_packed_attention` tells whether that is right for it.
 
     Raises:
-        UserError: for an attention that was asked for and is not this one, and for a model that does not take its
-            attention, mask or positions from where the others do.
+        UserError: for an attention that was asked for and is not this one.
     """
-    if model.config._attn_implementation == PACKED:
-        return
-    if model.config._attn_implementation != "sdpa":
+    if model.config._attn_implementation not in (PACKED, "sdpa"):
         raise UserError(
             f"packing=true computes attention by itself; model.attn_implementation={model.config._attn_implementation} "
             "needs packing=false (slower), or leave model.attn_implementation=sdpa"
         )
     model.set_attn_implementation(PACKED)
-    _check(model)
+
+
+# Lengths of the segments of a few rows: of two responses, and of one, for which another kernel may run.
+CHECKED_ROWS = ([(3, 4, 2), (2, 1, 5)], [(3, 4), (2, 5)])
 
 
 @torch.no_grad()
-def _check(model: Any) -> None:
-    """Hidden states of packed pairs are those of each sequence alone, up to the rounding of the weights' dtype."""
-    device, vocabulary = next(model.parameters()).device, model.config.get_text_config().vocab_size
+def packed_and_alone(model: Any, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Hidden states of packed rows, and of each of their sequences alone: (P, D) each, prompts once."""
+    vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 4, 2), (2, 1, 5)]
-    ids = [torch.randint(vocabulary, (sum(shape),), generator=generator).to(device) for shape in shapes]
-    alone, positions = [], []
-    for row, shape in zip(ids, shapes, strict=True):
-        before, *responses = row.split(shape)
-        for n, response in enumerate(responses):
-            sequence = torch.cat([before, response])
-            states = model.base_model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
-            skipped = 0 if n == 0 else len(before)
-            alone.append(states[skipped:])
-            positions.append(torch.arange(skipped, len(sequence), device=device))
-    lengths = torch.tensor(shapes, device=device)
-    packed = packed_states(model, torch.cat(ids), torch.cat(positions), lengths)
-    expected = torch.cat(alone)
-    error = ((packed - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-    tolerance = 1e-3 if expected.dtype.itemsize > 2 else 0.1
+    packed, alone = [], []
+    for shapes in CHECKED_ROWS:
+        ids = [torch.randint(vocabulary, (sum(shape),), generator=generator).to(device) for shape in shapes]
+        positions = []
+        for row, shape in zip(ids, shapes, strict=True):
+            before, *responses = row.split(shape)
+            for n, response in enumerate(responses):
+                sequence = torch.cat([before, response])
+                states = model.base_model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
+                skipped = 0 if n == 0 else len(before)
+                alone.append(states[skipped:])
+                positions.append(torch.arange(skipped, len(sequence), device=device))
+        lengths = torch.tensor(shapes, device=device)
+        packed.append(packed_states(model, torch.cat(ids), torch.cat(positions), lengths))
+    return torch.cat(packed), torch.cat(alone)
+
+
+def check_packed_attention(packed: Tensor, alone: Tensor, name: str) -> None:
+    """Compares the two results of `packed_and_alone`, up to the rounding of their dtype.
+
+    Raises:
+        UserError: for a model (of this name) that does not take its attention, mask or positions from where the others
+            do.
+    """
+    error = ((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max().item()
+    tolerance = 1e-3 if alone.dtype.itemsize > 2 else 0.1
     if not error <= tolerance:
         raise UserError(
-            f"{type(model).__name__} computes other states for packed rows than for each sequence alone (relative "
-            f"difference {error:.1g}, at most {tolerance} is rounding): it does not attend, mask or count positions as "
-            "Llama, Mistral, Qwen, GPT-NeoX, GPT-2 and GPT-J do. Write packing=false."
+            f"{name} computes other states for packed rows than for each sequence alone (relative difference "
+            f"{error:.1g}, at most {tolerance} is rounding): it does not attend, mask or count positions as Llama, "
+            "Mistral, Qwen, GPT-NeoX, GPT-2 and GPT-J do. Write packing=false."
         )
 
 

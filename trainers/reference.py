@@ -27,6 +27,7 @@ from config.errors import UserError
 from trainers.batching import BatchLoader
 from trainers.cache import build_once
 from trainers.logps import sequence_logps
+from trainers.packing import default_max_tokens
 from trainers.parallel import Layout, gather_objects
 from trainers.sharding import forward_function, reshard
 from trainers.token_store import TokenStore
@@ -87,10 +88,10 @@ def reference_logps(
     lengths = store.lengths[rows].long()
     by_length = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1), descending=True, stable=True)]
     # Cut as one process cuts them: the parts of the others are skipped, not cut anew.
+    limit = max_tokens_per_batch or (default_max_tokens(layout.device) if packing else 16_384)
     loader = BatchLoader(
         store.select(by_length), batch_size=256, seed=0, shuffle=False, num_epochs=1, num_examples=None,
-        num_microbatches=1, max_tokens_per_microbatch=max_tokens_per_batch or (None if packing else 16_384),
-        pad_token_id=pad_token_id, packing=packing,
+        num_microbatches=1, max_tokens_per_microbatch=limit, pad_token_id=pad_token_id, packing=packing,
     )  # fmt: skip
 
     def build(folder: Path) -> None:
