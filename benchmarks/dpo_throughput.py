@@ -3,12 +3,14 @@
     OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --lengths si --vocabulary 8192 --json si-8k.json
     OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --contenders literal packed trl --lengths long
     OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --task sft --contenders packed trl trl_packed
-    OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --memory literal packed --vocabulary 32768 --layers 4
+    OMP_NUM_THREADS=1 python -m benchmarks.dpo_throughput --memory literal packed --vocabulary 32768 --max-tokens 512
+    OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --contenders packed --profile
 
 Contenders take turns on every global batch, in an order that rotates, each from the same weights:
 
 - `packed`, `padded`: `Trainer.train_step` as `python train.py` runs it, with `packing` true and false;
-- `packed_bf16`: the same with `model.autocast=bfloat16`;
+- `packed_bf16`, `packed_compiled`, `packed_selective`, `packed_full`: packed, with `model.autocast=bfloat16`, with
+  `trainer.compile=true`, or with `activation_checkpointing` selective or full;
 - `literal`, `trl`, `trl_packed`: see `throughput_peers.py` (TRL needs `pip install -r requirements-bench.txt`).
 
 The model is a random Llama, the tokens are random, their lengths those of the published `si` pairs or, with `long`,
@@ -183,7 +185,8 @@ def build_steps(
             steps[name] = lambda batch, step=literal: step(batch.rows)
         else:
             peer = trl_step(
-                policy, store, settings, folder / name, rows_at_once=arguments.trl_rows, packed=name == "trl_packed",
+                policy, store, settings, folder / name, rows_at_once=arguments.trl_rows,
+                by_length=arguments.trl_order == "length", packed=name == "trl_packed",
                 reference=reference_of(store, arguments, layout, folder),
             )  # fmt: skip
             steps[name] = lambda batch, step=peer: step(batch.rows)
@@ -290,6 +293,22 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
     }
 
 
+def profile(arguments: argparse.Namespace, layout: Layout, folder: Path) -> None:
+    """Where the time of a step of each contender goes: processor time of the operators themselves, largest first."""
+    with ExitStack() as stack:
+        _, batches, steps = build_steps(arguments, layout, folder, stack)
+        for name, step in steps.items():
+            step(batches[-1])
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+                step(batches[0])
+            rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
+            total = sum(row.self_cpu_time_total for row in rows)
+            print(f"{name}: {total / 1e6:.2f} s")
+            for row in rows[:16]:
+                share = row.self_cpu_time_total / total
+                print(f"  {row.key:48}{row.count:7}{row.self_cpu_time_total / 1e6:8.3f} s{share:8.1%}")
+
+
 def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
     """GiB that steps of each contender add to a process, model, gradients and optimizer included."""
     own = [word for word in sys.argv[1:] if word not in ("--memory", *arguments.memory)]
@@ -343,11 +362,16 @@ def parser() -> argparse.ArgumentParser:
         "--contenders", nargs="+", default=["literal", "packed"], help="the first is what ratios are of"
     )
     parser.add_argument("--memory", nargs="+", default=[], help="measure the memory of these instead")
+    parser.add_argument("--profile", action="store_true", help="say where the time of a step goes instead")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--lengths", choices=tuple(PROMPT_SCALE), default="si")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--trl-rows", type=int, default=8, help="rows of one of TRL's micro-batches")
+    parser.add_argument(
+        "--trl-order", choices=("random", "length"), default="random",
+        help="of a batch's rows: random, as its trainers take them, or by length, which none of its settings does",
+    )  # fmt: skip
     parser.add_argument("--literal-parts", type=int, default=4, help="micro-batches of the literal step")
     parser.add_argument("--max-tokens", type=int, default=None, help="positions of one of our micro-batches")
     parser.add_argument("--vocabulary", type=int, default=8192)
@@ -369,6 +393,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             if arguments.peak:
                 print(peak_of_one_step(arguments, layout, Path(folder)))
+            elif arguments.profile:
+                profile(arguments, layout, Path(folder))
             else:
                 result.update(measure(arguments, layout, Path(folder)))
 
@@ -378,7 +404,7 @@ def main() -> None:
             print(f"{name:12}{value:8.2f} GiB")
     else:
         launch(worker, TrainConfig(exp_name="benchmark", device="cpu"))
-        if arguments.peak:
+        if arguments.peak or arguments.profile:
             return
         print_table(result)
     if arguments.json is not None:

@@ -80,12 +80,9 @@ class LiteralStep:
 
 def trl_step(
     policy: LlamaForCausalLM, store: TokenStore, settings: TrainConfig, folder: Path, *, rows_at_once: int,
-    reference: Tensor | None, packed: bool,
+    by_length: bool, reference: Tensor | None, packed: bool,
 ) -> Callable[[Tensor], float]:  # fmt: skip
-    """TRL's own `training_step`, clipping and optimizer, on the rows of a global batch sorted by length.
-
-    Micro-batches of rows of like length (the best that its `group_by_length` could do within a batch), no gradient
-    checkpointing, float32.
+    """TRL's own `training_step`, clipping and optimizer, on the rows of a global batch; no gradient checkpointing.
 
     Args:
         policy: the model.
@@ -93,6 +90,8 @@ def trl_step(
         settings: of our trainer.
         folder: TRL's `output_dir`.
         rows_at_once: rows of a micro-batch.
+        by_length: sort the rows of a batch, so that those of a micro-batch are of like length. None of TRL's settings
+            does that: `group_by_length` makes batches of like length instead, and DPOTrainer has no column for it.
         reference: (N, 2) log-probabilities, as TRL would have precomputed them; None: SFTTrainer.
         packed: SFTTrainer's padding-free collator, whose sequences transformers keeps apart by their positions.
     """
@@ -141,9 +140,10 @@ def trl_step(
 
     def step(rows: Tensor) -> float:
         policy.train()
-        lengths = store.lengths[rows].long()
-        by_length = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1))]
-        parts = by_length.split(rows_at_once)
+        if by_length:
+            lengths = store.lengths[rows].long()
+            rows = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1))]
+        parts = rows.split(rows_at_once)
         total = 0.0
         for part in parts:
             inputs = collate([example(row) for row in part.tolist()])
