@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +15,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from config.checks import check_train
+from config.schema import run_entrypoint
+from config.settings import TrainConfig
 
 torch.set_num_threads(1)
 # A busy machine must not fail a test: no deadlines. The same examples every time, and no files beside the code.
@@ -90,3 +95,19 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTr
     tiny_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Runs a command of train.py in this process, in an empty working directory; returns what it printed."""
+    import train  # not at the top: most tests do without
+
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        run_entrypoint("config", TrainConfig, check_train, train.main)
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    return command

@@ -13,7 +13,7 @@ import train
 from config.settings import CheckpointSettings
 from tests.commands import run, write_pairs
 from tests.test_batching import loader, make_store
-from tests.test_train_entrypoint import FAST, entries, here  # noqa: F401  # a fixture
+from tests.test_train_entrypoint import FAST, entries
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.estimates import count_work, num_checkpoints, num_evaluations
 from trainers.packing import num_positions, num_tokens
@@ -125,7 +125,7 @@ def leftovers(tmp_path: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_three_real_steps_leave_nothing_behind(command, model_folder, tmp_path, here, monkeypatch):  # noqa: F811
+def test_three_real_steps_leave_nothing_behind(command, model_folder, tmp_path, here, monkeypatch):
     before, taken = files(model_folder), []
     original = Trainer.train_step
 
@@ -147,7 +147,7 @@ def test_three_real_steps_leave_nothing_behind(command, model_folder, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [[], ["optimizer=AdamW", "checkpoint.policy_pt=true"]])
-def test_a_checkpoint_is_as_large_as_was_said(command, changes, tmp_path, here):  # noqa: F811
+def test_a_checkpoint_is_as_large_as_was_said(command, changes, tmp_path, here):
     here("loss=dpo", "n_examples=8", *changes, *command)
     made = entries(tmp_path / ".cache" / "reference")
     out = here("loss=dpo", "n_examples=8", *changes, *command, "dry_run=true")
@@ -169,7 +169,7 @@ def test_sharded_steps(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_model_is_loaded_where_nobody_would_train_it(command, here, monkeypatch):  # noqa: F811
+def test_no_model_is_loaded_where_nobody_would_train_it(command, here, monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("the weights were loaded")
 
@@ -184,7 +184,7 @@ def test_no_model_is_loaded_where_nobody_would_train_it(command, here, monkeypat
 
 
 @pytest.mark.slow
-def test_what_would_stop_the_run_stops_the_dry_run(command, here, capsys):  # noqa: F811
+def test_what_would_stop_the_run_stops_the_dry_run(command, here, capsys):
     with pytest.raises(SystemExit) as stopped:
         here("loss=sft", "dry_run=true", "checkpoint.keep_best=rewards_eval/margins", *command)
     assert stopped.value.code == 2

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -16,10 +15,6 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train
-from config.checks import check_train
-from config.schema import run_entrypoint
-from config.settings import TrainConfig
 from tests.commands import metrics, run, start, without_times, write_alpaca, write_pairs
 
 pytestmark = pytest.mark.slow
@@ -38,20 +33,6 @@ def base(tiny_model_folder):
 @pytest.fixture
 def pairs(tmp_path):
     return write_pairs(tmp_path / "pairs.jsonl", 40)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Runs a command in this process, in an empty working directory; returns what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        run_entrypoint("config", TrainConfig, check_train, train.main)
-        printed = capsys.readouterr()
-        return printed.out + printed.err
-
-    return command
 
 
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
