@@ -65,6 +65,7 @@ PERCENTILES = [0, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.7, 100]
 PROMPT = [37, 41, 44, 48, 53, 59, 67, 77, 90, 103, 121, 150, 195, 219, 257, 378]
 CHOSEN = [2, 12, 12, 12, 12, 13, 31, 48, 57, 63, 92, 151, 276, 358, 470, 659]
 REJECTED = [2, 6, 8, 12, 16, 20, 24, 31, 39, 51, 68, 114, 166, 205, 301, 857]
+TEMPLATE = 30  # of a prompt's 36 tokens of template, those before the instruction: the same in all rows
 MAX_LENGTH = 512
 PROMPT_SCALE = {"si": 1.0, "long": 2.6}
 OURS: dict[str, dict[str, Any]] = {
@@ -82,12 +83,15 @@ def random_rows(folder: Path, arguments: argparse.Namespace, num_rows: int) -> T
     """Random tokens with the lengths of the published pairs; responses are cut to MAX_LENGTH - prompt."""
     random = np.random.default_rng(arguments.seed)
     num_segments = 3 if arguments.task == "dpo" else 2
+    template = random.integers(3, arguments.vocabulary, arguments.template).tolist()
     with TokenStoreWriter(folder, key="random rows", num_segments=num_segments) as writer:
         for row in range(num_rows):
             drawn = [int(np.interp(100 * random.random(), PERCENTILES, table)) for table in (PROMPT, CHOSEN, REJECTED)]
             prompt = min(int(drawn[0] * PROMPT_SCALE[arguments.lengths]), MAX_LENGTH - 64)
             lengths = [prompt, *(min(length, MAX_LENGTH - prompt) for length in drawn[1:num_segments])]
-            writer.append(f"row-{row}", [random.integers(3, arguments.vocabulary, n).tolist() for n in lengths])
+            segments = [random.integers(3, arguments.vocabulary, n).tolist() for n in lengths]
+            segments[0][: len(template)] = template
+            writer.append(f"row-{row}", segments)
         writer.finish({})
     return TokenStore(folder)
 
@@ -365,6 +369,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes instead")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--lengths", choices=tuple(PROMPT_SCALE), default="si")
+    parser.add_argument("--template", type=int, default=TEMPLATE, help="tokens that all prompts begin with")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--trl-rows", type=int, default=8, help="rows of one of TRL's micro-batches")

@@ -21,6 +21,7 @@ from trainers.attention import (
 from trainers.batching import BatchLoader
 from trainers.logps import sequence_logps
 from trainers.packing import (
+    RowSizes,
     balanced_shares,
     best_fit,
     collate_packed,
@@ -31,18 +32,28 @@ from trainers.packing import (
     num_tokens,
     pack_rows,
 )
+from trainers.prefixes import shared_prefixes
 from trainers.token_store import TokenStore, TokenStoreWriter
 
 # Prompt, chosen, rejected: some longer than Mistral's window of 6, some of one token, which is a target and no input.
 PAIRS = [(4, 3, 5), (9, 1, 1), (1, 12, 2), (3, 1, 8), (7, 6, 1)]
 
 
-def store_of(folder, shapes, seed=0) -> TokenStore:
-    """Rows of random tokens with these lengths."""
+# Tokens that the prompts of these rows begin with: two families, with a row between that begins as no other does.
+SHARED = [(20, 0), (17, 1), (20, 0), (0, 2), (17, 1)]
+
+
+def store_of(folder, shapes, seed=0, *, shared=()) -> TokenStore:
+    """Rows of random tokens with these lengths; before the prompt, so many tokens of so numbered a sequence."""
     generator = torch.Generator().manual_seed(seed)
-    with TokenStoreWriter(folder, key=f"{shapes} {seed}", num_segments=len(shapes[0])) as writer:
+    beginnings = torch.randint(3, VOCABULARY, (3, 32), generator=generator).tolist()
+    with TokenStoreWriter(folder, key=f"{shapes} {seed} {shared}", num_segments=len(shapes[0])) as writer:
         for i, shape in enumerate(shapes):
-            writer.append(f"row-{i}", [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in shape])
+            row = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in shape]
+            if shared:
+                length, family = shared[i]
+                row[0] = beginnings[family][:length] + row[0]
+            writer.append(f"row-{i}", row)
         writer.finish({})
     return TokenStore(folder)
 
@@ -53,7 +64,14 @@ def microbatch(store, *, packing):
         store, batch_size=len(store), seed=0, shuffle=False, num_epochs=1, num_examples=None, num_microbatches=1,
         max_tokens_per_microbatch=None, pad_token_id=PAD, packing=packing,
     )  # fmt: skip
-    return loader._collate(torch.arange(len(store)))
+    (batch,) = loader.batches()
+    (one,) = batch.microbatches
+    return one
+
+
+def in_order(batch, values):
+    """Per-row values of a micro-batch in the order of the store."""
+    return values[batch["row"].argsort()]
 
 
 def exact_model(name="llama", *, dtype=torch.float64):
@@ -78,17 +96,19 @@ def packed_model(name="llama", *, dtype=torch.float64):
 def logps_and_gradients(model, batch):
     """Log-probabilities, and the gradients of a weighted sum of them by name."""
     logps, num_targets = sequence_logps(model, batch)
+    logps, num_targets = in_order(batch, logps), in_order(batch, num_targets)
     weights = torch.linspace(-1, 2, logps.numel(), dtype=torch.float64).view(logps.shape)
     model.zero_grad()
     (logps * weights).sum().backward()
     return logps.detach(), num_targets, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("shared", [(), SHARED])
 @pytest.mark.parametrize("segments", [3, 2])
 @pytest.mark.parametrize("name", SUPPORTED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_log_probabilities_and_gradients_equal_the_padded_ones(tmp_path, name, dtype, segments):
-    store = store_of(tmp_path / "store", [shape[:segments] for shape in PAIRS])
+def test_log_probabilities_and_gradients_equal_the_padded_ones(tmp_path, name, dtype, segments, shared):
+    store = store_of(tmp_path / "store", [shape[:segments] for shape in PAIRS], shared=shared)
     padded, packed = microbatch(store, packing=False), microbatch(store, packing=True)
     expected, expected_counts, truth = logps_and_gradients(exact_model(name, dtype=dtype), padded)
     logps, counts, gradients = logps_and_gradients(packed_model(name, dtype=dtype), packed)
@@ -115,6 +135,13 @@ def test_wrong_masks_and_wrong_positions_are_nats_away(tmp_path, name):
     later = packed.clone()
     later["position_ids"] = torch.arange(len(packed["input_ids"]))
     assert difference(name, model, plain, expected) > 0.1
+    store = store_of(tmp_path / "shared", PAIRS, shared=SHARED)
+    shared = microbatch(store, packing=True)
+    swapped = shared.clone()
+    assert shared["prefix_rows"].tolist() == [0, 0, 2, 2, 4]
+    swapped["prefix_rows"] = torch.tensor([0, 0, 2, 0, 4])  # a row of the second family sees the first one's prefix
+    moved = (sequence_logps(model, swapped)[0] - sequence_logps(model, shared)[0]).abs().amax(1)
+    assert (moved > 1e-2).tolist() == [False, False, False, True, False]
     if name != "gpt2":  # its 64 positions are fewer than the micro-batch's
         assert difference(name, model, later, expected) > 1e-3
 
@@ -127,7 +154,7 @@ def test_a_window_that_is_ignored_is_seen(tmp_path):
     model = exact_model("mistral")
     model.config.sliding_window = None
     use_packed_attention(model)
-    moved = (sequence_logps(model, batch)[0] - expected).abs() > 1e-3
+    moved = in_order(batch, (sequence_logps(model, batch)[0] - expected).abs() > 1e-3)
     inputs = input_lengths(store.lengths.long())
     assert moved.tolist() == ((inputs[:, :1] + inputs[:, 1:]) > 6).tolist()
 
@@ -172,19 +199,64 @@ def test_what_is_counted_is_the_same_packed_and_padded(tmp_path, segments):
 
 
 sizes_lists = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+rows_with_families = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4)), min_size=1, max_size=40)
+
+
+@settings(max_examples=200)
+@given(rows_with_families, st.integers(1, 150), st.integers(1, 6))
+def test_bins_hold_every_row_once_within_the_limit(rows, limit, at_least):
+    """Family 0 is of rows that share nothing; the others have prefixes of 10, 20, ... positions."""
+    families = [family if family else -i for i, (_, family) in enumerate(rows, 1)]
+    sizes = RowSizes([own for own, _ in rows], [10 * family for _, family in rows], families)
+    bins = pack_rows(sizes, limit=limit, at_least=at_least)
+    assert sorted(i for part in bins for i in part) == list(range(len(rows)))
+    for part in bins:
+        prefixes = sum(10 * family for family in {rows[i][1] for i in part})
+        assert sizes.positions(part) == sum(rows[i][0] for i in part) + prefixes
+        assert len(part) == 1 or sizes.positions(part) <= limit
+    assert len(bins) >= min(at_least, len(rows))
 
 
 @settings(max_examples=60)
-@given(sizes_lists, st.integers(1, 100), st.integers(1, 6))
-def test_bins_hold_every_row_once_within_the_limit(sizes, limit, at_least):
-    bins = pack_rows(sizes, limit=limit, at_least=at_least)
-    assert sorted(i for part in bins for i in part) == list(range(len(sizes)))
-    assert all(len(part) == 1 or sum(sizes[i] for i in part) <= limit for part in bins) or len(bins) == at_least
-    assert len(bins) >= min(at_least, len(sizes))
+@given(sizes_lists, st.integers(1, 100))
+def test_a_best_fit_leaves_no_two_bins_that_could_be_one(sizes, limit):
+    """What the guarantee of any-fit rests on; evening out makes no more micro-batches than it."""
     fullest = best_fit(sizes, limit)
-    # No two bins of a fit could be one: what the guarantee of any-fit rests on.
     fills = sorted(sum(sizes[i] for i in part) for part in fullest)
     assert len(fills) < 2 or fills[0] + fills[1] > min(limit, fills[0] + fills[1] - 1)
+    alone = RowSizes(sizes, [0] * len(sizes), list(range(len(sizes))))
+    assert len(pack_rows(alone, limit=limit, at_least=1)) == len(fullest)
+
+
+def test_rows_of_a_family_go_together_and_micro_batches_are_of_like_size():
+    family = RowSizes([10] * 12, [30] * 12, [0] * 12)
+    bins = pack_rows(family, limit=100, at_least=1)
+    assert [family.positions(part) for part in bins] == [90, 90]  # not 100 and 80
+    two = RowSizes([10] * 12, [30] * 12, [0, 1] * 6)
+    bins = pack_rows(two, limit=100, at_least=1)
+    assert sorted(sorted({i % 2 for i in part}) for part in bins) == [[0], [1]]
+    assert sorted(two.positions(part) for part in bins) == [90, 90]
+
+
+def test_prefixes_are_what_prompts_have_in_common(tmp_path):
+    """Against a comparison token by token; 16 tokens are the least, and a prompt's last one is its own."""
+    tokens = list(range(3, 60))
+    prompts = [
+        [*tokens[:20], 1, 2], [*tokens[:15], 2, 2], [*tokens[:23], 5], [9, 9], tokens[:20], [7, *tokens[:40]], [],
+        [7, *tokens[:40]],
+    ]  # fmt: skip
+    with TokenStoreWriter(tmp_path / "store", key="x", num_segments=2) as writer:
+        for i, prompt in enumerate(prompts):
+            writer.append(f"row-{i}", [prompt, [4, 2]])
+        writer.finish({})
+    store = TokenStore(tmp_path / "store")
+    families, lengths = shared_prefixes(store, torch.arange(8))
+    assert families.tolist() == [0, 1, 0, 3, 0, 5, 6, 5]
+    assert lengths.tolist() == [19, 0, 19, 0, 19, 40, 0, 40]
+    chosen = store.select(torch.tensor([7, 2, 1, 0]))  # the fourth is left alone, and so is the second
+    assert shared_prefixes(chosen, torch.arange(4)).lengths.tolist() == [0, 20, 0, 20]
+    part = shared_prefixes(store, torch.arange(8)).select(torch.tensor([5, 4, 2, 1]))
+    assert (part.families.tolist(), part.lengths.tolist()) == ([0, 1, 1, 3], [0, 19, 19, 0])
 
 
 @settings(max_examples=60)
@@ -243,7 +315,7 @@ def test_block_masks_are_the_dense_ones(window):
     key, value = (torch.randn(1, 2, total, 16, generator=generator) for _ in range(2))
     with torch.no_grad():
         flex = attention._flex(query, key, value, layout, 0.2, window)
-    rows = attention._row_by_row(query, key, value, layout, 0.2, window)
+    rows = attention._piece_by_piece(query, key, value, layout, 0.2, window)
     repeated = [x.repeat_interleave(2, dim=1) for x in (key, value)]
     scores = (query @ repeated[0].transpose(2, 3) * 0.2).masked_fill(~dense, -torch.inf)
     expected = (scores.softmax(-1) @ repeated[1]).transpose(1, 2)
@@ -278,15 +350,17 @@ def test_flash_attention_gets_the_rows_of_one_response(monkeypatch, window):
     query = torch.randn(1, 4, total, 16, generator=generator)
     key, value = (torch.randn(1, 2, total, 16, generator=generator) for _ in range(2))
     flash = attention._varlen(query, key, value, layout, 0.2, window)
-    rows = attention._row_by_row(query, key, value, layout, 0.2, window)
+    rows = attention._piece_by_piece(query, key, value, layout, 0.2, window)
     torch.testing.assert_close(flash, rows, rtol=1e-5, atol=1e-5)
 
 
 def test_the_kernel_is_chosen_by_device_dtype_and_rows():
     half, full = torch.bfloat16, torch.float32
-    assert attention.kernel_for("cpu", half, 2) is attention.kernel_for("cpu", full, 3) is attention._row_by_row
-    assert attention.kernel_for("cuda", half, 3) is attention.kernel_for("cuda", full, 2) is attention._flex
-    assert attention.kernel_for("cuda", half, 2) is attention._varlen  # float32 has no flash kernel
+    assert attention.kernel_for("cpu", half, one_sequence=True) is attention._piece_by_piece
+    assert attention.kernel_for("cpu", full, one_sequence=False) is attention._piece_by_piece
+    assert attention.kernel_for("cuda", half, one_sequence=False) is attention._flex
+    assert attention.kernel_for("cuda", half, one_sequence=True) is attention._varlen
+    assert attention.kernel_for("cuda", full, one_sequence=True) is attention._flex  # float32 has no flash kernel
 
 
 def test_the_attention_of_a_model_is_asserted(tmp_path):

@@ -1,4 +1,4 @@
-"""Attention of packed rows: each sequence of a micro-batch sees itself, and its prompt, and nothing else.
+"""Attention of packed rows: each sequence of a micro-batch sees its prefix, its prompt and itself, and nothing else.
 
 Registered with transformers under the name `packed`, so that every architecture that takes its attention from there has
 it. The description of a micro-batch travels as the attention mask: transformers asks for a mask once a forward pass,
@@ -6,20 +6,20 @@ gets a `PackedLayout`, and hands it to every layer, also where a layer is run ag
 forward pass outside of `packed_layout` (generation, padded batches) is the `sdpa` of transformers.
 
 Which kernel runs follows from device, dtype and rows alone (`kernel_for`): on a GPU `flex_attention` with a block mask,
-or, where each row is one sequence and 16 bits wide, torch's variable-length flash attention; elsewhere one call of
-scaled dot product attention for each sequence (flex_attention has no backward pass on a CPU). What a kernel cannot do
-(soft caps, sinks, biases, dropout) is refused, and `check_packed_attention` compares each model with itself, unpacked.
+or, where each row is one sequence by itself and 16 bits wide, torch's variable-length flash attention; elsewhere one
+call of scaled dot product attention for each sequence (flex_attention has no backward pass on a CPU). What a kernel
+cannot do (soft caps, sinks, biases, dropout) is refused, and `check_packed_attention` compares each model with itself,
+unpacked.
 
 Letters: B = rows, S = segments of a row, T = positions of the micro-batch, H = heads, D = size of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -51,39 +51,56 @@ class Call(NamedTuple):
     mask: Tensor | None  # (queries, keys), added to the scores; None: causal
 
 
+class Piece(NamedTuple):
+    """Consecutive positions that attend on the CPU: of a row, or of a prefix."""
+
+    length: int
+    prefix: int | None  # the piece whose positions are seen, too
+    calls: list[Call]
+
+
 class PackedLayout:
     """Where the sequences of a packed micro-batch lie; makes the masks that keep them apart, once for all layers."""
 
-    def __init__(self, lengths: Tensor, num_positions: int) -> None:
-        """Takes the micro-batch's `lengths`, (B, S), and T, their sum; waits for no device."""
-        self._lengths = lengths
+    def __init__(
+        self, lengths: Tensor, num_positions: int, prefix_lengths: Tensor | None = None,
+        prefix_rows: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Takes `lengths` (B, S), T, and what `collate_packed` says of prefixes, (B,); waits for no device."""
         self.device, self.num_segments = lengths.device, lengths.shape[1]
-        flat = lengths.flatten()
-        numbers = torch.arange(len(flat), device=flat.device)
-        self._segment = numbers.repeat_interleave(flat, output_size=num_positions)
-        # A response's positions go on from its prompt's.
-        before = F.pad(lengths[:, :1].expand(-1, lengths.shape[1] - 1), (1, 0)).flatten()
-        start = flat.cumsum(0) - flat
-        self._position = torch.arange(num_positions, device=flat.device) + (before - start)[self._segment]
+        self.one_sequence = self.num_segments == 2 and prefix_rows is None  # each row by itself
+        numbers = torch.arange(len(lengths), device=self.device)
+        self._prefix_rows = numbers if prefix_rows is None else prefix_rows
+        before = torch.zeros_like(numbers) if prefix_lengths is None else prefix_lengths
+        # (B, S + 1): what stands before the row, prompt, responses; the positions of each go on from what it sees.
+        self._lengths = torch.cat([before[:, None], lengths], dim=1)
+        prompt_starts = before[self._prefix_rows]
+        starts = torch.stack([torch.zeros_like(before), prompt_starts], dim=1)
+        starts = torch.cat([starts, (prompt_starts + lengths[:, 0])[:, None].expand(-1, self.num_segments - 1)], dim=1)
+        flat = self._lengths.flatten()
+        segment = torch.arange(len(flat), device=self.device).repeat_interleave(flat, output_size=num_positions)
+        self._row, self._column = segment // (self.num_segments + 1), segment % (self.num_segments + 1)
+        self._prefix_row = self._prefix_rows[self._row]
+        self._position = torch.arange(num_positions, device=self.device)
+        self._position = self._position + (starts.flatten() - (flat.cumsum(0) - flat))[segment]
         self._block_masks: dict[int | None, BlockMask] = {}
-        self._calls: dict[tuple[int | None, torch.dtype], list[list[Call]]] = {}
+        self._pieces: dict[tuple[int | None, torch.dtype], list[Piece]] = {}
 
     def visible(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
         """Whether the position `query` sees the position `key`; index tensors of any shapes that broadcast."""
-        segment = self._segment[query]
-        prompt = segment - segment % self.num_segments
-        same_sequence = (self._segment[key] == segment) | (self._segment[key] == prompt)
+        column = self._column[key]
+        same_row = (self._row[key] == self._row[query]) & ((column == self._column[query]) | (column == 1))
         distance = self._position[query] - self._position[key]
-        seen = same_sequence & (distance >= 0)
+        seen = (same_row | ((column == 0) & (self._row[key] == self._prefix_row[query]))) & (distance >= 0)
         return seen if window is None else seen & (distance < window)
 
     def block_mask(self, window: int | None) -> BlockMask:
         """For flex_attention."""
         if window not in self._block_masks:
-            size = len(self._segment)
+            size = len(self._position)
             self._block_masks[window] = create_block_mask(
                 lambda b, h, query, key: self.visible(query, key, window), None, None, size, size,
-                device=str(self._segment.device),
+                device=str(self.device),
             )  # fmt: skip
         return self._block_masks[window]
 
@@ -91,29 +108,37 @@ class PackedLayout:
         """Where each row starts, and the last one ends: (B + 1,) int32, for variable-length attention."""
         return F.pad(self._lengths.sum(1).cumsum(0), (1, 0)).int()
 
-    def calls(self, window: int | None, dtype: torch.dtype) -> list[list[Call]]:
-        """For attention row by row: prompt and first response in one call, each other response in one of its own."""
+    def pieces(self, window: int | None, dtype: torch.dtype) -> list[Piece]:
+        """For attention piece by piece: prompt and first response in one call, each other response in its own."""
         key = (window, dtype)
-        if key not in self._calls:
-            self._calls[key] = []
-            place = torch.arange(len(self._segment), device=self._segment.device)
-            for prompt, first, *others in self._lengths.tolist():
-                row, place = place.split([prompt + first + sum(others), len(place) - prompt - first - sum(others)])
-                calls = [self._call(row, 0, prompt + first, window, dtype)]
-                for start, length in zip(accumulate(others, initial=prompt + first), others, strict=False):
-                    calls.append(self._call(row, start, length, window, dtype))
-                self._calls[key].append([call for call in calls if call.num_queries])
-        return self._calls[key]
+        if key not in self._pieces:
+            self._pieces[key] = pieces = []
+            holders: dict[int, tuple[int, Tensor]] = {}  # row -> its prefix as a piece, and where that stands
+            place = torch.arange(len(self._position), device=self.device)
+            for i, (row, (before, *lengths)) in enumerate(
+                zip(self._prefix_rows.tolist(), self._lengths.tolist(), strict=True)
+            ):
+                prefix, own, place = place.split([before, sum(lengths), len(place) - before - sum(lengths)])
+                if before:
+                    holders[i] = (len(pieces), prefix)
+                    pieces.append(Piece(before, None, [self._call(prefix, prefix, window, dtype)]))
+                number, prefix = holders.get(row, (None, place[:0]))
+                calls = []
+                for queries in own.split([lengths[0] + lengths[1], *lengths[2:]]):
+                    if len(queries):
+                        keys = torch.cat([prefix, own[: int(queries[-1] - own[0]) + 1]])
+                        calls.append(self._call(queries, keys, window, dtype))
+                pieces.append(Piece(len(own), number, calls))
+        return self._pieces[key]
 
-    def _call(self, row: Tensor, start: int, length: int, window: int | None, dtype: torch.dtype) -> Call:
-        """The queries of a row from `start` on. Keys are views of the row from its start, those of others masked."""
-        if start == 0 and (window is None or length <= window):
-            return Call(length, None)
-        # The keys before and between: a copy of those that count would cost more than looking past the others.
-        seen = self.visible(row[start : start + length, None], row[: start + length], window)
-        return Call(
-            length, torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
-        )
+    def _call(self, queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Call:
+        """Of consecutive queries, the last of which are the last of the keys; keys of others are masked."""
+        if len(queries) == len(keys) and (window is None or len(keys) <= window):
+            return Call(len(queries), None)
+        # The keys of others between: a copy of those that count would cost more than looking past them.
+        seen = self.visible(queries[:, None], keys, window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        return Call(len(queries), mask)
 
 
 # Queries (1, H, T, D), keys and values of H or fewer heads, layout, scale, window -> (1, T, H, D).
@@ -138,7 +163,7 @@ def _mask(*arguments: Any, **keywords: Any) -> PackedMask | Tensor | None:
     if layout is None:
         return sdpa_mask(*arguments, **keywords)
     window = keywords.get("local_size")
-    if layout.device.type == "cuda" and layout.num_segments > 2:
+    if layout.device.type == "cuda" and not layout.one_sequence:
         layout.block_mask(window)  # made here: the layers may be compiled
     return PackedMask(layout, window)
 
@@ -161,30 +186,34 @@ def _attention(
         raise UserError(
             f"{type(module).__name__} attends with {', '.join(refused)}, which packed attention lacks: packing=false"
         )
-    kernel = kernel_for(query.device.type, query.dtype, layout.num_segments)
+    kernel = kernel_for(query.device.type, query.dtype, one_sequence=layout.one_sequence)
     return kernel(query, key, value, layout, scaling, window), None
 
 
-def kernel_for(device: str, dtype: torch.dtype, num_segments: int) -> Kernel:
-    """What computes the attention of packed rows."""
+def kernel_for(device: str, dtype: torch.dtype, *, one_sequence: bool) -> Kernel:
+    """What computes the attention of packed rows; `one_sequence`: each row is one by itself."""
     if device != "cuda":
-        return _row_by_row
-    return _varlen if num_segments == 2 and dtype.itemsize == 2 else _flex
+        return _piece_by_piece
+    return _varlen if one_sequence and dtype.itemsize == 2 else _flex
 
 
 @torch.compiler.disable  # how many calls there are, and of what size, differs from one micro-batch to the next
-def _row_by_row(
+def _piece_by_piece(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
 ) -> Tensor:
     """Scaled dot product attention for each row: no padding, and no work between rows."""
     key, value = _for_each_head(query, key, value)
-    rows = layout.calls(window, query.dtype)
-    sizes = [sum(call.num_queries for call in calls) for calls in rows]
+    pieces = layout.pieces(window, query.dtype)
+    sizes = [piece.length for piece in pieces]
     # Splits, not slices: the backward pass of a split writes each part once, that of a slice fills a tensor with zeros.
+    all_keys, all_values = key.split(sizes, 2), value.split(sizes, 2)
     outputs = []
-    for calls, q, k, v in zip(rows, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
-        stop = 0
-        for call, queries in zip(calls, q.split([call.num_queries for call in calls], 2), strict=True):
+    for piece, q, k, v in zip(pieces, query.split(sizes, 2), all_keys, all_values, strict=True):
+        if piece.prefix is not None:
+            k = torch.cat([all_keys[piece.prefix], k], dim=2)
+            v = torch.cat([all_values[piece.prefix], v], dim=2)
+        stop = k.shape[2] - piece.length
+        for call, queries in zip(piece.calls, q.split([call.num_queries for call in piece.calls], 2), strict=True):
             stop += call.num_queries
             keys, values = (k, v) if stop == k.shape[2] else (k[:, :, :stop], v[:, :, :stop])
             output = F.scaled_dot_product_attention(
@@ -248,29 +277,40 @@ def use_packed_attention(model: Any) -> None:
     model.set_attn_implementation(PACKED)
 
 
-# Lengths of the segments of a few rows: of two responses, and of one, for which another kernel may run.
-CHECKED_ROWS = ([(3, 4, 2), (2, 1, 5)], [(3, 4), (2, 5)])
+# Positions of a common prefix, and the segments of a few rows: of two responses, and of one, for which another kernel
+# may run where no prefix is shared.
+CHECKED_ROWS = ((0, [(3, 4, 2), (2, 1, 5)]), (0, [(3, 4), (2, 5)]), (3, [(3, 4, 2), (2, 1, 5)]))
 
 
 @torch.no_grad()
 def packed_and_alone(model: Any, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hidden states of packed rows, and of each of their sequences alone: (P, D) each, prompts once."""
+    """Hidden states of packed rows, and of each of their sequences alone: (P, D) each, what is shared once."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     packed, alone = [], []
-    for shapes in CHECKED_ROWS:
-        ids = [torch.randint(vocabulary, (sum(shape),), generator=generator).to(device) for shape in shapes]
+    for num_shared, shapes in CHECKED_ROWS:
+        prefix, *ids = (
+            torch.randint(vocabulary, (length,), generator=generator).to(device)
+            for length in (num_shared, *map(sum, shapes))
+        )
         positions = []
-        for row, shape in zip(ids, shapes, strict=True):
+        for i, (row, shape) in enumerate(zip(ids, shapes, strict=True)):
             before, *responses = row.split(shape)
             for n, response in enumerate(responses):
-                sequence = torch.cat([before, response])
+                sequence = torch.cat([prefix, before, response])
                 states = model.base_model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
-                skipped = 0 if n == 0 else len(before)
+                skipped = len(sequence) - len(response) if n else num_shared if i else 0
                 alone.append(states[skipped:])
                 positions.append(torch.arange(skipped, len(sequence), device=device))
-        lengths = torch.tensor(shapes, device=device)
-        packed.append(packed_states(model, torch.cat(ids), torch.cat(positions), lengths))
+        batch = {
+            "input_ids": torch.cat([prefix, *ids]),
+            "position_ids": torch.cat(positions),
+            "lengths": torch.tensor(shapes, device=device),
+        }
+        if num_shared:
+            batch["prefix_lengths"] = torch.tensor([num_shared] + [0] * (len(shapes) - 1), device=device)
+            batch["prefix_rows"] = torch.zeros(len(shapes), dtype=torch.int64, device=device)
+        packed.append(packed_states(model, batch))
     return torch.cat(packed), torch.cat(alone)
 
 
@@ -291,9 +331,13 @@ def check_packed_attention(packed: Tensor, alone: Tensor, name: str) -> None:
         )
 
 
-def packed_states(model: Any, input_ids: Tensor, position_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Last hidden states of packed rows, (T, D); see `trainers.packing.collate_packed` for the arguments."""
+def packed_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Last hidden states of packed rows, (T, D), from the tensors of `trainers.packing.collate_packed`."""
     assert model.config._attn_implementation == PACKED, "use_packed_attention was not called for this model"
-    with packed_layout(PackedLayout(lengths, len(input_ids))):
-        output = model.base_model(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
+    input_ids = batch["input_ids"]
+    prefixes = (batch.get(name, None) for name in ("prefix_lengths", "prefix_rows"))
+    with packed_layout(PackedLayout(batch["lengths"], len(input_ids), *prefixes)):
+        output = model.base_model(
+            input_ids=input_ids[None], position_ids=batch["position_ids"][None], use_cache=False
+        )  # fmt: skip
     return output.last_hidden_state[0]

@@ -18,7 +18,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from trainers.packing import balanced_shares, collate_packed, default_max_tokens, input_lengths, pack_rows
+from trainers.packing import RowSizes, balanced_shares, collate_packed, default_max_tokens, input_lengths, pack_rows
+from trainers.prefixes import Prefixes, no_prefixes, shared_prefixes
 from trainers.token_store import TokenStore
 
 
@@ -27,8 +28,8 @@ class GlobalBatch:
     """One optimizer step's rows, as this rank sees them.
 
     Attributes:
-        microbatches: This rank's rows, longest first; never an empty one. A rank without rows (a batch of fewer rows
-            than ranks) has none.
+        microbatches: This rank's rows, padded ones longest first; never an empty one. A rank without rows (a batch
+            of fewer rows than ranks) has none.
         num_idle: Micro-batches that some other rank has more than this one. Where the model is sharded, every pass
             is a collective: this rank makes as many passes over `BatchLoader.filler()`, which count nothing.
         num_examples: Rows of the whole global batch, over all ranks.
@@ -140,14 +141,15 @@ class BatchLoader:
                 yield coming.result()
 
     def plan(self) -> Iterator[tuple[Tensor, list[list[int]]]]:
-        """What `batches` would make, from the lengths of the rows alone.
+        """What `batches` would make, from the lengths and beginnings of the rows.
 
         Yields:
             of each global batch its rows (int64), and for each rank the positions of each of its micro-batches.
         """
         for _, rows in self._plan(0):
-            sizes = self.row_positions(rows).tolist()
-            yield rows, [[self._positions([sizes[i] for i in part]) for part in own] for own in self._cuts(rows)]
+            prefixes = self._prefixes(rows)
+            sizes = RowSizes.of(self.row_positions(rows), prefixes)
+            yield rows, [[self._positions(sizes, part) for part in own] for own in self._cuts(rows, prefixes)]
 
     def row_positions(self, rows: Tensor) -> Tensor:
         """Positions of each of these rows by itself, (B,) int64."""
@@ -155,9 +157,13 @@ class BatchLoader:
             return input_lengths(self.store.lengths[rows].long()).sum(1)
         return self._sequence_lengths(rows) * (self.store.num_segments - 1)
 
-    def _positions(self, sizes: list[int]) -> int:
-        """Positions of a micro-batch of rows that have so many each."""
-        return sum(sizes) if self.packing else len(sizes) * max(sizes)
+    def _positions(self, sizes: RowSizes, part: list[int]) -> int:
+        """Positions of a micro-batch of these rows."""
+        return sizes.positions(part) if self.packing else len(part) * max(sizes.own[i] for i in part)
+
+    def _prefixes(self, rows: Tensor) -> Prefixes:
+        """What the rows of a global batch have in common; padded ones share nothing."""
+        return shared_prefixes(self.store, rows) if self.packing else no_prefixes(len(rows))
 
     def excerpt(self, rows: Tensor) -> BatchLoader:
         """A loader of a single global batch, of these rows (B,), cut as in this one; its store has no others."""
@@ -185,28 +191,29 @@ class BatchLoader:
             start = base + offset
 
     def _make(self, start: int, rows: Tensor) -> GlobalBatch:
-        """This rank's micro-batches. From the lengths alone each rank knows how the others cut their shares."""
-        cuts = self._cuts(rows)
-        own = cuts[self._rank]
+        """This rank's micro-batches. From the batch's rows alone each rank knows how the others cut their shares."""
+        prefixes = self._prefixes(rows)
+        cuts = self._cuts(rows, prefixes)
+        own = [torch.tensor(part) for part in cuts[self._rank]]
         return GlobalBatch(
-            [self._collate(rows[part]) for part in own],
+            [self._collate(rows[part], prefixes.select(part)) for part in own],
             num_idle=max(map(len, cuts)) - len(own),
             num_examples=len(rows),
             rows=rows,
             start_examples=start,
         )
 
-    def _cuts(self, rows: Tensor) -> list[list[list[int]]]:
+    def _cuts(self, rows: Tensor, prefixes: Prefixes) -> list[list[list[int]]]:
         """For each rank the indices into `rows` of each of its micro-batches."""
-        return (self._packed_cuts if self.packing else self._padded_cuts)(rows)
+        return self._packed_cuts(rows, prefixes) if self.packing else self._padded_cuts(rows)
 
-    def _packed_cuts(self, rows: Tensor) -> list[list[list[int]]]:
+    def _packed_cuts(self, rows: Tensor, prefixes: Prefixes) -> list[list[list[int]]]:
         """Shares balanced by positions."""
         assert self.max_tokens is not None
-        sizes = self.row_positions(rows).tolist()
+        sizes = RowSizes.of(self.row_positions(rows), prefixes)
         cuts = []
-        for share in balanced_shares(sizes, self._world_size):
-            packed = pack_rows([sizes[i] for i in share], limit=self.max_tokens, at_least=self._num_microbatches)
+        for share in balanced_shares(sizes.own, self._world_size):
+            packed = pack_rows(sizes.select(share), limit=self.max_tokens, at_least=self._num_microbatches)
             cuts.append([[share[i] for i in part] for part in packed])
         return cuts
 
@@ -255,9 +262,10 @@ class BatchLoader:
             return self._batch_size
         return max(1, self.max_tokens // (length * (self.store.num_segments - 1)))
 
-    def _collate(self, rows: Tensor) -> TensorDict:
+    def _collate(self, rows: Tensor, prefixes: Prefixes | None = None) -> TensorDict:
         """The tensors of B rows, in memory that a GPU copies from by itself where there is one."""
-        batch = collate_packed(self.store, rows, self.columns) if self.packing else self._collate_padded(rows)
+        packed = self.packing
+        batch = collate_packed(self.store, rows, self.columns, prefixes) if packed else self._collate_padded(rows)
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def _collate_padded(self, rows: Tensor) -> TensorDict:

@@ -65,7 +65,7 @@ def sequence_logps(
 
 
 def _packed_logps(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    states_TD = packed_states(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
+    states_TD = packed_states(model, batch)
     # index_select: its backward pass adds up rows without sorting their numbers, as that of states[sources] does.
     states_RD = states_TD.index_select(0, batch["sources"])
     logps_R = token_logps(model.get_output_embeddings(), states_RD, batch["targets"])

@@ -50,6 +50,11 @@ class TokenStore:
         lengths = self.lengths[i].tolist()
         return list(self._tokens[start : start + sum(lengths)].split(lengths))
 
+    def beginnings(self, rows: Tensor, width: int) -> Tensor:
+        """The first tokens of these rows (B,), none of them shorter: (B, width) int32."""
+        places = rows if self._index is None else self._index[rows]
+        return self._tokens[self._offsets[places, None] + torch.arange(width)]
+
     def ids(self, i: int) -> str:
         """Name of row i: what errors and reports call it by."""
         place = i if self._index is None else int(self._index[i])
