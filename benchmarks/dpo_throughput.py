@@ -14,12 +14,14 @@ Contenders take turns on every global batch, in an order that rotates, each from
 - `literal`, `trl`, `trl_packed`: see `throughput_peers.py` (TRL needs `pip install -r requirements-bench.txt`).
 
 The model is a random Llama, the tokens are random, their lengths those of the published `si` pairs or, with `long`,
-with prompts of 2.6 times the length, which are then 70% of the tokens. Figures are medians over global batches; a ratio
-is the median of the ratios batch by batch, by the clock and by processor time (a busy machine blurs the first). The
-reference cache costs one forward pass over the data, once; it is printed, and in no contender. `floor` is the time of
-the matrix products that a packed step needs (three passes of each weight over its positions, of the output embedding
-over the response rows, of attention over the visible pairs of positions), each at the speed measured in this run at its
-own shapes.
+with prompts of 2.6 times the length, which are then 70% of the tokens. As in those pairs, the template makes all
+prompts begin with the same tokens (`--template 0`: random ones, so that no two do). Figures are medians over global
+batches; a ratio is the median of the ratios batch by batch, by the clock and by processor time (a busy machine blurs
+the first). The reference cache costs one forward pass over the data, once; it is printed, and in no contender. `floor`
+is the time of the matrix products that a step needs which computes the prompt of a pair once (three passes of each
+weight over its positions, of the output embedding over the response rows, of attention over the visible pairs of
+positions), each at the speed measured in this run at its own shapes; `shared` counts what all prompts of the global
+batch begin with once.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ from trainers.logps import autocast_dtype
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
 from trainers.packing import input_lengths, num_positions
 from trainers.parallel import Layout, launch
+from trainers.prefixes import shared_prefixes
 from trainers.reference import attach_reference, reference_logps, weights_key
 from trainers.run_dir import RunDir
 from trainers.sharding import parallelize
@@ -81,15 +84,15 @@ WARM_UP_ROWS = 4  # the first step, which is not counted
 
 def random_rows(folder: Path, arguments: argparse.Namespace, num_rows: int) -> TokenStore:
     """Random tokens with the lengths of the published pairs; responses are cut to MAX_LENGTH - prompt."""
-    random = np.random.default_rng(arguments.seed)
+    random, words = np.random.default_rng(arguments.seed), np.random.default_rng([arguments.seed, 1])
     num_segments = 3 if arguments.task == "dpo" else 2
-    template = random.integers(3, arguments.vocabulary, arguments.template).tolist()
+    template = words.integers(3, arguments.vocabulary, arguments.template).tolist()
     with TokenStoreWriter(folder, key="random rows", num_segments=num_segments) as writer:
         for row in range(num_rows):
             drawn = [int(np.interp(100 * random.random(), PERCENTILES, table)) for table in (PROMPT, CHOSEN, REJECTED)]
             prompt = min(int(drawn[0] * PROMPT_SCALE[arguments.lengths]), MAX_LENGTH - 64)
             lengths = [prompt, *(min(length, MAX_LENGTH - prompt) for length in drawn[1:num_segments])]
-            segments = [random.integers(3, arguments.vocabulary, n).tolist() for n in lengths]
+            segments = [words.integers(3, arguments.vocabulary, n).tolist() for n in lengths]
             segments[0][: len(template)] = template
             writer.append(f"row-{row}", segments)
         writer.finish({})
@@ -234,15 +237,23 @@ class Floor:
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:]) / positions
 
-    def __call__(self, rows: Tensor) -> float:
-        """The floor of one global batch."""
+    def __call__(self, rows: Tensor, *, sharing: bool) -> float:
+        """The floor of one global batch; `sharing`: what its prompts begin with is computed once."""
         inputs = input_lengths(self.store.lengths[rows].long())
         prompt, responses = inputs[:, :1], inputs[:, 1:]
         visible = (prompt * (prompt + 1) // 2).sum() + (responses * prompt + responses * (responses + 1) // 2).sum()
+        repeated = repeated_prefixes(self.store, rows) * sharing
+        visible -= (repeated * (repeated + 1) // 2).sum()
         # Scores and weighted values, 2 x 2 x width operations a visible pair; twice that in the backward pass.
         attention = 12 * self.width * self.layers * int(visible) / self.rate
         targets = int(self.store.lengths[rows][:, 1:].sum())
-        return self.per_position * int(inputs.sum()) + self.per_target * targets + attention
+        return self.per_position * int(inputs.sum() - repeated.sum()) + self.per_target * targets + attention
+
+
+def repeated_prefixes(store: TokenStore, rows: Tensor) -> Tensor:
+    """Positions of the prefix of each row of a global batch, (B,); 0 in the first row of a family."""
+    families, lengths = shared_prefixes(store, rows)
+    return lengths * (families != torch.arange(len(rows)))
 
 
 def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict[str, object]:
@@ -253,7 +264,7 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
         floor = Floor(random_model(arguments), store, positions[0] // len(batches[0].microbatches))
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         cpu_seconds: dict[str, list[float]] = {name: [] for name in steps}
-        floors: list[float] = []
+        floors: dict[str, list[float]] = {"floor": [], "shared_floor": []}
         differences: dict[str, float] = dict.fromkeys(steps, 0.0)
         names = list(steps)
         for number, batch in enumerate([batches[-1], *batches[:-1]]):  # the last one has WARM_UP_ROWS
@@ -265,11 +276,13 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
                     seconds[name].append(time.perf_counter() - started)
                     cpu_seconds[name].append(time.process_time() - cpu_started)
             if number:
-                floors.append(floor(batch.rows))
+                floors["floor"].append(floor(batch.rows, sharing=False))
+                floors["shared_floor"].append(floor(batch.rows, sharing=True))
                 for name, loss in losses.items():
                     differences[name] = max(differences[name], abs(loss - losses[names[0]]))
                 print(number, {name: round(values[-1], 2) for name, values in seconds.items()}, flush=True)
-    needed = [int(input_lengths(store.lengths[batch.rows].long()).sum()) for batch in batches]
+    needed = sum(int(input_lengths(store.lengths[batch.rows].long()).sum()) for batch in batches)
+    repeated = sum(int(repeated_prefixes(store, batch.rows).sum()) for batch in batches)
     return {
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "rows_per_second": {
@@ -279,12 +292,16 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
         "all_seconds": seconds,
         "all_cpu_seconds": cpu_seconds,
         "floor_seconds": floors,
-        "over_floor": {
-            name: statistics.median(a / b for a, b in zip(values, floors, strict=True))
-            for name, values in seconds.items()
+        **{
+            f"over_{kind}": {
+                name: statistics.median(a / b for a, b in zip(values, floors[kind], strict=True))
+                for name, values in seconds.items()
+            }
+            for kind in floors
         },
         "matmul_gflops": floor.rate / 1e9,
-        "positions_per_needed": sum(positions) / sum(needed),
+        "positions_per_needed": sum(positions) / needed,
+        "positions_per_shared": sum(positions) / (needed - repeated),
         "loss_difference_to_first": differences,
         "settings": {key: value for key, value in vars(arguments).items() if key != "json"},
         "machine": {
@@ -342,7 +359,7 @@ def print_table(result: dict[str, object]) -> None:
     first = next(iter(all_seconds))
     print(
         f"{'':12}{'s/step':>9}{'rows/s':>9}{'x ' + first:>12}{'(from':>8}{'to)':>7}{'by cpu':>8}{'x floor':>9}"
-        f"{'loss diff.':>12}"
+        f"{'x shared':>10}{'loss diff.':>12}"
     )
     for name, values in all_seconds.items():
         ratios = sorted(slow / fast for slow, fast in zip(all_seconds[first], values, strict=True))
@@ -350,11 +367,13 @@ def print_table(result: dict[str, object]) -> None:
         print(
             f"{name:12}{result['seconds'][name]:9.2f}{result['rows_per_second'][name]:9.2f}"
             f"{statistics.median(ratios):12.2f}{ratios[0]:8.2f}{ratios[-1]:7.2f}{cpu_ratio:8.2f}"
-            f"{result['over_floor'][name]:9.2f}{result['loss_difference_to_first'][name]:12.1e}"
+            f"{result['over_floor'][name]:9.2f}{result['over_shared_floor'][name]:10.2f}{result['loss_difference_to_first'][name]:12.1e}"
         )
+    floors = {kind: statistics.median(values) for kind, values in result["floor_seconds"].items()}
     print(
-        f"floor {statistics.median(result['floor_seconds']):.2f} s at {result['matmul_gflops']:.0f} GFLOP/s; "
-        f"positions computed / needed {result['positions_per_needed']:.4f}"
+        f"floor {floors['floor']:.2f} s at {result['matmul_gflops']:.0f} GFLOP/s, with what prompts begin with once "
+        f"{floors['shared_floor']:.2f} s; positions computed / needed {result['positions_per_needed']:.4f}, "
+        f"with what prompts begin with once {result['positions_per_shared']:.4f}"
     )
 
 

@@ -22,4 +22,5 @@ def test_the_trainer_takes_the_steps_of_the_literal_one(tmp_path, lengths):
     differences = figures["loss_difference_to_first"]
     # Of losses of 0.8: float32, summed in another order.
     assert max(differences["packed"], differences["padded"]) < 5e-6
-    assert figures["positions_per_needed"] == 1.0
+    # 8 rows in two micro-batches: the 30 tokens that all prompts begin with stand in each.
+    assert figures["positions_per_needed"] < 1.0 < figures["positions_per_shared"] < 1.1

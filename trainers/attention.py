@@ -34,6 +34,7 @@ from transformers.masking_utils import sdpa_mask
 from config.errors import UserError
 
 PACKED = "packed"
+ONE_CALL = 1024  # positions of a row that attends in one call; longer ones gain more from skipping what is masked
 ATTENTION_ARGUMENTS = {"softcap", "s_aux", "position_bias"}  # of some layers of transformers; no kernel here has them
 
 
@@ -112,7 +113,7 @@ class PackedLayout:
         """For attention piece by piece: prompt and first response in one call, each other response in its own."""
         key = (window, dtype)
         if key not in self._pieces:
-            self._pieces[key] = pieces = []
+            pieces: list[Piece] = []
             holders: dict[int, tuple[int, Tensor]] = {}  # row -> its prefix as a piece, and where that stands
             place = torch.arange(len(self._position), device=self.device)
             for i, (row, (before, *lengths)) in enumerate(
@@ -121,19 +122,22 @@ class PackedLayout:
                 prefix, own, place = place.split([before, sum(lengths), len(place) - before - sum(lengths)])
                 if before:
                     holders[i] = (len(pieces), prefix)
-                    pieces.append(Piece(before, None, [self._call(prefix, prefix, window, dtype)]))
+                    pieces.append(Piece(before, None, [self._call(prefix, prefix, window, dtype, causal=True)]))
                 number, prefix = holders.get(row, (None, place[:0]))
                 calls = []
-                for queries in own.split([lengths[0] + lengths[1], *lengths[2:]]):
+                one = len(own) <= ONE_CALL
+                parts = [len(own)] if one else [lengths[0] + lengths[1], *lengths[2:]]
+                for queries in own.split(parts):
                     if len(queries):
                         keys = torch.cat([prefix, own[: int(queries[-1] - own[0]) + 1]])
-                        calls.append(self._call(queries, keys, window, dtype))
+                        calls.append(self._call(queries, keys, window, dtype, causal=not (one and any(lengths[2:]))))
                 pieces.append(Piece(len(own), number, calls))
+            self._pieces[key] = pieces
         return self._pieces[key]
 
-    def _call(self, queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Call:
+    def _call(self, queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype, *, causal: bool) -> Call:
         """Of consecutive queries, the last of which are the last of the keys; keys of others are masked."""
-        if len(queries) == len(keys) and (window is None or len(keys) <= window):
+        if causal and len(queries) == len(keys) and (window is None or len(keys) <= window):
             return Call(len(queries), None)
         # The keys of others between: a copy of those that count would cost more than looking past them.
         seen = self.visible(queries[:, None], keys, window)
@@ -331,13 +335,15 @@ def check_packed_attention(packed: Tensor, alone: Tensor, name: str) -> None:
         )
 
 
-def packed_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Last hidden states of packed rows, (T, D), from the tensors of `trainers.packing.collate_packed`."""
+def packed_states(model: Any, batch: Mapping[str, Tensor], embedded_TD: Tensor | None = None) -> Tensor:
+    """Last hidden states of packed rows, (T, D), from the tensors of `trainers.packing.collate_packed`.
+
+    `embedded_TD`: what the model's input embedding returns for them; None: it is asked.
+    """
     assert model.config._attn_implementation == PACKED, "use_packed_attention was not called for this model"
     input_ids = batch["input_ids"]
     prefixes = (batch.get(name, None) for name in ("prefix_lengths", "prefix_rows"))
+    inputs = {"input_ids": input_ids[None]} if embedded_TD is None else {"inputs_embeds": embedded_TD[None]}
     with packed_layout(PackedLayout(batch["lengths"], len(input_ids), *prefixes)):
-        output = model.base_model(
-            input_ids=input_ids[None], position_ids=batch["position_ids"][None], use_cache=False
-        )  # fmt: skip
+        output = model.base_model(**inputs, position_ids=batch["position_ids"][None], use_cache=False)
     return output.last_hidden_state[0]

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from config.errors import UserError
 from trainers.attention import packed_states
 from trainers.packing import is_packed
+from trainers.tables import embed, gradient_so_far
 
 MAX_LOGITS = 1 << 26  # held at once: 256 MiB of float32
 
@@ -42,7 +43,7 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
 
 
 def sequence_logps(
-    model: Any, batch: Mapping[str, Tensor], autocast: torch.dtype | None = None
+    model: Any, batch: Mapping[str, Tensor], autocast: torch.dtype | None = None, *, add_to_grad: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Sum over the target tokens of log p(token | all before it), for each sequence.
 
@@ -55,20 +56,23 @@ def sequence_logps(
                 it that could predict it, and is not a target whatever the mask says.
         autocast: dtype of the matrix products where it is not that of the weights. Entered here and left again, so
             that no weight that was cast before an optimizer step is used after it.
+        add_to_grad: the backward pass, which must be `backward()`, adds the gradients of both embeddings to `.grad` by
+            itself where the batch is packed; see `trainers.tables`.
 
     Returns:
         log-probabilities and numbers of target tokens: float64 in nats, and int64. Packed: (B,) for one response a
         row, (B, 2) for two. Padded: of the leading dimensions (...).
     """
     with torch.autocast(batch["input_ids"].device.type, dtype=autocast, enabled=autocast is not None):
-        return (_packed_logps if is_packed(batch) else _padded_logps)(model, batch)
+        return _packed_logps(model, batch, add_to_grad) if is_packed(batch) else _padded_logps(model, batch)
 
 
-def _packed_logps(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    states_TD = packed_states(model, batch)
+def _packed_logps(model: Any, batch: Mapping[str, Tensor], add_to_grad: bool) -> tuple[Tensor, Tensor]:
+    embedded_TD = embed(model.get_input_embeddings(), batch["input_ids"]) if add_to_grad else None
+    states_TD = packed_states(model, batch, embedded_TD)
     # index_select: its backward pass adds up rows without sorting their numbers, as that of states[sources] does.
     states_RD = states_TD.index_select(0, batch["sources"])
-    logps_R = token_logps(model.get_output_embeddings(), states_RD, batch["targets"])
+    logps_R = token_logps(model.get_output_embeddings(), states_RD, batch["targets"], add_to_grad=add_to_grad)
     num_targets = batch["num_targets"]
     # Summed segment by segment: the same result each time, unlike index_add on a GPU.
     sums = torch.segment_reduce(logps_R.double(), "sum", lengths=num_targets.flatten(), unsafe=True, initial=0.0)
@@ -90,14 +94,17 @@ def _padded_logps(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tens
     return logps_BT.sum(-1).view(leading), targets.sum(-1).view(leading)
 
 
-def token_logps(head: Any, states_RD: Tensor, targets_R: Tensor) -> Tensor:
-    """The log-softmax of head(states) at each row's target, (R,): float32, or float64 where the states are."""
+def token_logps(head: Any, states_RD: Tensor, targets_R: Tensor, *, add_to_grad: bool = False) -> Tensor:
+    """The log-softmax of head(states) at each row's target, (R,): float32, or float64 where the states are.
+
+    `add_to_grad`: see `trainers.tables`.
+    """
     weight, bias = head.weight, head.bias
     device = states_RD.device.type
     if torch.is_autocast_enabled(device):
         states_RD, weight = (x.to(torch.get_autocast_dtype(device)) for x in (states_RD, weight))
     with torch.autocast(device, enabled=False):
-        return _TokenLogps.apply(states_RD, weight, bias, targets_R, torch.is_grad_enabled())
+        return _TokenLogps.apply(states_RD, weight, bias, targets_R, torch.is_grad_enabled(), add_to_grad)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -111,8 +118,9 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_R: Tensor, needs_gradient: bool
-    ) -> Tensor:
+        ctx: Any, states_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_R: Tensor, needs_gradient: bool,
+        add_to_grad: bool,
+    ) -> Tensor:  # fmt: skip
         parts = _parts(states_RD, targets_R, weight_VD)
         exponentials, sums, logps = [], [], []
         for states, targets in parts:
@@ -122,7 +130,7 @@ class _TokenLogps(torch.autograd.Function):
             sums.append(sum_R1)
             logps.append(logp_R)
         ctx.save_for_backward(states_RD, weight_VD, bias_V, targets_R)
-        ctx.exponentials = exponentials
+        ctx.exponentials, ctx.add_to_grad = exponentials, add_to_grad
         return torch.cat(logps)
 
     @staticmethod
@@ -131,7 +139,8 @@ class _TokenLogps(torch.autograd.Function):
         states_RD, weight_VD, bias_V, targets_R = ctx.saved_tensors
         needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_states = torch.empty_like(states_RD) if needs_states else None
-        grad_weight = torch.zeros_like(weight_VD) if needs_weight else None
+        so_far = gradient_so_far(weight_VD) if needs_weight and ctx.add_to_grad else None
+        grad_weight = so_far
         grad_bias = torch.zeros_like(bias_V) if needs_bias else None
         kept, ctx.exponentials = ctx.exponentials, []  # overwritten below: a second backward pass makes them again
         start = 0
@@ -147,8 +156,10 @@ class _TokenLogps(torch.autograd.Function):
                 torch.mm(grad_RV, weight_VD, out=grad_states[part])
             if grad_weight is not None:
                 grad_weight.addmm_(grad_RV.T, states)
+            elif needs_weight:
+                grad_weight = grad_RV.T @ states
             start += len(states)
-        return grad_states, grad_weight, grad_bias, None, None
+        return grad_states, None if so_far is not None else grad_weight, grad_bias, None, None, None
 
 
 def _parts(states_RD: Tensor, targets_R: Tensor, weight_VD: Tensor) -> list[tuple[Tensor, Tensor]]:

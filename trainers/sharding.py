@@ -30,6 +30,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from config.errors import UserError
 from config.settings import TrainConfig
+from trainers.norms import use_fast_norms
 from trainers.parallel import Layout, stop_requested, sum_over_processes
 from trainers.preemption import Preempted
 
@@ -72,7 +73,9 @@ def find_blocks(model: nn.Module, name: str | None) -> list[nn.Module]:
 
 
 def parallelize(model: nn.Module, settings: TrainConfig, layout: Layout) -> None:
-    """Activation checkpointing, compilation and sharding of a model, in place and in this order."""
+    """Norms for CPUs, activation checkpointing, compilation and sharding of a model, in place and in this order."""
+    if layout.device.type == "cpu" and not settings.trainer.compile:  # a compiler makes its own
+        use_fast_norms(model)
     blocks = find_blocks(model, settings.model.block_name) if layout.mesh or settings.trainer.compile else []
     if settings.activation_checkpointing not in (False, "none"):
         # The reentrant kind needs inputs with gradients and breaks with frozen embeddings.

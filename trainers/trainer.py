@@ -74,7 +74,7 @@ class Trainer:
         self.sampler = sampler
         self.policy = policy
         self.autocast = autocast_dtype(settings.model.autocast)
-        self.logps_of = forward_function(policy, sequence_logps, autocast=self.autocast)
+        self.logps_of = forward_function(policy, sequence_logps, autocast=self.autocast, add_to_grad=True)
         self.checkpoints = CheckpointWriter(run, settings.checkpoint, layout, tokenizer)
         self.optimizer = build_optimizer(self.policy.parameters(), settings)
         self.train_metrics = MetricSums(layout.device)
