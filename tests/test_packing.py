@@ -293,21 +293,28 @@ def test_ranks_share_the_packed_batches_of_one_process(tmp_path, world_size):
         )
 
 
+@pytest.mark.parametrize("one_call", [0, 1024])
+@pytest.mark.parametrize("prefixes", [None, ([6, 0, 0, 5], [0, 0, 2, 3]), ([6, 4, 0, 0], [0, 1, 0, 1])])
 @pytest.mark.parametrize("window", [None, 3])
-def test_block_masks_are_the_dense_ones(window):
+def test_block_masks_are_the_dense_ones(monkeypatch, window, prefixes, one_call):
     """What flex_attention gets on a GPU, against a mask written pair by pair; its eager form gives the same output."""
+    monkeypatch.setattr(attention, "ONE_CALL", one_call)
     shapes = [(4, 3, 5), (2, 0, 7), (1, 6, 0), (30, 60, 70)]
-    total = sum(map(sum, shapes))
+    before, holders = prefixes or ([0] * 4, [0, 1, 2, 3])
+    total = sum(map(sum, shapes)) + sum(before)
     dense = torch.zeros(total, total, dtype=torch.bool)
-    start = 0
-    for prompt, chosen, rejected in shapes:
+    start, shared = 0, {}
+    for row, (prompt, chosen, rejected) in enumerate(shapes):
+        shared[row] = range(start, start + before[row])
+        start += before[row]
         for first, length in ((start + prompt, chosen), (start + prompt + chosen, rejected)):
-            places = [*range(start, start + prompt), *range(first, first + length)]
+            places = [*shared[holders[row]], *range(start, start + prompt), *range(first, first + length)]
             for i, query in enumerate(places):
                 for j, key in enumerate(places[: i + 1]):
                     dense[query, key] = window is None or i - j < window
         start += prompt + chosen + rejected
-    layout = PackedLayout(torch.tensor(shapes), total)
+    tensors = () if prefixes is None else (torch.tensor(before), torch.tensor(holders))
+    layout = PackedLayout(torch.tensor(shapes), total, *tensors)
     place = torch.arange(total)
     assert torch.equal(layout.visible(place[:, None], place, window), dense)
     generator = torch.Generator().manual_seed(0)

@@ -7,7 +7,7 @@ forward pass outside of `packed_layout` (generation, padded batches) is the `sdp
 
 Which kernel runs follows from device, dtype and rows alone (`kernel_for`): on a GPU `flex_attention` with a block mask,
 or, where each row is one sequence by itself and 16 bits wide, torch's variable-length flash attention; elsewhere one
-call of scaled dot product attention for each sequence (flex_attention has no backward pass on a CPU). What a kernel
+call of scaled dot product attention for each row (flex_attention has no backward pass on a CPU). What a kernel
 cannot do (soft caps, sinks, biases, dropout) is refused, and `check_packed_attention` compares each model with itself,
 unpacked.
 
@@ -34,8 +34,10 @@ from transformers.masking_utils import sdpa_mask
 from config.errors import UserError
 
 PACKED = "packed"
-ONE_CALL = 1024  # positions of a row that attends in one call; longer ones gain more from skipping what is masked
 ATTENTION_ARGUMENTS = {"softcap", "s_aux", "position_bias"}  # of some layers of transformers; no kernel here has them
+# Positions of a row that attends in one call on a CPU; a longer one gains more from a call for each response, the first
+# of which needs no mask and skips half of the scores.
+ONE_CALL = 1024
 
 
 class PackedMask(NamedTuple):
@@ -110,37 +112,34 @@ class PackedLayout:
         return F.pad(self._lengths.sum(1).cumsum(0), (1, 0)).int()
 
     def pieces(self, window: int | None, dtype: torch.dtype) -> list[Piece]:
-        """For attention piece by piece: prompt and first response in one call, each other response in its own."""
+        """For attention piece by piece: prefixes, and rows."""
         key = (window, dtype)
         if key not in self._pieces:
             pieces: list[Piece] = []
             holders: dict[int, tuple[int, Tensor]] = {}  # row -> its prefix as a piece, and where that stands
             place = torch.arange(len(self._position), device=self.device)
-            for i, (row, (before, *lengths)) in enumerate(
-                zip(self._prefix_rows.tolist(), self._lengths.tolist(), strict=True)
-            ):
-                prefix, own, place = place.split([before, sum(lengths), len(place) - before - sum(lengths)])
+            rows = zip(self._prefix_rows.tolist(), self._lengths.tolist(), strict=True)
+            for i, (holder, (before, prompt, first, *others)) in enumerate(rows):
+                size = prompt + first + sum(others)
+                prefix, own, place = place.split([before, size, len(place) - before - size])
                 if before:
                     holders[i] = (len(pieces), prefix)
-                    pieces.append(Piece(before, None, [self._call(prefix, prefix, window, dtype, causal=True)]))
-                number, prefix = holders.get(row, (None, place[:0]))
-                calls = []
-                one = len(own) <= ONE_CALL
-                parts = [len(own)] if one else [lengths[0] + lengths[1], *lengths[2:]]
-                for queries in own.split(parts):
-                    if len(queries):
-                        keys = torch.cat([prefix, own[: int(queries[-1] - own[0]) + 1]])
-                        calls.append(self._call(queries, keys, window, dtype, causal=not (one and any(lengths[2:]))))
-                pieces.append(Piece(len(own), number, calls))
+                    pieces.append(Piece(before, None, [self._call(prefix, prefix, window, dtype)]))
+                number, prefix = holders.get(holder, (None, place[:0]))
+                calls, stop = [], 0
+                for queries in own.split([size] if size <= ONE_CALL else [prompt + first, *others]):
+                    stop += len(queries)
+                    # Keys of others between are masked: a copy of those that count would cost more.
+                    calls.append(self._call(queries, torch.cat([prefix, own[:stop]]), window, dtype))
+                pieces.append(Piece(size, number, [call for call in calls if call.num_queries]))
             self._pieces[key] = pieces
         return self._pieces[key]
 
-    def _call(self, queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype, *, causal: bool) -> Call:
-        """Of consecutive queries, the last of which are the last of the keys; keys of others are masked."""
-        if causal and len(queries) == len(keys) and (window is None or len(keys) <= window):
-            return Call(len(queries), None)
-        # The keys of others between: a copy of those that count would cost more than looking past them.
+    def _call(self, queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Call:
+        """One call, for positions of queries and keys."""
         seen = self.visible(queries[:, None], keys, window)
+        if torch.equal(seen, torch.ones_like(seen).tril()):
+            return Call(len(queries), None)
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
         return Call(len(queries), mask)
 
