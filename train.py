@@ -351,8 +351,10 @@ def take_steps(
         run = RunDir(Path(folder) / "run", None)
         trainer = build_trainer(alone, stores, first, largest, tokenizer, Path(folder), run, layout)
         measured = measure(trainer)
-    visited = loaders if trainer.objective.needs_reference else []
-    num_positions = sum(int(loader.row_positions(loader.rows_visited()).sum()) for loader in visited)
+    num_positions = 0
+    if trainer.objective.needs_reference:  # each row once, where a run may visit it in several epochs
+        for loader, work in zip(loaders, works, strict=True):
+            num_positions += work.positions * len(loader.rows_visited()) // work.ends[-1]
     return [
         f"from three real steps ({layout.device.type}, processes: {layout.world_size}):",
         describe_measured(config, works, measured, num_positions),

@@ -43,7 +43,7 @@ def test_selective_computes_again_all_but_the_products(tmp_path, name, packing):
     batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=packing)
     gradients, calls = {}, {}
     for how in ("none", "selective", "full"):
-        model = (packed_model if packing else exact_model)(name).train()
+        model = (packed_model(name, shortcut=False) if packing else exact_model(name)).train()
         parallelize(model, tiny_settings(activation_checkpointing=how), Layout(0, 1, torch.device("cpu")))
         with OperatorCalls() as calls[how]:
             gradients[how] = logps_and_gradients(model, batch)[2]

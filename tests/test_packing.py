@@ -16,6 +16,8 @@ from trainers.attention import (
     PackedLayout,
     check_packed_attention,
     packed_and_alone,
+    packed_states,
+    use_needed_positions,
     use_packed_attention,
 )
 from trainers.batching import BatchLoader
@@ -33,6 +35,7 @@ from trainers.packing import (
     pack_rows,
 )
 from trainers.prefixes import shared_prefixes
+from trainers.sharding import find_blocks
 from trainers.token_store import TokenStore, TokenStoreWriter
 
 # Prompt, chosen, rejected: some longer than Mistral's window of 6, some of one token, which is a target and no input.
@@ -86,9 +89,11 @@ def exact_model(name="llama", *, dtype=torch.float64):
     return model
 
 
-def packed_model(name="llama", *, dtype=torch.float64):
+def packed_model(name="llama", *, dtype=torch.float64, shortcut=True):
     model = exact_model(name, dtype=dtype)
     use_packed_attention(model)
+    if shortcut:
+        use_needed_positions(find_blocks(model, None)[-1])
     check_packed_attention(*packed_and_alone(model, device=torch.device("cpu")), name=name)
     return model
 
@@ -169,6 +174,7 @@ def test_the_example_of_the_docstring(tmp_path):
         "position_ids": [0, 1, 2, 3, 2],
         "lengths": [[2, 2, 1]],
         "sources": [1, 2, 3, 1, 4],
+        "needed": [1, 2, 3, 4],
         "targets": [7, 8, 2, 9, 2],
         "num_targets": [[3, 2]],
         "score": [0.5],
@@ -368,6 +374,25 @@ def test_the_kernel_is_chosen_by_device_dtype_and_rows():
     assert attention.kernel_for("cuda", half, one_sequence=False) is attention._flex
     assert attention.kernel_for("cuda", half, one_sequence=True) is attention._varlen
     assert attention.kernel_for("cuda", full, one_sequence=True) is attention._flex  # float32 has no flash kernel
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_the_last_mlp_runs_on_the_needed_positions_alone(tmp_path, name):
+    """Other positions get none of it, and their states are not the model's; ordinary passes are."""
+    batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=True)
+    model, plain = packed_model(name), packed_model(name, shortcut=False)
+    sizes = []
+    blocks = find_blocks(model, None)
+    for block in blocks:
+        block.mlp.register_forward_hook(lambda module, arguments, output: sizes.append(arguments[0].shape[1]))
+    needed = batch["needed"]
+    states, expected = packed_states(model, batch), packed_states(plain, batch)
+    assert sizes == [num_positions(batch)] * (len(blocks) - 1) + [len(needed)]
+    torch.testing.assert_close(states[needed], expected[needed], rtol=1e-12, atol=1e-12)
+    differs = ~torch.isclose(states, expected).all(dim=1)
+    assert differs.nonzero().squeeze(1).tolist() == sorted({*range(num_positions(batch))} - {*needed.tolist()})
+    ids = batch["input_ids"][None, :9]
+    assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
 def test_the_attention_of_a_model_is_asserted(tmp_path):

@@ -67,9 +67,10 @@ class PackedLayout:
 
     def __init__(
         self, lengths: Tensor, num_positions: int, prefix_lengths: Tensor | None = None,
-        prefix_rows: Tensor | None = None,
+        prefix_rows: Tensor | None = None, needed: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Takes `lengths` (B, S), T, and what `collate_packed` says of prefixes, (B,); waits for no device."""
+        """Takes T, and what `collate_packed` says of lengths, prefixes and needed positions; waits for no device."""
+        self.num_positions, self.needed = num_positions, needed
         self.device, self.num_segments = lengths.device, lengths.shape[1]
         self.one_sequence = self.num_segments == 2 and prefix_rows is None  # each row by itself
         numbers = torch.arange(len(lengths), device=self.device)
@@ -280,14 +281,50 @@ def use_packed_attention(model: Any) -> None:
     model.set_attn_implementation(PACKED)
 
 
+def use_needed_positions(block: nn.Module) -> None:
+    """Lets the MLP of a model's last block run on the positions alone whose states are needed.
+
+    No other block asks for what it adds to the states of a prompt, and neither does the head: that MLP is to response
+    rows what the head is. Found by its name, which all architectures tested share; the check of packed states tells
+    whether it treats each position by itself.
+    """
+    mlp = getattr(block, "mlp", None)
+    if not isinstance(mlp, nn.Module):
+        return
+    now: list[tuple[Tensor, int]] = []  # the needed positions, and of how many
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        # From the mask, which comes along also where checkpointing runs the block again.
+        masks = (one for one in (*arguments, *keywords.values()) if isinstance(one, PackedMask))
+        now[:] = [(layout.needed, layout.num_positions) for layout, _ in masks if layout.needed is not None]
+
+    def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states, *others = arguments
+        return (states[0].index_select(0, now[0][0])[None], *others) if now else arguments
+
+    def place(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not now:
+            return output
+        needed, num_positions = now[0]
+        return output.new_zeros(num_positions, output.shape[-1]).index_copy(0, needed, output[0])[None]
+
+    block.register_forward_pre_hook(note, with_kwargs=True)
+    mlp.register_forward_pre_hook(select)
+    mlp.register_forward_hook(place)
+
+
 # Positions of a common prefix, and the segments of a few rows: of two responses, and of one, for which another kernel
 # may run where no prefix is shared.
 CHECKED_ROWS = ((0, [(3, 4, 2), (2, 1, 5)]), (0, [(3, 4), (2, 5)]), (3, [(3, 4, 2), (2, 1, 5)]))
+NOT_NEEDED = [0, 4, 8]  # positions of the last of these whose states are not asked for
 
 
 @torch.no_grad()
 def packed_and_alone(model: Any, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hidden states of packed rows, and of each of their sequences alone: (P, D) each, what is shared once."""
+    """Hidden states of packed rows, and of each of their sequences alone: (P, D) each, what is shared once.
+
+    All states, and those of the last rows once more where only some are needed.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     packed, alone = [], []
@@ -314,6 +351,11 @@ def packed_and_alone(model: Any, *, device: torch.device) -> tuple[Tensor, Tenso
             batch["prefix_lengths"] = torch.tensor([num_shared] + [0] * (len(shapes) - 1), device=device)
             batch["prefix_rows"] = torch.zeros(len(shapes), dtype=torch.int64, device=device)
         packed.append(packed_states(model, batch))
+    needed = torch.ones(len(packed[-1]), dtype=torch.bool, device=device)
+    needed[NOT_NEEDED] = False
+    needed = needed.nonzero().squeeze(1)
+    packed.append(packed_states(model, {**batch, "needed": needed})[needed])
+    alone.append(torch.cat(alone)[-len(needed) - len(NOT_NEEDED) :][needed])
     return torch.cat(packed), torch.cat(alone)
 
 
@@ -337,12 +379,14 @@ def check_packed_attention(packed: Tensor, alone: Tensor, name: str) -> None:
 def packed_states(model: Any, batch: Mapping[str, Tensor], embedded_TD: Tensor | None = None) -> Tensor:
     """Last hidden states of packed rows, (T, D), from the tensors of `trainers.packing.collate_packed`.
 
+    Where these say which states are `needed`, the others may be anything: see `use_needed_positions`.
+
     `embedded_TD`: what the model's input embedding returns for them; None: it is asked.
     """
     assert model.config._attn_implementation == PACKED, "use_packed_attention was not called for this model"
     input_ids = batch["input_ids"]
-    prefixes = (batch.get(name, None) for name in ("prefix_lengths", "prefix_rows"))
+    optional = (batch.get(name, None) for name in ("prefix_lengths", "prefix_rows", "needed"))
     inputs = {"input_ids": input_ids[None]} if embedded_TD is None else {"inputs_embeds": embedded_TD[None]}
-    with packed_layout(PackedLayout(batch["lengths"], len(input_ids), *prefixes)):
+    with packed_layout(PackedLayout(batch["lengths"], len(input_ids), *optional)):
         output = model.base_model(**inputs, position_ids=batch["position_ids"][None], use_cache=False)
     return output.last_hidden_state[0]

@@ -148,10 +148,10 @@ class BatchLoader:
         """
         for _, rows in self._plan(0):
             prefixes = self._prefixes(rows)
-            sizes = RowSizes.of(self.row_positions(rows), prefixes)
+            sizes = RowSizes.of(self._row_positions(rows), prefixes)
             yield rows, [[self._positions(sizes, part) for part in own] for own in self._cuts(rows, prefixes)]
 
-    def row_positions(self, rows: Tensor) -> Tensor:
+    def _row_positions(self, rows: Tensor) -> Tensor:
         """Positions of each of these rows by itself, (B,) int64."""
         if self.packing:
             return input_lengths(self.store.lengths[rows].long()).sum(1)
@@ -210,7 +210,7 @@ class BatchLoader:
     def _packed_cuts(self, rows: Tensor, prefixes: Prefixes) -> list[list[list[int]]]:
         """Shares balanced by positions."""
         assert self.max_tokens is not None
-        sizes = RowSizes.of(self.row_positions(rows), prefixes)
+        sizes = RowSizes.of(self._row_positions(rows), prefixes)
         cuts = []
         for share in balanced_shares(sizes.own, self._world_size):
             packed = pack_rows(sizes.select(share), limit=self.max_tokens, at_least=self._num_microbatches)

@@ -151,6 +151,7 @@ def collate_packed(
         position_ids    0  1  2  3  2
         lengths         2, 2, 1            of prompt, chosen and rejected, as inputs
         sources         1  2  3  1  4      each response's first token is predicted from the prompt's last
+        needed          1  2  3  4         the positions among the sources
         targets         7  8  2  9  2
         num_targets     3, 2
 
@@ -166,8 +167,8 @@ def collate_packed(
         prefixes: of the rows; None: they share nothing.
 
     Returns:
-        input_ids, position_ids (T,), lengths (B, S), sources, targets (R,), num_targets (B, S - 1), all int64, and
-        (B,) `row` and the columns; prefix_lengths and prefix_rows if there are any. Families stand together, in the
+        input_ids, position_ids (T,), lengths (B, S), sources, targets (R,), needed, num_targets (B, S - 1), all int64,
+        and (B,) `row` and the columns; prefix_lengths and prefix_rows if there are any. Families stand together, in the
         order of their first rows. It has no batch dimension: its tensors count different things.
     """
     families, shared = no_prefixes(len(rows)) if prefixes is None else prefixes.select(torch.arange(len(rows)))
@@ -192,6 +193,7 @@ def collate_packed(
             sources += [last_of_prompt[: len(response)], torch.arange(offset, offset + num_inputs)]
             targets.append(response[1 - last :])
             offset += num_inputs
+    source = torch.cat(sources)
     lengths = store.lengths[rows].long()
     targets_of = lengths[:, 1:] - (lengths[:, :1] == 0).long()
     first_rows = is_first.nonzero().squeeze(1)[is_first.cumsum(0) - 1]
@@ -201,7 +203,8 @@ def collate_packed(
             "input_ids": torch.cat(input_ids).long(),
             "position_ids": torch.cat(position_ids),
             "lengths": input_lengths(own_lengths),
-            "sources": torch.cat(sources),
+            "sources": source,
+            "needed": source.unique(),
             "targets": torch.cat(targets).long(),
             "num_targets": targets_of.clamp(min=0),
             **({"prefix_lengths": shared * is_first, "prefix_rows": first_rows} if shared.any() else {}),

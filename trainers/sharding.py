@@ -30,6 +30,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from config.errors import UserError
 from config.settings import TrainConfig
+from trainers.attention import use_needed_positions
 from trainers.norms import use_fast_norms
 from trainers.parallel import Layout, stop_requested, sum_over_processes
 from trainers.preemption import Preempted
@@ -73,10 +74,12 @@ def find_blocks(model: nn.Module, name: str | None) -> list[nn.Module]:
 
 
 def parallelize(model: nn.Module, settings: TrainConfig, layout: Layout) -> None:
-    """Norms for CPUs, activation checkpointing, compilation and sharding of a model, in place and in this order."""
+    """Shortcuts, activation checkpointing, compilation and sharding of a model, in place, in this order and once."""
+    blocks = find_blocks(model, settings.model.block_name)
+    if settings.packing and not settings.trainer.compile:
+        use_needed_positions(blocks[-1])
     if layout.device.type == "cpu" and not settings.trainer.compile:  # a compiler makes its own
         use_fast_norms(model)
-    blocks = find_blocks(model, settings.model.block_name) if layout.mesh or settings.trainer.compile else []
     if settings.activation_checkpointing not in (False, "none"):
         # The reentrant kind needs inputs with gradients and breaks with frozen embeddings.
         how: dict[str, Any] = {"use_reentrant": False}
