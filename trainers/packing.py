@@ -222,8 +222,8 @@ def is_packed(batch: Mapping[str, Tensor]) -> bool:
 
 def prompt_lengths(batch: Mapping[str, Tensor]) -> Tensor:
     """Tokens of each prompt of a packed micro-batch, its prefix included: (B,)."""
-    lengths = batch["lengths"][:, 0]
-    return lengths + batch["prefix_lengths"][batch["prefix_rows"]] if "prefix_rows" in batch.keys() else lengths  # noqa: SIM118
+    lengths, rows = batch["lengths"][:, 0], batch.get("prefix_rows", None)
+    return lengths if rows is None else lengths + batch["prefix_lengths"][rows]
 
 
 def num_tokens(batch: TensorDict) -> Tensor:
