@@ -43,6 +43,7 @@ from trainers.batching import BatchLoader
 from trainers.cache import usable_dir
 from trainers.checkpoint import read_progress, saved_checkpoints
 from trainers.estimates import Work, count_work, describe_measured, describe_work, measure
+from trainers.flops import emulates_bfloat16
 from trainers.logps import autocast_dtype, check_head
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
 from trainers.packing import default_max_tokens
@@ -53,6 +54,10 @@ from trainers.sharding import forward_function, place_model, reshard
 from trainers.token_store import TokenStore
 from trainers.trainer import Trainer
 
+SLOW_BFLOAT16 = (
+    "note: this CPU has no instructions for bfloat16 (AVX512-BF16, AMX); model.autocast=bfloat16 is slower here than "
+    "float32, which is model.autocast=null"
+)
 LARGE_ON_A_CPU = 1.0  # billions of parameters: nobody trains so many without a GPU by intention
 
 
@@ -72,6 +77,8 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
     torch.manual_seed(config.seed)
     if config.trainer.name == "BasicTrainer" and config.model.fsdp_policy_mp is not None:
         print("note: model.fsdp_policy_mp is FSDPTrainer's; this run computes in policy_dtype", file=sys.stderr)
+    if config.model.autocast and layout.is_main and emulates_bfloat16(layout.device):
+        print(SLOW_BFLOAT16, file=sys.stderr)
     cache_dir = layout.main_first(lambda: usable_dir(config.local_dirs))
     tokenizer = layout.main_first(lambda: load_tokenizer(config.model))
     if config.dry_run:

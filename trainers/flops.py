@@ -1,7 +1,8 @@
-"""Arithmetic of a training step, for `mfu`: the share of what the GPU could do that the model needed."""
+"""Arithmetic of a training step: for `mfu`, the share of what the GPU could do that the model needed; and bfloat16."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def emulates_bfloat16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether a CPU lacks the instructions for bfloat16 products, which then take several times as long as float32's.
+
+    False where the kernel does not say.
+    """
+    if device.type != "cpu" or not cpuinfo.is_file():
+        return False
+    flags = {word for line in cpuinfo.read_text().splitlines() for word in line.lower().split() if "bf16" in word}
+    return flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})  # the last one is Arm's
 
 
 def training_flops_per_token(model: Any) -> float:
