@@ -1,4 +1,4 @@
-"""RMS normalisation with half the passes over memory, for CPUs, where a step waits for those.
+"""RMS normalisation with fewer passes over memory, for CPUs, where a step waits for those.
 
 Written in its parts, as the models of transformers have it, every part is read and written for itself, twice again in
 the backward pass, and the normalised states are kept. With r = (mean(x^2) + eps)^-1/2 (Zhang and Sennrich 2019, eq. 4):

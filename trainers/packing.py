@@ -164,14 +164,14 @@ def collate_packed(
         store: N rows of S segments.
         rows: (B,) row numbers.
         columns: per-row values (N, ...) by name.
-        prefixes: of the rows; None: they share nothing.
+        prefixes: of these rows (`Prefixes.select` of a larger batch's); None: they share nothing.
 
     Returns:
         input_ids, position_ids (T,), lengths (B, S), sources, targets (R,), needed, num_targets (B, S - 1), all int64,
         and (B,) `row` and the columns; prefix_lengths and prefix_rows if there are any. Families stand together, in the
         order of their first rows. It has no batch dimension: its tensors count different things.
     """
-    families, shared = no_prefixes(len(rows)) if prefixes is None else prefixes.select(torch.arange(len(rows)))
+    families, shared = no_prefixes(len(rows)) if prefixes is None else prefixes
     order = families.argsort(stable=True)
     rows, families, shared = rows[order], families[order], shared[order]
     is_first = families.diff(prepend=torch.tensor([-1])) != 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainers.token_store import TokenStore
 
-MIN_TOKENS = 16  # a shorter beginning saves less than what attention to it apart from the row costs
+MIN_TOKENS = 16  # an estimate: a prefix costs copies of its keys and values for every row, and masks
 
 
 class Prefixes(NamedTuple):
