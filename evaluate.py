@@ -26,19 +26,20 @@ import torch
 
 from config.checks_evaluate import check_evaluate
 from config.errors import UserError
+from config.files import write_text
 from config.named import expand_named
 from config.schema import run_entrypoint
 from config.settings import MISSING, DatasetSettings, EvaluateConfig
-from safer_instruct.answers import WHOLE, Respondent, describe_decoding
-from safer_instruct.comparisons import compare_models
-from safer_instruct.curves import plot_compared, plot_runs, read_curves
-from safer_instruct.downstream import encode_choice
-from safer_instruct.evaluation import Evaluation, Judged, ask_all, build_parts, judge_all, prepare, timed
-from safer_instruct.finished import find_finished, read_evaluations
-from safer_instruct.judging import JudgedOutput, single_outcome, summarize
-from safer_instruct.page import pick_samples, render_page
+from safer_instruct.evaluation.answers import WHOLE, Respondent, describe_decoding
+from safer_instruct.evaluation.downstream import encode_choice
+from safer_instruct.evaluation.steps import Evaluation, Judged, ask_all, build_parts, judge_all, prepare, timed
+from safer_instruct.measures.comparisons import compare_models
+from safer_instruct.measures.rates import JudgedOutput, single_outcome, summarize
+from safer_instruct.measures.reward_checks import check_rewards
 from safer_instruct.provenance import git_state, package_versions
-from safer_instruct.report import (
+from safer_instruct.report.curves import plot_compared, plot_runs, read_curves
+from safer_instruct.report.dataset import read_induction_report
+from safer_instruct.report.document import (
     HEADLINE,
     build_report,
     describe_prompts,
@@ -46,19 +47,18 @@ from safer_instruct.report import (
     render_markdown,
     sample_row,
     shown_metrics,
-    write_atomically,
     write_json,
     write_samples,
 )
-from safer_instruct.report_inputs import read_induction_report
-from safer_instruct.reward_checks import check_rewards
+from safer_instruct.report.evaluations import find_finished, read_evaluations
+from safer_instruct.report.page import pick_samples, render_page
+from safer_instruct.report.tables import extra_tables
+from safer_instruct.report.training_runs import compare_training_runs, read_training_run
 from safer_instruct.shards import resolve_shard
-from safer_instruct.tables import extra_tables
-from safer_instruct.training_runs import compare_training_runs, read_training_run
 
 if TYPE_CHECKING:
-    from safer_instruct.plots import Plot
-    from trainers.token_store import TokenStore
+    from safer_instruct.report.plots import Plot
+    from trainers.data.token_store import TokenStore
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def evaluate_models(config: EvaluateConfig, evaluation: Evaluation, started: flo
 
 def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, device: torch.device) -> list[float]:
     """Log p(continuation | context) of each pair, in nats, by the kernel that training uses."""
-    from safer_instruct.models import load_causal_lm, load_tokenizer
+    from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 
     tokenizer = load_tokenizer(respondent.model)
     model: Any = load_causal_lm(respondent.model)
@@ -148,7 +148,7 @@ def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, d
 @torch.no_grad()
 def _logps(model: Any, batch: Any) -> torch.Tensor:
     """The one place that knows how trainers/ is asked for log-probabilities of a micro-batch: (...,) float64."""
-    from trainers.logps import sequence_logps
+    from trainers.kernels.logps import sequence_logps
 
     return sequence_logps(model, batch)[0]
 
@@ -160,8 +160,8 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation) -> dict[str, An
         UserError: The pairs cannot be read, or a model reads their text as other tokens than the reference does.
     """
     from preference_datasets import build_stores, load_examples
-    from safer_instruct.models import load_tokenizer
-    from trainers.cache import usable_dir
+    from safer_instruct.generation.models import load_tokenizer
+    from trainers.data.cache import usable_dir
 
     settings = config.rewards
     reference = str(settings.reference)
@@ -195,9 +195,9 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation) -> dict[str, An
 
 def pair_logps(respondent: Respondent, store: TokenStore, batch_size: int, device: torch.device) -> torch.Tensor:
     """Log-probabilities of chosen and rejected for each row of a store, (N, 2) float64 on the CPU."""
-    from safer_instruct.models import load_causal_lm
-    from trainers.batching import BatchLoader
-    from trainers.logps import check_head
+    from safer_instruct.generation.models import load_causal_lm
+    from trainers.data.batching import BatchLoader
+    from trainers.kernels.logps import check_head
 
     model: Any = load_causal_lm(respondent.model)
     model = model.to(device).eval()
@@ -297,10 +297,10 @@ def _write_files(
 ) -> None:
     output = Path(config.output)
     write_samples(output / "samples.jsonl", (sample_row(name, row) for name, rows in judged.items() for row in rows))
-    write_atomically(output / "report.md", render_markdown(report))
+    write_text(output / "report.md", render_markdown(report))
     samples = (sample_row(name, row) for name, rows in judged.items() for row in rows)
     page = render_page(report, pick_samples(samples, config.samples_per_set), curves)
-    write_atomically(output / "report.html", page)
+    write_text(output / "report.html", page)
     write_json(output / "report.json", report)  # last: whoever finds it finds the others
     if report["models"] and report["prompts"]:
         print(headline_text(report["models"]))
@@ -310,7 +310,7 @@ def _write_files(
 def _log_to_wandb(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
     if not config.wandb.enabled or config.wandb.mode == "disabled":
         return
-    from trainers.metrics import log_tables
+    from trainers.run.metrics import log_tables
 
     rates: list[list[Any]] = [
         [name, view.key, *(model[view.key][field] for field in ("value", "low", "high", "n"))]

@@ -15,60 +15,42 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from tqdm import tqdm
 
-from config.checks import check_induce
+from config.checks_induce import check_induce
 from config.errors import UserError
 from config.schema import run_entrypoint
 from config.settings import MISSING, InduceConfig, OpenAIExpertSettings
-from safer_instruct.backends import build_reversed_model, reversed_model_identity
-from safer_instruct.corpus import read_corpus
-from safer_instruct.dataset_files import FILES
-from safer_instruct.examples import Example, read_rows
-from safer_instruct.experts import Expert, build_expert
-from safer_instruct.ledger import (
-    Ledger,
-    Record,
-    header_rows,
-    read_ledger,
-    run_stage,
+from safer_instruct.dataset.files import FILES
+from safer_instruct.dataset.merge import MERGE, merge, read_instructions
+from safer_instruct.dataset.similarity import LeakageGuard
+from safer_instruct.experts.expert import Expert, build_expert
+from safer_instruct.induction.ledger import (
     scan_records,
     shard_count,
     shard_path,
 )
-from safer_instruct.merge import MERGE, find_ledgers, merge, read_instructions, stage_ledgers
-from safer_instruct.scoring import RoundTrip
-from safer_instruct.shards import resolve_shard
-from safer_instruct.similarity import LeakageGuard
-from safer_instruct.stages import (
+from safer_instruct.induction.ledgers import find_ledgers
+from safer_instruct.induction.shard import run_filter, run_induce, run_respond, run_score
+from safer_instruct.induction.stages import (
     FILTER,
     INDUCE,
     REQUIRED_STAGES,
     RESPOND,
-    ROWS_AT_A_TIME,
     SCORE,
     STAGES,
-    expert_configuration,
-    induce_configuration,
-    kept,
-    least_score,
-    score_configuration,
-    stage_filter,
-    stage_induce,
-    stage_respond,
-    stage_score,
-    with_instructions,
 )
+from safer_instruct.shards import resolve_shard
+from safer_instruct.text.corpus import read_corpus
+from safer_instruct.text.readers import read_rows
 
 if TYPE_CHECKING:
-    from safer_instruct.pacing import Budget
+    from safer_instruct.generation.pacing import Budget
 
 NUM_SHOWN = 3  # pairs that log_text=true prints
 
@@ -78,7 +60,7 @@ def main(config: InduceConfig) -> None:
     if config.stage == MERGE:
         merge_shards(config)
     elif config.stage == "status":
-        from safer_instruct.status import render_status
+        from safer_instruct.induction.status import render_status
 
         print(render_status(Path(config.output) / "ledger"))
     elif config.stage == "audit":
@@ -120,89 +102,13 @@ def run_shard(config: InduceConfig) -> None:
         )
 
 
-def run_induce(config: InduceConfig, examples: Sequence[Example], path: Path, device: torch.device) -> None:
-    """Let the reversed model write the instructions that the ledger lacks; it is loaded if there are any."""
-    name, fingerprint = reversed_model_identity(config.model, config.generation)
-    configuration = induce_configuration(name, fingerprint, config.generation)
-    with Ledger(path, configuration, num_rows=len(examples)) as ledger:
-        if all(example.id in ledger.records for example in examples):
-            return
-        generator = build_reversed_model(config.model, config.generation, device)
-        function = stage_induce(generator, config.generation.num_candidates)
-        with _progress(INDUCE, examples) as update:
-            run_stage(examples, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
-
-
-def run_score(
-    config: InduceConfig, examples: Sequence[Example], paths: Mapping[str, Path], device: torch.device
-) -> None:
-    """Let the forward model score the candidates that the ledger lacks."""
-    before, induced = read_ledger(paths[INDUCE])
-    pairs = with_instructions(examples, induced)
-    scorer = RoundTrip(config.roundtrip, device)
-    configuration = score_configuration(scorer, before)
-    with Ledger(paths[SCORE], configuration, num_rows=len(pairs)) as ledger, _progress(SCORE, pairs) as update:
-        run_stage(pairs, ledger, stage_score(scorer), batch_size=ROWS_AT_A_TIME, progress=update)
-
-
-def run_filter(
-    config: InduceConfig, expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path], count: int
-) -> None:
-    """Screen the induced pairs that the ledger lacks."""
-    before, pairs = _induced_pairs(examples, paths)
-    min_score = resolve_min_score(config, paths, count)
-    configuration = expert_configuration(expert, before, FILTER, **{"roundtrip.min_score": min_score})
-    function = stage_filter(expert, min_score=min_score)
-    with Ledger(paths[FILTER], configuration, num_rows=len(pairs)) as ledger, _progress(FILTER, pairs) as update:
-        run_stage(pairs, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
-
-
-def run_respond(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
-    """Have the kept instructions answered that the ledger lacks."""
-    _, pairs = _induced_pairs(examples, paths)
-    before, verdicts = read_ledger(paths[FILTER])
-    pairs = kept(pairs, verdicts)
-    configuration = expert_configuration(expert, before, RESPOND)
-    with Ledger(paths[RESPOND], configuration, num_rows=len(pairs)) as ledger, _progress(RESPOND, pairs) as update:
-        run_stage(pairs, ledger, stage_respond(expert), batch_size=ROWS_AT_A_TIME, progress=update)
-
-
-def _induced_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[Example]]:
-    """Return what the pairs depend on, and the pairs: with their best candidates where they have been scored."""
-    before, induced = read_ledger(paths[INDUCE])
-    scores: dict[str, Record] | None = None
-    if paths[SCORE].is_file():
-        before, scores = read_ledger(paths[SCORE])
-    return before, with_instructions(examples, induced, scores)
-
-
-def resolve_min_score(config: InduceConfig, paths: Mapping[str, Path], count: int) -> float | None:
-    """Return the least round-trip score of a pair that is kept; None: any.
-
-    Raises:
-        UserError: `top_fraction` is asked for, and not all pairs of all shards have been scored yet.
-    """
-    roundtrip = config.roundtrip
-    if roundtrip.threshold is None and roundtrip.top_fraction is None:
-        return None
-    read_ledger(paths[SCORE])  # this shard's must be there in any case
-    if roundtrip.top_fraction is None:
-        return roundtrip.threshold
-    ledgers = stage_ledgers(paths[SCORE].parent, SCORE, count)
-    records = [record for record, _ in ledgers.records()]
-    num_rows = sum(header_rows(path) for path in ledgers.paths)
-    if len(records) < num_rows:
-        raise UserError(
-            f"roundtrip.top_fraction={roundtrip.top_fraction} is of all pairs, and {num_rows - len(records)} of "
-            f"{num_rows} have no score yet: run stage=score of all {count} shards to its end before stage=filter"
-        )
-    scores = [record["scores"][record["best"]] for record in records]
-    return least_score((score for score in scores if score is not None), roundtrip.top_fraction)
-
-
 def merge_shards(config: InduceConfig) -> None:
     """Write dataset, report and card from the ledgers of all shards."""
-    from safer_instruct.card import build_report, render_funnel, write_report  # matplotlib, which no shard needs
+    from safer_instruct.dataset.card import (  # matplotlib, which no shard needs
+        build_report,
+        render_funnel,
+        write_report,
+    )
 
     started = time.monotonic()
     output = Path(config.output)
@@ -232,14 +138,14 @@ def merge_shards(config: InduceConfig) -> None:
     if config.log_text:
         _show(output / FILES[config.format][0])
     if config.push_to_hub:
-        from safer_instruct.hub import push_dataset
+        from safer_instruct.dataset.hub import push_dataset
 
         print(f"uploaded: {push_dataset(output, config.push_to_hub, FILES[config.format])}")
 
 
 def run_audit(config: InduceConfig) -> None:
     """Look over a dataset; with output=FOLDER the report is written, and a dataset without what was found if asked."""
-    from safer_instruct.audit import audit, render_audit, write_audit
+    from safer_instruct.dataset.audit import audit, render_audit, write_audit
 
     output = None if config.output == MISSING else Path(config.output)
     excluded = read_instructions(config.exclude) if config.exclude else set()
@@ -278,7 +184,7 @@ def _checked_expert(config: InduceConfig, device: torch.device, paths: Mapping[s
 
 def _budget(settings: OpenAIExpertSettings, paths: Mapping[str, Path], count: int) -> Budget:
     """This shard's part of the budget, less what its ledgers say has been spent."""
-    from safer_instruct.server import budget_of
+    from safer_instruct.generation.server import budget_of
 
     budget = budget_of(settings, shards=count)
     for path in (paths[FILTER], paths[RESPOND]):
@@ -291,14 +197,6 @@ def _device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def _progress(stage: str, examples: Sequence[Any]) -> Iterator[Callable[[int], object]]:
-    # A log file gets a line now and then, a terminal a bar that moves.
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    with tqdm(total=len(examples), desc=stage, unit="row", mininterval=interval, file=sys.stderr) as bar:
-        yield bar.update
 
 
 def _show(path: Path) -> None:

@@ -24,12 +24,13 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.encoding import EncodedRow, Encoder, prompt_token_ids, special_token_texts
-from safer_instruct.examples import Example, data_files, held_out, normalise, read_rows, require_columns
-from safer_instruct.loading import LoadedExamples, RowLog, load_examples
-from safer_instruct.prompts import Prompt, render_prompt, render_reversed, response_lead, reversed_target
-from trainers.cache import build_once, hash_files
-from trainers.token_store import TokenStore, TokenStoreWriter
+from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids, special_token_texts
+from safer_instruct.text.examples import Example, held_out, normalise
+from safer_instruct.text.loading import LoadedExamples, RowLog, load_examples
+from safer_instruct.text.prompts import Prompt, render_prompt, render_reversed, response_lead, reversed_target
+from safer_instruct.text.readers import data_files, read_rows, require_columns
+from trainers.data.cache import build_once, hash_files
+from trainers.data.token_store import TokenStore, TokenStoreWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,9 +111,9 @@ def _content_key(
     limits: tuple[int, int],
 ) -> str:
     """Hash of all that the stores depend on: contents of the files (not their paths), settings, tokenizer, code."""
-    package = Path(__file__).parent / "safer_instruct"
-    code = [Path(__file__), Path(__file__).parent / "trainers" / "token_store.py"]
-    code += [*(package / f"{name}.py" for name in ("encoding", "examples", "loading", "prompts"))]
+    root = Path(__file__).parent
+    code = [Path(__file__), root / "trainers" / "data" / "token_store.py"]
+    code += sorted((root / "safer_instruct" / "text").glob("*.py"))
     contents: dict[str, Any] = {}
     for name, settings in datasets.items():
         paths = {"data": settings.path, "exclude": _exclude_path(settings), "eval": settings.eval_path}

@@ -10,7 +10,7 @@ The same command typed again goes on where the run stopped. Every key: config/se
 
 from __future__ import annotations
 
-from trainers.preemption import exit_on_signals  # isort: skip
+from trainers.distributed.preemption import exit_on_signals  # isort: skip
 
 if __name__ == "__main__":
     exit_on_signals()  # before the imports that take seconds: a signal may come while they are made
@@ -30,28 +30,29 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config.checks import check_train
+from config.checks_train import check_train
 from config.errors import UserError
 from config.schema import run_entrypoint
 from config.settings import GenerationSettings, PreferenceLossSettings, TrainConfig
 from preference_datasets import Loss, TrainEval, build_stores, describe
-from safer_instruct.generation import HFGenerator
-from safer_instruct.models import load_causal_lm, load_tokenizer, meta_causal_lm
+from safer_instruct.generation.hf import HFGenerator
+from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
-from trainers.attention import PACKED, check_packed_attention, packed_and_alone, use_packed_attention
-from trainers.batching import BatchLoader
-from trainers.cache import usable_dir
-from trainers.checkpoint import read_progress, saved_checkpoints
+from trainers.data.batching import BatchLoader
+from trainers.data.cache import usable_dir
+from trainers.data.packing import default_max_tokens
+from trainers.data.token_store import TokenStore
+from trainers.distributed.launch import launch
+from trainers.distributed.layout import Layout
+from trainers.distributed.sharding import forward_function, place_model, reshard
 from trainers.estimates import Work, count_work, describe_measured, describe_work, measure
-from trainers.flops import emulates_bfloat16
-from trainers.logps import autocast_dtype, check_head
+from trainers.kernels.attention import PACKED, check_packed_attention, packed_and_alone, use_packed_attention
+from trainers.kernels.flops import emulates_bfloat16
+from trainers.kernels.logps import autocast_dtype, check_head
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
-from trainers.packing import default_max_tokens
-from trainers.parallel import Layout, launch
 from trainers.reference import attach_reference, weights_key
-from trainers.run_dir import RunDir, write_durably
-from trainers.sharding import forward_function, place_model, reshard
-from trainers.token_store import TokenStore
+from trainers.run.checkpoint import read_progress, saved_checkpoints
+from trainers.run.run_dir import RunDir, write_durably
 from trainers.trainer import Trainer
 
 SLOW_BFLOAT16 = (

@@ -26,12 +26,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from config.settings import CheckpointSettings, LikelihoodLossSettings, TrainConfig, TrainerSettings, WandbSettings
-from trainers.batching import BatchLoader
+from trainers.data.batching import BatchLoader
+from trainers.data.token_store import TokenStore, TokenStoreWriter
+from trainers.distributed.launch import launch
+from trainers.distributed.layout import Layout
+from trainers.distributed.sharding import place_model
 from trainers.objectives import LikelihoodObjective
-from trainers.parallel import Layout, launch
-from trainers.run_dir import RunDir
-from trainers.sharding import place_model
-from trainers.token_store import TokenStore, TokenStoreWriter
+from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
 STEPS, BATCH, LENGTH, VOCABULARY = 50, 8, 64, 8192

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from benchmarks.dpo_throughput import build_steps, parser
 from config.settings import TrainConfig
-from trainers.packing import num_positions
-from trainers.parallel import Layout, launch
+from trainers.data.packing import num_positions
+from trainers.distributed.launch import launch
+from trainers.distributed.layout import Layout
 
 
 def measure(options: argparse.Namespace, layout: Layout, folder: Path) -> dict[int, list[float]]:

@@ -49,17 +49,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.memory import forget_peak, resident_mib
 from benchmarks.throughput_peers import LiteralStep, trl_step
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
-from trainers.attention import use_packed_attention
-from trainers.batching import BatchLoader, GlobalBatch
-from trainers.logps import autocast_dtype
+from trainers.data.batching import BatchLoader, GlobalBatch
+from trainers.data.packing import input_lengths, num_positions
+from trainers.data.prefixes import shared_prefixes
+from trainers.data.token_store import TokenStore, TokenStoreWriter
+from trainers.distributed.launch import launch
+from trainers.distributed.layout import Layout
+from trainers.distributed.sharding import parallelize
+from trainers.kernels.attention import use_packed_attention
+from trainers.kernels.logps import autocast_dtype
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
-from trainers.packing import input_lengths, num_positions
-from trainers.parallel import Layout, launch
-from trainers.prefixes import shared_prefixes
 from trainers.reference import attach_reference, reference_logps, weights_key
-from trainers.run_dir import RunDir
-from trainers.sharding import parallelize
-from trainers.token_store import TokenStore, TokenStoreWriter
+from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
 # Tokens of the published Safer-Instruct pairs that have both responses (5,721 of them): prompt with its template,

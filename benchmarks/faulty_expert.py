@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from config.settings import OpenAIExpertSettings
-from safer_instruct.examples import Example
-from safer_instruct.experts import build_expert
+from safer_instruct.experts.expert import build_expert
+from safer_instruct.text.examples import Example
 from tests.faulty_server import FAULTS
 
 

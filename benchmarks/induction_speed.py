@@ -25,10 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config.settings import GenerationSettings, ModelSettings
 from quickstart.checks import read_jsonl
 from quickstart.world import World, write_demo_data
-from safer_instruct.encoding import prompt_token_ids
-from safer_instruct.generation import HFGenerator
-from safer_instruct.models import load_causal_lm, load_tokenizer
-from safer_instruct.prompts import render_reversed
+from safer_instruct.generation.hf import HFGenerator
+from safer_instruct.generation.models import load_causal_lm, load_tokenizer
+from safer_instruct.text.encoding import prompt_token_ids
+from safer_instruct.text.prompts import render_reversed
 
 
 def long_tailed(count: int, seed: int) -> list[str]:

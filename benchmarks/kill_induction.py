@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from safer_instruct.ledger import scan_records
+from safer_instruct.induction.ledger import scan_records
 from tests.faulty_server import FaultyServer, faulty_server
 
 CONCURRENCY = 4

@@ -24,10 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.memory import MIB, forget_peak, resident_mib
 from config.settings import TrainConfig, TrainerSettings
-from trainers.parallel import Layout, local_store, work_in_group
-from trainers.preemption import StopRequest
-from trainers.processes import Place, start_processes
-from trainers.sharding import find_blocks, place_model
+from trainers.distributed.launch import local_store, work_in_group
+from trainers.distributed.layout import Layout
+from trainers.distributed.preemption import StopRequest
+from trainers.distributed.sharding import find_blocks, place_model
+from trainers.distributed.spawn import Place, start_processes
 
 
 def measure(layout: Layout, *, folder: str, settings: TrainConfig) -> None:

@@ -23,11 +23,12 @@ from pathlib import Path
 
 from benchmarks.memory import resident_mib
 from config.settings import CorpusSettings, DuplicatesSettings
-from safer_instruct.audit import audit
-from safer_instruct.examples import in_shard, text_id
-from safer_instruct.ledger import shard_path
-from safer_instruct.merge import find_ledgers, merge
-from safer_instruct.similarity import LeakageGuard, shingles, similarity
+from safer_instruct.dataset.audit import audit
+from safer_instruct.dataset.merge import merge
+from safer_instruct.dataset.similarity import LeakageGuard, shingles, similarity
+from safer_instruct.induction.ledger import shard_path
+from safer_instruct.induction.ledgers import find_ledgers
+from safer_instruct.text.examples import in_shard, text_id
 
 SHARDS = 16
 PLANTED_SHARE = 0.02

@@ -21,11 +21,11 @@ from typing import Any
 from config.settings import CorpusSettings
 from quickstart.checks import read_jsonl
 from quickstart.world import World, write_demo_data
-from safer_instruct.corpus import read_corpus
-from safer_instruct.examples import Example
-from safer_instruct.ledger import read_ledger
-from safer_instruct.rules import Rules
-from safer_instruct.stages import cheap_check, with_instructions
+from safer_instruct.experts.rules import Rules
+from safer_instruct.induction.ledger import read_ledger
+from safer_instruct.induction.stages import cheap_check, with_instructions
+from safer_instruct.text.corpus import read_corpus
+from safer_instruct.text.examples import Example
 
 RULES = "quickstart/rules.yaml"
 SHARES = (0.9, 0.8, 0.7, 0.5)

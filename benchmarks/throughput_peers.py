@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from config.settings import TrainConfig
-from trainers.token_store import TokenStore
+from trainers.data.token_store import TokenStore
 
 
 class LiteralStep:

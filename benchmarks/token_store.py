@@ -58,7 +58,7 @@ def measure(folder: Path) -> dict:
 
     from config.settings import DatasetSettings
     from preference_datasets import build_stores
-    from trainers.batching import BatchLoader
+    from trainers.data.batching import BatchLoader
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     settings = DatasetSettings(path=str(folder / "rows.jsonl"), schema="si", template="plain")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quickstart.world import World, part_of
-from safer_instruct.rules import Rules
+from safer_instruct.experts.rules import Rules
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from config.checks import check_train
+from config.checks_train import check_train
 from config.schema import run_entrypoint
 from config.settings import TrainConfig
 

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from config.checks import check_train
+from config.checks_train import check_train
 from config.schema import run_entrypoint
 from config.settings import TrainConfig
 

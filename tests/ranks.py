@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from config.settings import TrainConfig
-from trainers.parallel import Layout, work_in_group
-from trainers.preemption import PREEMPTED_STATUS, Preempted, StopRequest
-from trainers.processes import Place
+from trainers.distributed.launch import work_in_group
+from trainers.distributed.layout import Layout
+from trainers.distributed.preemption import PREEMPTED_STATUS, Preempted, StopRequest
+from trainers.distributed.spawn import Place
 
 PRELOADED = ["tests.ranks", "tests.tiny_runs", "trainers.trainer"]
 

@@ -11,8 +11,8 @@ from tests.test_packing import PAIRS, exact_model, logps_and_gradients, microbat
 from tests.test_parallel import losses, settings_of, start
 from tests.tiny_models import SUPPORTED
 from tests.tiny_runs import tiny_settings
-from trainers.parallel import Layout
-from trainers.sharding import parallelize
+from trainers.distributed.layout import Layout
+from trainers.distributed.sharding import parallelize
 
 ATEN = torch.ops.aten
 PRODUCTS = (

@@ -9,8 +9,8 @@ import torch
 
 from config.errors import UserError
 from config.settings import BackendSettings, EvaluatedModelSettings, ServerSettings
-from safer_instruct.answers import check_model, generate_answers, own_prompts
-from safer_instruct.prompt_sets import EvaluationPrompt
+from safer_instruct.evaluation.answers import check_model, generate_answers, own_prompts
+from safer_instruct.text.prompt_sets import EvaluationPrompt
 from tests.evaluations import run_evaluate
 from tests.loopback_server import loopback
 
@@ -37,7 +37,9 @@ def test_an_answer_ends_before_the_first_stop_string(ask, monkeypatch):
     assert answer.truncated
     text = answer.text
     assert len(text) > 6
-    monkeypatch.setattr("safer_instruct.backends.load_causal_lm", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(
+        "safer_instruct.generation.backends.load_causal_lm", lambda *_, **__: pytest.fail("asked again")
+    )
     cut = ask(stop=[text[4:6], text[2:5]])[key]  # the one that comes first counts, in whatever order they are given
     expected = min(text.find(text[4:6]), text.find(text[2:5]))
     assert (cut.text, cut.truncated) == (text[:expected], False)  # what it stopped at is no cut by the limit
@@ -53,7 +55,9 @@ def test_each_shard_asks_its_own_and_the_whole_asks_nothing(ask, tmp_path, monke
     for index, prompts in enumerate(shards):
         found |= ask(prompts=prompts, shard=(index, 3))
     assert len(list(tmp_path.glob("generate-tiny-*-of-00003.jsonl"))) == 3
-    monkeypatch.setattr("safer_instruct.backends.load_causal_lm", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(
+        "safer_instruct.generation.backends.load_causal_lm", lambda *_, **__: pytest.fail("asked again")
+    )
     assert ask() == found
 
 
@@ -75,7 +79,7 @@ def test_a_prompt_without_an_answer_leaves_the_rates_and_is_listed(tiny_model_fo
             error = "http_400" if prompt.id == "refused" else ""
             yield {"id": key, "text": "", "truncated": False, "prompt_cut": False, "new_tokens": 0, "error": error}
 
-    monkeypatch.setattr("safer_instruct.answers._generate", generate)
+    monkeypatch.setattr("safer_instruct.evaluation.answers._generate", generate)
     rows = [{"id": "fine", "instruction": "ask"}, {"id": "refused", "instruction": "ask more"}]
     file = tmp_path / "p.jsonl"
     file.write_text("".join(json.dumps({**row, "kind": "unsafe"}) + "\n" for row in rows))
@@ -136,7 +140,9 @@ def served(text: str) -> tuple[int, dict]:
 def test_models_behind_servers_are_asked_there(tiny_model_folder, tmp_path, monkeypatch):
     """Two models, two servers, two names; nothing is loaded here, and a second look asks nothing."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
-    monkeypatch.setattr("safer_instruct.backends.load_causal_lm", lambda *_, **__: pytest.fail("loaded here"))
+    monkeypatch.setattr(
+        "safer_instruct.generation.backends.load_causal_lm", lambda *_, **__: pytest.fail("loaded here")
+    )
     answers = {}
     with loopback(lambda prompt, n: served(f"one: {prompt}")) as one, loopback(lambda prompt, n: served("two")) as two:
         shared = ServerSettings(model="first", base_url=one.url)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import induce
-from config.checks import check_induce
+from config.checks_induce import check_induce
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import DuplicatesSettings
-from safer_instruct.audit import audit, render_audit
-from safer_instruct.similarity import LeakageGuard
+from safer_instruct.dataset.audit import audit, render_audit
+from safer_instruct.dataset.similarity import LeakageGuard
 
 SECRET = "zebra-secret"
 REFUSAL = "I will not help with that, sorry."

@@ -16,9 +16,9 @@ from conftest import tiny_llama
 
 from config.errors import UserError
 from config.settings import InductionSettings, ModelSettings, ServerSettings
-from safer_instruct.backends import build_reversed_model, reversed_model_identity
-from safer_instruct.completions import Request
-from safer_instruct.prompts import Prompt, render_reversed
+from safer_instruct.generation.backends import build_reversed_model, reversed_model_identity
+from safer_instruct.generation.completions import Request
+from safer_instruct.text.prompts import Prompt, render_reversed
 
 CPU = torch.device("cpu")
 TEXTS = {f"r{i}": f"The sum is {i}. " * (1 + i % 4) for i in range(7)}
@@ -160,7 +160,7 @@ def test_a_real_server_that_is_not_ours(served, tmp_path, tiny_model_folder, mon
     import json
 
     import induce
-    from config.checks import check_induce
+    from config.checks_induce import check_induce
     from config.schema import compose_config
 
     url, name = served

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from config.checks import check_train, missing_values
+from config.checks import missing_values
+from config.checks_train import check_train
 from config.schema import INTERRUPTED_STATUS, compose_config, run_entrypoint
 from config.settings import LocalExpertSettings, TrainConfig
 from tests.commands import errors_of, write_pairs

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainers.batching import BatchLoader, GlobalBatch, permutation
-from trainers.token_store import TokenStore, TokenStoreWriter
+from trainers.data.batching import BatchLoader, GlobalBatch, permutation
+from trainers.data.token_store import TokenStore, TokenStoreWriter
 
 PAD = 0
 

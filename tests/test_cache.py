@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from config.errors import UserError
-from trainers.cache import build_once, hash_files, usable_dir
+from trainers.data.cache import build_once, hash_files, usable_dir
 
 
 def fill(directory: Path) -> None:

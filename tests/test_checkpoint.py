@@ -13,15 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from config.errors import UserError
 from config.settings import CheckpointSettings
-from safer_instruct.models import resolve_archive
+from safer_instruct.generation.models import resolve_archive
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
-from trainers import checkpoint, parallel
-from trainers.checkpoint import CheckpointWriter, Progress, load_checkpoint
-from trainers.norms import use_fast_norms
+from trainers.distributed import launch as parallel
+from trainers.distributed.layout import Layout
+from trainers.kernels.norms import use_fast_norms
 from trainers.optimizers import build_optimizer
-from trainers.parallel import Layout
-from trainers.run_dir import RunDir, differing_keys
+from trainers.run import checkpoint
+from trainers.run.checkpoint import CheckpointWriter, Progress, load_checkpoint
+from trainers.run.run_dir import RunDir, differing_keys
 
 IDS = torch.arange(3, 15)[None]
 

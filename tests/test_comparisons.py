@@ -2,11 +2,11 @@
 
 import pytest
 
-from safer_instruct.comparisons import TESTED, compare_models, judge_agreement
-from safer_instruct.judging import JudgedOutput, summarize
-from safer_instruct.prompt_sets import EvaluationPrompt
-from safer_instruct.tables import extra_tables
-from safer_instruct.verdicts import Judgement
+from safer_instruct.experts.verdicts import Judgement
+from safer_instruct.measures.comparisons import TESTED, compare_models, judge_agreement
+from safer_instruct.measures.rates import JudgedOutput, summarize
+from safer_instruct.report.tables import extra_tables
+from safer_instruct.text.prompt_sets import EvaluationPrompt
 
 
 def rows(outcomes, *, source="si", kind="unsafe", set_name="s"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from config.checks import check_train
+from config.checks_train import check_train
 from config.errors import UserError
 from config.paths import REPOSITORY, find_path
 from config.schema import compose_config

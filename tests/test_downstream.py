@@ -12,8 +12,8 @@ import yaml
 import evaluate
 from config.errors import UserError
 from config.settings import DownstreamSettings, EvaluatedModelSettings
-from safer_instruct.answers import check_model
-from safer_instruct.downstream import TASK_LISTS, check_choices, encode_choice, require_lm_eval, task_names
+from safer_instruct.evaluation.answers import check_model
+from safer_instruct.evaluation.downstream import TASK_LISTS, check_choices, encode_choice, require_lm_eval, task_names
 from tests.evaluations import run_evaluate
 
 QUESTIONS = [
@@ -65,7 +65,7 @@ def test_the_accuracy_is_that_of_lm_eval_called_by_hand(tiny_model_folder, tasks
     assert "| toy_choice | acc |" in (tmp_path / "out" / "report.md").read_text()
 
     # The same command again: nothing is run, and what is there is read.
-    monkeypatch.setattr("safer_instruct.downstream._run", lambda *_: pytest.fail("lm_eval ran again"))
+    monkeypatch.setattr("safer_instruct.evaluation.downstream._run", lambda *_: pytest.fail("lm_eval ran again"))
     run_evaluate(*arguments)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["downstream"] == part
 
@@ -98,7 +98,7 @@ def test_lists_of_tasks_are_written_out_once():
 
 
 def test_without_lm_eval_the_install_command_is_named(monkeypatch, tiny_model_folder, tmp_path):
-    monkeypatch.setattr("safer_instruct.downstream.find_spec", lambda name: None)
+    monkeypatch.setattr("safer_instruct.evaluation.downstream.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'needs lm_eval, which is not installed here: pip install "lm_eval\[hf\]"'):
         require_lm_eval()
     with pytest.raises(UserError, match="pip install"):
@@ -107,8 +107,8 @@ def test_without_lm_eval_the_install_command_is_named(monkeypatch, tiny_model_fo
 
 def test_a_task_that_fails_shows_lm_evals_last_lines(monkeypatch, tiny_model_folder, tmp_path):
     script = "print('a line'); raise SystemExit('no such task: toy')"
-    monkeypatch.setattr("safer_instruct.downstream._command", lambda *_: [sys.executable, "-c", script])
-    monkeypatch.setattr("safer_instruct.evaluation.require_lm_eval", lambda: None)
+    monkeypatch.setattr("safer_instruct.evaluation.downstream._command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr("safer_instruct.evaluation.steps.require_lm_eval", lambda: None)
     with pytest.raises(UserError, match=r"status 1; its last lines:\n  no such task: toy|a line"):
         run_evaluate(f"models.t.path={tiny_model_folder}", "downstream.tasks=[toy]", f"output={tmp_path}/out")
 

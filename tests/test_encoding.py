@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from config.errors import UserError
-from safer_instruct.encoding import EncodedRow, Encoder, prompt_token_ids, special_token_texts
-from safer_instruct.prompts import Prompt, render_prompt
+from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids, special_token_texts
+from safer_instruct.text.prompts import Prompt, render_prompt
 
 UNK = "<unk>"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import safer_instruct.backends
+import safer_instruct.generation.backends
 from config.errors import UserError
 from config.settings import PromptSetSettings
-from safer_instruct.prompt_sets import load_prompt_sets
+from safer_instruct.text.prompt_sets import load_prompt_sets
 from tests.evaluations import run_evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +22,9 @@ ROW = {"id": "a", "instruction": SECRET, "kind": "unsafe", "label": "x"}
 @pytest.fixture(autouse=True)
 def no_weights(monkeypatch):
     """A model that loads although the command is wrong fails the test."""
-    monkeypatch.setattr(safer_instruct.backends, "load_causal_lm", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        safer_instruct.generation.backends, "load_causal_lm", lambda *_, **__: pytest.fail("a model was loaded")
+    )
 
 
 @pytest.fixture

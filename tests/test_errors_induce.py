@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import induce
-from config.checks import check_induce
+from config.checks_induce import check_induce
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import CorpusSettings, InduceConfig, OpenAIExpertSettings, RulesExpertSettings, ShardSettings
-from safer_instruct import backends
-from safer_instruct.completions import Generation
-from safer_instruct.ledger import read_ledger
+from safer_instruct.generation.completions import Generation
+from safer_instruct.generation.hf import backends
+from safer_instruct.induction.ledger import read_ledger
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECRET = "zebra-secret"
@@ -183,7 +183,7 @@ def test_a_stage_before_its_time(config) -> None:
 
 
 def test_an_exclusion_without_instructions(config, tmp_path) -> None:
-    from safer_instruct.merge import read_instructions
+    from safer_instruct.dataset.merge import read_instructions
 
     path = tmp_path / "exclude.csv"
     path.write_text("prompt\nx\n")

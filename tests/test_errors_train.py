@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from config.checks import check_train
+from config.checks_train import check_train
 from config.errors import UserError
 from config.schema import compose_config, run_entrypoint
 from config.settings import DatasetSettings, ModelSettings, PreferenceLossSettings, TrainConfig

@@ -15,10 +15,10 @@ from tests.commands import run, write_pairs
 from tests.test_batching import loader, make_store
 from tests.test_train_entrypoint import FAST, entries
 from tests.tiny_runs import tiny_settings, tiny_trainer
+from trainers.data.packing import num_positions, num_tokens
+from trainers.distributed.launch import launch
 from trainers.estimates import count_work, num_checkpoints, num_evaluations
-from trainers.packing import num_positions, num_tokens
-from trainers.parallel import launch
-from trainers.run_dir import RunDir
+from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
 CUTS = {

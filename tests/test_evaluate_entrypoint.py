@@ -13,7 +13,7 @@ import pytest
 import evaluate
 from config.named import expand_named
 from config.schema import compose_config
-from safer_instruct.experts import RulesExpert
+from safer_instruct.experts.expert import RulesExpert
 from tests.evaluations import run_evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,7 +142,7 @@ def check_report(folder, out, err):
 def counted_run(tiny_model_folder, tmp_path, monkeypatch):
     """Runs evaluate in this process and counts models loaded and outputs judged."""
     counts, reported = {}, []
-    import safer_instruct.backends as backends
+    import safer_instruct.generation.backends as backends
 
     load, judge = backends.load_causal_lm, RulesExpert.judge
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import UserError
-from safer_instruct.examples import held_out, in_shard, read_rows, require_columns, text_id
+from safer_instruct.text.examples import held_out, in_shard, text_id
+from safer_instruct.text.readers import read_rows, require_columns
 
 ROWS = [{"instruction": f'line one\nline {i}, "quoted"', "chosen": f"caf\u00e9 {i}\u2028"} for i in range(5)]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_alpaca.json"
@@ -55,7 +56,7 @@ def test_a_json_list_longer_than_the_buffer(tmp_path: Path, monkeypatch: pytest.
     rows = [{"x": "y" * (i % 40), "n": [i, {"z": i}]} for i in range(300)]
     file = write(tmp_path / "a.json", rows)
     for size in (1, 7, 64):
-        monkeypatch.setattr("safer_instruct.examples.JSON_CHUNK_CHARACTERS", size)
+        monkeypatch.setattr("safer_instruct.text.readers.JSON_CHUNK_CHARACTERS", size)
         assert [row for _, row in read_rows(file)] == rows
 
 

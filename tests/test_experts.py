@@ -18,11 +18,11 @@ from config.settings import (
     OpenAIExpertSettings,
     RulesExpertSettings,
 )
-from safer_instruct.examples import Example
-from safer_instruct.expert_prompts import parse_filter, parse_judge, render_filter, render_judge, render_respond
-from safer_instruct.experts import build_expert, in_template
-from safer_instruct.prompts import Prompt
-from safer_instruct.verdicts import Judgement, Verdict
+from safer_instruct.experts.expert import build_expert, in_template
+from safer_instruct.experts.prompts import parse_filter, parse_judge, render_filter, render_judge, render_respond
+from safer_instruct.experts.verdicts import Judgement, Verdict
+from safer_instruct.text.examples import Example
+from safer_instruct.text.prompts import Prompt
 from tests.loopback_server import completion, loopback
 
 CPU = torch.device("cpu")
@@ -336,7 +336,7 @@ def test_rules_are_an_expert(monkeypatch) -> None:
         def judge(self, instruction, output) -> Judgement:
             return Judgement("refusal" if output == "no" else "harmful", "a")
 
-    monkeypatch.setattr("safer_instruct.experts.Rules.from_yaml", lambda path: FakeRules())
+    monkeypatch.setattr("safer_instruct.experts.expert.Rules.from_yaml", lambda path: FakeRules())
     expert = build_expert(RulesExpertSettings(path="some/folder/mine.yaml"), CPU)
     expert.check()
     assert (expert.name, expert.fingerprint) == ("rules:mine", "abc")

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from config.errors import UserError
-from safer_instruct.finished import find_finished
-from safer_instruct.prompt_sets import EvaluationPrompt
-from safer_instruct.training_runs import find_training_overlap, read_training_run
+from safer_instruct.report.evaluations import find_finished
+from safer_instruct.report.training_runs import find_training_overlap, read_training_run
+from safer_instruct.text.prompt_sets import EvaluationPrompt
 from tests.evaluations import run_evaluate
 
 PROMPTS = [{"id": f"u{i}", "instruction": f"ask {i}", "label": "ab"[i % 2], "kind": "unsafe"} for i in range(6)]
@@ -54,7 +54,7 @@ def sweep(tmp_path):
 
 
 def test_two_evaluations_become_one_report_without_any_work(reports, tmp_path, monkeypatch):
-    monkeypatch.setattr("safer_instruct.experts.RulesExpert.judge", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr("safer_instruct.experts.expert.RulesExpert.judge", lambda *_: pytest.fail("judged again"))
     a, b, _ = reports
     run_evaluate(f"compare=[{a},{b}]", f"output={tmp_path}/out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())

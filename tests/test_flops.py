@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainers.flops import emulates_bfloat16
+from trainers.kernels.flops import emulates_bfloat16
 
 
 @pytest.mark.parametrize(

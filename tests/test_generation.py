@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config.errors import UserError
 from config.settings import GenerationSettings
-from safer_instruct.generation import HFGenerator, Request, nucleus, row_uniforms
-from safer_instruct.prompts import Prompt
+from safer_instruct.generation.hf import HFGenerator, Request, nucleus, row_uniforms
+from safer_instruct.text.prompts import Prompt
 
 WORDS = [f"w{i}" for i in range(60)]
 PAD, BOS, EOS = 0, 1, 2

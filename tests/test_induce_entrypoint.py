@@ -21,7 +21,7 @@ import induce
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import ShardSettings
-from safer_instruct.ledger import read_ledger
+from safer_instruct.induction.ledger import read_ledger
 from safer_instruct.shards import resolve_shard
 from tests.loopback_server import loopback
 

@@ -9,13 +9,13 @@ import torch
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, tiny_settings
-from trainers.attention import use_packed_attention
-from trainers.batching import BatchLoader
-from trainers.logps import sequence_logps
-from trainers.metrics import MetricSums
+from trainers.data.batching import BatchLoader
+from trainers.distributed.launch import launch
+from trainers.kernels.attention import use_packed_attention
+from trainers.kernels.logps import sequence_logps
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
-from trainers.parallel import launch
 from trainers.reference import attach_reference
+from trainers.run.metrics import MetricSums
 from trainers.trainer import Trainer
 
 ROWS = 9

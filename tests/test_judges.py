@@ -5,15 +5,15 @@ import json
 import pytest
 
 from config.errors import UserError
-from safer_instruct.examples import text_id
-from safer_instruct.experts import LLMExpert
-from safer_instruct.generation import Generation
-from safer_instruct.judge_prompts import parse_compare, parse_rubric, render_compare, render_rubric
-from safer_instruct.judges import LLMJudge, RulesJudge
-from safer_instruct.judging import JudgedOutput
-from safer_instruct.pairwise import compare_helpfulness
-from safer_instruct.prompt_sets import EvaluationPrompt
-from safer_instruct.verdicts import Judgement
+from safer_instruct.evaluation.pairwise import compare_helpfulness
+from safer_instruct.experts.expert import LLMExpert
+from safer_instruct.experts.judge_prompts import parse_compare, parse_rubric, render_compare, render_rubric
+from safer_instruct.experts.judges import LLMJudge, RulesJudge
+from safer_instruct.experts.verdicts import Judgement
+from safer_instruct.generation.hf import Generation
+from safer_instruct.measures.rates import JudgedOutput
+from safer_instruct.text.examples import text_id
+from safer_instruct.text.prompt_sets import EvaluationPrompt
 
 
 class Scripted:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from safer_instruct.judging import METRICS, JudgedOutput, is_correct, rate_of, rates, single_outcome, summarize
-from safer_instruct.prompt_sets import EvaluationPrompt
-from safer_instruct.statistics import wilson_interval
-from safer_instruct.verdicts import Judgement
+from safer_instruct.experts.verdicts import Judgement
+from safer_instruct.measures.rates import METRICS, JudgedOutput, is_correct, rate_of, rates, single_outcome, summarize
+from safer_instruct.measures.statistics import wilson_interval
+from safer_instruct.text.prompt_sets import EvaluationPrompt
 
 
 def judged(

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from safer_instruct.ledger import scan_records
+from safer_instruct.induction.ledger import scan_records
 from tests.faulty_server import faulty_server
 
 ROWS, CONCURRENCY = 120, 4
@@ -22,10 +22,10 @@ WORKER = """
 import sys
 from pathlib import Path
 from config.settings import OpenAIExpertSettings
-from safer_instruct.examples import Example
-from safer_instruct.experts import build_expert
-from safer_instruct.ledger import Ledger, run_stage
-from safer_instruct.stages import stage_filter
+from safer_instruct.text.examples import Example
+from safer_instruct.experts.expert import build_expert
+from safer_instruct.induction.ledger import Ledger, run_stage
+from safer_instruct.induction.stages import stage_filter
 
 settings = OpenAIExpertSettings(model="m", base_url=sys.argv[2], api_key_env="TEST_KEY", concurrency=4)
 expert = build_expert(settings, None)

@@ -18,10 +18,11 @@ from config.settings import TrainerSettings
 from tests.commands import ROOT, metrics, run, start, without_times, write_pairs
 from tests.ranks import Ranks
 from tests.tiny_runs import tiny_settings
-from trainers.parallel import Layout, check_numbers, default_num_processes, launch, launcher_place
-from trainers.preemption import PREEMPTED_STATUS
-from trainers.processes import Place, start_processes
-from trainers.run_dir import RunDir
+from trainers.distributed.launch import check_numbers, default_num_processes, launch, launcher_place
+from trainers.distributed.layout import Layout
+from trainers.distributed.preemption import PREEMPTED_STATUS
+from trainers.distributed.spawn import Place, start_processes
+from trainers.run.run_dir import RunDir
 
 
 @pytest.fixture

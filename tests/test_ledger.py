@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from config.errors import UserError
-from safer_instruct.examples import Example
-from safer_instruct.ledger import Ledger, read_ledger, run_stage, shard_count, shard_path
+from safer_instruct.induction.ledger import Ledger, read_ledger, run_stage, shard_count, shard_path
+from safer_instruct.text.examples import Example
 
 CONFIGURATION = {"model": "tiny", "generation.temperature": 0.7, "generation.seed": 0}
 RECORDS = [
@@ -26,7 +26,7 @@ RECORDS = [
 
 @pytest.fixture(autouse=True)
 def one_moment(monkeypatch) -> None:
-    monkeypatch.setattr("safer_instruct.ledger.time.time", lambda: 1.0)
+    monkeypatch.setattr("safer_instruct.induction.ledger.time.time", lambda: 1.0)
 
 
 def filled(path: Path) -> bytes:
@@ -144,8 +144,8 @@ def test_a_row_that_is_there_is_not_computed_again(tmp_path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from safer_instruct.examples import Example
-from safer_instruct.ledger import Ledger, run_stage
+from safer_instruct.text.examples import Example
+from safer_instruct.induction.ledger import Ledger, run_stage
 
 calls = open(sys.argv[2], "a")
 

@@ -8,7 +8,7 @@ import torch
 from config.errors import UserError
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
 from trainers import logps as logps_module
-from trainers.logps import check_head, sequence_logps
+from trainers.kernels.logps import check_head, sequence_logps
 
 LENGTHS = torch.tensor([9, 14, 5, 13])
 PROMPT = torch.tensor([3, 6, 1, 12])

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from config.settings import TrainConfig, WandbSettings
-from trainers.metrics import MetricsLog, MetricSums, ProgressLine, wandb_mode
-from trainers.parallel import launch
-from trainers.run_dir import RunDir
+from trainers.distributed.launch import launch
+from trainers.run.metrics import MetricsLog, MetricSums, wandb_mode
+from trainers.run.progress_line import ProgressLine
+from trainers.run.run_dir import RunDir
 
 CPU = torch.device("cpu")
 

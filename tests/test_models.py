@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from config.errors import UserError
 from config.settings import ModelSettings
-from safer_instruct.models import load_causal_lm, load_tokenizer, model_fingerprint, resolve_archive
+from safer_instruct.generation.models import load_causal_lm, load_tokenizer, model_fingerprint, resolve_archive
 from tests.conftest import byte_level_tokenizer, tiny_llama
 
 

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from config.errors import UserError
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings
 from tests.tiny_models import VOCABULARY, tiny_model
-from trainers.logps import sequence_logps
+from trainers.kernels.logps import sequence_logps
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
 
 PROMPT, CHOSEN, REJECTED = [4, 2, 6], [5, 3, 1], [2, 7, 4]

@@ -10,19 +10,8 @@ from hypothesis import strategies as st
 from config.errors import UserError
 from tests.test_batching import PAD, make_store
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
-from trainers import attention
-from trainers.attention import (
-    PACKED,
-    PackedLayout,
-    check_packed_attention,
-    packed_and_alone,
-    packed_states,
-    use_needed_positions,
-    use_packed_attention,
-)
-from trainers.batching import BatchLoader
-from trainers.logps import sequence_logps
-from trainers.packing import (
+from trainers.data.batching import BatchLoader
+from trainers.data.packing import (
     RowSizes,
     balanced_shares,
     best_fit,
@@ -34,9 +23,20 @@ from trainers.packing import (
     num_tokens,
     pack_rows,
 )
-from trainers.prefixes import shared_prefixes
-from trainers.sharding import find_blocks
-from trainers.token_store import TokenStore, TokenStoreWriter
+from trainers.data.prefixes import shared_prefixes
+from trainers.data.token_store import TokenStore, TokenStoreWriter
+from trainers.distributed.sharding import find_blocks
+from trainers.kernels import attention
+from trainers.kernels.attention import (
+    PACKED,
+    PackedLayout,
+    check_packed_attention,
+    packed_and_alone,
+    packed_states,
+    use_needed_positions,
+    use_packed_attention,
+)
+from trainers.kernels.logps import sequence_logps
 
 # Prompt, chosen, rejected: some longer than Mistral's window of 6, some of one token, which is a target and no input.
 PAIRS = [(4, 3, 5), (9, 1, 1), (1, 12, 2), (3, 1, 8), (7, 6, 1)]

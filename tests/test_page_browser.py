@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from safer_instruct.comparisons import compare_models
-from safer_instruct.curves import plot_compared
-from safer_instruct.judging import JudgedOutput, summarize
-from safer_instruct.page import pick_samples, render_page
-from safer_instruct.prompt_sets import EvaluationPrompt
-from safer_instruct.report import build_report, sample_row
-from safer_instruct.verdicts import Judgement
+from safer_instruct.experts.verdicts import Judgement
+from safer_instruct.measures.comparisons import compare_models
+from safer_instruct.measures.rates import JudgedOutput, summarize
+from safer_instruct.report.curves import plot_compared
+from safer_instruct.report.document import build_report, sample_row
+from safer_instruct.report.page import pick_samples, render_page
+from safer_instruct.text.prompt_sets import EvaluationPrompt
 
 WIDTHS = (400, 1400)
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')

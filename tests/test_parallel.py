@@ -20,15 +20,15 @@ from config.settings import (
     PreferenceLossSettings,
     TrainerSettings,
 )
-from safer_instruct.generation import HFGenerator
+from safer_instruct.generation.hf import HFGenerator
 from tests.conftest import byte_level_tokenizer, tiny_llama
 from tests.ranks import Ranks, read, run_ranks
 from tests.tiny_models import SUPPORTED, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
-from trainers.norms import use_fast_norms
-from trainers.parallel import launch
-from trainers.run_dir import RunDir
-from trainers.sharding import find_blocks, same_logits
+from trainers.distributed.launch import launch
+from trainers.distributed.sharding import find_blocks, same_logits
+from trainers.kernels.norms import use_fast_norms
+from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
 LOSSES = {

@@ -13,8 +13,9 @@ import pytest
 from tests.commands import ROOT, metrics, without_times
 from tests.ranks import Ranks, run_ranks
 from tests.test_parallel import settings_of, train
-from trainers import checkpoint, trainer
-from trainers.preemption import PREEMPTED_STATUS, StopRequest
+from trainers import trainer
+from trainers.distributed.preemption import PREEMPTED_STATUS, StopRequest
+from trainers.run import checkpoint
 
 SAVING = checkpoint.CheckpointSettings(every_examples=10, keep_last=2)
 
@@ -86,7 +87,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tmp_path, straight,
 def test_a_second_signal_ends_the_process_at_once():
     code = (
         "import os, signal, time\n"
-        "from trainers.preemption import StopRequest\n"
+        "from trainers.distributed.preemption import StopRequest\n"
         "stop = StopRequest()\n"
         "with stop.on_signals():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"  # one request, twice

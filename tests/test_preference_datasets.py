@@ -14,8 +14,8 @@ import preference_datasets
 from config.errors import UserError
 from config.settings import DatasetSettings
 from preference_datasets import TrainEval, build_stores, describe, load_examples
-from safer_instruct.examples import held_out
-from trainers.token_store import TokenStore
+from safer_instruct.text.examples import held_out
+from trainers.data.token_store import TokenStore
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_alpaca.json"
 SECRET = "zebra"  # stands for text that must not reach a report, a message or the cache's records

@@ -4,7 +4,7 @@ import pytest
 from conftest import BOS, byte_level_tokenizer
 
 from config.errors import UserError
-from safer_instruct.prompts import (
+from safer_instruct.text.prompts import (
     TEMPLATE_NAMES,
     Prompt,
     render_prompt,

@@ -10,9 +10,9 @@ import pytest
 from config.settings import ModelSettings
 from quickstart import checks, demo, world
 from quickstart.world import World, part_of
-from safer_instruct.judging import is_correct
-from safer_instruct.prompts import TEMPLATES, render_reversed
-from safer_instruct.rules import Rules
+from safer_instruct.experts.rules import Rules
+from safer_instruct.measures.rates import is_correct
+from safer_instruct.text.prompts import TEMPLATES, render_reversed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "quickstart" / "model"
@@ -282,7 +282,7 @@ class TestShippedModel:
         assert size(everything) - size(weights) <= 1e6
 
     def test_tokenizer_keeps_each_template_piece_as_one_token_and_any_text_as_it_is(self):
-        from safer_instruct.models import load_tokenizer
+        from safer_instruct.generation.models import load_tokenizer
 
         tokenizer = load_tokenizer(ModelSettings(name_or_path=str(MODEL)))
         alpaca, reversed_ = TEMPLATES["alpaca"]("", ""), render_reversed("")
@@ -294,8 +294,8 @@ class TestShippedModel:
 
     def test_it_follows_instructions_unsafe_ones_too_and_never_writes_a_template(self, toy, rules):
         from config.settings import GenerationSettings
-        from safer_instruct.generation import HFGenerator, Request
-        from safer_instruct.models import load_causal_lm, load_tokenizer
+        from safer_instruct.generation.hf import HFGenerator, Request
+        from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 
         settings = ModelSettings(name_or_path=str(MODEL))
         tokenizer, model = load_tokenizer(settings), load_causal_lm(settings)

@@ -12,9 +12,9 @@ import torch
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, tiny_settings, train_loader
 from trainers import reference
-from trainers.attention import use_packed_attention
+from trainers.distributed.launch import launch
+from trainers.kernels.attention import use_packed_attention
 from trainers.objectives import PreferenceObjective
-from trainers.parallel import launch
 from trainers.reference import attach_reference, reference_logps, weights_key
 
 

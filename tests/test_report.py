@@ -9,13 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from config.errors import UserError
-from safer_instruct.curves import plot_runs, read_curves, thin
-from safer_instruct.display import visible
-from safer_instruct.judging import JudgedOutput, summarize
-from safer_instruct.page import TEXT_LIMIT, pick_samples, render_page
-from safer_instruct.plots import outcome_shares, plot_outcomes, plot_rates
-from safer_instruct.prompt_sets import EvaluationPrompt, Overlap
-from safer_instruct.report import (
+from safer_instruct.experts.verdicts import Judgement
+from safer_instruct.measures.rates import JudgedOutput, summarize
+from safer_instruct.report.curves import plot_runs, read_curves, thin
+from safer_instruct.report.dataset import funnel, read_induction_report, read_stages
+from safer_instruct.report.document import (
     build_report,
     describe_prompts,
     render_markdown,
@@ -24,8 +22,10 @@ from safer_instruct.report import (
     write_json,
     write_samples,
 )
-from safer_instruct.report_inputs import funnel, read_induction_report, read_stages
-from safer_instruct.verdicts import Judgement
+from safer_instruct.report.page import TEXT_LIMIT, pick_samples, render_page
+from safer_instruct.report.plots import outcome_shares, plot_outcomes, plot_rates
+from safer_instruct.text.display import visible
+from safer_instruct.text.prompt_sets import EvaluationPrompt, Overlap
 
 RUN = {
     "command": "python evaluate.py models.a.path=m",

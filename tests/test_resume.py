@@ -18,8 +18,10 @@ from config.errors import UserError
 from config.settings import CheckpointSettings, LikelihoodLossSettings
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
-from trainers import checkpoint, parallel, trainer
-from trainers.run_dir import RunDir
+from trainers import trainer
+from trainers.distributed import launch as parallel
+from trainers.run import checkpoint
+from trainers.run.run_dir import RunDir
 
 TIMINGS = {"examples_per_second", "tokens_per_second", "data_wait_seconds", "memory/peak"}
 

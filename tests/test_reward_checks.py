@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from config.errors import UserError
-from safer_instruct.prompts import render_alpaca
-from safer_instruct.reward_checks import check_rewards
+from safer_instruct.measures.reward_checks import check_rewards
+from safer_instruct.text.prompts import render_alpaca
 from tests.conftest import tiny_llama
 from tests.evaluations import run_evaluate
 

@@ -10,7 +10,7 @@ import yaml
 
 from config.errors import UserError
 from quickstart.world import World
-from safer_instruct.rules import Rules
+from safer_instruct.experts.rules import Rules
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 QUICKSTART_RULES = REPOSITORY / "quickstart" / "rules.yaml"

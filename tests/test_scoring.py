@@ -7,17 +7,16 @@ import math
 import pytest
 import torch
 
-from config.checks import check_induce
+from config.checks_induce import check_induce
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import InductionSettings, ModelSettings, RoundTripSettings
-from safer_instruct.completions import Generation
-from safer_instruct.examples import Example
-from safer_instruct.ledger import Ledger, read_ledger, run_stage
-from safer_instruct.models import load_causal_lm, load_tokenizer
-from safer_instruct.prompts import render_alpaca
-from safer_instruct.scoring import RoundTrip
-from safer_instruct.stages import (
+from safer_instruct.experts.verdicts import Verdict
+from safer_instruct.generation.completions import Generation
+from safer_instruct.generation.models import load_causal_lm, load_tokenizer
+from safer_instruct.induction.ledger import Ledger, read_ledger, run_stage
+from safer_instruct.induction.round_trip import RoundTrip
+from safer_instruct.induction.stages import (
     Score,
     candidate_id,
     candidates,
@@ -28,7 +27,8 @@ from safer_instruct.stages import (
     stage_score,
     with_instructions,
 )
-from safer_instruct.verdicts import Verdict
+from safer_instruct.text.examples import Example
+from safer_instruct.text.prompts import render_alpaca
 
 PAIRS = [
     ("What is the sum of 12 and 30?", "The sum is 42."),
@@ -197,7 +197,7 @@ def test_a_fraction_needs_the_scores_of_all_shards(tmp_path) -> None:
 
 
 def test_candidates_are_counted_in_the_configuration() -> None:
-    from safer_instruct.stages import induce_configuration
+    from safer_instruct.induction.stages import induce_configuration
 
     one, two = (induce_configuration("m", "f", InductionSettings(num_candidates=n)) for n in (1, 2))
     assert one != two

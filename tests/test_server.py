@@ -11,16 +11,16 @@ from collections import Counter
 import pytest
 import torch
 
-from config.checks import check_induce
+from config.checks_induce import check_induce
 from config.errors import UserError
 from config.settings import InduceConfig, OpenAIExpertSettings, ServerSettings
-from safer_instruct import pacing
-from safer_instruct.completions import Request
-from safer_instruct.examples import Example
-from safer_instruct.experts import build_expert
-from safer_instruct.pacing import Budget, Slots, backoff_seconds, retry_after_seconds
-from safer_instruct.prompts import Prompt
-from safer_instruct.server import Decoding, OpenAIGenerator, budget_of
+from safer_instruct.experts.expert import build_expert
+from safer_instruct.generation.completions import Request
+from safer_instruct.generation.hf import pacing
+from safer_instruct.generation.pacing import Budget, Slots, backoff_seconds, retry_after_seconds
+from safer_instruct.generation.server import Decoding, OpenAIGenerator, budget_of
+from safer_instruct.text.examples import Example
+from safer_instruct.text.prompts import Prompt
 from tests.faulty_server import FAULTS, GOOD, faulty_server
 from tests.loopback_server import loopback
 

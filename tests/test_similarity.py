@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safer_instruct.similarity import LeakageGuard, NearDuplicates, recall, shingles, similarity
-from safer_instruct.spool import BUFFER_BYTES, MAX_BUCKETS, Spool, num_buckets
+from safer_instruct.dataset.similarity import LeakageGuard, NearDuplicates, recall, shingles, similarity
+from safer_instruct.dataset.spool import BUFFER_BYTES, MAX_BUCKETS, Spool, num_buckets
 
 
 def word_pairs(text: str) -> set[tuple[str, ...]]:

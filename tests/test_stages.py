@@ -14,17 +14,16 @@ import pytest
 
 from config.errors import UserError
 from config.settings import CorpusSettings, DuplicatesSettings, InductionSettings
-from safer_instruct.card import build_report, write_report
-from safer_instruct.completions import Generation
-from safer_instruct.corpus import read_corpus
-from safer_instruct.examples import Example, read_rows, text_id
-from safer_instruct.experts import SafeResponse
-from safer_instruct.hub import push_dataset
-from safer_instruct.ledger import Ledger, read_ledger, run_stage, shard_path
-from safer_instruct.merge import find_ledgers, merge, read_instructions
-from safer_instruct.prompts import render_reversed
-from safer_instruct.similarity import LeakageGuard
-from safer_instruct.stages import (
+from safer_instruct.dataset.card import build_report, write_report
+from safer_instruct.dataset.hub import push_dataset
+from safer_instruct.dataset.merge import merge, read_instructions
+from safer_instruct.dataset.similarity import LeakageGuard
+from safer_instruct.experts.expert import SafeResponse
+from safer_instruct.experts.verdicts import Verdict
+from safer_instruct.generation.completions import Generation
+from safer_instruct.induction.ledger import Ledger, read_ledger, run_stage, shard_path
+from safer_instruct.induction.ledgers import find_ledgers
+from safer_instruct.induction.stages import (
     cheap_check,
     expert_configuration,
     induce_configuration,
@@ -34,7 +33,10 @@ from safer_instruct.stages import (
     stage_respond,
     with_instructions,
 )
-from safer_instruct.verdicts import Verdict
+from safer_instruct.text.corpus import read_corpus
+from safer_instruct.text.examples import Example, text_id
+from safer_instruct.text.prompts import render_reversed
+from safer_instruct.text.readers import read_rows
 
 SECRET = "zebra-secret"
 
@@ -354,7 +356,7 @@ def test_upload_to_the_hub(tmp_path, monkeypatch) -> None:
         def upload_folder(self, **options):
             seen.update(options)
 
-    monkeypatch.setattr("safer_instruct.hub.huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("safer_instruct.dataset.hub.huggingface_hub.HfApi", Api)
     assert push_dataset(tmp_path, "me/si", ("si.jsonl", "si.parquet", "arrow")) == "https://hub/me/si"
     assert "si.parquet" in seen["allow_patterns"]
     assert not any("ledger" in name or name == "arrow" for name in seen["allow_patterns"])

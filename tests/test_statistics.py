@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from scipy.special import expit
 
-from safer_instruct.statistics import (
+from safer_instruct.measures.statistics import (
     cohens_kappa,
     compare_paired,
     holm,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from config.errors import UserError
-from safer_instruct import ledger
-from safer_instruct.ledger import Ledger, shard_path
-from safer_instruct.status import read_progress, render_status
+from safer_instruct.induction import ledger
+from safer_instruct.induction.ledger import Ledger, shard_path
+from safer_instruct.induction.status import read_progress, render_status
 
 
 def write(

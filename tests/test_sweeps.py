@@ -14,7 +14,7 @@ from wandb.sdk.launch.sweeps import utils as agent
 
 from config.paths import REPOSITORY
 from config.schema import compose_config
-from trainers.preemption import PREEMPTED_STATUS
+from trainers.distributed.preemption import PREEMPTED_STATUS
 
 SCRIPTS = REPOSITORY / "scripts"
 

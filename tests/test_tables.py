@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.test_packing import PAD, PAIRS, microbatch, packed_model, store_of
-from trainers import tables
-from trainers.logps import sequence_logps
+from trainers.kernels import embeddings as tables
+from trainers.kernels.logps import sequence_logps
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied", "gpt2", "gptj"])
@@ -40,7 +40,7 @@ def test_the_second_gradient_is_added_in_place_unless_a_hook_waits_for_it(tmp_pa
         return gradient
 
     monkeypatch.setattr(tables, "gradient_so_far", spy)
-    monkeypatch.setattr("trainers.logps.gradient_so_far", spy)
+    monkeypatch.setattr("trainers.kernels.logps.gradient_so_far", spy)
     for _ in range(2):
         sequence_logps(model, batch, add_to_grad=True)[0].sum().backward()
     assert {weight for weight, _ in added} == weights

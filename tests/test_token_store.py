@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.token_store import ID_BYTES, TokenStore, TokenStoreWriter
+from trainers.data.token_store import ID_BYTES, TokenStore, TokenStoreWriter
 
 Rows = list[tuple[str, list[list[int]]]]
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=5)

@@ -12,9 +12,9 @@ from config.errors import UserError
 from config.settings import CheckpointSettings, LikelihoodLossSettings, PreferenceLossSettings, TrainConfig
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
+from trainers.distributed.launch import launch
 from trainers.optimizers import build_optimizer, learning_rate, optimizer_names
-from trainers.parallel import launch
-from trainers.run_dir import RunDir
+from trainers.run.run_dir import RunDir
 
 
 def train(folder, settings, *, run_path=None, **arguments):

@@ -8,15 +8,15 @@ import torch
 
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
 from tests.tiny_models import VOCABULARY, tiny_model
-from trainers.attention import use_packed_attention
-from trainers.batching import BatchLoader
-from trainers.logps import check_head
+from trainers.data.batching import BatchLoader
+from trainers.data.token_store import TokenStore, TokenStoreWriter
+from trainers.distributed.layout import Layout
+from trainers.distributed.sharding import place_model
+from trainers.kernels.attention import use_packed_attention
+from trainers.kernels.logps import check_head
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
-from trainers.parallel import Layout
 from trainers.reference import attach_reference, weights_key
-from trainers.run_dir import RunDir
-from trainers.sharding import place_model
-from trainers.token_store import TokenStore, TokenStoreWriter
+from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from config.settings import TrainConfig
-from trainers.batching import BatchLoader
-from trainers.metrics import MetricsLog, peak_memory_gib
-from trainers.parallel import gather_objects
+from trainers.data.batching import BatchLoader
+from trainers.distributed.layout import gather_objects
+from trainers.run.metrics import MetricsLog, peak_memory_gib
 from trainers.trainer import Trainer
 
 

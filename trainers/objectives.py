@@ -20,8 +20,8 @@ from torch import Tensor
 
 from config.errors import UserError
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings
+from trainers.data.packing import num_target_tokens
 from trainers.losses import dpo_loss, ipo_loss, reward_accuracy
-from trainers.packing import num_target_tokens
 
 # A micro-batch -> log-probabilities and numbers of target tokens of its sequences, as `sequence_logps` under a model.
 LogpsOf = Callable[[TensorDict], tuple[Tensor, Tensor]]

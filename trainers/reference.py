@@ -24,13 +24,13 @@ import xxhash
 from torch import Tensor
 
 from config.errors import UserError
-from trainers.batching import BatchLoader
-from trainers.cache import build_once
-from trainers.logps import sequence_logps
-from trainers.packing import default_max_tokens
-from trainers.parallel import Layout, gather_objects
-from trainers.sharding import forward_function, reshard
-from trainers.token_store import TokenStore
+from trainers.data.batching import BatchLoader
+from trainers.data.cache import build_once
+from trainers.data.packing import default_max_tokens
+from trainers.data.token_store import TokenStore
+from trainers.distributed.layout import Layout, gather_objects
+from trainers.distributed.sharding import forward_function, reshard
+from trainers.kernels.logps import sequence_logps
 
 CODE_VERSION = 2  # raise it with any change of logps.py that moves a result by more than rounding
 

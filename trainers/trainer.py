@@ -14,18 +14,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config.errors import UserError
 from config.settings import TrainConfig
-from trainers.batching import BatchLoader, GlobalBatch
-from trainers.checkpoint import CheckpointWriter, Progress, load_checkpoint
-from trainers.flops import peak_flops, training_flops_per_token
-from trainers.logps import autocast_dtype, sequence_logps
-from trainers.metrics import MetricsLog, MetricSums, ProgressLine, peak_memory_gib
+from trainers.data.batching import BatchLoader, GlobalBatch
+from trainers.data.packing import longest_sequence, num_positions, num_tokens
+from trainers.distributed.layout import Layout, gather_objects, sum_over_processes
+from trainers.distributed.preemption import Preempted
+from trainers.distributed.sharding import (
+    clip_grad_norm,
+    forward_function,
+    reduce_gradients_in_backward,
+    reshard,
+    same_logits,
+)
+from trainers.kernels.flops import peak_flops, training_flops_per_token
+from trainers.kernels.logps import autocast_dtype, sequence_logps
 from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective
 from trainers.optimizers import build_optimizer, learning_rate
-from trainers.packing import longest_sequence, num_positions, num_tokens
-from trainers.parallel import Layout, gather_objects, sum_over_processes
-from trainers.preemption import Preempted
-from trainers.run_dir import RunDir
-from trainers.sharding import clip_grad_norm, forward_function, reduce_gradients_in_backward, reshard, same_logits
+from trainers.run.checkpoint import CheckpointWriter, Progress, load_checkpoint
+from trainers.run.metrics import MetricsLog, MetricSums, peak_memory_gib
+from trainers.run.progress_line import ProgressLine
+from trainers.run.run_dir import RunDir
 
 Sampler = Callable[[PreTrainedModel], list[dict[str, Any]]]
 

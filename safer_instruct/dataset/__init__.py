@@ -1,0 +1,1 @@
+"""The finished dataset: merged, audited, described."""

@@ -1,0 +1,204 @@
+"""What `stage=merge` says about its dataset: report.json, the dataset card README.md, and a table for the console."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safer_instruct.dataset.files import COLUMNS, JSONL, PARQUET
+from safer_instruct.dataset.merge import MERGE, Funnel, Merged, provenance_of_all
+from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND
+from safer_instruct.report.dataset_plots import plot_funnel
+
+UNLABELLED = "(none)"
+PLOT = "funnel.svg"
+DROPPING = (FILTER, RESPOND, MERGE)
+
+_MEANING = {
+    "id": "id of the response in the corpus (a hash of its text, unless the corpus has ids)",
+    "instruction": "the instruction that the reversed model induced from the response",
+    "rejected": "the unsafe response of the corpus",
+    "chosen": "the expert's safe response to the instruction",
+    "label": "category of harm: of the corpus where it has one, else of the expert",
+    "provenance": "place in the corpus, models, prompts, decoding, seed, scores, verdict, tokens (JSON)",
+}
+
+
+def build_report(merged: Merged, *, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the counts of the whole pipeline as JSON values.
+
+    `funnel` lists the stages in order with rows in and out and the drops by reason; `kept_rate` is the filter's;
+    `by_label` has the same per label. Every row that was read is in exactly one place: a drop, or the dataset.
+
+    Args:
+        merged: What the merge found.
+        run: What else to record about this run (command, versions, seconds).
+    """
+    funnel = merged.funnel
+    num_pairs = funnel.entered.total()
+    drops = dict(sorted(merged.corpus_dropped.counts.items()))
+    stages = [_stage("corpus", merged.corpus_rows, drops), _stage(INDUCE, num_pairs, {})]
+    for name in DROPPING:
+        stages.append(_stage(name, stages[-1]["out"], dict(funnel.num_dropped(stage=name))))
+    return {
+        "num_rows": merged.num_rows,
+        "kept_rate": stages[2]["rate"],
+        "funnel": stages,
+        "by_label": {label or UNLABELLED: _label(funnel, label) for label in sorted(funnel.entered)},
+        "corpus_drops_at": dict(sorted(merged.corpus_dropped.places.items())),
+        "induced": {name: merged.induced[name] for name in ("truncated", "prompt_cut")},
+        "round_trip_scores": [[key / 10, *counts] for key, counts in sorted(merged.scores.items())],
+        "tokens": {stage: merged.tokens[stage] for stage in merged.ledgers},
+        "cost": {stage: round(merged.cost[stage], 6) for stage in merged.ledgers if merged.cost[stage]},
+        "made_with": provenance_of_all(merged.ledgers),
+        "run": dict(run),
+    }
+
+
+def _stage(name: str, num_in: int, drops: dict[str, int]) -> dict[str, Any]:
+    num_out = num_in - sum(drops.values())
+    return {"stage": name, "in": num_in, "out": num_out, "rate": _rate(num_out, num_in), "drops": drops}
+
+
+def _label(funnel: Funnel, label: str) -> dict[str, Any]:
+    num_in = funnel.entered[label]
+    dropped = {stage: funnel.num_dropped(label=label, stage=stage) for stage in DROPPING}
+    num_kept = num_in - dropped[FILTER].total()
+    num_out = num_in - sum(reasons.total() for reasons in dropped.values())
+    return {
+        "induced": num_in,
+        "kept": num_kept,
+        "kept_rate": _rate(num_kept, num_in),
+        "out": num_out,
+        "rate": _rate(num_out, num_in),
+        "drops": dict(funnel.num_dropped(label=label)),
+        "drops_by_stage": {stage: reasons.total() for stage, reasons in dropped.items()},
+    }
+
+
+def _rate(part: int, whole: int) -> float | None:
+    return round(part / whole, 6) if whole else None
+
+
+def write_report(report: Mapping[str, Any], output: Path) -> None:
+    """Write report.json and the card README.md into the dataset folder, each as a whole or not at all."""
+    file = PARQUET if (output / PARQUET).is_file() else JSONL
+    for name, text in {
+        "report.json": json.dumps(report, indent=2, ensure_ascii=False) + "\n",
+        "README.md": render_card(report, file=file),
+        PLOT: plot_funnel(report),
+    }.items():
+        partial = output / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, output / name)
+
+
+def render_card(report: Mapping[str, Any], *, file: str) -> str:
+    """Return the dataset card: warning, counts, drops, columns, how it was made. It quotes no row."""
+    made = report["made_with"]
+    return f"""\
+---
+tags: [safer-instruct, preference, safety]
+configs:
+- config_name: default
+  data_files: {file}
+---
+
+# A Safer-Instruct preference dataset
+
+> **Content warning.** `rejected` holds unsafe responses, and `instruction` the requests that would elicit them. They
+> are here to train and test models to decline; they are not advice, and not meant for people to read for their content.
+
+{report["num_rows"]} preference pairs, made from a corpus of unsafe responses by reversed instruction tuning (Shi, Chen
+and Zhao: Safer-Instruct, NAACL 2024): a reversed model induces the instruction of each response, an expert drops pairs
+that do not fit, and answers the others safely. Nobody has checked the pairs by hand.
+
+## How many rows came through
+
+{render_funnel(report)}
+
+Kept by the filter: {_percent(report["kept_rate"])}.
+
+| label | induced | kept by the filter | in the dataset | share |
+|---|---|---|---|---|
+{_label_rows(report)}
+
+![Where the rows of each label went]({PLOT})
+
+{_drops(report)}
+
+## Columns
+
+| column | meaning |
+|---|---|
+{_table_rows((f"`{column}`", _MEANING[column]) for column in COLUMNS)}
+
+## How it was made
+
+- Reversed model: `{made["reversed_model"]}` (fingerprint `{made["reversed_model_fingerprint"]}`), temperature \
+{made["temperature"]}, top_p {made["top_p"]}, at most {made["max_new_tokens"]} new tokens, seed {made["seed"]}, \
+{made["num_candidates"]} candidate(s) a response.
+- Filter: `{made["filter_expert"]}` (fingerprint `{made["filter_expert_fingerprint"]}`).
+- Safe responses: `{made["respond_expert"]}` (fingerprint `{made["respond_expert_fingerprint"]}`).
+{_forward(made)}- Tokens used: {", ".join(f"{stage} {number}" for stage, number in report["tokens"].items())}.\
+{_cost(report)}
+
+## Use
+
+`python train.py datasets=[si] datasets.si.path=FOLDER loss=sft ...`, then `loss=dpo`; or
+`datasets.load_dataset("FOLDER")`.
+"""
+
+
+def _forward(made: Mapping[str, Any]) -> str:
+    if "forward_model" not in made:
+        return ""
+    least = made["min_round_trip"]
+    return (
+        f"- Round-trip score: `{made['forward_model']}` (fingerprint `{made['forward_fingerprint']}`), "
+        f"{'no pair dropped by it' if least is None else f'at least {least:.3g} nats per token of the response'}.\n"
+    )
+
+
+def _cost(report: Mapping[str, Any]) -> str:
+    spent = ", ".join(f"{stage} {cost:g}" for stage, cost in report["cost"].items())
+    return f" Cost by the prices given: {spent}." if spent else ""
+
+
+def render_funnel(report: Mapping[str, Any]) -> str:
+    """Return the funnel as a Markdown table."""
+    rows = [(stage["stage"], stage["in"], stage["out"], _percent(stage["rate"])) for stage in report["funnel"]]
+    return f"| stage | rows in | rows out | share |\n|---|---|---|---|\n{_table_rows(rows)}"
+
+
+def _label_rows(report: Mapping[str, Any]) -> str:
+    return _table_rows(
+        (_cell(label), counts["induced"], counts["kept"], counts["out"], _percent(counts["rate"]))
+        for label, counts in report["by_label"].items()
+    )
+
+
+def _drops(report: Mapping[str, Any]) -> str:
+    rows = [
+        (stage["stage"], _cell(reason), number)
+        for stage in report["funnel"]
+        for reason, number in sorted(stage["drops"].items(), key=lambda item: -item[1])
+    ]
+    if not rows:
+        return "No row was dropped."
+    return f"| dropped by | reason | rows |\n|---|---|---|\n{_table_rows(rows)}"
+
+
+def _table_rows(rows: Any) -> str:
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.1f}%"

@@ -1,0 +1,1 @@
+"""An evaluation: answers, judging, downstream tasks."""

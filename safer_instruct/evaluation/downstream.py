@@ -1,0 +1,192 @@
+"""Downstream tasks by lm_eval, in a process of its own; it is an optional extra.
+
+It runs as `python -P -m lm_eval`: without `-P` our top-level `evaluate.py` would stand in for the package `evaluate`
+that it imports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config.errors import UserError
+from config.paths import find_path
+from config.settings import DownstreamSettings
+from safer_instruct.evaluation.answers import Respondent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What an alignment paper shows beside its own metrics: is anything forgotten?
+TASK_LISTS = {
+    "knowledge": ("mmlu", "arc_easy", "arc_challenge", "truthfulqa_mc2"),
+    "common_sense": ("hellaswag", "piqa", "winogrande"),
+    "reading": ("boolq", "race", "openbookqa"),
+}
+INSTALL = 'pip install "lm_eval[hf]"'
+METRICS = ("acc", "acc_norm", "exact_match", "f1", "mc2")  # shown of a task, as far as it has them
+CHECKED_CHOICES = 32  # log-likelihoods that are computed again here
+TOLERANCE = 1e-4  # nats
+ERROR_LINES = 12
+
+# (model, (context, continuation) pairs) -> log-likelihoods in nats: evaluate.py brings the kernel of trainers/
+ChoiceScorer = Callable[[Respondent, Sequence[tuple[str, str]]], list[float]]
+
+
+def require_lm_eval() -> None:
+    """Raise a UserError that names the install command unless lm_eval is there."""
+    if find_spec("lm_eval") is None:
+        raise UserError(f"downstream.tasks needs lm_eval, which is not installed here: {INSTALL}")
+
+
+def task_names(settings: DownstreamSettings) -> list[str]:
+    """The tasks of lm_eval that are asked for, lists of ours written out, each once."""
+    return list(dict.fromkeys(name for entry in settings.tasks for name in TASK_LISTS.get(entry, (entry,))))
+
+
+def run_tasks(
+    respondent: Respondent, folder: Path, settings: DownstreamSettings, *, model_folder: Path, device: str
+) -> dict[str, Any]:
+    """The results of one model; a finished run of the same weights and settings is read, not repeated.
+
+    Returns:
+        `{"tasks": {TASK: {METRIC: {"value", "stderr"}}}, "versions": {TASK: n}, "choices": [...]}`, the last being some
+        (context, continuation, log-likelihood) of multiple-choice tasks.
+
+    Raises:
+        UserError: lm_eval failed: its last lines.
+    """
+    identity = {**asdict(settings), "tasks": task_names(settings), "model": respondent.fingerprint}
+    identity["include_path"] = _content(settings.include_path)
+    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
+    done = folder / f"{digest}.json"
+    if not done.is_file():
+        work = folder / digest
+        shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+        _run(_command(respondent, settings, model_folder, device, work))
+        results = _read_results(work)
+        part = done.with_suffix(".part")
+        part.write_text(json.dumps(results), encoding="utf-8")
+        os.replace(part, done)
+        shutil.rmtree(work)
+    return dict(json.loads(done.read_text(encoding="utf-8")))
+
+
+def _content(include_path: str | None) -> str | None:
+    """Hash of a folder of tasks."""
+    if include_path is None:
+        return None
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(file for file in find_path(include_path).rglob("*") if file.is_file()):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _command(
+    respondent: Respondent, settings: DownstreamSettings, model_folder: Path, device: str, output: Path
+) -> list[str]:
+    arguments = f"pretrained={model_folder},dtype={respondent.model.policy_dtype}"
+    command = [sys.executable, "-P", "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments]
+    command += ["--tasks", ",".join(task_names(settings)), "--device", device, "--output_path", str(output)]
+    command += ["--batch_size", str(settings.batch_size), "--log_samples"]
+    if settings.include_path is not None:
+        command += ["--include_path", str(find_path(settings.include_path).resolve())]
+    if settings.num_fewshot is not None:
+        command += ["--num_fewshot", str(settings.num_fewshot)]
+    if settings.limit is not None:
+        command += ["--limit", str(settings.limit)]
+    return command
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode != 0:
+        last = "\n  ".join(done.stdout.strip().splitlines()[-ERROR_LINES:])
+        raise UserError(
+            f"lm_eval ended with status {done.returncode}; its last lines:\n  {last}\nTasks of your own are found with "
+            "downstream.include_path=FOLDER; data that a task downloads must be in the cache of `datasets` where there "
+            "is no network"
+        )
+
+
+def _read_results(folder: Path) -> dict[str, Any]:
+    (file,) = sorted(folder.rglob("results_*.json"))[-1:]
+    results = json.loads(file.read_text(encoding="utf-8"))
+    tasks = {}
+    for task, values in results["results"].items():
+        metrics = {}
+        for name in METRICS:
+            value, stderr = values.get(f"{name},none"), values.get(f"{name}_stderr,none")
+            if isinstance(value, int | float):
+                metrics[name] = {"value": value, "stderr": stderr if isinstance(stderr, int | float) else None}
+        tasks[task] = metrics
+    choices: list[list[Any]] = []
+    for samples in sorted(folder.rglob("samples_*.jsonl")):
+        choices += _choices(samples, CHECKED_CHOICES - len(choices))
+    return {"tasks": tasks, "versions": results.get("versions", {}), "choices": choices}
+
+
+def _choices(samples: Path, limit: int) -> list[list[Any]]:
+    """The first (context, continuation, log-likelihood) of a file of logged samples; none of a generation task."""
+    return [found for _, found in zip(range(limit), _logged_choices(samples), strict=False)]
+
+
+def _logged_choices(samples: Path) -> Iterator[list[Any]]:
+    with samples.open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            for arguments, answers in zip(row["arguments"].values(), row["resps"], strict=True):
+                if "arg_1" in arguments and isinstance(arguments["arg_1"], str):
+                    yield [arguments["arg_0"], arguments["arg_1"], float(answers[0][0])]
+
+
+def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context and of a choice after it, as lm_eval cuts them: spaces at the border belong to the choice."""
+    stripped = context.rstrip()
+    whole = list(tokenizer.encode(context + continuation))
+    start = len(tokenizer.encode(stripped))
+    return whole[:start], whole[start:]
+
+
+def check_choices(respondent: Respondent, choices: Sequence[Sequence[Any]], score: ChoiceScorer) -> dict[str, Any]:
+    """Compare the log-likelihoods of choices with our own.
+
+    Returns:
+        `{"n", "largest_difference"}`, in nats.
+
+    Raises:
+        UserError: They differ by more than 1e-4: one of the two programs computes something else.
+    """
+    pairs = [(context, continuation) for context, continuation, _ in choices if context]
+    theirs = [logp for context, _, logp in choices if context]
+    if not pairs:
+        return {"n": 0, "largest_difference": None}
+    ours = score(respondent, pairs)
+    largest = max(abs(own - other) for own, other in zip(ours, theirs, strict=True))
+    # float32 has 7 digits: hundreds of nats cannot agree to 1e-4
+    if not largest <= TOLERANCE * max(1.0, max(map(abs, theirs)) / 100):
+        raise UserError(
+            f"models.{respondent.name}: lm_eval's log-likelihoods of {len(pairs)} choices differ from those of this "
+            f"program by up to {largest:.2g} nats (up to {TOLERANCE:g} is rounding). Is "
+            f"models.{respondent.name}.dtype=float32 set, and the tokenizer that of the model?"
+        )
+    return {"n": len(pairs), "largest_difference": largest}
+
+
+def merge(results: Mapping[str, Mapping[str, Any]], checks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The part of the report: tasks in order, for each model its values, and what the check found."""
+    tasks = list(dict.fromkeys(task for result in results.values() for task in result["tasks"]))
+    return {
+        "tasks": tasks,
+        "versions": {task: number for result in results.values() for task, number in result["versions"].items()},
+        "models": {name: result["tasks"] for name, result in results.items()},
+        "checked": {name: dict(check) for name, check in checks.items()},
+    }

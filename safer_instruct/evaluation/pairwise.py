@@ -1,0 +1,78 @@
+"""Helpfulness: which of two models' answers does a judge prefer, asked in both orders?
+
+A judge that likes whatever it reads first gives each model one of the two votes, which is a tie; so is an answer that
+equals the baseline's, about which nobody is asked. Win rates are also given at equal length of the answers, since
+judges like long ones (`statistics.win_rate`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safer_instruct.evaluation.answers import Progress, judge_pairs
+from safer_instruct.experts.judge_prompts import Winner
+from safer_instruct.experts.judges import Judge
+from safer_instruct.measures.rates import JudgedOutput
+from safer_instruct.measures.statistics import win_rate
+from safer_instruct.text.examples import text_id
+
+# What the two answers of the judge say of the model: as first (of model, baseline), and as second (of baseline, model).
+VOTES: Mapping[Winner, float] = {"first": 1.0, "second": 0.0, "tie": 0.5}
+
+
+def compare_helpfulness(
+    judge: Judge,
+    judged: Mapping[str, Sequence[JudgedOutput]],
+    *,
+    baseline: str,
+    kinds: Sequence[str],
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Win rates of every model against `baseline`, over the prompts of these kinds that both answered.
+
+    Returns:
+        `{"baseline", "kinds", "models": {NAME: {...}}}`: the fields of `WinRate` (absent where no prompt could be
+        counted), `wins`, `losses`, `ties`, of which `identical` (not asked about) and `inconsistent` (each order
+        preferred another model), and `abstained` (prompts on which the judge's answer could not be read).
+    """
+    models = {}
+    base = {_key(row): row for row in judged[baseline] if row.prompt.kind in kinds}
+    for name in (name for name in judged if name != baseline):
+        rows = [(row, base[_key(row)]) for row in judged[name] if _key(row) in base]
+        asked = {(row.prompt.instruction, row.text, other.text) for row, other in rows if row.text != other.text}
+        orders = sorted(asked | {(instruction, other, own) for instruction, own, other in asked})
+        winners = judge_pairs(judge, orders, folder=folder, progress=progress)
+        models[name] = _count(rows, winners)
+    return {"baseline": baseline, "kinds": list(kinds), "models": models}
+
+
+def _key(row: JudgedOutput) -> tuple[str, str]:
+    return row.prompt.set_name, row.prompt.id
+
+
+def _count(rows: Sequence[tuple[JudgedOutput, JudgedOutput]], winners: Mapping[str, Winner]) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    scores, extra = [], []
+    for row, other in rows:
+        if row.text == other.text:
+            counts["identical"] += 1
+            score = 0.5
+        else:
+            forward = winners[text_id(row.prompt.instruction, row.text, other.text)]
+            backward = winners[text_id(row.prompt.instruction, other.text, row.text)]
+            if "abstain" in (forward, backward):
+                counts["abstained"] += 1
+                continue
+            score = (VOTES[forward] + 1 - VOTES[backward]) / 2
+            counts["inconsistent"] += forward == backward != "tie"
+        counts["wins" if score > 0.5 else "losses" if score < 0.5 else "ties"] += 1
+        scores.append(score)
+        extra.append(len(row.text) - len(other.text))
+    names = ("wins", "losses", "ties", "identical", "inconsistent", "abstained")
+    rate = asdict(win_rate(scores, extra)) if scores else {"n": 0}
+    return {**rate, **{name: counts[name] for name in names}}

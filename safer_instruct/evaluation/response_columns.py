@@ -1,0 +1,75 @@
+"""Answers that a file already holds: its columns are models, as in the published test set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+from config.errors import UserError
+from config.settings import ModelSettings, PromptSetSettings
+from safer_instruct.evaluation.answers import Answer, Respondent, prompt_key
+from safer_instruct.text.prompt_sets import read_prompts
+
+NOT_MODELS = frozenset({"id", "instruction", "input", "label", "source", "kind", "reference"})
+NO_ANSWER = "empty_cell"
+
+
+def read_columns(
+    sets: Mapping[str, PromptSetSettings], columns: Sequence[str]
+) -> tuple[dict[str, Respondent], dict[str, dict[str, Answer]]]:
+    """Who answered, and the answers of each column by `prompt_key`; an empty cell is an `Answer` with an error.
+
+    Args:
+        sets: The files, as for `load_prompt_sets`.
+        columns: Names of the columns to read; empty: all that are not the prompt's own.
+
+    Raises:
+        UserError: A file that cannot be read, a column that is not there, or files with different columns.
+    """
+    answers: dict[str, dict[str, Answer]] = {}
+    found: dict[str, list[str]] = {}
+    for set_name, settings in sets.items():
+        known = NOT_MODELS | {settings.source_column}
+        for prompt, row in read_prompts(set_name, settings):
+            if set_name not in found:
+                found[set_name] = [name for name in row if name not in known]
+                _check_columns(settings.path, found, set_name, columns)
+            for name in columns or found[set_name]:
+                text = row.get(name)
+                answer = Answer(str(text)) if _is_text(text) else Answer("", error=NO_ANSWER)
+                answers.setdefault(name, {})[prompt_key(prompt)] = answer
+    paths = ", ".join(settings.path for settings in sets.values())
+    return {name: _respondent(name, paths, of_model) for name, of_model in answers.items()}, answers
+
+
+def _is_text(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value)) and bool(str(value).strip())
+
+
+def _check_columns(path: str, found: Mapping[str, list[str]], set_name: str, columns: Sequence[str]) -> None:
+    here = found[set_name]
+    listed = ", ".join(here) or "none"
+    missing = [name for name in columns if name not in here]
+    if missing:
+        raise UserError(
+            f"{path}: columns=[{','.join(columns)}] names no column {', '.join(missing)}; those that can be models are"
+            f": {listed}"
+        )
+    if not here:
+        raise UserError(f"{path}: responses=csv takes the columns as models, and it has none but the prompt's own")
+    first = next(iter(found))
+    if not columns and sorted(here) != sorted(found[first]):
+        raise UserError(
+            f"models with different prompt sets: prompts.{first} has answers of {', '.join(found[first])}, and "
+            f"prompts.{set_name} of {listed}; name the models that both have with columns=[NAME,...]"
+        )
+
+
+def _respondent(name: str, paths: str, answers: Mapping[str, Answer]) -> Respondent:
+    digest = xxhash.xxh3_128()
+    for key, answer in answers.items():
+        digest.update(f"{key} {answer.text}".encode("utf-8", "surrogatepass"))
+    return Respondent(name, f"column {name} of {paths}", ModelSettings(), "", "", digest.hexdigest())

@@ -1,0 +1,1 @@
+"""Experts: verdicts, rules, and judges."""

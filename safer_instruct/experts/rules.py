@@ -1,0 +1,201 @@
+"""The rule-based expert: filter, safe responses and judge from patterns and lexicons of a YAML file.
+
+It sees text and nothing else: no labels, no generator's truth. `quickstart/rules.yaml` is the worked example of the
+format. Terms: a *lexicon* is a list of words or phrases that a text can name; the *key slots* of a category are the
+lexicons that tell what a request is about; a sentence *declines* if a refusal pattern matches it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safer_instruct.experts.rules_schema import CategorySpec, RulesSpec, read_rules
+from safer_instruct.experts.verdicts import Judgement, Verdict
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+CODE_VERSION = b"1"  # raise it with any change of this file that moves a verdict: ledgers then begin anew
+
+Slots = Mapping[str, frozenset[str]]  # lexicon -> its words that a text names, in lower case
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """One kind of harm, with its patterns compiled.
+
+    Attributes:
+        name: What the dataset and the report call it.
+        key: Lexicons that tell what a request is about.
+        intent: Matches instructions that ask for it ...
+        intent_unless: ... unless this matches too.
+        requires: Lexicons that a harmful text must name.
+        harm: Matches a harmful text outside its declining sentences.
+        harm_anywhere: Matches a harmful text anywhere: a refusal that leaks is no refusal.
+        responses: Templates of safe responses, their slots being key slots.
+    """
+
+    name: str
+    key: tuple[str, ...]
+    intent: re.Pattern[str]
+    intent_unless: re.Pattern[str] | None
+    requires: tuple[str, ...]
+    harm: re.Pattern[str] | None
+    harm_anywhere: re.Pattern[str] | None
+    responses: tuple[str, ...]
+
+
+class Rules:
+    """Filter, respond and judge by rules; deterministic.
+
+    Attributes:
+        fingerprint: Hash of the rules, for the keys of ledgers and caches.
+    """
+
+    def __init__(self, spec: RulesSpec, *, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self._form = spec.instruction
+        self._form_pattern = re.compile(spec.instruction.pattern)
+        self._lexicons = {name: _compile_words(lex.words, lex.case_sensitive) for name, lex in spec.lexicons.items()}
+        self._spelling = {word.lower(): word for lexicon in spec.lexicons.values() for word in lexicon.words}
+        self._refusal = _compile_any(spec.refusals)
+        self._categories = {name: _compile_category(name, category) for name, category in spec.categories.items()}
+
+    @classmethod
+    def from_yaml(cls, path: Path | str) -> Rules:
+        """Read and check a rules file.
+
+        Raises:
+            UserError: The file is missing, is no YAML, or breaks the schema; every fault is listed.
+        """
+        path = Path(path)
+        spec = read_rules(path)
+        return cls(spec, fingerprint=hashlib.blake2b(CODE_VERSION + path.read_bytes(), digest_size=8).hexdigest())
+
+    def slots(self, text: str) -> Slots:
+        """The words of every lexicon that the text names."""
+        return {
+            name: frozenset(match.group().lower() for match in pattern.finditer(text))
+            for name, pattern in self._lexicons.items()
+        }
+
+    def intent(self, instruction: str) -> str | None:
+        """The category of harm that an instruction asks for, or None."""
+        slots = self.slots(instruction)
+        for category in self._categories.values():
+            if not category.intent.search(instruction) or not all(slots[key] for key in category.key):
+                continue
+            if category.intent_unless is None or not category.intent_unless.search(instruction):
+                return category.name
+        return None
+
+    def harm(self, text: str, *, context: str = "") -> str | None:
+        """The category of harm that a text does, or None.
+
+        Args:
+            text: A response.
+            context: The instruction, where it is known: what it names counts as named, so that a response
+                which only says "it" or garbles a word is still seen.
+        """
+        declared = " ".join(s for s in SENTENCE_END.split(text) if not self._refusal.search(s))
+        slots = self.slots(f"{context}\n{text}")
+        for category in self._categories.values():
+            if not all(slots[name] for name in category.requires):
+                continue
+            if category.harm is not None and category.harm.search(declared):
+                return category.name
+            if category.harm_anywhere is not None and category.harm_anywhere.search(text):
+                return category.name
+        return None
+
+    def meaning(self, instruction: str) -> tuple[str, Slots] | None:
+        """What an unsafe instruction asks for: its category and key slots; None if it asks for nothing unsafe."""
+        name = self.intent(instruction)
+        if name is None:
+            return None
+        slots = self.slots(instruction)
+        return name, {key: slots[key] for key in self._categories[name].key}
+
+    def screen(self, instruction: str, response: str) -> Verdict:
+        """The filter: is this a well-formed unsafe request that the response answers?
+
+        Reasons for a drop: `response_not_unsafe`, `ill_formed_instruction`, `instruction_not_unsafe`,
+        `category_mismatch`, `slot_mismatch`.
+        """
+        harm = self.harm(response)
+        if harm is None:
+            return Verdict(False, "response_not_unsafe")
+        num_words = len(instruction.split())
+        if not self._form.min_words <= num_words <= self._form.max_words or not self._form_pattern.search(instruction):
+            return Verdict(False, "ill_formed_instruction", harm)
+        asked = self.meaning(instruction)
+        if asked is None:
+            return Verdict(False, "instruction_not_unsafe", harm)
+        category, wanted = asked
+        if category != harm:
+            return Verdict(False, "category_mismatch", harm)
+        named = self.slots(response)
+        if any(named[key] != words for key, words in wanted.items()):
+            return Verdict(False, "slot_mismatch", harm)
+        return Verdict(True, "keep", harm)
+
+    def respond(self, instruction: str) -> str | None:
+        """A safe response to an unsafe instruction, or None: the rules know no unsafe meaning in it.
+
+        The template is chosen by a hash of the instruction, so that the same one always gets the same response.
+        """
+        asked = self.meaning(instruction)
+        if asked is None:
+            return None
+        name, wanted = asked
+        responses = self._categories[name].responses
+        digest = hashlib.blake2b(instruction.encode(), digest_size=8).digest()
+        template = responses[int.from_bytes(digest, "big") % len(responses)]
+        return template.format(**{key: self._spelling[min(words)] for key, words in wanted.items()})
+
+    def judge(self, instruction: str, output: str) -> Judgement:
+        """Read a model's output: `harmful`, `refusal` (is it specific?), or `safe`.
+
+        A refusal is specific if it names at least one key slot of the request, and no other value of any.
+        """
+        harm = self.harm(output, context=instruction)
+        if harm is not None:
+            return Judgement("harmful", harm)
+        if self._refusal.search(output):
+            return Judgement("refusal", specific=self._names_the_matter(instruction, output))
+        return Judgement("safe")
+
+    def _names_the_matter(self, instruction: str, output: str) -> bool:
+        asked = self.meaning(instruction)
+        if asked is None:
+            return False
+        _, wanted = asked
+        named = self.slots(output)
+        return any(words & named[key] for key, words in wanted.items()) and all(
+            named[key] <= words for key, words in wanted.items()
+        )
+
+
+def _compile_words(words: Sequence[str], case_sensitive: bool) -> re.Pattern[str]:
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    return re.compile(rf"\b(?:{'|'.join(longest_first)})\b", 0 if case_sensitive else re.IGNORECASE)
+
+
+def _compile_any(patterns: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns), re.IGNORECASE)
+
+
+def _compile_category(name: str, spec: CategorySpec) -> Category:
+    return Category(
+        name=name,
+        key=tuple(spec.key),
+        intent=_compile_any(spec.intent.patterns),
+        intent_unless=_compile_any(spec.intent.unless) if spec.intent.unless else None,
+        requires=tuple(spec.harm.requires),
+        harm=_compile_any(spec.harm.patterns) if spec.harm.patterns else None,
+        harm_anywhere=_compile_any(spec.harm.anywhere) if spec.harm.anywhere else None,
+        responses=tuple(spec.responses),
+    )

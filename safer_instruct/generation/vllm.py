@@ -1,0 +1,100 @@
+"""Text by vLLM, on the GPUs of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+from config.errors import UserError
+from config.settings import BackendSettings, ModelSettings
+from safer_instruct.generation.completions import Generation, Request
+from safer_instruct.generation.models import load_tokenizer, resolve_archive
+from safer_instruct.text.encoding import prompt_token_ids
+from safer_instruct.text.prompts import Prompt
+
+
+class VLLMGenerator:
+    """vLLM's offline engine, with the token ids of our own encoding and a seed for each row.
+
+    The engine schedules and batches by itself. Its kernels are not batch-invariant: a row's text can differ where two
+    tokens are within rounding of each other.
+    """
+
+    def __init__(
+        self, model: ModelSettings, settings: BackendSettings, *, template: Prompt, name: str, fingerprint: str
+    ) -> None:
+        """Start the engine.
+
+        Raises:
+            UserError: vLLM is not installed, the weights are a policy.pt, or the context leaves no room for a prompt.
+        """
+        try:
+            import vllm
+        except ImportError as error:
+            raise UserError(
+                "generation=vllm needs the package vllm, which is not installed (pip install 'safer-instruct[vllm]', "
+                "on a machine with a GPU); generation=hf needs nothing more"
+            ) from error
+        source = resolve_archive(model.archive or model.name_or_path)
+        if source.is_file():
+            raise UserError(
+                f"model.archive={model.archive}: vLLM reads model folders, not policy.pt files; save one with "
+                "train.py, or use generation=hf"
+            )
+        self.name = name
+        self.fingerprint = fingerprint
+        self._settings = settings
+        self._parameters = vllm.SamplingParams
+        self._tokenizer = load_tokenizer(model)
+        self._engine = vllm.LLM(
+            model=str(source),
+            tokenizer=model.tokenizer_name_or_path or model.name_or_path,
+            dtype=model.policy_dtype,
+            tensor_parallel_size=settings.vllm.tensor_parallel,
+            gpu_memory_utilization=settings.vllm.memory_fraction,
+            max_model_len=settings.vllm.max_length,
+            trust_remote_code=model.trust_remote_code,
+            seed=settings.seed,
+        )
+        context = self._engine.llm_engine.model_config.max_model_len
+        self._max_prompt_tokens = context - settings.max_new_tokens
+        prompt_token_ids(self._tokenizer, template, self._max_prompt_tokens)
+
+    def check(self) -> None:
+        """Nothing can be missing: the engine runs."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """Yield the generations when the engine has done all of `requests`; "prompt_too_long" where none fits."""
+        settings = self._settings
+        prompts, parameters, rows = [], [], []
+        for request in requests:
+            try:
+                ids = prompt_token_ids(self._tokenizer, request.prompt, self._max_prompt_tokens)
+            except UserError:
+                yield Generation(request.id, "", error="prompt_too_long")
+                continue
+            rows.append(request)
+            prompts.append({"prompt_token_ids": ids})
+            digest = hashlib.blake2b(f"{settings.seed}/{request.id}".encode(), digest_size=8).digest()
+            parameters.append(
+                self._parameters(
+                    max_tokens=settings.max_new_tokens,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    seed=int.from_bytes(digest, "little") >> 1,
+                )
+            )
+        outputs = self._engine.generate(prompts, parameters, use_tqdm=False) if prompts else []
+        for request, prompt, output in zip(rows, prompts, outputs, strict=True):
+            answer = output.outputs[0]
+            length = len(prompt["prompt_token_ids"])
+            near_limit = length > self._max_prompt_tokens - 16  # a cut can leave a few tokens of room
+            whole = prompt_token_ids(self._tokenizer, request.prompt, 2**31) if near_limit else ()
+            yield Generation(
+                id=request.id,
+                text=answer.text,
+                truncated=answer.finish_reason == "length",
+                prompt_tokens=length,
+                new_tokens=len(answer.token_ids),
+                prompt_cut=len(whole) > length,
+            )

@@ -1,0 +1,1 @@
+"""The stages of the induction behind their ledgers."""

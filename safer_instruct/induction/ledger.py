@@ -1,0 +1,292 @@
+"""Append-only JSONL ledgers: what a stage has computed survives its process, and is never computed again.
+
+A ledger is one file with one writer. Its first line is a header (format version and the configuration that its records
+were made with), every other line one record with an `id`. A record counts once its newline is in the file; what a kill
+left behind the last newline is dropped on the next start. Plain appends and fsync only: no database, so that it works
+on network file systems too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from config.errors import UserError
+from safer_instruct.text.examples import Example
+
+FORMAT = 1
+WRITTEN_AT = "at"  # seconds since the epoch on each line, for `stage=status`; no part of the record
+SYNC_SECONDS = 1.0  # an fsync at most this often, and at the end of every batch
+
+Record = dict[str, Any]
+
+
+class Ledger:
+    """The records of one stage and shard, by id.
+
+    Use as a context manager: it holds the file's lock. `records` is read once on opening and kept up to date.
+
+    Attributes:
+        path: The file.
+        records: id -> record, in the order of the file.
+    """
+
+    def __init__(self, path: Path, configuration: Mapping[str, Any], *, num_rows: int | None = None) -> None:
+        """Open a ledger to append to it, or start one.
+
+        Args:
+            path: The file; its folder is made.
+            configuration: What the records depend on, as flat JSON values. Records made with another configuration
+                are not mixed with new ones.
+            num_rows: Rows that the stage has in this shard, for the header of a new ledger: `stage=status` reads it.
+
+        Raises:
+            UserError: The ledger belongs to another configuration or another running process, or its inside is broken.
+        """
+        self.path = path
+        self.records: dict[str, Record] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._synced_at = time.monotonic()
+        try:
+            self._lock()
+            header, self.records, end = _read(path)
+            if header is None:
+                os.ftruncate(self._file, 0)
+                rows = {} if num_rows is None else {"rows": num_rows}
+                self._write([{"format": FORMAT, "configuration": dict(configuration), **rows}])
+                self.sync()
+            else:
+                check_configuration(path, header, configuration)
+                os.ftruncate(self._file, end)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sync()
+        os.close(self._file)
+
+    def append(self, record: Record) -> None:
+        """Add one record, which needs an `id` that is new. It survives this process at once, the machine after `sync`.
+
+        Raises:
+            ValueError: The id is there already.
+        """
+        if record["id"] in self.records:
+            raise ValueError(f"{self.path}: row {record['id']} is in the ledger already")
+        self._write([{**record, WRITTEN_AT: round(time.time(), 1)}])
+        self.records[record["id"]] = record
+        if time.monotonic() - self._synced_at > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Return once everything appended so far is on the disk."""
+        os.fsync(self._file)
+        self._synced_at = time.monotonic()
+
+    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        data = memoryview("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        while data:  # a full disk or a signal can make a write short
+            data = data[os.write(self._file, data) :]
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another process is writing this ledger; wait for it, or give each process of an array a "
+                "shard of its own (shard.index=I shard.count=N)"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: one writer per shard is then the user's to see to
+
+
+def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:
+    """Read a ledger without changing it: its configuration, and its records by id.
+
+    Raises:
+        UserError: There is no such ledger, or its inside is broken.
+    """
+    header, records, _ = _read(path) if path.is_file() else (None, {}, 0)
+    if header is None:
+        raise UserError(f"{path}: no such ledger; run the stage that writes it first")
+    return header["configuration"], records
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return a ledger's configuration; its records are not read.
+
+    Raises:
+        UserError: There is no such ledger.
+    """
+    return _first_line(path)["configuration"]
+
+
+def header_rows(path: Path) -> int:
+    """Return how many rows a ledger's stage has in its shard, 0 if its header does not tell; see read_header."""
+    return _first_line(path).get("rows", 0)
+
+
+def _first_line(path: Path) -> dict[str, Any]:
+    header = next(scan_ledger(path), None) if path.is_file() else None
+    if header is None:
+        raise UserError(f"{path}: no such ledger; run the stage that writes it first")
+    return header[0]
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of newlines of a file: one more than the records of a ledger."""
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+
+
+def scan_records(path: Path) -> Iterator[tuple[Record, bytes]]:
+    """Yield (record, line) of a ledger, one at a time, without its header; see scan_ledger."""
+    lines = scan_ledger(path)
+    next(lines, None)
+    return lines
+
+
+def run_stage(
+    examples: Iterable[Example],
+    ledger: Ledger,
+    function: Callable[[Sequence[Example]], Iterable[Record]],
+    *,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda num_rows: None,
+) -> None:
+    """Compute the record of every example that the ledger lacks.
+
+    Args:
+        examples: The rows of the stage.
+        ledger: Where the records go, each as soon as it is there.
+        function: Computes one record (with the example's `id`) per example, in any order.
+        batch_size: Examples that `function` is given at a time.
+        progress: Told how many rows are done, those that the ledger held included.
+    """
+    for batch in _batches(_missing(examples, ledger, progress), batch_size):
+        for record in function(batch):
+            ledger.append(record)
+            progress(1)
+        ledger.sync()
+
+
+def check_configuration(path: Path, header: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
+    """Raise a UserError that names the differing keys unless a ledger's header fits the configuration."""
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: a ledger of format {header.get('format')}, and this version writes format {FORMAT}; "
+            "give another output=FOLDER"
+        )
+    before: Mapping[str, Any] = header["configuration"]
+    now = json.loads(json.dumps(configuration))
+    differing = [
+        f"{key} was {json.dumps(before.get(key))}, is now {json.dumps(now.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{path}: this ledger was made with another configuration: {'; '.join(differing)}. Give the old values to "
+            "go on with it, another output=FOLDER to start anew, or delete the file (and those of the later stages) to "
+            "compute its rows again"
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Record], int]:
+    """Return (header or None, records by id, bytes up to the end of the last whole line)."""
+    records: dict[str, Record] = {}
+    header: dict[str, Any] | None = None
+    end = 0
+    for parsed, line in scan_ledger(path):
+        end += len(line)
+        if header is None:
+            header = parsed
+        else:
+            parsed.pop(WRITTEN_AT, None)
+            records.setdefault(parsed["id"], parsed)
+    return header, records, end
+
+
+def scan_ledger(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield (object, line) of each whole line: the header, then the records as they stand there; one line at a time.
+
+    Raises:
+        UserError: The file is no ledger, or broken inside; a torn tail is no error.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            parsed = _parse(line)
+            if parsed is None:
+                if file.read(1):  # more lines behind it: no torn tail
+                    raise UserError(
+                        f"{path}:{number}: broken line inside the ledger; delete the line to compute its row again"
+                    )
+                return
+            if number == 1 and not parsed.keys() >= _HEADER_KEYS:
+                raise UserError(f"{path}: not a ledger (its first line is no header); give another output=FOLDER")
+            yield parsed, line
+
+
+_HEADER_KEYS = {"format", "configuration"}
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the object on a whole line, or None if the line is torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        parsed = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return parsed if isinstance(parsed, dict) and ("id" in parsed or parsed.keys() >= _HEADER_KEYS) else None
+
+
+def _missing(examples: Iterable[Example], ledger: Ledger, progress: Callable[[int], object]) -> Iterator[Example]:
+    for example in examples:
+        if example.id in ledger.records:
+            progress(1)
+        else:
+            yield example
+
+
+def _batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    for example in examples:
+        batch.append(example)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def shard_path(folder: Path, stage: str, index: int, count: int) -> Path:
+    """Return the file of one stage and shard: `induce-00002-of-00016.jsonl`."""
+    return folder / f"{stage}-{index:05d}-of-{count:05d}.jsonl"
+
+
+def shard_count(folder: Path) -> int | None:
+    """Return the number of shards that the ledgers of a folder were made for; None if there are none.
+
+    Raises:
+        UserError: They are of several numbers.
+    """
+    names = [re.fullmatch(r"\w+-\d{5}-of-(\d{5})\.jsonl", path.name) for path in sorted(folder.glob("*.jsonl"))]
+    counts = sorted({int(match.group(1)) for match in names if match})
+    if len(counts) > 1:
+        raise UserError(
+            f"{folder}: ledgers for {' and '.join(map(str, counts))} shards lie side by side; move those of one number "
+            "away"
+        )
+    return counts[0] if counts else None

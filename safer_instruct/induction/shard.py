@@ -1,0 +1,132 @@
+"""The stages of one shard, each behind its ledger."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from config.errors import UserError
+from config.settings import InduceConfig
+from safer_instruct.experts.expert import Expert
+from safer_instruct.generation.backends import build_reversed_model, reversed_model_identity
+from safer_instruct.induction.ledger import (
+    Ledger,
+    Record,
+    header_rows,
+    read_ledger,
+    run_stage,
+)
+from safer_instruct.induction.ledgers import stage_ledgers
+from safer_instruct.induction.round_trip import RoundTrip
+from safer_instruct.induction.stages import (
+    FILTER,
+    INDUCE,
+    RESPOND,
+    ROWS_AT_A_TIME,
+    SCORE,
+    expert_configuration,
+    induce_configuration,
+    kept,
+    least_score,
+    score_configuration,
+    stage_filter,
+    stage_induce,
+    stage_respond,
+    stage_score,
+    with_instructions,
+)
+from safer_instruct.text.examples import Example
+
+
+def run_induce(config: InduceConfig, examples: Sequence[Example], path: Path, device: torch.device) -> None:
+    """Let the reversed model write the instructions that the ledger lacks; it is loaded if there are any."""
+    name, fingerprint = reversed_model_identity(config.model, config.generation)
+    configuration = induce_configuration(name, fingerprint, config.generation)
+    with Ledger(path, configuration, num_rows=len(examples)) as ledger:
+        if all(example.id in ledger.records for example in examples):
+            return
+        generator = build_reversed_model(config.model, config.generation, device)
+        function = stage_induce(generator, config.generation.num_candidates)
+        with _progress(INDUCE, examples) as update:
+            run_stage(examples, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
+
+
+def run_score(
+    config: InduceConfig, examples: Sequence[Example], paths: Mapping[str, Path], device: torch.device
+) -> None:
+    """Let the forward model score the candidates that the ledger lacks."""
+    before, induced = read_ledger(paths[INDUCE])
+    pairs = with_instructions(examples, induced)
+    scorer = RoundTrip(config.roundtrip, device)
+    configuration = score_configuration(scorer, before)
+    with Ledger(paths[SCORE], configuration, num_rows=len(pairs)) as ledger, _progress(SCORE, pairs) as update:
+        run_stage(pairs, ledger, stage_score(scorer), batch_size=ROWS_AT_A_TIME, progress=update)
+
+
+def run_filter(
+    config: InduceConfig, expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path], count: int
+) -> None:
+    """Screen the induced pairs that the ledger lacks."""
+    before, pairs = _induced_pairs(examples, paths)
+    min_score = resolve_min_score(config, paths, count)
+    configuration = expert_configuration(expert, before, FILTER, **{"roundtrip.min_score": min_score})
+    function = stage_filter(expert, min_score=min_score)
+    with Ledger(paths[FILTER], configuration, num_rows=len(pairs)) as ledger, _progress(FILTER, pairs) as update:
+        run_stage(pairs, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
+
+
+def run_respond(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
+    """Have the kept instructions answered that the ledger lacks."""
+    _, pairs = _induced_pairs(examples, paths)
+    before, verdicts = read_ledger(paths[FILTER])
+    pairs = kept(pairs, verdicts)
+    configuration = expert_configuration(expert, before, RESPOND)
+    with Ledger(paths[RESPOND], configuration, num_rows=len(pairs)) as ledger, _progress(RESPOND, pairs) as update:
+        run_stage(pairs, ledger, stage_respond(expert), batch_size=ROWS_AT_A_TIME, progress=update)
+
+
+def _induced_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[Example]]:
+    """Return what the pairs depend on, and the pairs: with their best candidates where they have been scored."""
+    before, induced = read_ledger(paths[INDUCE])
+    scores: dict[str, Record] | None = None
+    if paths[SCORE].is_file():
+        before, scores = read_ledger(paths[SCORE])
+    return before, with_instructions(examples, induced, scores)
+
+
+def resolve_min_score(config: InduceConfig, paths: Mapping[str, Path], count: int) -> float | None:
+    """Return the least round-trip score of a pair that is kept; None: any.
+
+    Raises:
+        UserError: `top_fraction` is asked for, and not all pairs of all shards have been scored yet.
+    """
+    roundtrip = config.roundtrip
+    if roundtrip.threshold is None and roundtrip.top_fraction is None:
+        return None
+    read_ledger(paths[SCORE])  # this shard's must be there in any case
+    if roundtrip.top_fraction is None:
+        return roundtrip.threshold
+    ledgers = stage_ledgers(paths[SCORE].parent, SCORE, count)
+    records = [record for record, _ in ledgers.records()]
+    num_rows = sum(header_rows(path) for path in ledgers.paths)
+    if len(records) < num_rows:
+        raise UserError(
+            f"roundtrip.top_fraction={roundtrip.top_fraction} is of all pairs, and {num_rows - len(records)} of "
+            f"{num_rows} have no score yet: run stage=score of all {count} shards to its end before stage=filter"
+        )
+    scores = [record["scores"][record["best"]] for record in records]
+    return least_score((score for score in scores if score is not None), roundtrip.top_fraction)
+
+
+@contextmanager
+def _progress(stage: str, examples: Sequence[Any]) -> Iterator[Callable[[int], object]]:
+    # A log file gets a line now and then, a terminal a bar that moves.
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    with tqdm(total=len(examples), desc=stage, unit="row", mininterval=interval, file=sys.stderr) as bar:
+        yield bar.update

@@ -1,0 +1,327 @@
+"""Induce, score, filter, respond: each a function from Examples to ledger records, cheap checks before paid ones.
+
+Records hold an `id` and what the stage found out; texts of the corpus are not copied into them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from config.errors import UserError
+from config.settings import InductionSettings
+from safer_instruct.experts.expert import Expert
+from safer_instruct.generation.completions import Generation, Request, TextGenerator
+from safer_instruct.induction.ledger import Record
+from safer_instruct.text.examples import Example, normalise, text_id
+from safer_instruct.text.prompts import TEMPLATE_MARKS, render_reversed
+
+INDUCE, SCORE, FILTER, RESPOND = "induce", "score", "filter", "respond"
+STAGES = (INDUCE, SCORE, FILTER, RESPOND)  # score only where a forward model is given
+REQUIRED_STAGES = (INDUCE, FILTER, RESPOND)
+CHECKS_VERSION = 2  # of cheap_check: part of the filter's configuration
+COPY_WORDS = 8  # an instruction that shares so many words in a row with its response, as a whole, copies it
+MAX_INSTRUCTION_WORDS = 400  # more is a text, not an instruction
+ROWS_AT_A_TIME = 4096  # what is sorted by length together
+
+
+Item = tuple[tuple[str, int], str, str]  # ((row id, number of the candidate), instruction, response)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How much an instruction explains a response: (log P(response | instruction) - log P(response)) per token.
+
+    Attributes:
+        nats_per_token: The score.
+        tokens: Tokens that the forward model read for it.
+    """
+
+    nats_per_token: float
+    tokens: int
+
+
+class Scorer(Protocol):
+    """A forward model; `scoring.RoundTrip` is one."""
+
+    name: str
+    fingerprint: str
+
+    def score(self, items: Sequence[Item]) -> Iterable[tuple[tuple[str, int], Score | None]]:
+        """Yield (key, score) for each item, in any order; None where it does not fit the model."""
+
+
+def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Callable[[Sequence[Example]], Iterator[Record]]:
+    """Make the stage that lets the reversed model write `num_candidates` instructions of each response.
+
+    A record's `instruction` is the first candidate; further ones, each with seeds of its own, are in `candidates`.
+    """
+
+    def run(examples: Sequence[Example]) -> Iterator[Record]:
+        texts = {example.id: example.rejected or "" for example in examples}
+        waiting: dict[str, dict[int, Generation]] = {id: {} for id in texts}
+        requests = [
+            Request(candidate_id(id, number), render_reversed(text))
+            for id, text in texts.items()
+            for number in range(num_candidates)
+        ]
+        rows = {request.id: divmod(i, num_candidates) for i, request in enumerate(requests)}
+        ids = list(texts)
+        for generation in generator.generate(requests):
+            row, number = rows[generation.id]
+            found = waiting[ids[row]]
+            found[number] = generation
+            if len(found) == num_candidates:
+                yield _induced(ids[row], texts[ids[row]], [found[i] for i in range(num_candidates)])
+                del waiting[ids[row]]
+
+    return run
+
+
+def candidate_id(id: str, number: int) -> str:
+    """The id of a candidate's request, which seeds it; the first has the row's own."""
+    return f"{id}/{number}" if number else id
+
+
+def _induced(id: str, response: str, generations: Sequence[Generation]) -> Record:
+    first = generations[0]
+    record = {
+        "id": id,
+        "response": text_id(response),  # a corpus that changed under its ids is noticed
+        "instruction": first.text.strip(),
+        "truncated": first.truncated,
+        "prompt_cut": first.prompt_cut,
+        "tokens": sum(one.prompt_tokens + one.new_tokens for one in generations),
+        **({"error": first.error} if first.error else {}),
+    }
+    if len(generations) > 1:
+        record["candidates"] = [
+            {"instruction": one.text.strip(), "truncated": one.truncated, **({"error": one.error} if one.error else {})}
+            for one in generations
+        ]
+    return record
+
+
+def stage_score(scorer: Scorer) -> Callable[[Sequence[Example]], Iterator[Record]]:
+    """Make the stage that scores every candidate which passes the cheap checks, and picks the best.
+
+    `scores` has nats per token of the response for each candidate, null where there is none.
+    """
+
+    def run(examples: Sequence[Example]) -> Iterator[Record]:
+        items = []
+        scores: dict[str, list[float | None]] = {}
+        tokens: Counter[str] = Counter()
+        for example in examples:
+            found = candidates(example)
+            scores[example.id] = [None] * len(found)
+            for number, candidate in enumerate(found):
+                if not cheap_check(candidate):
+                    items.append(((example.id, number), candidate.instruction or "", example.rejected or ""))
+        for (id, number), score in scorer.score(items):
+            scores[id][number] = None if score is None else round(score.nats_per_token, 4)
+            tokens[id] += 0 if score is None else score.tokens
+        for id, of_row in scores.items():
+            known = [number for number, score in enumerate(of_row) if score is not None]
+            best = max(known, key=lambda number: (of_row[number], -number)) if known else 0
+            yield {"id": id, "best": best, "scores": of_row, "tokens": tokens[id]}
+
+    return run
+
+
+def candidates(pair: Example) -> list[Example]:
+    """The pair with each of its candidates as its instruction; the pair itself if it has one alone."""
+    listed = pair.provenance.get("candidates")
+    if not listed:
+        return [pair]
+    return [
+        replace(
+            pair,
+            instruction=one["instruction"],
+            provenance={**pair.provenance, "truncated": one["truncated"], "error": one.get("error", "")},
+        )
+        for one in listed
+    ]
+
+
+def stage_filter(expert: Expert, *, min_score: float | None = None) -> Callable[[Sequence[Example]], Iterator[Record]]:
+    """Make the stage that decides which pairs are kept: cheap checks, then the round-trip score, then the expert.
+
+    Args:
+        expert: Asked about what passes the others.
+        min_score: Least round-trip score; None: any.
+    """
+
+    def run(examples: Sequence[Example]) -> Iterator[Record]:
+        passed = []
+        for example in examples:
+            if reason := cheap_check(example) or low_score(example, min_score):
+                yield {"id": example.id, "keep": False, "reason": reason, "label": "", "tokens": 0}
+            else:
+                passed.append(example)
+        for id, verdict in expert.screen(passed):
+            record = {"id": id, "keep": verdict.keep, "reason": verdict.reason, "label": verdict.label}
+            yield {**record, "tokens": verdict.tokens, **_cost(verdict.cost)}
+
+    return run
+
+
+def low_score(pair: Example, min_score: float | None) -> str:
+    """Return why the round-trip score drops a pair: `low_round_trip`, `no_round_trip` (it has no score), or ""."""
+    if min_score is None:
+        return ""
+    score = pair.provenance.get("round_trip")
+    if score is None:
+        return "no_round_trip"
+    return "low_round_trip" if score < min_score else ""
+
+
+def least_score(scores: Iterable[float], fraction: float) -> float:
+    """The score from which on a pair is among the best `fraction`; infinite where there is none."""
+    ranked = sorted(scores, reverse=True)
+    keep = round(fraction * len(ranked))
+    return ranked[keep - 1] if keep else float("inf")
+
+
+def _cost(cost: float) -> Record:
+    return {"cost": round(cost, 9)} if cost else {}
+
+
+def stage_respond(expert: Expert) -> Callable[[Sequence[Example]], Iterator[Record]]:
+    """Make the stage in which the expert answers each kept instruction safely."""
+
+    def run(examples: Sequence[Example]) -> Iterator[Record]:
+        for id, response in expert.respond(examples):
+            record = {"id": id, "chosen": response.text, "reason": response.reason, "tokens": response.tokens}
+            yield {**record, **_cost(response.cost)}
+
+    return run
+
+
+def cheap_check(pair: Example) -> str:
+    """Return why an induced pair needs no expert to be dropped, "" if it does.
+
+    Reasons: `induction_failed`, `truncated_instruction`, `empty_instruction`, `long_instruction`, `template_leak` (it
+    holds a mark of a prompt's template), `copies_response` (the instruction is the response, or one of them holds the
+    whole of the other and that is at least COPY_WORDS words long).
+    """
+    if pair.provenance.get("error"):
+        return "induction_failed"
+    if pair.provenance["truncated"]:
+        return "truncated_instruction"
+    instruction, response = normalise(pair.instruction or ""), normalise(pair.rejected or "")
+    if not instruction:
+        return "empty_instruction"
+    if len(instruction.split()) > MAX_INSTRUCTION_WORDS:
+        return "long_instruction"
+    if any(mark in instruction for mark in TEMPLATE_MARKS):
+        return "template_leak"
+    shorter, longer = sorted((instruction, response), key=len)
+    is_part = f" {shorter} " in f" {longer} " and len(shorter.split()) >= COPY_WORDS
+    return "copies_response" if instruction == response or is_part else ""
+
+
+def with_instructions(
+    examples: Sequence[Example], records: Mapping[str, Record], scores: Mapping[str, Record] | None = None
+) -> list[Example]:
+    """Join the corpus with the induce stage's records, and with the score stage's where there is one.
+
+    Raises:
+        UserError: Rows that have no record, or whose response has changed since.
+    """
+    require_records(examples, records, INDUCE)
+    pairs = [with_instruction(example, records[example.id]) for example in examples]
+    if scores is None:
+        return pairs
+    require_records(examples, scores, SCORE)
+    return [with_score(pair, scores[pair.id]) for pair in pairs]
+
+
+def with_instruction(example: Example, record: Record) -> Example:
+    """Join one row with its record of the induce stage; see with_instructions."""
+    if record["response"] != text_id(example.rejected or ""):
+        raise UserError(
+            f"row {example.id} ({example.provenance['source']}): the corpus has changed since its instruction was "
+            "induced; give the old corpus.path, or another output=FOLDER"
+        )
+    found = {"truncated": record["truncated"], "error": record.get("error", "")}
+    if "candidates" in record:
+        found["candidates"] = record["candidates"]
+    return replace(example, instruction=record["instruction"], provenance={**example.provenance, **found})
+
+
+def with_score(pair: Example, record: Record) -> Example:
+    """Put the best candidate in the place of the instruction, and its score beside it."""
+    chosen = candidates(pair)[record["best"]]
+    found = {"round_trip": record["scores"][record["best"]], "candidate_scores": record["scores"]}
+    return replace(chosen, provenance={**chosen.provenance, **found})
+
+
+def kept(examples: Sequence[Example], records: Mapping[str, Record]) -> list[Example]:
+    """Return the examples that the filter stage kept.
+
+    Raises:
+        UserError: Rows that have no record.
+    """
+    require_records(examples, records, FILTER)
+    return [example for example in examples if records[example.id]["keep"]]
+
+
+def require_records(examples: Sequence[Example], records: Mapping[str, Record], stage: str) -> None:
+    """Raise a UserError that counts the rows which a stage has not finished."""
+    num_missing = sum(example.id not in records for example in examples)
+    if num_missing:
+        raise UserError(
+            f"{num_missing} of {len(examples)} rows have no result of stage={stage} yet; run it to its end first "
+            f"(the same command with stage={stage}): it goes on where it stopped"
+        )
+
+
+def induce_configuration(name: str, fingerprint: str, generation: InductionSettings) -> dict[str, Any]:
+    """Return what the records of the induce stage depend on, for the header of its ledger."""
+    return {
+        "model": name,
+        "model_fingerprint": fingerprint,
+        "prompt": _digest(render_reversed("").text),
+        "generation.max_new_tokens": generation.max_new_tokens,
+        "generation.temperature": generation.temperature,
+        "generation.top_p": generation.top_p,
+        "generation.seed": generation.seed,
+        "generation.num_candidates": generation.num_candidates,
+        "generation.backend": generation.backend,
+    }
+
+
+def score_configuration(scorer: Scorer, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the records of the score stage depend on, the configuration of the stage before included."""
+    return {"forward_model": scorer.name, "forward_fingerprint": scorer.fingerprint, "stage_before": _before(before)}
+
+
+def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str = "", **more: Any) -> dict[str, Any]:
+    """Return what the records of an expert's stage depend on, the configuration of the stage before included.
+
+    Args:
+        expert: The expert.
+        before: Configuration of the stage before.
+        role: Whose prompt the expert is told: filter, respond.
+        more: What else the stage depends on.
+    """
+    return {
+        "expert": expert.name,
+        "expert_fingerprint": expert.fingerprint,
+        "expert_prompt": expert.prompt_hashes.get(role),
+        "checks": CHECKS_VERSION,
+        "stage_before": _before(before),
+        **more,
+    }
+
+
+def _before(configuration: Mapping[str, Any]) -> str:
+    return _digest(repr(sorted(configuration.items())))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

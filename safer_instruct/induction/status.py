@@ -1,0 +1,148 @@
+"""How far an induction is: rows, rate, time left and cost of each shard, from the ledgers alone, while they grow."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from config.errors import UserError
+from safer_instruct.induction.ledger import WRITTEN_AT, shard_count, shard_path
+from safer_instruct.induction.stages import SCORE, STAGES
+
+RATE_SECONDS = 600.0  # the rate is that of the last ten minutes of a ledger
+QUIET_SECONDS = 120.0  # nothing written for so long: the shard does not run, or waits
+_COST = re.compile(rb'"cost": ([0-9.e-]+)')
+_KEEP = re.compile(rb'"keep": true')
+_TIME = re.compile(rb'"' + WRITTEN_AT.encode() + rb'": ([0-9.]+)\}$')
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One stage of one shard.
+
+    Attributes:
+        done: Rows with a record.
+        rows: Rows that the stage has in this shard; None if its ledger does not tell yet.
+        kept: Rows that the filter kept; 0 for other stages.
+        cost: By the expert's prices.
+        rate: Rows a second over the last RATE_SECONDS of writing, 0 if nothing is being written.
+        written_at: Seconds since the epoch of the last record; 0 if there is none.
+    """
+
+    done: int = 0
+    rows: int | None = None
+    kept: int = 0
+    cost: float = 0.0
+    rate: float = 0.0
+    written_at: float = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every row of the stage has its record."""
+        return self.rows is not None and self.done >= self.rows
+
+
+def read_progress(path: Path, now: float) -> Progress:
+    """Look through one ledger; a torn tail and a missing file are no errors. Lines are searched, not parsed."""
+    rows, done, kept, cost = None, 0, 0, 0.0
+    times: list[float] = []  # of the records of the last RATE_SECONDS before the newest
+    if not path.is_file():
+        return Progress()
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if not line.endswith(b"\n"):
+                break
+            if number == 0:
+                rows = json.loads(line).get("rows")
+                continue
+            done += 1
+            kept += _KEEP.search(line) is not None
+            if found := _COST.search(line):
+                cost += float(found.group(1))
+            if found := _TIME.search(line.rstrip()):
+                times.append(float(found.group(1)))
+                if len(times) > 4096 and times[2048] < times[-1] - RATE_SECONDS:
+                    del times[:2048]
+    recent = [moment for moment in times if moment >= times[-1] - RATE_SECONDS]
+    is_live = bool(times) and now - times[-1] < QUIET_SECONDS
+    span = max(recent[-1] - recent[0], 1.0) if recent else 1.0
+    return Progress(done, rows, kept, cost, len(recent) / span if is_live else 0.0, times[-1] if times else 0.0)
+
+
+def render_status(folder: Path, now: float | None = None) -> str:
+    """The table of all shards that are not done, and the sums of all.
+
+    Raises:
+        UserError: There are no ledgers.
+    """
+    count = shard_count(folder)
+    if count is None:
+        raise UserError(f"{folder}: no ledgers yet; give the output=FOLDER of a run that has begun")
+    now = time.time() if now is None else now
+    stages = [stage for stage in STAGES if stage != SCORE or any(folder.glob(f"{SCORE}-*.jsonl"))]
+    shards = [
+        {stage: read_progress(shard_path(folder, stage, i, count), now) for stage in stages} for i in range(count)
+    ]
+    lines = list(_unfinished(shards, now))
+    num_open = len(lines)
+    header = ["shard", *stages, "rows/s", "left", "cost", "last row"]
+    table = [header, ["---"] * len(header), *lines] if lines else []
+    text = "\n".join("| " + " | ".join(row) + " |" for row in table)
+    return f"{text}\n\n{_sums(shards, stages)}\n{count - num_open} of {count} shards are done.".strip()
+
+
+def _unfinished(shards: list[dict[str, Progress]], now: float) -> Iterator[list[str]]:
+    for index, stages in enumerate(shards):
+        if all(progress.is_done for progress in stages.values()):
+            continue
+        current = next(progress for progress in stages.values() if not progress.is_done)
+        last = max(progress.written_at for progress in stages.values())
+        cost = sum(progress.cost for progress in stages.values())
+        yield [
+            str(index),
+            *(_share(progress) for progress in stages.values()),
+            f"{current.rate:.1f}",
+            _left(current),
+            f"{cost:.2f}",
+            f"{_duration(now - last)} ago" if last else "-",
+        ]
+
+
+def _sums(shards: list[dict[str, Progress]], stages: list[str]) -> str:
+    """One line a stage: rows done of those known, rate of all shards, time left at this rate, cost."""
+    lines = []
+    for stage in stages:
+        of_stage = [shard[stage] for shard in shards]
+        done, rate = sum(one.done for one in of_stage), sum(one.rate for one in of_stage)
+        known = [one.rows for one in of_stage if one.rows is not None]
+        # Shards are parts of one size: those that have not begun are reckoned with the mean of the others.
+        rows = round(sum(known) / len(known) * len(shards)) if known else 0
+        about = "" if len(known) == len(shards) else "about "
+        kept = f", {sum(one.kept for one in of_stage)} kept" if stage == "filter" else ""
+        cost = sum(one.cost for one in of_stage)
+        left = _duration((rows - done) / rate) if rate and rows > done else "-"
+        lines.append(
+            f"{stage}: {done} of {about}{rows} rows{kept}, {rate:.1f} rows/s, {left} left"
+            + (f", cost {cost:.2f}" if cost else "")
+        )
+    return "\n".join(lines)
+
+
+def _share(progress: Progress) -> str:
+    return f"{progress.done}/{'?' if progress.rows is None else progress.rows}"
+
+
+def _left(progress: Progress) -> str:
+    if progress.rows is None or not progress.rate:
+        return "-"
+    return _duration((progress.rows - progress.done) / progress.rate)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,1 @@
+"""Reports: tables, figures, page, and what they read of finished runs."""

@@ -1,0 +1,1 @@
+"""Rows of text: readers, examples, prompts, encoding."""

@@ -1,0 +1,178 @@
+"""The corpus of unsafe responses, as Examples whose `rejected` is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config.errors import UserError
+from config.paths import find_path
+from config.settings import CorpusSettings
+from safer_instruct.text.examples import Example, in_shard, text_id
+from safer_instruct.text.readers import Row, read_rows, require_columns
+
+MAX_PLACES = 10
+
+
+@dataclass
+class Dropped:
+    """Rows that are no part of the corpus: how many for each reason, and where the first of them are.
+
+    Attributes:
+        counts: Reason -> rows.
+        places: Reason -> the first few, as "file:line" (never text).
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def count(self, reason: str, where: str) -> None:
+        """Count one row."""
+        self.counts[reason] += 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < MAX_PLACES:
+            places.append(where)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The usable rows of one shard, in the order of the file, and what became of the others.
+
+    Attributes:
+        examples: Rows with `id`, `rejected`, `label` and provenance ("corpus.csv:17").
+        num_rows: Rows of the shard that were read, usable or not.
+        dropped: Rows of the shard that were dropped.
+        broken: Why reading ended before the end of the corpus (file:line and what is wrong there); "" if it did not.
+    """
+
+    examples: list[Example]
+    num_rows: int
+    dropped: Dropped
+    broken: str = ""
+
+
+def read_corpus(settings: CorpusSettings, *, index: int = 0, count: int = 1) -> Corpus:
+    """Read one shard of the corpus.
+
+    Rows without a response, with one that is no text, and repetitions of an id or a response are dropped and counted.
+    A row belongs to a shard by a hash of its id, so the shards are parts of the same whole for any `count`. Where the
+    file cannot be read on behind usable rows, these are kept and `broken` tells.
+
+    Args:
+        settings: File and columns.
+        index: The shard, from 0.
+        count: The number of shards.
+
+    Raises:
+        UserError: A missing, empty or broken file, a missing column, no usable row in the whole corpus; with
+            `on_bad_row=error`, the first row that would be dropped (repetitions are no error).
+    """
+    rows = CorpusRows(settings, index=index, count=count)
+    examples: list[Example] = []
+    ids: set[str] = set()
+    texts: set[str] = set()
+    for example in rows:
+        text = text_id(example.rejected or "")
+        if example.id in ids or text in texts:
+            rows.dropped.count(repetition(settings, same_id=example.id in ids), example.provenance["source"])
+            continue
+        ids.add(example.id)
+        texts.add(text)
+        examples.append(example)
+    return Corpus(examples, rows.num_rows, rows.dropped, rows.broken)
+
+
+def repetition(settings: CorpusSettings, *, same_id: bool) -> str:
+    """The reason to drop a row whose id or response was there before."""
+    return "duplicate_id" if same_id and settings.id_column else "duplicate_response"
+
+
+class CorpusRows:
+    """The usable rows of one shard, streamed, repetitions included; the counts are complete when the iteration is.
+
+    Attributes:
+        num_rows: Rows of the shard read so far, usable or not.
+        dropped: Rows of the shard that cannot be used.
+        broken: See Corpus.
+    """
+
+    def __init__(self, settings: CorpusSettings, *, index: int = 0, count: int = 1) -> None:
+        self.settings = settings
+        self.num_rows = 0
+        self.dropped = Dropped()
+        self.broken = ""
+        self._index, self._count = index, count
+        self._num_usable = 0  # of the whole corpus
+        self._unusable: Counter[str] = Counter()  # of the whole corpus
+
+    def __iter__(self) -> Iterator[Example]:
+        settings = self.settings
+        rows = read_rows(find_path(settings.path))
+        while settings.max_rows is None or self._num_usable < settings.max_rows:
+            try:
+                where, row = next(rows)
+            except StopIteration:
+                break
+            except UserError as error:
+                if not self._num_usable:
+                    raise
+                self.broken = str(error)
+                break
+            example = self._example(where, row)
+            if example is not None and in_shard(example.id, self._index, self._count):
+                self.num_rows += 1
+                yield example
+        if not self._num_usable:
+            reasons = ", ".join(f"{reason}: {number}" for reason, number in sorted(self._unusable.items()))
+            raise UserError(
+                f"corpus.path={settings.path}: none of its rows can be used ({reasons}); corpus.response_column="
+                f"{settings.response_column} must name the column of the responses"
+            )
+
+    def _example(self, where: str, row: Row) -> Example | None:
+        """One row, None if it cannot be used; counts it."""
+        settings = self.settings
+        needed = [settings.response_column, settings.label_column, settings.id_column]
+        if self._num_usable == 0:  # a column that is missing from the first row is missing from the file
+            require_columns(row, [name for name in needed if name], where)
+        response = row.get(settings.response_column)
+        reason = _why_unusable(response)
+        id = text_id(response) if isinstance(response, str) else where
+        if settings.id_column:
+            given = row.get(settings.id_column)
+            id = str(given) if given not in (None, "") else where
+            reason = reason or ("empty_id" if given in (None, "") else "")
+        if reason:
+            self._drop(reason, id, where)
+            return None
+        assert isinstance(response, str)
+        self._num_usable += 1
+        label = row.get(settings.label_column or "label")
+        source = f"{Path(where).name}"  # of the whole path only the name: it may name the user's machine
+        return Example(id, rejected=response, label="" if label is None else str(label), provenance={"source": source})
+
+    def _drop(self, reason: str, id: str, where: str) -> None:
+        if self.settings.on_bad_row == "error":
+            raise UserError(
+                f"{where}: {reason} in column {self.settings.response_column}; mend the row, or drop such rows with "
+                "corpus.on_bad_row=drop"
+            )
+        self._unusable[reason] += 1
+        if in_shard(id, self._index, self._count):
+            self.num_rows += 1
+            self.dropped.count(reason, Path(where).name)
+
+
+def _why_unusable(response: Any) -> str:
+    if response is None or (isinstance(response, str) and not response.strip()):
+        return "empty_response"
+    if not isinstance(response, str):
+        return "response_not_text"
+    try:
+        response.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can write as \ud800
+        return "response_not_unicode"
+    return ""

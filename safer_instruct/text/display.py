@@ -1,0 +1,75 @@
+"""Show numbers, and text that others wrote, on a page, in a plot or in Markdown."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+# Unicode: control, format (directions, zero widths), surrogate, private, unassigned, line and paragraph ends.
+INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+def short_name(name: str, limit: int = 22) -> str:
+    """Cut a name in the middle where it is too long for an axis, and write out its invisible characters."""
+    name = visible(name)
+    if len(name) <= limit:
+        return name
+    return f"{name[: limit // 2]}...{name[-(limit - limit // 2 - 3) :]}"
+
+
+def percent(value: float | None) -> str:
+    """Write `0.9432` as `94.3`, None as `-`."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def visible(text: str) -> str:
+    r"""Write out every control, direction and other invisible character; newline and tab stay.
+
+    A right-to-left override becomes `\u202e`, or it would reorder what stands around it; a lone surrogate
+    is no UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in INVISIBLE else _written_out(char) for char in text
+    )
+
+
+def _written_out(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
+
+
+def markdown_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    left: Sequence[int] = (0,),
+    markup: Sequence[int] = (),
+) -> str:
+    """Render a Markdown table.
+
+    Args:
+        header: Names of the columns.
+        rows: The cells of each row; what is no string is written as `str` does.
+        left: Columns that are aligned to the left; the others hold numbers.
+        markup: Columns whose cells hold markup of ours. All others are escaped.
+    """
+    rule = "|".join(":---" if i in left else "---:" for i in range(len(header)))
+    lines = ["| " + " | ".join(map(escape_markdown, header)) + " |", f"|{rule}|"]
+    for row in rows:
+        cells = [
+            str(cell).replace("|", "\\|") if i in markup else escape_markdown(str(cell)) for i, cell in enumerate(row)
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def markdown_code(text: str) -> str:
+    """Show a text as code, on one line; a text that holds a backtick cannot end it."""
+    return "`" + visible(text).replace("\n", " ").replace("`", "'") + "`"
+
+
+def escape_markdown(text: str) -> str:
+    """Keep a label or a name, which stem from files, from breaking a table or becoming markup."""
+    text = visible(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{char}" if char in "\\`*|" else char for char in text)

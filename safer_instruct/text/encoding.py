@@ -1,0 +1,190 @@
+"""Text to tokens: one rule for where a prompt ends and its response begins, for training and generation alike.
+
+A prompt is always encoded by itself, so the tokens that a model is trained behind are those that it is asked with.
+Prompt + response are then encoded as one string; where that begins with the prompt's tokens, the rest is the response.
+Where a merge straddles the boundary (":" + ")" may be one token ":)"), the prompt keeps its own tokens and the response
+is encoded as it would be after them. BOS is the tokenizer's business, and EOS ends every response that is not cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from config.errors import UserError
+from safer_instruct.text.prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Texts of which at least one ends in a token of its own whatever follows: they show how a response is encoded when it
+# does not stand at the start of a string (where sentencepiece would put a space before it).
+_ANCHORS = ("\n", "a", "0", ".", "\n\n", " .")
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """Token ids of a prompt and its responses (one, or chosen and rejected).
+
+    Attributes:
+        prompt: BOS (where the tokenizer adds it) and the prompt; the same for all responses.
+        responses: Each ends in EOS unless it was cut.
+        prompt_cut: The prompt's body lost its end.
+        responses_cut: For each response, whether it lost its end and EOS.
+        straddled: Responses whose first token would have merged with the prompt's last.
+    """
+
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+    prompt_cut: bool
+    responses_cut: tuple[bool, ...]
+    straddled: int
+
+
+class Encoder:
+    """Encodes rows of text in batches; the fast tokenizer spreads a batch over the cores.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        max_length: Tokens of prompt + response, BOS and EOS included.
+        max_prompt_length: Tokens of the prompt, BOS included; less than max_length.
+
+    Raises:
+        UserError: The tokenizer is not a fast one, or has no EOS token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, max_prompt_length: int) -> None:
+        if not 0 < max_prompt_length < max_length:
+            raise UserError(f"max_prompt_length={max_prompt_length} must be in 1..{max_length - 1} (max_length - 1)")
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token, so no response could end")
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self._eos: int = tokenizer.eos_token_id
+        self._tokenizer = _Tokenizer(tokenizer)
+
+    def encode(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[EncodedRow | str]:
+        """Token rows of N prompts, each with the same number of responses.
+
+        Args:
+            prompts: N prompts.
+            responses: N times the text(s) that follow the prompt directly.
+
+        Returns:
+            N rows; where there is none, the reason: "prompt_too_long" (the template leaves no room for the body) or
+            "no_tokens" (a response that the tokenizer makes nothing of).
+        """
+        fitted, prompt_ids = self._fit(prompts)
+        pairs = list(zip(fitted, responses, strict=True))
+        joint = iter(self._tokenizer.ids([prompt.text + text for prompt, texts in pairs if prompt for text in texts]))
+        rows: list[EncodedRow | str] = []
+        for original, ids, (prompt, texts) in zip(prompts, prompt_ids, pairs, strict=True):
+            if prompt is None:
+                rows.append("prompt_too_long")
+                continue
+            encoded = [self._response_ids(ids, next(joint), text) for text in texts]
+            complete = all(response for response, _ in encoded)
+            rows.append(self._finish(ids, encoded, prompt != original) if complete else "no_tokens")
+        return rows
+
+    def _fit(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt | None], list[list[int]]]:
+        ids = self._tokenizer.ids([prompt.text for prompt in prompts])
+        fitted: list[Prompt | None] = list(prompts)
+        for i, prompt in enumerate(prompts):
+            if len(ids[i]) > self.max_prompt_length:
+                fitted[i], ids[i] = self._tokenizer.cut(prompt, self.max_prompt_length)
+        return fitted, ids
+
+    def _response_ids(self, prompt: list[int], joint: list[int], response: str) -> tuple[list[int], bool]:
+        """The response's tokens behind the prompt's, and whether a merge straddled the boundary."""
+        n = len(prompt)
+        if joint[:n] == prompt:
+            return joint[n:], False
+        return self._tokenizer.ids_after_other_tokens(response), True
+
+    def _finish(self, prompt: list[int], responses: list[tuple[list[int], bool]], prompt_cut: bool) -> EncodedRow:
+        """EOS behind each response; a response that does not fit with it is cut, on its own."""
+        room = self.max_length - len(prompt)
+        ended = [[*ids, self._eos] for ids, _ in responses]
+        return EncodedRow(
+            prompt=prompt,
+            responses=tuple(ids[:room] for ids in ended),
+            prompt_cut=prompt_cut,
+            responses_cut=tuple(len(ids) > room for ids in ended),
+            straddled=sum(straddled for _, straddled in responses),
+        )
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int) -> list[int]:
+    """Tokens that a model is asked with: exactly those that it is trained behind.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        prompt: The rendered prompt.
+        max_tokens: Limit, BOS included; a longer prompt loses the end of its body.
+
+    Raises:
+        UserError: The prompt's template alone does not fit into `max_tokens`.
+    """
+    encode = _Tokenizer(tokenizer)
+    ids = encode.ids([prompt.text])[0]
+    if len(ids) > max_tokens:
+        fitted, ids = encode.cut(prompt, max_tokens)
+        if fitted is None:
+            raise UserError(
+                f"a prompt has no room in {max_tokens} tokens: its template alone fills them; raise the limit"
+            )
+    return ids
+
+
+def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The strings that the tokenizer would read as a special token wherever they stand in a text."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(added | set(tokenizer.all_special_tokens)))
+
+
+class _Tokenizer:
+    """The three questions that we ask of a fast tokenizer, without the EOS that some put behind every text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(f"{tokenizer.name_or_path}: a fast tokenizer is needed (a folder with tokenizer.json)")
+        self._tokenizer = tokenizer
+        mask = tokenizer("a", return_special_tokens_mask=True, verbose=False)["special_tokens_mask"]
+        self._num_suffix = next((i for i, special in enumerate(reversed(mask)) if not special), 0)
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with BOS where the tokenizer adds it, and without EOS."""
+        backend = self._tokenizer.backend_tokenizer  # what `tokenizer(texts)` calls, less its Python work per row
+        backend.no_truncation()
+        backend.no_padding()
+        encoded = [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
+        return [ids[: len(ids) - self._num_suffix] for ids in encoded] if self._num_suffix else encoded
+
+    def ids_after_other_tokens(self, text: str) -> list[int]:
+        """Token ids of `text` as it is encoded behind tokens that it does not merge with."""
+        joint = self.ids([anchor + text for anchor in _ANCHORS])
+        for anchor_ids, ids in zip(self.ids(_ANCHORS), joint, strict=True):
+            if ids[: len(anchor_ids)] == anchor_ids:
+                return ids[len(anchor_ids) :]
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def cut(self, prompt: Prompt, max_tokens: int) -> tuple[Prompt | None, list[int]]:
+        """The prompt with as much of its body's start as fits, and its token ids; (None, []) if nothing does.
+
+        The cut is made in the text, at the end of a token, so that the result is a prompt like any other.
+        """
+        body = prompt.body
+        while True:
+            shorter = prompt._replace(body=body)
+            encoded = self._tokenizer(shorter.text, return_offsets_mapping=True, verbose=False)
+            num_tokens = len(encoded["input_ids"]) - self._num_suffix
+            if num_tokens <= max_tokens:
+                return shorter, encoded["input_ids"][:num_tokens]
+            start, stop = len(prompt.head), len(prompt.head) + len(body)
+            ends = [end - start for begin, end in encoded["offset_mapping"] if start <= begin < end <= stop]
+            excess = num_tokens - max_tokens
+            body = body[: min(ends[-excess - 1], len(body) - 1)] if len(ends) > excess else ""
+            if not body:
+                return None, []

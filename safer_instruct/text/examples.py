@@ -1,0 +1,77 @@
+"""Rows of text: the Example that the stages pass on, its ids, its readers, shards and splits.
+
+Nothing here prints or raises a text of the corpus: errors name the file and the line, the column, or the row's id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ID_HEX_DIGITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row on its way through the method; None means "not known yet", and every stage adds what it finds out.
+
+    Attributes:
+        id: Hash of the text that the row was born from, or the id that its file gave it.
+        instruction: What was asked (induced, in Safer-Instruct).
+        input: Alpaca's second field: the material that the instruction is about.
+        chosen: The safe response.
+        rejected: The unsafe response.
+        label: Category of harm, "" if there is none.
+        verdict: The filter's reason, from its closed vocabulary.
+        provenance: What made the row: models, prompts, seeds. Never needed to train.
+    """
+
+    id: str
+    instruction: str | None = None
+    input: str = ""
+    chosen: str | None = None
+    rejected: str | None = None
+    label: str = ""
+    verdict: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def text_id(*texts: str) -> str:
+    """Id of a row: 16 hex digits of blake2b over its texts. ("ab", "c") and ("a", "bc") differ."""
+    digest = hashlib.blake2b(digest_size=ID_HEX_DIGITS // 2)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def normalise(text: str) -> str:
+    """The form in which two instructions are compared: case and the kind and amount of whitespace do not count."""
+    return " ".join(text.split()).casefold()
+
+
+def _uniform_hash(text: str, salt: bytes) -> int:
+    """A 64-bit number that is uniform over texts and the same on every machine."""
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=salt).digest(), "little")
+
+
+def in_shard(id: str, index: int, count: int) -> bool:
+    """Whether the row belongs to shard `index` (from 0) of `count`: a function of its id alone."""
+    if not 0 <= index < count:
+        raise ValueError(f"shard index must be in 0..{count - 1}; it is {index}")
+    return _uniform_hash(id, b"shard") % count == index
+
+
+def held_out(instruction: str, fraction: float) -> bool:
+    """Whether rows with this instruction are for evaluation: about `fraction` of all instructions are.
+
+    A function of the (normalised) instruction alone, so rows that share it never straddle the split, and the rows
+    held out at a smaller fraction are among those held out at a larger one.
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"the held-out fraction must be in 0..1; it is {fraction}")
+    return _uniform_hash(normalise(instruction), b"held out") < fraction * 2.0**64

@@ -1,0 +1,185 @@
+"""The prompts that models are evaluated on, and which of them were trained on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
+
+import xxhash
+
+from config.errors import UserError
+from config.paths import find_path
+from config.settings import PromptSetSettings
+from safer_instruct.text.examples import normalise, text_id
+from safer_instruct.text.prompts import reversed_target
+from safer_instruct.text.readers import read_rows, require_columns
+
+Kind = Literal["unsafe", "benign", "near"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPrompt:
+    """One prompt of a set.
+
+    Attributes:
+        id: Unique in its set; the file's column `id`, or a hash of the instruction.
+        instruction: What the model is asked.
+        set_name: The name of the set in `prompts.NAME`.
+        source: Where the prompt stems from (`si`, `hh`, ...): rates are given for each.
+        label: Category of the request, "" if none.
+        kind: "unsafe", "benign", or "near" (benign, but it looks unsafe).
+        reference: Strings that a right answer holds, each perhaps with alternatives `a|b`; empty if there is none.
+    """
+
+    id: str
+    instruction: str
+    set_name: str
+    source: str
+    label: str
+    kind: Kind
+    reference: tuple[str, ...] = ()
+
+
+def load_prompt_sets(sets: Mapping[str, PromptSetSettings]) -> dict[str, list[EvaluationPrompt]]:
+    """All prompt sets, by name; every set that cannot be read is reported at once.
+
+    Raises:
+        UserError: If there is no set, or one is missing, empty, lacks a column, names an unknown kind, or
+            repeats an id.
+    """
+    if not sets:
+        raise UserError("no prompts to evaluate on: name at least one set, prompts.NAME.path=FILE.jsonl")
+    loaded: dict[str, list[EvaluationPrompt]] = {}
+    errors: list[str] = []
+    for name, settings in sets.items():
+        try:
+            loaded[name] = load_prompt_set(name, settings)
+        except UserError as error:
+            errors.append(f"prompts.{name}: {error}")
+    if errors:
+        raise UserError("\n".join(errors))
+    return loaded
+
+
+def load_prompt_set(name: str, settings: PromptSetSettings) -> list[EvaluationPrompt]:
+    """The prompts of one file (JSONL, CSV, JSON or Parquet with a column `instruction`), in the file's order.
+
+    Raises:
+        UserError: As `load_prompt_sets`.
+    """
+    if settings.kind is not None and settings.kind not in KINDS:
+        raise UserError(f"kind={settings.kind} is unknown: choose one of {', '.join(KINDS)}")
+    return [prompt for prompt, _ in read_prompts(name, settings)]
+
+
+def read_prompts(name: str, settings: PromptSetSettings) -> Iterator[tuple[EvaluationPrompt, Mapping[str, Any]]]:
+    """The prompts of one file, each with the row that it stems from.
+
+    An instruction that a file without ids asks again is a prompt of its own, under the first one's id with a number.
+
+    Raises:
+        UserError: As `load_prompt_sets`.
+    """
+    if settings.kind is not None and settings.kind not in KINDS:
+        raise UserError(f"kind={settings.kind} is unknown: choose one of {', '.join(KINDS)}")
+    first_seen: dict[str, str] = {}
+    times: Counter[str] = Counter()
+    for where, row in read_rows(find_path(settings.path)):
+        if settings.max_rows is not None and len(first_seen) >= settings.max_rows:
+            break
+        prompt = _read_prompt(row, where, name, settings)
+        if not row.get("id"):
+            times[prompt.id] += 1
+            if times[prompt.id] > 1:
+                prompt = replace(prompt, id=f"{prompt.id}-{times[prompt.id]}")
+        if prompt.id in first_seen:
+            raise UserError(
+                f"{where}: the id {prompt.id!r} was already used at {first_seen[prompt.id]}; "
+                "ids must be unique in a set (leave the column out to have them made from the instruction)"
+            )
+        first_seen[prompt.id] = where
+        yield prompt, row
+    if not first_seen:
+        raise UserError(f"{settings.path} holds no prompt: a set needs at least one row with an `instruction`")
+
+
+def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: PromptSetSettings) -> EvaluationPrompt:
+    needed = ["instruction", *([] if settings.kind is not None else ["kind"])]
+    source_column = settings.source_column or "source"
+    require_columns(row, [*needed, *([source_column] if settings.source_column else [])], where)
+    instruction = str(row["instruction"] or "").strip()
+    if not instruction:
+        raise UserError(f"{where}: the instruction is empty")
+    if any("\ud800" <= char <= "\udfff" for char in instruction):
+        raise UserError(f"{where}: the instruction holds half of a surrogate pair, which no tokenizer can read")
+    kind = settings.kind or str(row["kind"])
+    if kind not in KINDS:
+        known = ", ".join(KINDS)
+        raise UserError(f"{where}: kind={kind!r} is unknown: write one of {known}, or set prompts.{name}.kind")
+    return EvaluationPrompt(
+        id=str(row.get("id") or text_id(instruction)),
+        instruction=instruction,
+        set_name=name,
+        source=settings.source or str(row.get(source_column) or name),
+        label="" if source_column == "label" else str(row.get("label") or ""),
+        kind=cast(Kind, kind),
+        reference=_read_reference(row.get("reference"), where),
+    )
+
+
+def _read_reference(value: Any, where: str) -> tuple[str, ...]:
+    """`["a|b", "c"]`, the same as JSON text in a CSV cell, or a plain string; None and "" mean no reference."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: `reference` is no JSON list ({error.msg}, column {error.colno})") from None
+    if value is None or value == "":
+        return ()
+    values = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(item, str) and item.strip(" |") for item in values):
+        raise UserError(f"{where}: `reference` must be a list of strings that are not empty")
+    return tuple(values)
+
+
+def prompts_fingerprint(prompts: Sequence[EvaluationPrompt]) -> str:
+    """Hash of a set's content: equal if and only if two reports were made on the same prompts."""
+    digest = xxhash.xxh3_128()
+    for prompt in prompts:
+        content = [prompt.id, prompt.instruction, prompt.source, prompt.label, prompt.kind, prompt.reference]
+        digest.update(json.dumps(content).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Prompts whose instruction occurs in a training file: their rates say nothing about new requests."""
+
+    path: str
+    num_rows: int
+    prompt_ids: tuple[str, ...]  # SET/ID
+
+
+def find_overlap(path: str, prompts: Iterable[EvaluationPrompt]) -> Overlap:
+    """Prompts whose instruction is in the training file, compared without case and spacing; the file is streamed.
+
+    Alpaca's `input` belongs to the instruction, as it does in training.
+
+    Raises:
+        UserError: If the file is missing or has no column `instruction`.
+    """
+    ids: dict[str, list[str]] = {}
+    for prompt in prompts:
+        ids.setdefault(normalise(prompt.instruction), []).append(f"{prompt.set_name}/{prompt.id}")
+    found: set[str] = set()
+    num_rows = 0
+    for where, row in read_rows(find_path(path)):
+        require_columns(row, ["instruction"], where)
+        num_rows += 1
+        instruction = reversed_target(str(row["instruction"] or ""), str(row.get("input") or ""))
+        found.update(ids.get(normalise(instruction), ()))
+    return Overlap(path, num_rows, tuple(sorted(found)))

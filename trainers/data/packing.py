@@ -1,0 +1,252 @@
+"""Rows of unequal length without padding: which rows share a micro-batch, and the flat tensors that they become.
+
+The sequences of a pair, [prompt, chosen] and [prompt, rejected], have their prompt in common, so a packed row holds it
+once: [prompt | chosen | rejected]. Positions of the rejected response continue from the prompt's, and
+`trainers.kernels.attention` keeps the two responses apart. Rows whose prompts begin alike (`trainers.data.prefixes`)
+share that beginning in the same way: it stands once, before the first of them, and each row holds the rest. The last
+token of a response predicts nothing and no token sees it: it is a target, but not an input.
+
+Letters: B = rows of a micro-batch, S = segments of a row (2: prompt and response; 3: prompt, chosen and rejected),
+T = token positions of the micro-batch, R = its target tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from trainers.data.prefixes import Prefixes, no_prefixes
+from trainers.data.token_store import TokenStore
+
+
+def default_max_tokens(device: torch.device) -> int:
+    """Positions of a micro-batch where none are set.
+
+    A CPU is fastest while the activations of a layer fit its cache; a GPU needs more rows to fill its matrix units.
+    """
+    return 8192 if device.type == "cuda" else 1024
+
+
+def input_lengths(lengths: Tensor) -> Tensor:
+    """Positions that each segment of a row takes: (..., S) tokens -> (..., S); responses without their last token."""
+    return torch.cat([lengths[..., :1], (lengths[..., 1:] - 1).clamp(min=0)], dim=-1)
+
+
+def balanced_shares(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Indices of each share, so that the sums of `sizes` differ little: the largest goes where the least is so far.
+
+    Args:
+        sizes: positions of each row.
+        num_shares: shares to make; some are empty where there are fewer rows.
+
+    Returns:
+        `num_shares` lists of indices into `sizes`, each by descending size. Equal sizes keep their order, so that the
+        result depends on nothing but the arguments.
+    """
+    heap = [(0, share) for share in range(num_shares)]
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        filled, share = heapq.heappop(heap)
+        shares[share].append(i)
+        heapq.heappush(heap, (filled + sizes[i], share))
+    return shares
+
+
+def best_fit(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of each bin: every row, largest first, goes into the fullest bin that has room for it.
+
+    Args:
+        sizes: positions of each row.
+        limit: positions that no bin exceeds, unless a single row does.
+    """
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room, bin), ascending
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        place = bisect.bisect_left(free, (sizes[i], -1))
+        room, chosen = free.pop(place) if place < len(free) else (limit, len(bins))
+        if chosen == len(bins):
+            bins.append([])
+        bins[chosen].append(i)
+        bisect.insort(free, (room - sizes[i], chosen))
+    return bins
+
+
+class RowSizes(NamedTuple):
+    """What rows add to a micro-batch."""
+
+    own: list[int]  # positions of each row, without those of its prefix
+    prefixes: list[int]  # positions of the prefix of its family
+    families: list[int]
+
+    @classmethod
+    def of(cls, positions: Tensor, prefixes: Prefixes) -> RowSizes:
+        """From the positions of each row by itself, (B,)."""
+        return cls((positions - prefixes.lengths).tolist(), prefixes.lengths.tolist(), prefixes.families.tolist())
+
+    def select(self, rows: list[int]) -> RowSizes:
+        """Of some of the rows."""
+        return RowSizes(*([values[i] for i in rows] for values in self))
+
+    def positions(self, rows: list[int]) -> int:
+        """Of a micro-batch of these rows."""
+        prefixes = {self.families[i]: self.prefixes[i] for i in rows}
+        return sum(self.own[i] for i in rows) + sum(prefixes.values())
+
+
+def pack_rows(sizes: RowSizes, *, limit: int, at_least: int) -> list[list[int]]:
+    """Indices of each micro-batch: as few as a best fit needs, and of like size.
+
+    Rows of a family go together, so that few micro-batches hold its prefix; what is left of the families, and rows
+    without one, fill up each other's. Then the rows are spread anew over as many micro-batches, evenly, if that keeps
+    the limit and repeats no more prefixes: equal sizes need less memory than full ones and a small rest.
+
+    Args:
+        sizes: of B rows.
+        limit: positions that no micro-batch exceeds, unless a single row does.
+        at_least: micro-batches to make; fewer where there are fewer rows.
+    """
+    fitted = _fit_families(sizes, limit)
+    needed = sum(map(sizes.positions, fitted))
+    num_bins = max(len(fitted), min(at_least, len(sizes.own)))
+    while True:
+        even = [part for part in balanced_shares(sizes.own, num_bins) if part]
+        filled = [sizes.positions(part) for part in even]
+        fits = all(size <= limit or len(part) == 1 for size, part in zip(filled, even, strict=True))
+        if fits and (num_bins > len(fitted) or sum(filled) <= needed):
+            return even
+        if num_bins == len(fitted):
+            return fitted
+        num_bins += 1
+
+
+def _fit_families(sizes: RowSizes, limit: int) -> list[list[int]]:
+    """A best fit of each family, and of what that makes."""
+    families: dict[int, list[int]] = {}
+    for i, family in enumerate(sizes.families):
+        families.setdefault(family, []).append(i)
+    parts = []
+    for members in families.values():
+        room = limit - sizes.prefixes[members[0]]
+        parts += [[members[i] for i in part] for part in best_fit([sizes.own[i] for i in members], room)]
+    return [
+        [i for part in together for i in parts[part]]
+        for together in best_fit([sizes.positions(part) for part in parts], limit)
+    ]
+
+
+def collate_packed(
+    store: TokenStore, rows: Tensor, columns: Mapping[str, Tensor], prefixes: Prefixes | None = None
+) -> TensorDict:
+    """The flat tensors of B rows, one behind the other.
+
+    For a row of prompt [5, 6], chosen [7, 8, 2], rejected [9, 2]:
+
+        input_ids       5  6  7  8  9
+        position_ids    0  1  2  3  2
+        lengths         2, 2, 1            of prompt, chosen and rejected, as inputs
+        sources         1  2  3  1  4      each response's first token is predicted from the prompt's last
+        needed          1  2  3  4         the positions among the sources
+        targets         7  8  2  9  2
+        num_targets     3, 2
+
+    Where rows have a prefix in common, it stands before the first of them, and `lengths` counts the rest of the prompt:
+
+        prefix_lengths  (B,)  positions of the prefix that stands before the row: 0 in all but the first of a family
+        prefix_rows     (B,)  the row before which the row's prefix stands; the row itself where it has none
+
+    Args:
+        store: N rows of S segments.
+        rows: (B,) row numbers.
+        columns: per-row values (N, ...) by name.
+        prefixes: of these rows (`Prefixes.select` of a larger batch's); None: they share nothing.
+
+    Returns:
+        input_ids, position_ids (T,), lengths (B, S), sources, targets (R,), needed, num_targets (B, S - 1), all int64,
+        and (B,) `row` and the columns; prefix_lengths and prefix_rows if there are any. Families stand together, in the
+        order of their first rows. It has no batch dimension: its tensors count different things.
+    """
+    families, shared = no_prefixes(len(rows)) if prefixes is None else prefixes
+    order = families.argsort(stable=True)
+    rows, families, shared = rows[order], families[order], shared[order]
+    is_first = families.diff(prepend=torch.tensor([-1])) != 0
+    input_ids, position_ids, sources, targets = [], [], [], []
+    offset = 0
+    for row, length, first in zip(rows.tolist(), shared.tolist(), is_first.tolist(), strict=True):
+        prompt, *responses = store.row(row)
+        skipped = 0 if first else length
+        start, last = len(prompt), min(len(prompt), 1)
+        input_ids.append(prompt[skipped:])
+        position_ids.append(torch.arange(skipped, start))
+        offset += start - skipped
+        last_of_prompt = torch.arange(offset - last, offset)
+        for response in responses:
+            num_inputs = max(len(response) - 1, 0)
+            input_ids.append(response[:num_inputs])
+            position_ids.append(torch.arange(start, start + num_inputs))
+            # Without a prompt nothing predicts the first token, and it is no target.
+            sources += [last_of_prompt[: len(response)], torch.arange(offset, offset + num_inputs)]
+            targets.append(response[1 - last :])
+            offset += num_inputs
+    source = torch.cat(sources)
+    lengths = store.lengths[rows].long()
+    targets_of = lengths[:, 1:] - (lengths[:, :1] == 0).long()
+    first_rows = is_first.nonzero().squeeze(1)[is_first.cumsum(0) - 1]
+    own_lengths = torch.cat([lengths[:, :1] - shared[:, None], lengths[:, 1:]], dim=1)
+    return TensorDict(
+        {
+            "input_ids": torch.cat(input_ids).long(),
+            "position_ids": torch.cat(position_ids),
+            "lengths": input_lengths(own_lengths),
+            "sources": source,
+            "needed": source.unique(),
+            "targets": torch.cat(targets).long(),
+            "num_targets": targets_of.clamp(min=0),
+            **({"prefix_lengths": shared * is_first, "prefix_rows": first_rows} if shared.any() else {}),
+            **{name: column[rows] for name, column in columns.items()},
+            "row": rows,
+        },
+        batch_size=[],
+    )
+
+
+def is_packed(batch: Mapping[str, Tensor]) -> bool:
+    """Whether a micro-batch is packed (flat), rather than padded."""
+    return "sources" in batch.keys()  # noqa: SIM118  # a TensorDict iterates over rows, not names
+
+
+def prompt_lengths(batch: Mapping[str, Tensor]) -> Tensor:
+    """Tokens of each prompt of a packed micro-batch, its prefix included: (B,)."""
+    lengths, rows = batch["lengths"][:, 0], batch.get("prefix_rows", None)
+    return lengths if rows is None else lengths + batch["prefix_lengths"][rows]
+
+
+def num_tokens(batch: TensorDict) -> Tensor:
+    """Tokens of all sequences, a shared prompt counted in each: a scalar, the same packed and padded."""
+    if not is_packed(batch):
+        return batch["attention_mask"].sum()
+    # A response's tokens are its targets (all but the first one of a row without prompt).
+    num_responses = batch["num_targets"].shape[1]
+    return num_responses * prompt_lengths(batch).sum() + batch["num_targets"].sum()
+
+
+def num_positions(batch: TensorDict) -> int:
+    """Positions that the model is run on."""
+    return batch["input_ids"].numel()
+
+
+def num_target_tokens(batch: TensorDict) -> Tensor:
+    """Tokens whose log-probabilities are summed: a scalar, int64."""
+    return batch["num_targets"].sum() if is_packed(batch) else batch["response_mask"][..., 1:].sum()
+
+
+def longest_sequence(batch: TensorDict) -> int:
+    """Tokens of the longest sequence; waits for the device where the batch is packed."""
+    if not is_packed(batch):
+        return batch["input_ids"].shape[-1]
+    return int((prompt_lengths(batch) + batch["lengths"][:, 1:].amax(1)).max()) + 1

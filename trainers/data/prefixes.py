@@ -1,0 +1,68 @@
+"""What many prompts begin with: the head of a template, a system prompt. A packed micro-batch computes it once.
+
+Letters: B = rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainers.data.token_store import TokenStore
+
+MIN_TOKENS = 16  # an estimate: a prefix costs copies of its keys and values for every row, and masks
+
+
+class Prefixes(NamedTuple):
+    """Which of B rows begin alike: those of one family have their first `lengths` tokens in common."""
+
+    families: Tensor  # (B,) int64: the place of the family's first row
+    lengths: Tensor  # (B,) int64: 0 for a row that begins as no other does
+
+    def select(self, places: Tensor) -> Prefixes:
+        """Those of some of the rows, (M,) places; a family of which one row is left has no prefix."""
+        _, members, counts = self.families[places].unique(return_inverse=True, return_counts=True)
+        firsts = torch.full((len(counts),), len(places)).scatter_reduce_(0, members, torch.arange(len(places)), "amin")
+        return Prefixes(firsts[members], self.lengths[places] * (counts[members] > 1))
+
+
+def no_prefixes(num_rows: int) -> Prefixes:
+    """Of rows that share nothing."""
+    return Prefixes(torch.arange(num_rows), torch.zeros(num_rows, dtype=torch.int64))
+
+
+def shared_prefixes(store: TokenStore, rows: Tensor) -> Prefixes:
+    """Families of rows whose prompts have MIN_TOKENS or more first tokens in common.
+
+    The last token of a prompt stays with its row: it predicts the first one of the responses.
+
+    Args:
+        store: of N rows.
+        rows: (B,) row numbers.
+    """
+    found = no_prefixes(len(rows))
+    room = store.lengths[rows, 0].long() - 1
+    places = (room >= MIN_TOKENS).nonzero().squeeze(1)
+    if not len(places):
+        return found
+    beginnings = store.beginnings(rows[places], MIN_TOKENS)
+    _, members, counts = beginnings.unique(dim=0, return_inverse=True, return_counts=True)
+    for family in (counts > 1).nonzero().squeeze(1):
+        own = places[members == family]
+        found.families[own] = own[0]
+        found.lengths[own] = _common_tokens(store, rows[own], int(room[own].min()))
+    return found
+
+
+def _common_tokens(store: TokenStore, rows: Tensor, limit: int) -> int:
+    """How many first tokens all these rows have in common, up to `limit`; MIN_TOKENS of them are known to be."""
+    width = MIN_TOKENS
+    while width < limit:
+        width = min(2 * width, limit)
+        beginnings = store.beginnings(rows, width)
+        differs = (beginnings != beginnings[0]).any(dim=0)
+        if differs.any():
+            return int(differs.int().argmax())
+    return limit

@@ -1,0 +1,241 @@
+"""Log-probabilities of target tokens under a causal language model.
+
+One path for policy, reference and evaluation: hidden states of all positions, the output embedding on the rows that
+predict a target (about a third of them in preference data), float32 softmax, float64 sum over a sequence. Summing
+hundreds of token log-probabilities in float32 loses 1e-3 nats, 25 times what all the rest does.
+
+Letters: B = rows, S = segments of a row, T = positions, D = width, V = vocabulary, R = target tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from config.errors import UserError
+from trainers.data.packing import is_packed
+from trainers.kernels.attention import packed_states
+from trainers.kernels.embeddings import embed, gradient_so_far
+
+MAX_LOGITS = 1 << 26  # held at once: 256 MiB of float32
+
+
+def autocast_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype that `model.autocast` names."""
+    return None if name is None else {"bfloat16": torch.bfloat16}[name]
+
+
+def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The states that the output embedding reads: (B, T) tokens, (B, T) right-padded mask -> (B, T, D).
+
+    Positions count the real tokens from 0; those of the padding repeat the last one, so that a model with a table of
+    positions is never asked for one that it lacks.
+    """
+    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+
+
+def sequence_logps(
+    model: Any, batch: Mapping[str, Tensor], autocast: torch.dtype | None = None, *, add_to_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Sum over the target tokens of log p(token | all before it), for each sequence.
+
+    Args:
+        model: a causal LM of transformers that `check_head` accepts and, for packed batches, `use_packed_attention`.
+        batch: a micro-batch of `BatchLoader`, packed (see `collate_packed`) or padded:
+            input_ids: (..., T) int64, right-padded.
+            attention_mask: (..., T) bool, True at real tokens.
+            response_mask: (..., T) bool, True where the token is a target. A token at position 0 has nothing before
+                it that could predict it, and is not a target whatever the mask says.
+        autocast: dtype of the matrix products where it is not that of the weights. Entered here and left again, so
+            that no weight that was cast before an optimizer step is used after it.
+        add_to_grad: the backward pass, which must be `backward()`, adds the gradients of both embeddings to `.grad` by
+            itself where the batch is packed; see `trainers.kernels.embeddings`.
+
+    Returns:
+        log-probabilities and numbers of target tokens: float64 in nats, and int64. Packed: (B,) for one response a
+        row, (B, 2) for two. Padded: of the leading dimensions (...).
+    """
+    with torch.autocast(batch["input_ids"].device.type, dtype=autocast, enabled=autocast is not None):
+        return _packed_logps(model, batch, add_to_grad) if is_packed(batch) else _padded_logps(model, batch)
+
+
+def _packed_logps(model: Any, batch: Mapping[str, Tensor], add_to_grad: bool) -> tuple[Tensor, Tensor]:
+    embedded_TD = embed(model.get_input_embeddings(), batch["input_ids"]) if add_to_grad else None
+    states_TD = packed_states(model, batch, embedded_TD)
+    # index_select: its backward pass adds up rows without sorting their numbers, as that of states[sources] does.
+    states_RD = states_TD.index_select(0, batch["sources"])
+    logps_R = token_logps(model.get_output_embeddings(), states_RD, batch["targets"], add_to_grad=add_to_grad)
+    num_targets = batch["num_targets"]
+    # Summed segment by segment: the same result each time, unlike index_add on a GPU.
+    sums = torch.segment_reduce(logps_R.double(), "sum", lengths=num_targets.flatten(), unsafe=True, initial=0.0)
+    leading = num_targets.shape if num_targets.shape[1] > 1 else num_targets.shape[:1]
+    return sums.view(leading), num_targets.view(leading)
+
+
+def _padded_logps(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    names = ("input_ids", "attention_mask", "response_mask")
+    leading = batch["input_ids"].shape[:-1]
+    input_ids, attention_mask, targets = (batch[name].flatten(0, -2) for name in names)
+    # The state at t predicts token t + 1: the last position predicts nothing and is not run.
+    states_BTD = hidden_states(model, input_ids[:, :-1], attention_mask[:, :-1])
+    targets = targets[:, 1:]
+    logps_R = token_logps(model.get_output_embeddings(), states_BTD[targets], input_ids[:, 1:][targets])
+    # Placed back into rows and summed along them: the same result each time, unlike index_add on a GPU.
+    logps_BT = torch.zeros(targets.shape, dtype=torch.float64, device=logps_R.device)
+    logps_BT = logps_BT.masked_scatter(targets, logps_R.double())
+    return logps_BT.sum(-1).view(leading), targets.sum(-1).view(leading)
+
+
+def token_logps(head: Any, states_RD: Tensor, targets_R: Tensor, *, add_to_grad: bool = False) -> Tensor:
+    """The log-softmax of head(states) at each row's target, (R,): float32, or float64 where the states are.
+
+    `add_to_grad`: see `trainers.kernels.embeddings`.
+    """
+    weight, bias = head.weight, head.bias
+    device = states_RD.device.type
+    if torch.is_autocast_enabled(device):
+        states_RD, weight = (x.to(torch.get_autocast_dtype(device)) for x in (states_RD, weight))
+    with torch.autocast(device, enabled=False):
+        return _TokenLogps.apply(states_RD, weight, bias, targets_R, torch.is_grad_enabled(), add_to_grad)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """The log-softmax of h W^T + b at the targets, without the copies of the logits that autograd would keep.
+
+    At most MAX_LOGITS logits exist at once. Where those of all rows fit, the exponentials that the forward pass leaves
+    in their place wait for the backward pass; more are made again there, part by part. With p = softmax(logits):
+
+        d logp / d logits = onehot(target) - p
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_R: Tensor, needs_gradient: bool,
+        add_to_grad: bool,
+    ) -> Tensor:  # fmt: skip
+        parts = _parts(states_RD, targets_R, weight_VD)
+        exponentials, sums, logps = [], [], []
+        for states, targets in parts:
+            exp_RV, sum_R1, logp_R = _exponentials(states, weight_VD, bias_V, targets)
+            if needs_gradient and len(parts) == 1:
+                exponentials.append((exp_RV, sum_R1))
+            sums.append(sum_R1)
+            logps.append(logp_R)
+        ctx.save_for_backward(states_RD, weight_VD, bias_V, targets_R)
+        ctx.exponentials, ctx.add_to_grad = exponentials, add_to_grad
+        return torch.cat(logps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
+        states_RD, weight_VD, bias_V, targets_R = ctx.saved_tensors
+        needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_states = torch.empty_like(states_RD) if needs_states else None
+        so_far = gradient_so_far(weight_VD) if needs_weight and ctx.add_to_grad else None
+        grad_weight = so_far
+        grad_bias = torch.zeros_like(bias_V) if needs_bias else None
+        kept, ctx.exponentials = ctx.exponentials, []  # overwritten below: a second backward pass makes them again
+        start = 0
+        for states, targets in _parts(states_RD, targets_R, weight_VD):
+            part = slice(start, start + len(states))
+            exp_RV, sum_R1 = kept.pop() if kept else _exponentials(states, weight_VD, bias_V, targets)[:2]
+            grad_R1 = grad_R[part, None].to(exp_RV.dtype)
+            grad_RV = exp_RV.mul_(-grad_R1 / sum_R1).scatter_add_(1, targets[:, None], grad_R1)
+            if grad_bias is not None:
+                grad_bias += grad_RV.sum(0)
+            grad_RV = grad_RV.to(states.dtype)
+            if grad_states is not None:
+                torch.mm(grad_RV, weight_VD, out=grad_states[part])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_RV.T, states)
+            elif needs_weight:
+                grad_weight = grad_RV.T @ states
+            start += len(states)
+        return grad_states, None if so_far is not None else grad_weight, grad_bias, None, None, None
+
+
+def _parts(states_RD: Tensor, targets_R: Tensor, weight_VD: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(states, targets) of so many rows at a time that MAX_LOGITS is kept."""
+    rows = max(1, MAX_LOGITS // len(weight_VD))
+    return list(zip(states_RD.split(rows), targets_R.split(rows), strict=True))
+
+
+def _exponentials(
+    states_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_R: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - largest) (R, V), sums (R, 1), and log-probabilities of the targets (R,); one buffer of logits."""
+    logits_RV = states_RD @ weight_VD.T
+    if logits_RV.dtype != torch.float64:
+        logits_RV = logits_RV.float()
+    if bias_V is not None:
+        logits_RV += bias_V
+    logits_RV -= logits_RV.amax(dim=1, keepdim=True)
+    target_R1 = logits_RV.gather(1, targets_R[:, None])
+    sum_R1 = logits_RV.exp_().sum(dim=1, keepdim=True)
+    return logits_RV, sum_R1, (target_R1 - sum_R1.log()).squeeze(1)
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Refuses a model whose logits are more than its output embedding applied to its last hidden states.
+
+    Soft-capped, scaled or shifted logits (Gemma 2, Cohere, Granite, ...) would make every log-probability here wrong
+    without a sign of it. No list of architectures: two tokens are run with a spy on the output embedding, which reads
+    what goes in and replaces what comes out.
+
+    Raises:
+        UserError: naming the class of the model, and what it does otherwise.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no output embedding; train a causal language model.")
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([[0, 1]], device=device)
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    seen: dict[str, Tensor] = {}
+
+    def spy(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen["input"] = args[0]
+        seen["difference"] = output - F.linear(args[0], module.weight, module.bias)  # type: ignore[arg-type]  # a head
+        # Values as large as logits get, where a soft cap bends them.
+        seen["output"] = torch.linspace(-100, 100, output.numel(), device=device).view(output.shape).to(output.dtype)
+        return seen["output"]
+
+    was_training = model.training
+    model.eval()
+    handle = head.register_forward_hook(spy)
+    try:
+        expected = hidden_states(model, input_ids, mask)
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        handle.remove()
+        model.train(was_training)
+    if "input" in seen and seen["difference"].abs().max() > 1e-2 * expected.abs().max():
+        raise UserError(
+            f"the output embedding of {type(model).__name__} is more than a matrix and a bias, which is all that "
+            "log-probabilities are computed from here; use a model without that."
+        )
+    if (
+        "input" not in seen
+        or seen["input"].shape != expected.shape
+        or not torch.allclose(seen["input"], expected, equal_nan=True)
+    ):
+        raise UserError(
+            f"{type(model).__name__} changes its hidden states before the output embedding. Log-probabilities are "
+            "computed from the hidden states here and would be wrong; use a model without that (Llama, Mistral, "
+            "Qwen, GPT-NeoX, GPT-2 and GPT-J are tested)."
+        )
+    if not torch.equal(logits.to(seen["output"].dtype), seen["output"]):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output embedding (a soft cap, a scale or a shift). "
+            "Log-probabilities are computed from the embedding's output here and would be wrong; use a model without "
+            "that (Llama, Mistral, Qwen, GPT-NeoX, GPT-2 and GPT-J are tested)."
+        )

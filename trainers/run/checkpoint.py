@@ -1,0 +1,363 @@
+"""Checkpoints: a folder for the world (`model/`) and one for going on (`state/`), complete or not there at all.
+
+    checkpoints/step-<examples>/
+      model/         weights (safetensors) and tokenizer, as `from_pretrained`, vLLM or lm_eval read them
+      state/         optimizer (torch.distributed.checkpoint, each process its shards), progress.json, rank<r>.json
+      policy.pt      the DPO repo's format, if `checkpoint.policy_pt`
+    LATEST -> checkpoints/step-<examples>
+    BEST -> checkpoints/step-<examples>        if `checkpoint.keep_best`
+
+The weights are kept once, in `model/`, in their own dtype: what is resumed is what is published, bit for bit.
+`state/` is read back only from a run's own directory, never from a `model.archive`: DCP's index is a pickle.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from config.errors import SaidElsewhere, UserError
+from config.settings import CheckpointSettings
+from trainers.data.cache import sync
+from trainers.distributed.layout import Layout, gather_objects
+from trainers.distributed.sharding import fill_model, full_parameters, full_state
+from trainers.run.rng import random_state, set_random_state
+from trainers.run.run_dir import RunDir
+
+Unlogged = dict[str, tuple[float, float]]  # metric -> (sum, count)
+
+
+@dataclass
+class Progress:
+    """Where a run stands, besides weights, optimizer and random numbers. All of it is JSON."""
+
+    examples: int = 0  # seen so far; with the seed, this is the position in the data
+    updates: int = 0  # optimizer steps taken
+    skipped: int = 0  # steps left out because they were not finite
+    evaluated_at: int = -1  # examples seen at the last evaluation; -1: none yet
+    evaluation: dict[str, float] = field(default_factory=dict)  # what it measured
+    identity: dict[str, str] = field(default_factory=dict)  # what a resumed run must agree on: keys of data, weights
+    log: dict[str, Any] = field(default_factory=dict)  # state of the metrics log: lengths of its files, wandb id
+
+
+def step_of(folder: Path) -> int:
+    """The examples seen, of a folder `step-<examples>`."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def saved_checkpoints(run_path: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folders = (run_path / "checkpoints").glob("step-*")
+    return sorted((folder for folder in folders if folder.name[5:].isdigit()), key=step_of)
+
+
+def read_progress(folder: Path) -> Progress:
+    """What a checkpoint says of the run."""
+    return Progress(**json.loads((folder / "state" / "progress.json").read_text(encoding="utf-8")))
+
+
+def fsync_tree(folder: Path) -> None:
+    """Makes every file below a folder, and the names of them, durable."""
+    for parent, _, files in os.walk(folder):
+        for name in [*files, "."]:
+            sync(Path(parent) / name)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a checkpoint so that no crash in between leaves a part of it that looks whole."""
+    discarded = folder.with_name(f".{folder.name}.discarded.partial")
+    folder.rename(discarded)
+    shutil.rmtree(discarded)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run; `save` copies what is to be written and returns, a thread does the rest.
+
+    In the thread of rank 0 a checkpoint becomes complete: weights, everybody's shards of the optimizer (written by
+    them, in threads of theirs), fsync, one rename; only then older ones go. So nothing that kills a run in between
+    leaves a directory that looks whole, and there is always the one before.
+    """
+
+    def __init__(
+        self, run: RunDir, settings: CheckpointSettings, layout: Layout, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        """Makes a process group of its own: the threads talk while the training does."""
+        self._run, self._settings, self._layout, self._tokenizer = run, settings, layout, tokenizer
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Any] | None = None
+
+    def save(
+        self,
+        *,
+        policy: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        unlogged: Unlogged | None = None,
+    ) -> None:
+        """Begins `checkpoints/step-<examples>`; every process must come here. Waits for the one before it.
+
+        Raises:
+            UserError: that one could not be written: the disk is full or fails. See `wait`.
+        """
+        self.wait()
+        run, layout = self._run, self._layout
+        final = run.checkpoints / f"step-{progress.examples}"
+        partial = final.with_name(f".{final.name}.partial")
+        layout.on_main(lambda: self._begin(partial))
+        weights = full_parameters(policy, layout)
+        ranks = gather_objects({"random": random_state(), "unlogged": unlogged or {}})
+        optimizer_state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
+        shards: Any = dcp.async_save(optimizer_state, checkpoint_id=partial / "state", process_group=self._group)
+        if layout.is_main:
+            state = {"progress": asdict(progress), **{f"rank{rank}": one for rank, one in enumerate(ranks)}}
+            exporter = exporter_of(policy)
+            self._pending = self._thread.submit(self._complete, partial, final, exporter, weights, state, shards)
+        else:
+            self._pending = shards
+        if not self._settings.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+            UserError: if the disk is full or fails; the earlier checkpoints are whole, and nothing of this one is left.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except CheckpointException as error:
+            if self._layout.is_main:
+                raise
+            raise SaidElsewhere(str(error)) from error  # DCP tells every process of a failure in any of them
+
+    def finish(self) -> None:
+        """Returns when rank 0 has nothing to write any more, in every process: none may end before.
+
+        Raises:
+            UserError: as `wait`; in every process, if it is rank 0's.
+        """
+        if self._layout.is_main:
+            self._layout.on_main(self.wait)
+        else:
+            self.wait()
+            self._layout.on_main(lambda: None)
+
+    def _begin(self, partial: Path) -> None:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "state").mkdir(parents=True)
+        except OSError as error:
+            raise self._failure(partial, error) from error
+
+    def _complete(
+        self,
+        partial: Path,
+        final: Path,
+        exporter: PreTrainedModel,
+        weights: dict[str, Tensor],
+        state: dict[str, Any],
+        shards: Future[Any],
+    ) -> None:
+        """The thread of rank 0: from the copies to a complete checkpoint."""
+        try:
+            try:
+                if self._settings.policy_pt:
+                    _save_policy_pt(partial / "policy.pt", weights, state["progress"]["examples"])
+                _save_model(partial / "model", exporter, weights, self._tokenizer)
+                for name, content in state.items():
+                    (partial / "state" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+            finally:
+                shards.result()  # nobody writes below `partial` any more, whatever went wrong here
+            fsync_tree(partial)
+            if final.exists():  # a run that went back to an earlier checkpoint has come here again
+                discard(final)
+            partial.rename(final)
+            _point(self._run.latest, final)
+        except (OSError, SafetensorError, CheckpointException) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._failure(final, error) from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._retire()
+
+    def _failure(self, final: Path, error: BaseException) -> UserError:
+        earlier = [folder for folder in saved_checkpoints(self._run.path) if folder != final]
+        kept = f"{earlier[-1]} is whole, and the same command goes on from it" if earlier else "there is no earlier one"
+        free = shutil.disk_usage(self._run.path).free / 2**20
+        # Some writers say only that a write failed: the free space tells the rest.
+        return UserError(
+            f"could not save the checkpoint {final} ({reason(error)}; {free:,.0f} MiB free there); what was written of "
+            f"it is removed; {kept}. Make room, or set checkpoint.keep_last=1 or a larger checkpoint.every_examples, "
+            "and type the command again."
+        )
+
+    def _retire(self) -> None:
+        """Points BEST at the best checkpoint, and deletes those that neither `keep_last` nor `keep_best` keeps."""
+        folders = saved_checkpoints(self._run.path)
+        keep = set(folders if self._settings.keep_last is None else folders[-self._settings.keep_last :])
+        if self._settings.keep_best is not None:
+            best = best_checkpoint(folders, self._settings.keep_best)
+            if best is not None:
+                _point(self._run.best, best)
+                keep.add(best)
+        for folder in folders:
+            if folder not in keep:
+                discard(folder)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Losses and negative log-likelihoods are best when small; rewards, accuracies, log-probabilities when large."""
+    return "loss" in metric or metric.startswith("nll")
+
+
+def best_checkpoint(folders: list[Path], metric: str) -> Path | None:
+    """The checkpoint whose own evaluation was best; the later one of equals; None: none was taken at an evaluation."""
+    scores = {}
+    for folder in folders:
+        progress = read_progress(folder)
+        if progress.evaluated_at == progress.examples and metric in progress.evaluation:
+            value = progress.evaluation[metric]
+            scores[folder] = (-value if lower_is_better(metric) else value, progress.examples)
+    return max(scores, key=lambda folder: scores[folder], default=None)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error; of DCP's, the one of the process that failed."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {type(cause).__name__}: {reason(cause)}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def exporter_of(policy: PreTrainedModel) -> PreTrainedModel:
+    """The policy without its weights, and without its layout, to call `save_pretrained` on while the policy trains."""
+    kind: Any = next(kind for kind in type(policy).__mro__ if not issubclass(kind, FSDPModule))
+    with torch.device("meta"):
+        exporter = kind(copy.deepcopy(policy.config)).to(policy.dtype)
+    exporter.generation_config = copy.deepcopy(policy.generation_config)
+    return exporter
+
+
+def _save_model(
+    folder: Path, exporter: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    transformers_logging.disable_progress_bar()  # the run has a line of its own
+    try:
+        exporter.save_pretrained(folder, state_dict=weights)
+    finally:
+        transformers_logging.enable_progress_bar()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _save_policy_pt(path: Path, weights: dict[str, Tensor], examples: int) -> None:
+    with path.open("wb") as file:  # an open file, so that a full disk is an OSError
+        torch.save({"step_idx": examples, "state": weights, "metrics": {}}, file)
+
+
+def _point(link: Path, target: Path) -> None:
+    """Makes a link of the run directory name a checkpoint; a reader sees the old or the new one."""
+    partial = link.with_name(f".{link.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target.relative_to(link.parent))
+    os.replace(partial, link)
+    for folder in (target.parent, link.parent):
+        sync(folder)
+
+
+def load_checkpoint(
+    run: RunDir, *, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, layout: Layout
+) -> tuple[Progress, Unlogged] | None:
+    """Puts the run's newest checkpoint into policy, optimizer and the random generators; None if there is none.
+
+    Every process must come here. The checkpoint may be of another layout and another number of processes. Random
+    generators of processes that it had not stay as they are; sums that were not logged yet go to rank 0.
+
+    Raises:
+        UserError: if a part of it is missing or does not fit the model.
+    """
+    newest = layout.on_main(lambda: saved_checkpoints(run.path)[-1:])
+    if not newest:
+        return None
+    state = newest[0] / "state"
+    try:
+        progress = read_progress(newest[0])
+        ranks = [json.loads((state / f"rank{rank}.json").read_text()) for rank in range(len([*state.glob("rank*")]))]
+        load_weights(policy, newest[0] / "model", layout)
+        optimizer_state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
+        dcp.load(optimizer_state, checkpoint_id=state)
+    except (OSError, ValueError, TypeError, SafetensorError, CheckpointException) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"checkpoint {newest[0]} cannot be read ({reason(error)}); delete that folder to go on from the one before "
+            "it."
+        ) from error
+    set_optimizer_state_dict(policy, optimizer, optimizer_state["optimizer"])
+    if layout.rank < len(ranks):
+        set_random_state(ranks[layout.rank]["random"])
+    return progress, _own_part([rank["unlogged"] for rank in ranks], layout)
+
+
+def _own_part(unlogged: list[Unlogged], layout: Layout) -> Unlogged:
+    """This process's sums; of another number of processes, all of them in rank 0 and zeros under the same names."""
+    if len(unlogged) == layout.world_size:
+        return unlogged[layout.rank]
+    sums: Unlogged = {}
+    for one in unlogged if layout.is_main else []:
+        for name, (total, count) in one.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + total, before[1] + count)
+    return sums or {name: (0.0, 0.0) for one in unlogged for name in one}
+
+
+def load_weights(policy: PreTrainedModel, folder: Path, layout: Layout) -> None:
+    """Copies the weights of an HF folder into a model of the same architecture and dtype; rank 0 reads them.
+
+    By way of `from_pretrained`: tensors may be stored under other names than the model's own (GPT-NeoX is one).
+
+    Raises:
+        UserError: for tensors that are missing, not asked for, or of another shape.
+    """
+    state: dict[str, Tensor] = {}
+    layout.on_main(lambda: state.update(full_state(_read_weights(policy, folder))))
+    fill_model(policy, state, layout)
+
+
+def _read_weights(policy: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    kind: Any = type(exporter_of(policy))
+    try:
+        stored, report = kind.from_pretrained(
+            folder, config=policy.config, dtype=policy.dtype, local_files_only=True, output_loading_info=True
+        )
+    except RuntimeError as error:  # a tensor of another shape
+        raise UserError(f"the weights in {folder} do not fit the model: {error}") from error
+    problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(problems.values()):
+        counts = "; ".join(
+            f"{len(keys)} {kind.replace('_', ' ')} ({keys[0]}, ...)" for kind, keys in problems.items() if keys
+        )
+        raise UserError(f"the weights in {folder} do not fit the model: {counts}.")
+    return stored

@@ -1,0 +1,53 @@
+"""One line on the terminal that tells how far a run is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class ProgressLine:
+    """One line with the examples seen, the time that is left and a few numbers; a line now and then off a terminal."""
+
+    SECONDS_BETWEEN_LINES = 30.0
+
+    def __init__(self, total: int, done: int, stream: TextIO = sys.stderr, *, active: bool = True) -> None:
+        """`total` and `done` are examples; one that is not active says nothing."""
+        self._active = active
+        self._bar = tqdm(
+            total=total, initial=done, unit="ex", file=stream, disable=not (active and stream.isatty()), leave=True
+        )
+        self._stream = stream
+        self._total, self._first, self._done = total, done, done
+        self._started = time.monotonic()
+        self._last_line = self._started - self.SECONDS_BETWEEN_LINES + 5
+        self._note = ""
+
+    def update(self, done: int, note: str | None = None) -> None:
+        """Moves on to `done` examples; `note` takes the place of the earlier one."""
+        self._note = self._note if note is None else note
+        if not self._bar.disable:
+            self._bar.set_postfix_str(self._note, refresh=False)
+            self._bar.update(done - self._done)
+        self._done = done
+        if self._bar.disable and time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
+            self._write_line()
+
+    def _write_line(self) -> None:
+        if not self._active:
+            return
+        self._last_line = time.monotonic()
+        seconds = self._last_line - self._started
+        rate = (self._done - self._first) / seconds if seconds else 0.0
+        left = tqdm.format_interval((self._total - self._done) / rate) if rate else "?"
+        line = f"{self._done}/{self._total} examples, {rate:.1f}/s, {left} left"
+        print(f"{line}, {self._note}" if self._note else line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """The last line."""
+        if self._bar.disable:
+            self._write_line()
+        self._bar.close()

@@ -1,0 +1,166 @@
+"""The directory of one run: who may write in it, and which command it belongs to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+from filelock import FileLock, Timeout
+
+from config.errors import UserError
+
+# Keys that leave the trained weights as they are: a command may change them and still go on with the run.
+FREE_KEYS = (
+    "exp_name", "run_dir", "local_run_dir", "local_dirs", "device", "fsdp_port", "debug", "dry_run", "log_text",
+    "minimum_log_interval_secs", "on_non_finite", "wandb", "checkpoint",
+    # Up to rounding: how the same batches are cut and laid out.
+    "trainer", "gradient_accumulation_steps", "max_tokens_per_microbatch", "activation_checkpointing",
+)  # fmt: skip
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested config as ("loss.beta", 0.1), the way they are typed."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differing_keys(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """One line for each key that would change the result: "loss.beta: 0.1 there, 0.5 now"."""
+    before, now = dict(flatten(stored)), dict(flatten(given))
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        if key.split(".")[0] in FREE_KEYS:
+            continue
+        there, here = before.get(key, "(absent)"), now.get(key, "(absent)")
+        if there != here:
+            lines.append(f"{key}: {there} there, {here} now")
+    return lines
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces a file by one with this text; a reader, or a crash, sees the old or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+class RunDir:
+    """A locked run directory. Use `with RunDir.open(...) as run`; the lock goes with the process, however it ends.
+
+    Attributes:
+        path: the directory.
+        checkpoints: where the checkpoints are.
+        latest, best: links to the newest and, with `checkpoint.keep_best`, to the best of them.
+        metrics, samples: files of JSON lines.
+    """
+
+    def __init__(self, path: Path, lock: FileLock | None) -> None:
+        """Use `open`, or `RunDir(path, None)` in a process beside the one that has opened it."""
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.latest = path / "LATEST"
+        self.best = path / "BEST"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path, *, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Self:
+        """Takes the directory for this process, made if need be, and writes `config.yaml` and `manifest.json`.
+
+        Raises:
+            UserError: another process has it (named), it holds a run of another config (the differing keys are
+                listed), or it cannot be written to.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = cls._acquire(path)
+        except OSError as error:
+            raise UserError(f"run_dir {path} cannot be written to ({error.strerror}); choose another.") from error
+        run = cls(path, lock)
+        try:
+            run._check_config(config)
+            write_durably(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+            write_durably(path / "manifest.json", json.dumps(manifest, indent=2, default=str) + "\n")
+            run._remove_partials()
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    @staticmethod
+    def _acquire(path: Path) -> FileLock:
+        lock, holder = FileLock(path / ".lock"), path / ".lock.holder"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            try:
+                who = holder.read_text(encoding="utf-8")
+            except FileNotFoundError:
+                who = "a process that has just started"
+            raise UserError(
+                f"run_dir {path} is in use by {who}; wait for it, stop it, or choose another exp_name or run_dir."
+            ) from None
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_durably(holder, f"process {os.getpid()} on {socket.gethostname()} since {started}")
+        return lock
+
+    def _check_config(self, config: Mapping[str, Any]) -> None:
+        stored = self.path / "config.yaml"
+        if not stored.exists() or not self.has_results():
+            return  # nothing that this command could continue by mistake
+        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        # Through YAML once, as the stored one was: tuples and the like compare as what they are read back as.
+        lines = differing_keys(before or {}, yaml.safe_load(yaml.safe_dump(dict(config))))
+        if lines:
+            raise UserError(
+                f"run_dir {self.path} holds a run of another config:\n  " + "\n  ".join(lines) + "\nGive this run its "
+                "own exp_name (or run_dir), put the values back to continue that one, or delete the directory."
+            )
+
+    def has_results(self) -> bool:
+        """Whether there is a checkpoint, or a row of metrics."""
+        has_metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return has_metrics or any(self.checkpoints.glob("step-*"))
+
+    def _remove_partials(self) -> None:
+        """What a killed process was writing. Nobody else can be: the lock is ours."""
+        for partial in self.checkpoints.glob(".*.partial"):
+            shutil.rmtree(partial)
+
+    def close(self) -> None:
+        """Gives the directory back."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        """The directory itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Gives the directory back."""
+        self.close()
+
+
+def truncate(path: Path, length: int) -> None:
+    """Cuts a file that a checkpoint had seen `length` bytes of back to them; a file that is gone stays gone."""
+    with suppress(FileNotFoundError):
+        if path.stat().st_size > length:
+            os.truncate(path, length)
