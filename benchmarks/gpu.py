@@ -1,0 +1,264 @@
+"""Is everything right and fast on a GPU? One command, at most eight minutes, every figure beside what was expected.
+
+    python -m benchmarks.gpu --output gpu                     # all stages
+    python -m benchmarks.gpu --output gpu --stages first      # card, correctness, resume, one 1B DPO figure: 4 minutes
+    python -m benchmarks.gpu --output gpu --stages dpo_1b sft_1b
+    python -m benchmarks.gpu --output gpu --model FOLDER      # also a real model: SFT, then DPO
+    python -m benchmarks.gpu --output gpu --device cpu --small    # the same code at toy size: a smoke test
+
+Each stage is a process of its own with a time limit and a second try, so that none takes the others down; its result is
+appended to `gpu.json` in the output folder as soon as it is known, and what it printed lies beside it. Models are built
+on the device from random weights, nothing is downloaded, wandb is off. Where packages are missing that only a machine
+without a network lacks, `scripts/card_wheels.sh` fetches them elsewhere: `PYTHONPATH=wheels/site`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TRIES = 2
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a figure should be: `at_least` or `at_most` a number, or true."""
+
+    figure: str
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(figure: str, bound: float, unit: str = "") -> Expected:
+    """Expect a figure of `bound` or more."""
+    return Expected(figure, f">= {bound:g}{unit}", lambda value: value >= bound)
+
+
+def at_most(figure: str, bound: float, unit: str = "") -> Expected:
+    """Expect a figure of `bound` or less."""
+    return Expected(figure, f"<= {bound:g}{unit}", lambda value: value <= bound)
+
+
+def yes(figure: str) -> Expected:
+    """Expect a figure that is true."""
+    return Expected(figure, "yes", bool)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A process, its limit, and what it should find.
+
+    Attributes:
+        command: Arguments of python; the last line that it prints is a JSON object of figures.
+        small: Arguments that replace those of `command` with `--small`.
+        limit_seconds: After these it is killed; the second try gets as many.
+        expected: What the figures should be.
+        alongside: A stage that runs at the same time: neither of the two is timed.
+    """
+
+    command: tuple[str, ...]
+    small: tuple[str, ...]
+    limit_seconds: float
+    expected: tuple[Expected, ...] = ()
+    alongside: str | None = field(default=None)
+
+
+def _check(name: str, *options: str) -> tuple[str, ...]:
+    return ("-m", "benchmarks.gpu_checks", name, *options)
+
+
+def _throughput(*options: str) -> tuple[str, ...]:
+    return ("-m", "benchmarks.dpo_throughput", "--print-json", *options)
+
+
+SMALL = ("--width", "64", "--layers", "2", "--vocabulary", "512", "--batch-size", "4", "--steps", "2")
+DPO_1B = ("--size", "1b", "--batch-size", "256", "--steps", "3")
+STAGES: dict[str, Stage] = {
+    "card": Stage(
+        _check("card"), _check("card", "--size", "256"), 40,
+        (at_least("bf16_tflops", 700), at_least("copy_tb_per_s", 2.7)),
+    ),
+    "correctness": Stage(
+        _check("correctness"), _check("correctness", "--lengths", "40"), 200,
+        (
+            yes("all_within"), at_most("worst_float32", 1e-4), at_most("worst_bfloat16_ratio", 2),
+            at_least("control", 1e-2),
+        ),
+        alongside="resume",
+    ),
+    "resume": Stage(
+        _check("resume"), _check("resume"), 200, (yes("stopped_with_75"), yes("same_losses"), yes("bit_equal")),
+    ),
+    "dpo_1b_first": Stage(
+        _throughput(*DPO_1B, "--contenders", "packed_bf16_compiled"),
+        _throughput(*SMALL, "--contenders", "packed_bf16"), 120, (at_least("mfu_with_head", 0.45),),
+    ),
+    "waits": Stage(
+        _check("waits"), _check("waits", "--size", "tiny"), 60, (at_most("waits_per_step", 1),),
+    ),
+    "dpo_1b": Stage(
+        _throughput(
+            *DPO_1B, "--contenders", "literal_bf16", "packed_bf16", "packed_bf16_compiled", "trl_bf16",
+            "--literal-parts", "16", "--trl-rows", "16",
+        ),
+        _throughput(*SMALL, "--contenders", "literal_bf16", "packed_bf16"), 170,
+        (at_least("times_literal", 4), at_least("times_trl", 2), at_least("mfu_with_head", 0.45)),
+    ),
+    "sft_1b": Stage(
+        _throughput(
+            "--task", "sft", *DPO_1B, "--contenders", "trl_packed_bf16", "packed_bf16", "packed_bf16_compiled",
+            "--trl-rows", "32",
+        ),
+        _throughput("--task", "sft", *SMALL, "--contenders", "packed_bf16"), 90, (at_least("times_trl", 1.2),),
+    ),
+    "dpo_7b": Stage(
+        _throughput(
+            "--size", "7b", "--batch-size", "64", "--steps", "2", "--contenders", "packed_bf16_compiled",
+            "--fit-layers",
+        ),
+        _throughput(*SMALL, "--contenders", "packed_bf16"), 120,
+        (at_least("mfu_with_head", 0.5), at_most("peak_reserved_gib", 139)),
+    ),
+    "dpo_7b_full": Stage(
+        _throughput(
+            "--size", "7b", "--batch-size", "64", "--steps", "2", "--contenders", "packed_bf16_full", "--fit-layers",
+        ),
+        _throughput(*SMALL, "--contenders", "packed_full"), 90,
+    ),
+    "isolated": Stage(_check("isolated"), _check("isolated", "--size", "tiny"), 60),
+    "save": Stage(_check("save"), _check("save", "--size", "tiny"), 60, (at_most("stall_seconds", 1.0),)),
+    "generation": Stage(_check("generation"), _check("generation", "--size", "tiny"), 60),
+    "real_model": Stage(_check("real_model"), _check("real_model"), 300, (at_least("reward_accuracy", 0.8),)),
+}  # fmt: skip
+FIRST = ("card", "correctness", "dpo_1b_first")
+NOT_IN_ALL = ("resume", "dpo_1b_first")  # the first runs alongside, the second is part of dpo_1b
+
+
+def chosen_stages(names: list[str], *, has_model: bool) -> list[str]:
+    """Spell `first` and `all` out; the real model is only there where its folder is given."""
+    if names == ["first"]:
+        return list(FIRST)
+    if names == ["all"]:
+        return [name for name in STAGES if name not in NOT_IN_ALL and (has_model or name != "real_model")]
+    unknown = set(names) - STAGES.keys()
+    if unknown:
+        raise SystemExit(f"--stages {' '.join(sorted(unknown))}: no such stage; there are {', '.join(STAGES)}")
+    return names
+
+
+class Run:
+    """The stages of one command, and where their results go."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        """Make the output folder."""
+        self.arguments = arguments
+        self.folder: Path = arguments.output
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.results: list[dict[str, Any]] = []
+
+    def stage(self, name: str) -> None:
+        """Run a stage and what runs alongside, append what they found, and print it."""
+        names = [name, *filter(None, [STAGES[name].alongside])]
+        for result in self._results(names):
+            self.results.append(result)
+            with (self.folder / "gpu.json").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            print(json.dumps({key: result[key] for key in ("stage", "seconds", "error", "figures")}), flush=True)
+
+    def _results(self, names: list[str]) -> Iterator[dict[str, Any]]:
+        waiting = {name: 1 for name in names}  # name -> number of the try
+        while waiting:
+            started = {name: (time.monotonic(), self._start(name, attempt)) for name, attempt in waiting.items()}
+            again = {}
+            for name, (began, process) in started.items():
+                figures, error = self._wait(name, process, began)
+                if error and waiting[name] < TRIES:
+                    again[name] = waiting[name] + 1
+                    continue
+                yield {
+                    "stage": name, "seconds": round(time.monotonic() - began, 1), "tries": waiting[name],
+                    "error": error, "figures": figures,
+                }  # fmt: skip
+            waiting = again
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def _start(self, name: str, attempt: int) -> subprocess.Popen[bytes]:
+        stage, arguments = STAGES[name], self.arguments
+        options = [*(stage.small if arguments.small else stage.command), "--device", arguments.device]
+        if name == "real_model":
+            options += ["--model", str(arguments.model)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+        with self._log(name).open("ab") as log:
+            log.write(f"--- try {attempt}: python {' '.join(options)}\n".encode())
+            log.flush()
+            return subprocess.Popen(
+                [sys.executable, *options], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _wait(self, name: str, process: subprocess.Popen[bytes], began: float) -> tuple[dict[str, Any], str | None]:
+        """Return the figures of a stage, and what went wrong."""
+        limit = STAGES[name].limit_seconds
+        try:
+            status = process.wait(max(0.1, began + limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            return {}, f"killed after {limit:.0f} s; {self._log(name)} has what it printed"
+        lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()
+        if status:
+            return {}, f"status {status}: {lines[-1] if lines else ''}"
+        try:
+            return json.loads(lines[-1]), None
+        except (json.JSONDecodeError, IndexError):
+            return {}, f"its last line is no JSON; see {self._log(name)}"
+
+    def table(self) -> str:
+        """Return measured against expected, a line a figure that something is expected of."""
+        lines = [f"{'stage':16}{'figure':24}{'measured':>14}{'expected':>14}  {'':6}"]
+        for result in self.results:
+            if result["error"]:
+                lines.append(f"{result['stage']:16}{result['error']}")
+                continue
+            for one in STAGES[result["stage"]].expected:
+                value = result["figures"].get(one.figure)
+                if value is None:
+                    shown, verdict = "-", "not measured"
+                else:
+                    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+                    verdict = "ok" if one.holds(value) else "MISSED"
+                lines.append(f"{result['stage']:16}{one.figure:24}{shown:>14}{one.words:>14}  {verdict}")
+        return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the stages, and end with a table of measured against expected."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of gpu.json and of what the stages print")
+    parser.add_argument("--stages", nargs="+", default=["all"], help=f"first, all, or some of {', '.join(STAGES)}")
+    parser.add_argument("--model", type=Path, default=None, help="folder of a real model for the stage real_model")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="toy sizes: a smoke test of this program")
+    arguments = parser.parse_args()
+    if "real_model" in arguments.stages and arguments.model is None:
+        raise SystemExit("--stages real_model needs --model FOLDER")
+    run, began = Run(arguments), time.monotonic()
+    for name in chosen_stages(arguments.stages, has_model=arguments.model is not None):
+        run.stage(name)
+    print(run.table())
+    print(f"{time.monotonic() - began:.0f} s in all; {run.folder / 'gpu.json'}")
+
+
+if __name__ == "__main__":
+    main()
