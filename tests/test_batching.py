@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainers.data.batching import BatchLoader, GlobalBatch, permutation
+from trainers.data.cutters import build_cutter
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 
 PAD = 0
@@ -34,17 +35,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 def loader(store: TokenStore, **changes: Any) -> BatchLoader:
-    arguments: dict[str, Any] = {
-        "batch_size": 5,
-        "seed": 0,
-        "shuffle": True,
-        "num_epochs": 2,
-        "num_examples": None,
-        "num_microbatches": 1,
-        "max_tokens_per_microbatch": None,
-        "pad_token_id": PAD,
-    }
-    return BatchLoader(store, **(arguments | changes))
+    """In batches of 5, two epochs; of the changes, the names of `build_cutter` are the cutter's."""
+    options: dict[str, Any] = {"packing": False, "device": torch.device("cpu"), "pad_token_id": PAD}
+    options |= {name: changes.pop(name) for name in ("packing", "max_tokens", "num_microbatches") if name in changes}
+    arguments: dict[str, Any] = {"batch_size": 5, "seed": 0, "num_epochs": 2}
+    return BatchLoader(store, build_cutter(**options), **(arguments | changes))
 
 
 def own_rows(batch: GlobalBatch) -> list[int]:
@@ -81,11 +76,11 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does(store: TokenStore
 
     first = order()
     assert first == order()
-    assert first == order(num_microbatches=3, max_tokens_per_microbatch=30)
+    assert first == order(num_microbatches=3, max_tokens=30)
     assert first == order(batch_size=7)
     assert first[:23] != first[23:]
     assert order(seed=1)[:23] != first[:23]
-    assert order(shuffle=False) == list(range(23)) * 2
+    assert order(seed=None) == list(range(23)) * 2
     assert permutation(23, seed=0, epoch=1).tolist() == first[23:]
 
 
@@ -170,9 +165,9 @@ def test_microbatches(
         store,
         num_microbatches=num_microbatches,
         batch_size=batch_size,
-        max_tokens_per_microbatch=max_tokens,
-        columns={"score": torch.arange(11.0) * 3},
+        max_tokens=max_tokens,
     )
+    data.columns = {"score": torch.arange(11.0) * 3}
     for batch in data.batches():
         sizes = [len(m) for m in batch.microbatches]
         assert min(sizes) > 0

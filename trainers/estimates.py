@@ -14,8 +14,8 @@ from torch import Tensor
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader
 from trainers.distributed.layout import gather_objects
-from trainers.run.metrics import MetricsLog, peak_memory_gib
-from trainers.trainer import Trainer
+from trainers.run.metrics import peak_memory_gib
+from trainers.trainer import Trainer, passes_multiple
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Work:
 
 
 def count_work(loader: BatchLoader) -> Work:
-    """Counts without making a batch: some ten seconds for a million rows. The loader must have rows."""
+    """Count without making a batch: some ten seconds for a million rows. The loader must have rows."""
     plan = list(loader.plan())
     batches = [rows for rows, _ in plan]
     sizes = [[size for own in ranks for size in own] for _, ranks in plan]
@@ -58,7 +58,7 @@ def count_work(loader: BatchLoader) -> Work:
         microbatches=sum(map(len, sizes)),
         tokens=tokens,
         positions=positions,
-        padding=0.0 if loader.packing else 1 - tokens / positions,
+        padding=max(0.0, 1 - tokens / positions),  # packed, a position may stand for a token of two sequences
         largest_microbatch=max(sizes[largest]),
         first=batches[0],
         largest=batches[largest],
@@ -66,12 +66,12 @@ def count_work(loader: BatchLoader) -> Work:
 
 
 def num_evaluations(ends: Sequence[int], settings: TrainConfig) -> int:
-    """How often a run evaluates whose steps end at these numbers of examples."""
+    """Count the evaluations of a run whose steps end at these numbers of examples."""
     return settings.do_first_eval + len(_due_at(ends, settings.eval_every))
 
 
 def num_checkpoints(ends: Sequence[int], settings: TrainConfig) -> int:
-    """How many checkpoints it leaves; with `keep_best`, the best counts beside the last ones."""
+    """Count the checkpoints that it leaves; with `keep_best`, the best one stays beside the last ones."""
     checkpoint = settings.checkpoint
     written = 0 if settings.debug else len(_due_at(ends, checkpoint.every_examples or settings.eval_every))
     if checkpoint.keep_last is None:
@@ -80,9 +80,9 @@ def num_checkpoints(ends: Sequence[int], settings: TrainConfig) -> int:
 
 
 def _due_at(ends: Sequence[int], every: int) -> set[int]:
-    """The ends of the steps that pass a multiple of `every`, and of the last step."""
+    """Return the ends of the steps that pass a multiple of `every`, and of the last step."""
     starts = [0, *ends[:-1]]
-    return {end for start, end in zip(starts, ends, strict=True) if end // every > start // every} | {ends[-1]}
+    return {end for start, end in zip(starts, ends, strict=True) if passes_multiple(start, end, every)} | {ends[-1]}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Measured:
 
 
 def measure(trainer: Trainer) -> Measured:
-    """Takes three steps and evaluates; every process must come here.
+    """Take three steps and evaluate; every process must come here.
 
     Args:
         trainer: before its first step, under `debug`. Its training loader is an excerpt with the first global batch of
@@ -118,8 +118,7 @@ def measure(trainer: Trainer) -> Measured:
         (batch,) = loader.batches()
         batch, trainer.train_loader = replace(batch, start_examples=trainer.progress.examples), loader
         seconds = _seconds(partial(trainer.train_step, batch), device)
-    with MetricsLog(trainer.run, trainer.settings, {}, {}, active=False) as trainer.log:
-        forward_seconds = [_seconds(trainer.evaluate, device) for _ in range(2)][-1]
+    forward_seconds = [_seconds(trainer.evaluate, device) for _ in range(2)][-1]  # the first one warms up
     weights, optimizer = checkpoint_bytes(trainer)
     return Measured(
         step_seconds=seconds / count_work(first).positions,
@@ -130,8 +129,8 @@ def measure(trainer: Trainer) -> Measured:
     )
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    """What it takes, the device's part included."""
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time a call, the device's part included."""
     started = time.monotonic()
     work()
     if device.type == "cuda":
@@ -140,7 +139,7 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def checkpoint_bytes(trainer: Trainer) -> tuple[int, int]:
-    """Bytes of the weights (twice with `checkpoint.policy_pt`) and of the optimizer's state, after a step.
+    """Count the bytes of the weights (twice with `checkpoint.policy_pt`) and of the optimizer's state, after a step.
 
     The tensors of all processes; tokenizer, random states and headers are some 100 kB beside them.
     """
@@ -157,7 +156,7 @@ def _bytes(tensors: Any) -> int:
 def describe_work(
     settings: TrainConfig, loaders: Sequence[BatchLoader], works: Sequence[Work], cut: Mapping[str, int]
 ) -> str:
-    """Lines on what the run is.
+    """Describe what the run is, in a few lines.
 
     Args:
         settings: of the run.
@@ -165,7 +164,7 @@ def describe_work(
         works: of these.
         cut: what of the rows was cut -> number of them.
     """
-    rows, work, limit = [len(loader.store) for loader in loaders], works[0], loaders[0].max_tokens
+    rows, work, limit = [len(loader.store) for loader in loaders], works[0], loaders[0].cutter.max_tokens
     return _table(
         {
             "rows": f"{rows[0]:,} for training, {sum(rows[1:]):,} for evaluation; cut: "
@@ -182,7 +181,7 @@ def describe_work(
 def describe_measured(
     settings: TrainConfig, works: Sequence[Work], measured: Measured, reference_positions: int
 ) -> str:
-    """Lines on what the run takes.
+    """Describe what the run takes, in a few lines.
 
     Args:
         settings: of the run.

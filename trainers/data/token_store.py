@@ -20,6 +20,11 @@ from xxhash import xxh3_128_hexdigest
 ID_BYTES = 32
 
 
+def sequence_lengths(lengths: Tensor) -> Tensor:
+    """Return the tokens of each row's (longer) sequence, prompt included: (..., S) of its segments -> (...) int64."""
+    return lengths[..., 0].long() + lengths[..., 1:].amax(-1)
+
+
 class TokenStore:
     """N rows of S token segments each: (prompt, response), or (prompt, chosen, rejected).
 
@@ -44,24 +49,24 @@ class TokenStore:
         return len(self.lengths)
 
     def row(self, i: int) -> list[Tensor]:
-        """The S segments of row i, each (T,) int32; views of the map, not to be written to."""
+        """Return the S segments of row i, each (T,) int32: views of the map, not to be written to."""
         place = i if self._index is None else int(self._index[i])
         start = int(self._offsets[place])
         lengths = self.lengths[i].tolist()
         return list(self._tokens[start : start + sum(lengths)].split(lengths))
 
     def beginnings(self, rows: Tensor, width: int) -> Tensor:
-        """The first tokens of these rows (B,), none of them shorter: (B, width) int32."""
+        """Return the first tokens of these rows (B,), none of which is shorter: (B, width) int32."""
         places = rows if self._index is None else self._index[rows]
         return self._tokens[self._offsets[places, None] + torch.arange(width)]
 
     def ids(self, i: int) -> str:
-        """Name of row i: what errors and reports call it by."""
+        """Return the name of row i, by which errors and reports call it."""
         place = i if self._index is None else int(self._index[i])
         return self._ids[place].decode()
 
     def select(self, rows: Tensor) -> TokenStore:
-        """A store of these rows, in this order, over the same maps; its key tells the selection.
+        """Return a store of these rows, in this order, over the same maps; its key tells the selection.
 
         Args:
             rows: (M,) int64 row numbers of this store.
@@ -75,7 +80,7 @@ class TokenStore:
 
 
 def _map(path: Path, dtype: type[np.generic]) -> Tensor:
-    """A file as a flat tensor. Mapped copy-on-write: torch wants it writable, and nothing reaches the file."""
+    """Map a file as a flat tensor, copy-on-write: torch wants it writable, and nothing reaches the file."""
     if not path.stat().st_size:
         return torch.from_numpy(np.empty(0, dtype))
     return torch.from_numpy(np.memmap(path, dtype, "c"))
