@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
 from torch import Tensor
 
 from trainers.data.batching import BatchLoader, GlobalBatch, permutation
-from trainers.data.cutters import build_cutter
+from trainers.data.cutters import PaddedCutter, build_cutter
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 
 PAD = 0
@@ -251,6 +252,55 @@ def test_the_next_batch_is_made_while_this_one_is_in_use(store: TokenStore) -> N
     next(batches)
     assert made.wait(timeout=30)
     batches.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_only_a_gpu_run_pins_and_its_thread_chooses_the_gpu_first(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """On a machine that has GPUs, a CPU run must not touch them, nor one rank's thread the GPU of another."""
+    calls: list[tuple[str, str]] = []
+
+    def note(name: str) -> None:
+        calls.append((name, threading.current_thread().name[:8]))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: note(str(chosen)))
+    monkeypatch.setattr(TensorDict, "pin_memory", lambda batch: note("pin") or batch)
+    batches = list(loader(store, num_epochs=1, device=torch.device(device)).batches())
+    assert len(batches) == 5
+    expected = [] if device == "cpu" else [("cuda:1", "prefetch"), *[("pin", "prefetch")] * 5]
+    assert calls == expected
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_fillers_are_of_the_shortest_row_and_count_for_the_missing_passes(store: TokenStore, packing: bool) -> None:
+    """Three rows over two ranks, one micro-batch a row: rank 1 has one pass too few."""
+    shares = [
+        list(loader(store, batch_size=3, num_microbatches=3, rank=rank, world_size=2, packing=packing).batches())
+        for rank in range(2)
+    ]
+    shortest = min(range(23), key=lambda row: max(len(ids) for ids, _ in expected_sequences(store, row)))
+    for own in zip(*shares, strict=True):
+        assert len({len(batch.passes) for batch in own}) == 1
+        for batch in own:
+            assert [counts for _, counts in batch.passes] == [True] * len(batch.microbatches) + [False] * len(
+                batch.fillers
+            )
+            assert all(filler["row"].tolist() == [shortest] for filler in batch.fillers)
+    assert any(batch.fillers for batch in shares[1])
+
+
+def test_the_default_limit_is_of_the_device_and_of_packed_rows_alone() -> None:
+    for device, limit in (("cpu", 1024), ("cuda:0", 8192)):
+        kind = torch.device(device)
+        packed = build_cutter(packing=True, device=kind, pad_token_id=PAD)
+        assert packed.max_tokens == limit
+        assert build_cutter(packing=True, device=kind, pad_token_id=PAD, max_tokens=7).max_tokens == 7
+        assert build_cutter(packing=True, device=kind, pad_token_id=PAD, max_tokens=7).forward_only(kind) == packed
+        padded = build_cutter(packing=False, device=kind, pad_token_id=PAD, num_microbatches=3)
+        assert padded == PaddedCutter(PAD, None, 3)
+        assert padded.forward_only(kind) == PaddedCutter(PAD, 16_384)
 
 
 def test_a_loader_without_end_is_refused(store: TokenStore) -> None:
