@@ -203,7 +203,7 @@ def pair_logps(respondent: Respondent, store: TokenStore, batch_size: int, devic
     model: Any = load_causal_lm(respondent.model)
     model = model.to(device).eval()
     check_head(model)
-    loader = BatchLoader(store, PaddedCutter(pad_token_id=0), batch_size=batch_size, device=device)
+    loader = BatchLoader(store, PaddedCutter(pad_token_id=0), batch_size=batch_size)
     logps = torch.zeros(len(store), 2, dtype=torch.float64)
     for batch in loader.batches():
         for microbatch in batch.microbatches:

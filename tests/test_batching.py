@@ -306,5 +306,7 @@ def test_the_default_limit_is_of_the_device_and_of_packed_rows_alone() -> None:
 def test_a_loader_without_end_is_refused(store: TokenStore) -> None:
     with pytest.raises(ValueError, match="never end"):
         loader(store, num_epochs=None, num_examples=None)
+    with pytest.raises(ValueError, match="num_microbatches=0"):
+        loader(store, num_microbatches=0)
     with pytest.raises(ValueError, match="rank=2"):
         loader(store, rank=2, world_size=2)

@@ -20,27 +20,16 @@ from trainers.trainer import Trainer, passes_multiple
 
 @dataclass(frozen=True)
 class Work:
-    """The batches of a loader, over all processes.
+    """The batches of a loader, over all processes."""
 
-    Attributes:
-        ends: Examples seen after each global batch.
-        microbatches: Their number.
-        tokens: Of all sequences, the prompt of a pair counted in both.
-        positions: That the model is run on.
-        padding: Share of the positions that hold no token.
-        largest_microbatch: Its positions.
-        first: Rows of the first global batch, (B,) int64.
-        largest: Rows of the global batch that has the largest micro-batch, (B,) int64.
-    """
-
-    ends: list[int]
-    microbatches: int
-    tokens: int
-    positions: int
-    padding: float
-    largest_microbatch: int
-    first: Tensor
-    largest: Tensor
+    ends: list[int]  # examples seen after each global batch
+    microbatches: int  # their number
+    tokens: int  # of all sequences, the prompt of a pair counted in both
+    positions: int  # that the model is run on
+    padding: float  # share of the positions that hold no token
+    largest_microbatch: int  # its positions
+    first: Tensor  # rows of the first global batch, (B,) int64
+    largest: Tensor  # rows of the global batch that has the largest micro-batch, (B,) int64
 
 
 def count_work(loader: BatchLoader) -> Work:
@@ -87,28 +76,20 @@ def _due_at(ends: Sequence[int], every: int) -> set[int]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a few real steps took.
+    """What a few real steps took."""
 
-    Attributes:
-        step_seconds: Of a step, for each position of its batch over all processes.
-        forward_seconds: Of an evaluation, likewise.
-        peak_memory_gib: Of the process that held most.
-        weights_bytes, optimizer_bytes: Of a checkpoint.
-    """
-
-    step_seconds: float
-    forward_seconds: float
-    peak_memory_gib: float
-    weights_bytes: int
+    step_seconds: float  # of a step, for each position of its batch over all processes
+    forward_seconds: float  # of an evaluation, likewise
+    peak_memory_gib: float  # of the process that held most
+    weights_bytes: int  # of a checkpoint
     optimizer_bytes: int
 
 
 def measure(trainer: Trainer) -> Measured:
     """Take three steps and evaluate; every process must come here.
 
-    Args:
-        trainer: before its first step, under `debug`. Its training loader is an excerpt with the first global batch of
-            the run, its evaluation loader one with the batch that has the largest micro-batch.
+    The trainer is before its first step, under `debug`. Its training loader is an excerpt with the first global batch
+    of the run, its evaluation loader one with the batch that has the largest micro-batch.
     """
     first, largest, device = trainer.train_loader, trainer.eval_loader, trainer.layout.device
     assert largest is not None
@@ -158,11 +139,8 @@ def describe_work(
 ) -> str:
     """Describe what the run is, in a few lines.
 
-    Args:
-        settings: of the run.
-        loaders: for training and, if anything is held out, for evaluation.
-        works: of these.
-        cut: what of the rows was cut -> number of them.
+    `loaders` are for training and, if anything is held out, for evaluation, `works` is theirs; `cut` counts, by what
+    was cut, the texts that were too long.
     """
     rows, work, limit = [len(loader.store) for loader in loaders], works[0], loaders[0].cutter.max_tokens
     return _table(
@@ -183,11 +161,8 @@ def describe_measured(
 ) -> str:
     """Describe what the run takes, in a few lines.
 
-    Args:
-        settings: of the run.
-        works: of its training and, if anything is held out, of each of its evaluations.
-        measured: what its steps took.
-        reference_positions: of all rows that need reference log-probabilities; 0 where the objective reads none.
+    `works` are of its training and, if anything is held out, of each of its evaluations; `reference_positions` of all
+    rows that need reference log-probabilities, 0 where the objective reads none.
     """
     work = works[0]
     training = measured.step_seconds * work.positions

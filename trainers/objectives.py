@@ -101,21 +101,13 @@ class LikelihoodObjective:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A preference loss with its settings filled in, and what it must be while policy and reference are one model.
+    """A preference loss with its settings filled in, and what it must be while policy and reference are one model."""
 
-    Attributes:
-        function: four vectors (B,), as in `trainers.losses` -> losses, chosen rewards, rejected rewards, each (B,).
-        beta: rewards are beta times a log-ratio.
-        at_zero: the loss of a pair whose log-ratios are 0.
-        slope: how steeply it changes there with the difference of the log-ratios.
-        average_logps: the vectors are means per token of the response, not sums.
-    """
-
-    function: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    beta: float
-    at_zero: float
-    slope: float
-    average_logps: bool = False
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # one of `trainers.losses`
+    beta: float  # rewards are beta times a log-ratio
+    at_zero: float  # the loss of a pair whose log-ratios are 0
+    slope: float  # how steeply it changes there with the difference of the log-ratios
+    average_logps: bool = False  # of log-probabilities that are means per token of the response, not sums
 
 
 def _dpo(settings: PreferenceLossSettings) -> PreferenceLoss:

@@ -186,7 +186,7 @@ class Trainer:
         self.progress.updates += 1
         self.speed.add(
             self.train_metrics, batch.microbatches, num_examples=batch.num_examples,
-            step=time.monotonic() - started, wait=wait_seconds,
+            step_seconds=time.monotonic() - started, wait_seconds=wait_seconds,
         )  # fmt: skip
         return agreed
 

@@ -29,25 +29,19 @@ CPU = torch.device("cpu")
 class GlobalBatch:
     """One optimizer step's rows, as this rank sees them.
 
-    Attributes:
-        microbatches: This rank's rows, padded ones longest first; never an empty one. A rank without rows (a batch
-            of fewer rows than ranks) has none.
-        fillers: For as many passes as some other rank has more than this one: where the model is sharded, every pass
-            is a collective. What they give counts nothing.
-        num_examples: Rows of the whole global batch, over all ranks.
-        rows: (num_examples,) int64 row numbers of the whole global batch, in the order of the epoch.
-        start_examples: Examples seen before this batch.
+    A rank without rows (a batch of fewer rows than ranks) has no micro-batch. Where the model is sharded, every pass is
+    a collective: a rank with fewer micro-batches than another makes up for it with passes that do not count.
     """
 
-    microbatches: list[TensorDict]
-    fillers: list[TensorDict]
-    num_examples: int
-    rows: Tensor
-    start_examples: int
+    microbatches: list[TensorDict]  # this rank's rows, padded ones longest first; never an empty one
+    fillers: list[TensorDict]  # for the passes that do not count
+    num_examples: int  # rows of the whole global batch, over all ranks
+    rows: Tensor  # (num_examples,) int64 row numbers of the whole global batch, in the order of the epoch
+    start_examples: int  # examples seen before this batch
 
     @property
     def passes(self) -> list[tuple[TensorDict, bool]]:
-        """The micro-batches that this rank runs, each with whether it counts."""
+        """What this rank runs, each with whether it counts."""
         return [*((one, True) for one in self.microbatches), *((one, False) for one in self.fillers)]
 
 
@@ -73,12 +67,12 @@ class BatchLoader:
         num_examples: Stop after this many rows, whichever comes first; at least one of the two is needed.
         rank: This process, from 0.
         world_size: Number of processes.
-        device: Where the micro-batches will be used. They are made on the host; for a GPU in memory that it copies from
-            by itself.
+        device: Where the micro-batches will be used. They are made on the host, for a GPU in pinned memory, from which
+            a copy need not be waited for.
 
     Attributes:
         store, cutter: As given.
-        columns: Per-row values (N, ...) by name, of which every micro-batch gets its rows'; set before `batches`.
+        columns: Per-row values (N, ...) by name; every micro-batch gets those of its rows. To be set before `batches`.
         total_examples: Rows of the whole run, repeats included.
         steps: Global batches of the whole run.
     """
@@ -122,9 +116,9 @@ class BatchLoader:
             start_examples: Examples seen so far. A run that stopped at the end of a batch goes on with the same
                 batches as if it had not; from a position inside of a batch, its rest comes first.
         """
-        # Pinning memory in a thread that has chosen no GPU would open a context on the first one, whichever is ours.
-        choose = partial(torch.cuda.set_device, self._device) if self._device.type == "cuda" else None
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=choose) as thread:
+        # A new thread's GPU is the first one, whichever is this rank's: pinning memory there would open a context on it.
+        choose_gpu = partial(torch.cuda.set_device, self._device) if self._device.type == "cuda" else None
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=choose_gpu) as thread:
             coming = None
             for start, rows in self._plan(start_examples):
                 following = thread.submit(self._make, start, rows)
@@ -154,7 +148,7 @@ class BatchLoader:
 
     def filler(self) -> TensorDict:
         """Make a micro-batch of the shortest row that the run visits."""
-        rows = self.rows_visited()  # others have no reference log-probabilities
+        rows = self.rows_visited()  # only these have reference log-probabilities
         shortest = rows[sequence_lengths(self.store.lengths[rows]).argmin()].view(1)
         return self._collate(self.cutter.cut(self.store, shortest, 1)[0][0])
 

@@ -30,33 +30,21 @@ PADDED_FORWARD_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch whose tensors are not made yet.
+    """A micro-batch whose tensors are not made yet."""
 
-    Attributes:
-        batch: Row numbers of the whole global batch, (B,) int64.
-        places: Which of them are this micro-batch's, as indices into `batch`.
-        positions: That the model will be run on.
-        prefixes: What the rows of the whole global batch have in common.
-    """
-
-    batch: Tensor
-    places: list[int]
-    positions: int
-    prefixes: Prefixes
+    batch: Tensor  # row numbers of the whole global batch, (B,) int64
+    places: list[int]  # which of them are this micro-batch's, as indices into `batch`
+    positions: int  # that the model will be run on
+    prefixes: Prefixes  # what the rows of the whole global batch have in common
 
 
 @dataclass(frozen=True)
 class PackedCutter:
-    """Micro-batches without padding that hold the prompt of a pair once, see `collate_packed`.
-
-    Attributes:
-        max_tokens: Positions that no micro-batch exceeds, unless a single row does.
-        num_microbatches: Micro-batches of a share, at least; fewer where it has fewer rows.
-    """
+    """Micro-batches without padding that hold the prompt of a pair once, see `collate_packed`."""
 
     packed: ClassVar[bool] = True
-    max_tokens: int
-    num_microbatches: int = 1
+    max_tokens: int  # positions that no micro-batch exceeds, unless a single row does
+    num_microbatches: int = 1  # of a share, at least; fewer where it has fewer rows
 
     def cut(self, store: TokenStore, rows: Tensor, num_shares: int) -> list[list[Part]]:
         """Cut a global batch of these rows (B,) into one share for each rank, and each share into micro-batches.
@@ -87,22 +75,15 @@ class PackedCutter:
 
 @dataclass(frozen=True)
 class PaddedCutter:
-    """Micro-batches of right-padded rows.
-
-    Attributes:
-        pad_token_id: Fills the right of shorter rows.
-        max_tokens: Positions that no micro-batch exceeds, unless a single row does; None: no limit. Both sequences of a
-            pair count.
-        num_microbatches: Micro-batches of a share; fewer where it has fewer rows, more where `max_tokens` asks for it.
-    """
+    """Micro-batches of right-padded rows."""
 
     packed: ClassVar[bool] = False
     pad_token_id: int
-    max_tokens: int | None = None
-    num_microbatches: int = 1
+    max_tokens: int | None = None  # as for packed rows, the positions of both sequences counted; None: no limit
+    num_microbatches: int = 1  # of a share; fewer where it has fewer rows, more where `max_tokens` asks for it
 
     def cut(self, store: TokenStore, rows: Tensor, num_shares: int) -> list[list[Part]]:
-        """Cut as `PackedCutter.cut` does, but deal the rows out by length and keep those of like length together."""
+        """Cut as `PackedCutter.cut` does, but deal the rows out by length, and keep those of like length together."""
         positions = sequence_lengths(store.lengths[rows]) * (store.num_segments - 1)
         by_length, sizes = torch.argsort(positions, descending=True, stable=True).tolist(), positions.tolist()
         nothing = no_prefixes(len(rows))
@@ -161,6 +142,8 @@ def build_cutter(
     *, packing: bool, device: torch.device, pad_token_id: int, max_tokens: int | None = None, num_microbatches: int = 1
 ) -> Cutter:
     """Return the cutter that a run's settings ask for; None: packed rows have the device's limit, padded ones none."""
+    if num_microbatches < 1:
+        raise ValueError(f"{num_microbatches=} must be positive")
     if packing:
         return PackedCutter(max_tokens or default_max_tokens(device), num_microbatches)
     return PaddedCutter(pad_token_id, max_tokens, num_microbatches)

@@ -22,25 +22,28 @@ class Speed:
         self._block_flops, self._head_flops = training_flops_per_token(model), head_flops_per_token(model)
 
     def add(
-        self, metrics: MetricSums, microbatches: Sequence[TensorDict], *, num_examples: int, step: float, wait: float
+        self,
+        metrics: MetricSums,
+        microbatches: Sequence[TensorDict],
+        *,
+        num_examples: int,
+        step_seconds: float,
+        wait_seconds: float,
     ) -> None:
-        """Add a step's rates: those of all processes together are sums over them, divided by their summed seconds.
+        """Add the rates of a step on this process's micro-batches of a global batch of `num_examples`.
 
-        Args:
-            metrics: where to.
-            microbatches: of this process.
-            num_examples: of the global batch.
-            step: seconds that the step took.
-            wait: seconds that it waited for its data before.
+        The processes' totals are divided by their summed seconds, which is a mean over the processes: what each of them
+        counts for itself is multiplied by their number.
         """
+        seconds = step_seconds + wait_seconds
         tokens = sum(int(num_tokens(one)) for one in microbatches)
-        metrics.add("examples_per_second", num_examples, step + wait)
-        metrics.add("tokens_per_second", tokens * self._layout.world_size, step + wait)
-        metrics.add("data_wait_seconds", wait, 1.0)
+        metrics.add("examples_per_second", num_examples, seconds)
+        metrics.add("tokens_per_second", tokens * self._layout.world_size, seconds)
+        metrics.add("data_wait_seconds", wait_seconds, 1.0)
         if self._peak_flops is not None:
             # The head runs where a target is predicted, not at every position.
             head = self._head_flops * sum(int(num_target_tokens(one)) for one in microbatches)
             blocks = self._block_flops * sum(map(num_positions, microbatches))
-            metrics.add("mfu", blocks / self._peak_flops, step + wait)
-            metrics.add("mfu_with_head", (blocks + head) / self._peak_flops, step + wait)
+            metrics.add("mfu", blocks / self._peak_flops, seconds)
+            metrics.add("mfu_with_head", (blocks + head) / self._peak_flops, seconds)
         metrics.peak("memory/peak", peak_memory_gib(self._layout.device))
