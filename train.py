@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config.checks_train import check_train
 from config.errors import UserError
 from config.schema import run_entrypoint
-from config.settings import GenerationSettings, PreferenceLossSettings, TrainConfig
+from config.settings import GenerationSettings, TrainConfig
 from preference_datasets import Loss, TrainEval, build_stores, describe
 from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
@@ -49,7 +49,7 @@ from trainers.estimates import Work, count_work, describe_measured, describe_wor
 from trainers.kernels.attention import PACKED, check_packed_attention, packed_and_alone, use_packed_attention
 from trainers.kernels.flops import emulates_bfloat16
 from trainers.kernels.logps import autocast_dtype, check_head
-from trainers.objectives import build_objective
+from trainers.objectives import LOSSES, build_objective
 from trainers.reference import attach_reference, weights_key
 from trainers.run.checkpoint import read_progress, saved_checkpoints
 from trainers.run.run_dir import RunDir, write_durably
@@ -175,7 +175,7 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
     """The token stores of all datasets, for the kind of rows that the loss reads."""
     kind: Loss = "reverse" if config.loss.name == "reverse" else "likelihood"
-    if isinstance(config.loss, PreferenceLossSettings):
+    if config.loss.name in LOSSES:
         kind = "preference"
     build = partial(
         build_stores,

@@ -30,7 +30,7 @@ LOSSES = {
 
 def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=False, packing=False):
     """Gradient (flat) and metrics of one global batch of all rows, cut and ordered as told."""
-    is_preference = isinstance(loss, PreferenceLossSettings)
+    is_preference = build_objective(loss).needs_reference
     store = random_store(folder, num_rows=ROWS, segments=3 if is_preference else 2, seed=5)
     if reverse_rows:
         store = store.select(torch.arange(ROWS).flip(0))

@@ -21,7 +21,7 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Direct preference optimization: (losses, chosen rewards, rejected rewards), each (B,).
+    """Return the losses, chosen rewards and rejected rewards, each (B,), of direct preference optimization.
 
     With h = log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x):
 
@@ -46,7 +46,7 @@ def ipo_loss(
     *,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Identity preference optimization: (losses, chosen rewards, rejected rewards), each (B,).
+    """Return the losses, chosen rewards and rejected rewards, each (B,), of identity preference optimization.
 
     With h as in `dpo_loss`, and tau of the paper written as beta:
 

@@ -200,8 +200,6 @@ class PreferenceObjective:
         )
 
 
-def build_objective(settings: LikelihoodLossSettings | PreferenceLossSettings) -> Objective:
-    """Return what `loss=` names."""
-    if isinstance(settings, LikelihoodLossSettings):
-        return LikelihoodObjective(settings)
-    return PreferenceObjective(settings)
+def build_objective(settings: Any) -> Objective:
+    """Return what `loss=` names, from the settings of that loss."""
+    return PreferenceObjective(settings) if settings.name in LOSSES else LikelihoodObjective(settings)

@@ -132,7 +132,7 @@ def _on_every_file_system(directory: Path, key: str, num_rows: int, layout: Layo
 def _logps_of_rows(
     model: Any, loader: BatchLoader, layout: Layout, autocast: torch.dtype | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """(row numbers (B,), log-probabilities (B, 2)) of the loader's micro-batches, on the host; in rank 0 alone."""
+    """Return (row numbers (B,), log-probabilities (B, 2)) of each micro-batch, on the host; nothing but in rank 0."""
     logps_of = forward_function(model, sequence_logps, autocast=autocast)
     was_training = model.training
     model.eval()
@@ -142,15 +142,16 @@ def _logps_of_rows(
     for global_batch in loader.batches():
         for batch in global_batch.microbatches:
             if number % layout.world_size == layout.rank:
-                logps, _ = logps_of(batch.to(layout.device, non_blocking=True))
-                found.append((batch["row"], logps.cpu()))
+                found.append((batch["row"], logps_of(batch.to(layout.device, non_blocking=True))[0]))
             number += 1
     if layout.rank >= (number % layout.world_size or layout.world_size):  # the others have one more: keep step
         logps_of(loader.filler().to(layout.device))
     reshard(model)
     model.train(was_training)
     parts: list[Any] = [None] * layout.world_size
-    dist.gather_object(found, parts if layout.is_main else None, dst=0)
+    # Copied to the host only here: the device has not been waited for between two micro-batches.
+    own = [(rows, logps.cpu()) for rows, logps in found]
+    dist.gather_object(own, parts if layout.is_main else None, dst=0)
     return [one for part in parts if part is not None for one in part]
 
 

@@ -146,7 +146,7 @@ class Trainer:
         self._save_and_wait(log)
 
     def _evaluation_is_due(self) -> bool:
-        """Whether the run begins with an evaluation: its first one, or one that a request to stop cut short."""
+        """Tell whether the run begins with an evaluation: its first one, or one that a request to stop cut short."""
         progress = self.progress
         if progress.examples == 0:
             return self.settings.do_first_eval
@@ -318,7 +318,7 @@ class Trainer:
 
 
 def passes_multiple(before: int, after: int, every: int) -> bool:
-    """Whether a batch that carried the examples seen from `before` to `after` passed a multiple of `every`."""
+    """Tell whether a batch that carried the examples seen from `before` to `after` passed a multiple of `every`."""
     return after // every > before // every
 
 

@@ -41,7 +41,7 @@ class GlobalBatch:
 
     @property
     def passes(self) -> list[tuple[TensorDict, bool]]:
-        """What this rank runs, each with whether it counts."""
+        """Return the micro-batches that this rank runs, each with whether it counts."""
         return [*((one, True) for one in self.microbatches), *((one, False) for one in self.fillers)]
 
 
@@ -116,7 +116,7 @@ class BatchLoader:
             start_examples: Examples seen so far. A run that stopped at the end of a batch goes on with the same
                 batches as if it had not; from a position inside of a batch, its rest comes first.
         """
-        # A new thread's GPU is the first one, whichever is this rank's: pinning memory there would open a context on it.
+        # A new thread's GPU is the first one, whichever is this rank's: to pin memory there would open a context on it.
         choose_gpu = partial(torch.cuda.set_device, self._device) if self._device.type == "cuda" else None
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=choose_gpu) as thread:
             coming = None
