@@ -197,15 +197,13 @@ def pair_logps(respondent: Respondent, store: TokenStore, batch_size: int, devic
     """Log-probabilities of chosen and rejected for each row of a store, (N, 2) float64 on the CPU."""
     from safer_instruct.generation.models import load_causal_lm
     from trainers.data.batching import BatchLoader
+    from trainers.data.cutters import PaddedCutter
     from trainers.kernels.logps import check_head
 
     model: Any = load_causal_lm(respondent.model)
     model = model.to(device).eval()
     check_head(model)
-    loader = BatchLoader(
-        store, batch_size=batch_size, seed=0, shuffle=False, num_epochs=1, num_examples=None, num_microbatches=1,
-        max_tokens_per_microbatch=None, pad_token_id=0,
-    )  # fmt: skip
+    loader = BatchLoader(store, PaddedCutter(pad_token_id=0), batch_size=batch_size)
     logps = torch.zeros(len(store), 2, dtype=torch.float64)
     for batch in loader.batches():
         for microbatch in batch.microbatches:

@@ -33,15 +33,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config.checks_train import check_train
 from config.errors import UserError
 from config.schema import run_entrypoint
-from config.settings import GenerationSettings, PreferenceLossSettings, TrainConfig
+from config.settings import GenerationSettings, TrainConfig
 from preference_datasets import Loss, TrainEval, build_stores, describe
 from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
 from trainers.data.batching import BatchLoader
 from trainers.data.cache import usable_dir
-from trainers.data.packing import default_max_tokens
-from trainers.data.token_store import TokenStore
+from trainers.data.cutters import build_cutter
+from trainers.data.token_store import TokenStore, sequence_lengths
 from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
 from trainers.distributed.sharding import forward_function, place_model, reshard
@@ -49,7 +49,7 @@ from trainers.estimates import Work, count_work, describe_measured, describe_wor
 from trainers.kernels.attention import PACKED, check_packed_attention, packed_and_alone, use_packed_attention
 from trainers.kernels.flops import emulates_bfloat16
 from trainers.kernels.logps import autocast_dtype, check_head
-from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
+from trainers.objectives import LOSSES, build_objective
 from trainers.reference import attach_reference, weights_key
 from trainers.run.checkpoint import read_progress, saved_checkpoints
 from trainers.run.run_dir import RunDir, write_durably
@@ -114,7 +114,7 @@ def build_trainer(
 ) -> Trainer:
     """The policy and the log-probabilities of its reference, ready to be trained."""
     policy, weights = load_policy(config, stores, layout)
-    objective = build_objective(config)
+    objective = build_objective(config.loss)
     identity = {"data": stores.train.key}
     if objective.needs_reference:
         loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
@@ -153,7 +153,7 @@ def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple
         check_head(policy)
         if config.packing:
             use_packed_attention(policy)
-        keys.append(weights_key(policy) if build_objective(config).needs_reference else "")
+        keys.append(weights_key(policy) if build_objective(config.loss).needs_reference else "")
         return policy
 
     policy = place_model(load, lambda: skeleton(config), config, layout)
@@ -175,7 +175,7 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
     """The token stores of all datasets, for the kind of rows that the loss reads."""
     kind: Loss = "reverse" if config.loss.name == "reverse" else "likelihood"
-    if isinstance(config.loss, PreferenceLossSettings):
+    if config.loss.name in LOSSES:
         kind = "preference"
     build = partial(
         build_stores,
@@ -198,57 +198,37 @@ def build_loaders(
     config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Batches for training, and for each evaluation (None: nothing is held out)."""
-    max_tokens = config.max_tokens_per_microbatch
-    if config.packing and max_tokens is None:
-        max_tokens = default_max_tokens(layout.device)
-    shared: dict[str, Any] = {
-        "seed": config.seed,
-        "max_tokens_per_microbatch": max_tokens,
-        "pad_token_id": tokenizer.pad_token_id,
-        "packing": config.packing,
-        "rank": layout.rank,
-        "world_size": layout.world_size,
-    }
+    cutter = partial(
+        build_cutter,
+        packing=config.packing,
+        device=layout.device,
+        pad_token_id=tokenizer.pad_token_id,
+        max_tokens=config.max_tokens_per_microbatch,
+    )
+    place: dict[str, Any] = {"rank": layout.rank, "world_size": layout.world_size, "device": layout.device}
     train = BatchLoader(
         stores.train,
+        cutter(num_microbatches=config.gradient_accumulation_steps),
         batch_size=config.batch_size,
-        shuffle=True,
+        seed=config.seed,
         num_epochs=config.n_epochs,
         num_examples=config.n_examples,
-        num_microbatches=config.gradient_accumulation_steps,
-        **shared,
+        **place,
     )
     if not len(stores.eval):
         return train, None
-    held_out = BatchLoader(
-        stores.eval,
-        batch_size=config.eval_batch_size,
-        shuffle=False,
-        num_epochs=1,
-        num_examples=None,
-        num_microbatches=1,
-        **shared,
-    )
-    return train, held_out
+    return train, BatchLoader(stores.eval, cutter(), batch_size=config.eval_batch_size, **place)
 
 
 def require_context(config: TrainConfig, stores: TrainEval, policy: PreTrainedModel) -> None:
     """Raises a UserError if a row is longer than the model's context: a table of positions would end in a crash."""
     context = policy.config.max_position_embeddings
-    lengths = [store.lengths for store in (stores.train, stores.eval) if len(store)]
-    longest = max(int((rows[:, 0] + rows[:, 1:].amax(1)).max()) for rows in lengths)
+    longest = max(int(sequence_lengths(store.lengths).max()) for store in (stores.train, stores.eval) if len(store))
     if longest > context:
         raise UserError(
             f"max_length={config.max_length}: the longest row has {longest} tokens, and the context of "
             f"{config.model.name_or_path} is {context}; write max_length={context} (max_prompt_length below it) or less"
         )
-
-
-def build_objective(config: TrainConfig) -> Objective:
-    """What `loss=` names."""
-    if isinstance(config.loss, PreferenceLossSettings):
-        return PreferenceObjective(config.loss)
-    return LikelihoodObjective(config.loss)
 
 
 def attach_references(

@@ -27,11 +27,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from config.settings import CheckpointSettings, LikelihoodLossSettings, TrainConfig, TrainerSettings, WandbSettings
 from trainers.data.batching import BatchLoader
+from trainers.data.cutters import PaddedCutter
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
 from trainers.distributed.sharding import place_model
 from trainers.objectives import LikelihoodObjective
+from trainers.run.metrics import MetricsLog
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
@@ -67,9 +69,8 @@ def seconds_of(layout: Layout, settings: TrainConfig, folder: Path, name: str) -
             writer.append(f"row-{row}", [tokens[: LENGTH // 2], tokens[LENGTH // 2 :]])
         writer.finish({})
     loader = BatchLoader(
-        TokenStore(folder / f"store-{layout.rank}"), batch_size=BATCH, seed=0, shuffle=True, num_epochs=1,
-        num_examples=None, num_microbatches=1, max_tokens_per_microbatch=None, pad_token_id=0, rank=layout.rank,
-        world_size=layout.world_size,
+        TokenStore(folder / f"store-{layout.rank}"), PaddedCutter(pad_token_id=0), batch_size=BATCH, seed=0,
+        rank=layout.rank, world_size=layout.world_size,
     )  # fmt: skip
 
     def skeleton() -> LlamaForCausalLM:
@@ -90,9 +91,9 @@ def seconds_of(layout: Layout, settings: TrainConfig, folder: Path, name: str) -
         )
         last = trainer.save
 
-        def save() -> None:
+        def save(log: MetricsLog) -> None:
             if trainer.progress.updates < STEPS:
-                last()
+                last(log)
 
         trainer.save = save  # type: ignore[method-assign]  # all but the last one
         started = time.perf_counter()

@@ -50,10 +50,11 @@ from benchmarks.memory import forget_peak, resident_mib
 from benchmarks.throughput_peers import LiteralStep, trl_step
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
 from trainers.data.batching import BatchLoader, GlobalBatch
-from trainers.data.packing import input_lengths, num_positions
+from trainers.data.cutters import PackedCutter, build_cutter
+from trainers.data.packing import default_max_tokens, input_lengths, num_positions
 from trainers.data.prefixes import shared_prefixes
 from trainers.data.token_store import TokenStore, TokenStoreWriter
-from trainers.distributed.launch import launch
+from trainers.distributed.launch import launch, pick_device
 from trainers.distributed.layout import Layout
 from trainers.distributed.sharding import parallelize
 from trainers.kernels.attention import use_packed_attention
@@ -118,10 +119,9 @@ def random_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
 
 def train_loader(store: TokenStore, arguments: argparse.Namespace, *, packing: bool) -> BatchLoader:
     """All rows once, as train.py would take them."""
-    return BatchLoader(
-        store, batch_size=arguments.batch_size, seed=arguments.seed, shuffle=True, num_epochs=1, num_examples=None,
-        num_microbatches=1, max_tokens_per_microbatch=arguments.max_tokens, pad_token_id=0, packing=packing,
-    )  # fmt: skip
+    device = pick_device("auto")
+    cutter = build_cutter(packing=packing, device=device, pad_token_id=0, max_tokens=arguments.max_tokens)
+    return BatchLoader(store, cutter, batch_size=arguments.batch_size, seed=arguments.seed, device=device)
 
 
 def our_step(
@@ -171,8 +171,8 @@ def reference_of(store: TokenStore, arguments: argparse.Namespace, layout: Layou
     model = random_model(arguments)
     use_packed_attention(model)
     return reference_logps(
-        model, store, torch.arange(len(store)), layout=layout, cache_dir=folder / "cache", pad_token_id=0,
-        weights=weights_key(model), packing=True,
+        model, store, torch.arange(len(store)), layout=layout, cache_dir=folder / "cache", weights=weights_key(model),
+        cutter=PackedCutter(default_max_tokens(layout.device)),
     )  # fmt: skip
 
 

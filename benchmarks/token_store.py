@@ -59,6 +59,7 @@ def measure(folder: Path) -> dict:
     from config.settings import DatasetSettings
     from preference_datasets import build_stores
     from trainers.data.batching import BatchLoader
+    from trainers.data.cutters import PaddedCutter
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     settings = DatasetSettings(path=str(folder / "rows.jsonl"), schema="si", template="plain")
@@ -72,17 +73,7 @@ def measure(folder: Path) -> dict:
         cache_dir=folder / "cache",
         n_eval_examples=256,
     )
-    loader = BatchLoader(
-        stores.train,
-        batch_size=64,
-        seed=0,
-        shuffle=True,
-        num_epochs=1,
-        num_examples=None,
-        num_microbatches=2,
-        max_tokens_per_microbatch=None,
-        pad_token_id=0,
-    )
+    loader = BatchLoader(stores.train, PaddedCutter(pad_token_id=0, num_microbatches=2), batch_size=64, seed=0)
     batches = loader.batches()
     next(batches)
     seconds = time.perf_counter() - start

@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
 from torch import Tensor
 
 from trainers.data.batching import BatchLoader, GlobalBatch, permutation
+from trainers.data.cutters import PaddedCutter, build_cutter
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 
 PAD = 0
@@ -34,17 +36,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 def loader(store: TokenStore, **changes: Any) -> BatchLoader:
-    arguments: dict[str, Any] = {
-        "batch_size": 5,
-        "seed": 0,
-        "shuffle": True,
-        "num_epochs": 2,
-        "num_examples": None,
-        "num_microbatches": 1,
-        "max_tokens_per_microbatch": None,
-        "pad_token_id": PAD,
-    }
-    return BatchLoader(store, **(arguments | changes))
+    """In batches of 5, two epochs; of the changes, the names of `build_cutter` are the cutter's."""
+    options: dict[str, Any] = {"packing": False, "device": torch.device("cpu"), "pad_token_id": PAD}
+    options |= {name: changes.pop(name) for name in ("packing", "max_tokens", "num_microbatches") if name in changes}
+    arguments: dict[str, Any] = {"batch_size": 5, "seed": 0, "num_epochs": 2}
+    return BatchLoader(store, build_cutter(**options), **(arguments | changes))
 
 
 def own_rows(batch: GlobalBatch) -> list[int]:
@@ -81,11 +77,11 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does(store: TokenStore
 
     first = order()
     assert first == order()
-    assert first == order(num_microbatches=3, max_tokens_per_microbatch=30)
+    assert first == order(num_microbatches=3, max_tokens=30)
     assert first == order(batch_size=7)
     assert first[:23] != first[23:]
     assert order(seed=1)[:23] != first[:23]
-    assert order(shuffle=False) == list(range(23)) * 2
+    assert order(seed=None) == list(range(23)) * 2
     assert permutation(23, seed=0, epoch=1).tolist() == first[23:]
 
 
@@ -170,9 +166,9 @@ def test_microbatches(
         store,
         num_microbatches=num_microbatches,
         batch_size=batch_size,
-        max_tokens_per_microbatch=max_tokens,
-        columns={"score": torch.arange(11.0) * 3},
+        max_tokens=max_tokens,
     )
+    data.columns = {"score": torch.arange(11.0) * 3}
     for batch in data.batches():
         sizes = [len(m) for m in batch.microbatches]
         assert min(sizes) > 0
@@ -258,8 +254,59 @@ def test_the_next_batch_is_made_while_this_one_is_in_use(store: TokenStore) -> N
     batches.close()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_only_a_gpu_run_pins_and_its_thread_chooses_the_gpu_first(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """On a machine that has GPUs, a CPU run must not touch them, nor one rank's thread the GPU of another."""
+    calls: list[tuple[str, str]] = []
+
+    def note(name: str) -> None:
+        calls.append((name, threading.current_thread().name[:8]))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: note(str(chosen)))
+    monkeypatch.setattr(TensorDict, "pin_memory", lambda batch: note("pin") or batch)
+    batches = list(loader(store, num_epochs=1, device=torch.device(device)).batches())
+    assert len(batches) == 5
+    expected = [] if device == "cpu" else [("cuda:1", "prefetch"), *[("pin", "prefetch")] * 5]
+    assert calls == expected
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_fillers_are_of_the_shortest_row_and_count_for_the_missing_passes(store: TokenStore, packing: bool) -> None:
+    """Three rows over two ranks, one micro-batch a row: rank 1 has one pass too few."""
+    shares = [
+        list(loader(store, batch_size=3, num_microbatches=3, rank=rank, world_size=2, packing=packing).batches())
+        for rank in range(2)
+    ]
+    shortest = min(range(23), key=lambda row: max(len(ids) for ids, _ in expected_sequences(store, row)))
+    for own in zip(*shares, strict=True):
+        assert len({len(batch.passes) for batch in own}) == 1
+        for batch in own:
+            assert [counts for _, counts in batch.passes] == [True] * len(batch.microbatches) + [False] * len(
+                batch.fillers
+            )
+            assert all(filler["row"].tolist() == [shortest] for filler in batch.fillers)
+    assert any(batch.fillers for batch in shares[1])
+
+
+def test_the_default_limit_is_of_the_device_and_of_packed_rows_alone() -> None:
+    for device, limit in (("cpu", 1024), ("cuda:0", 8192)):
+        kind = torch.device(device)
+        packed = build_cutter(packing=True, device=kind, pad_token_id=PAD)
+        assert packed.max_tokens == limit
+        assert build_cutter(packing=True, device=kind, pad_token_id=PAD, max_tokens=7).max_tokens == 7
+        assert build_cutter(packing=True, device=kind, pad_token_id=PAD, max_tokens=7).forward_only(kind) == packed
+        padded = build_cutter(packing=False, device=kind, pad_token_id=PAD, num_microbatches=3)
+        assert padded == PaddedCutter(PAD, None, 3)
+        assert padded.forward_only(kind) == PaddedCutter(PAD, 16_384)
+
+
 def test_a_loader_without_end_is_refused(store: TokenStore) -> None:
     with pytest.raises(ValueError, match="never end"):
         loader(store, num_epochs=None, num_examples=None)
+    with pytest.raises(ValueError, match="num_microbatches=0"):
+        loader(store, num_microbatches=0)
     with pytest.raises(ValueError, match="rank=2"):
         loader(store, rank=2, world_size=2)

@@ -23,10 +23,10 @@ from trainers.trainer import Trainer
 
 CUTS = {
     "packed": {"packing": True},
-    "packed, small": {"packing": True, "max_tokens_per_microbatch": 40},
+    "packed, small": {"packing": True, "max_tokens": 40},
     "packed, parts": {"packing": True, "num_microbatches": 3},
     "padded": {},
-    "padded, small": {"max_tokens_per_microbatch": 60},
+    "padded, small": {"max_tokens": 60},
     "padded, parts": {"num_microbatches": 2, "num_examples": 28},
 }
 
@@ -59,7 +59,7 @@ def test_an_excerpt_is_the_batch_of_the_run(tmp_path, cuts):
         whole = loader(store, rank=rank, world_size=2, **CUTS[cuts])
         for batch in whole.batches():
             (same,) = whole.excerpt(batch.rows).batches()
-            assert (same.num_idle, same.num_examples) == (batch.num_idle, batch.num_examples)
+            assert (len(same.fillers), same.num_examples) == (len(batch.fillers), batch.num_examples)
             for one, other in zip(same.microbatches, batch.microbatches, strict=True):
                 assert torch.equal(one["input_ids"], other["input_ids"])
 
@@ -131,7 +131,7 @@ def test_three_real_steps_leave_nothing_behind(command, model_folder, tmp_path, 
 
     def spied(self, batch, *arguments):
         taken.append([self.train_loader.store.ids(row) for row in batch.rows.tolist()])
-        original(self, batch, *arguments)
+        return original(self, batch, *arguments)
 
     monkeypatch.setattr(Trainer, "train_step", spied)
     out = here("loss=dpo", "dry_run=true", "sample_during_eval=true", *command, "seed=1")

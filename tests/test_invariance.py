@@ -10,13 +10,14 @@ from config.settings import LikelihoodLossSettings, PreferenceLossSettings
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, tiny_settings
 from trainers.data.batching import BatchLoader
+from trainers.data.cutters import PaddedCutter, build_cutter
 from trainers.distributed.launch import launch
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.logps import sequence_logps
-from trainers.objectives import LikelihoodObjective, PreferenceObjective
+from trainers.objectives import LikelihoodObjective, build_objective
 from trainers.reference import attach_reference
 from trainers.run.metrics import MetricSums
-from trainers.trainer import Trainer
+from trainers.trainer import Trainer, add_metrics
 
 ROWS = 9
 LOSSES = {
@@ -29,19 +30,20 @@ LOSSES = {
 
 def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=False, packing=False):
     """Gradient (flat) and metrics of one global batch of all rows, cut and ordered as told."""
-    is_preference = isinstance(loss, PreferenceLossSettings)
+    is_preference = build_objective(loss).needs_reference
     store = random_store(folder, num_rows=ROWS, segments=3 if is_preference else 2, seed=5)
     if reverse_rows:
         store = store.select(torch.arange(ROWS).flip(0))
-    loader = BatchLoader(
-        store, batch_size=ROWS, seed=seed, shuffle=True, num_epochs=1, num_examples=None,
-        num_microbatches=num_microbatches, max_tokens_per_microbatch=max_tokens, pad_token_id=0, packing=packing,
+    cutter = build_cutter(
+        packing=packing, device=torch.device("cpu"), pad_token_id=0, max_tokens=max_tokens,
+        num_microbatches=num_microbatches,
     )  # fmt: skip
+    loader = BatchLoader(store, cutter, batch_size=ROWS, seed=seed)
     result = {}
 
     def worker(layout):
         model = tiny_model()
-        objective = PreferenceObjective(loss) if is_preference else LikelihoodObjective(loss)
+        objective = build_objective(loss)
         if is_preference:  # another model's, so that there is something to prefer
             other = tiny_model(seed=1)
             if packing:
@@ -52,13 +54,13 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
         if packing:
             use_packed_attention(model)
         trainer.objective, trainer.policy, trainer.layout = objective, model, layout
-        trainer.settings, trainer.train_loader, trainer.last_log = tiny_settings(), loader, 0.0
         trainer.logps_of = partial(sequence_logps, model)
         (batch,) = loader.batches()
         batch = replace(batch, start_examples=ROWS)  # not the first one, whose loss is known
-        outputs, loss_sum, num_units = trainer.accumulate_gradients(batch)
+        num_units = sum(map(objective.num_units, batch.microbatches))
+        outputs, loss_sum = trainer.accumulate_gradients(batch, num_units)
         sums = MetricSums(torch.device("cpu"))
-        trainer.add_metrics(sums, "train", outputs, loss_sum, num_units)
+        add_metrics(sums, "train", outputs, loss_sum, num_units)
         result["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters()])
         result["metrics"] = sums.means()
         result["sizes"] = [len(microbatch["row"]) for microbatch in batch.microbatches]
@@ -102,10 +104,8 @@ def test_a_mean_of_means_would_fail_this(tmp_path):
     """The negative control: averaging micro-batch means, as most trainers do, is another gradient."""
     loss = LOSSES["reverse"]
     whole = step(tmp_path, loss, seed=0, num_microbatches=1)
-    loader = BatchLoader(
-        random_store(tmp_path, num_rows=ROWS, segments=2, seed=5), batch_size=ROWS, seed=0, shuffle=True,
-        num_epochs=1, num_examples=None, num_microbatches=4, max_tokens_per_microbatch=None, pad_token_id=0,
-    )  # fmt: skip
+    store = random_store(tmp_path, num_rows=ROWS, segments=2, seed=5)
+    loader = BatchLoader(store, PaddedCutter(pad_token_id=0, num_microbatches=4), batch_size=ROWS, seed=0)
     model, objective = tiny_model(), LikelihoodObjective(loss)
     (batch,) = loader.batches()
     for microbatch in batch.microbatches:

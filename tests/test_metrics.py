@@ -200,6 +200,24 @@ def test_numbers_of_the_host_join_those_of_the_device():
     """On a GPU the loss lives there and the learning rate here; `meta` is a second device that every machine has."""
     sums = MetricSums(torch.device("meta"))
     sums.add("loss/train", torch.tensor(1.0, device="meta"), 2.0)
-    sums.add("learning_rate", torch.tensor(1e-3), torch.tensor(1))
-    sums.add("learning_rate", torch.tensor(1e-3), 1.0)
-    assert {pair.device.type for pair in sums._sums.values()} == {"meta"}
+    sums.add("loss/train", torch.tensor(1.0, device="meta"), 2.0)
+    sums.add("learning_rate", 1e-3, 1)
+    sums.add("learning_rate", 2e-3, 1.0)
+    loss, count = sums._sums["loss/train"]
+    assert (loss.is_meta, count) == (True, 4.0)
+    assert sums._sums["learning_rate"] == (3e-3, 2.0)
+
+
+def test_means_of_host_and_device_are_in_one_table():
+    def body():
+        sums = MetricSums(CPU)
+        sums.add("grad_norm", torch.tensor(6.0, dtype=torch.float32), 2)
+        sums.add("learning_rate", 1e-3, 4.0)
+        sums.peak("memory/peak", 3.5)
+        copy = MetricSums(CPU)
+        copy.load(json.loads(json.dumps(sums.state())))
+        copy.add("grad_norm", torch.tensor(3.0), 1)  # on top of numbers that a checkpoint gave
+        assert sums.means() == {"grad_norm": 3.0, "learning_rate": 1e-3 / 4, "memory/peak": 3.5}
+        assert copy.means() == {"grad_norm": 3.0, "learning_rate": 1e-3 / 4}
+
+    in_group(body)

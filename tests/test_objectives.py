@@ -11,10 +11,11 @@ from config.errors import UserError
 from config.settings import LikelihoodLossSettings, PreferenceLossSettings
 from tests.tiny_models import VOCABULARY, tiny_model
 from trainers.kernels.logps import sequence_logps
-from trainers.objectives import LikelihoodObjective, PreferenceObjective
+from trainers.objectives import LOSSES, LikelihoodObjective, PreferenceObjective
 
 PROMPT, CHOSEN, REJECTED = [4, 2, 6], [5, 3, 1], [2, 7, 4]
 PAIRS = len(PROMPT)
+COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 
 
 def pair_batch(seed: int = 0) -> TensorDict:
@@ -125,7 +126,7 @@ def test_likelihood_reductions(reduction):
         log_pi(model, batch["input_ids"][i, : PROMPT[i] + CHOSEN[i]].tolist(), PROMPT[i]).item() for i in range(PAIRS)
     ]
     units = PAIRS if reduction == "sequence_sum" else sum(CHOSEN)
-    assert objective.num_units(batch).item() == units
+    assert objective.num_units(batch) == units
     assert (output.loss_sum / objective.num_units(batch)).item() == pytest.approx(-sum(sums) / units, rel=1e-6)
     assert output.metrics["logps_{split}/chosen"].tolist() == pytest.approx(sums)
     nll = [-total / length for total, length in zip(sums, CHOSEN, strict=True)]
@@ -175,3 +176,32 @@ def test_without_a_reference_there_is_nothing_to_check():
     assert not objective.needs_reference
     output = objective(partial(sequence_logps, tiny_model()), pair_batch())
     objective.check_first_batch(output, 10, torch.float32)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_reference_free_ignores_the_reference_in_rewards_too(name):
+    """Equal to the last bit with the columns of a reference that says something else, and without any."""
+    objective = PreferenceObjective(PreferenceLossSettings(name=name, reference_free=True))
+    model, batch = tiny_model(), pair_batch()
+    outputs = [objective(partial(sequence_logps, model), batch)]
+    batch["reference_chosen_logps"] = batch["reference_chosen_logps"] * 3 - 7
+    outputs.append(objective(partial(sequence_logps, model), batch))
+    outputs.append(objective(partial(sequence_logps, model), batch.exclude(*COLUMNS)))
+    for other in outputs[1:]:
+        assert torch.equal(other.loss_sum, outputs[0].loss_sum)
+        assert all(torch.equal(values, outputs[0].metrics[key]) for key, values in other.metrics.items())
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_loss_declares_of_its_start_is_so(name, beta):
+    """Its value and slope where all log-ratios are 0, against the function itself and a finite difference."""
+    loss = LOSSES[name](PreferenceLossSettings(name=name, beta=beta))
+    zero, step = torch.zeros(1, dtype=torch.float64), 1e-6
+
+    def value(margin):
+        return loss.function(zero + margin, zero, zero, zero)[0].item()
+
+    assert value(0.0) == pytest.approx(loss.at_zero, rel=1e-12)
+    assert abs(value(step) - value(-step)) / (2 * step) == pytest.approx(loss.slope, rel=1e-6)
+    assert loss.function(zero + 1, zero, zero, zero)[1].item() == loss.beta == beta

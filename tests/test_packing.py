@@ -11,6 +11,7 @@ from config.errors import UserError
 from tests.test_batching import PAD, make_store
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
 from trainers.data.batching import BatchLoader
+from trainers.data.cutters import PackedCutter, build_cutter
 from trainers.data.packing import (
     RowSizes,
     balanced_shares,
@@ -63,11 +64,8 @@ def store_of(folder, shapes, seed=0, *, shared=()) -> TokenStore:
 
 def microbatch(store, *, packing):
     """All rows of a store, in its order."""
-    loader = BatchLoader(
-        store, batch_size=len(store), seed=0, shuffle=False, num_epochs=1, num_examples=None, num_microbatches=1,
-        max_tokens_per_microbatch=None, pad_token_id=PAD, packing=packing,
-    )  # fmt: skip
-    (batch,) = loader.batches()
+    cutter = build_cutter(packing=packing, device=torch.device("cpu"), pad_token_id=PAD)
+    (batch,) = BatchLoader(store, cutter, batch_size=len(store)).batches()
     (one,) = batch.microbatches
     return one
 
@@ -281,8 +279,7 @@ def test_ranks_share_the_packed_batches_of_one_process(tmp_path, world_size):
     def batches(rank, world_size):
         return list(
             BatchLoader(
-                store, batch_size=10, seed=3, shuffle=True, num_epochs=2, num_examples=None, num_microbatches=1,
-                max_tokens_per_microbatch=40, pad_token_id=PAD, packing=True, rank=rank, world_size=world_size,
+                store, PackedCutter(40), batch_size=10, seed=3, num_epochs=2, rank=rank, world_size=world_size
             ).batches()
         )  # fmt: skip
 
@@ -292,7 +289,7 @@ def test_ranks_share_the_packed_batches_of_one_process(tmp_path, world_size):
         assert all(part.rows.tolist() == alone.rows.tolist() for part in parts)
         rows = [row for part in parts for micro in part.microbatches for row in micro["row"].tolist()]
         assert sorted(rows) == sorted(alone.rows.tolist())
-        passes = {len(part.microbatches) + part.num_idle for part in parts}
+        passes = {len(part.microbatches) + len(part.fillers) for part in parts}
         assert len(passes) == 1  # every rank makes as many
         assert all(
             len(micro["row"]) == 1 or num_positions(micro) <= 40 for part in parts for micro in part.microbatches

@@ -142,7 +142,7 @@ def die_after(layout, folder, run_name, settings, model, steps):
             self.checkpoints.wait()
             dist.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
-        original(self, *arguments)
+        return original(self, *arguments)
 
     Trainer.train_step = counted
     train(layout, folder, run_name, settings, model)
@@ -195,9 +195,9 @@ def count_reductions(layout, folder, settings):
     """Leaves the number of reduce-scatters of one step in reductions-<accumulation>.pt."""
     original, counts = Trainer.accumulate_gradients, []
 
-    def profiled(self, batch):
+    def profiled(self, *arguments):
         with torch.profiler.profile() as profile:
-            result = original(self, batch)
+            result = original(self, *arguments)
         counts.append(sum(event.count for event in profile.key_averages() if "reduce_scatter" in event.key))
         return result
 

@@ -36,7 +36,7 @@ def same_run(one: Path, other: Path) -> bool:
 
 MOMENTS = {
     "first evaluation": (trainer.Trainer, "_evaluation_means", 1),
-    "step": (trainer.Trainer, "accumulate_gradients", 4),
+    "step": (trainer.Trainer, "train_step", 4),
     "evaluation": (trainer.Trainer, "_evaluation_means", 2),
     "save": (checkpoint.CheckpointWriter, "save", 1),
     "last evaluation": (trainer.Trainer, "_evaluation_means", 7),

@@ -12,6 +12,7 @@ import torch
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, tiny_settings, train_loader
 from trainers import reference
+from trainers.data.cutters import PaddedCutter
 from trainers.distributed.launch import launch
 from trainers.kernels.attention import use_packed_attention
 from trainers.objectives import PreferenceObjective
@@ -29,12 +30,18 @@ def literal_logps(model, store, row: int) -> list[float]:
     return sums
 
 
-def compute(model, store, rows, folder, **arguments):
+def compute(model, store, rows, folder, max_tokens=16_384):
     kept = {}
 
     def worker(layout):
         kept["logps"] = reference_logps(
-            model, store, rows, layout=layout, cache_dir=folder, pad_token_id=0, weights=weights_key(model), **arguments
+            model,
+            store,
+            rows,
+            layout=layout,
+            cache_dir=folder,
+            weights=weights_key(model),
+            cutter=PaddedCutter(0, max_tokens),
         )
 
     launch(worker, tiny_settings())
@@ -50,7 +57,7 @@ def test_values_of_the_visited_rows(tmp_path, max_tokens):
     model = tiny_model(dtype=torch.float64)
     store = random_store(tmp_path, num_rows=11, segments=3)
     rows = torch.tensor([7, 2, 2, 10, 0])
-    logps = compute(model, store, rows, tmp_path, max_tokens_per_batch=max_tokens)
+    logps = compute(model, store, rows, tmp_path, max_tokens)
     assert logps.shape == (11, 2)
     assert logps.dtype == torch.float64
     for row in range(11):
@@ -139,7 +146,7 @@ def test_attached_columns_make_the_first_rewards_zero(tmp_path):
     model = tiny_model()
 
     def worker(layout):
-        if loader.packing:
+        if settings.packing:
             use_packed_attention(model)
         attach_reference(model, [loader], layout=layout, cache_dir=tmp_path, weights=weights_key(model))
         objective = PreferenceObjective(settings.loss)

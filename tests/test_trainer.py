@@ -3,10 +3,11 @@
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.errors import UserError
 from config.settings import CheckpointSettings, LikelihoodLossSettings, PreferenceLossSettings, TrainConfig
@@ -15,6 +16,7 @@ from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
 from trainers.optimizers import build_optimizer, learning_rate, optimizer_names
 from trainers.run.run_dir import RunDir
+from trainers.trainer import Trainer
 
 
 def train(folder, settings, *, run_path=None, **arguments):
@@ -88,6 +90,64 @@ def test_all_examples_of_a_log_interval_are_averaged(tmp_path):
     for name in ("logps_train/chosen", "rewards_train/margins", "loss/train"):
         mean = sum(row[name] * n for row, n in zip(steps, sizes, strict=True)) / 22
         assert only[name] == pytest.approx(mean, rel=1e-9, abs=1e-12)
+
+
+class Waits(TorchDispatchMode):
+    """Notes what makes the host wait for its device, which is `meta`: numbers read, and copies that are not queued."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        source = next((one for one in args if isinstance(one, torch.Tensor)), None)
+        if function is torch.ops.aten._local_scalar_dense.default and source.is_meta:
+            self.found.append("read")
+            return True
+        if function is torch.ops.aten._to_copy.default:
+            devices = {source.device.type, torch.device(kwargs.get("device") or source.device).type}
+            if len(devices) == 2 and not kwargs.get("non_blocking"):
+                self.found.append("copy")
+        if function is torch.ops.aten.copy_.default:
+            non_blocking = len(args) > 2 and args[2]
+            if source.device != args[1].device and not non_blocking:
+                self.found.append("copy")
+        return function(*args, **kwargs)
+
+
+def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
+    """For whether to take the step. All but the kernels: those stand in a function of one parameter here."""
+    settings = tiny_settings(gradient_accumulation_steps=2)
+    reduce, kept = torch.distributed.all_reduce, {}
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: None if values.is_meta else reduce(values))
+
+    def worker(layout):
+        with RunDir.open(tmp_path / "run", config=asdict(settings), manifest={}) as run:
+            trainer = tiny_trainer(tmp_path, layout, run, settings)
+            on_device = replace(layout, device=torch.device("meta"))
+            policy = trainer.policy.to("meta")
+            trainer = Trainer(
+                policy=policy, objective=trainer.objective, train_loader=trainer.train_loader, eval_loader=None,
+                settings=settings, layout=on_device, run=run,
+            )  # fmt: skip
+            weight = policy.get_output_embeddings().weight
+
+            def logps_of(batch):
+                assert all(value.is_meta for value in batch.values())
+                ones = torch.ones(len(batch["row"]), 2, dtype=torch.float64, device="meta")
+                return ones * weight.double().sum(), ones.long()
+
+            trainer.logps_of = logps_of
+            first, second = (replace(batch, start_examples=4) for batch in list(trainer.train_loader.batches())[:2])
+            with Waits() as waits:
+                trainer.train_step(first)  # makes the optimizer's state
+                waits.found.clear()
+                trainer.train_step(second)
+            kept.update(found=waits.found, updates=trainer.progress.updates, skipped=trainer.progress.skipped)
+
+    launch(worker, settings)
+    assert kept == {"found": ["read"], "updates": 2, "skipped": 0}
 
 
 def test_samples_are_written_at_each_evaluation_and_disturb_nothing(tmp_path):

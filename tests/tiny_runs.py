@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
+from config.settings import PreferenceLossSettings, TrainConfig, WandbSettings
 from tests.tiny_models import VOCABULARY, tiny_model
 from trainers.data.batching import BatchLoader
+from trainers.data.cutters import Cutter, build_cutter
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 from trainers.distributed.layout import Layout
 from trainers.distributed.sharding import place_model
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.logps import check_head
-from trainers.objectives import LikelihoodObjective, PreferenceObjective
+from trainers.objectives import LOSSES, build_objective
 from trainers.reference import attach_reference, weights_key
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
@@ -51,21 +52,25 @@ def tiny_settings(**changes: Any) -> TrainConfig:
     return replace(settings, **changes)
 
 
+def cutter(settings: TrainConfig, num_microbatches: int) -> Cutter:
+    """As train.py makes it."""
+    return build_cutter(
+        packing=settings.packing, device=torch.device("cpu"), pad_token_id=0,
+        max_tokens=settings.max_tokens_per_microbatch, num_microbatches=num_microbatches,
+    )  # fmt: skip
+
+
 def train_loader(store: TokenStore, settings: TrainConfig, layout: Layout | None = None) -> BatchLoader:
     """As train.py makes it."""
     return BatchLoader(
         store,
+        cutter(settings, settings.gradient_accumulation_steps),
         batch_size=settings.batch_size,
         seed=settings.seed,
-        shuffle=True,
         num_epochs=settings.n_epochs,
         num_examples=settings.n_examples,
-        num_microbatches=settings.gradient_accumulation_steps,
-        max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
-        pad_token_id=0,
         rank=layout.rank if layout else 0,
         world_size=layout.world_size if layout else 1,
-        packing=settings.packing,
     )
 
 
@@ -73,17 +78,10 @@ def eval_loader(store: TokenStore, settings: TrainConfig, layout: Layout | None 
     """As train.py makes it."""
     return BatchLoader(
         store,
+        cutter(settings, 1),
         batch_size=settings.eval_batch_size,
-        seed=settings.seed,
-        shuffle=False,
-        num_epochs=1,
-        num_examples=None,
-        num_microbatches=1,
-        max_tokens_per_microbatch=settings.max_tokens_per_microbatch,
-        pad_token_id=0,
         rank=layout.rank if layout else 0,
         world_size=layout.world_size if layout else 1,
-        packing=settings.packing,
     )
 
 
@@ -95,8 +93,7 @@ def tiny_trainer(
 
     `model`: made anew for the meta device where it is sharded, so a name of `tests/tiny_models.py` there.
     """
-    is_preference = isinstance(settings.loss, PreferenceLossSettings)
-    segments = 3 if is_preference else 2
+    segments = 3 if settings.loss.name in LOSSES else 2
 
     def stored(num_rows: int, seed: int = 0) -> TokenStore:
         return layout.main_first(lambda: random_store(folder, num_rows=num_rows, segments=segments, seed=seed))
@@ -116,11 +113,7 @@ def tiny_trainer(
             return type(full)(full.config)
 
     model = place_model(lambda: full, skeleton, settings, layout)
-    if is_preference:
-        objective: Any = PreferenceObjective(settings.loss)
-    else:
-        assert isinstance(settings.loss, LikelihoodLossSettings)
-        objective = LikelihoodObjective(settings.loss)
+    objective = build_objective(settings.loss)
     if objective.needs_reference:
         attach_reference(model, loaders, layout=layout, cache_dir=folder / "cache", weights=weights)
         identity = {"initial weights": weights, **(identity or {})}

@@ -14,37 +14,26 @@ from torch import Tensor
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader
 from trainers.distributed.layout import gather_objects
-from trainers.run.metrics import MetricsLog, peak_memory_gib
-from trainers.trainer import Trainer
+from trainers.run.metrics import peak_memory_gib
+from trainers.trainer import Trainer, passes_multiple
 
 
 @dataclass(frozen=True)
 class Work:
-    """The batches of a loader, over all processes.
+    """The batches of a loader, over all processes."""
 
-    Attributes:
-        ends: Examples seen after each global batch.
-        microbatches: Their number.
-        tokens: Of all sequences, the prompt of a pair counted in both.
-        positions: That the model is run on.
-        padding: Share of the positions that hold no token.
-        largest_microbatch: Its positions.
-        first: Rows of the first global batch, (B,) int64.
-        largest: Rows of the global batch that has the largest micro-batch, (B,) int64.
-    """
-
-    ends: list[int]
-    microbatches: int
-    tokens: int
-    positions: int
-    padding: float
-    largest_microbatch: int
-    first: Tensor
-    largest: Tensor
+    ends: list[int]  # examples seen after each global batch
+    microbatches: int  # their number
+    tokens: int  # of all sequences, the prompt of a pair counted in both
+    positions: int  # that the model is run on
+    padding: float  # share of the positions that hold no token
+    largest_microbatch: int  # its positions
+    first: Tensor  # rows of the first global batch, (B,) int64
+    largest: Tensor  # rows of the global batch that has the largest micro-batch, (B,) int64
 
 
 def count_work(loader: BatchLoader) -> Work:
-    """Counts without making a batch: some ten seconds for a million rows. The loader must have rows."""
+    """Count without making a batch: some ten seconds for a million rows. The loader must have rows."""
     plan = list(loader.plan())
     batches = [rows for rows, _ in plan]
     sizes = [[size for own in ranks for size in own] for _, ranks in plan]
@@ -58,7 +47,7 @@ def count_work(loader: BatchLoader) -> Work:
         microbatches=sum(map(len, sizes)),
         tokens=tokens,
         positions=positions,
-        padding=0.0 if loader.packing else 1 - tokens / positions,
+        padding=max(0.0, 1 - tokens / positions),  # packed, a position may stand for a token of two sequences
         largest_microbatch=max(sizes[largest]),
         first=batches[0],
         largest=batches[largest],
@@ -66,12 +55,12 @@ def count_work(loader: BatchLoader) -> Work:
 
 
 def num_evaluations(ends: Sequence[int], settings: TrainConfig) -> int:
-    """How often a run evaluates whose steps end at these numbers of examples."""
+    """Count the evaluations of a run whose steps end at these numbers of examples."""
     return settings.do_first_eval + len(_due_at(ends, settings.eval_every))
 
 
 def num_checkpoints(ends: Sequence[int], settings: TrainConfig) -> int:
-    """How many checkpoints it leaves; with `keep_best`, the best counts beside the last ones."""
+    """Count the checkpoints that it leaves; with `keep_best`, the best one stays beside the last ones."""
     checkpoint = settings.checkpoint
     written = 0 if settings.debug else len(_due_at(ends, checkpoint.every_examples or settings.eval_every))
     if checkpoint.keep_last is None:
@@ -80,35 +69,27 @@ def num_checkpoints(ends: Sequence[int], settings: TrainConfig) -> int:
 
 
 def _due_at(ends: Sequence[int], every: int) -> set[int]:
-    """The ends of the steps that pass a multiple of `every`, and of the last step."""
+    """Return the ends of the steps that pass a multiple of `every`, and of the last step."""
     starts = [0, *ends[:-1]]
-    return {end for start, end in zip(starts, ends, strict=True) if end // every > start // every} | {ends[-1]}
+    return {end for start, end in zip(starts, ends, strict=True) if passes_multiple(start, end, every)} | {ends[-1]}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a few real steps took.
+    """What a few real steps took."""
 
-    Attributes:
-        step_seconds: Of a step, for each position of its batch over all processes.
-        forward_seconds: Of an evaluation, likewise.
-        peak_memory_gib: Of the process that held most.
-        weights_bytes, optimizer_bytes: Of a checkpoint.
-    """
-
-    step_seconds: float
-    forward_seconds: float
-    peak_memory_gib: float
-    weights_bytes: int
+    step_seconds: float  # of a step, for each position of its batch over all processes
+    forward_seconds: float  # of an evaluation, likewise
+    peak_memory_gib: float  # of the process that held most
+    weights_bytes: int  # of a checkpoint
     optimizer_bytes: int
 
 
 def measure(trainer: Trainer) -> Measured:
-    """Takes three steps and evaluates; every process must come here.
+    """Take three steps and evaluate; every process must come here.
 
-    Args:
-        trainer: before its first step, under `debug`. Its training loader is an excerpt with the first global batch of
-            the run, its evaluation loader one with the batch that has the largest micro-batch.
+    The trainer is before its first step, under `debug`. Its training loader is an excerpt with the first global batch
+    of the run, its evaluation loader one with the batch that has the largest micro-batch.
     """
     first, largest, device = trainer.train_loader, trainer.eval_loader, trainer.layout.device
     assert largest is not None
@@ -118,8 +99,7 @@ def measure(trainer: Trainer) -> Measured:
         (batch,) = loader.batches()
         batch, trainer.train_loader = replace(batch, start_examples=trainer.progress.examples), loader
         seconds = _seconds(partial(trainer.train_step, batch), device)
-    with MetricsLog(trainer.run, trainer.settings, {}, {}, active=False) as trainer.log:
-        forward_seconds = [_seconds(trainer.evaluate, device) for _ in range(2)][-1]
+    forward_seconds = [_seconds(trainer.evaluate, device) for _ in range(2)][-1]  # the first one warms up
     weights, optimizer = checkpoint_bytes(trainer)
     return Measured(
         step_seconds=seconds / count_work(first).positions,
@@ -130,8 +110,8 @@ def measure(trainer: Trainer) -> Measured:
     )
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    """What it takes, the device's part included."""
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time a call, the device's part included."""
     started = time.monotonic()
     work()
     if device.type == "cuda":
@@ -140,7 +120,7 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def checkpoint_bytes(trainer: Trainer) -> tuple[int, int]:
-    """Bytes of the weights (twice with `checkpoint.policy_pt`) and of the optimizer's state, after a step.
+    """Count the bytes of the weights (twice with `checkpoint.policy_pt`) and of the optimizer's state, after a step.
 
     The tensors of all processes; tokenizer, random states and headers are some 100 kB beside them.
     """
@@ -157,15 +137,12 @@ def _bytes(tensors: Any) -> int:
 def describe_work(
     settings: TrainConfig, loaders: Sequence[BatchLoader], works: Sequence[Work], cut: Mapping[str, int]
 ) -> str:
-    """Lines on what the run is.
+    """Describe what the run is, in a few lines.
 
-    Args:
-        settings: of the run.
-        loaders: for training and, if anything is held out, for evaluation.
-        works: of these.
-        cut: what of the rows was cut -> number of them.
+    `loaders` are for training and, if anything is held out, for evaluation, `works` is theirs; `cut` counts, by what
+    was cut, the texts that were too long.
     """
-    rows, work, limit = [len(loader.store) for loader in loaders], works[0], loaders[0].max_tokens
+    rows, work, limit = [len(loader.store) for loader in loaders], works[0], loaders[0].cutter.max_tokens
     return _table(
         {
             "rows": f"{rows[0]:,} for training, {sum(rows[1:]):,} for evaluation; cut: "
@@ -182,13 +159,10 @@ def describe_work(
 def describe_measured(
     settings: TrainConfig, works: Sequence[Work], measured: Measured, reference_positions: int
 ) -> str:
-    """Lines on what the run takes.
+    """Describe what the run takes, in a few lines.
 
-    Args:
-        settings: of the run.
-        works: of its training and, if anything is held out, of each of its evaluations.
-        measured: what its steps took.
-        reference_positions: of all rows that need reference log-probabilities; 0 where the objective reads none.
+    `works` are of its training and, if anything is held out, of each of its evaluations; `reference_positions` of all
+    rows that need reference log-probabilities, 0 where the objective reads none.
     """
     work = works[0]
     training = measured.step_seconds * work.positions

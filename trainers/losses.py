@@ -1,7 +1,8 @@
 """Preference losses as pure functions of per-sequence log-probabilities.
 
 Letters: B = pairs; y_w = chosen, y_l = rejected, x = prompt; pi = policy, ref = reference. All arguments are (B,)
-vectors of log pi(y|x), in nats, and every result is (B,), in the dtype that the arguments promote to.
+vectors of log pi(y|x), in nats, and every result is (B,), in the dtype that the arguments promote to. A loss without
+a reference is given zeros for it: it then drops out of the loss *and* of the rewards.
 """
 
 from __future__ import annotations
@@ -9,24 +10,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def log_ratios(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    reference_free: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Returns log pi/ref of chosen and of rejected, each (B,).
-
-    A reference-free objective is one with a uniform reference. Its log-probabilities cancel in the difference of the
-    two ratios, so they are left out here, and with them of the loss *and* of the rewards.
-    """
-    if reference_free:
-        return policy_chosen, policy_rejected
-    return policy_chosen - reference_chosen, policy_rejected - reference_rejected
 
 
 def dpo_loss(
@@ -37,9 +20,8 @@ def dpo_loss(
     *,
     beta: float,
     label_smoothing: float = 0.0,
-    reference_free: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Direct preference optimization: (losses, chosen rewards, rejected rewards), each (B,).
+    """Return the losses, chosen rewards and rejected rewards, each (B,), of direct preference optimization.
 
     With h = log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x):
 
@@ -50,9 +32,7 @@ def dpo_loss(
     which assumes that a preference is flipped with that probability. Rewards are eq. 5 up to a term of x alone,
     detached.
     """
-    chosen_ratio, rejected_ratio = log_ratios(
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected, reference_free=reference_free
-    )
+    chosen_ratio, rejected_ratio = policy_chosen - reference_chosen, policy_rejected - reference_rejected
     logits = beta * (chosen_ratio - rejected_ratio)
     losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
     return losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach()
@@ -65,9 +45,8 @@ def ipo_loss(
     reference_rejected: Tensor,
     *,
     beta: float,
-    reference_free: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Identity preference optimization: (losses, chosen rewards, rejected rewards), each (B,).
+    """Return the losses, chosen rewards and rejected rewards, each (B,), of identity preference optimization.
 
     With h as in `dpo_loss`, and tau of the paper written as beta:
 
@@ -76,15 +55,13 @@ def ipo_loss(
     The margin that it regresses to is fixed, so it matters whether the log-probabilities are sums over the response
     (the DPO repo) or means per token (the authors of IPO): the caller divides, see `loss.average_logps`.
     """
-    chosen_ratio, rejected_ratio = log_ratios(
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected, reference_free=reference_free
-    )
+    chosen_ratio, rejected_ratio = policy_chosen - reference_chosen, policy_rejected - reference_rejected
     losses = (chosen_ratio - rejected_ratio - 1 / (2 * beta)).square()
     return losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach()
 
 
 def reward_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """1 where chosen is rewarded more than rejected, 0 where less, one half at a tie; (B,), dtype of the rewards.
+    """Return 1 where chosen is rewarded more than rejected, 0 where less, 1/2 at a tie; (B,), dtype of the rewards.
 
     Before the first step policy and reference are one model and every pair is a tie: an accuracy of 0.5, as a coin.
     """

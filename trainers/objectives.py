@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict
@@ -34,6 +35,16 @@ class LossOutput:
     loss_sum: Tensor  # scalar with gradient: sum over the micro-batch's units
     metrics: dict[str, Tensor]  # name -> (B,) float64, one value an example, detached
 
+    def detached(self, *, counts: bool) -> LossOutput:
+        """Drop the graph and, of a pass that does not count, also the loss and the metrics' values: not their names."""
+        if counts:
+            return LossOutput(self.loss_sum.detach(), self.metrics)
+        return LossOutput(torch.zeros_like(self.loss_sum), {name: values[:0] for name, values in self.metrics.items()})
+
+    def is_finite(self) -> Tensor:
+        """Tell for each example whether all its metrics are finite: (B,) bool."""
+        return torch.stack([values.double() for values in self.metrics.values()]).isfinite().all(dim=0)
+
 
 class Objective(Protocol):
     """The trainer's view of a loss."""
@@ -41,17 +52,23 @@ class Objective(Protocol):
     needs_reference: bool
 
     def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
-        """The sum of the losses of one micro-batch, and its metrics."""
+        """Return the sum of the losses of one micro-batch, and its metrics."""
 
-    def num_units(self, batch: TensorDict) -> Tensor:
-        """How many units the loss of this micro-batch sums over: a scalar, int64, on the batch's device."""
+    def num_units(self, batch: TensorDict) -> int:
+        """Count the units that the loss of this micro-batch, still on the host, sums over."""
 
     def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
-        """Called once, before the first step of a fresh run; raises UserError if what must hold then does not."""
+        """Raise a UserError if what must hold before the first step of a fresh run does not.
+
+        Args:
+            output: of a micro-batch of the first batch.
+            num_tokens: of its longest sequence; rounding grows with it.
+            dtype: the coarsest that policy or reference were computed in.
+        """
 
 
 def nats_per_token(logps: Tensor, num_tokens: Tensor) -> Tensor:
-    """Mean negative log-probability of a token of each sequence; 0 for a sequence without target tokens."""
+    """Return the mean negative log-probability of a token of each sequence; 0 where there are no target tokens."""
     return -logps / num_tokens.clamp(min=1)
 
 
@@ -65,25 +82,51 @@ class LikelihoodObjective:
     needs_reference = False
 
     def __init__(self, settings: LikelihoodLossSettings) -> None:
-        """Takes `loss.reduction`."""
         self.reduction = settings.reduction
 
     def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
-        """-sum of log-probabilities; the two reductions differ only in what the trainer divides by."""
+        """Sum -log p over the targets; the two reductions differ only in what the trainer divides by."""
         logps, num_tokens = logps_of(batch)
         detached = logps.detach()
         metrics = {"logps_{split}/chosen": detached, "nll_{split}": nats_per_token(detached, num_tokens)}
         return LossOutput(loss_sum=-logps.sum(), metrics=metrics)
 
-    def num_units(self, batch: TensorDict) -> Tensor:
-        """Sequences, or target tokens."""
-        if self.reduction == "token_mean":
-            return num_target_tokens(batch)
-        return torch.tensor(len(batch["row"]), device=batch["row"].device)
+    def num_units(self, batch: TensorDict) -> int:
+        """Count sequences, or target tokens."""
+        return int(num_target_tokens(batch)) if self.reduction == "token_mean" else len(batch["row"])
 
     def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
-        """A likelihood may begin anywhere."""
+        """Accept any value: a likelihood may begin anywhere."""
 
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A preference loss with its settings filled in, and what it must be while policy and reference are one model."""
+
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # one of `trainers.losses`
+    beta: float  # rewards are beta times a log-ratio
+    at_zero: float  # the loss of a pair whose log-ratios are 0
+    slope: float  # how steeply it changes there with the difference of the log-ratios
+    average_logps: bool = False  # of log-probabilities that are means per token of the response, not sums
+
+
+def _dpo(settings: PreferenceLossSettings) -> PreferenceLoss:
+    return PreferenceLoss(
+        partial(dpo_loss, beta=settings.beta, label_smoothing=settings.label_smoothing),
+        beta=settings.beta, at_zero=math.log(2), slope=settings.beta / 2, average_logps=settings.average_logps,
+    )  # fmt: skip
+
+
+def _ipo(settings: PreferenceLossSettings) -> PreferenceLoss:
+    beta = settings.beta
+    return PreferenceLoss(
+        partial(ipo_loss, beta=beta),
+        beta=beta, at_zero=1 / (2 * beta) ** 2, slope=1 / beta, average_logps=settings.average_logps,
+    )  # fmt: skip
+
+
+# Name of a preference loss -> what makes it from its own settings, of which it alone knows what they hold.
+LOSSES: dict[str, Callable[[Any], PreferenceLoss]] = {"dpo": _dpo, "ipo": _ipo}
 
 # Nats by which a token's log-probability may differ between two batches of different shape.
 TOLERANCE_PER_TOKEN = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -92,29 +135,28 @@ TOLERANCE_PER_TOKEN = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 
 class PreferenceObjective:
     """A preference loss on the log-ratios of chosen and rejected, against cached reference log-probabilities.
 
-    loss = dpo or ipo + nll_weight x (nats per token of chosen). The second term is the one of Pang et al. 2024
+    loss = one of LOSSES + nll_weight x (nats per token of chosen). The second term is the one of Pang et al. 2024
     (iterative reasoning preference optimization, eq. 1).
     """
 
     def __init__(self, settings: PreferenceLossSettings) -> None:
-        """Takes the group `loss`: its `name` is dpo or ipo."""
-        self.settings = settings
+        """Take the group `loss`; its `name` is one of LOSSES."""
+        self.name, self.nll_weight = settings.name, settings.nll_weight
+        self.loss = LOSSES[settings.name](settings)
         self.needs_reference = not settings.reference_free
 
     def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
-        """Chosen and rejected in one forward pass: B rows -> log-probabilities (B, 2)."""
-        settings = self.settings
+        """Run chosen and rejected in one forward pass: B rows -> log-probabilities (B, 2)."""
         logps, num_tokens = logps_of(batch)
-        scores = logps
-        reference = torch.zeros_like(logps)
+        policy, reference = logps, torch.zeros_like(logps)
         if self.needs_reference:
             columns = [batch["reference_chosen_logps"], batch["reference_rejected_logps"]]
             reference = torch.stack(columns, dim=-1).to(logps)
-        if settings.average_logps:
-            scores, reference = logps / num_tokens.clamp(min=1), reference / num_tokens.clamp(min=1)
-        losses, chosen_rewards, rejected_rewards = self._preference_loss(scores, reference)
+        if self.loss.average_logps:
+            policy, reference = policy / num_tokens.clamp(min=1), reference / num_tokens.clamp(min=1)
+        losses, chosen_rewards, rejected_rewards = self.loss.function(*policy.unbind(-1), *reference.unbind(-1))
         nll = nats_per_token(logps[:, 0], num_tokens[:, 0])
-        total = losses + settings.nll_weight * nll if settings.nll_weight else losses
+        total = losses + self.nll_weight * nll if self.nll_weight else losses
         metrics = {
             "rewards_{split}/chosen": chosen_rewards,
             "rewards_{split}/rejected": rejected_rewards,
@@ -127,52 +169,37 @@ class PreferenceObjective:
         }
         return LossOutput(loss_sum=total.sum(), metrics=metrics)
 
-    def _preference_loss(self, scores: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        settings = self.settings
-        vectors = (scores[:, 0], scores[:, 1], reference[:, 0], reference[:, 1])
-        if settings.name == "ipo":
-            return ipo_loss(*vectors, beta=settings.beta, reference_free=settings.reference_free)
-        return dpo_loss(
-            *vectors,
-            beta=settings.beta,
-            label_smoothing=settings.label_smoothing,
-            reference_free=settings.reference_free,
-        )
-
-    def num_units(self, batch: TensorDict) -> Tensor:
-        """Pairs."""
-        return torch.tensor(len(batch["row"]), device=batch["row"].device)
+    def num_units(self, batch: TensorDict) -> int:
+        """Count pairs."""
+        return len(batch["row"])
 
     def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
-        """Before the first step the policy is the reference: rewards 0, DPO loss ln 2, IPO loss 1 / (2 beta)^2.
-
-        Args:
-            output: of the first micro-batch.
-            num_tokens: of its longest sequence; rounding grows with it.
-            dtype: of the policy's weights.
+        """Require rewards of 0 and the loss that goes with them: before the first step the policy is the reference.
 
         Raises:
             UserError: with the largest reward, the tolerance, and what may have gone wrong.
         """
         if not self.needs_reference:
             return
-        settings = self.settings
-        tokens = 1 if settings.average_logps else num_tokens
-        tolerance = max(1e-5 if dtype == torch.float32 else 0.0, settings.beta * TOLERANCE_PER_TOKEN[dtype] * tokens)
+        beta, expected = self.loss.beta, self.loss.at_zero
+        tokens = 1 if self.loss.average_logps else num_tokens
+        tolerance = max(1e-5 if dtype == torch.float32 else 0.0, beta * TOLERANCE_PER_TOKEN[dtype] * tokens)
+        # Both rewards may be off by the tolerance; the loss reads the difference of the log-ratios, rewards / beta.
+        loss_tolerance = self.loss.slope * 2 * tolerance / beta
         rewards = torch.stack([output.metrics["rewards_{split}/chosen"], output.metrics["rewards_{split}/rejected"]])
         largest = rewards.abs().max().item()
-        if settings.name == "ipo":
-            # The slope of the square at its start, 1 / beta, carries the margin's tolerance over to the loss.
-            expected, loss_tolerance = 1 / (2 * settings.beta) ** 2, 2 * tolerance / settings.beta**2
-        else:
-            expected, loss_tolerance = math.log(2), tolerance
         loss = output.metrics["preference_loss_{split}"].mean().item()
         if largest <= tolerance and abs(loss - expected) <= loss_tolerance:  # a NaN fails, too
             return
         raise UserError(
             f"before the first step the policy is the reference, so every reward must be 0 (at most {tolerance:.1g} "
-            f"for {dtype}) and the {settings.name} loss {expected:.6f}; the largest reward is {largest:.3g} and the "
+            f"for {dtype}) and the {self.name} loss {expected:.6f}; the largest reward is {largest:.3g} and the "
             f"loss {loss:.6f}. Either policy and reference run differently (model.reference_dtype other than "
             "model.policy_dtype, a dropout that is not 0), or the reference cache is not of these weights and rows: "
             "delete the folder `reference` in the cache directory (local_dirs) and start again."
         )
+
+
+def build_objective(settings: Any) -> Objective:
+    """Return what `loss=` names, from the settings of that loss."""
+    return PreferenceObjective(settings) if settings.name in LOSSES else LikelihoodObjective(settings)

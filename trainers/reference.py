@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -26,17 +27,18 @@ from torch import Tensor
 from config.errors import UserError
 from trainers.data.batching import BatchLoader
 from trainers.data.cache import build_once
-from trainers.data.packing import default_max_tokens
-from trainers.data.token_store import TokenStore
+from trainers.data.cutters import Cutter
+from trainers.data.token_store import TokenStore, sequence_lengths
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import forward_function, reshard
 from trainers.kernels.logps import sequence_logps
 
 CODE_VERSION = 2  # raise it with any change of logps.py that moves a result by more than rounding
+LOGPS = "logps.f64"
 
 
 def weights_key(model: Any) -> str:
-    """32 hex digits of what a model computes: its config, and every tensor by name, dtype and content."""
+    """Return 32 hex digits of what a model computes: its config, and every tensor by name, dtype and content."""
     digest = xxhash.xxh3_128()
     config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype"):
@@ -55,14 +57,12 @@ def reference_logps(
     *,
     layout: Layout,
     cache_dir: Path,
-    pad_token_id: int,
     weights: str,
-    packing: bool = False,
+    cutter: Cutter,
     autocast: torch.dtype | None = None,
     compute_dtype: str | None = None,
-    max_tokens_per_batch: int | None = None,
 ) -> Tensor:
-    """Log-probabilities of chosen and rejected, in nats: (N, 2) float64, memory-mapped; NaN in rows not asked for.
+    """Return the log-probabilities of chosen and rejected, in nats: (N, 2) float64, memory-mapped; NaN in other rows.
 
     Every process must come here.
 
@@ -72,31 +72,20 @@ def reference_logps(
         rows: the rows that training will visit.
         layout: of the model.
         cache_dir: where caches lie; the file is `reference/<key>/logps.f64`.
-        pad_token_id: fills the batches.
         weights: `weights_key` of the model before it was sharded.
-        packing: as the policy has its rows.
+        cutter: makes the micro-batches; of the policy's kind.
         autocast: as the policy has its matrix products.
         compute_dtype: what a sharded model computes in, where that is not its own dtype.
-        max_tokens_per_batch: positions of a batch; None: what suits the device, 16,384 where it is padded.
     """
     rows = rows.unique()
-    # Another kernel or another release of the model's code may move a result by more than the first batch's check lets.
+    # Another kernel, or another release of the model's code, may move a result by more than the check of the first
+    # batch tolerates.
     code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {layout.device.type}"
-    kind = f"{model.dtype} {compute_dtype or model.dtype} {packing} {autocast}"
+    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast}"
     identity = f"{code} {weights} {store.select(rows).key} {kind}"
     directory, key = cache_dir / "reference", xxhash.xxh3_128_hexdigest(identity.encode())
-    lengths = store.lengths[rows].long()
-    by_length = rows[torch.argsort(lengths[:, 0] + lengths[:, 1:].amax(1), descending=True, stable=True)]
-    # Cut as one process cuts them: the parts of the others are skipped, not cut anew.
-    limit = max_tokens_per_batch or (default_max_tokens(layout.device) if packing else 16_384)
-    loader = BatchLoader(
-        store.select(by_length), batch_size=256, seed=0, shuffle=False, num_epochs=1, num_examples=None,
-        num_microbatches=1, max_tokens_per_microbatch=limit, pad_token_id=pad_token_id, packing=packing,
-    )  # fmt: skip
-
-    def build(folder: Path) -> None:
-        layout.on_main(lambda: "compute")
-        _write(folder, compute())
+    by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]
+    loader = BatchLoader(store.select(by_length), cutter, batch_size=256, device=layout.device)
 
     def compute() -> np.ndarray:
         result = np.full((len(store), 2), np.nan)
@@ -104,41 +93,38 @@ def reference_logps(
             result[by_length[places].numpy()] = logps.numpy()
         return result
 
+    def build(folder: Path) -> None:
+        layout.on_main(lambda: "compute")
+        compute().tofile(folder / LOGPS)
+
+    # Rank 0 alone looks for the entry and holds its lock. The others compute when it says so, until it is through.
     if layout.is_main:
-        error: UserError | None = None
         try:
             build_once(directory, key, build)
-        except UserError as failed:
-            error = failed
-        layout.on_main(lambda: _raise_or(error, "there"))
+        except UserError as error:
+            layout.on_main(partial(_raise, error))
+        layout.on_main(lambda: "through")
     else:
         while layout.on_main(lambda: "") == "compute":
             compute()
-    entry = _on_every_file_system(directory, key, len(store), layout)
-    # A private map: pages are shared with the other processes that read the file.
-    values = torch.from_file(str(entry / "logps.f64"), shared=False, size=2 * len(store), dtype=torch.float64)
-    return values.view(len(store), 2)
+    file = _on_every_file_system(directory, key, len(store), layout) / LOGPS
+    # A private map: its pages are shared with the other processes that read the file.
+    return torch.from_file(str(file), shared=False, size=2 * len(store), dtype=torch.float64).view(len(store), 2)
 
 
-def _raise_or(error: UserError | None, answer: str) -> str:
-    if error is not None:
-        raise error
-    return answer
-
-
-def _write(folder: Path, logps: np.ndarray) -> None:
-    logps.tofile(folder / "logps.f64")
+def _raise(error: UserError) -> NoReturn:
+    raise error
 
 
 def _on_every_file_system(directory: Path, key: str, num_rows: int, layout: Layout) -> Path:
-    """The entry, which rank 0 has, copied to where other processes look for it in vain: disks of other nodes."""
+    """Copy rank 0's entry to where a process does not see it (the disks of other nodes), and return its path."""
     entry = directory / key
     if not all(gather_objects(entry.is_dir())):
         values = torch.empty(2 * num_rows, dtype=torch.float64)
         if layout.is_main:
-            values = torch.from_file(str(entry / "logps.f64"), shared=False, size=2 * num_rows, dtype=torch.float64)
+            values = torch.from_file(str(entry / LOGPS), shared=False, size=2 * num_rows, dtype=torch.float64)
         dist.broadcast(values, src=0)
-        build_once(directory, key, lambda folder: _write(folder, values.numpy()))
+        build_once(directory, key, lambda folder: values.numpy().tofile(folder / LOGPS))
     return entry
 
 
@@ -146,24 +132,26 @@ def _on_every_file_system(directory: Path, key: str, num_rows: int, layout: Layo
 def _logps_of_rows(
     model: Any, loader: BatchLoader, layout: Layout, autocast: torch.dtype | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """(row numbers (B,), log-probabilities (B, 2)) of the loader's micro-batches, on the host; in rank 0 alone."""
+    """Return (row numbers (B,), log-probabilities (B, 2)) of each micro-batch, on the host; nothing but in rank 0."""
     logps_of = forward_function(model, sequence_logps, autocast=autocast)
     was_training = model.training
     model.eval()
     found: list[tuple[Tensor, Tensor]] = []
     number = 0
+    # The loader cuts as if there were one process, and each process skips what is the others'.
     for global_batch in loader.batches():
         for batch in global_batch.microbatches:
             if number % layout.world_size == layout.rank:
-                logps, _ = logps_of(batch.to(layout.device, non_blocking=True))
-                found.append((batch["row"], logps.cpu()))
+                found.append((batch["row"], logps_of(batch.to(layout.device, non_blocking=True))[0]))
             number += 1
     if layout.rank >= (number % layout.world_size or layout.world_size):  # the others have one more: keep step
         logps_of(loader.filler().to(layout.device))
     reshard(model)
     model.train(was_training)
     parts: list[Any] = [None] * layout.world_size
-    dist.gather_object(found, parts if layout.is_main else None, dst=0)
+    # Copied to the host only here: the device has not been waited for between two micro-batches.
+    own = [(rows, logps.cpu()) for rows, logps in found]
+    dist.gather_object(own, parts if layout.is_main else None, dst=0)
     return [one for part in parts if part is not None for one in part]
 
 
@@ -176,9 +164,8 @@ def attach_reference(
     weights: str,
     autocast: torch.dtype | None = None,
     compute_dtype: str | None = None,
-    max_tokens_per_batch: int | None = None,
 ) -> None:
-    """Gives each loader the columns that a preference objective reads.
+    """Give each loader the columns that a preference objective reads.
 
     `model` must have the run's initial weights, see above; the trainer compares `weights`, their key, with that of the
     run's start.
@@ -186,7 +173,6 @@ def attach_reference(
     for loader in loaders:
         logps = reference_logps(
             model, loader.store, loader.rows_visited(), layout=layout, cache_dir=cache_dir, weights=weights,
-            pad_token_id=loader.pad_token_id, packing=loader.packing, autocast=autocast, compute_dtype=compute_dtype,
-            max_tokens_per_batch=max_tokens_per_batch,
+            cutter=loader.cutter.forward_only(layout.device), autocast=autocast, compute_dtype=compute_dtype,
         )  # fmt: skip
         loader.columns = {"reference_chosen_logps": logps[:, 0], "reference_rejected_logps": logps[:, 1]}

@@ -17,13 +17,14 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from config.errors import UserError
+from config.files import sync
 
 HASH_CHUNK_BYTES = 1 << 20
 TEMPORARY = ".tmp-"
 
 
 def build_once(directory: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """The entry `directory/key`, built by `build` unless it is there.
+    """Return the entry `directory/key`, built by `build` unless it is there.
 
     Args:
         directory: The cache; made where it does not exist.
@@ -78,17 +79,8 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
-    """Make a file or directory durable: a rename must not reach the disk before what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def usable_dir(candidates: Sequence[str]) -> Path:
-    """The first of the directories that can be made and written to (`local_dirs`; ~ and $VARIABLES are expanded).
+    """Return the first directory that can be made and written to (`local_dirs`; ~ and $VARIABLES are expanded).
 
     Raises:
         UserError: None of them can; each is named with the reason.
@@ -109,7 +101,7 @@ def usable_dir(candidates: Sequence[str]) -> Path:
 
 
 def hash_files(paths: Sequence[Path]) -> str:
-    """xxh3-128 of the files' contents, in the order given; their names do not count."""
+    """Return the xxh3-128 of the files' contents, in the order given; their names do not count."""
     digest = xxhash.xxh3_128()
     for path in paths:
         digest.update(path.stat().st_size.to_bytes(8, "little"))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,6 +17,11 @@ from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
 ID_BYTES = 32
+
+
+def sequence_lengths(lengths: Tensor) -> Tensor:
+    """Return the tokens of each row's (longer) sequence, prompt included: (..., S) of its segments -> (...) int64."""
+    return lengths[..., 0].long() + lengths[..., 1:].amax(-1)
 
 
 class TokenStore:
@@ -44,24 +48,24 @@ class TokenStore:
         return len(self.lengths)
 
     def row(self, i: int) -> list[Tensor]:
-        """The S segments of row i, each (T,) int32; views of the map, not to be written to."""
+        """Return the S segments of row i, each (T,) int32: views of the map, not to be written to."""
         place = i if self._index is None else int(self._index[i])
         start = int(self._offsets[place])
         lengths = self.lengths[i].tolist()
         return list(self._tokens[start : start + sum(lengths)].split(lengths))
 
     def beginnings(self, rows: Tensor, width: int) -> Tensor:
-        """The first tokens of these rows (B,), none of them shorter: (B, width) int32."""
+        """Return the first tokens of these rows (B,), none of which is shorter: (B, width) int32."""
         places = rows if self._index is None else self._index[rows]
         return self._tokens[self._offsets[places, None] + torch.arange(width)]
 
     def ids(self, i: int) -> str:
-        """Name of row i: what errors and reports call it by."""
+        """Return the name of row i, by which errors and reports call it."""
         place = i if self._index is None else int(self._index[i])
         return self._ids[place].decode()
 
     def select(self, rows: Tensor) -> TokenStore:
-        """A store of these rows, in this order, over the same maps; its key tells the selection.
+        """Return a store of these rows, in this order, over the same maps; its key tells the selection.
 
         Args:
             rows: (M,) int64 row numbers of this store.
@@ -75,7 +79,7 @@ class TokenStore:
 
 
 def _map(path: Path, dtype: type[np.generic]) -> Tensor:
-    """A file as a flat tensor. Mapped copy-on-write: torch wants it writable, and nothing reaches the file."""
+    """Map a file as a flat tensor, copy-on-write: torch wants it writable, and nothing reaches the file."""
     if not path.stat().st_size:
         return torch.from_numpy(np.empty(0, dtype))
     return torch.from_numpy(np.memmap(path, dtype, "c"))
@@ -92,55 +96,34 @@ class TokenStoreWriter:
 
     def __init__(self, directory: Path, *, key: str, num_segments: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.num_rows = 0
+        self.num_rows = self._num_tokens = 0
         self._directory, self._key, self._num_segments = directory, key, num_segments
-        self._num_tokens = 0
-        names = ("tokens", "offsets", "lengths", "ids")
-        self._tokens, self._offsets, self._lengths, self._ids = (
-            (directory / f"{name}.bin").open("wb") for name in names
-        )
+        self._files = {name: (directory / f"{name}.bin").open("wb") for name in ("tokens", "offsets", "lengths", "ids")}
 
-    def __enter__(self) -> TokenStoreWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in (self._tokens, self._offsets, self._lengths, self._ids):
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
             file.close()
 
     def append(self, id: str, segments: Sequence[Sequence[int]]) -> None:
-        """Add one row.
-
-        Args:
-            id: Name of the row, at most ID_BYTES bytes in UTF-8.
-            segments: S lists of token ids.
-        """
+        """Add a row of S segments, lists of token ids; its name `id` has at most ID_BYTES bytes in UTF-8."""
         name = id.encode()
         if len(segments) != self._num_segments or not 0 < len(name) <= ID_BYTES:
             raise ValueError(f"a row has {self._num_segments} segments and an id of 1 to {ID_BYTES} bytes")
         lengths = [len(segment) for segment in segments]
         for segment in segments:
-            self._tokens.write(np.asarray(segment, np.int32).tobytes())
-        self._offsets.write(self._num_tokens.to_bytes(8, "little"))
-        self._lengths.write(np.asarray(lengths, np.int32).tobytes())
-        self._ids.write(name.ljust(ID_BYTES, b"\0"))
+            self._files["tokens"].write(np.asarray(segment, np.int32).tobytes())
+        self._files["offsets"].write(self._num_tokens.to_bytes(8, "little"))
+        self._files["lengths"].write(np.asarray(lengths, np.int32).tobytes())
+        self._files["ids"].write(name.ljust(ID_BYTES, b"\0"))
         self._num_tokens += sum(lengths)
         self.num_rows += 1
 
     def finish(self, meta: dict[str, Any]) -> None:
-        """Write meta.json, without which the directory is no store.
-
-        Args:
-            meta: JSON; goes to `TokenStore.meta`.
-        """
-        for file in (self._tokens, self._offsets, self._lengths, self._ids):
+        """Write meta.json, without which the directory is no store; `meta`, of JSON, goes to `TokenStore.meta`."""
+        for file in self._files.values():
             file.flush()
-        record = {
-            **meta,
-            "key": self._key,
-            "num_segments": self._num_segments,
-            "num_rows": self.num_rows,
-            "num_tokens": self._num_tokens,
-        }
-        (self._directory / "meta.json").write_text(json.dumps(record, indent=1))
+        counts = {"num_segments": self._num_segments, "num_rows": self.num_rows, "num_tokens": self._num_tokens}
+        (self._directory / "meta.json").write_text(json.dumps({**meta, "key": self._key, **counts}, indent=1))

@@ -50,3 +50,8 @@ def training_flops_per_token(model: Any) -> float:
     """
     embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     return 6.0 * sum(one.numel() for one in model.parameters() if id(one) not in embeddings)
+
+
+def head_flops_per_token(model: Any) -> float:
+    """Return what the output head adds to that for each target token, forward and backward."""
+    return 6.0 * model.get_output_embeddings().weight.numel()

@@ -34,8 +34,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from config.errors import SaidElsewhere, UserError
+from config.files import sync
 from config.settings import CheckpointSettings
-from trainers.data.cache import sync
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import fill_model, full_parameters, full_state
 from trainers.run.rng import random_state, set_random_state

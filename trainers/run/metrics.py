@@ -28,37 +28,36 @@ from trainers.run.run_dir import RunDir, truncate
 
 
 class MetricSums:
-    """Sums and counts of named quantities, kept on the device until they are asked for: no wait per micro-batch."""
+    """Sums and counts of named quantities, each where it was computed: to add one copies nothing, waits for nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begins empty. All sums live on `device`, so that one reduction takes them all, those of the host included."""
+        """Begin empty; on `device` the sums of all processes will meet."""
         self._device = device
-        self._sums: dict[str, Tensor] = {}  # name -> (sum, count), float64
+        self._sums: dict[str, tuple[Tensor | float, float]] = {}  # name -> sum (a tensor: float64), count
         self._peaks: dict[str, float] = {}
 
     def __len__(self) -> int:
         """How many quantities there are."""
         return len(self._sums)
 
-    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        """Adds a sum (scalar) over `count` things to a quantity's mean."""
-        parts = (total.detach(), torch.as_tensor(count))
-        pair = torch.stack([part.to(self._device, torch.float64) for part in parts])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+    def add(self, name: str, total: Tensor | float, count: float) -> None:
+        """Add a sum (scalar) over `count` things to a quantity's mean."""
+        if isinstance(total, Tensor):
+            total = total.detach().double()
+        so_far, counted = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (so_far + total, counted + count)
 
     def peak(self, name: str, value: float) -> None:
         """Notes a quantity whose largest value over steps and processes is what matters."""
         self._peaks[name] = max(value, self._peaks.get(name, value))
 
     def state(self) -> dict[str, tuple[float, float]]:
-        """This process's sums, as JSON."""
-        return {name: (pair[0].item(), pair[1].item()) for name, pair in self._sums.items()}
+        """Return this process's sums, as JSON."""
+        return {name: (float(total), count) for name, (total, count) in self._sums.items()}
 
     def load(self, state: Mapping[str, tuple[float, float]]) -> None:
-        """Puts `state()` back."""
-        self._sums = {
-            name: torch.tensor(pair, dtype=torch.float64, device=self._device) for name, pair in state.items()
-        }
+        """Put `state()` back."""
+        self._sums = {name: (total, count) for name, (total, count) in state.items()}
 
     def means(self) -> dict[str, float]:
         """The mean of every quantity over all that was added, by all processes, in one collective; then empty again.
@@ -68,9 +67,11 @@ class MetricSums:
         if not self._sums:
             return {}
         names, peaks = sorted(self._sums), sorted(self._peaks)
-        rows = [self._sums[name] for name in names]
-        rows += [torch.tensor([self._peaks[name], 0], dtype=torch.float64, device=self._device) for name in peaks]
-        gathered = gather_from_processes(torch.stack(rows)).cpu()
+        pairs = [*(self._sums[name] for name in names), *((self._peaks[name], 0.0) for name in peaks)]
+        table = torch.tensor([[0.0, count] for _, count in pairs], dtype=torch.float64, device=self._device)
+        for row, (total, _) in zip(table, pairs, strict=True):
+            row[0] = total
+        gathered = gather_from_processes(table).cpu()
         self._sums, self._peaks = {}, {}
         totals = gathered[:, : len(names)].sum(0).tolist()
         means = {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}

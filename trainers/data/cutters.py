@@ -1,0 +1,149 @@
+"""How a global batch is cut into micro-batches: packed (`trainers.data.packing`), or padded.
+
+Letters: N rows of a store, B rows of a batch, T padded length, S segments of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from trainers.data.packing import (
+    RowSizes,
+    balanced_shares,
+    collate_packed,
+    default_max_tokens,
+    input_lengths,
+    pack_rows,
+)
+from trainers.data.prefixes import Prefixes, no_prefixes, shared_prefixes
+from trainers.data.token_store import TokenStore, sequence_lengths
+
+# Positions of a padded micro-batch that keeps no activations for a backward pass: 16 pairs of 512 tokens.
+PADDED_FORWARD_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch whose tensors are not made yet."""
+
+    batch: Tensor  # row numbers of the whole global batch, (B,) int64
+    places: list[int]  # which of them are this micro-batch's, as indices into `batch`
+    positions: int  # that the model will be run on
+    prefixes: Prefixes  # what the rows of the whole global batch have in common
+
+
+@dataclass(frozen=True)
+class PackedCutter:
+    """Micro-batches without padding that hold the prompt of a pair once, see `collate_packed`."""
+
+    packed: ClassVar[bool] = True
+    max_tokens: int  # positions that no micro-batch exceeds, unless a single row does
+    num_microbatches: int = 1  # of a share, at least; fewer where it has fewer rows
+
+    def cut(self, store: TokenStore, rows: Tensor, num_shares: int) -> list[list[Part]]:
+        """Cut a global batch of these rows (B,) into one share for each rank, and each share into micro-batches.
+
+        Shares are balanced by positions; rows that begin alike go together.
+        """
+        prefixes = shared_prefixes(store, rows)
+        sizes = RowSizes.of(input_lengths(store.lengths[rows].long()).sum(1), prefixes)
+        shares = []
+        for share in balanced_shares(sizes.own, num_shares):
+            packed = pack_rows(sizes.select(share), limit=self.max_tokens, at_least=self.num_microbatches)
+            parts = [[share[i] for i in part] for part in packed]
+            shares.append([Part(rows, places, sizes.positions(places), prefixes) for places in parts])
+        return shares
+
+    def collate(self, store: TokenStore, part: Part, columns: Mapping[str, Tensor]) -> TensorDict:
+        """Make the flat tensors of a micro-batch; `columns` are per-row values (N, ...) by name."""
+        places = torch.tensor(part.places)
+        return collate_packed(store, part.batch[places], columns, part.prefixes.select(places))
+
+    def forward_only(self, device: torch.device) -> PackedCutter:
+        """Return the cutter for passes without gradients, which need less memory.
+
+        It depends on the kind of device, not on the limits of a run: the runs of a sweep share what it computes.
+        """
+        return PackedCutter(default_max_tokens(device))
+
+
+@dataclass(frozen=True)
+class PaddedCutter:
+    """Micro-batches of right-padded rows."""
+
+    packed: ClassVar[bool] = False
+    pad_token_id: int
+    max_tokens: int | None = None  # as for packed rows, the positions of both sequences counted; None: no limit
+    num_microbatches: int = 1  # of a share; fewer where it has fewer rows, more where `max_tokens` asks for it
+
+    def cut(self, store: TokenStore, rows: Tensor, num_shares: int) -> list[list[Part]]:
+        """Cut as `PackedCutter.cut` does, but deal the rows out by length, and keep those of like length together."""
+        positions = sequence_lengths(store.lengths[rows]) * (store.num_segments - 1)
+        by_length, sizes = torch.argsort(positions, descending=True, stable=True).tolist(), positions.tolist()
+        nothing = no_prefixes(len(rows))
+        shares = []
+        for rank in range(num_shares):
+            parts = self._parts(by_length[rank::num_shares], sizes)
+            shares.append([Part(rows, places, len(places) * sizes[places[0]], nothing) for places in parts])
+        return shares
+
+    def _parts(self, share: list[int], positions: list[int]) -> list[list[int]]:
+        """Cut a share, longest row first, into equal parts (to one row), and each of them by the limit."""
+        num_parts = min(self.num_microbatches, len(share))
+        parts: list[list[int]] = []
+        start = 0
+        for number in range(num_parts):
+            stop = start + len(share) // num_parts + (number < len(share) % num_parts)
+            while start < stop:
+                longest = positions[share[start]]
+                fit = stop - start if self.max_tokens is None else max(1, self.max_tokens // longest)
+                parts.append(share[start : min(start + fit, stop)])
+                start += len(parts[-1])
+        return parts
+
+    def collate(self, store: TokenStore, part: Part, columns: Mapping[str, Tensor]) -> TensorDict:
+        """Make the tensors of a micro-batch: (B, T) for one response a row, (B, 2, T) for chosen and rejected."""
+        rows = part.batch[torch.tensor(part.places)]
+        responses = store.num_segments - 1
+        shape = (len(rows), responses, int(sequence_lengths(store.lengths[rows]).max()))
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.bool)
+        response_mask = torch.zeros(shape, dtype=torch.bool)
+        for b, row in enumerate(rows.tolist()):
+            prompt, *texts = store.row(row)
+            start = len(prompt)
+            for s, text in enumerate(texts):
+                stop = start + len(text)
+                input_ids[b, s, :start] = prompt
+                input_ids[b, s, start:stop] = text
+                attention_mask[b, s, :stop] = True
+                response_mask[b, s, start:stop] = True
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask}
+        if responses == 1:
+            batch = {name: tensor.squeeze(1) for name, tensor in batch.items()}
+        batch |= {name: column[rows] for name, column in columns.items()}
+        return TensorDict({**batch, "row": rows}, batch_size=[len(rows)])
+
+    def forward_only(self, device: torch.device) -> PaddedCutter:
+        """Return the cutter for passes without gradients, as `PackedCutter.forward_only` does."""
+        return PaddedCutter(self.pad_token_id, PADDED_FORWARD_TOKENS)
+
+
+Cutter = PackedCutter | PaddedCutter
+
+
+def build_cutter(
+    *, packing: bool, device: torch.device, pad_token_id: int, max_tokens: int | None = None, num_microbatches: int = 1
+) -> Cutter:
+    """Return the cutter that a run's settings ask for; None: packed rows have the device's limit, padded ones none."""
+    if num_microbatches < 1:
+        raise ValueError(f"{num_microbatches=} must be positive")
+    if packing:
+        return PackedCutter(max_tokens or default_max_tokens(device), num_microbatches)
+    return PaddedCutter(pad_token_id, max_tokens, num_microbatches)
