@@ -10,8 +10,13 @@ Contenders take turns on every global batch, in an order that rotates, each from
 
 - `packed`, `padded`: `Trainer.train_step` as `python train.py` runs it, with `packing` true and false;
 - `packed_bf16`, `packed_compiled`, `packed_selective`, `packed_full`: packed, with `model.autocast=bfloat16`, with
-  `trainer.compile=true`, or with `activation_checkpointing` selective or full;
-- `literal`, `trl`, `trl_packed`: see `throughput_peers.py` (TRL needs `pip install -r requirements-bench.txt`).
+  `trainer.compile=true`, or with `activation_checkpointing` selective or full; `packed_bf16_compiled` and
+  `packed_bf16_full` are both;
+- `literal`, `trl`, `trl_packed`: see `throughput_peers.py` (TRL needs `pip install -r requirements-bench.txt`);
+  `literal_bf16` and so on: the same under bfloat16 autocast.
+
+With `--device cuda` the models are made on the GPU, `--size 1b|3b|7b` takes the shapes of Llama 3.2 1B and 3B and of
+Llama 2 7B, and `mfu_with_head` is the share of the card's bfloat16 peak that the arithmetic of `floor` makes up.
 
 The model is a random Llama, the tokens are random, their lengths those of the published `si` pairs or, with `long`,
 with prompts of 2.6 times the length, which are then 70% of the tokens. As in those pairs, the template makes all
@@ -34,7 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +63,7 @@ from trainers.distributed.launch import launch, pick_device
 from trainers.distributed.layout import Layout
 from trainers.distributed.sharding import parallelize
 from trainers.kernels.attention import use_packed_attention
+from trainers.kernels.flops import peak_flops
 from trainers.kernels.logps import autocast_dtype
 from trainers.objectives import LikelihoodObjective, PreferenceObjective
 from trainers.reference import attach_reference, reference_logps, weights_key
@@ -80,7 +86,17 @@ OURS: dict[str, dict[str, Any]] = {
     "packed_compiled": {"compile": True},
     "packed_selective": {"activation_checkpointing": "selective"},
     "packed_full": {"activation_checkpointing": "full"},
+    "packed_bf16_compiled": {"autocast": "bfloat16", "compile": True},
+    "packed_bf16_full": {"autocast": "bfloat16", "activation_checkpointing": "full"},
 }
+# Shapes of published models: width, intermediate width, layers, heads, heads of keys and values, vocabulary, tied.
+SIZES = {
+    "1b": (2048, 8192, 16, 32, 8, 128_256, True),
+    "3b": (3072, 8192, 28, 24, 8, 128_256, True),
+    "7b": (4096, 11008, 32, 32, 32, 32_000, False),
+}
+BYTES_PER_PARAMETER = 12  # float32 weights, gradients and RMSprop's squares
+ROOM_GIB = 40  # for activations and logits beside them: what `--fit-layers` leaves free
 WARM_UP_ROWS = 4  # the first step, which is not counted
 
 
@@ -102,24 +118,26 @@ def random_rows(folder: Path, arguments: argparse.Namespace, num_rows: int) -> T
 
 
 def random_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
-    """A Llama with random weights."""
+    """A Llama with random weights, made on the device."""
     torch.manual_seed(arguments.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=arguments.vocabulary,
-            hidden_size=arguments.width,
-            intermediate_size=arguments.width * 11 // 4 // 32 * 32,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=arguments.width // 64,
-            max_position_embeddings=2 * MAX_LENGTH,
-            tie_word_embeddings=arguments.tied,
+    with torch.device(arguments.device):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=arguments.vocabulary,
+                hidden_size=arguments.width,
+                intermediate_size=arguments.intermediate,
+                num_hidden_layers=arguments.layers,
+                num_attention_heads=arguments.heads,
+                num_key_value_heads=arguments.key_value_heads,
+                max_position_embeddings=2 * MAX_LENGTH,
+                tie_word_embeddings=arguments.tied,
+            )
         )
-    )
 
 
 def train_loader(store: TokenStore, arguments: argparse.Namespace, *, packing: bool) -> BatchLoader:
     """All rows once, as train.py would take them."""
-    device = pick_device("auto")
+    device = pick_device(arguments.device)
     cutter = build_cutter(packing=packing, device=device, pad_token_id=0, max_tokens=arguments.max_tokens)
     return BatchLoader(store, cutter, batch_size=arguments.batch_size, seed=arguments.seed, device=device)
 
@@ -160,8 +178,9 @@ def train_settings(arguments: argparse.Namespace) -> TrainConfig:
     if arguments.task == "sft":
         loss = LikelihoodLossSettings(name="sft", reduction="token_mean")
     return TrainConfig(
-        exp_name="benchmark", loss=loss, lr=arguments.lr, warmup_steps=0, wandb=WandbSettings(enabled=False)
-    )
+        exp_name="benchmark", loss=loss, lr=arguments.lr, warmup_steps=0, wandb=WandbSettings(enabled=False),
+        device=arguments.device,
+    )  # fmt: skip
 
 
 def reference_of(store: TokenStore, arguments: argparse.Namespace, layout: Layout, folder: Path) -> Tensor | None:
@@ -188,13 +207,15 @@ def build_steps(
         policy = random_model(arguments)
         if name in OURS:
             steps[name] = step_of(*our_step(name, policy, store, arguments, layout, folder, stack))
-        elif name == "literal":
-            literal = LiteralStep(policy, store, settings, arguments.literal_parts)
+            continue
+        kind, bfloat16 = name.removesuffix("_bf16"), name.endswith("_bf16")
+        if kind == "literal":
+            literal = LiteralStep(policy, store, settings, arguments.literal_parts, bfloat16=bfloat16)
             steps[name] = lambda batch, step=literal: step(batch.rows)
         else:
             peer = trl_step(
-                policy, store, settings, folder / name, rows_at_once=arguments.trl_rows,
-                by_length=arguments.trl_order == "length", packed=name == "trl_packed",
+                policy, store, settings, folder / name, rows_at_once=arguments.trl_rows, bfloat16=bfloat16,
+                by_length=arguments.trl_order == "length", packed=kind == "trl_packed",
                 reference=reference_of(store, arguments, layout, folder),
             )  # fmt: skip
             steps[name] = lambda batch, step=peer: step(batch.rows)
@@ -216,39 +237,56 @@ def step_of(trainer: Trainer, batches: list[GlobalBatch]) -> Callable[[GlobalBat
 class Floor:
     """Seconds that the matrix products of a step need, at the speed of this run."""
 
-    def __init__(self, model: LlamaForCausalLM, store: TokenStore, num_positions: int) -> None:
-        """`num_positions`: of a typical micro-batch."""
+    def __init__(self, model: LlamaForCausalLM, store: TokenStore, num_positions: int, dtype: torch.dtype) -> None:
+        """`num_positions`: of a typical micro-batch; `dtype`: of the products."""
         self.store, self.width, self.layers = store, model.config.hidden_size, model.config.num_hidden_layers
+        self.device, self.dtype = model.device, dtype
         layer = [p.shape for p in model.model.layers[0].parameters() if p.dim() == 2]
         self.head = model.lm_head.weight.shape
         # Seconds per position of each shape: forward, gradient of the input, gradient of the weight.
         self.per_position = self.layers * sum(self.seconds(shape, num_positions) for shape in layer)
         self.per_target = self.seconds(self.head, num_positions // 2)
-        flops = 6 * self.layers * sum(rows * columns for rows, columns in layer)
-        self.rate = flops / self.per_position
+        self.flops_per_position = 6 * self.layers * sum(rows * columns for rows, columns in layer)
+        self.rate = self.flops_per_position / self.per_position
 
-    @staticmethod
-    def seconds(shape: tuple[int, int], positions: int, repetitions: int = 5) -> float:
+    def seconds(self, shape: tuple[int, int], positions: int, repetitions: int = 5) -> float:
         """Seconds of a weight's three products, per position: the median."""
-        states, weight, gradient = (torch.randn(n) for n in ((positions, shape[1]), shape, (positions, shape[0])))
+        sizes = ((positions, shape[1]), shape, (positions, shape[0]))
+        states, weight, gradient = (torch.randn(n, device=self.device, dtype=self.dtype) for n in sizes)
         times = []
         for _ in range(repetitions + 1):
-            started = time.perf_counter()
+            started = now(self.device)
             states @ weight.T, gradient @ weight, gradient.T @ states
-            times.append(time.perf_counter() - started)
+            times.append(now(self.device) - started)
         return statistics.median(times[1:]) / positions
 
-    def __call__(self, rows: Tensor, *, sharing: bool) -> float:
-        """The floor of one global batch; `sharing`: what its prompts begin with is computed once."""
+    def flops(self, rows: Tensor, *, sharing: bool) -> tuple[float, float, float]:
+        """Operations of one global batch: of the layers' weights, of the head, of attention."""
         inputs = input_lengths(self.store.lengths[rows].long())
         prompt, responses = inputs[:, :1], inputs[:, 1:]
         visible = (prompt * (prompt + 1) // 2).sum() + (responses * prompt + responses * (responses + 1) // 2).sum()
         repeated = repeated_prefixes(self.store, rows) * sharing
         visible -= (repeated * (repeated + 1) // 2).sum()
-        # Scores and weighted values, 2 x 2 x width operations a visible pair; twice that in the backward pass.
-        attention = 12 * self.width * self.layers * int(visible) / self.rate
         targets = int(self.store.lengths[rows][:, 1:].sum())
-        return self.per_position * int(inputs.sum() - repeated.sum()) + self.per_target * targets + attention
+        # Attention: scores and weighted values, 2 x 2 x width operations a visible pair; twice that in backward.
+        return (
+            self.flops_per_position * int(inputs.sum() - repeated.sum()),
+            6.0 * self.head[0] * self.head[1] * targets,
+            12.0 * self.width * self.layers * int(visible),
+        )
+
+    def __call__(self, rows: Tensor, *, sharing: bool) -> float:
+        """The floor of one global batch; `sharing`: what its prompts begin with is computed once."""
+        layers, head, attention = self.flops(rows, sharing=sharing)
+        per_flop = self.per_target / (6 * self.head[0] * self.head[1])
+        return (layers + attention) / self.rate + head * per_flop
+
+
+def now(device: torch.device) -> float:
+    """The clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def repeated_prefixes(store: TokenStore, rows: Tensor) -> Tensor:
@@ -257,12 +295,44 @@ def repeated_prefixes(store: TokenStore, rows: Tensor) -> Tensor:
     return lengths * (families != torch.arange(len(rows)))
 
 
+def build_floor(arguments: argparse.Namespace, store: TokenStore, num_positions: int) -> Floor:
+    """The floor of this model, in the dtype of the contenders."""
+    single = argparse.Namespace(**{**vars(arguments), "layers": 1})  # its layers are alike
+    bfloat16 = any("bf16" in name for name in arguments.contenders) and arguments.device != "cpu"
+    floor = Floor(random_model(single), store, num_positions, torch.bfloat16 if bfloat16 else torch.float32)
+    floor.per_position *= arguments.layers
+    floor.flops_per_position *= arguments.layers
+    floor.layers = arguments.layers
+    return floor
+
+
+def card_figures(
+    arguments: argparse.Namespace, floor: Floor, batches: list[GlobalBatch], seconds: dict[str, list[float]]
+) -> dict[str, object]:
+    """What a GPU adds: the share of its peak that the needed arithmetic makes up, and the peaks of its memory."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ours = min((name for name in medians if name in OURS), key=lambda name: medians[name], default=None)
+    figures: dict[str, object] = {"best_of_ours": ours}
+    for peer in ("literal", "trl"):
+        found = [medians[name] for name in medians if name.startswith(peer)]
+        if found and ours:
+            figures[f"times_{peer}"] = min(found) / medians[ours]
+    peak = peak_flops(floor.device)
+    if peak and ours:
+        needed = statistics.median(sum(floor.flops(batch.rows, sharing=True)) for batch in batches[:-1])
+        figures["mfu_with_head"] = needed / medians[ours] / peak
+        figures["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        figures["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        figures["card"], figures["layers"] = torch.cuda.get_device_name(), arguments.layers
+    return figures
+
+
 def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict[str, object]:
     """Alternates the contenders over the same batches."""
     with ExitStack() as stack:
         store, batches, steps = build_steps(arguments, layout, folder, stack)
         positions = [sum(map(num_positions, batch.microbatches)) for batch in batches]
-        floor = Floor(random_model(arguments), store, positions[0] // len(batches[0].microbatches))
+        floor = build_floor(arguments, store, positions[0] // len(batches[0].microbatches))
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         cpu_seconds: dict[str, list[float]] = {name: [] for name in steps}
         floors: dict[str, list[float]] = {"floor": [], "shared_floor": []}
@@ -271,10 +341,10 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
         for number, batch in enumerate([batches[-1], *batches[:-1]]):  # the last one has WARM_UP_ROWS
             losses = {}
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                started, cpu_started = time.perf_counter(), time.process_time()
+                started, cpu_started = now(layout.device), time.process_time()
                 losses[name] = steps[name](batch)
                 if number:
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(now(layout.device) - started)
                     cpu_seconds[name].append(time.process_time() - cpu_started)
             if number:
                 floors["floor"].append(floor(batch.rows, sharing=False))
@@ -300,6 +370,7 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
             }
             for kind in floors
         },
+        **card_figures(arguments, floor, batches, seconds),
         "matmul_gflops": floor.rate / 1e9,
         "positions_per_needed": sum(positions) / needed,
         "positions_per_shared": sum(positions) / (needed - repeated),
@@ -403,15 +474,38 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tied", action="store_true", help="output embedding = input embedding")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--size", choices=tuple(SIZES), default=None, help="a published model's shapes")
+    parser.add_argument("--fit-layers", action="store_true", help="of that model, as many layers as the card holds")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--print-json", action="store_true", help="the figures as the last line")
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None, help="write the figures there, too")
     return parser
 
 
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with every shape of the model filled in."""
+    arguments = parser().parse_args(words)
+    arguments.intermediate = arguments.width * 11 // 4 // 32 * 32
+    arguments.heads = arguments.key_value_heads = max(1, arguments.width // 64)
+    if arguments.size is not None:
+        (
+            arguments.width, arguments.intermediate, arguments.layers, arguments.heads, arguments.key_value_heads,
+            arguments.vocabulary, arguments.tied,
+        ) = SIZES[arguments.size]  # fmt: skip
+    if arguments.fit_layers and torch.cuda.is_available():
+        total = torch.cuda.mem_get_info()[1] / BYTES_PER_PARAMETER - ROOM_GIB * 2**30 / BYTES_PER_PARAMETER
+        embeddings = arguments.width * arguments.vocabulary * (1 if arguments.tied else 2)
+        heads = 2 + 2 * arguments.key_value_heads / arguments.heads
+        layer = arguments.width * (heads * arguments.width + 3 * arguments.intermediate)
+        arguments.layers = min(arguments.layers, max(1, int((total - embeddings) // layer)))
+    return arguments
+
+
 def main() -> None:
     """Measures, prints, writes."""
-    arguments = parser().parse_args()
+    arguments = parse()
     result: dict[str, object] = {}
 
     def worker(layout: Layout) -> None:
@@ -428,12 +522,14 @@ def main() -> None:
         for name, value in result["peak_gib"].items():
             print(f"{name:12}{value:8.2f} GiB")
     else:
-        launch(worker, TrainConfig(exp_name="benchmark", device="cpu"))
+        launch(worker, TrainConfig(exp_name="benchmark", device=arguments.device))
         if arguments.peak or arguments.profile:
             return
         print_table(result)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    if arguments.print_json:
+        print(json.dumps(result, default=str))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,37 +206,37 @@ def _losses(folder: Path, name: str) -> list[float]:
     return [row["loss/train"] for row in rows if "loss/train" in row]
 
 
-@contextmanager
-def a_trainer(arguments: argparse.Namespace, device: torch.device, *, compiled: bool = False) -> Iterator[Any]:
-    """Give a trainer of the chosen size, packed under bfloat16 autocast, and its global batches."""
-    from contextlib import ExitStack
-
+def with_trainer(
+    arguments: argparse.Namespace, device: torch.device, work: Callable[[Any, list[Any]], None], *,
+    compiled: bool = False,
+) -> None:  # fmt: skip
+    """Call `work(trainer, global batches)` with a model of the chosen size, packed, under bfloat16 autocast."""
     from benchmarks import dpo_throughput as throughput
     from config.settings import TrainConfig
-    from trainers.distributed.launch import launch  # noqa: F401  (its group is what the layout talks over)
+    from trainers.distributed.launch import launch
 
     options = ["--device", device.type, "--batch-size", "8", "--steps", "4"]
     if arguments.size == "tiny":
         options += ["--width", "64", "--layers", "2", "--vocabulary", "512"]
     else:
         options += ["--size", arguments.size or "1b", "--batch-size", "64"]
-    parsed = throughput.parser().parse_args(options)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ExitStack() as stack,
-        throughput.one_process(TrainConfig, device) as layout,
-    ):
-        store = throughput.random_rows(Path(folder) / "rows", parsed, 4 * parsed.batch_size)
-        name = "packed_bf16_compiled" if compiled else "packed_bf16"
-        policy = throughput.random_model(parsed)
-        yield (*throughput.our_step(name, policy, store, parsed, layout, Path(folder), stack), Path(folder))
+    parsed = throughput.parse(options)
+    name = "packed_bf16_compiled" if compiled else "packed_bf16"
+
+    def worker(layout: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            store = throughput.random_rows(Path(folder) / "rows", parsed, 4 * parsed.batch_size)
+            policy = throughput.random_model(parsed)
+            work(*throughput.our_step(name, policy, store, parsed, layout, Path(folder), stack))
+
+    launch(worker, TrainConfig(exp_name="benchmark", device=device.type))
 
 
 def waits(arguments: argparse.Namespace, device: torch.device) -> Figures:
-    """Count how often a training step waits for the device, and say where its time goes."""
-    from dataclasses import replace
+    """Count how often a training step waits for the device, and print where its time goes."""
+    figures: Figures = {}
 
-    with a_trainer(arguments, device) as (trainer, batches, _):
+    def work(trainer: Any, batches: list[Any]) -> None:
         for batch in batches[:2]:
             trainer.train_step(replace(batch, start_examples=1))
         if device.type == "cuda":
@@ -245,32 +246,38 @@ def waits(arguments: argparse.Namespace, device: torch.device) -> Figures:
             trainer.train_step(replace(batches[2], start_examples=1))
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        places = [f"{Path(one.filename).name}:{one.lineno}" for one in found if "synchroniz" in str(one.message)]
+        figures.update({"waits_per_step": len(places), "places": places})
+        on_gpu = device.type == "cuda"
+        activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * on_gpu]
         with torch.profiler.profile(activities=activities) as profiler:
             trainer.train_step(replace(batches[2], start_examples=1))
             synchronize(device)
-        key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=key, row_limit=30))
-    places = [f"{Path(one.filename).name}:{one.lineno}" for one in found if "synchroniz" in str(one.message)]
-    return {"waits_per_step": len(places), "places": places}
+
+    with_trainer(arguments, device, work)
+    return figures
 
 
 def save(arguments: argparse.Namespace, device: torch.device) -> Figures:
     """Measure how long an asynchronous save keeps the training from its next step."""
-    from dataclasses import replace
+    from trainers.run.metrics import MetricsLog
 
-    with a_trainer(arguments, device) as (trainer, batches, _):
+    stalls: list[float] = []
+
+    def work(trainer: Any, batches: list[Any]) -> None:
         trainer.train_step(replace(batches[0], start_examples=1))
-        stalls = []
-        for batch in batches[1:3]:  # the first one also makes the pinned buffers
-            synchronize(device)
-            started = time.perf_counter()
-            trainer.save()
-            stalls.append(time.perf_counter() - started)
-            trainer.train_step(replace(batch, start_examples=1))
-            trainer.checkpoints.finish()
+        with MetricsLog(trainer.run, trainer.settings, {}, {}, active=False) as log:
+            for batch in batches[1:3]:  # the first save also makes the pinned buffers
+                synchronize(device)
+                started = time.perf_counter()
+                trainer.save(log)
+                stalls.append(time.perf_counter() - started)
+                trainer.train_step(replace(batch, start_examples=1))
+                trainer.checkpoints.finish()
+
+    with_trainer(arguments, device, work)
     return {"first_stall_seconds": stalls[0], "stall_seconds": stalls[-1]}
 
 
@@ -293,8 +300,10 @@ def isolated(arguments: argparse.Namespace, device: torch.device) -> Figures:
         logits = inputs @ weight.T
         logits @ weight, logits.T @ inputs
 
-    figures = {"head_seconds": seconds_of(ours, device, 5), "head_products_seconds": seconds_of(products, device, 5)}
-    with a_trainer(arguments, device) as (trainer, batches, _):
+    figures: Figures = {"head_seconds": seconds_of(ours, device, 5)}
+    figures["head_products_seconds"] = seconds_of(products, device, 5)
+
+    def work(trainer: Any, batches: list[Any]) -> None:
         parameters = list(trainer.policy.parameters())
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
@@ -302,7 +311,8 @@ def isolated(arguments: argparse.Namespace, device: torch.device) -> Figures:
         figures["clip_seconds"] = seconds_of(lambda: clip_grad_norm(parameters, 1e9, loss, trainer.layout), device, 5)
         figures["optimizer_seconds"] = seconds_of(trainer.optimizer.step, device, 5)
         figures["parameters"] = sum(parameter.numel() for parameter in parameters)
-        del batches
+
+    with_trainer(arguments, device, work)
     return figures
 
 
@@ -311,7 +321,7 @@ def generation(arguments: argparse.Namespace, device: torch.device) -> Figures:
     from benchmarks import dpo_throughput as throughput
 
     size = ["--width", "64", "--layers", "2", "--vocabulary", "512"] if arguments.size == "tiny" else ["--size", "1b"]
-    parsed = throughput.parser().parse_args(["--device", device.type, *size])
+    parsed = throughput.parse(["--device", device.type, *size])
     model = throughput.random_model(parsed).to(torch.bfloat16).eval()
     prompts = torch.randint(3, parsed.vocabulary, (64, 64), device=device)
     tokens = 16 if arguments.size == "tiny" else 128

@@ -26,8 +26,11 @@ class LiteralStep:
     (Rafailov et al. 2023).
     """
 
-    def __init__(self, policy: LlamaForCausalLM, store: TokenStore, settings: TrainConfig, parts: int) -> None:
-        """The reference is a copy of the policy, in memory all the time."""
+    def __init__(
+        self, policy: LlamaForCausalLM, store: TokenStore, settings: TrainConfig, parts: int, *, bfloat16: bool = False
+    ) -> None:
+        """The reference is a copy of the policy, in memory all the time; `bfloat16`: under autocast."""
+        self.bfloat16 = bfloat16
         self.policy, self.reference = policy, copy.deepcopy(policy).eval()
         self.optimizer = torch.optim.RMSprop(policy.parameters(), lr=settings.lr)
         self.store, self.settings, self.parts = store, settings, parts
@@ -64,10 +67,11 @@ class LiteralStep:
         total = 0.0
         for part in torch.arange(len(rows)).chunk(self.parts):
             index = torch.cat([part, part + len(rows)])
-            arguments = (ids[index], mask[index], labels[index])
-            with torch.no_grad():
-                reference_chosen, reference_rejected = self.logps(self.reference, *arguments).chunk(2)
-            chosen, rejected = self.logps(self.policy, *arguments).chunk(2)
+            arguments = tuple(tensor[index].to(self.policy.device) for tensor in (ids, mask, labels))
+            with torch.autocast(self.policy.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+                with torch.no_grad():
+                    reference_chosen, reference_rejected = self.logps(self.reference, *arguments).chunk(2)
+                chosen, rejected = self.logps(self.policy, *arguments).chunk(2)
             margins = (chosen - rejected) - (reference_chosen - reference_rejected)
             loss = -F.logsigmoid(self.settings.loss.beta * margins).sum() / len(rows)
             loss.backward()
@@ -80,7 +84,7 @@ class LiteralStep:
 
 def trl_step(
     policy: LlamaForCausalLM, store: TokenStore, settings: TrainConfig, folder: Path, *, rows_at_once: int,
-    by_length: bool, reference: Tensor | None, packed: bool,
+    by_length: bool, reference: Tensor | None, packed: bool, bfloat16: bool = False,
 ) -> Callable[[Tensor], float]:  # fmt: skip
     """TRL's own `training_step`, clipping and optimizer, on the rows of a global batch; no gradient checkpointing.
 
@@ -94,6 +98,7 @@ def trl_step(
             does that: `group_by_length` makes batches of like length instead, and DPOTrainer has no column for it.
         reference: (N, 2) log-probabilities, as TRL would have precomputed them; None: SFTTrainer.
         packed: SFTTrainer's padding-free collator, whose sequences transformers keeps apart by their positions.
+        bfloat16: TRL's `bf16`.
     """
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
@@ -104,8 +109,8 @@ def trl_step(
     tokenizer = _tokenizer(PreTrainedTokenizerFast, size)
     shared = {
         "output_dir": str(folder), "per_device_train_batch_size": rows_at_once, "gradient_checkpointing": False,
-        "bf16": False, "report_to": "none", "optim": "rmsprop", "learning_rate": settings.lr, "max_length": 512,
-        "use_cpu": True,
+        "bf16": bfloat16, "report_to": "none", "optim": "rmsprop", "learning_rate": settings.lr, "max_length": 512,
+        "use_cpu": policy.device.type == "cpu",
         "max_grad_norm": settings.max_grad_norm, "gradient_accumulation_steps": 1, "save_strategy": "no",
     }  # fmt: skip
 

@@ -20,8 +20,8 @@ from typing import Any
 
 IMPORTS = [
     "torch", "transformers.models.llama.modeling_llama", "transformers.generation.utils", "torch.distributed.fsdp",
-    "torch.distributed.checkpoint", "torch._dynamo", "hydra", "datasets", "tensordict", "wandb", "openai", "scipy.stats",
-    "statsmodels.stats.multitest", "matplotlib.figure", "datasketch", "duckdb", "lm_eval",
+    "torch.distributed.checkpoint", "torch._dynamo", "hydra", "datasets", "tensordict", "wandb", "openai",
+    "scipy.stats", "statsmodels.stats.multitest", "matplotlib.figure", "datasketch", "duckdb", "lm_eval",
 ]  # fmt: skip
 
 

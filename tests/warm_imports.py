@@ -3,11 +3,11 @@
 import contextlib
 import importlib
 
+import torch
+
 from tests.warm import IMPORTS
 
 for name in IMPORTS:
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
-import torch
-
 torch.set_num_threads(1)
