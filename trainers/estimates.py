@@ -33,7 +33,7 @@ class Work:
 
 
 def count_work(loader: BatchLoader) -> Work:
-    """Count without making a batch: some ten seconds for a million rows. The loader must have rows."""
+    """Count without making a batch: some twenty seconds for a million rows. The loader must have rows."""
     plan = list(loader.plan())
     batches = [rows for rows, _ in plan]
     sizes = [[size for own in ranks for size in own] for _, ranks in plan]
