@@ -5,7 +5,7 @@
     python train.py loss=dpo model=tiny model.archive=runs/si_sft datasets.si.path=FOLDER exp_name=si_dpo
     python train.py --help
 
-The same command typed again goes on where the run stopped. Every key: config/settings.py (TrainConfig).
+The same command typed again continues where the run stopped. Every key: config/settings.py (TrainConfig).
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from __future__ import annotations
 from trainers.distributed.preemption import exit_on_signals  # isort: skip
 
 if __name__ == "__main__":
-    exit_on_signals()  # before the imports that take seconds: a signal may come while they are made
+    exit_on_signals()  # before the imports that take seconds: a signal may come during them
 
-import json
 import sys
 import time
 from collections import Counter
@@ -44,7 +43,8 @@ from trainers.data.packing import default_max_tokens
 from trainers.data.token_store import TokenStore
 from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
-from trainers.distributed.sharding import forward_function, place_model, reshard
+from trainers.distributed.parallelize import parallelize, place_model
+from trainers.distributed.sharding import forward_function, reshard
 from trainers.estimates import Work, count_work, describe_measured, describe_work, measure
 from trainers.kernels.attention import PACKED, check_packed_attention, packed_and_alone, use_packed_attention
 from trainers.kernels.flops import emulates_bfloat16
@@ -52,18 +52,15 @@ from trainers.kernels.logps import autocast_dtype, check_head
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
 from trainers.reference import attach_reference, weights_key
 from trainers.run.checkpoint import read_progress, saved_checkpoints
-from trainers.run.run_dir import RunDir, write_durably
+from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
-SLOW_BFLOAT16 = (
-    "note: this CPU has no instructions for bfloat16 (AVX512-BF16, AMX); model.autocast=bfloat16 is slower here than "
-    "float32, which is model.autocast=null"
-)
 LARGE_ON_A_CPU = 1.0  # billions of parameters: nobody trains so many without a GPU by intention
+SMALL_FOR_A_GPU = 16  # rows of a batch: a GPU takes about as long for fewer
 
 
 def main(config: TrainConfig) -> None:
-    """Trains, or with `dry_run` says what that would take."""
+    """Train, or with `dry_run` say what that would take."""
     manifest = {
         "command": sys.orig_argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -74,12 +71,11 @@ def main(config: TrainConfig) -> None:
 
 
 def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> None:
-    """What each process of a run does: data, model, reference, training."""
+    """Do what each process of a run does: data, model, reference, training."""
     torch.manual_seed(config.seed)
-    if config.trainer.name == "BasicTrainer" and config.model.fsdp_policy_mp is not None:
-        print("note: model.fsdp_policy_mp is FSDPTrainer's; this run computes in policy_dtype", file=sys.stderr)
-    if config.model.autocast and layout.is_main and emulates_bfloat16(layout.device):
-        print(SLOW_BFLOAT16, file=sys.stderr)
+    if layout.is_main:
+        for note in speed_notes(config, layout.device):
+            print(f"note: {note}", file=sys.stderr, flush=True)
     cache_dir = layout.main_first(lambda: usable_dir(config.local_dirs))
     tokenizer = layout.main_first(lambda: load_tokenizer(config.model))
     if config.dry_run:
@@ -88,7 +84,7 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
     with open_run(config, manifest, layout) as run:
         stores = load_data(config, tokenizer, cache_dir, layout)
         manifest = {**manifest, "data": data_keys(stores), "processes": layout.world_size}
-        layout.on_main(lambda: write_durably(run.path / "manifest.json", json.dumps(manifest, indent=2) + "\n"))
+        layout.on_main(lambda: run.write_manifest(manifest))
         train_loader, eval_loader = build_loaders(config, stores, tokenizer, layout)
         if layout.on_main(lambda: is_finished(run, train_loader)):
             if layout.is_main:
@@ -102,6 +98,33 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
             print(next_step(config, run), flush=True)
 
 
+def speed_notes(config: TrainConfig, device: torch.device) -> list[str]:
+    """Return what the user should know of the chosen dtypes and sizes on this device, a sentence each."""
+    notes = []
+    model, is_sharded = config.model, config.trainer.name == "FSDPTrainer"
+    if model.fsdp_policy_mp is not None and not is_sharded:
+        notes.append("model.fsdp_policy_mp is FSDPTrainer's; this run computes in policy_dtype")
+    if model.autocast and emulates_bfloat16(device):
+        notes.append(
+            "this CPU has no instructions for bfloat16 (AVX512-BF16, AMX); model.autocast=bfloat16 is slower here than "
+            "float32, which is model.autocast=null"
+        )
+    if device.type != "cuda":
+        return notes
+    compute_dtype = model.autocast or (is_sharded and model.fsdp_policy_mp) or model.policy_dtype
+    if compute_dtype == "float32" and not config.tf32:
+        notes.append(
+            "float32 leaves this GPU's tensor cores idle; model.autocast=bfloat16, or with smaller errors tf32=true, "
+            "uses them (experiment=h100_sft and h100_dpo set what one H100 wants)"
+        )
+    if config.batch_size < SMALL_FOR_A_GPU:
+        notes.append(
+            f"batch_size={config.batch_size} does not fill a GPU: batch_size=64 takes hardly longer a step (lr may "
+            "then be larger)"
+        )
+    return notes
+
+
 def build_trainer(
     config: TrainConfig,
     stores: TrainEval,
@@ -112,7 +135,7 @@ def build_trainer(
     run: RunDir,
     layout: Layout,
 ) -> Trainer:
-    """The policy and the log-probabilities of its reference, ready to be trained."""
+    """Return a trainer with the policy and the log-probabilities of its reference, ready to train."""
     policy, weights = load_policy(config, stores, layout)
     objective = build_objective(config)
     identity = {"data": stores.train.key}
@@ -135,37 +158,73 @@ def build_trainer(
 
 @contextmanager
 def open_run(config: TrainConfig, manifest: Mapping[str, Any], layout: Layout) -> Iterator[RunDir]:
-    """The run directory, locked by rank 0 for all processes."""
+    """Open the run directory, which rank 0 locks for all processes."""
     path = Path(config.run_dir or "")
-    opened: list[RunDir] = []
-    layout.on_main(lambda: opened.append(RunDir.open(path, config=asdict(config), manifest=manifest)))
-    with opened[0] if layout.is_main else RunDir(path, None) as run:
+    opened = layout.main_only(lambda: RunDir.open(path, config=asdict(config), manifest=manifest))
+    with opened or RunDir(path, None) as run:
         yield run
 
 
 def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple[PreTrainedModel, str]:
-    """The policy with its initial weights, laid out, and the key of these weights (empty where nothing asks for it)."""
-    keys: list[str] = []
+    """Return the policy with its initial weights, laid out, and the key of these weights (`load_model`)."""
 
-    def load() -> PreTrainedModel:
-        policy = load_causal_lm(config.model)
+    def check(policy: PreTrainedModel) -> None:
         require_context(config, stores, policy)
         check_head(policy)
-        if config.packing:
-            use_packed_attention(policy)
-        keys.append(weights_key(policy) if build_objective(config).needs_reference else "")
-        return policy
 
-    policy = place_model(load, lambda: skeleton(config), config, layout)
+    policy, weights = load_model(config, layout, check=check, compute_dtype=config.model.fsdp_policy_mp)
     if config.packing:  # now: on its device, and with the kernel that will run there
         packed, alone = forward_function(policy, packed_and_alone, device=layout.device)()
         check_packed_attention(packed, alone, name=type(policy).__name__.removeprefix("FSDP"))
         reshard(policy)
-    return policy, layout.on_main(lambda: keys[0])
+    return policy, weights
+
+
+def load_model(
+    config: TrainConfig,
+    layout: Layout,
+    *,
+    dtype: str | None = None,
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
+    compute_dtype: str | None = None,
+    is_trained: bool = True,
+) -> tuple[PreTrainedModel, str]:
+    """Return the model of the config, laid out, and the key of its weights (empty where no reference asks for it).
+
+    Args:
+        config: Of the run.
+        layout: Where to put the model.
+        dtype: Of its weights; None: the policy's.
+        check: Raises a UserError for a model that will not do, in rank 0, before it is laid out.
+        compute_dtype: See `parallelize`.
+        is_trained: Whether there will be backward passes, which may recompute what they need.
+    """
+
+    def load() -> PreTrainedModel:
+        model = load_causal_lm(config.model, dtype=dtype)
+        check(model)
+        if config.packing:
+            use_packed_attention(model)
+        return model
+
+    loaded = layout.main_only(load)
+    needs_key = build_objective(config).needs_reference
+    weights = layout.on_main(lambda: weights_key(loaded) if needs_key else "")
+    prepare = partial(
+        parallelize,
+        layout=layout,
+        trainer=config.trainer,
+        packing=config.packing,
+        block_name=config.model.block_name,
+        compute_dtype=compute_dtype,
+        activation_checkpointing=is_trained and config.activation_checkpointing,
+    )
+    offload = config.trainer.cpu_offload
+    return place_model(loaded, lambda: skeleton(config, dtype), prepare, layout, cpu_offload=offload), weights
 
 
 def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
-    """The policy on the meta device, attending as the loaded one does."""
+    """Return the policy on the meta device, attending as the loaded one does."""
     model = meta_causal_lm(config.model, dtype=dtype)
     if config.packing:
         model.set_attn_implementation(PACKED)
@@ -173,7 +232,7 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
-    """The token stores of all datasets, for the kind of rows that the loss reads."""
+    """Return the token stores of all datasets, for the kind of rows that the loss reads."""
     kind: Loss = "reverse" if config.loss.name == "reverse" else "likelihood"
     if isinstance(config.loss, PreferenceLossSettings):
         kind = "preference"
@@ -197,7 +256,7 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
 def build_loaders(
     config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout
 ) -> tuple[BatchLoader, BatchLoader | None]:
-    """Batches for training, and for each evaluation (None: nothing is held out)."""
+    """Return batches for training, and for each evaluation (None if nothing is held out)."""
     max_tokens = config.max_tokens_per_microbatch
     if config.packing and max_tokens is None:
         max_tokens = default_max_tokens(layout.device)
@@ -233,7 +292,7 @@ def build_loaders(
 
 
 def require_context(config: TrainConfig, stores: TrainEval, policy: PreTrainedModel) -> None:
-    """Raises a UserError if a row is longer than the model's context: a table of positions would end in a crash."""
+    """Raise a UserError if a row is longer than the model's context: a table of positions would end in a crash."""
     context = policy.config.max_position_embeddings
     lengths = [store.lengths for store in (stores.train, stores.eval) if len(store)]
     longest = max(int((rows[:, 0] + rows[:, 1:].amax(1)).max()) for rows in lengths)
@@ -245,7 +304,7 @@ def require_context(config: TrainConfig, stores: TrainEval, policy: PreTrainedMo
 
 
 def build_objective(config: TrainConfig) -> Objective:
-    """What `loss=` names."""
+    """Return what `loss=` names."""
     if isinstance(config.loss, PreferenceLossSettings):
         return PreferenceObjective(config.loss)
     return LikelihoodObjective(config.loss)
@@ -259,27 +318,16 @@ def attach_references(
     cache_dir: Path,
     layout: Layout,
 ) -> str:
-    """Reference log-probabilities for every row that is visited; by the policy itself unless another dtype is set.
+    """Attach reference log-probabilities for every row that is visited; the policy's own unless another dtype is set.
 
-    Returns the key of the reference weights: a run that goes on must have started from the same.
+    Returns the key of the reference weights: a resumed run must have started from the same.
     """
     dtype = config.model.reference_dtype or config.model.policy_dtype
     compute_dtype = config.model.fsdp_policy_mp if layout.mesh is not None else None
     reference = policy
     if dtype != config.model.policy_dtype:
         compute_dtype = None
-        keys: list[str] = []
-        alone = replace(config, model=replace(config.model, fsdp_policy_mp=None), activation_checkpointing=False)
-
-        def load() -> PreTrainedModel:
-            model = load_causal_lm(config.model, dtype=dtype)
-            if config.packing:
-                use_packed_attention(model)
-            keys.append(weights_key(model))
-            return model
-
-        reference = place_model(load, lambda: skeleton(config, dtype), alone, layout)
-        weights = layout.on_main(lambda: keys[0])
+        reference, weights = load_model(config, layout, dtype=dtype, is_trained=False)
     attach_reference(
         reference, loaders, layout=layout, cache_dir=cache_dir, weights=weights, compute_dtype=compute_dtype,
         autocast=autocast_dtype(config.model.autocast),
@@ -290,7 +338,7 @@ def attach_references(
 def build_sampler(
     config: TrainConfig, store: TokenStore, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[PreTrainedModel], list[dict[str, Any]]] | None:
-    """A function from the model to sampled answers on the first evaluation prompts; None: not asked for."""
+    """Return a function from the model to sampled answers on the first evaluation prompts; None if none are wanted."""
     rows = range(min(config.n_eval_model_samples, len(store)))
     if not config.sample_during_eval or not rows:
         return None
@@ -312,7 +360,7 @@ def build_sampler(
 
 
 def data_keys(stores: TrainEval) -> dict[str, Any]:
-    """The content hashes and sizes of the stores, for the manifest."""
+    """Return the content hashes and sizes of the stores, for the manifest."""
     return {
         "train": {"key": stores.train.key, "rows": len(stores.train)},
         "eval": {"key": stores.eval.key, "rows": len(stores.eval)},
@@ -320,7 +368,7 @@ def data_keys(stores: TrainEval) -> dict[str, Any]:
 
 
 def is_finished(run: RunDir, loader: BatchLoader) -> bool:
-    """Whether the newest checkpoint is the last one of this very run: all examples of this data, evaluated."""
+    """Return whether the newest checkpoint is the last one of this very run: all examples of this data, evaluated."""
     newest = saved_checkpoints(run.path)[-1:]
     if not newest:
         return False
@@ -330,7 +378,7 @@ def is_finished(run: RunDir, loader: BatchLoader) -> bool:
 
 
 def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
-    """`dry_run`: says what the run would be and, unless it is `data`, what it would take; leaves nothing behind."""
+    """Print what the run would be and, unless `dry_run=data`, what it would take; leave nothing behind."""
     loaders = [loader for loader in build_loaders(config, stores, tokenizer, layout) if loader is not None]
     works = layout.on_main(lambda: [count_work(loader) for loader in loaders])  # the second, if any, is evaluation
     if layout.is_main:  # now: the steps may fail
@@ -349,7 +397,7 @@ def take_steps(
     loaders: list[BatchLoader],
     works: list[Work],
 ) -> list[str]:
-    """Lines on three steps of the run, or why there are none; `works` are those of `loaders`."""
+    """Return lines on three steps of the run, or why there are none; `works` are those of `loaders`."""
     reason = layout.on_main(lambda: why_no_steps(config, layout))
     if reason:
         return [f"no steps were taken: {reason}"]
@@ -370,7 +418,7 @@ def take_steps(
 
 
 def why_no_steps(config: TrainConfig, layout: Layout) -> str:
-    """Why a dry run had better not load the model: what looks like a login node. Empty: it may."""
+    """Return why a dry run should not load the model (this looks like a login node); empty if it may."""
     if config.device != "auto" or layout.device.type != "cpu":
         return ""
     billions = skeleton(config).num_parameters() / 1e9
@@ -383,7 +431,7 @@ def why_no_steps(config: TrainConfig, layout: Layout) -> str:
 
 
 def cut_texts(stores: TrainEval) -> dict[str, int]:
-    """How many prompts and responses of all rows were too long."""
+    """Return how many prompts and responses of all rows were too long."""
     noted = Counter[str]()
     for counts in stores.report["datasets"].values():
         noted.update(counts["noted"])
@@ -392,7 +440,7 @@ def cut_texts(stores: TrainEval) -> dict[str, int]:
 
 
 def next_step(config: TrainConfig, run: RunDir) -> str:
-    """Where the weights are, and the command that the method goes on with."""
+    """Return where the weights are, and the next command of the method."""
     commands = {
         "reverse": f"python induce.py model.name_or_path={run.path} corpus.path=FILE expert=rules output=FOLDER",
         "sft": f"python train.py loss=dpo model.name_or_path={config.model.name_or_path} model.archive={run.path} "

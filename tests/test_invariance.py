@@ -57,7 +57,7 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
         (batch,) = loader.batches()
         batch = replace(batch, start_examples=ROWS)  # not the first one, whose loss is known
         outputs, loss_sum, num_units = trainer.accumulate_gradients(batch)
-        sums = MetricSums(torch.device("cpu"))
+        sums = MetricSums()
         trainer.add_metrics(sums, "train", outputs, loss_sum, num_units)
         result["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters()])
         result["metrics"] = sums.means()

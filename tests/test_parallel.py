@@ -26,7 +26,8 @@ from tests.ranks import Ranks, read, run_ranks
 from tests.tiny_models import SUPPORTED, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
-from trainers.distributed.sharding import find_blocks, same_logits
+from trainers.distributed.parallelize import find_blocks
+from trainers.distributed.sharding import same_logits
 from trainers.kernels.norms import use_fast_norms
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
@@ -58,9 +59,8 @@ def settings_of(loss: str, accumulation: int, processes: int, replicas: int, **c
 
 def train(layout, folder: Path, run_name: str, settings, model: str = "llama"):
     path = folder / run_name
-    opened: list[RunDir] = []
-    layout.on_main(lambda: opened.append(RunDir.open(path, config=asdict(settings), manifest={})))
-    with opened[0] if layout.is_main else RunDir(path, None) as run:
+    opened = layout.main_only(lambda: RunDir.open(path, config=asdict(settings), manifest={}))
+    with opened or RunDir(path, None) as run:
         tiny_trainer(folder, layout, run, settings, model=model, num_rows=46).train()
 
 

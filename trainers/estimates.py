@@ -14,7 +14,8 @@ from torch import Tensor
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader
 from trainers.distributed.layout import gather_objects
-from trainers.run.metrics import MetricsLog, peak_memory_gib
+from trainers.run.metrics import peak_memory_gib
+from trainers.run.metrics_log import MetricsLog
 from trainers.trainer import Trainer
 
 

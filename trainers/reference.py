@@ -82,7 +82,7 @@ def reference_logps(
     rows = rows.unique()
     # Another kernel or another release of the model's code may move a result by more than the first batch's check lets.
     code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {layout.device.type}"
-    kind = f"{model.dtype} {compute_dtype or model.dtype} {packing} {autocast}"
+    kind = f"{model.dtype} {compute_dtype or model.dtype} {packing} {autocast} {torch.get_float32_matmul_precision()}"
     identity = f"{code} {weights} {store.select(rows).key} {kind}"
     directory, key = cache_dir / "reference", xxhash.xxh3_128_hexdigest(identity.encode())
     lengths = store.lengths[rows].long()

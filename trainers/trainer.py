@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -29,8 +30,9 @@ from trainers.kernels.flops import peak_flops, training_flops_per_token
 from trainers.kernels.logps import autocast_dtype, sequence_logps
 from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective
 from trainers.optimizers import build_optimizer, learning_rate
-from trainers.run.checkpoint import CheckpointWriter, Progress, load_checkpoint
-from trainers.run.metrics import MetricsLog, MetricSums, peak_memory_gib
+from trainers.run.checkpoint import CheckpointWriter, RunProgress, load_checkpoint
+from trainers.run.metrics import MetricSums, peak_memory_gib
+from trainers.run.metrics_log import MetricsLog
 from trainers.run.progress_line import ProgressLine
 from trainers.run.run_dir import RunDir
 
@@ -84,7 +86,7 @@ class Trainer:
         self.logps_of = forward_function(policy, sequence_logps, autocast=self.autocast, add_to_grad=True)
         self.checkpoints = CheckpointWriter(run, settings.checkpoint, layout, tokenizer)
         self.optimizer = build_optimizer(self.policy.parameters(), settings)
-        self.train_metrics = MetricSums(layout.device)
+        self.train_metrics = MetricSums()
         self.last_log = time.monotonic()
         self.log_due = self.stop_asked = False  # as all processes have agreed for the step in hand
         self.progress = self._restore(dict(identity or {}))
@@ -92,10 +94,10 @@ class Trainer:
         self.peak_flops = peak_flops(layout.device)
         self.flops_per_token = training_flops_per_token(policy)
 
-    def _restore(self, identity: dict[str, str]) -> Progress:
+    def _restore(self, identity: dict[str, str]) -> RunProgress:
         found = load_checkpoint(self.run, policy=self.policy, optimizer=self.optimizer, layout=self.layout)
         if found is None:
-            return Progress(identity=identity)
+            return RunProgress(identity=identity)
         progress, unlogged = found
         changed = [
             f"{name}: {progress.identity.get(name)} at its start, {value} now"
@@ -186,15 +188,14 @@ class Trainer:
         grad_norm, total_loss = clip_grad_norm(
             self.policy.parameters(), self.settings.max_grad_norm, loss_sum, self.layout
         )
-        # The one wait for the device in a step: whether to take it is a decision of the host.
-        if bool(torch.isfinite(grad_norm) & torch.isfinite(total_loss)):
+        if math.isfinite(grad_norm) and math.isfinite(total_loss):
             lr = learning_rate(self.progress.updates, self.train_loader.steps, self.settings)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             self.add_metrics(self.train_metrics, "train", outputs, loss_sum, num_units)
             self.train_metrics.add("grad_norm", grad_norm, 1.0)
-            self.train_metrics.add("learning_rate", torch.tensor(lr), 1.0)
+            self.train_metrics.add("learning_rate", lr, 1.0)
         else:
             self._refuse_step(batch, outputs, total_loss, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
@@ -207,12 +208,12 @@ class Trainer:
         seconds, world_size = step_seconds + wait_seconds, self.layout.world_size
         tokens = sum(int(num_tokens(microbatch)) for microbatch in batch.microbatches)
         metrics = self.train_metrics
-        metrics.add("examples_per_second", torch.tensor(batch.num_examples), seconds)
-        metrics.add("tokens_per_second", torch.tensor(tokens * world_size), seconds)
-        metrics.add("data_wait_seconds", torch.tensor(wait_seconds), 1.0)
+        metrics.add("examples_per_second", batch.num_examples, seconds)
+        metrics.add("tokens_per_second", tokens * world_size, seconds)
+        metrics.add("data_wait_seconds", wait_seconds, 1.0)
         if self.peak_flops is not None:
             positions = sum(num_positions(microbatch) for microbatch in batch.microbatches)
-            metrics.add("mfu", torch.tensor(self.flops_per_token * positions / self.peak_flops), seconds)
+            metrics.add("mfu", self.flops_per_token * positions / self.peak_flops, seconds)
         metrics.peak("memory/peak", peak_memory_gib(self.layout.device))
 
     def accumulate_gradients(self, batch: GlobalBatch) -> tuple[list[LossOutput], Tensor, float]:
@@ -227,7 +228,8 @@ class Trainer:
         passes = len(batch.microbatches) + batch.num_idle
         for number, microbatch in enumerate(self._passes(batch, self.train_loader)):
             # Summed over the processes once, in the last pass: not a reduce-scatter for each micro-batch.
-            reduce_gradients_in_backward(self.policy, number == passes - 1)
+            reduce = self.settings.trainer.reduce_every_microbatch or number == passes - 1
+            reduce_gradients_in_backward(self.policy, reduce)
             output = self.objective(self.logps_of, microbatch.to(self.layout.device, non_blocking=True))
             counts = number < len(batch.microbatches)
             if batch.start_examples == 0 and counts:
@@ -244,7 +246,8 @@ class Trainer:
     def _coarser_dtype(self) -> torch.dtype:
         """The dtype with the larger rounding error, of what policy and reference are kept in and computed in."""
         model = self.settings.model
-        names = {f"torch.{name}" for name in (model.reference_dtype, self._compute_dtype(), model.autocast)}
+        in_tf32 = "float16" if self.settings.tf32 and self.layout.device.type == "cuda" else None  # as many bits
+        names = {f"torch.{name}" for name in (model.reference_dtype, self._compute_dtype(), model.autocast, in_tf32)}
         dtypes = [self.policy.dtype, *(dtype for dtype in TOLERANCE_PER_TOKEN if str(dtype) in names)]
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
@@ -274,7 +277,7 @@ class Trainer:
             for name, values in output.metrics.items():
                 sums.add(name.format(split=split), values.double().sum(), values.numel())
 
-    def _refuse_step(self, batch: GlobalBatch, outputs: list[LossOutput], loss: Tensor, grad_norm: Tensor) -> None:
+    def _refuse_step(self, batch: GlobalBatch, outputs: list[LossOutput], loss: float, grad_norm: float) -> None:
         """Skips a step that is not finite, or stops the run before it."""
         if self.settings.on_non_finite == "skip":
             self.progress.skipped += 1
@@ -291,8 +294,8 @@ class Trainer:
         self.save()
         self.checkpoints.finish()
         raise UserError(
-            f"the step after {self.progress.examples} examples is not finite: loss {loss.item():.3g}, gradient "
-            f"norm {grad_norm.item():.3g}; {'examples' if rows else 'one or more of the examples'} {shown}{more}. It "
+            f"the step after {self.progress.examples} examples is not finite: loss {loss:.3g}, gradient "
+            f"norm {grad_norm:.3g}; {'examples' if rows else 'one or more of the examples'} {shown}{more}. It "
             "was not taken. Lower lr or max_grad_norm (with another exp_name), use model.policy_dtype=float32, or go "
             "on without such steps: the same command with on_non_finite=skip."
         )
@@ -347,7 +350,7 @@ class Trainer:
             )
 
     def _evaluation_means(self, loader: BatchLoader) -> dict[str, float]:
-        sums = MetricSums(self.layout.device)
+        sums = MetricSums()
         for batch in loader.batches():
             num_units, _ = self._count_units(batch.microbatches)
             if self.stop_asked:
