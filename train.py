@@ -20,10 +20,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -45,18 +44,15 @@ from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
 from trainers.distributed.parallelize import parallelize, place_model
 from trainers.distributed.sharding import forward_function, reshard
-from trainers.estimates import Work, count_work, describe_measured, describe_work, measure
+from trainers.dry_run import print_estimate
 from trainers.kernels.attention import PACKED, check_packed_attention, packed_and_alone, use_packed_attention
-from trainers.kernels.flops import emulates_bfloat16
 from trainers.kernels.logps import autocast_dtype, check_head
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
 from trainers.reference import attach_reference, weights_key
 from trainers.run.checkpoint import read_progress, saved_checkpoints
 from trainers.run.run_dir import RunDir
+from trainers.run.speed_notes import speed_notes
 from trainers.trainer import Trainer
-
-LARGE_ON_A_CPU = 1.0  # billions of parameters: nobody trains so many without a GPU by intention
-SMALL_FOR_A_GPU = 16  # rows of a batch: a GPU takes about as long for fewer
 
 
 def main(config: TrainConfig) -> None:
@@ -96,33 +92,6 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
         trainer.train()
         if layout.is_main:
             print(next_step(config, run), flush=True)
-
-
-def speed_notes(config: TrainConfig, device: torch.device) -> list[str]:
-    """Return what the user should know of the chosen dtypes and sizes on this device, a sentence each."""
-    notes = []
-    model, is_sharded = config.model, config.trainer.name == "FSDPTrainer"
-    if model.fsdp_policy_mp is not None and not is_sharded:
-        notes.append("model.fsdp_policy_mp is FSDPTrainer's; this run computes in policy_dtype")
-    if model.autocast and emulates_bfloat16(device):
-        notes.append(
-            "this CPU has no instructions for bfloat16 (AVX512-BF16, AMX); model.autocast=bfloat16 is slower here than "
-            "float32, which is model.autocast=null"
-        )
-    if device.type != "cuda":
-        return notes
-    compute_dtype = model.autocast or (is_sharded and model.fsdp_policy_mp) or model.policy_dtype
-    if compute_dtype == "float32" and not config.tf32:
-        notes.append(
-            "float32 leaves this GPU's tensor cores idle; model.autocast=bfloat16, or with smaller errors tf32=true, "
-            "uses them (experiment=h100_sft and h100_dpo set what one H100 wants)"
-        )
-    if config.batch_size < SMALL_FOR_A_GPU:
-        notes.append(
-            f"batch_size={config.batch_size} does not fill a GPU: batch_size=64 takes hardly longer a step (lr may "
-            "then be larger)"
-        )
-    return notes
 
 
 def build_trainer(
@@ -260,34 +229,20 @@ def build_loaders(
     max_tokens = config.max_tokens_per_microbatch
     if config.packing and max_tokens is None:
         max_tokens = default_max_tokens(layout.device)
-    shared: dict[str, Any] = {
-        "seed": config.seed,
-        "max_tokens_per_microbatch": max_tokens,
-        "pad_token_id": tokenizer.pad_token_id,
-        "packing": config.packing,
-        "rank": layout.rank,
-        "world_size": layout.world_size,
-    }
-    train = BatchLoader(
-        stores.train,
-        batch_size=config.batch_size,
-        shuffle=True,
-        num_epochs=config.n_epochs,
-        num_examples=config.n_examples,
-        num_microbatches=config.gradient_accumulation_steps,
-        **shared,
-    )
+    loader = partial(
+        BatchLoader, seed=config.seed, max_tokens_per_microbatch=max_tokens, packing=config.packing,
+        pad_token_id=tokenizer.pad_token_id, rank=layout.rank, world_size=layout.world_size,
+    )  # fmt: skip
+    train = loader(
+        stores.train, batch_size=config.batch_size, shuffle=True, num_epochs=config.n_epochs,
+        num_examples=config.n_examples, num_microbatches=config.gradient_accumulation_steps,
+    )  # fmt: skip
     if not len(stores.eval):
         return train, None
-    held_out = BatchLoader(
-        stores.eval,
-        batch_size=config.eval_batch_size,
-        shuffle=False,
-        num_epochs=1,
-        num_examples=None,
+    held_out = loader(
+        stores.eval, batch_size=config.eval_batch_size, shuffle=False, num_epochs=1, num_examples=None,
         num_microbatches=1,
-        **shared,
-    )
+    )  # fmt: skip
     return train, held_out
 
 
@@ -378,55 +333,18 @@ def is_finished(run: RunDir, loader: BatchLoader) -> bool:
 
 
 def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
-    """Print what the run would be and, unless `dry_run=data`, what it would take; leave nothing behind."""
-    loaders = [loader for loader in build_loaders(config, stores, tokenizer, layout) if loader is not None]
-    works = layout.on_main(lambda: [count_work(loader) for loader in loaders])  # the second, if any, is evaluation
-    if layout.is_main:  # now: the steps may fail
-        print(f"{config.exp_name}, from the lengths of its rows:", flush=True)
-        print(describe_work(config, loaders, works, cut_texts(stores)), flush=True)
-    lines = take_steps(config, stores, tokenizer, layout, loaders, works) if config.dry_run != "data" else []
-    if layout.is_main:
-        print(*lines, f"nothing was trained; the run would live in {config.run_dir}", sep="\n", flush=True)
+    """Print what the run would be and what it would take (`dry_run`)."""
 
+    def make_trainer(settings: TrainConfig, first: BatchLoader, largest: BatchLoader, run: RunDir) -> Trainer:
+        return build_trainer(settings, stores, first, largest, tokenizer, run.path.parent, run, layout)
 
-def take_steps(
-    config: TrainConfig,
-    stores: TrainEval,
-    tokenizer: PreTrainedTokenizerBase,
-    layout: Layout,
-    loaders: list[BatchLoader],
-    works: list[Work],
-) -> list[str]:
-    """Return lines on three steps of the run, or why there are none; `works` are those of `loaders`."""
-    reason = layout.on_main(lambda: why_no_steps(config, layout))
-    if reason:
-        return [f"no steps were taken: {reason}"]
-    first, largest = loaders[0].excerpt(works[0].first), loaders[0].excerpt(works[0].largest)
-    alone = replace(config, debug=True, sample_during_eval=False)  # no checkpoints, no wandb
-    with TemporaryDirectory(prefix="dry-run-") as folder:
-        run = RunDir(Path(folder) / "run", None)
-        trainer = build_trainer(alone, stores, first, largest, tokenizer, Path(folder), run, layout)
-        measured = measure(trainer)
-    num_positions = 0
-    if trainer.objective.needs_reference:  # each row once, where a run may visit it in several epochs
-        for loader, work in zip(loaders, works, strict=True):
-            num_positions += work.positions * len(loader.rows_visited()) // work.ends[-1]
-    return [
-        f"from three real steps ({layout.device.type}, processes: {layout.world_size}):",
-        describe_measured(config, works, measured, num_positions),
-    ]
-
-
-def why_no_steps(config: TrainConfig, layout: Layout) -> str:
-    """Return why a dry run should not load the model (this looks like a login node); empty if it may."""
-    if config.device != "auto" or layout.device.type != "cpu":
-        return ""
-    billions = skeleton(config).num_parameters() / 1e9
-    if billions < LARGE_ON_A_CPU:
-        return ""
-    return (
-        f"device=auto found no GPU, and the model has {billions:.1f} billion parameters; type the command where it "
-        "will run, or insist with device=cpu"
+    print_estimate(
+        config,
+        layout,
+        [loader for loader in build_loaders(config, stores, tokenizer, layout) if loader is not None],
+        cut=cut_texts(stores),
+        count_parameters=lambda: skeleton(config).num_parameters(),
+        make_trainer=make_trainer,
     )
 
 

@@ -21,7 +21,8 @@ from trainers.distributed.layout import Layout
 from trainers.kernels.norms import use_fast_norms
 from trainers.optimizers import build_optimizer
 from trainers.run import checkpoint
-from trainers.run.checkpoint import CheckpointWriter, RunProgress, load_checkpoint
+from trainers.run.checkpoint import CheckpointWriter, RunProgress
+from trainers.run.resume import load_checkpoint, load_weights
 from trainers.run.run_dir import RunDir, differing_keys
 
 IDS = torch.arange(3, 15)[None]
@@ -280,4 +281,4 @@ def test_weights_of_another_vocabulary_are_refused(tmp_path):
     other = tiny_model()
     other.resize_token_embeddings(VOCABULARY + 1)
     with pytest.raises(UserError, match="do not fit the model"):
-        checkpoint.load_weights(other, tmp_path, Layout(0, 1, torch.device("cpu")))
+        load_weights(other, tmp_path, Layout(0, 1, torch.device("cpu")))

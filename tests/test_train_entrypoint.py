@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from config.schema import compose_config
 from tests.commands import metrics, run, start, without_times, write_alpaca, write_pairs
-from train import speed_notes
+from trainers.run.speed_notes import speed_notes
 
 pytestmark = pytest.mark.slow
 

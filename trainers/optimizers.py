@@ -23,7 +23,7 @@ class RMSprop(torch.optim.RMSprop):
     """torch's RMSprop, the DPO repo's default, with a step of one pass: for a GPU, where torch has no fused one.
 
     A step reads parameter, gradient and average and writes parameter and average: 20 bytes a float32 parameter. torch's
-    `foreach` step goes over them five times: 52 bytes, and 4 more for a temporary. The state is torch's.
+    `foreach` step goes over them five times: 56 bytes, and 4 more are held by a temporary. The state is torch's.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, alpha: float = 0.99, eps: float = 1e-8) -> None:

@@ -30,10 +30,11 @@ from trainers.kernels.flops import peak_flops, training_flops_per_token
 from trainers.kernels.logps import autocast_dtype, sequence_logps
 from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective
 from trainers.optimizers import build_optimizer, learning_rate
-from trainers.run.checkpoint import CheckpointWriter, RunProgress, load_checkpoint
+from trainers.run.checkpoint import CheckpointWriter, RunProgress
 from trainers.run.metrics import MetricSums, peak_memory_gib
 from trainers.run.metrics_log import MetricsLog
 from trainers.run.progress_line import ProgressLine
+from trainers.run.resume import load_checkpoint
 from trainers.run.run_dir import RunDir
 
 Sampler = Callable[[PreTrainedModel], list[dict[str, Any]]]
