@@ -49,7 +49,7 @@ from trainers.kernels.attention import PACKED, check_packed_attention, packed_an
 from trainers.kernels.logps import autocast_dtype, check_head
 from trainers.objectives import LikelihoodObjective, Objective, PreferenceObjective
 from trainers.reference import attach_reference, weights_key
-from trainers.run.checkpoint import read_progress, saved_checkpoints
+from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
 from trainers.run.speed_notes import speed_notes
 from trainers.trainer import Trainer
@@ -79,10 +79,12 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
         return
     with open_run(config, manifest, layout) as run:
         stores = load_data(config, tokenizer, cache_dir, layout)
-        manifest = {**manifest, "data": data_keys(stores), "processes": layout.world_size}
+        by_split = {"train": stores.train, "eval": stores.eval}
+        data = {split: {"key": store.key, "rows": len(store)} for split, store in by_split.items()}
+        manifest = {**manifest, "data": data, "processes": layout.world_size}
         layout.on_main(lambda: run.write_manifest(manifest))
         train_loader, eval_loader = build_loaders(config, stores, tokenizer, layout)
-        if layout.on_main(lambda: is_finished(run, train_loader)):
+        if layout.on_main(lambda: is_finished(run, train_loader.total_examples, data=stores.train.key)):
             if layout.is_main:
                 print(f"{run.path} is finished: {train_loader.total_examples} examples. {next_step(config, run)}")
             return
@@ -95,34 +97,21 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
 
 
 def build_trainer(
-    config: TrainConfig,
-    stores: TrainEval,
-    train_loader: BatchLoader,
-    eval_loader: BatchLoader | None,
-    tokenizer: PreTrainedTokenizerBase,
-    cache_dir: Path,
-    run: RunDir,
-    layout: Layout,
-) -> Trainer:
+    config: TrainConfig, stores: TrainEval, train_loader: BatchLoader, eval_loader: BatchLoader | None,
+    tokenizer: PreTrainedTokenizerBase, cache_dir: Path, run: RunDir, layout: Layout,
+) -> Trainer:  # fmt: skip
     """Return a trainer with the policy and the log-probabilities of its reference, ready to train."""
     policy, weights = load_policy(config, stores, layout)
     objective = build_objective(config)
-    identity = {"data": stores.train.key}
+    identity = {"data": stores.train.key}  # what a resumed run must have started from, too
     if objective.needs_reference:
         loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
         identity["reference"] = attach_references(config, policy, weights, loaders, cache_dir, layout)
     return Trainer(
-        policy=policy,
-        objective=objective,
-        train_loader=train_loader,
-        eval_loader=eval_loader,
-        settings=config,
-        layout=layout,
-        run=run,
-        sampler=build_sampler(config, stores.eval, tokenizer),
-        tokenizer=tokenizer,
+        policy=policy, objective=objective, train_loader=train_loader, eval_loader=eval_loader, settings=config,
+        layout=layout, run=run, sampler=build_sampler(config, stores.eval, tokenizer), tokenizer=tokenizer,
         identity=identity,
-    )
+    )  # fmt: skip
 
 
 @contextmanager
@@ -180,14 +169,10 @@ def load_model(
     needs_key = build_objective(config).needs_reference
     weights = layout.on_main(lambda: weights_key(loaded) if needs_key else "")
     prepare = partial(
-        parallelize,
-        layout=layout,
-        trainer=config.trainer,
-        packing=config.packing,
-        block_name=config.model.block_name,
-        compute_dtype=compute_dtype,
+        parallelize, layout=layout, trainer=config.trainer, packing=config.packing,
+        block_name=config.model.block_name, compute_dtype=compute_dtype,
         activation_checkpointing=is_trained and config.activation_checkpointing,
-    )
+    )  # fmt: skip
     offload = config.trainer.cpu_offload
     return place_model(loaded, lambda: skeleton(config, dtype), prepare, layout, cpu_offload=offload), weights
 
@@ -206,16 +191,10 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
     if isinstance(config.loss, PreferenceLossSettings):
         kind = "preference"
     build = partial(
-        build_stores,
-        config.datasets,
-        loss=kind,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        cache_dir=cache_dir,
-        n_eval_examples=config.n_eval_examples,
+        build_stores, config.datasets, loss=kind, tokenizer=tokenizer, max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length, cache_dir=cache_dir, n_eval_examples=config.n_eval_examples,
         batch_size=config.batch_size,
-    )
+    )  # fmt: skip
     stores = layout.main_first(build)
     if layout.is_main:
         print(describe(stores.report), file=sys.stderr, flush=True)
@@ -239,11 +218,8 @@ def build_loaders(
     )  # fmt: skip
     if not len(stores.eval):
         return train, None
-    held_out = loader(
-        stores.eval, batch_size=config.eval_batch_size, shuffle=False, num_epochs=1, num_examples=None,
-        num_microbatches=1,
-    )  # fmt: skip
-    return train, held_out
+    once = {"shuffle": False, "num_epochs": 1, "num_examples": None, "num_microbatches": 1}
+    return train, loader(stores.eval, batch_size=config.eval_batch_size, **once)
 
 
 def require_context(config: TrainConfig, stores: TrainEval, policy: PreTrainedModel) -> None:
@@ -266,16 +242,12 @@ def build_objective(config: TrainConfig) -> Objective:
 
 
 def attach_references(
-    config: TrainConfig,
-    policy: PreTrainedModel,
-    weights: str,
-    loaders: list[BatchLoader],
-    cache_dir: Path,
+    config: TrainConfig, policy: PreTrainedModel, weights: str, loaders: list[BatchLoader], cache_dir: Path,
     layout: Layout,
-) -> str:
+) -> str:  # fmt: skip
     """Attach reference log-probabilities for every row that is visited; the policy's own unless another dtype is set.
 
-    Returns the key of the reference weights: a resumed run must have started from the same.
+    Returns the key of the reference weights.
     """
     dtype = config.model.reference_dtype or config.model.policy_dtype
     compute_dtype = config.model.fsdp_policy_mp if layout.mesh is not None else None
@@ -314,38 +286,17 @@ def build_sampler(
     return sample
 
 
-def data_keys(stores: TrainEval) -> dict[str, Any]:
-    """Return the content hashes and sizes of the stores, for the manifest."""
-    return {
-        "train": {"key": stores.train.key, "rows": len(stores.train)},
-        "eval": {"key": stores.eval.key, "rows": len(stores.eval)},
-    }
-
-
-def is_finished(run: RunDir, loader: BatchLoader) -> bool:
-    """Return whether the newest checkpoint is the last one of this very run: all examples of this data, evaluated."""
-    newest = saved_checkpoints(run.path)[-1:]
-    if not newest:
-        return False
-    progress = read_progress(newest[0])
-    at_end = progress.examples >= loader.total_examples and progress.evaluated_at == progress.examples
-    return at_end and progress.identity.get("data") == loader.store.key
-
-
 def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
     """Print what the run would be and what it would take (`dry_run`)."""
 
     def make_trainer(settings: TrainConfig, first: BatchLoader, largest: BatchLoader, run: RunDir) -> Trainer:
         return build_trainer(settings, stores, first, largest, tokenizer, run.path.parent, run, layout)
 
+    loaders = [loader for loader in build_loaders(config, stores, tokenizer, layout) if loader is not None]
     print_estimate(
-        config,
-        layout,
-        [loader for loader in build_loaders(config, stores, tokenizer, layout) if loader is not None],
-        cut=cut_texts(stores),
+        config, layout, loaders, cut=cut_texts(stores), make_trainer=make_trainer,
         count_parameters=lambda: skeleton(config).num_parameters(),
-        make_trainer=make_trainer,
-    )
+    )  # fmt: skip
 
 
 def cut_texts(stores: TrainEval) -> dict[str, int]:

@@ -20,6 +20,16 @@ from trainers.run.rng import set_random_state
 from trainers.run.run_dir import RunDir
 
 
+def is_finished(run: RunDir, total_examples: int, *, data: str) -> bool:
+    """Return whether the newest checkpoint is the end of a run over the data with this key: seen whole, evaluated."""
+    newest = saved_checkpoints(run.path)[-1:]
+    if not newest:
+        return False
+    progress = read_progress(newest[0])
+    at_end = progress.examples >= total_examples and progress.evaluated_at == progress.examples
+    return at_end and progress.identity.get("data") == data
+
+
 def load_checkpoint(
     run: RunDir, *, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, layout: Layout
 ) -> tuple[RunProgress, Unlogged] | None:
