@@ -218,7 +218,7 @@ def build_loaders(
     )  # fmt: skip
     if not len(stores.eval):
         return train, None
-    once = {"shuffle": False, "num_epochs": 1, "num_examples": None, "num_microbatches": 1}
+    once: dict[str, Any] = {"shuffle": False, "num_epochs": 1, "num_examples": None, "num_microbatches": 1}
     return train, loader(stores.eval, batch_size=config.eval_batch_size, **once)
 
 
