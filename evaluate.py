@@ -308,7 +308,7 @@ def _write_files(
 def _log_to_wandb(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
     if not config.wandb.enabled or config.wandb.mode == "disabled":
         return
-    from trainers.run.metrics import log_tables
+    from trainers.run.metrics_log import log_tables
 
     rates: list[list[Any]] = [
         [name, view.key, *(model[view.key][field] for field in ("value", "low", "high", "n"))]

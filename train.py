@@ -5,7 +5,7 @@
     python train.py loss=dpo model=tiny model.archive=runs/si_sft datasets.si.path=FOLDER exp_name=si_dpo
     python train.py --help
 
-The same command typed again goes on where the run stopped. Every key: config/settings.py (TrainConfig).
+The same command typed again continues where the run stopped. Every key: config/settings.py (TrainConfig).
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from __future__ import annotations
 from trainers.distributed.preemption import exit_on_signals  # isort: skip
 
 if __name__ == "__main__":
-    exit_on_signals()  # before the imports that take seconds: a signal may come while they are made
+    exit_on_signals()  # before the imports that take seconds: a signal may come during them
 
-import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -44,26 +42,21 @@ from trainers.data.cutters import build_cutter
 from trainers.data.token_store import TokenStore, sequence_lengths
 from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
-from trainers.distributed.sharding import forward_function, place_model, reshard
-from trainers.estimates import Work, count_work, describe_measured, describe_work, measure
+from trainers.distributed.parallelize import parallelize, place_model
+from trainers.distributed.sharding import forward_function, reshard
+from trainers.dry_run import print_estimate
 from trainers.kernels.attention import PACKED, check_packed_attention, packed_and_alone, use_packed_attention
-from trainers.kernels.flops import emulates_bfloat16
 from trainers.kernels.logps import autocast_dtype, check_head
 from trainers.objectives import LOSSES, build_objective
 from trainers.reference import attach_reference, weights_key
-from trainers.run.checkpoint import read_progress, saved_checkpoints
-from trainers.run.run_dir import RunDir, write_durably
+from trainers.run.resume import is_finished
+from trainers.run.run_dir import RunDir
+from trainers.run.speed_notes import speed_notes
 from trainers.trainer import Trainer
-
-SLOW_BFLOAT16 = (
-    "note: this CPU has no instructions for bfloat16 (AVX512-BF16, AMX); model.autocast=bfloat16 is slower here than "
-    "float32, which is model.autocast=null"
-)
-LARGE_ON_A_CPU = 1.0  # billions of parameters: nobody trains so many without a GPU by intention
 
 
 def main(config: TrainConfig) -> None:
-    """Trains, or with `dry_run` says what that would take."""
+    """Train, or with `dry_run` say what that would take."""
     manifest = {
         "command": sys.orig_argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -74,12 +67,11 @@ def main(config: TrainConfig) -> None:
 
 
 def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> None:
-    """What each process of a run does: data, model, reference, training."""
+    """Do what each process of a run does: data, model, reference, training."""
     torch.manual_seed(config.seed)
-    if config.trainer.name == "BasicTrainer" and config.model.fsdp_policy_mp is not None:
-        print("note: model.fsdp_policy_mp is FSDPTrainer's; this run computes in policy_dtype", file=sys.stderr)
-    if config.model.autocast and layout.is_main and emulates_bfloat16(layout.device):
-        print(SLOW_BFLOAT16, file=sys.stderr)
+    if layout.is_main:
+        for note in speed_notes(config, layout.device):
+            print(f"note: {note}", file=sys.stderr, flush=True)
     cache_dir = layout.main_first(lambda: usable_dir(config.local_dirs))
     tokenizer = layout.main_first(lambda: load_tokenizer(config.model))
     if config.dry_run:
@@ -87,10 +79,12 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
         return
     with open_run(config, manifest, layout) as run:
         stores = load_data(config, tokenizer, cache_dir, layout)
-        manifest = {**manifest, "data": data_keys(stores), "processes": layout.world_size}
-        layout.on_main(lambda: write_durably(run.path / "manifest.json", json.dumps(manifest, indent=2) + "\n"))
+        by_split = {"train": stores.train, "eval": stores.eval}
+        data = {split: {"key": store.key, "rows": len(store)} for split, store in by_split.items()}
+        manifest = {**manifest, "data": data, "processes": layout.world_size}
+        layout.on_main(lambda: run.write_manifest(manifest))
         train_loader, eval_loader = build_loaders(config, stores, tokenizer, layout)
-        if layout.on_main(lambda: is_finished(run, train_loader)):
+        if layout.on_main(lambda: is_finished(run, train_loader.total_examples, data=stores.train.key)):
             if layout.is_main:
                 print(f"{run.path} is finished: {train_loader.total_examples} examples. {next_step(config, run)}")
             return
@@ -103,69 +97,88 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
 
 
 def build_trainer(
-    config: TrainConfig,
-    stores: TrainEval,
-    train_loader: BatchLoader,
-    eval_loader: BatchLoader | None,
-    tokenizer: PreTrainedTokenizerBase,
-    cache_dir: Path,
-    run: RunDir,
-    layout: Layout,
-) -> Trainer:
-    """The policy and the log-probabilities of its reference, ready to be trained."""
+    config: TrainConfig, stores: TrainEval, train_loader: BatchLoader, eval_loader: BatchLoader | None,
+    tokenizer: PreTrainedTokenizerBase, cache_dir: Path, run: RunDir, layout: Layout,
+) -> Trainer:  # fmt: skip
+    """Return a trainer with the policy and the log-probabilities of its reference, ready to train."""
     policy, weights = load_policy(config, stores, layout)
     objective = build_objective(config.loss)
-    identity = {"data": stores.train.key}
+    identity = {"data": stores.train.key}  # what a resumed run must have started from, too
     if objective.needs_reference:
         loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
         identity["reference"] = attach_references(config, policy, weights, loaders, cache_dir, layout)
     return Trainer(
-        policy=policy,
-        objective=objective,
-        train_loader=train_loader,
-        eval_loader=eval_loader,
-        settings=config,
-        layout=layout,
-        run=run,
-        sampler=build_sampler(config, stores.eval, tokenizer),
-        tokenizer=tokenizer,
+        policy=policy, objective=objective, train_loader=train_loader, eval_loader=eval_loader, settings=config,
+        layout=layout, run=run, sampler=build_sampler(config, stores.eval, tokenizer), tokenizer=tokenizer,
         identity=identity,
-    )
+    )  # fmt: skip
 
 
 @contextmanager
 def open_run(config: TrainConfig, manifest: Mapping[str, Any], layout: Layout) -> Iterator[RunDir]:
-    """The run directory, locked by rank 0 for all processes."""
+    """Open the run directory, which rank 0 locks for all processes."""
     path = Path(config.run_dir or "")
-    opened: list[RunDir] = []
-    layout.on_main(lambda: opened.append(RunDir.open(path, config=asdict(config), manifest=manifest)))
-    with opened[0] if layout.is_main else RunDir(path, None) as run:
+    opened = layout.main_only(lambda: RunDir.open(path, config=asdict(config), manifest=manifest))
+    with opened or RunDir(path, None) as run:
         yield run
 
 
 def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple[PreTrainedModel, str]:
-    """The policy with its initial weights, laid out, and the key of these weights (empty where nothing asks for it)."""
-    keys: list[str] = []
+    """Return the policy with its initial weights, laid out, and the key of these weights (`load_model`)."""
 
-    def load() -> PreTrainedModel:
-        policy = load_causal_lm(config.model)
+    def check(policy: PreTrainedModel) -> None:
         require_context(config, stores, policy)
         check_head(policy)
-        if config.packing:
-            use_packed_attention(policy)
-        keys.append(weights_key(policy) if build_objective(config.loss).needs_reference else "")
-        return policy
 
-    policy = place_model(load, lambda: skeleton(config), config, layout)
+    policy, weights = load_model(config, layout, check=check, compute_dtype=config.model.fsdp_policy_mp)
     if config.packing:  # now: on its device, and with the kernel that will run there
         packed, alone = forward_function(policy, packed_and_alone, device=layout.device)()
         check_packed_attention(packed, alone, name=type(policy).__name__.removeprefix("FSDP"))
         reshard(policy)
-    return policy, layout.on_main(lambda: keys[0])
+    return policy, weights
+
+
+def load_model(
+    config: TrainConfig,
+    layout: Layout,
+    *,
+    dtype: str | None = None,
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
+    compute_dtype: str | None = None,
+    is_trained: bool = True,
+) -> tuple[PreTrainedModel, str]:
+    """Return the model of the config, laid out, and the key of its weights (empty where no reference asks for it).
+
+    Args:
+        config: Of the run.
+        layout: Where to put the model.
+        dtype: Of its weights; None: the policy's.
+        check: Raises a UserError for a model that will not do, in rank 0, before it is laid out.
+        compute_dtype: See `parallelize`.
+        is_trained: Whether there will be backward passes, which may recompute what they need.
+    """
+
+    def load() -> PreTrainedModel:
+        model = load_causal_lm(config.model, dtype=dtype)
+        check(model)
+        if config.packing:
+            use_packed_attention(model)
+        return model
+
+    loaded = layout.main_only(load)
+    needs_key = build_objective(config.loss).needs_reference
+    weights = layout.on_main(lambda: weights_key(loaded) if needs_key else "")
+    prepare = partial(
+        parallelize, layout=layout, trainer=config.trainer, packing=config.packing,
+        block_name=config.model.block_name, compute_dtype=compute_dtype,
+        activation_checkpointing=is_trained and config.activation_checkpointing,
+    )  # fmt: skip
+    offload = config.trainer.cpu_offload
+    return place_model(loaded, lambda: skeleton(config, dtype), prepare, layout, cpu_offload=offload), weights
 
 
 def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
-    """The policy on the meta device, attending as the loaded one does."""
+    """Return the policy on the meta device, attending as the loaded one does."""
     model = meta_causal_lm(config.model, dtype=dtype)
     if config.packing:
         model.set_attn_implementation(PACKED)
@@ -173,21 +186,15 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
-    """The token stores of all datasets, for the kind of rows that the loss reads."""
+    """Return the token stores of all datasets, for the kind of rows that the loss reads."""
     kind: Loss = "reverse" if config.loss.name == "reverse" else "likelihood"
     if config.loss.name in LOSSES:
         kind = "preference"
     build = partial(
-        build_stores,
-        config.datasets,
-        loss=kind,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        cache_dir=cache_dir,
-        n_eval_examples=config.n_eval_examples,
+        build_stores, config.datasets, loss=kind, tokenizer=tokenizer, max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length, cache_dir=cache_dir, n_eval_examples=config.n_eval_examples,
         batch_size=config.batch_size,
-    )
+    )  # fmt: skip
     stores = layout.main_first(build)
     if layout.is_main:
         print(describe(stores.report), file=sys.stderr, flush=True)
@@ -221,7 +228,7 @@ def build_loaders(
 
 
 def require_context(config: TrainConfig, stores: TrainEval, policy: PreTrainedModel) -> None:
-    """Raises a UserError if a row is longer than the model's context: a table of positions would end in a crash."""
+    """Raise a UserError if a row is longer than the model's context: a table of positions would end in a crash."""
     context = policy.config.max_position_embeddings
     longest = max(int(sequence_lengths(store.lengths).max()) for store in (stores.train, stores.eval) if len(store))
     if longest > context:
@@ -232,34 +239,19 @@ def require_context(config: TrainConfig, stores: TrainEval, policy: PreTrainedMo
 
 
 def attach_references(
-    config: TrainConfig,
-    policy: PreTrainedModel,
-    weights: str,
-    loaders: list[BatchLoader],
-    cache_dir: Path,
+    config: TrainConfig, policy: PreTrainedModel, weights: str, loaders: list[BatchLoader], cache_dir: Path,
     layout: Layout,
-) -> str:
-    """Reference log-probabilities for every row that is visited; by the policy itself unless another dtype is set.
+) -> str:  # fmt: skip
+    """Attach reference log-probabilities for every row that is visited; the policy's own unless another dtype is set.
 
-    Returns the key of the reference weights: a run that goes on must have started from the same.
+    Returns the key of the reference weights.
     """
     dtype = config.model.reference_dtype or config.model.policy_dtype
     compute_dtype = config.model.fsdp_policy_mp if layout.mesh is not None else None
     reference = policy
     if dtype != config.model.policy_dtype:
         compute_dtype = None
-        keys: list[str] = []
-        alone = replace(config, model=replace(config.model, fsdp_policy_mp=None), activation_checkpointing=False)
-
-        def load() -> PreTrainedModel:
-            model = load_causal_lm(config.model, dtype=dtype)
-            if config.packing:
-                use_packed_attention(model)
-            keys.append(weights_key(model))
-            return model
-
-        reference = place_model(load, lambda: skeleton(config, dtype), alone, layout)
-        weights = layout.on_main(lambda: keys[0])
+        reference, weights = load_model(config, layout, dtype=dtype, is_trained=False)
     attach_reference(
         reference, loaders, layout=layout, cache_dir=cache_dir, weights=weights, compute_dtype=compute_dtype,
         autocast=autocast_dtype(config.model.autocast),
@@ -270,7 +262,7 @@ def attach_references(
 def build_sampler(
     config: TrainConfig, store: TokenStore, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[PreTrainedModel], list[dict[str, Any]]] | None:
-    """A function from the model to sampled answers on the first evaluation prompts; None: not asked for."""
+    """Return a function from the model to sampled answers on the first evaluation prompts; None if none are wanted."""
     rows = range(min(config.n_eval_model_samples, len(store)))
     if not config.sample_during_eval or not rows:
         return None
@@ -291,79 +283,21 @@ def build_sampler(
     return sample
 
 
-def data_keys(stores: TrainEval) -> dict[str, Any]:
-    """The content hashes and sizes of the stores, for the manifest."""
-    return {
-        "train": {"key": stores.train.key, "rows": len(stores.train)},
-        "eval": {"key": stores.eval.key, "rows": len(stores.eval)},
-    }
-
-
-def is_finished(run: RunDir, loader: BatchLoader) -> bool:
-    """Whether the newest checkpoint is the last one of this very run: all examples of this data, evaluated."""
-    newest = saved_checkpoints(run.path)[-1:]
-    if not newest:
-        return False
-    progress = read_progress(newest[0])
-    at_end = progress.examples >= loader.total_examples and progress.evaluated_at == progress.examples
-    return at_end and progress.identity.get("data") == loader.store.key
-
-
 def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
-    """`dry_run`: says what the run would be and, unless it is `data`, what it would take; leaves nothing behind."""
+    """Print what the run would be and what it would take (`dry_run`)."""
+
+    def make_trainer(settings: TrainConfig, first: BatchLoader, largest: BatchLoader, run: RunDir) -> Trainer:
+        return build_trainer(settings, stores, first, largest, tokenizer, run.path.parent, run, layout)
+
     loaders = [loader for loader in build_loaders(config, stores, tokenizer, layout) if loader is not None]
-    works = layout.on_main(lambda: [count_work(loader) for loader in loaders])  # the second, if any, is evaluation
-    if layout.is_main:  # now: the steps may fail
-        print(f"{config.exp_name}, from the lengths of its rows:", flush=True)
-        print(describe_work(config, loaders, works, cut_texts(stores)), flush=True)
-    lines = take_steps(config, stores, tokenizer, layout, loaders, works) if config.dry_run != "data" else []
-    if layout.is_main:
-        print(*lines, f"nothing was trained; the run would live in {config.run_dir}", sep="\n", flush=True)
-
-
-def take_steps(
-    config: TrainConfig,
-    stores: TrainEval,
-    tokenizer: PreTrainedTokenizerBase,
-    layout: Layout,
-    loaders: list[BatchLoader],
-    works: list[Work],
-) -> list[str]:
-    """Lines on three steps of the run, or why there are none; `works` are those of `loaders`."""
-    reason = layout.on_main(lambda: why_no_steps(config, layout))
-    if reason:
-        return [f"no steps were taken: {reason}"]
-    first, largest = loaders[0].excerpt(works[0].first), loaders[0].excerpt(works[0].largest)
-    alone = replace(config, debug=True, sample_during_eval=False)  # no checkpoints, no wandb
-    with TemporaryDirectory(prefix="dry-run-") as folder:
-        run = RunDir(Path(folder) / "run", None)
-        trainer = build_trainer(alone, stores, first, largest, tokenizer, Path(folder), run, layout)
-        measured = measure(trainer)
-    num_positions = 0
-    if trainer.objective.needs_reference:  # each row once, where a run may visit it in several epochs
-        for loader, work in zip(loaders, works, strict=True):
-            num_positions += work.positions * len(loader.rows_visited()) // work.ends[-1]
-    return [
-        f"from three real steps ({layout.device.type}, processes: {layout.world_size}):",
-        describe_measured(config, works, measured, num_positions),
-    ]
-
-
-def why_no_steps(config: TrainConfig, layout: Layout) -> str:
-    """Why a dry run had better not load the model: what looks like a login node. Empty: it may."""
-    if config.device != "auto" or layout.device.type != "cpu":
-        return ""
-    billions = skeleton(config).num_parameters() / 1e9
-    if billions < LARGE_ON_A_CPU:
-        return ""
-    return (
-        f"device=auto found no GPU, and the model has {billions:.1f} billion parameters; type the command where it "
-        "will run, or insist with device=cpu"
-    )
+    print_estimate(
+        config, layout, loaders, cut=cut_texts(stores), make_trainer=make_trainer,
+        count_parameters=lambda: skeleton(config).num_parameters(),
+    )  # fmt: skip
 
 
 def cut_texts(stores: TrainEval) -> dict[str, int]:
-    """How many prompts and responses of all rows were too long."""
+    """Return how many prompts and responses of all rows were too long."""
     noted = Counter[str]()
     for counts in stores.report["datasets"].values():
         noted.update(counts["noted"])
@@ -372,7 +306,7 @@ def cut_texts(stores: TrainEval) -> dict[str, int]:
 
 
 def next_step(config: TrainConfig, run: RunDir) -> str:
-    """Where the weights are, and the command that the method goes on with."""
+    """Return where the weights are, and the next command of the method."""
     commands = {
         "reverse": f"python induce.py model.name_or_path={run.path} corpus.path=FILE expert=rules output=FOLDER",
         "sft": f"python train.py loss=dpo model.name_or_path={config.model.name_or_path} model.archive={run.path} "

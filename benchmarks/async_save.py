@@ -31,7 +31,7 @@ from trainers.data.cutters import PaddedCutter
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
-from trainers.distributed.sharding import place_model
+from trainers.distributed.parallelize import parallelize, place_model
 from trainers.objectives import LikelihoodObjective
 from trainers.run.metrics import MetricsLog
 from trainers.run.run_dir import RunDir
@@ -77,11 +77,11 @@ def seconds_of(layout: Layout, settings: TrainConfig, folder: Path, name: str) -
         with torch.device("meta"):
             return build_model()
 
-    opened: list[RunDir] = []
-    layout.on_main(lambda: opened.append(RunDir.open(folder / name, config=asdict(settings), manifest={})))
-    with opened[0] if layout.is_main else RunDir(folder / name, None) as run:
+    opened = layout.main_only(lambda: RunDir.open(folder / name, config=asdict(settings), manifest={}))
+    prepare = partial(parallelize, layout=layout, trainer=settings.trainer, packing=settings.packing)
+    with opened or RunDir(folder / name, None) as run:
         trainer = Trainer(
-            policy=place_model(build_model, skeleton, settings, layout),
+            policy=place_model(layout.main_only(build_model), skeleton, prepare, layout),
             objective=LikelihoodObjective(LikelihoodLossSettings(name="sft")),
             train_loader=loader,
             eval_loader=None,

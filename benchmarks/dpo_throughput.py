@@ -61,7 +61,7 @@ from trainers.data.prefixes import shared_prefixes
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 from trainers.distributed.launch import launch, pick_device
 from trainers.distributed.layout import Layout
-from trainers.distributed.sharding import parallelize
+from trainers.distributed.parallelize import parallelize
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.flops import peak_flops
 from trainers.kernels.logps import autocast_dtype
@@ -155,7 +155,10 @@ def our_step(
     loader = train_loader(store, arguments, packing=settings.packing)
     if settings.packing:
         use_packed_attention(policy)
-    parallelize(policy, settings, layout)
+    checkpointing = settings.activation_checkpointing
+    parallelize(
+        policy, layout, trainer=settings.trainer, packing=settings.packing, activation_checkpointing=checkpointing
+    )
     objective = (PreferenceObjective if arguments.task == "dpo" else LikelihoodObjective)(settings.loss)
     if objective.needs_reference:
         started = time.perf_counter()

@@ -26,8 +26,8 @@ from benchmarks.memory import MIB, forget_peak, resident_mib
 from config.settings import TrainConfig, TrainerSettings
 from trainers.distributed.launch import local_store, work_in_group
 from trainers.distributed.layout import Layout
+from trainers.distributed.parallelize import find_blocks, parallelize, place_model
 from trainers.distributed.preemption import StopRequest
-from trainers.distributed.sharding import find_blocks, place_model
 from trainers.distributed.spawn import Place, start_processes
 
 
@@ -46,7 +46,8 @@ def measure(layout: Layout, *, folder: str, settings: TrainConfig) -> None:
     before = resident_mib("VmRSS")
     forget_peak()
     started = time.perf_counter()
-    model = place_model(load, skeleton, settings, layout)
+    prepare = partial(parallelize, layout=layout, trainer=settings.trainer, packing=settings.packing)
+    model = place_model(layout.main_only(load), skeleton, prepare, layout)
     seconds = time.perf_counter() - started
     peak = resident_mib("VmHWM") - before
     parameters = list(model.parameters())

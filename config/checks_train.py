@@ -103,7 +103,7 @@ def _check_trainer(config: TrainConfig) -> list[str]:
     errors += at_least("trainer.num_replicas", trainer.num_replicas, 1)
     if trainer.name == "BasicTrainer":
         plain = TrainerSettings(compile=trainer.compile)
-        for name in ("num_processes", "num_replicas", "reshard_after_forward", "cpu_offload"):
+        for name in vars(plain).keys() - {"name", "compile"}:
             if vars(trainer)[name] != vars(plain)[name]:
                 errors.append(
                     f"trainer.{name}={vars(trainer)[name]}: BasicTrainer is one process, which it means nothing to; "

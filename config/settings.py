@@ -60,6 +60,7 @@ class TrainerSettings:
     reshard_after_forward: bool = True  # free a block's parameters between its forward and backward pass
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory (needs a GPU)
     compile: bool = False  # torch.compile each transformer block
+    reduce_every_microbatch: bool = False  # less memory, more traffic than one reduction a step: docs/distributed.md
 
 
 @dataclass
@@ -141,6 +142,7 @@ class TrainConfig:
     minimum_log_interval_secs: float = 1.0
 
     device: str = "auto"  # auto | cpu | cuda | cuda:1
+    tf32: bool = False  # float32 matrix products of a GPU in TF32: many times as fast, inputs rounded to 10 bits
     run_dir: str | None = None  # null: runs/<exp_name>
     local_run_dir: str | None = None  # DPO repo's name of run_dir
     local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store and reference cache: first usable

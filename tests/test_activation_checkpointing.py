@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from config.settings import TrainerSettings
 from tests.commands import configs_of, errors_of
 from tests.test_packing import PAIRS, exact_model, logps_and_gradients, microbatch, packed_model, store_of
 from tests.test_parallel import losses, settings_of, start
 from tests.tiny_models import SUPPORTED
-from tests.tiny_runs import tiny_settings
 from trainers.distributed.layout import Layout
-from trainers.distributed.sharding import parallelize
+from trainers.distributed.parallelize import parallelize
 
 ATEN = torch.ops.aten
 PRODUCTS = (
@@ -44,7 +44,8 @@ def test_selective_computes_again_all_but_the_products(tmp_path, name, packing):
     gradients, calls = {}, {}
     for how in ("none", "selective", "full"):
         model = (packed_model(name, shortcut=False) if packing else exact_model(name)).train()
-        parallelize(model, tiny_settings(activation_checkpointing=how), Layout(0, 1, torch.device("cpu")))
+        layout = Layout(0, 1, torch.device("cpu"))
+        parallelize(model, layout, trainer=TrainerSettings(), packing=True, activation_checkpointing=how)
         with OperatorCalls() as calls[how]:
             gradients[how] = logps_and_gradients(model, batch)[2]
     for how in ("selective", "full"):

@@ -18,14 +18,14 @@ assert len(SOURCES) > 100, "a glob misses folders of the packages"
 ENTRYPOINTS = {"train.py", "induce.py", "evaluate.py"}
 
 PARALLEL = {
-    "trainers/distributed/launch.py", "trainers/distributed/layout.py", "trainers/distributed/sharding.py",
-    "trainers/run/checkpoint.py", "trainers/run/metrics.py", "trainers/reference.py",
+    "trainers/distributed/launch.py", "trainers/distributed/layout.py", "trainers/distributed/parallelize.py",
+    "trainers/distributed/sharding.py", "trainers/run/checkpoint.py", "trainers/run/resume.py", "trainers/reference.py",
 }  # fmt: skip
 # library -> the only files that may import it
 HOMES = {
     "hydra": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/named.py"},
     "omegaconf": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/named.py"},
-    "wandb": {"trainers/run/metrics.py"},
+    "wandb": {"trainers/run/metrics_log.py"},
     "torch.distributed": PARALLEL,
     "openai": {"safer_instruct/generation/server.py"},
     "scipy": {"safer_instruct/measures/statistics.py", "safer_instruct/measures/reward_checks.py"},

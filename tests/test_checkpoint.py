@@ -21,7 +21,8 @@ from trainers.distributed.layout import Layout
 from trainers.kernels.norms import use_fast_norms
 from trainers.optimizers import build_optimizer
 from trainers.run import checkpoint
-from trainers.run.checkpoint import CheckpointWriter, Progress, load_checkpoint
+from trainers.run.checkpoint import CheckpointWriter, RunProgress
+from trainers.run.resume import load_checkpoint, load_weights
 from trainers.run.run_dir import RunDir, differing_keys
 
 IDS = torch.arange(3, 15)[None]
@@ -68,7 +69,7 @@ def test_a_checkpoint_is_put_back_bit_for_bit(tmp_path, name, dtype):
             kept_state = {
                 one: {key: value.clone() for key, value in optimizer.state[one].items()} for one in model.parameters()
             }
-            progress = Progress(examples=7, updates=1)
+            progress = RunProgress(examples=7, updates=1)
             writer.save(policy=model, optimizer=optimizer, progress=progress, unlogged={"loss/train": (0.1, 3.0)})
             optimizer.step()  # while it is written: what is written is what was there before
             writer.wait()
@@ -135,7 +136,9 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
 
 def test_accuracies_are_best_when_large(tmp_path):
     for step, accuracy, evaluated_at in ((4, 0.5, 4), (8, 0.75, 8), (12, 0.75, 12), (16, 0.25, 16), (20, 1.0, 16)):
-        progress = Progress(examples=step, evaluated_at=evaluated_at, evaluation={"rewards_eval/accuracies": accuracy})
+        progress = RunProgress(
+            examples=step, evaluated_at=evaluated_at, evaluation={"rewards_eval/accuracies": accuracy}
+        )
         state = tmp_path / "checkpoints" / f"step-{step}" / "state"
         state.mkdir(parents=True)
         (state / "progress.json").write_text(json.dumps(asdict(progress)))
@@ -278,4 +281,4 @@ def test_weights_of_another_vocabulary_are_refused(tmp_path):
     other = tiny_model()
     other.resize_token_embeddings(VOCABULARY + 1)
     with pytest.raises(UserError, match="do not fit the model"):
-        checkpoint.load_weights(other, tmp_path, Layout(0, 1, torch.device("cpu")))
+        load_weights(other, tmp_path, Layout(0, 1, torch.device("cpu")))

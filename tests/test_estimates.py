@@ -15,6 +15,7 @@ from tests.commands import run, write_pairs
 from tests.test_batching import loader, make_store
 from tests.test_train_entrypoint import FAST, entries
 from tests.tiny_runs import tiny_settings, tiny_trainer
+from trainers import dry_run
 from trainers.data.packing import num_positions, num_tokens
 from trainers.distributed.launch import launch
 from trainers.estimates import count_work, num_checkpoints, num_evaluations
@@ -175,7 +176,7 @@ def test_no_model_is_loaded_where_nobody_would_train_it(command, here, monkeypat
 
     monkeypatch.setattr(train, "load_causal_lm", fail)
     assert "real steps" not in here("loss=sft", "dry_run=data", *command)
-    monkeypatch.setattr(train, "LARGE_ON_A_CPU", 0.001)
+    monkeypatch.setattr(dry_run, "LARGE_ON_A_CPU", 0.001)
     out = here("loss=sft", "dry_run=true", *command)
     assert "no steps were taken: device=auto found no GPU" in out
     assert "nothing was trained" in out

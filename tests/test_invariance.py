@@ -59,7 +59,7 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
         batch = replace(batch, start_examples=ROWS)  # not the first one, whose loss is known
         num_units = sum(map(objective.num_units, batch.microbatches))
         outputs, loss_sum = trainer.accumulate_gradients(batch, num_units)
-        sums = MetricSums(torch.device("cpu"))
+        sums = MetricSums()
         add_metrics(sums, "train", outputs, loss_sum, num_units)
         result["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters()])
         result["metrics"] = sums.means()

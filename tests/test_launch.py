@@ -19,7 +19,13 @@ from tests.commands import ROOT, metrics, run, start, without_times, write_pairs
 from tests.ranks import Ranks
 from tests.tiny_runs import tiny_settings
 from trainers.distributed.launch import check_numbers, default_num_processes, launch, launcher_place
-from trainers.distributed.layout import Layout
+from trainers.distributed.layout import (
+    Layout,
+    gather_from_processes,
+    gather_objects,
+    share_from_main,
+    sum_over_processes,
+)
 from trainers.distributed.preemption import PREEMPTED_STATUS
 from trainers.distributed.spawn import Place, start_processes
 from trainers.run.run_dir import RunDir
@@ -236,3 +242,24 @@ def test_two_jobs_in_one_run_directory(command, tmp_path):
         _, err = run([*command, "exp_name=run"], tmp_path, status=2)
     assert err.count(f"is in use by process {os.getpid()} on ") == 1
     assert "Traceback" not in err
+
+
+def reduced_and_gathered(layout: Layout):
+    """What every process has after each of the collectives."""
+    ones = torch.ones(2) * (layout.rank + 1)
+    assert sum_over_processes(ones.clone()).tolist() == [sum(range(1, layout.world_size + 1))] * 2
+    assert gather_from_processes(ones)[:, 0].tolist() == list(range(1, layout.world_size + 1))
+    assert gather_objects(layout.rank) == list(range(layout.world_size))
+    flags = torch.tensor([layout.is_main, not layout.is_main])
+    share_from_main(flags)
+    assert flags.tolist() == [True, False]
+    only = layout.main_only(lambda: object())  # that it cannot be pickled does not matter
+    assert (only is not None) == layout.is_main
+
+
+def test_collectives_of_several_processes_and_of_one(monkeypatch):
+    settings = tiny_settings(trainer=TrainerSettings("FSDPTrainer"))
+    assert Ranks(reduced_and_gathered, 2, settings).join() == [0, 0]
+    for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast"):
+        monkeypatch.setattr(dist, name, None)  # one process makes no collective call, which a GPU would wait for
+    launch(reduced_and_gathered, tiny_settings())

@@ -26,7 +26,7 @@ from trainers.data.packing import (
 )
 from trainers.data.prefixes import shared_prefixes
 from trainers.data.token_store import TokenStore, TokenStoreWriter
-from trainers.distributed.sharding import find_blocks
+from trainers.distributed.parallelize import find_blocks
 from trainers.kernels import attention
 from trainers.kernels.attention import (
     PACKED,

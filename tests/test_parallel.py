@@ -3,13 +3,19 @@
 import json
 import os
 import signal
+from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
 from config.errors import UserError
@@ -26,10 +32,24 @@ from tests.ranks import Ranks, read, run_ranks
 from tests.tiny_models import SUPPORTED, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
-from trainers.distributed.sharding import find_blocks, same_logits
+from trainers.distributed.parallelize import KEPT_BY_SELECTIVE, find_blocks
+from trainers.distributed.sharding import same_logits, unsharded_gradient_bytes
 from trainers.kernels.norms import use_fast_norms
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
+
+
+class OperatorCalls(TorchDispatchMode):
+    """How often each operator is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func] += 1
+        return func(*args, **(kwargs or {}))
+
 
 LOSSES = {
     "dpo": PreferenceLossSettings(name="dpo", nll_weight=0.3),
@@ -58,9 +78,8 @@ def settings_of(loss: str, accumulation: int, processes: int, replicas: int, **c
 
 def train(layout, folder: Path, run_name: str, settings, model: str = "llama"):
     path = folder / run_name
-    opened: list[RunDir] = []
-    layout.on_main(lambda: opened.append(RunDir.open(path, config=asdict(settings), manifest={})))
-    with opened[0] if layout.is_main else RunDir(path, None) as run:
+    opened = layout.main_only(lambda: RunDir.open(path, config=asdict(settings), manifest={}))
+    with opened or RunDir(path, None) as run:
         tiny_trainer(folder, layout, run, settings, model=model, num_rows=46).train()
 
 
@@ -218,6 +237,48 @@ def test_gradients_are_reduced_once_a_step(tmp_path):
     assert min(counts[1]) > 0
 
 
+def test_reducing_every_microbatch_takes_more_reductions_and_gives_the_same(tmp_path):
+    """A reduction for each micro-batch: 5 rows in 2 processes, cut in at least 2, make at least twice as many."""
+    settings = settings_of("sft", 2, 2, 1, n_examples=10)
+    often = replace(settings, trainer=replace(settings.trainer, reduce_every_microbatch=True))
+    run_ranks(count_reductions, 2, settings, tmp_path, settings)
+    once = read(tmp_path, "reductions-2.pt")
+    (tmp_path / "run-2").rename(tmp_path / "once")
+    run_ranks(count_reductions, 2, often, tmp_path, often)
+    assert torch.all(read(tmp_path, "reductions-2.pt") >= 2 * once)
+    assert losses(tmp_path / "run-2") == pytest.approx(losses(tmp_path / "once"), abs=1e-6)
+
+
+def one_process(layout, folder, settings):
+    """Leaves whether the policy is sharded, and what its gradients would take whole."""
+    with RunDir.open(folder / "run", config=asdict(settings), manifest={}) as run:
+        trainer = tiny_trainer(folder, layout, run, settings, num_rows=46)
+        is_sharded = isinstance(trainer.policy, FSDPModule)
+        numbers = [is_sharded, unsharded_gradient_bytes(trainer.policy, settings.model.fsdp_policy_mp)]
+        if is_sharded:
+            numbers.append(sum(parameter.numel() for parameter in trainer.policy.parameters()))
+            groups = [module._get_fsdp_state()._fsdp_param_group for module in find_blocks(trainer.policy, None)]
+            numbers += [group._reshard_after_forward for group in groups]
+        (folder / "numbers.json").write_text(json.dumps(numbers))
+        trainer.train()
+
+
+def test_one_process_is_not_sharded_unless_fsdp_has_another_task(tmp_path):
+    """And is, to the last bit, what `trainer=BasicTrainer` is; a compute dtype keeps FSDP, without resharding."""
+    start(tmp_path, "basic", settings_of("dpo", 2, 1, 1, n_epochs=1))
+    alone = settings_of("dpo", 2, 2, 1, n_epochs=1, trainer=TrainerSettings("FSDPTrainer", 1))
+    run_ranks(one_process, 1, alone, tmp_path, alone)
+    assert json.loads((tmp_path / "numbers.json").read_text()) == [False, 0]
+    assert torch.equal(weights(tmp_path / "run"), weights(tmp_path / "basic"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "basic")
+    mixed = replace(alone, model=replace(alone.model, fsdp_policy_mp="bfloat16"))
+    (tmp_path / "mixed").mkdir()
+    run_ranks(one_process, 1, mixed, tmp_path / "mixed", mixed)
+    is_sharded, size, count, *resharded = json.loads((tmp_path / "mixed" / "numbers.json").read_text())
+    assert (is_sharded, size, resharded) == (True, 4 * count, [False] * len(resharded))
+    assert resharded
+
+
 def sample(layout, folder):
     """Generates under `same_logits` with other weights in each process."""
     tokenizer = byte_level_tokenizer(add_bos=True)
@@ -248,3 +309,19 @@ def test_blocks_are_found_and_a_wrong_name_lists_the_candidates():
         find_blocks(tiny_model(), "LlamaBlock")
     with pytest.raises(UserError, match="has no list of blocks"):
         find_blocks(torch.nn.Linear(2, 2), None)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_the_variable_length_kernel_is_kept_by_selective_checkpointing(how):
+    """Counted on the meta device: the kernel itself is a GPU's."""
+    q, k, v = (torch.empty(8, 2, 16, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    starts = torch.empty(3, device="meta", dtype=torch.int32)
+    options = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT_BY_SELECTIVE)}
+
+    def attend(q, k, v):
+        return varlen_attn(q.sin(), k, v, starts, starts, 4, 4).sum()
+
+    with OperatorCalls() as calls:
+        checkpoint(attend, q, k, v, use_reentrant=False, **(options if how == "selective" else {})).backward()
+    assert calls.counts[torch.ops.aten.sin.default] == 2
+    assert calls.counts[torch.ops.torch_attn._varlen_attn.default] == (1 if how == "selective" else 2)

@@ -21,6 +21,7 @@ from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers import trainer
 from trainers.distributed import launch as parallel
 from trainers.run import checkpoint
+from trainers.run.rng import random_state, set_random_state
 from trainers.run.run_dir import RunDir
 
 TIMINGS = {"examples_per_second", "tokens_per_second", "data_wait_seconds", "memory/peak"}
@@ -198,7 +199,7 @@ def test_another_config_is_refused_and_free_keys_are_not(tmp_path):
 def test_random_state_round_trip():
     import random
 
-    state = json.loads(json.dumps(checkpoint.random_state()))
+    state = json.loads(json.dumps(random_state()))
     drawn = (random.random(), np.random.rand(), torch.rand(1).item())
-    checkpoint.set_random_state(state)
+    set_random_state(state)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn

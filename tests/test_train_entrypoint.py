@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from config.schema import compose_config
 from tests.commands import metrics, run, start, without_times, write_alpaca, write_pairs
+from trainers.run.speed_notes import speed_notes
 
 pytestmark = pytest.mark.slow
 
@@ -218,3 +221,17 @@ def test_a_row_longer_than_the_models_context_is_refused(base, pairs, tmp_path, 
     assert "note: model.fsdp_policy_mp" in printed
     assert "xq zv" not in printed
     assert not list((tmp_path / "runs" / "long").glob("checkpoints/*"))
+
+
+def test_a_slow_gpu_run_is_told_which_keys_to_change():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    default = compose_config("config", ["loss=dpo", "model=tiny", "datasets.si.path=FILE", "exp_name=x"])
+    said = " ".join(speed_notes(default, gpu))
+    for key in ("model.autocast=bfloat16", "tf32=true", "batch_size=4", "experiment=h100_sft"):
+        assert key in said
+    assert speed_notes(default, cpu) == []
+    assert "tf32" not in " ".join(speed_notes(replace(default, tf32=True), gpu))
+    for name in ("h100_sft", "h100_dpo"):
+        preset = compose_config("config", [f"experiment={name}", "model=tiny", "datasets.si.path=FILE"])
+        assert (preset.model.autocast, preset.trainer.compile) == ("bfloat16", True)
+        assert speed_notes(preset, gpu) == []

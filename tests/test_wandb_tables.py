@@ -1,7 +1,7 @@
 """The tables of a report in wandb: columns and rows as they are, and nothing without a key."""
 
 from config.settings import WandbSettings
-from trainers.run.metrics import log_tables
+from trainers.run.metrics_log import log_tables
 
 
 class FakeWandb:

@@ -1,6 +1,7 @@
 """Runs of the trainer on random token rows of unequal length, small enough for a test."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from trainers.data.batching import BatchLoader
 from trainers.data.cutters import Cutter, build_cutter
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 from trainers.distributed.layout import Layout
-from trainers.distributed.sharding import place_model
+from trainers.distributed.parallelize import parallelize, place_model
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.logps import check_head
 from trainers.objectives import LOSSES, build_objective
@@ -112,7 +113,12 @@ def tiny_trainer(
         with torch.device("meta"):
             return type(full)(full.config)
 
-    model = place_model(lambda: full, skeleton, settings, layout)
+    prepare = partial(
+        parallelize, layout=layout, trainer=settings.trainer, packing=settings.packing,
+        block_name=settings.model.block_name, compute_dtype=settings.model.fsdp_policy_mp,
+        activation_checkpointing=settings.activation_checkpointing,
+    )  # fmt: skip
+    model = place_model(full if layout.is_main else None, skeleton, prepare, layout)
     objective = build_objective(settings.loss)
     if objective.needs_reference:
         attach_reference(model, loaders, layout=layout, cache_dir=folder / "cache", weights=weights)

@@ -81,7 +81,8 @@ def reference_logps(
     # Another kernel, or another release of the model's code, may move a result by more than the check of the first
     # batch tolerates.
     code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {layout.device.type}"
-    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast}"
+    precision = torch.get_float32_matmul_precision()  # TF32 or not
+    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast} {precision}"
     identity = f"{code} {weights} {store.select(rows).key} {kind}"
     directory, key = cache_dir / "reference", xxhash.xxh3_128_hexdigest(identity.encode())
     by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]

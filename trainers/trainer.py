@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -28,9 +29,11 @@ from trainers.distributed.sharding import (
 from trainers.kernels.logps import autocast_dtype, sequence_logps
 from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective
 from trainers.optimizers import build_optimizer, learning_rate
-from trainers.run.checkpoint import CheckpointWriter, Progress, load_checkpoint
-from trainers.run.metrics import MetricsLog, MetricSums
+from trainers.run.checkpoint import CheckpointWriter, RunProgress
+from trainers.run.metrics import MetricSums
+from trainers.run.metrics_log import MetricsLog
 from trainers.run.progress_line import ProgressLine
+from trainers.run.resume import load_checkpoint
 from trainers.run.run_dir import RunDir
 from trainers.run.speed import Speed
 
@@ -76,16 +79,16 @@ class Trainer:
         self.logps_of = forward_function(self.policy, sequence_logps, autocast=autocast, add_to_grad=True)
         self.checkpoints = CheckpointWriter(self.run, settings.checkpoint, layout, self.tokenizer)
         self.optimizer = build_optimizer(self.policy.parameters(), settings)
-        self.train_metrics = MetricSums(layout.device)
+        self.train_metrics = MetricSums()
         self.last_log = time.monotonic()
         self.progress = self._restore(dict(self.identity or {}))
         self.saved = (self.progress.examples, self.progress.evaluated_at)  # what the newest checkpoint has seen
         self.speed = Speed(self.policy, layout)
 
-    def _restore(self, identity: dict[str, str]) -> Progress:
+    def _restore(self, identity: dict[str, str]) -> RunProgress:
         found = load_checkpoint(self.run, policy=self.policy, optimizer=self.optimizer, layout=self.layout)
         if found is None:
-            return Progress(identity=identity)
+            return RunProgress(identity=identity)
         progress, unlogged = found
         changed = [
             f"{name}: {progress.identity.get(name)} at its start, {value} now"
@@ -168,8 +171,7 @@ class Trainer:
         grad_norm, total_loss = clip_grad_norm(
             self.policy.parameters(), self.settings.max_grad_norm, loss_sum, self.layout
         )
-        # The one wait for the device in a step: whether to take it is a decision of the host.
-        if bool(torch.isfinite(grad_norm) & torch.isfinite(total_loss)):
+        if math.isfinite(grad_norm) and math.isfinite(total_loss):
             lr = learning_rate(self.progress.updates, self.train_loader.steps, self.settings)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -206,7 +208,8 @@ class Trainer:
         outputs = []
         for number, (microbatch, counts) in enumerate(batch.passes, start=1):
             # Summed over the processes once, in the last pass: not a reduce-scatter for each micro-batch.
-            reduce_gradients_in_backward(self.policy, number == len(batch.passes))
+            reduce = self.settings.trainer.reduce_every_microbatch or number == len(batch.passes)
+            reduce_gradients_in_backward(self.policy, reduce)
             output = self.objective(self.logps_of, microbatch.to(self.layout.device, non_blocking=True))
             if batch.start_examples == 0 and counts:
                 self.objective.check_first_batch(output, longest_sequence(microbatch), self._coarser_dtype())
@@ -218,12 +221,13 @@ class Trainer:
         """Return the dtype that rounds most, of what policy and reference are kept in and computed in."""
         model = self.settings.model
         compute_dtype = model.fsdp_policy_mp if self.layout.mesh is not None else None
-        names = {f"torch.{name}" for name in (model.reference_dtype, compute_dtype, model.autocast)}
+        in_tf32 = "float16" if self.settings.tf32 and self.layout.device.type == "cuda" else None  # as many bits
+        names = {f"torch.{name}" for name in (model.reference_dtype, compute_dtype, model.autocast, in_tf32)}
         dtypes = [self.policy.dtype, *(dtype for dtype in TOLERANCE_PER_TOKEN if str(dtype) in names)]
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _not_finite(
-        self, batch: GlobalBatch, outputs: list[LossOutput], loss: Tensor, grad_norm: Tensor
+        self, batch: GlobalBatch, outputs: list[LossOutput], loss: float, grad_norm: float
     ) -> NotFiniteError:
         """Drop the gradient, and make the error that names the examples; every process must come here."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -235,8 +239,8 @@ class Trainer:
         shown = ", ".join(f"{self.train_loader.store.ids(row)} (row {row})" for row in culprits[:8])
         more = f" and {len(culprits) - 8} more" if len(culprits) > 8 else ""
         return NotFiniteError(
-            f"the step after {self.progress.examples} examples is not finite: loss {loss.item():.3g}, gradient "
-            f"norm {grad_norm.item():.3g}; {'examples' if rows else 'one or more of the examples'} {shown}{more}. It "
+            f"the step after {self.progress.examples} examples is not finite: loss {loss:.3g}, gradient "
+            f"norm {grad_norm:.3g}; {'examples' if rows else 'one or more of the examples'} {shown}{more}. It "
             "was not taken. Lower lr or max_grad_norm (with another exp_name), use model.policy_dtype=float32, or go "
             "on without such steps: the same command with on_non_finite=skip."
         )
@@ -275,7 +279,7 @@ class Trainer:
         return means, samples
 
     def _evaluation_means(self, loader: BatchLoader) -> dict[str, float]:
-        sums = MetricSums(self.layout.device)
+        sums = MetricSums()
         for batch in loader.batches():
             agreed = self._agree(batch)
             if agreed.stop:

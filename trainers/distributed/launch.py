@@ -1,7 +1,7 @@
 """The processes of a run: how they start, find each other, and talk.
 
 A process group always exists, of one process as of many, so that nothing else asks how many there are. How a model is
-laid out over the processes is in `trainers/distributed/sharding.py`.
+laid out over the processes is in `trainers/distributed/parallelize.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainers.distributed.spawn import Place, start_processes
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that `device=auto|cpu|cuda|cuda:1` means on this machine; a GPU becomes the current one.
+    """Return the device that `device=auto|cpu|cuda|cuda:1` means on this machine; a GPU becomes the current one.
 
     Raises:
         UserError: if CUDA is asked for and there is none, or not one for each process of this machine.
@@ -44,7 +44,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def launch(worker: Callable[[Layout], None], settings: TrainConfig) -> None:
-    """Runs `worker(layout)` in the processes of the run, each inside a process group.
+    """Run `worker(layout)` in the processes of the run, each inside a process group.
 
     `trainer=BasicTrainer` is this process alone. `trainer=FSDPTrainer` joins the processes of torchrun or srun where
     one of them started this process, and otherwise starts `trainer.num_processes` of its own (`worker` is pickled).
@@ -74,7 +74,7 @@ def launch(worker: Callable[[Layout], None], settings: TrainConfig) -> None:
 
 
 def default_num_processes(settings: TrainConfig) -> int:
-    """`trainer.num_processes`; where it is null, one for each GPU, or two on a CPU (one that has a single core)."""
+    """Return `trainer.num_processes`; if null, one for each GPU, or two on a CPU (one if it has a single core)."""
     if settings.trainer.num_processes is not None:
         return settings.trainer.num_processes
     if settings.device == "cpu" or not torch.cuda.is_available():
@@ -83,7 +83,7 @@ def default_num_processes(settings: TrainConfig) -> int:
 
 
 def launcher_place(environment: Mapping[str, str]) -> Place | None:
-    """The place that torchrun, or an `srun` step of several tasks, gave this process; None: neither started it."""
+    """Return the place that torchrun, or an `srun` step of several tasks, gave this process; None without either."""
     if "WORLD_SIZE" in environment and "RANK" in environment:
         rank = int(environment["RANK"])
         return Place(rank, int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", rank)))
@@ -111,7 +111,7 @@ def _refuse_launchers() -> None:
 
 
 def local_store(settings: TrainConfig) -> dist.TCPStore:
-    """The meeting point of this machine's processes; without `fsdp_port`, the system names a port that is free."""
+    """Open the meeting point of this machine's processes; without `fsdp_port`, the system names a port that is free."""
     port = settings.fsdp_port or 0
     try:
         return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -131,18 +131,19 @@ def work_in_group(
     settings: TrainConfig,
     address: int | str | None,
 ) -> None:
-    """Joins the process group and works.
+    """Join the process group and work.
 
     Args:
-        place: of this process.
-        stop: its request to stop.
-        worker: what to do.
-        settings: of the run.
-        address: the port of the launcher's store on this machine; "env": MASTER_ADDR and MASTER_PORT tell; None: this
+        place: Of this process.
+        stop: Its request to stop.
+        worker: What to do.
+        settings: Of the run.
+        address: The port of the launcher's store on this machine; "env": MASTER_ADDR and MASTER_PORT tell; None: this
             process is alone and needs no port, so that runs started at once cannot take each other's.
     """
     check_numbers(settings, place.world_size)
     device = pick_device(settings.device, place.local_rank)
+    torch.set_float32_matmul_precision("high" if settings.tf32 and device.type == "cuda" else "highest")
     if address is None:
         store: dist.Store = dist.HashStore()
     elif address == "env":
@@ -170,9 +171,8 @@ def work_in_group(
             )
             try:
                 worker(layout)
-            except (
-                Preempted
-            ):  # in all of them: a launcher ends them when the first is gone, and rank 0 has logs to close
+            except Preempted:  # in all of them
+                # A launcher ends the others as soon as one is gone: let rank 0 close its logs first.
                 layout.on_main(lambda: None)
                 raise
         finally:
@@ -180,7 +180,7 @@ def work_in_group(
 
 
 def check_numbers(settings: TrainConfig, world_size: int) -> None:
-    """Raises a UserError for numbers that only the number of processes makes wrong."""
+    """Raise a UserError for numbers that only the number of processes makes wrong."""
     replicas = settings.trainer.num_replicas
     if world_size % replicas:
         raise UserError(
@@ -200,7 +200,10 @@ def _divisors(number: int) -> str:
 
 
 def _mesh(settings: TrainConfig, world_size: int, device: torch.device) -> DeviceMesh | None:
-    if settings.trainer.name == "BasicTrainer":
+    # In one process FSDP shards nothing, but copies every parameter and gradient. It stays where it has another task:
+    # another dtype to compute in, or the host's memory.
+    fsdp_serves = world_size > 1 or settings.model.fsdp_policy_mp is not None or settings.trainer.cpu_offload
+    if settings.trainer.name == "BasicTrainer" or not fsdp_serves:
         return None
     replicas = settings.trainer.num_replicas
     if replicas == 1:

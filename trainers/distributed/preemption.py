@@ -28,7 +28,7 @@ class Preempted(Exception):
 
 
 def exit_on_signals() -> None:
-    """Until a run begins there is nothing to save: a signal exits with the status that asks for another try."""
+    """Exit on a signal with the status that asks for another try: until a run begins there is nothing to save."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         _say(f"{signal.Signals(number).name} before the run had begun; the same command begins it")
@@ -42,20 +42,20 @@ class StopRequest:
     """Whether this process, or the launcher that started it, was asked to stop."""
 
     def __init__(self, asked_elsewhere: Callable[[], bool] = lambda: False) -> None:
-        """Nothing was asked yet.
+        """Begin with nothing asked.
 
         Args:
-            asked_elsewhere: a look at what other processes were asked; cheap, for it is called at every step.
+            asked_elsewhere: tells whether other processes were asked; cheap, because it is called at every step.
         """
         self._asked_elsewhere = asked_elsewhere
         self._asked_at: float | None = None
 
     def __bool__(self) -> bool:
-        """True from the first request on."""
+        """Whether a request has come."""
         return self._asked_at is not None or self._asked_elsewhere()
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
-        """What the signal handler does; the second request ends the process (128 + signal, as shells have it)."""
+        """Note a request, as a signal handler; the second one ends the process (128 + signal, as shells have it)."""
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
@@ -64,7 +64,7 @@ class StopRequest:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Answers signals for the time of the context; in the main thread, the only one that may."""
+        """Answer signals for the time of the context; in the main thread, the only one that may."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,13 +1,8 @@
-"""How a model is laid out over the processes of a run: whole in one, or sharded by FSDP2.
-
-`fully_shard` on each transformer block and then on the whole model, over a mesh of one dimension (shard) or of two
-(replicate x shard, HSDP). A sharded parameter is a DTensor under its old name, so that one optimizer, one clipping and
-one way to save serve every layout; all that the training loop must know of a layout is a function here.
-"""
+"""What the training loop does with a model that `parallelize.py` has laid out, whole or sharded."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,139 +10,32 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from config.errors import UserError
-from config.settings import TrainConfig
-from trainers.distributed.layout import Layout, stop_requested, sum_over_processes
+from trainers.distributed.layout import Layout, share_from_main, stop_requested, sum_over_processes
 from trainers.distributed.preemption import Preempted
-from trainers.kernels.attention import use_needed_positions
-from trainers.kernels.norms import use_fast_norms
-
-# What takes the time of a block: its matrix products, and attention by any kernel. The rest waits for memory, and is
-# quick to compute again.
-KEPT_BY_SELECTIVE = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.baddbmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.higher_order.flex_attention,
-]
 
 
-def find_blocks(model: nn.Module, name: str | None) -> list[nn.Module]:
-    """The transformer blocks: modules of class `name`, or, for None, the largest list of like modules.
-
-    Raises:
-        UserError: if there is no module of that class; the candidates are named.
-    """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    candidates = Counter(type(block).__name__ for blocks in lists for block in blocks)
-    if name is not None:
-        blocks = [module for module in model.modules() if type(module).__name__ == name]
-        if not blocks:
-            listed = ", ".join(f"{kind} ({count})" for kind, count in candidates.most_common())
-            raise UserError(
-                f"model.block_name={name}: {type(model).__name__} has no such module; its lists hold "
-                f"{listed or 'none'}. Leave model.block_name out: the blocks are found."
-            )
-        return blocks
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of blocks; name their class: model.block_name=CLASS.")
-    sizes = {id(one): sum(parameter.numel() for parameter in one.parameters()) for one in lists}
-    return list(max(lists, key=lambda one: sizes[id(one)]))
-
-
-def parallelize(model: nn.Module, settings: TrainConfig, layout: Layout) -> None:
-    """Shortcuts, activation checkpointing, compilation and sharding of a model, in place, in this order and once."""
-    blocks = find_blocks(model, settings.model.block_name)
-    if settings.packing and not settings.trainer.compile:
-        use_needed_positions(blocks[-1])
-    if layout.device.type == "cpu" and not settings.trainer.compile:  # a compiler makes its own
-        use_fast_norms(model)
-    if settings.activation_checkpointing not in (False, "none"):
-        # The reentrant kind needs inputs with gradients and breaks with frozen embeddings.
-        how: dict[str, Any] = {"use_reentrant": False}
-        if settings.activation_checkpointing == "selective":
-            how["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT_BY_SELECTIVE)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
-    if settings.trainer.compile:
-        for block in blocks:
-            block.compile()
-    if layout.mesh is None:
-        return
-    compute = settings.model.fsdp_policy_mp
-    options: dict[str, Any] = {
-        "mesh": layout.mesh,
-        # Inputs keep their dtypes: log-probabilities of the reference are float64 and must stay so.
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=getattr(torch, compute) if compute else None,
-            reduce_dtype=torch.float32 if compute else None,
-        ),
-        "offload_policy": CPUOffloadPolicy() if settings.trainer.cpu_offload else OffloadPolicy(),
-    }
-    for block in blocks:
-        fully_shard(block, reshard_after_forward=settings.trainer.reshard_after_forward, **options)
-    fully_shard(model, **options)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is divided by the units of all ranks before: gradients are summed, not averaged.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def place_model(
-    load: Callable[[], nn.Module], skeleton: Callable[[], nn.Module], settings: TrainConfig, layout: Layout
-) -> Any:
-    """A model on its device, laid out: no process but rank 0 ever holds more of it than its shard and one tensor.
-
-    Args:
-        load: reads the model on the CPU; called by rank 0 only where the model is sharded.
-        skeleton: the same model on the meta device.
-        settings: of the run.
-        layout: where to put it.
-    """
-    if layout.mesh is None:
-        model = load()
-        parallelize(model, settings, layout)
-        return model.to(layout.device)
-    state: dict[str, Tensor] = {}
-    layout.on_main(lambda: state.update(full_state(load())))
-    model = skeleton()
-    parallelize(model, settings, layout)
-    model.to_empty(device=torch.device("cpu") if settings.trainer.cpu_offload else layout.device)
-    fill_model(model, state, layout)
-    return model
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a sharded tensor, and any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name: also buffers that no state dict has, which a meta model must be given too."""
+    """Return parameters and buffers by name; also the buffers that no state dict has: a meta model needs them, too."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 @torch.no_grad()
 def fill_model(model: nn.Module, state: Mapping[str, Tensor], layout: Layout) -> None:
-    """Copies a full state into a model, sharded or not; one tensor at a time travels, and of it only the shards.
+    """Copy a full state into a model, sharded or not; one tensor at a time travels, and of it only the shards.
 
     Args:
-        model: laid out by `place_model`; changed in place.
+        model: Laid out by `parallelize`; changed in place.
         state: `full_state` of the same model; read in rank 0 only.
-        layout: of the model.
+        layout: Of the model.
     """
     reshard(model)
     for name, parameter in model.named_parameters():
@@ -164,40 +52,44 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor], layout: Layout) ->
         value = buffer.contiguous()
         if layout.is_main:
             value.copy_(state[name])
-        dist.broadcast(value.view(-1).view(torch.uint8), src=0)  # as bytes: gloo has no booleans
+        share_from_main(value)
         buffer.copy_(value)
 
 
 def full_parameters(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
-    """Copies of all parameters and saved buffers on the host, by the names of the state dict; empty but in rank 0.
+    """Return copies of all parameters and saved buffers on the host, by state-dict name; empty except in rank 0.
 
     Every process must come here. One parameter at a time is whole on the device.
     """
     reshard(model)
-    saved = model.state_dict(keep_vars=True)
     result: dict[str, Tensor] = {}
-    seen: dict[int, str] = {}
-    for name, tensor in saved.items():
-        if id(tensor) in seen:  # tied: one copy under both names, as `save_pretrained` expects
-            if layout.is_main:
-                result[name] = result[seen[id(tensor)]]
-            continue
-        seen[id(tensor)] = name
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    copies: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in copies:  # tied: one copy under both names, as `save_pretrained` expects
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            copies[id(tensor)] = _host_copy(full.detach()) if layout.is_main else full.new_empty(0)
         if layout.is_main:
-            result[name] = full.detach().to("cpu", copy=True)
+            result[name] = copies[id(tensor)]
+    if layout.is_main and layout.device.type == "cuda":
+        torch.cuda.synchronize(layout.device)
     return result
 
 
+def _host_copy(tensor: Tensor) -> Tensor:
+    """Begin a copy; from a GPU into page-locked memory, so that it waits for nothing and runs at the bus's speed."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)
+
+
 def forward_function(model: Any, function: Callable[..., tuple[Tensor, ...]], **options: Any) -> Callable[..., Any]:
-    """`function(model, ..., **options)` with both bound, run as a forward pass: FSDP gathers the parameters."""
+    """Return `function(model, ..., **options)` with both bound, run as a forward pass: FSDP gathers the parameters."""
     if not isinstance(model, FSDPModule):
         return partial(function, model, **options)
     module: Any = model  # an FSDPModule is always an nn.Module, which its type does not say
     name = function.__name__
 
     def fresh(module: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        # FSDP hangs its hooks on the outputs, and warns of views, on which they could be lost.
+        # FSDP puts its hooks on the outputs, and warns of views, on which they could be lost.
         return tuple(value.clone() for value in function(module, *arguments, **options))
 
     setattr(module, name, MethodType(fresh, module))
@@ -206,9 +98,9 @@ def forward_function(model: Any, function: Callable[..., tuple[Tensor, ...]], **
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts the sharded parameters back in place.
+    """Put the sharded parameters back in place.
 
-    After a forward pass that no backward pass follows, the root's (embeddings, head) stay whole and are the module's
+    After a forward pass without a backward pass, the root's (embeddings, head) stay whole and are the module's
     parameters: an optimizer, a checkpoint or a copy must not take them for the sharded ones.
     """
     for module in model.modules():
@@ -217,22 +109,34 @@ def reshard(model: nn.Module) -> None:
 
 
 def reduce_gradients_in_backward(model: nn.Module, reduce: bool) -> None:
-    """Whether the next backward pass sums the gradients over the processes, or leaves that to a later one."""
+    """Let the next backward pass sum the gradients over the processes, or leave that to a later one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(reduce)
 
 
+def unsharded_gradient_bytes(model: nn.Module, compute_dtype: str | None = None) -> int:
+    """Return what the whole gradients of a sharded model take in each process, between the micro-batches of a step.
+
+    They are kept there until the last micro-batch reduces them, unless `trainer.reduce_every_microbatch`. 0 for a model
+    that is not sharded: its gradients are whole in any case. `compute_dtype` is that of `parallelize`; with one,
+    gradients accumulate in float32, the dtype in which they are reduced.
+    """
+    if not isinstance(model, FSDPModule):
+        return 0
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(parameter.numel() * (4 if compute_dtype else parameter.element_size()) for parameter in trained)
+
+
 @contextmanager
 def same_logits(model: nn.Module, layout: Layout) -> Iterator[None]:
-    """Rank 0's logits in every process, so that all of them sample the same tokens and make as many passes.
+    """Put rank 0's logits in every process, so that all of them sample the same tokens and make as many passes.
 
-    Sampling under a sharded model is a collective at each token: processes that end at different lengths would wait
-    for each other for ever. Between two tokens a request to stop is answered.
+    Sampling from a sharded model is a collective at each token: processes that end at different lengths would wait for
+    each other for ever. Between two tokens a request to stop is answered.
     """
 
     def share(module: nn.Module, arguments: Any, output: Any) -> None:
-        if layout.mesh is not None:
-            dist.broadcast(output.logits, src=0)
+        share_from_main(output.logits)
         if stop_requested(layout):
             raise Preempted
 
@@ -243,32 +147,34 @@ def same_logits(model: nn.Module, layout: Layout) -> Iterator[None]:
         handle.remove()
 
 
+@torch.no_grad()
 def clip_grad_norm(
     parameters: Iterable[nn.Parameter], max_norm: float, loss_sum: Tensor, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """Scales the gradients down to a global L2 norm of at most `max_norm`.
+) -> tuple[float, float]:
+    """Scale the gradients down to a global L2 norm of at most `max_norm`.
 
-    The squares are summed in float64: in float32 their sum is off by some 1e-5, and differently for each layout.
+    The squares are summed in float64: in float32 their sum is off by some 1e-5, and differently for each layout. Most
+    steps need no scaling, and are spared the second pass over all gradients. To know that, the host waits for the
+    device here, once in a step; the loss comes along, so that the caller need not wait again.
 
     Args:
-        parameters: sharded or not.
-        max_norm: the bound.
-        loss_sum: this process's sum of losses, a scalar: it travels with the squares.
-        layout: of the parameters.
+        parameters: Sharded or not.
+        max_norm: The bound.
+        loss_sum: This process's sum of losses, a scalar.
+        layout: Of the parameters.
 
     Returns:
-        the norm before and the sum of losses over all processes, float64 scalars on the device.
+        The norm before, and the sum of losses over all processes.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    squares = torch.zeros((), dtype=torch.float64, device=layout.device)
-    for gradient in local:
-        squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square().to(layout.device)
+    gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    # On a GPU one read of the gradients, widened in registers; `vector_norm` would write a float64 copy of each.
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
+    squares = torch.stack(norms).square().sum().to(layout.device)
     if layout.mesh is not None and layout.mesh.ndim == 2:
         squares /= layout.mesh.size(0)  # each replica has them all
-    total, loss = sum_over_processes(torch.stack([squares, loss_sum.detach().double()]))
-    norm = total.sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in local:
-        gradient.mul_(scale.to(gradient.device, gradient.dtype))
+    total, loss = sum_over_processes(torch.stack([squares, loss_sum.detach().double()])).tolist()
+    norm = math.sqrt(total)
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1 and math.isfinite(norm):
+        torch._foreach_mul_(gradients, scale)
     return norm, loss

@@ -45,11 +45,11 @@ class _Child:
 
 
 def start_processes(work: Callable[[Place, StopRequest], None], num_processes: int) -> None:
-    """Runs `work(place, stop)` in processes of this node; returns when all have ended well.
+    """Run `work(place, stop)` in processes of this node; return when all have ended well.
 
     Args:
-        work: pickled, as all of `multiprocessing`'s spawned work is.
-        num_processes: how many.
+        work: Pickled, as all of `multiprocessing`'s spawned work is.
+        num_processes: How many.
 
     Raises:
         Preempted: they were asked to stop, and did.
@@ -83,7 +83,7 @@ def start_processes(work: Callable[[Place, StopRequest], None], num_processes: i
 
 
 def _watch(children: list[_Child], stop: StopRequest, stop_flag: Any) -> None:
-    """Returns when all have ended well; see `start_processes` for what it raises."""
+    """Return when all have ended well; see `start_processes` for what it raises."""
     running = {child.process.sentinel: child for child in children}
     preempted: list[str] = []
     while running:
@@ -102,7 +102,7 @@ def _watch(children: list[_Child], stop: StopRequest, stop_flag: Any) -> None:
 
 
 def _ended(running: dict[int, _Child]) -> list[_Child]:
-    """Takes out those that have ended within a tenth of a second, in the order of their ends if they differ by more."""
+    """Take out those that end within a tenth of a second, in the order of their ends if they differ by more."""
     ended = [running.pop(sentinel) for sentinel in wait(list(running), timeout=0.1) if isinstance(sentinel, int)]
     for child in ended:
         child.process.join()  # a sentinel is ready an instant before there is an exit code
@@ -110,7 +110,7 @@ def _ended(running: dict[int, _Child]) -> list[_Child]:
 
 
 def _raise_cause(ended: list[_Child], num_processes: int) -> None:
-    """Raises what ended the first process that has something to say; `ended` is in the order of their ends."""
+    """Raise what ended the first process that has something to say; `ended` is in the order of their ends."""
     reports = [(child, *_report(child)) for child in ended]
     told = [report for report in reports if report[1] != "said elsewhere"] or reports
     child, kind, text = told[0]
@@ -140,7 +140,7 @@ def _report(child: _Child) -> tuple[str, str]:
 
 
 def _child(work: Callable[[Place, StopRequest], None], place: Place, stop_flag: Any, report: Connection) -> None:
-    """The main function of a process: does the work, and tells the parent how it ended."""
+    """Do the work in a process of its own, and tell the parent how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent answers it
     for number in SIGNALS:  # the parent's handlers are not inherited; until the work has its own:
         signal.signal(number, lambda number, frame: os._exit(PREEMPTED_STATUS))
@@ -167,6 +167,6 @@ def _child(work: Callable[[Place, StopRequest], None], place: Place, stop_flag: 
 
 
 def _end_with_parent(sentinel: int) -> None:
-    """A parent that was killed with SIGKILL cannot take its children along."""
+    """End with the parent: one that was killed with SIGKILL cannot end its children."""
     wait([sentinel])
     os._exit(128 + signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder for the world (`model/`) and one for going on (`state/`), complete or not there at all.
+"""Checkpoints: a folder for other programs (`model/`) and one to resume from (`state/`), complete or absent.
 
     checkpoints/step-<examples>/
       model/         weights (safetensors) and tokenizer, as `from_pretrained`, vLLM or lm_eval read them
@@ -28,24 +28,25 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from config.errors import SaidElsewhere, UserError
-from config.files import sync
+from config.files import replacing, sync
 from config.settings import CheckpointSettings
 from trainers.distributed.layout import Layout, gather_objects
-from trainers.distributed.sharding import fill_model, full_parameters, full_state
-from trainers.run.rng import random_state, set_random_state
+from trainers.distributed.sharding import full_parameters
+from trainers.run.rng import random_state
 from trainers.run.run_dir import RunDir
 
 Unlogged = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Where a run stands, besides weights, optimizer and random numbers. All of it is JSON."""
 
     examples: int = 0  # seen so far; with the seed, this is the position in the data
@@ -58,30 +59,30 @@ class Progress:
 
 
 def step_of(folder: Path) -> int:
-    """The examples seen, of a folder `step-<examples>`."""
+    """Return the examples seen, of a folder `step-<examples>`."""
     return int(folder.name.removeprefix("step-"))
 
 
 def saved_checkpoints(run_path: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     folders = (run_path / "checkpoints").glob("step-*")
     return sorted((folder for folder in folders if folder.name[5:].isdigit()), key=step_of)
 
 
-def read_progress(folder: Path) -> Progress:
-    """What a checkpoint says of the run."""
-    return Progress(**json.loads((folder / "state" / "progress.json").read_text(encoding="utf-8")))
+def read_progress(folder: Path) -> RunProgress:
+    """Read where the run stood at a checkpoint."""
+    return RunProgress(**json.loads((folder / "state" / "progress.json").read_text(encoding="utf-8")))
 
 
 def fsync_tree(folder: Path) -> None:
-    """Makes every file below a folder, and the names of them, durable."""
+    """Make every file below a folder, and their names, durable."""
     for parent, _, files in os.walk(folder):
         for name in [*files, "."]:
             sync(Path(parent) / name)
 
 
 def discard(folder: Path) -> None:
-    """Deletes a checkpoint so that no crash in between leaves a part of it that looks whole."""
+    """Delete a checkpoint so that no crash in between leaves a part of it that looks whole."""
     discarded = folder.with_name(f".{folder.name}.discarded.partial")
     folder.rename(discarded)
     shutil.rmtree(discarded)
@@ -98,10 +99,16 @@ class CheckpointWriter:
     def __init__(
         self, run: RunDir, settings: CheckpointSettings, layout: Layout, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        """Makes a process group of its own: the threads talk while the training does."""
+        """Make a process group of its own: the threads talk while the training does."""
         self._run, self._settings, self._layout, self._tokenizer = run, settings, layout, tokenizer
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._stager: AsyncStager | None = None  # DCP's own, which copies into memory that the system may page
+        if layout.device.type == "cuda":
+            # Page-locked, at the speed of the bus. The memory is kept for the next checkpoint: to lock it takes longer
+            # than to fill it.
+            pinned = StagingOptions(use_shared_memory=False, use_async_staging=False)
+            self._stager = DefaultStager(pinned)
         self._pending: Future[Any] | None = None
 
     def save(
@@ -109,10 +116,10 @@ class CheckpointWriter:
         *,
         policy: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
-        progress: Progress,
+        progress: RunProgress,
         unlogged: Unlogged | None = None,
     ) -> None:
-        """Begins `checkpoints/step-<examples>`; every process must come here. Waits for the one before it.
+        """Begin `checkpoints/step-<examples>`; every process must come here. Waits for the one before it.
 
         Raises:
             UserError: that one could not be written: the disk is full or fails. See `wait`.
@@ -125,7 +132,12 @@ class CheckpointWriter:
         weights = full_parameters(policy, layout)
         ranks = gather_objects({"random": random_state(), "unlogged": unlogged or {}})
         optimizer_state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
-        shards: Any = dcp.async_save(optimizer_state, checkpoint_id=partial / "state", process_group=self._group)
+        shards: Any = dcp.async_save(
+            optimizer_state,
+            checkpoint_id=partial / "state",
+            process_group=self._group,
+            async_stager=self._stager,
+        )
         if layout.is_main:
             state = {"progress": asdict(progress), **{f"rank{rank}": one for rank, one in enumerate(ranks)}}
             exporter = exporter_of(policy)
@@ -136,7 +148,7 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more.
+        """Return when nothing is being written any more.
 
         Raises:
             UserError: if the disk is full or fails; the earlier checkpoints are whole, and nothing of this one is left.
@@ -152,7 +164,7 @@ class CheckpointWriter:
             raise SaidElsewhere(str(error)) from error  # DCP tells every process of a failure in any of them
 
     def finish(self) -> None:
-        """Returns when rank 0 has nothing to write any more, in every process: none may end before.
+        """Return when rank 0 has nothing to write any more, in every process: none may end before.
 
         Raises:
             UserError: as `wait`; in every process, if it is rank 0's.
@@ -179,7 +191,7 @@ class CheckpointWriter:
         state: dict[str, Any],
         shards: Future[Any],
     ) -> None:
-        """The thread of rank 0: from the copies to a complete checkpoint."""
+        """Turn the copies into a complete checkpoint, in the thread of rank 0."""
         try:
             try:
                 if self._settings.policy_pt:
@@ -214,7 +226,7 @@ class CheckpointWriter:
         )
 
     def _retire(self) -> None:
-        """Points BEST at the best checkpoint, and deletes those that neither `keep_last` nor `keep_best` keeps."""
+        """Point BEST at the best checkpoint, and delete those that neither `keep_last` nor `keep_best` keeps."""
         folders = saved_checkpoints(self._run.path)
         keep = set(folders if self._settings.keep_last is None else folders[-self._settings.keep_last :])
         if self._settings.keep_best is not None:
@@ -228,12 +240,12 @@ class CheckpointWriter:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Losses and negative log-likelihoods are best when small; rewards, accuracies, log-probabilities when large."""
+    """Return whether a metric is best when small, as losses are; rewards, accuracies, log-probabilities are not."""
     return "loss" in metric or metric.startswith("nll")
 
 
 def best_checkpoint(folders: list[Path], metric: str) -> Path | None:
-    """The checkpoint whose own evaluation was best; the later one of equals; None: none was taken at an evaluation."""
+    """Return the checkpoint whose own evaluation was best, the later of equals; None if none was taken at one."""
     scores = {}
     for folder in folders:
         progress = read_progress(folder)
@@ -244,18 +256,22 @@ def best_checkpoint(folders: list[Path], metric: str) -> Path | None:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error; of DCP's, the one of the process that failed."""
+    """Return the first line of an error; of DCP's, the one of the process that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
         return f"rank {rank}: {type(cause).__name__}: {reason(cause)}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def plain_class(policy: PreTrainedModel) -> Any:
+    """Return the class of a policy as it was before `fully_shard`, which puts a class of its own in front."""
+    return next(kind for kind in type(policy).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def exporter_of(policy: PreTrainedModel) -> PreTrainedModel:
-    """The policy without its weights, and without its layout, to call `save_pretrained` on while the policy trains."""
-    kind: Any = next(kind for kind in type(policy).__mro__ if not issubclass(kind, FSDPModule))
+    """Return the policy without weights and layout, to call `save_pretrained` on while the policy trains."""
     with torch.device("meta"):
-        exporter = kind(copy.deepcopy(policy.config)).to(policy.dtype)
+        exporter = plain_class(policy)(copy.deepcopy(policy.config)).to(policy.dtype)
     exporter.generation_config = copy.deepcopy(policy.generation_config)
     return exporter
 
@@ -278,86 +294,9 @@ def _save_policy_pt(path: Path, weights: dict[str, Tensor], examples: int) -> No
 
 
 def _point(link: Path, target: Path) -> None:
-    """Makes a link of the run directory name a checkpoint; a reader sees the old or the new one."""
-    partial = link.with_name(f".{link.name}.partial")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(target.relative_to(link.parent))
-    os.replace(partial, link)
+    """Make a link of the run directory name a checkpoint; a reader sees the old or the new one."""
+    with replacing(link) as partial:
+        partial.unlink(missing_ok=True)  # of a process that was killed here
+        partial.symlink_to(target.relative_to(link.parent))
     for folder in (target.parent, link.parent):
         sync(folder)
-
-
-def load_checkpoint(
-    run: RunDir, *, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, layout: Layout
-) -> tuple[Progress, Unlogged] | None:
-    """Puts the run's newest checkpoint into policy, optimizer and the random generators; None if there is none.
-
-    Every process must come here. The checkpoint may be of another layout and another number of processes. Random
-    generators of processes that it had not stay as they are; sums that were not logged yet go to rank 0.
-
-    Raises:
-        UserError: if a part of it is missing or does not fit the model.
-    """
-    newest = layout.on_main(lambda: saved_checkpoints(run.path)[-1:])
-    if not newest:
-        return None
-    state = newest[0] / "state"
-    try:
-        progress = read_progress(newest[0])
-        ranks = [json.loads((state / f"rank{rank}.json").read_text()) for rank in range(len([*state.glob("rank*")]))]
-        load_weights(policy, newest[0] / "model", layout)
-        optimizer_state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
-        dcp.load(optimizer_state, checkpoint_id=state)
-    except (OSError, ValueError, TypeError, SafetensorError, CheckpointException) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"checkpoint {newest[0]} cannot be read ({reason(error)}); delete that folder to go on from the one before "
-            "it."
-        ) from error
-    set_optimizer_state_dict(policy, optimizer, optimizer_state["optimizer"])
-    if layout.rank < len(ranks):
-        set_random_state(ranks[layout.rank]["random"])
-    return progress, _own_part([rank["unlogged"] for rank in ranks], layout)
-
-
-def _own_part(unlogged: list[Unlogged], layout: Layout) -> Unlogged:
-    """This process's sums; of another number of processes, all of them in rank 0 and zeros under the same names."""
-    if len(unlogged) == layout.world_size:
-        return unlogged[layout.rank]
-    sums: Unlogged = {}
-    for one in unlogged if layout.is_main else []:
-        for name, (total, count) in one.items():
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + total, before[1] + count)
-    return sums or {name: (0.0, 0.0) for one in unlogged for name in one}
-
-
-def load_weights(policy: PreTrainedModel, folder: Path, layout: Layout) -> None:
-    """Copies the weights of an HF folder into a model of the same architecture and dtype; rank 0 reads them.
-
-    By way of `from_pretrained`: tensors may be stored under other names than the model's own (GPT-NeoX is one).
-
-    Raises:
-        UserError: for tensors that are missing, not asked for, or of another shape.
-    """
-    state: dict[str, Tensor] = {}
-    layout.on_main(lambda: state.update(full_state(_read_weights(policy, folder))))
-    fill_model(policy, state, layout)
-
-
-def _read_weights(policy: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    kind: Any = type(exporter_of(policy))
-    try:
-        stored, report = kind.from_pretrained(
-            folder, config=policy.config, dtype=policy.dtype, local_files_only=True, output_loading_info=True
-        )
-    except RuntimeError as error:  # a tensor of another shape
-        raise UserError(f"the weights in {folder} do not fit the model: {error}") from error
-    problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(problems.values()):
-        counts = "; ".join(
-            f"{len(keys)} {kind.replace('_', ' ')} ({keys[0]}, ...)" for kind, keys in problems.items() if keys
-        )
-        raise UserError(f"the weights in {folder} do not fit the model: {counts}.")
-    return stored

@@ -27,7 +27,7 @@ class ProgressLine:
         self._note = ""
 
     def update(self, done: int, note: str | None = None) -> None:
-        """Moves on to `done` examples; `note` takes the place of the earlier one."""
+        """Move on to `done` examples; `note` replaces the earlier one."""
         self._note = self._note if note is None else note
         if not self._bar.disable:
             self._bar.set_postfix_str(self._note, refresh=False)
@@ -47,7 +47,7 @@ class ProgressLine:
         print(f"{line}, {self._note}" if self._note else line, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """The last line."""
+        """Write the last line."""
         if self._bar.disable:
             self._write_line()
         self._bar.close()

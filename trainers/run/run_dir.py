@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from config.errors import UserError
+from config.files import write_text
 
 # Keys that leave the trained weights as they are: a command may change them and still go on with the run.
 FREE_KEYS = (
@@ -28,7 +29,7 @@ FREE_KEYS = (
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested config as ("loss.beta", 0.1), the way they are typed."""
+    """Yield the leaves of a nested config as ("loss.beta", 0.1), the way they are typed."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -37,7 +38,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def differing_keys(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """One line for each key that would change the result: "loss.beta: 0.1 there, 0.5 now"."""
+    """Return one line for each key that would change the result: "loss.beta: 0.1 there, 0.5 now"."""
     before, now = dict(flatten(stored)), dict(flatten(given))
     lines = []
     for key in sorted(before.keys() | now.keys()):
@@ -47,16 +48,6 @@ def differing_keys(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[
         if there != here:
             lines.append(f"{key}: {there} there, {here} now")
     return lines
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a file by one with this text; a reader, or a crash, sees the old or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 class RunDir:
@@ -81,7 +72,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path, *, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Self:
-        """Takes the directory for this process, made if need be, and writes `config.yaml` and `manifest.json`.
+        """Take the directory for this process, made if need be, and write `config.yaml` and `manifest.json`.
 
         Raises:
             UserError: another process has it (named), it holds a run of another config (the differing keys are
@@ -95,13 +86,17 @@ class RunDir:
         run = cls(path, lock)
         try:
             run._check_config(config)
-            write_durably(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-            write_durably(path / "manifest.json", json.dumps(manifest, indent=2, default=str) + "\n")
+            write_text(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False), durable=True)
+            run.write_manifest(manifest)
             run._remove_partials()
         except BaseException:
             lock.release()
             raise
         return run
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replace `manifest.json`."""
+        write_text(self.path / "manifest.json", json.dumps(manifest, indent=2, default=str) + "\n", durable=True)
 
     @staticmethod
     def _acquire(path: Path) -> FileLock:
@@ -117,7 +112,7 @@ class RunDir:
                 f"run_dir {path} is in use by {who}; wait for it, stop it, or choose another exp_name or run_dir."
             ) from None
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_durably(holder, f"process {os.getpid()} on {socket.gethostname()} since {started}")
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()} since {started}")
         return lock
 
     def _check_config(self, config: Mapping[str, Any]) -> None:
@@ -134,33 +129,33 @@ class RunDir:
             )
 
     def has_results(self) -> bool:
-        """Whether there is a checkpoint, or a row of metrics."""
+        """Return whether there is a checkpoint, or a row of metrics."""
         has_metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
         return has_metrics or any(self.checkpoints.glob("step-*"))
 
     def _remove_partials(self) -> None:
-        """What a killed process was writing. Nobody else can be: the lock is ours."""
+        """Remove what a killed process was writing. No other process can be writing: the lock is ours."""
         for partial in self.checkpoints.glob(".*.partial"):
             shutil.rmtree(partial)
 
     def close(self) -> None:
-        """Gives the directory back."""
+        """Give the directory back."""
         if self._lock is not None:
             self._lock.release()
 
     def __enter__(self) -> Self:
-        """The directory itself."""
+        """Return the directory itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Gives the directory back."""
+        """Give the directory back."""
         self.close()
 
 
 def truncate(path: Path, length: int) -> None:
-    """Cuts a file that a checkpoint had seen `length` bytes of back to them; a file that is gone stays gone."""
+    """Cut a file back to the `length` bytes that a checkpoint had seen; a file that is gone stays gone."""
     with suppress(FileNotFoundError):
         if path.stat().st_size > length:
             os.truncate(path, length)

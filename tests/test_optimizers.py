@@ -1,0 +1,147 @@
+"""Clipping and the optimizer's step: their values against plain torch, and the traffic of a parameter, counted."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor import metrics
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from config.settings import TrainConfig
+from trainers.distributed import sharding
+from trainers.distributed.launch import launch
+from trainers.optimizers import RMSprop, build_optimizer, rmsprop_pass
+
+SIZE = 1000 * 1000
+BYTES_OF_CLIP, BYTES_OF_STEP = 4, 20  # of a float32 parameter; together at most 24
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operators read and write, where each is one kernel. Views move nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if not func.is_view:
+            written = args[0] if func._schema.is_mutable else result
+            self.bytes += size_of(tensors) + size_of(tree_leaves(written))
+        if func is torch.ops.aten.linalg_vector_norm.default and (kwargs or {}).get("dtype") == torch.float64:
+            self.bytes += 2 * 8 * sum(tensor.numel() for tensor in tensors)  # a GPU makes a float64 copy first
+        return result
+
+
+def size_of(values) -> int:
+    return sum(one.numel() * one.element_size() for one in values if isinstance(one, torch.Tensor))
+
+
+def parameters_with_gradients(scale=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(500, 1000), (SIZE - 500 * 1000 - 7,), (7,)]
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = (torch.randn(parameter.shape, generator=generator) * scale).to(dtype)
+    return parameters
+
+
+def clip(parameters, max_norm, mode=None):
+    """(norm, loss) of `clip_grad_norm` in a run of one process."""
+    kept = []
+
+    def worker(layout):
+        if mode is None:
+            kept.append(sharding.clip_grad_norm(parameters, max_norm, torch.tensor(2.5), layout))
+        else:
+            with mode:
+                kept.append(sharding.clip_grad_norm(parameters, max_norm, torch.tensor(2.5), layout))
+
+    launch(worker, TrainConfig(exp_name="x", device="cpu"))
+    return kept[0]
+
+
+def test_gradients_are_scaled_to_the_bound():
+    parameters, plain = parameters_with_gradients(), parameters_with_gradients()
+    exact = math.sqrt(sum(parameter.grad.double().square().sum().item() for parameter in plain))
+    norm, loss = clip(parameters, 10.0)
+    assert norm == pytest.approx(exact, rel=1e-12)
+    assert loss == 2.5
+    torch.nn.utils.clip_grad_norm_(plain, 10.0)
+    for one, two in zip(parameters, plain, strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=0)
+
+
+def test_a_norm_within_the_bound_or_not_finite_writes_no_gradient():
+    for max_norm, value in ((1e9, 1.0), (1.0, math.inf), (1.0, math.nan)):
+        parameters = parameters_with_gradients()
+        parameters[1].grad[3] = value
+        versions = [parameter.grad._version for parameter in parameters]
+        clip(parameters, max_norm)
+        assert [parameter.grad._version for parameter in parameters] == versions
+
+
+def inductor_bytes(function, *arguments) -> int:
+    """What the kernels that Inductor makes of a function read and write; its cache would hide what it finds there."""
+    metrics.reset()
+    torch._dynamo.reset()
+    torch._logging.set_logs(inductor_metrics=True)  # without it Inductor does not count
+    try:
+        with inductor_config.patch(force_disable_caches=True):
+            torch.compile(function, dynamic=True, fullgraph=True)(*arguments)
+    finally:
+        torch._logging.set_logs()
+    return metrics.num_bytes_accessed
+
+
+def test_clip_and_step_move_24_bytes_a_parameter():
+    parameters = parameters_with_gradients()
+    traffic = Traffic()
+    clip(parameters, 1e9, traffic)
+    assert traffic.bytes / SIZE == pytest.approx(BYTES_OF_CLIP, abs=0.01)
+    with torch.no_grad():
+        tensors = [torch.rand(SIZE) for _ in range(3)]
+        moved = inductor_bytes(partial(rmsprop_pass, alpha=0.99, eps=1e-8), *tensors, torch.tensor(1e-3))
+    assert moved / SIZE == pytest.approx(BYTES_OF_STEP, abs=0.01)
+
+    optimizer = torch.optim.RMSprop(parameters, foreach=True)
+    optimizer.step()
+    foreach = Traffic()
+    with foreach:
+        optimizer.step()
+    assert foreach.bytes / SIZE == pytest.approx(56, abs=0.01)  # what this replaces
+
+
+@pytest.fixture
+def not_compiled(monkeypatch):
+    """The pass as Python has it: what a compiler makes of it is the compiler's."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_the_one_pass_is_torchs_rmsprop():
+    one, two = parameters_with_gradients(), parameters_with_gradients()
+    ours, theirs = RMSprop(one, lr=1e-3, alpha=0.9), torch.optim.RMSprop(two, lr=1e-3, alpha=0.9, foreach=False)
+    for step in range(20):
+        for left, right in zip(one, two, strict=True):
+            left.grad = right.grad = torch.randn(left.shape, generator=torch.Generator().manual_seed(step))
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
+            optimizer.step()
+    for left, right in zip(one, two, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-6)
+        assert torch.equal(ours.state[left]["square_avg"], theirs.state[right]["square_avg"])
+    theirs.load_state_dict(ours.state_dict())  # a checkpoint may go on with either
+    assert theirs.state[two[0]]["step"] == 20
+
+
+def test_on_a_cpu_the_optimizer_is_torchs_own():
+    parameters = parameters_with_gradients()
+    assert type(build_optimizer(parameters, TrainConfig(exp_name="x"))) is torch.optim.RMSprop
+    with torch.device("meta"):
+        on_device = [torch.nn.Parameter(torch.empty(3))]
+    assert type(build_optimizer(on_device, TrainConfig(exp_name="x"))) is torch.optim.RMSprop

@@ -1,0 +1,81 @@
+"""`dry_run`: what a run would be and, from three real steps, what it would take; nothing of it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from config.settings import TrainConfig
+from trainers.data.batching import BatchLoader
+from trainers.distributed.layout import Layout
+from trainers.estimates import Work, count_work, describe_measured, describe_work, measure
+from trainers.run.run_dir import RunDir
+from trainers.trainer import Trainer
+
+LARGE_ON_A_CPU = 1.0  # billions of parameters: nobody trains so many without a GPU by intention
+TrainerMaker = Callable[[TrainConfig, BatchLoader, BatchLoader, RunDir], Trainer]
+
+
+def print_estimate(
+    config: TrainConfig,
+    layout: Layout,
+    loaders: list[BatchLoader],
+    *,
+    cut: Mapping[str, int],
+    count_parameters: Callable[[], int],
+    make_trainer: TrainerMaker,
+) -> None:
+    """Print what the run would be and, unless `dry_run=data`, what it would take; every process must come here.
+
+    Args:
+        config: Of the run.
+        layout: Of its processes.
+        loaders: For training and, if anything is held out, for evaluation.
+        cut: What of the rows was cut -> number of them.
+        count_parameters: Of the model, without loading it.
+        make_trainer: Its trainer, from settings, batches to train and to evaluate on, and a run directory.
+    """
+    works = layout.on_main(lambda: [count_work(loader) for loader in loaders])
+    if layout.is_main:  # now: the steps may fail
+        print(f"{config.exp_name}, from the lengths of its rows:", flush=True)
+        print(describe_work(config, loaders, works, cut), flush=True)
+    lines: list[str] = []
+    if config.dry_run != "data":
+        reason = layout.on_main(lambda: _why_no_steps(config, layout, count_parameters))
+        lines = [f"no steps were taken: {reason}"] if reason else _steps(config, layout, loaders, works, make_trainer)
+    if layout.is_main:
+        print(*lines, f"nothing was trained; the run would live in {config.run_dir}", sep="\n", flush=True)
+
+
+def _steps(
+    config: TrainConfig, layout: Layout, loaders: list[BatchLoader], works: list[Work], make_trainer: TrainerMaker
+) -> list[str]:
+    """Take three steps, and return lines on them; `works` are those of `loaders`."""
+    first, largest = loaders[0].excerpt(works[0].first), loaders[0].excerpt(works[0].largest)
+    alone = replace(config, debug=True, sample_during_eval=False)  # no checkpoints, no wandb
+    with TemporaryDirectory(prefix="dry-run-") as folder:
+        trainer = make_trainer(alone, first, largest, RunDir(Path(folder) / "run", None))
+        measured = measure(trainer)
+    num_positions = 0
+    if trainer.objective.needs_reference:  # each row once, where a run may visit it in several epochs
+        for loader, work in zip(loaders, works, strict=True):
+            num_positions += work.positions * len(loader.rows_visited()) // work.ends[-1]
+    return [
+        f"from three real steps ({layout.device.type}, processes: {layout.world_size}):",
+        describe_measured(config, works, measured, num_positions),
+    ]
+
+
+def _why_no_steps(config: TrainConfig, layout: Layout, count_parameters: Callable[[], int]) -> str:
+    """Return why the model should not be loaded (this looks like a login node); empty if it may."""
+    if config.device != "auto" or layout.device.type != "cpu":
+        return ""
+    billions = count_parameters() / 1e9
+    if billions < LARGE_ON_A_CPU:
+        return ""
+    return (
+        f"device=auto found no GPU, and the model has {billions:.1f} billion parameters; type the command where it "
+        "will run, or insist with device=cpu"
+    )

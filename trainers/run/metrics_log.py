@@ -1,0 +1,181 @@
+"""The log of a run: `metrics.jsonl`, `samples.jsonl` and wandb. Nothing but this file knows wandb.
+
+The x-axis is `counters/examples`, so that runs with different batch sizes lie over each other.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+from urllib.parse import urlparse
+
+from config.errors import UserError
+from config.settings import TrainConfig, WandbSettings
+from trainers.distributed.preemption import Preempted
+from trainers.run.run_dir import RunDir, truncate
+
+
+def wandb_mode(settings: WandbSettings) -> str:
+    """Return `online`, `offline` or `disabled`; `auto` is online where there is a key. Touches no network.
+
+    A key is `WANDB_API_KEY`, or an entry of the server's in the netrc file, where `wandb login` puts it.
+    """
+    if not settings.enabled:
+        return "disabled"
+    if settings.mode != "auto":
+        return settings.mode
+    if "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = os.environ.get("NETRC", str(Path.home() / ".netrc"))
+    try:
+        return "online" if netrc.netrc(path).authenticators(host) else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+
+
+class MetricsLog:
+    """`metrics.jsonl`, `samples.jsonl` and wandb of one run; use as a context manager."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        settings: TrainConfig,
+        config: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *,
+        active: bool = True,
+    ) -> None:
+        """Open them where `state` (of the checkpoint that is resumed, or empty) left off: later rows are dropped.
+
+        One that is not active, as in every process but the first, writes nothing.
+        """
+        self._active = active
+        self._wandb: Any = None
+        if not active:
+            return
+        for path, key in ((run.metrics, "metrics_bytes"), (run.samples, "samples_bytes")):
+            truncate(path, state.get(key, 0))
+        self._settings = settings
+        self._metrics = run.metrics.open("a", encoding="utf-8")
+        self._samples = run.samples.open("a", encoding="utf-8")
+        mode = "disabled" if settings.debug else wandb_mode(settings.wandb)
+        if mode != "disabled":
+            self._wandb = _start_wandb(run, settings, config, mode, state.get("wandb_id"))
+
+    def write(self, values: Mapping[str, float]) -> None:
+        """Write a row of metrics, `counters/examples` among them. A crash of this process does not lose it."""
+        if not self._active:
+            return
+        _append(self._metrics, values)
+        if self._wandb is not None:
+            self._wandb.log(dict(values))
+
+    def write_samples(self, rows: list[dict[str, Any]], examples: int) -> None:
+        """Write rows of text, each with the counter; to wandb only if `log_text`."""
+        if not self._active:
+            return
+        for row in rows:
+            _append(self._samples, {"counters/examples": examples, **row})
+        if self._wandb is not None and self._settings.log_text and rows:
+            import wandb
+
+            columns: list[str | int] = list(rows[0])
+            table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
+            self._wandb.log({"samples": table, "counters/examples": examples})
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must know to continue after this row; make the rows so far durable."""
+        if not self._active:
+            return {}
+        for file in (self._metrics, self._samples):
+            os.fsync(file.fileno())
+        lengths = {"metrics_bytes": self._metrics.tell(), "samples_bytes": self._samples.tell()}
+        return lengths if self._wandb is None else {**lengths, "wandb_id": self._wandb.id}
+
+    def __enter__(self) -> Self:
+        """Return the log itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the files and finish the wandb run, as preempted or failed if there was an error."""
+        if not self._active:
+            return
+        self._metrics.close()
+        self._samples.close()
+        if self._wandb is not None:
+            if kind is Preempted:
+                self._wandb.mark_preempting()
+            self._wandb.finish(exit_code=0 if error is None else 1)
+
+
+def _append(file: TextIO, row: Mapping[str, Any]) -> None:
+    try:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+    except OSError as error:
+        raise UserError(
+            f"could not write to {file.name} ({error.strerror}); make room and type the command again: it goes on "
+            "from the newest checkpoint."
+        ) from error
+
+
+def _start_wandb(run: RunDir, settings: TrainConfig, config: Mapping[str, Any], mode: str, run_id: str | None) -> Any:
+    started = _init_wandb(
+        settings.wandb, mode, "Use wandb.mode=offline and `wandb sync` later.", name=settings.exp_name,
+        config=dict(config), dir=str(run.path), id=run_id, resume="allow" if mode == "online" else None,
+    )  # fmt: skip
+    started.define_metric("counters/examples")
+    started.define_metric("*", step_metric="counters/examples")
+    return started
+
+
+def _init_wandb(settings: WandbSettings, mode: str, instead: str, **arguments: Any) -> Any:
+    """Start a wandb run; `instead` ends the message if that fails."""
+    import wandb
+
+    try:
+        return wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            tags=settings.tags,
+            mode=mode,  # type: ignore[arg-type]  # a str here, checked by config/checks.py
+            # Half a minute for a server that does not answer: a job array should learn of it soon.
+            settings=wandb.Settings(silent=mode != "online", init_timeout=30),
+            **arguments,
+        )
+    except wandb.Error as error:
+        raise UserError(f"wandb.mode={mode} failed: {error}. {instead}") from error
+
+
+def log_tables(
+    settings: WandbSettings, *, name: str, folder: str, tables: Mapping[str, tuple[list[str], list[list[Any]]]]
+) -> None:
+    """Send the tables of a report, as (columns, rows) by title, to a wandb run of their own.
+
+    With `mode=auto` and without a key there is nothing to do: the report is on the disk.
+
+    Raises:
+        UserError: wandb does not take them.
+    """
+    mode = wandb_mode(settings)
+    waits_for_key = mode == "offline" and settings.mode == "auto" and "WANDB_MODE" not in os.environ
+    if mode == "disabled" or waits_for_key:
+        return
+    import wandb
+
+    instead = "The report is written; wandb.mode=disabled."
+    run = _init_wandb(settings, mode, instead, name=name, job_type="evaluate", dir=folder)
+    # A table keeps one type a column: rates that were not counted are None among numbers.
+    run.log({title: wandb.Table(columns=list(head), data=rows) for title, (head, rows) in tables.items()})
+    run.finish()

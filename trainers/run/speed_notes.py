@@ -1,0 +1,34 @@
+"""What a run says at its start of dtypes and sizes that make it slower than its device allows."""
+
+from __future__ import annotations
+
+import torch
+
+from config.settings import TrainConfig
+from trainers.kernels.flops import emulates_bfloat16
+
+SMALL_FOR_A_GPU = 16  # rows of a batch; chosen, not measured
+
+
+def speed_notes(config: TrainConfig, device: torch.device) -> list[str]:
+    """Return a sentence for each choice of dtype or size that the user may not have made knowingly."""
+    notes = []
+    model, is_sharded = config.model, config.trainer.name == "FSDPTrainer"
+    if model.fsdp_policy_mp is not None and not is_sharded:
+        notes.append("model.fsdp_policy_mp is FSDPTrainer's; this run computes in policy_dtype")
+    if model.autocast and emulates_bfloat16(device):
+        notes.append(
+            "this CPU has no instructions for bfloat16 (AVX512-BF16, AMX); model.autocast=bfloat16 is slower here than "
+            "float32, which is model.autocast=null"
+        )
+    if device.type != "cuda":
+        return notes
+    compute_dtype = model.autocast or (is_sharded and model.fsdp_policy_mp) or model.policy_dtype
+    if compute_dtype == "float32" and not config.tf32:
+        notes.append(
+            "float32 leaves this GPU's tensor cores idle; model.autocast=bfloat16, or with smaller errors tf32=true, "
+            "uses them (experiment=h100_sft and h100_dpo set what one H100 wants)"
+        )
+    if config.batch_size < SMALL_FOR_A_GPU:
+        notes.append(f"batch_size={config.batch_size} leaves most of a GPU idle; try 64 (and choose lr for it)")
+    return notes
