@@ -54,6 +54,7 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
         if packing:
             use_packed_attention(model)
         trainer.objective, trainer.policy, trainer.layout = objective, model, layout
+        trainer.settings = TrainConfig(exp_name="bare")
         trainer.logps_of = partial(sequence_logps, model)
         (batch,) = loader.batches()
         batch = replace(batch, start_examples=ROWS)  # not the first one, whose loss is known
