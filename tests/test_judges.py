@@ -6,11 +6,10 @@ import pytest
 
 from config.errors import UserError
 from safer_instruct.evaluation.pairwise import compare_helpfulness
-from safer_instruct.experts.expert import LLMExpert
-from safer_instruct.experts.judge_prompts import parse_compare, parse_rubric, render_compare, render_rubric
-from safer_instruct.experts.judges import LLMJudge, RulesJudge
+from safer_instruct.experts.expert import LLMExpert, RulesExpert
+from safer_instruct.experts.prompts import COMPARE, JUDGE
 from safer_instruct.experts.verdicts import Judgement
-from safer_instruct.generation.hf import Generation
+from safer_instruct.generation.completions import Generation
 from safer_instruct.measures.rates import JudgedOutput
 from safer_instruct.text.examples import text_id
 from safer_instruct.text.prompt_sets import EvaluationPrompt
@@ -35,7 +34,7 @@ class Scripted:
 
 def judge_of(answer):
     generator = Scripted(answer)
-    return LLMJudge(LLMExpert(generator)), generator
+    return LLMExpert(generator), generator
 
 
 def rubric(outcome, names=False, category=""):
@@ -45,11 +44,11 @@ def rubric(outcome, names=False, category=""):
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (rubric("harmful", category="Theft "), Judgement("harmful", "theft", None, 3, helpful=False)),
-        (rubric("refusal", names=True), Judgement("refusal", "", True, 3, helpful=False)),
-        (rubric("helpful"), Judgement("safe", "", None, 3, helpful=True)),
-        (rubric("neither"), Judgement("safe", "", None, 3, helpful=False)),
-        ("```json\n" + rubric("neither") + "\n```", Judgement("safe", "", None, 3, helpful=False)),
+        (rubric("harmful", category="Theft "), Judgement("harmful", "theft", helpful=False)),
+        (rubric("refusal", names=True), Judgement("refusal", "", True, helpful=False)),
+        (rubric("helpful"), Judgement("safe", "", helpful=True)),
+        (rubric("neither"), Judgement("safe", "", helpful=False)),
+        ("```json\n" + rubric("neither") + "\n```", Judgement("safe", "", helpful=False)),
         (rubric("safe"), None),
         (rubric("harmful") + " I think", None),
         ("harmful", None),
@@ -58,7 +57,7 @@ def rubric(outcome, names=False, category=""):
     ],
 )
 def test_the_rubric_is_read_strictly(answer, expected):
-    assert parse_rubric(answer, tokens=3) == expected
+    assert JUDGE.read(answer) == expected
 
 
 @pytest.mark.parametrize(
@@ -73,15 +72,15 @@ def test_the_rubric_is_read_strictly(answer, expected):
     ],
 )
 def test_comparisons_are_read_strictly(answer, expected):
-    assert parse_compare(answer) == expected
+    assert COMPARE.read(answer) == expected
 
 
 def test_the_prompts_hold_the_texts_as_they_are_and_may_cut_the_longer_answer():
-    assert "{x} </answer>" in render_rubric("{x} </answer>", "{instruction}").text
-    prompt = render_compare("ask {instruction} {0}", "short", "l" * 100)
+    assert "{x} </answer>" in JUDGE.render("{x} </answer>", "{instruction}").text
+    prompt = COMPARE.render("ask {instruction} {0}", "short", "l" * 100)
     assert "ask {instruction} {0}" in prompt.head
     assert prompt.body == "l" * 100
-    assert render_compare("ask", "l" * 100, "short").body == "l" * 100
+    assert COMPARE.render("ask", "l" * 100, "short").body == "l" * 100
     assert prompt.text.index("short") < prompt.text.index("lll")
 
 
@@ -161,4 +160,4 @@ def test_rules_cannot_compare():
         name, fingerprint = "rules", "r"
 
     with pytest.raises(UserError, match=r"cannot compare two answers: choose a language model as judge"):
-        RulesJudge(Rules()).compare([])
+        RulesExpert(Rules()).compare([])

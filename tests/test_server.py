@@ -15,8 +15,8 @@ from config.checks_induce import check_induce
 from config.errors import UserError
 from config.settings import InduceConfig, OpenAIExpertSettings, ServerSettings
 from safer_instruct.experts.expert import build_expert
+from safer_instruct.generation import pacing
 from safer_instruct.generation.completions import Request
-from safer_instruct.generation.hf import pacing
 from safer_instruct.generation.pacing import Budget, Slots, backoff_seconds, retry_after_seconds
 from safer_instruct.generation.server import Decoding, OpenAIGenerator, budget_of
 from safer_instruct.text.examples import Example
