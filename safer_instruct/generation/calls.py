@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from config.errors import UserError
 from config.settings import ServerSettings
 from safer_instruct.generation.completions import Generation, Request, second_answer, second_request
+from safer_instruct.generation.faults import KEPT, Failed, Refused
 from safer_instruct.generation.pacing import MAX_BACKOFF_SECONDS, Budget, Slots, backoff_seconds
 from safer_instruct.text.prompts import Prompt
 
@@ -27,41 +28,6 @@ PROBE_SCHEMA: dict[str, Any] = {
     "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"], "additionalProperties": False,
 }  # fmt: skip
 PROBE = Request("the test", Prompt("", "Reply with the single word: ready", ""))
-KEPT = "Finished rows are kept: the same command goes on from there."
-
-
-class Refused(Exception):
-    """The server refuses a request; sent again as it is, it would be refused again.
-
-    Attributes:
-        reason: An error of `Generation`: http_400.
-        status: The HTTP status.
-        about_row: True if the server says that the content is why.
-        at: When, by the monotonic clock.
-    """
-
-    def __init__(self, status: int, words: str = "", *, about_row: bool = False) -> None:
-        super().__init__(f"HTTP {status}{f': {words}' if words else ''}")
-        self.reason = f"http_{status}"
-        self.status = status
-        self.about_row = about_row
-        self.at = time.monotonic()
-
-
-class Failed(Exception):
-    """An attempt that may succeed later.
-
-    Attributes:
-        reason: For the counts: http_500, timeout, no_connection, malformed_reply.
-        wait_seconds: What the server asked to wait, None if it did not.
-        throttled: True if it was only asked too often.
-    """
-
-    def __init__(self, reason: str, wait_seconds: float | None = None, *, throttled: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.wait_seconds = wait_seconds
-        self.throttled = throttled
 
 
 class Server(Protocol):

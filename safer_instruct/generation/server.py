@@ -14,8 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import re
-import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,29 +23,21 @@ import openai
 
 from config.errors import UserError
 from config.settings import THOUGHT_TAGS, OpenAIExpertSettings, ServerSettings
-from safer_instruct.generation.calls import KEPT, PROBE, PROBE_SCHEMA, Failed, Refused, Run
+from safer_instruct.generation.calls import PROBE, PROBE_SCHEMA, Run
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
+from safer_instruct.generation.faults import KEPT, Failed, Refused, cause_of, is_about_account, is_about_row, own_words
 from safer_instruct.generation.pacing import Budget, retry_after_seconds
-from safer_instruct.text.display import visible, without_password
+from safer_instruct.text.display import without_password
 
 log = logging.getLogger(__name__)
 # A line for each request would bury everything else, and holds the address with its password.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 logging.getLogger("openai").setLevel(logging.WARNING)
 
-ACCOUNT = re.compile("billing|balance|quota|credit|payment")  # in an error's code or type: nothing is left to spend
-# Error codes that are about one request's content or length.
-ROW_CODES = {
-    "content_filter", "content_policy_violation", "data_inspection_failed", "context_length_exceeded",
-    "string_above_max_length",
-}  # fmt: skip
 UNSUPPORTED = {"unsupported_parameter", "unsupported_value"}
 DROPPABLE = {"temperature", "top_p", "seed", "response_format"}
 LIMITS = ("max_tokens", "max_completion_tokens")  # of new tokens: older and newer name
-MAX_SHOWN = 300  # characters of a server's own words
 MAX_TOKENS = 10**9  # more than any reply can have used
-# Words of the prompts that servers use, too: such a word in a message quotes no row.
-COMMON = {"answer", "check", "data", "language", "model", "request", "response", "this"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +165,7 @@ class OpenAIGenerator:
         except (TimeoutError, openai.APITimeoutError):
             raise Failed("timeout") from None
         except openai.APIConnectionError as error:
-            raise Failed(f"no_connection ({_cause(error)})") from None
+            raise Failed(f"no_connection ({cause_of(error)})") from None
         except openai.APIStatusError as error:
             if self._leave_out(error, options):
                 return await self.attempt(client, request)
@@ -198,11 +188,8 @@ class OpenAIGenerator:
         limit = next(name for name in LIMITS if name not in self._unsupported and not (is_openai and name == LIMITS[0]))
         options[limit] = decoding.max_new_tokens
         if decoding.chat:
-            turns = [request.prompt.text, *request.turns]
-            roles = ("user", "assistant", "user")
-            options["messages"] = [
-                {"role": role, "content": text} for role, text in zip(roles, turns, strict=False) if text.strip()
-            ]
+            turns = zip(("user", "assistant", "user"), (request.prompt.text, *request.turns), strict=False)
+            options["messages"] = [{"role": role, "content": text} for role, text in turns if text.strip()]
         else:
             options["prompt"] = request.prompt.text
         if decoding.chat and request.schema is not None:
@@ -243,13 +230,11 @@ class OpenAIGenerator:
 
     def _status_error(self, error: openai.APIStatusError, request: Request) -> Exception:
         """Sort an HTTP status into Refused, Failed, or a UserError that stops the run."""
-        status, code = error.status_code, str(error.code or error.type or "")
-        words = _own_words(error, request)
+        status, words = error.status_code, own_words(error, request)
         said = f"HTTP {status}{f': {words}' if words else ''}"
-        if status == 402 or ACCOUNT.search(f"{error.code} {error.type}".lower()):
+        if is_about_account(error):
             return UserError(
-                f"{self.address}: {said}: the account's quota is used up, or it has nothing left to pay with "
-                f"({visible(code)[:80] or 'no code'}). {KEPT}"
+                f"{self.address}: {said}: the account's quota is used up, or it has nothing left to pay with. {KEPT}"
             )
         if status in (408, 409, 425, 429) or status >= 500:
             wait = retry_after_seconds(error.response.headers)
@@ -261,7 +246,7 @@ class OpenAIGenerator:
                 f"{self.address}: {said}: is there a model {self.settings.model} ({self.key}.model), and does "
                 f"the address ({self.key}.base_url) end in /v1? {KEPT}"
             )
-        return Refused(status, words, about_row=status == 413 or code in ROW_CODES)
+        return Refused(status, words, about_row=is_about_row(error))
 
     def refusal_error(self, refused: Refused) -> UserError:
         """Return what to tell the user where everything is refused."""
@@ -341,25 +326,3 @@ def _count(value: Any) -> int:
 
 def _utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
-
-
-def _own_words(error: openai.APIStatusError, request: Request) -> str:
-    """Return what the server says in an error, "" where it shares a word with the request: it may quote the row."""
-    body = error.body if isinstance(error.body, dict) else {}
-    said = visible(str(body.get("message") or body.get("detail") or ""))[:MAX_SHOWN]
-    shared = set(re.findall(r"[\w-]{4,}", said.lower())) & set(re.findall(r"[\w-]{4,}", request.prompt.text.lower()))
-    return "" if request is not PROBE and shared - COMMON else " ".join(said.split())
-
-
-def _cause(error: BaseException) -> str:
-    """Return the innermost cause: `Connection refused` rather than `Connection error.`.
-
-    Of other exceptions only the class is told: their texts can hold the request's headers, and so the key.
-    """
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    if isinstance(error, socket.gaierror):
-        return error.strerror or "name not resolved"
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return type(error).__name__
