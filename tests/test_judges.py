@@ -1,18 +1,21 @@
 """Judges: what a language model is asked, how strictly it is read, and what two orders of a pair say together."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from config.errors import UserError
 from safer_instruct.evaluation.pairwise import compare_helpfulness
 from safer_instruct.experts.expert import LLMExpert, RulesExpert
-from safer_instruct.experts.prompts import COMPARE, JUDGE
+from safer_instruct.experts.prompts import COMPARE, JUDGE, ROLES
 from safer_instruct.experts.verdicts import Judgement
 from safer_instruct.generation.completions import Generation
 from safer_instruct.measures.rates import JudgedOutput
 from safer_instruct.text.examples import text_id
 from safer_instruct.text.prompt_sets import EvaluationPrompt
+from tests.evaluations import run_evaluate
+from tests.loopback_server import loopback
 
 
 class Scripted:
@@ -161,3 +164,40 @@ def test_rules_cannot_compare():
 
     with pytest.raises(UserError, match=r"cannot compare two answers: choose a language model as judge"):
         RulesExpert(Rules()).compare([])
+
+
+def test_the_judge_of_an_evaluation_sends_a_schema_and_repairs(tmp_path, tiny_model_folder, monkeypatch):
+    """The server's first answer to every question is no JSON: without a repair all judgements would be abstentions."""
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", "instruction": "ask", "kind": "benign"}) + "\n")
+
+    def answer(prompt, number):
+        messages = server.requests[number][1]["messages"]
+        if len(messages) == 1:
+            return "Let me see ..."
+        return json.dumps({"better": "a"}) if "<answer_a>" in prompt else rubric("refusal", names=True)
+
+    models = [f"models.{name}.path={tiny_model_folder}" for name in ("base", "other")]
+    with loopback(answer) as server:
+        run_evaluate(
+            *models, "models.other.template=plain", f"prompts.p.path={tmp_path / 'p.jsonl'}", "expert=openai",
+            "expert.model=m", f"expert.base_url={server.url}", f"output={tmp_path / 'out'}", "samples_per_set=0",
+            "generation.max_new_tokens=6", "helpfulness.baseline=base",
+        )  # fmt: skip
+    asked = [body for _, body, _ in server.requests if "single word" not in body["messages"][0]["content"]]
+    assert all("response_format" in body for body in asked)
+    assert {len(body["messages"]) for body in asked} == {1, 3}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [report["models"][name]["abstain_rate"]["value"] for name in ("base", "other")] == [0.0, 0.0]
+    assert report["helpfulness"]["models"]["other"]["abstained"] == 0
+
+
+def test_a_prompt_of_one_role_is_no_business_of_the_others(monkeypatch):
+    judge, _ = judge_of(rubric)
+    before = {role: judge.fingerprint(role) for role in ROLES}
+    assert len(set(before.values())) == 4
+    monkeypatch.setitem(ROLES, "judge", replace(JUDGE, template=JUDGE.template + " Be strict."))
+    edited, _ = judge_of(rubric)
+    changed = {role for role in ROLES if edited.fingerprint(role) != before[role]}
+    assert changed == {"judge"}

@@ -10,14 +10,18 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
-from config.settings import ServerSettings
 from safer_instruct.generation.completions import Generation, Request, second_answer, second_request
 from safer_instruct.generation.faults import KEPT, Failed, Refused
-from safer_instruct.generation.pacing import MAX_BACKOFF_SECONDS, Budget, Slots, backoff_seconds
+from safer_instruct.generation.pacing import MAX_BACKOFF_SECONDS, Slots, backoff_seconds
 from safer_instruct.text.prompts import Prompt
+
+if TYPE_CHECKING:
+    import openai
+
+    from safer_instruct.generation.server import OpenAIGenerator
 
 log = logging.getLogger(__name__)
 
@@ -30,25 +34,6 @@ PROBE_SCHEMA: dict[str, Any] = {
 PROBE = Request("the test", Prompt("", "Reply with the single word: ready", ""))
 
 
-class Server(Protocol):
-    """What is asked; `server.OpenAIGenerator` is one. A `client` is its connection on the event loop that runs."""
-
-    settings: ServerSettings
-    budget: Budget
-    key: str
-    address: str
-    takes_schema: bool | None
-
-    def open(self) -> Any:
-        """Return a client, an asynchronous context manager."""
-
-    async def attempt(self, client: Any, request: Request) -> Generation:
-        """Send one request; raise Refused, Failed, or a UserError where nothing can work."""
-
-    def refusal_error(self, refused: Refused) -> UserError:
-        """Return what to tell the user where everything is refused."""
-
-
 class Run:
     """One call of `generate`: what is in play, and what the server has shown of itself.
 
@@ -56,7 +41,7 @@ class Run:
         stopped: Why no further request is sent; None while they are.
     """
 
-    def __init__(self, generator: Server, *, is_probe: bool = False) -> None:
+    def __init__(self, generator: OpenAIGenerator, *, is_probe: bool = False) -> None:
         self.generator = generator
         self.settings = generator.settings
         self.slots = Slots(self.settings.concurrency)
@@ -78,7 +63,7 @@ class Run:
         waiting = deque(requests)
         tasks: set[asyncio.Task] = set()
 
-        async def row(client: Any, request: Request) -> None:
+        async def row(client: openai.AsyncOpenAI, request: Request) -> None:
             result = None
             try:
                 result = await self._row(client, request)
@@ -113,7 +98,7 @@ class Run:
         if self.stopped is not None:
             raise self.stopped
 
-    async def _settle_refusals(self, client: Any, *, is_last: bool) -> list[Generation]:
+    async def _settle_refusals(self, client: openai.AsyncOpenAI, *, is_last: bool) -> list[Generation]:
         """Return the refused rows as abstentions, as far as it is the rows that the server dislikes.
 
         An account that has run dry is refused row by row, too, and not every server has a status or a code for it. So a
@@ -130,7 +115,7 @@ class Run:
                 log.warning("warning: row %s is an abstention, and others like it: %s", id, refused)
         return [Generation(id, "", error=refused.reason) for id, refused in settled.items()]
 
-    async def _require_served(self, client: Any, pending: Sequence[Refused]) -> None:
+    async def _require_served(self, client: openai.AsyncOpenAI, pending: Sequence[Refused]) -> None:
         """Stop the run if the server refuses what it took before (or a test), or has taken nothing at all."""
         before, many = self._answered, len(pending) >= REFUSALS
         if before is not None and pending[-1].status == 403:
@@ -146,7 +131,7 @@ class Run:
         except UserError as error:
             self._stop_for(error)
 
-    async def _row(self, client: Any, request: Request) -> Generation:
+    async def _row(self, client: openai.AsyncOpenAI, request: Request) -> Generation:
         """Ask for one row, and once more where its answer cannot be read."""
         if self.generator.takes_schema is False:
             request = replace(request, schema=None)
@@ -172,7 +157,7 @@ class Run:
                 self._stop_for(error)
             return replace(first, repaired=True)
 
-    async def ask(self, client: Any, request: Request) -> Generation:
+    async def ask(self, client: openai.AsyncOpenAI, request: Request) -> Generation:
         """Send a request until it is answered, refused, or given up.
 
         A row that fails again and again is given up alone (a generation with an error) where others were answered in
@@ -230,7 +215,7 @@ class Run:
         self.stopped = self.stopped or error
         self._stop.set()
 
-    async def _is_alive(self, client: Any) -> bool:
+    async def _is_alive(self, client: openai.AsyncOpenAI) -> bool:
         """Ask a test: if it is answered, it is the row that the server fails on. One test at a time, for all rows."""
         if self._is_probe:
             return False

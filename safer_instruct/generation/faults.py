@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import time
+import urllib.parse
 
 import openai
 
@@ -66,6 +67,15 @@ def is_about_account(error: openai.APIStatusError) -> bool:
 def is_about_row(error: openai.APIStatusError) -> bool:
     """Return whether the server says that it refuses this request for its content or its length."""
     return error.status_code == 413 or str(error.code or error.type) in ROW_CODES
+
+
+def is_address(url: str) -> bool:
+    """Return whether a server can be reached under a URL."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket or a port that is none
+        return False
 
 
 def own_words(error: openai.APIStatusError, request: Request) -> str:

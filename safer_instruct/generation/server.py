@@ -18,21 +18,29 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import httpx
 import openai
 
 from config.errors import UserError
 from config.settings import THOUGHT_TAGS, OpenAIExpertSettings, ServerSettings
 from safer_instruct.generation.calls import PROBE, PROBE_SCHEMA, Run
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
-from safer_instruct.generation.faults import KEPT, Failed, Refused, cause_of, is_about_account, is_about_row, own_words
+from safer_instruct.generation.faults import (
+    KEPT,
+    Failed,
+    Refused,
+    cause_of,
+    is_about_account,
+    is_about_row,
+    is_address,
+    own_words,
+)
 from safer_instruct.generation.pacing import Budget, retry_after_seconds
 from safer_instruct.text.display import without_password
 
 log = logging.getLogger(__name__)
 # A line for each request would bury everything else, and holds the address with its password.
-logging.getLogger("httpx").setLevel(logging.WARNING)
-logging.getLogger("openai").setLevel(logging.WARNING)
+for library in ("openai", "httpx", "httpx2"):  # the client's transport is one of the two, by its version
+    logging.getLogger(library).setLevel(logging.WARNING)
 
 UNSUPPORTED = {"unsupported_parameter", "unsupported_value"}
 DROPPABLE = {"temperature", "top_p", "seed", "response_format"}
@@ -136,17 +144,16 @@ class OpenAIGenerator:
             )
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise UserError(f"the environment variable {variable} holds no key: a key has no spaces and is ASCII")
-        try:
-            return openai.AsyncOpenAI(
-                api_key=key,
-                base_url=self.settings.base_url,
-                timeout=self.settings.timeout_seconds,
-                max_retries=0,
-                # A redirect would send the prompt to an address that nobody has named, or turn it into a GET.
-                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
-            )
-        except httpx.InvalidURL:
-            raise UserError(f"{self.key}.base_url={self.address}: not an address; write http://HOST:PORT/v1") from None
+        if self.settings.base_url is not None and not is_address(self.settings.base_url):
+            raise UserError(f"{self.key}.base_url={self.address}: not an address; write http://HOST:PORT/v1")
+        return openai.AsyncOpenAI(
+            api_key=key,
+            base_url=self.settings.base_url,
+            timeout=self.settings.timeout_seconds,
+            max_retries=0,
+            # A redirect would send the prompt to an address that nobody has named, or turn it into a GET.
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+        )
 
     async def attempt(self, client: openai.AsyncOpenAI, request: Request) -> Generation:
         """Send one request; returns its completion.
@@ -263,28 +270,22 @@ class OpenAIGenerator:
         return UserError(f"{self.address} refuses every request ({refused}): {why}. {KEPT}".replace("?.", "?"))
 
     async def _probe(self) -> None:
-        run = Run(self, is_probe=True)
+        run, refused = Run(self, is_probe=True), None
+        schemas = {None: (PROBE_SCHEMA, None), True: (PROBE_SCHEMA,), False: (None,)}[self.takes_schema]
         async with self.open() as client:
-            refused: Refused | None = None
             try:
-                if self.takes_schema is None:
-                    self.takes_schema = True
-                    refused = await self._probe_once(client, run, PROBE_SCHEMA)
-                    self.takes_schema = refused is None
-                if refused or self.takes_schema is False or not self.decoding.chat:
-                    refused = await self._probe_once(client, run, None)
-                if refused:
-                    raise self.refusal_error(refused)
+                for schema in schemas:
+                    try:
+                        await run.ask(client, replace(PROBE, schema=schema))
+                    except Refused as error:
+                        refused = error
+                    else:
+                        self.takes_schema = schema is not None
+                        return
+                assert refused is not None
+                raise self.refusal_error(refused)
             except UserError as error:
                 raise UserError(f"a test of the server failed: {error}".replace(f" {KEPT}", "")) from None
-
-    async def _probe_once(self, client: openai.AsyncOpenAI, run: Run, schema: Any) -> Refused | None:
-        """Return how the server refuses the test, None if it does not."""
-        try:
-            await run.ask(client, replace(PROBE, schema=schema))
-        except Refused as refused:
-            return refused
-        return None
 
 
 async def _next(answers: AsyncIterator[list[Generation]]) -> list[Generation]:

@@ -1,4 +1,4 @@
-"""Where weights are: a run, a checkpoint, a model folder or a `policy.pt`; nothing is unpickled that could run code."""
+"""Where weights are: a run, a checkpoint, a model folder or a `policy.pt`; nothing that could run code is unpickled."""
 
 from __future__ import annotations
 
