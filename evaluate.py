@@ -55,6 +55,7 @@ from safer_instruct.report.page import pick_samples, render_page
 from safer_instruct.report.tables import extra_tables
 from safer_instruct.report.training_runs import compare_training_runs, read_training_run
 from safer_instruct.shards import resolve_shard
+from safer_instruct.text.display import without_password
 
 if TYPE_CHECKING:
     from safer_instruct.report.plots import Plot
@@ -264,7 +265,7 @@ def write_report(
     judge = evaluation.judge
     run = {
         **_describe_run(config, seconds),
-        "judge": {"name": judge.name, "fingerprint": judge.fingerprint} if judge is not None else NO_JUDGE,
+        "judge": {"name": judge.name, "fingerprint": judge.fingerprint("judge")} if judge is not None else NO_JUDGE,
         "device": str(evaluation.device),
     }
     run["stages"] = [*evaluation.stages, *run["stages"]]
@@ -321,7 +322,7 @@ def _log_to_wandb(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
 
 
 def _describe_run(config: EvaluateConfig, seconds: Mapping[str, float]) -> dict[str, Any]:
-    command = shlex.join(["python", *sys.orig_argv[1:]])
+    command = without_password(shlex.join(["python", *sys.orig_argv[1:]]))
     return {
         "command": command,
         "stages": [{"name": "evaluate", "command": command, "seconds": seconds["total"]}] if seconds else [],

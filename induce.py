@@ -47,6 +47,7 @@ from safer_instruct.induction.stages import (
 )
 from safer_instruct.shards import resolve_shard
 from safer_instruct.text.corpus import read_corpus
+from safer_instruct.text.display import without_password
 from safer_instruct.text.readers import read_rows
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def merge_shards(config: InduceConfig) -> None:
         format=config.format,
     )
     run = {
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": without_password(shlex.join(["python", *sys.orig_argv[1:]])),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

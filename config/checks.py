@@ -47,13 +47,13 @@ EXAMPLES = {
 }
 
 
-def check_backend(generation: BackendSettings) -> list[str]:
+def check_backend(generation: BackendSettings, key: str = "generation") -> list[str]:
     """How a model is run, its server apart."""
-    errors = check_generation(generation, "generation")
-    errors += one_of("generation.backend", generation.backend, ("hf", "vllm", "openai"))
-    errors += at_least("generation.vllm.tensor_parallel", generation.vllm.tensor_parallel, 1)
-    errors += at_least("generation.vllm.max_length", generation.vllm.max_length, 1)
-    return errors + share("generation.vllm.memory_fraction", generation.vllm.memory_fraction)
+    errors = check_generation(generation, key)
+    errors += one_of(f"{key}.backend", generation.backend, ("hf", "vllm", "openai"))
+    errors += at_least(f"{key}.vllm.tensor_parallel", generation.vllm.tensor_parallel, 1)
+    errors += at_least(f"{key}.vllm.max_length", generation.vllm.max_length, 1)
+    return errors + share(f"{key}.vllm.memory_fraction", generation.vllm.memory_fraction)
 
 
 def missing_values(config: Any, prefix: str = "") -> list[str]:
@@ -64,6 +64,8 @@ def missing_values(config: Any, prefix: str = "") -> list[str]:
     )
     for name, value in entries.items():
         key = f"{prefix}{name}"
+        if key.endswith("expert.generation.server"):
+            continue  # needed by one backend alone: `_check_own_server`
         if isinstance(value, str) and value == MISSING:
             words = EXAMPLES.get(key) or EXAMPLES.get(name) or "a value"
             errors.append(f"{key} is not set: write {key}=..., {words}")
@@ -116,11 +118,22 @@ def check_expert(expert: Any) -> list[str]:
         return [
             *_check_model(expert.model, "expert.model"),
             *one_of("expert.template", expert.template, ("alpaca", "hh", "plain", "chat")),
-            *check_generation(expert.generation, "expert.generation"),
+            *check_backend(expert.generation, "expert.generation"),
+            *_check_own_server(expert.generation),
         ]
     if isinstance(expert, OpenAIExpertSettings):
         return [*check_server(expert, "expert"), *_check_budget(expert)]
     return []
+
+
+def _check_own_server(generation: BackendSettings) -> list[str]:
+    """The server of `expert=local expert.generation.backend=openai`."""
+    if generation.backend != "openai":
+        return []
+    key = "expert.generation.server"
+    named = generation.server.model != MISSING
+    unset = [] if named else [f"{key}.model is not set: write {key}.model=..., {EXAMPLES['expert.model']}"]
+    return [*unset, *check_server(generation.server, key)]
 
 
 def check_server(server: ServerSettings, key: str) -> list[str]:
@@ -139,6 +152,7 @@ def check_server(server: ServerSettings, key: str) -> list[str]:
 
 def _check_budget(expert: OpenAIExpertSettings) -> list[str]:
     errors = at_least("expert.max_new_tokens", expert.max_new_tokens, 1)
+    errors += check_thought_tags(expert.thought_tags, "expert")
     errors += one_of("expert.structured_output", expert.structured_output, ("auto", "always", "never"))
     errors += at_least("expert.price_prompt", expert.price_prompt, 0)
     errors += at_least("expert.price_completion", expert.price_completion, 0)
@@ -164,7 +178,17 @@ def check_generation(generation: GenerationSettings, key: str) -> list[str]:
     errors += at_least(f"{key}.max_batch_tokens", generation.max_batch_tokens, 1)
     if not 0 < generation.top_p <= 1:
         errors.append(f"{key}.top_p={generation.top_p}: must lie in (0, 1]")
-    return errors
+    return errors + check_thought_tags(generation.thought_tags, key)
+
+
+def check_thought_tags(tags: list[str], key: str) -> list[str]:
+    """Pairs of tags that are no pairs."""
+    return [
+        f"{key}.thought_tags: {tag!r} must be an opening and a closing tag with a space between, such as "
+        "'<think> </think>'"
+        for tag in tags
+        if len(tag.split()) != 2
+    ]
 
 
 def check_device(device: str) -> list[str]:

@@ -152,6 +152,16 @@ class TrainConfig:
     dry_run: bool | str = False  # true: estimates from the data and three real steps | data: from the data alone
 
 
+# "OPENING CLOSING" of what families of reasoning models think aloud: DeepSeek R1 and Qwen 3, Mistral, Cohere, Seed.
+THOUGHT_TAGS = (
+    "<think> </think>",
+    "<thinking> </thinking>",
+    "[THINK] [/THINK]",
+    "<|START_THINKING|> <|END_THINKING|>",
+    "<seed:think> </seed:think>",
+)
+
+
 @dataclass
 class GenerationSettings:
     """Decoding."""
@@ -161,6 +171,8 @@ class GenerationSettings:
     top_p: float = 1.0
     seed: int = 0
     max_batch_tokens: int = 16_384  # padded positions (prompt + new tokens) of one batch
+    # An answer begins behind the last closing tag; []: what a model thinks aloud is part of its answer
+    thought_tags: list[str] = field(default_factory=lambda: list(THOUGHT_TAGS))
 
 
 @dataclass
@@ -192,16 +204,6 @@ class RulesExpertSettings:
 
 
 @dataclass
-class LocalExpertSettings:
-    """`expert=local`: a causal language model on this machine."""
-
-    name: str = "local"
-    model: ModelSettings = field(default_factory=ModelSettings)
-    template: str = "chat"
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
-
-
-@dataclass
 class ServerSettings:
     """An OpenAI-compatible server. The key is read from the environment variable `api_key_env`, never from here."""
 
@@ -221,6 +223,7 @@ class OpenAIExpertSettings(ServerSettings):
     name: str = "openai"
     temperature: float = 0.0
     max_new_tokens: int = 512
+    thought_tags: list[str] = field(default_factory=lambda: list(THOUGHT_TAGS))  # as of GenerationSettings
     structured_output: str = "auto"  # auto: a JSON schema is sent where the server takes one | always | never
     price_prompt: float = 0.0  # of a million prompt tokens
     price_completion: float = 0.0  # of a million completion tokens
@@ -244,6 +247,16 @@ class BackendSettings(GenerationSettings):
     backend: str = "hf"  # hf: transformers in this process | vllm: its offline engine | openai: a server that has it
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
     server: ServerSettings = field(default_factory=ServerSettings)  # of backend=openai
+
+
+@dataclass
+class LocalExpertSettings:
+    """`expert=local`: a causal language model of your own, on this machine or behind a server of yours."""
+
+    name: str = "local"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    template: str = "chat"
+    generation: BackendSettings = field(default_factory=BackendSettings)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,8 +31,10 @@ def completion(text: str | None, finish_reason: str = "stop") -> dict[str, Any]:
 
 
 @contextmanager
-def loopback(answer: Callable[[str, int], Answer], *, retry_after_ms: int = 1) -> Iterator[Loopback]:
-    """Serve `answer(prompt, number of the request from 0)`."""
+def loopback(
+    answer: Callable[[str, int], Answer], *, retry_after_ms: int = 1, headers: Mapping[str, str] = {}
+) -> Iterator[Loopback]:
+    """Serve `answer(prompt, number of the request from 0)`; every reply has `headers`."""
     lock = threading.Lock()
     state = Loopback("")
     active = 0
@@ -58,6 +60,8 @@ def loopback(answer: Callable[[str, int], Answer], *, retry_after_ms: int = 1) -
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.send_header("retry-after-ms", str(retry_after_ms))
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from config.errors import UserError
-from config.settings import BackendSettings, EvaluatedModelSettings, ServerSettings
+from config.settings import BackendSettings, EvaluatedModelSettings, PromptSetSettings, ServerSettings
 from safer_instruct.evaluation.answers import check_model, generate_answers, own_prompts
+from safer_instruct.evaluation.response_columns import read_columns
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 from tests.evaluations import run_evaluate
 from tests.loopback_server import loopback
@@ -182,3 +183,13 @@ def test_a_served_model_needs_a_name_and_a_name_needs_a_server(tiny_model_folder
         run_evaluate(*command, "models.a.served_as=x")
     with pytest.raises(UserError, match=r"generation\.backend=vlm: no such choice; did you mean vllm"):
         run_evaluate(*command, "generation.backend=vlm")
+
+
+def test_the_thought_in_a_cell_of_a_file_is_not_judged(tmp_path):
+    rows = [
+        {"id": "a", "instruction": "ask", "kind": "unsafe", "model": "<think> steal the lamp </think>\n\nNo."},
+        {"id": "b", "instruction": "ask", "kind": "unsafe", "model": "<think> without an end"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, answers = read_columns({"p": PromptSetSettings(path=str(tmp_path / "p.jsonl"))}, [])
+    assert [(one.text, one.truncated) for one in answers["model"].values()] == [("No.", False), ("", True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -15,10 +16,14 @@ import torch
 from conftest import tiny_llama
 
 from config.errors import UserError
-from config.settings import InductionSettings, ModelSettings, ServerSettings
+from config.settings import BackendSettings, InductionSettings, LocalExpertSettings, ModelSettings, ServerSettings
+from safer_instruct.experts.expert import build_expert
+from safer_instruct.experts.prompts import SCREEN
 from safer_instruct.generation.backends import build_reversed_model, reversed_model_identity
 from safer_instruct.generation.completions import Request
+from safer_instruct.text.examples import Example
 from safer_instruct.text.prompts import Prompt, render_reversed
+from tests.loopback_server import loopback
 
 CPU = torch.device("cpu")
 TEXTS = {f"r{i}": f"The sum is {i}. " * (1 + i % 4) for i in range(7)}
@@ -27,12 +32,12 @@ TEXTS = {f"r{i}": f"The sum is {i}. " * (1 + i % 4) for i in range(7)}
 @pytest.fixture
 def vllm(monkeypatch):
     """A stand-in: it keeps what it was given, and answers with the number of prompt tokens."""
-    seen = types.SimpleNamespace(engine=None, prompts=[], parameters=[])
+    seen = types.SimpleNamespace(engine=None, prompts=[], parameters=[], room=256)
 
     class LLM:
         def __init__(self, **options):
             seen.engine = options
-            config = types.SimpleNamespace(max_model_len=options["max_model_len"] or 256)
+            config = types.SimpleNamespace(max_model_len=options["max_model_len"] or seen.room)
             self.llm_engine = types.SimpleNamespace(model_config=config)
 
         def generate(self, prompts, parameters, use_tqdm=True):
@@ -91,6 +96,31 @@ def test_vllm_cuts_and_refuses_prompts_as_the_hf_backend_does(vllm, tiny_model_f
     assert results["long"].prompt_cut
     assert results["long"].prompt_tokens <= 100
     assert not results["r0"].prompt_cut
+
+
+def test_a_local_expert_takes_every_backend(vllm, tiny_model_folder, monkeypatch) -> None:
+    """The same rubric, asked in one turn, reaches vLLM as tokens and a server of one's own as text."""
+    monkeypatch.setenv("TEST_KEY", "any")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    model = ModelSettings(name_or_path=tiny_model_folder)
+    pair = Example("a", instruction="ask {x}", rejected="text")
+    verdict = {"well_formed": True, "unsafe": True, "response_fits": True, "category": ""}
+    choice = {"text": f"<think> hm </think> {json.dumps(verdict)}", "finish_reason": "stop"}
+    served = build_expert(LocalExpertSettings("local", model, "plain", BackendSettings(backend="vllm")), CPU)
+    assert vllm.engine is None, "nothing is loaded before the first row"
+    vllm.room = 4096
+    ((_, unread),) = served.screen([pair])
+    assert unread.reason.startswith("abstain_")
+    assert len(vllm.prompts) == 1
+    with loopback(lambda *_: (200, {"choices": [choice]})) as server:
+        own = ServerSettings(model="m", base_url=server.url, api_key_env="TEST_KEY")
+        settings = BackendSettings(backend="openai", server=own)
+        expert = build_expert(LocalExpertSettings("local", model, "plain", settings), CPU)
+        expert.check()
+        ((_, read),) = expert.screen([pair])
+    assert read.keep
+    assert server.requests[-1][1]["prompt"] == SCREEN.render("ask {x}", "text").text + "\n"
+    assert served.fingerprint("screen") != expert.fingerprint("screen")
 
 
 def test_vllm_that_is_not_installed_says_what_to_type(monkeypatch, tiny_model_folder) -> None:
@@ -157,8 +187,6 @@ def served(tmp_path_factory, tokenizer):
 @pytest.mark.slow
 def test_a_real_server_that_is_not_ours(served, tmp_path, tiny_model_folder, monkeypatch) -> None:
     """All of induce.py against it: reversed model and expert. A random model's verdicts cannot be read: abstentions."""
-    import json
-
     import induce
     from config.checks_induce import check_induce
     from config.schema import compose_config

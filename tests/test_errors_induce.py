@@ -18,8 +18,8 @@ from config.checks_induce import check_induce
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import CorpusSettings, InduceConfig, OpenAIExpertSettings, RulesExpertSettings, ShardSettings
+from safer_instruct.generation import backends
 from safer_instruct.generation.completions import Generation
-from safer_instruct.generation.hf import backends
 from safer_instruct.induction.ledger import read_ledger
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -12,15 +12,16 @@ from conftest import tiny_llama
 
 from config.errors import UserError
 from config.settings import (
-    GenerationSettings,
+    BackendSettings,
     LocalExpertSettings,
     ModelSettings,
     OpenAIExpertSettings,
     RulesExpertSettings,
 )
-from safer_instruct.experts.expert import build_expert, in_template
-from safer_instruct.experts.prompts import parse_filter, parse_judge, render_filter, render_judge, render_respond
+from safer_instruct.experts.expert import build_expert
+from safer_instruct.experts.prompts import JUDGE, RESPOND, SCREEN
 from safer_instruct.experts.verdicts import Judgement, Verdict
+from safer_instruct.generation.backends import in_template
 from safer_instruct.text.examples import Example
 from safer_instruct.text.prompts import Prompt
 from tests.loopback_server import completion, loopback
@@ -49,16 +50,16 @@ def pairs(count: int) -> list[Example]:
 @pytest.mark.parametrize(
     ("change", "verdict"),
     [
-        ({}, Verdict(True, "keep", "theft", 3)),
-        ({"well_formed": False, "unsafe": False}, Verdict(False, "ill_formed_instruction", "theft", 3)),
-        ({"unsafe": False}, Verdict(False, "instruction_not_unsafe", "theft", 3)),
-        ({"response_fits": False, "category": ""}, Verdict(False, "response_does_not_fit", "", 3)),
+        ({}, Verdict(True, "keep", "theft")),
+        ({"well_formed": False, "unsafe": False}, Verdict(False, "ill_formed_instruction", "theft")),
+        ({"unsafe": False}, Verdict(False, "instruction_not_unsafe", "theft")),
+        ({"response_fits": False, "category": ""}, Verdict(False, "response_does_not_fit", "")),
     ],
 )
 def test_filter_answers(change, verdict) -> None:
     answer = json.dumps({**KEEP, **change})
-    assert parse_filter(answer, tokens=3) == verdict
-    assert parse_filter(f"\n```json\n{answer}\n```\n", tokens=3) == verdict
+    assert SCREEN.read(answer) == verdict
+    assert SCREEN.read(f"\n```json\n{answer}\n```\n") == verdict
 
 
 @pytest.mark.parametrize(
@@ -71,30 +72,30 @@ def test_filter_answers(change, verdict) -> None:
     ],
 )  # fmt: skip
 def test_what_is_not_exactly_an_answer_is_none(answer) -> None:
-    assert parse_filter(answer) is None
-    assert parse_judge(answer) is None
+    assert SCREEN.read(answer) is None
+    assert JUDGE.read(answer) is None
 
 
 def test_judge_answers() -> None:
     def judge(outcome, names) -> Judgement | None:
-        return parse_judge(json.dumps({"outcome": outcome, "names_the_matter": names, "category": "dare"}))
+        return JUDGE.read(json.dumps({"outcome": outcome, "names_the_matter": names, "category": "dare"}))
 
-    assert judge("harmful", True) == Judgement("harmful", "dare", None)
-    assert judge("refusal", True) == Judgement("refusal", "dare", True)
-    assert judge("refusal", False) == Judgement("refusal", "dare", False)
-    assert judge("safe", False) == Judgement("safe", "dare", None)
+    assert judge("harmful", True) == Judgement("harmful", "dare", None, helpful=False)
+    assert judge("refusal", True) == Judgement("refusal", "dare", True, helpful=False)
+    assert judge("refusal", False) == Judgement("refusal", "dare", False, helpful=False)
+    assert judge("neither", False) == Judgement("safe", "dare", None, helpful=False)
     assert judge("abstain", False) is None
     assert judge("Harmful", False) is None
 
 
 def test_prompts_hold_the_material_once_and_as_it_is() -> None:
     instruction, text = "do {this} {body} {{x}}", "then {instruction} %s"
-    for prompt in (render_filter(instruction, text), render_judge(instruction, text)):
+    for prompt in (SCREEN.render(instruction, text), JUDGE.render(instruction, text)):
         assert prompt.body == text
         assert prompt.head.count(instruction) == 1
         assert "{body}" not in prompt.tail
         assert '{"' in prompt.tail
-    assert render_respond(instruction).body == instruction
+    assert RESPOND.render(instruction).body == instruction
 
 
 def test_a_server_is_asked_and_read() -> None:
@@ -108,7 +109,7 @@ def test_a_server_is_asked_and_read() -> None:
         expert = openai_expert(server.url)
         verdicts = dict(expert.screen(pairs(6)))
         responses = dict(expert.respond(pairs(3)))
-        judgements = openai_expert(server.url).judge([])
+        judgements = list(openai_expert(server.url).judge([]))
     assert {id: verdict.keep for id, verdict in verdicts.items()} == {f"r{i}": i % 2 == 0 for i in range(6)}
     assert all(verdict.tokens == 15 and verdict.label == "theft" for verdict in verdicts.values())
     assert {id: r.text for id, r in responses.items()} == {f"r{i}": f"I will not take item {i}." for i in range(3)}
@@ -138,7 +139,7 @@ def test_unreadable_answers_are_recorded_abstentions() -> None:
         expert = openai_expert(server.url)
         verdicts = dict(expert.screen(pairs(8)))
         responses = dict(expert.respond(pairs(8)))
-        judgements = expert.judge([(f"r{i}", f"Take item {i}", "x") for i in range(8)])
+        judgements = dict(expert.judge([(f"r{i}", f"Take item {i}", "x") for i in range(8)]))
     reasons = {id: verdict.reason for id, verdict in verdicts.items()}
     assert not any(verdict.keep for verdict in verdicts.values())
     assert reasons == {
@@ -150,17 +151,18 @@ def test_unreadable_answers_are_recorded_abstentions() -> None:
         id: reason for id, reason in reasons.items() if id != "r0"
     }
     assert responses["r0"].text == "I'd say keep it"
-    assert [judgement.outcome for judgement in judgements] == ["abstain"] * 8
+    assert [judgement.outcome for judgement in judgements.values()] == ["abstain"] * 8
 
 
-def test_judgements_are_in_the_order_of_the_items() -> None:
+def test_judgements_are_those_of_their_items() -> None:
     def answer(prompt: str, _: int) -> str:
         outcome = prompt.split("outcome-")[1].split()[0]
         return json.dumps({"outcome": outcome, "names_the_matter": True, "category": ""})
 
-    items = [(str(i), "x", f"outcome-{('harmful', 'refusal', 'safe')[i % 3]} .") for i in range(9)]
+    items = [(str(i), "x", f"outcome-{('harmful', 'refusal', 'neither')[i % 3]} .") for i in range(9)]
     with loopback(answer) as server:
-        judgements = openai_expert(server.url).judge(items)
+        found = dict(openai_expert(server.url).judge(items))
+    judgements = [found[id] for id, _, _ in items]
     assert [j.outcome for j in judgements] == ["harmful", "refusal", "safe"] * 3
     assert [j.specific for j in judgements] == [None, True, None] * 3
     with pytest.raises(ValueError, match="unique"):
@@ -258,7 +260,7 @@ def test_check_passes_and_sends_nothing_of_the_corpus() -> None:
 
 def test_fingerprints_tell_experts_apart() -> None:
     def fingerprint(**options) -> str:
-        return openai_expert(**{"url": "http://a/v1", **options}).fingerprint
+        return openai_expert(**{"url": "http://a/v1", **options}).fingerprint("screen")
 
     assert fingerprint() == fingerprint(url="http://b/v1", concurrency=3)
     changes = [{}, {"model": "n"}, {"temperature": 1.0}, {"max_new_tokens": 9}]
@@ -279,7 +281,7 @@ def test_a_local_model_that_talks_nonsense_abstains(long_context_folder) -> None
     settings = LocalExpertSettings(
         model=ModelSettings(name_or_path=long_context_folder),
         template="plain",
-        generation=GenerationSettings(max_new_tokens=4),
+        generation=BackendSettings(max_new_tokens=4),
     )
     expert = build_expert(settings, CPU)
     expert.check()
@@ -289,22 +291,22 @@ def test_a_local_model_that_talks_nonsense_abstains(long_context_folder) -> None
         assert not verdict.keep
         assert verdict.reason.startswith("abstain_")
         assert verdict.tokens > 0
-    (judgement,) = expert.judge([("a", "x", "y")])
+    ((_, judgement),) = expert.judge([("a", "x", "y")])
     assert judgement.outcome == "abstain"
     long = Example("long", instruction="word " * 2000, rejected="short")
     verdicts = dict(expert.screen([*pairs(1), long]))
     assert verdicts["long"].reason == "abstain_prompt_too_long"
     assert verdicts["r0"].reason != "abstain_prompt_too_long"
-    other = LocalExpertSettings("local", settings.model, "plain", GenerationSettings(max_new_tokens=5))
-    assert build_expert(other, CPU).fingerprint != expert.fingerprint
-    decoding = GenerationSettings(max_new_tokens=4, max_batch_tokens=1)
+    other = LocalExpertSettings("local", settings.model, "plain", BackendSettings(max_new_tokens=5))
+    assert build_expert(other, CPU).fingerprint("screen") != expert.fingerprint("screen")
+    decoding = BackendSettings(max_new_tokens=4, max_batch_tokens=1)
     more = LocalExpertSettings("local", settings.model, "plain", decoding)
-    assert build_expert(more, CPU).fingerprint == expert.fingerprint
+    assert build_expert(more, CPU).fingerprint("screen") == expert.fingerprint("screen")
 
 
 def test_a_context_that_holds_no_rubric_is_refused(tiny_model_folder) -> None:
     model = ModelSettings(name_or_path=tiny_model_folder)
-    expert = build_expert(LocalExpertSettings("local", model, "plain", GenerationSettings(max_new_tokens=4)), CPU)
+    expert = build_expert(LocalExpertSettings("local", model, "plain", BackendSettings(max_new_tokens=4)), CPU)
     with pytest.raises(UserError, match="template alone is longer than the 508 tokens"):
         list(expert.screen(pairs(1)))
 
@@ -339,9 +341,9 @@ def test_rules_are_an_expert(monkeypatch) -> None:
     monkeypatch.setattr("safer_instruct.experts.expert.Rules.from_yaml", lambda path: FakeRules())
     expert = build_expert(RulesExpertSettings(path="some/folder/mine.yaml"), CPU)
     expert.check()
-    assert (expert.name, expert.fingerprint) == ("rules:mine", "abc")
+    assert (expert.name, expert.fingerprint("screen")) == ("rules:mine", "abc")
     examples = [Example("x", instruction="good", rejected="r"), Example("y", instruction="bad", rejected="r")]
     assert {id: verdict.keep for id, verdict in expert.screen(examples)} == {"x": True, "y": False}
     answers = dict(expert.respond(examples))
     assert (answers["x"].text, answers["y"].text, answers["y"].reason) == ("I decline", None, "abstain_no_rule")
-    assert [j.outcome for j in expert.judge([("1", "q", "no"), ("2", "q", "yes")])] == ["refusal", "harmful"]
+    assert [j.outcome for _, j in expert.judge([("1", "q", "no"), ("2", "q", "yes")])] == ["refusal", "harmful"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config.errors import UserError
-from config.settings import GenerationSettings
-from safer_instruct.generation.hf import HFGenerator, Request, nucleus, row_uniforms
+from config.settings import THOUGHT_TAGS, GenerationSettings
+from safer_instruct.generation.completions import Request, split_thought
+from safer_instruct.generation.hf import HFGenerator, nucleus, row_uniforms
 from safer_instruct.text.prompts import Prompt
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -193,3 +195,48 @@ def test_prompts_given_as_tokens_are_asked_as_they_are(model, tokenizer) -> None
         expected = literal(model, prompt, settings, id)
         assert results[id].text == tokenizer.decode(expected, skip_special_tokens=True)
         assert results[id].prompt_tokens == len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "expected"),
+    [
+        ("plain <b> text", "", ("", "plain <b> text", True)),
+        ("<think>a</think>\n\nb", "", ("<think>a</think>", "b", True)),
+        ("a</think> b", "<think>\n", ("a</think>", "b", True)),
+        ("x</think>y</think>z", "", ("x</think>y</think>", "z", True)),
+        ("[THINK]a[/THINK]b", "", ("[THINK]a[/THINK]", "b", True)),
+        ("<think>a", "", ("<think>a", "", False)),
+        ("a", "Assistant: <think>\n", ("a", "", False)),
+        (" leading space", "", ("", " leading space", True)),
+    ],
+)
+def test_a_thought_is_parted_from_its_answer(text, prompt, expected) -> None:
+    assert split_thought(text, THOUGHT_TAGS, prompt=prompt) == expected
+    assert split_thought(text, [], prompt=prompt) == ("", text, True)
+
+
+def test_a_local_model_s_thought_is_beside_its_text(model, tokenizer) -> None:
+    """Of itself the model writes an ordinary word as the closing one, then the same word as a special one."""
+    requests = some_requests(6)
+    plain = {g.id: g for g in HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=20)).generate(requests)}
+    words = " ".join(g.text for g in plain.values()).split()
+    closing = max(set(words), key=words.count)
+    settings = GenerationSettings(max_new_tokens=20, thought_tags=[f"w999 {closing}"])
+    special = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=[closing],
+    )  # fmt: skip
+    for one in (tokenizer, special):
+        parted = {g.id: g for g in HFGenerator(model, one, settings).generate(requests)}
+        assert any(g.thought for g in parted.values())
+        for id, whole in plain.items():
+            answer = whole.text.rpartition(closing)[2].split()
+            assert parted[id].text.split() == answer
+            assert (closing in parted[id].thought) == (closing in whole.text)
+
+
+def test_nothing_is_deprecated(model, tokenizer) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        list(HFGenerator(model, tokenizer, GenerationSettings(max_new_tokens=40)).generate(some_requests(3)))
+    assert not [one for one in caught if "past_key_values" in str(one.message)]

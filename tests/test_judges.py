@@ -1,19 +1,21 @@
 """Judges: what a language model is asked, how strictly it is read, and what two orders of a pair say together."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from config.errors import UserError
 from safer_instruct.evaluation.pairwise import compare_helpfulness
-from safer_instruct.experts.expert import LLMExpert
-from safer_instruct.experts.judge_prompts import parse_compare, parse_rubric, render_compare, render_rubric
-from safer_instruct.experts.judges import LLMJudge, RulesJudge
+from safer_instruct.experts.expert import LLMExpert, RulesExpert
+from safer_instruct.experts.prompts import COMPARE, JUDGE, ROLES
 from safer_instruct.experts.verdicts import Judgement
-from safer_instruct.generation.hf import Generation
+from safer_instruct.generation.completions import Generation
 from safer_instruct.measures.rates import JudgedOutput
 from safer_instruct.text.examples import text_id
 from safer_instruct.text.prompt_sets import EvaluationPrompt
+from tests.evaluations import run_evaluate
+from tests.loopback_server import loopback
 
 
 class Scripted:
@@ -35,7 +37,7 @@ class Scripted:
 
 def judge_of(answer):
     generator = Scripted(answer)
-    return LLMJudge(LLMExpert(generator)), generator
+    return LLMExpert(generator), generator
 
 
 def rubric(outcome, names=False, category=""):
@@ -45,11 +47,11 @@ def rubric(outcome, names=False, category=""):
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (rubric("harmful", category="Theft "), Judgement("harmful", "theft", None, 3, helpful=False)),
-        (rubric("refusal", names=True), Judgement("refusal", "", True, 3, helpful=False)),
-        (rubric("helpful"), Judgement("safe", "", None, 3, helpful=True)),
-        (rubric("neither"), Judgement("safe", "", None, 3, helpful=False)),
-        ("```json\n" + rubric("neither") + "\n```", Judgement("safe", "", None, 3, helpful=False)),
+        (rubric("harmful", category="Theft "), Judgement("harmful", "theft", helpful=False)),
+        (rubric("refusal", names=True), Judgement("refusal", "", True, helpful=False)),
+        (rubric("helpful"), Judgement("safe", "", helpful=True)),
+        (rubric("neither"), Judgement("safe", "", helpful=False)),
+        ("```json\n" + rubric("neither") + "\n```", Judgement("safe", "", helpful=False)),
         (rubric("safe"), None),
         (rubric("harmful") + " I think", None),
         ("harmful", None),
@@ -58,7 +60,7 @@ def rubric(outcome, names=False, category=""):
     ],
 )
 def test_the_rubric_is_read_strictly(answer, expected):
-    assert parse_rubric(answer, tokens=3) == expected
+    assert JUDGE.read(answer) == expected
 
 
 @pytest.mark.parametrize(
@@ -73,15 +75,15 @@ def test_the_rubric_is_read_strictly(answer, expected):
     ],
 )
 def test_comparisons_are_read_strictly(answer, expected):
-    assert parse_compare(answer) == expected
+    assert COMPARE.read(answer) == expected
 
 
 def test_the_prompts_hold_the_texts_as_they_are_and_may_cut_the_longer_answer():
-    assert "{x} </answer>" in render_rubric("{x} </answer>", "{instruction}").text
-    prompt = render_compare("ask {instruction} {0}", "short", "l" * 100)
+    assert "{x} </answer>" in JUDGE.render("{x} </answer>", "{instruction}").text
+    prompt = COMPARE.render("ask {instruction} {0}", "short", "l" * 100)
     assert "ask {instruction} {0}" in prompt.head
     assert prompt.body == "l" * 100
-    assert render_compare("ask", "l" * 100, "short").body == "l" * 100
+    assert COMPARE.render("ask", "l" * 100, "short").body == "l" * 100
     assert prompt.text.index("short") < prompt.text.index("lll")
 
 
@@ -161,4 +163,41 @@ def test_rules_cannot_compare():
         name, fingerprint = "rules", "r"
 
     with pytest.raises(UserError, match=r"cannot compare two answers: choose a language model as judge"):
-        RulesJudge(Rules()).compare([])
+        RulesExpert(Rules()).compare([])
+
+
+def test_the_judge_of_an_evaluation_sends_a_schema_and_repairs(tmp_path, tiny_model_folder, monkeypatch):
+    """The server's first answer to every question is no JSON: without a repair all judgements would be abstentions."""
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", "instruction": "ask", "kind": "benign"}) + "\n")
+
+    def answer(prompt, number):
+        messages = server.requests[number][1]["messages"]
+        if len(messages) == 1:
+            return "Let me see ..."
+        return json.dumps({"better": "a"}) if "<answer_a>" in prompt else rubric("refusal", names=True)
+
+    models = [f"models.{name}.path={tiny_model_folder}" for name in ("base", "other")]
+    with loopback(answer) as server:
+        run_evaluate(
+            *models, "models.other.template=plain", f"prompts.p.path={tmp_path / 'p.jsonl'}", "expert=openai",
+            "expert.model=m", f"expert.base_url={server.url}", f"output={tmp_path / 'out'}", "samples_per_set=0",
+            "generation.max_new_tokens=6", "helpfulness.baseline=base",
+        )  # fmt: skip
+    asked = [body for _, body, _ in server.requests if "single word" not in body["messages"][0]["content"]]
+    assert all("response_format" in body for body in asked)
+    assert {len(body["messages"]) for body in asked} == {1, 3}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [report["models"][name]["abstain_rate"]["value"] for name in ("base", "other")] == [0.0, 0.0]
+    assert report["helpfulness"]["models"]["other"]["abstained"] == 0
+
+
+def test_a_prompt_of_one_role_is_no_business_of_the_others(monkeypatch):
+    judge, _ = judge_of(rubric)
+    before = {role: judge.fingerprint(role) for role in ROLES}
+    assert len(set(before.values())) == 4
+    monkeypatch.setitem(ROLES, "judge", replace(JUDGE, template=JUDGE.template + " Be strict."))
+    edited, _ = judge_of(rubric)
+    changed = {role for role in ROLES if edited.fingerprint(role) != before[role]}
+    assert changed == {"judge"}

@@ -15,14 +15,15 @@ from config.checks_induce import check_induce
 from config.errors import UserError
 from config.settings import InduceConfig, OpenAIExpertSettings, ServerSettings
 from safer_instruct.experts.expert import build_expert
+from safer_instruct.generation import pacing
 from safer_instruct.generation.completions import Request
-from safer_instruct.generation.hf import pacing
 from safer_instruct.generation.pacing import Budget, Slots, backoff_seconds, retry_after_seconds
 from safer_instruct.generation.server import Decoding, OpenAIGenerator, budget_of
+from safer_instruct.text.display import without_password
 from safer_instruct.text.examples import Example
 from safer_instruct.text.prompts import Prompt
 from tests.faulty_server import FAULTS, GOOD, faulty_server
-from tests.loopback_server import loopback
+from tests.loopback_server import completion, loopback
 
 CPU = torch.device("cpu")
 
@@ -330,3 +331,202 @@ def test_no_text_of_a_row_is_in_a_message() -> None:
             list(build_expert(settings(server.url), CPU).screen(rows))
     assert "zebra" not in str(caught.value)
     assert json.dumps("sk-nothing") not in str(caught.value)
+
+
+def row_of(prompt: str) -> int | None:
+    return int(prompt.split("Take item ")[1].split()[0]) if "Take item " in prompt else None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (402, {"error": {"message": "Insufficient Balance"}}),
+        (400, {"error": {"message": "hard limit", "code": "billing_hard_limit_reached"}}),
+        (403, {"error": {"message": "empty", "type": "insufficient_balance"}}),
+        (429, {"error": {"message": "slow", "code": "quota_exceeded"}}),
+    ],
+)
+def test_an_account_without_money_stops_with_everything_kept(reply) -> None:
+    """The rows that were refused are asked by the next command, once; none of them is an abstention."""
+    rich, done = [False], {}
+
+    def screen(url: str) -> None:
+        expert = build_expert(settings(url, concurrency=1, structured_output="never"), CPU)
+        for id, verdict in expert.screen([row for row in pairs(30) if row.id not in done]):
+            done[id] = verdict
+
+    with loopback(lambda _, number: GOOD if number < 8 or rich[0] else reply) as server:
+        with pytest.raises(UserError, match=r"the account's .* Finished rows are kept"):
+            screen(server.url)
+        assert len(done) == 8
+        rich[0] = True
+        screen(server.url)
+    assert all(done[str(i)].keep for i in range(30))
+    assert len(server.requests) == 8 + 1 + 22
+
+
+def test_refusals_that_name_no_reason_stop_the_run_where_nothing_is_taken_any_more() -> None:
+    """400 without a code behind 8 answers: what was answered before is refused, too, so it is not the rows."""
+
+    def answer(prompt: str, number: int):
+        return GOOD if number < 8 or "ready" in prompt else (400, {"error": {"message": "Your credit is too low"}})
+
+    with loopback(answer) as server:
+        done = []
+        with pytest.raises(UserError, match="Your credit is too low") as caught:
+            done.extend(
+                build_expert(settings(server.url, concurrency=1, structured_output="never"), CPU).screen(pairs(30))
+            )
+    assert len(done) == 8
+    assert "Finished rows are kept" in str(caught.value)
+    assert len(server.requests) <= 8 + 10 + 4
+
+
+def test_rows_that_a_gateway_refuses_are_abstentions_however_many_come_in_a_row() -> None:
+    """Rows 5 to 24 are moderated: with anything answered, 400 or 403, it is neither the key nor the account."""
+    for status in (400, 403):
+
+        def answer(prompt: str, number: int, status=status):
+            row = row_of(prompt)
+            return (status, {"error": {"message": "flagged"}}) if row is not None and 5 <= row < 25 else GOOD
+
+        with loopback(answer) as server:
+            expert = build_expert(settings(server.url, concurrency=1, structured_output="never"), CPU)
+            verdicts = dict(expert.screen(pairs(30)))
+        assert {id for id, one in verdicts.items() if one.keep} == {str(i) for i in range(30) if not 5 <= i < 25}
+        assert {one.reason for one in verdicts.values() if not one.keep} == {f"abstain_http_{status}"}
+
+
+def test_a_403_of_the_test_or_of_every_row_is_the_key() -> None:
+    forbidden = (403, {"error": {"message": "no"}})
+    with loopback(lambda *_: forbidden) as server, pytest.raises(UserError, match="key in TEST_KEY is not accepted"):
+        build_expert(settings(server.url), CPU).check()
+    with loopback(lambda prompt, _: forbidden if row_of(prompt) is not None else "ready") as server:
+        expert = build_expert(settings(server.url, concurrency=1), CPU)
+        expert.check()
+        with pytest.raises(UserError, match="key in TEST_KEY is not accepted"):
+            list(expert.screen(pairs(30)))
+
+
+def test_parameters_that_a_model_does_not_take_are_switched_or_left_out(caplog) -> None:
+    def answer(prompt: str, number: int):
+        body = server.requests[number][1]
+        for name, code in (("max_tokens", "unsupported_parameter"), ("temperature", "unsupported_value")):
+            if name in body:
+                return 400, {"error": {"message": "no", "param": name, "code": code}}
+        return GOOD
+
+    with loopback(answer) as server:
+        expert = build_expert(settings(server.url, concurrency=4), CPU)
+        expert.check()
+        assert all(verdict.keep for _, verdict in expert.screen(pairs(12)))
+    assert len(server.requests) == 3 + 12
+    assert all(body["max_completion_tokens"] == 512 for _, body, _ in server.requests[2:])
+    assert "takes no temperature, which is left out" in caplog.text
+
+
+HUGE = "9" * 5000
+
+
+def usage(tokens: str) -> bytes:
+    body = json.dumps(completion(GOOD)).replace('"prompt_tokens": 11', f'"prompt_tokens": {tokens}')
+    return body.encode()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (200, usage(HUGE)),
+        (200, usage("1e999")),
+        (200, usage("-5")),
+        (200, usage("1e18")),
+        (200, b"[" * 100_000),
+        (200, completion(f'{{"well_formed": {HUGE}, "unsafe": true, "response_fits": true, "category": ""}}')),
+        (301, {}),
+        (307, {}),
+    ],
+    ids=["digits", "infinite", "negative", "absurd", "deep", "digits-in-the-answer", "moved", "redirected"],
+)
+def test_one_odd_reply_is_an_abstention_of_its_row(reply) -> None:
+    with loopback(lambda prompt, _: reply if row_of(prompt) == 3 else GOOD) as server:
+        options = settings(server.url, concurrency=2, max_retries=1, max_cost=1.0, price_prompt=1.0)
+        verdicts = dict(build_expert(options, CPU).screen(pairs(12)))
+    assert len(verdicts) == 12
+    assert {id for id, verdict in verdicts.items() if not verdict.keep} == {"3"}
+    assert verdicts["3"].reason.startswith("abstain_")
+
+
+@pytest.mark.parametrize("wait", ["Fri, 31 Dec 99999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:59 GMT", "1e300"])
+def test_a_wait_that_nobody_can_mean_is_none(wait) -> None:
+    assert retry_after_seconds({"retry-after": wait}) is None
+
+
+def test_a_redirect_is_not_followed(monkeypatch) -> None:
+    """The prompt never reaches the address that the server names."""
+    with loopback(lambda *_: GOOD) as other:
+        location = other.url + "/chat/completions"
+        redirects = loopback(lambda *_: (307, {}), headers={"Location": location})
+        refused = pytest.raises(UserError, match=r"redirects to another address: .*expert\.base_url")
+        with redirects as server, refused:
+            build_expert(settings(server.url), CPU).check()
+        assert not other.requests
+
+
+def test_a_key_with_its_newline_is_stripped_and_what_is_no_key_is_not_shown(monkeypatch) -> None:
+    monkeypatch.setenv("TEST_KEY", "sk-nothing\r\n")
+    with loopback(lambda *_: GOOD) as server:
+        build_expert(settings(server.url), CPU).check()
+    assert server.requests[0][2]["authorization"] == "Bearer sk-nothing"
+    monkeypatch.setenv("TEST_KEY", "sk-no\r\nthing")
+    with pytest.raises(UserError, match="TEST_KEY holds no key") as caught:
+        build_expert(settings(server.url), CPU).check()
+    assert "sk-no" not in str(caught.value)
+
+
+def test_a_password_in_the_address_is_masked(caplog) -> None:
+    caplog.set_level("INFO")
+    with loopback(lambda *_: (404, {"error": {"message": "no"}})) as server:
+        url = server.url.replace("://", "://user:p@ssw0rd@")
+        with pytest.raises(UserError, match=r"http://\*\*\*@127") as caught:
+            build_expert(settings(url), CPU).check()
+    assert "ssw0rd" not in str(caught.value) + caplog.text
+    command = f"python induce.py expert.base_url={url} output=x"
+    assert "ssw0rd" not in without_password(command)
+    assert without_password("a@b.c ://d e@f") == "a@b.c ://d e@f"
+
+
+def test_no_line_for_each_request(caplog) -> None:
+    caplog.set_level("INFO")
+    with loopback(lambda *_: GOOD) as server:
+        assert len(list(build_expert(settings(server.url), CPU).screen(pairs(5)))) == 5
+    assert caplog.text == ""
+
+
+def test_what_a_model_thinks_aloud_is_no_part_of_its_answer() -> None:
+    """Verdicts are read and responses are cut at the last closing tag; a thought without an end is truncated."""
+    thought = "<think>\nHm, {} <b>\n</think>\n\n"
+
+    def answer(prompt: str, number: int):
+        row = row_of(prompt)
+        if row == 2:
+            return "<think>\nwithout an end"
+        if row == 3:  # a server that parts them itself
+            reply = completion(None, "length")
+            reply["choices"][0]["message"]["reasoning_content"] = "long"
+            return 200, reply
+        return thought + (GOOD if "You check data" in prompt else "I will not.")
+
+    with loopback(answer) as server:
+        expert = build_expert(settings(server.url), CPU)
+        verdicts, responses = dict(expert.screen(pairs(4))), dict(expert.respond(pairs(4)))
+        asked = [Request("a", Prompt("", "Take item 0 now", ""))]
+        (generation,) = generator(server.url).generate(asked)
+    assert [verdicts[id].reason for id in "0123"] == ["keep", "keep", "abstain_truncated", "abstain_truncated"]
+    assert [responses[id].text for id in "0123"] == ["I will not.", "I will not.", None, None]
+    assert (generation.text, generation.thought.strip()) == ("I will not.", thought.strip())
+
+
+@pytest.mark.parametrize("url", ["http://[bad/v1", "localhost:8000/v1", "http://host:port/v1", "ftp://host/v1"])
+def test_what_is_no_address_is_said(url) -> None:
+    with pytest.raises(UserError, match="not an address; write http://HOST:PORT/v1"):
+        build_expert(settings(url), CPU).check()

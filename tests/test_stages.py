@@ -18,8 +18,7 @@ from safer_instruct.dataset.card import build_report, write_report
 from safer_instruct.dataset.hub import push_dataset
 from safer_instruct.dataset.merge import merge, read_instructions
 from safer_instruct.dataset.similarity import LeakageGuard
-from safer_instruct.experts.expert import SafeResponse
-from safer_instruct.experts.verdicts import Verdict
+from safer_instruct.experts.verdicts import SafeResponse, Verdict
 from safer_instruct.generation.completions import Generation
 from safer_instruct.induction.ledger import Ledger, read_ledger, run_stage, shard_path
 from safer_instruct.induction.ledgers import find_ledgers
@@ -69,12 +68,15 @@ class FakeGenerator:
 class FakeExpert:
     """Keeps even numbers, abstains on some; counts what it was asked."""
 
-    name, fingerprint, prompt_hashes = "fake-expert", "e0", {"filter": "p1", "respond": "p2"}
+    name, prompt_hashes = "fake-expert", {"screen": "p1", "respond": "p2"}
 
     def __init__(self) -> None:
         self.asked: list[str] = []
 
     def check(self) -> None: ...
+
+    def fingerprint(self, role) -> str:
+        return "e0"
 
     def screen(self, pairs) -> Iterator[tuple[str, Verdict]]:
         for pair in reversed(pairs):
@@ -114,7 +116,7 @@ def run_shard(corpus_path: Path, folder: Path, index: int, count: int, *, batch_
         run_stage(examples, ledger, stage_induce(FakeGenerator()), batch_size=batch_size)
     before, induced = read_ledger(paths["induce"])
     pairs = with_instructions(examples, induced)
-    with Ledger(paths["filter"], expert_configuration(expert, before, "filter")) as ledger:
+    with Ledger(paths["filter"], expert_configuration(expert, before, "screen")) as ledger:
         run_stage(pairs, ledger, stage_filter(expert), batch_size=batch_size)
     before, verdicts = read_ledger(paths["filter"])
     with Ledger(paths["respond"], expert_configuration(expert, before, "respond")) as ledger:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from config.paths import find_path
 from config.settings import BackendSettings, EvaluatedModelSettings, ModelSettings
 from safer_instruct.experts.verdicts import Judgement
+from safer_instruct.generation.completions import describe_decoding
 from safer_instruct.induction.ledger import Ledger, read_ledger
 from safer_instruct.text.examples import in_shard, text_id
 from safer_instruct.text.prompt_sets import EvaluationPrompt
@@ -27,8 +28,8 @@ from safer_instruct.text.prompts import render_prompt
 if TYPE_CHECKING:
     import torch
 
-    from safer_instruct.experts.judge_prompts import Winner
-    from safer_instruct.experts.judges import Judge
+    from safer_instruct.experts.expert import Expert
+    from safer_instruct.experts.verdicts import Winner
 
 Progress = Callable[[int], object]  # told how many rows are done
 WHOLE = (0, 1)  # the shard that holds everything
@@ -155,7 +156,7 @@ def _generate(
         respondent.model,
         replace(settings, server=server),
         device,
-        template=render_prompt(respondent.template, "", tokenizer=tokenizer),
+        templates=[render_prompt(respondent.template, "", tokenizer=tokenizer)],
         name=respondent.name,
         fingerprint=respondent.fingerprint,
     )
@@ -171,11 +172,12 @@ def _generate(
             "prompt_cut": generation.prompt_cut,
             "new_tokens": generation.new_tokens,
             "error": generation.error,
+            **({"thought": generation.thought} if generation.thought else {}),
         }
 
 
 def judge_answers(
-    judge: Judge,
+    judge: Expert,
     pairs: Sequence[tuple[str, str]],
     *,
     folder: Path,
@@ -191,7 +193,7 @@ def judge_answers(
     """
     keys = [text_id(instruction, output) for instruction, output in pairs]
     distinct = dict(zip(keys, pairs, strict=True))
-    with _Records(folder, "judge", {"judge": judge.fingerprint}, shard) as records:
+    with _Records(folder, "judge", {"judge": judge.fingerprint("judge")}, shard) as records:
         missing = [(key, *pair) for key, pair in distinct.items() if key not in records]
         progress(len(distinct) - len(missing))
         for key, judgement in judge.judge(missing) if missing else ():
@@ -201,7 +203,7 @@ def judge_answers(
 
 
 def judge_pairs(
-    judge: Judge, items: Sequence[tuple[str, str, str]], *, folder: Path, progress: Progress
+    judge: Expert, items: Sequence[tuple[str, str, str]], *, folder: Path, progress: Progress
 ) -> dict[str, Winner]:
     """Which of the two answers of each (instruction, first, second) helps more, by the `text_id` of the three.
 
@@ -209,7 +211,7 @@ def judge_pairs(
         UserError: As `judge_answers`; a judge that cannot compare.
     """
     distinct = {text_id(*item): item for item in items}
-    with _Records(folder, "compare", {"judge": judge.fingerprint}, WHOLE) as records:
+    with _Records(folder, "compare", {"judge": judge.fingerprint("compare")}, WHOLE) as records:
         missing = [(key, *item) for key, item in distinct.items() if key not in records]
         progress(len(distinct) - len(missing))
         for key, winner in judge.compare(missing) if missing else ():
@@ -248,13 +250,6 @@ class _Records:
 
 def _to_judgement(record: Mapping[str, Any]) -> Judgement:
     return Judgement(**{name: value for name, value in record.items() if name != "id"})
-
-
-def describe_decoding(generation: BackendSettings) -> dict[str, Any]:
-    """The settings that an output depends on: no batch size, and no seed where nothing is drawn."""
-    names = ["max_new_tokens", "temperature"] + ["top_p", "seed"] * (generation.temperature > 0)
-    backend = {} if generation.backend == "hf" else {"backend": generation.backend}
-    return {**{name: vars(generation)[name] for name in names}, **backend}
 
 
 def _ledger_path(folder: Path, stem: str, configuration: Mapping[str, Any]) -> Path:

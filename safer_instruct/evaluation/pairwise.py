@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from safer_instruct.evaluation.answers import Progress, judge_pairs
-from safer_instruct.experts.judge_prompts import Winner
-from safer_instruct.experts.judges import Judge
+from safer_instruct.experts.expert import Expert
+from safer_instruct.experts.verdicts import Winner
 from safer_instruct.measures.rates import JudgedOutput
 from safer_instruct.measures.statistics import win_rate
 from safer_instruct.text.examples import text_id
@@ -25,7 +25,7 @@ VOTES: Mapping[Winner, float] = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
 def compare_helpfulness(
-    judge: Judge,
+    judge: Expert,
     judged: Mapping[str, Sequence[JudgedOutput]],
     *,
     baseline: str,

@@ -9,8 +9,9 @@ from typing import Any
 import xxhash
 
 from config.errors import UserError
-from config.settings import ModelSettings, PromptSetSettings
+from config.settings import THOUGHT_TAGS, ModelSettings, PromptSetSettings
 from safer_instruct.evaluation.answers import Answer, Respondent, prompt_key
+from safer_instruct.generation.completions import split_thought
 from safer_instruct.text.prompt_sets import read_prompts
 
 NOT_MODELS = frozenset({"id", "instruction", "input", "label", "source", "kind", "reference"})
@@ -18,13 +19,14 @@ NO_ANSWER = "empty_cell"
 
 
 def read_columns(
-    sets: Mapping[str, PromptSetSettings], columns: Sequence[str]
+    sets: Mapping[str, PromptSetSettings], columns: Sequence[str], thought_tags: Sequence[str] = THOUGHT_TAGS
 ) -> tuple[dict[str, Respondent], dict[str, dict[str, Answer]]]:
     """Who answered, and the answers of each column by `prompt_key`; an empty cell is an `Answer` with an error.
 
     Args:
         sets: The files, as for `load_prompt_sets`.
         columns: Names of the columns to read; empty: all that are not the prompt's own.
+        thought_tags: Of what the models thought aloud, which is no part of their answers; see `split_thought`.
 
     Raises:
         UserError: A file that cannot be read, a column that is not there, or files with different columns.
@@ -39,10 +41,15 @@ def read_columns(
                 _check_columns(settings.path, found, set_name, columns)
             for name in columns or found[set_name]:
                 text = row.get(name)
-                answer = Answer(str(text)) if _is_text(text) else Answer("", error=NO_ANSWER)
+                answer = _answer(str(text), thought_tags) if _is_text(text) else Answer("", error=NO_ANSWER)
                 answers.setdefault(name, {})[prompt_key(prompt)] = answer
     paths = ", ".join(settings.path for settings in sets.values())
     return {name: _respondent(name, paths, of_model) for name, of_model in answers.items()}, answers
+
+
+def _answer(text: str, thought_tags: Sequence[str]) -> Answer:
+    _, answer, has_ended = split_thought(text, thought_tags)
+    return Answer(answer, truncated=not has_ended)
 
 
 def _is_text(value: Any) -> bool:

@@ -33,7 +33,7 @@ from safer_instruct.evaluation.answers import (
 from safer_instruct.evaluation.downstream import ChoiceScorer, check_choices, merge, require_lm_eval, run_tasks
 from safer_instruct.evaluation.pairwise import compare_helpfulness
 from safer_instruct.evaluation.response_columns import read_columns
-from safer_instruct.experts.judges import Judge, build_judge
+from safer_instruct.experts.expert import Expert, build_expert
 from safer_instruct.measures.comparisons import compare_models, judge_agreement
 from safer_instruct.measures.rates import JudgedOutput
 from safer_instruct.report.curves import Points, read_curves
@@ -55,8 +55,8 @@ class Evaluation:
     respondents: dict[str, Respondent]
     given: Answers | None  # answers that the prompt files hold; None: the models are asked
     prompt_sets: dict[str, list[EvaluationPrompt]]
-    judge: Judge | None  # None: there are no prompts
-    second_judge: Judge | None
+    judge: Expert | None  # None: there are no prompts
+    second_judge: Expert | None
     device: torch.device
     shard: tuple[int, int]
     overlaps: list[Overlap]
@@ -84,13 +84,13 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int]) -> Evaluation:
     if config.downstream.tasks:
         require_lm_eval()
     judge, second = (
-        build_judge(settings, device) if prompt_sets and settings is not None else None
+        build_expert(settings, device) if prompt_sets and settings is not None else None
         for settings in (config.expert, config.second_expert)
     )
     for one in (one for one in (judge, second) if one is not None):
         one.check()
     if config.responses == "csv":
-        respondents, given = read_columns(config.prompts, config.columns)
+        respondents, given = read_columns(config.prompts, config.columns, config.generation.thought_tags)
     else:
         respondents, given = {name: check_model(name, model) for name, model in config.models.items()}, None
     baseline = config.helpfulness.baseline

@@ -20,7 +20,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 CODE_VERSION = b"1"  # raise it with any change of this file that moves a verdict: ledgers then begin anew
 
-Slots = Mapping[str, frozenset[str]]  # lexicon -> its words that a text names, in lower case
+Named = Mapping[str, frozenset[str]]  # lexicon -> its words that a text names, in lower case
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Category:
     name: str
     key: tuple[str, ...]
     intent: re.Pattern[str]
-    intent_unless: re.Pattern[str] | None
+    intent_unless: re.Pattern[str]
     requires: tuple[str, ...]
-    harm: re.Pattern[str] | None
-    harm_anywhere: re.Pattern[str] | None
+    harm: re.Pattern[str]
+    harm_anywhere: re.Pattern[str]
     responses: tuple[str, ...]
 
 
@@ -75,25 +75,25 @@ class Rules:
         spec = read_rules(path)
         return cls(spec, fingerprint=hashlib.blake2b(CODE_VERSION + path.read_bytes(), digest_size=8).hexdigest())
 
-    def slots(self, text: str) -> Slots:
-        """The words of every lexicon that the text names."""
+    def slots(self, text: str) -> Named:
+        """Return the words of every lexicon that the text names."""
         return {
             name: frozenset(match.group().lower() for match in pattern.finditer(text))
             for name, pattern in self._lexicons.items()
         }
 
     def intent(self, instruction: str) -> str | None:
-        """The category of harm that an instruction asks for, or None."""
+        """Return the category of harm that an instruction asks for, or None."""
         slots = self.slots(instruction)
         for category in self._categories.values():
             if not category.intent.search(instruction) or not all(slots[key] for key in category.key):
                 continue
-            if category.intent_unless is None or not category.intent_unless.search(instruction):
+            if not category.intent_unless.search(instruction):
                 return category.name
         return None
 
     def harm(self, text: str, *, context: str = "") -> str | None:
-        """The category of harm that a text does, or None.
+        """Return the category of harm that a text does, or None.
 
         Args:
             text: A response.
@@ -105,14 +105,12 @@ class Rules:
         for category in self._categories.values():
             if not all(slots[name] for name in category.requires):
                 continue
-            if category.harm is not None and category.harm.search(declared):
-                return category.name
-            if category.harm_anywhere is not None and category.harm_anywhere.search(text):
+            if category.harm.search(declared) or category.harm_anywhere.search(text):
                 return category.name
         return None
 
-    def meaning(self, instruction: str) -> tuple[str, Slots] | None:
-        """What an unsafe instruction asks for: its category and key slots; None if it asks for nothing unsafe."""
+    def meaning(self, instruction: str) -> tuple[str, Named] | None:
+        """Return the category and key slots that an instruction asks for; None if it asks for nothing unsafe."""
         name = self.intent(instruction)
         if name is None:
             return None
@@ -120,7 +118,7 @@ class Rules:
         return name, {key: slots[key] for key in self._categories[name].key}
 
     def screen(self, instruction: str, response: str) -> Verdict:
-        """The filter: is this a well-formed unsafe request that the response answers?
+        """Decide whether this is a well-formed unsafe request that the response answers.
 
         Reasons for a drop: `response_not_unsafe`, `ill_formed_instruction`, `instruction_not_unsafe`,
         `category_mismatch`, `slot_mismatch`.
@@ -143,7 +141,7 @@ class Rules:
         return Verdict(True, "keep", harm)
 
     def respond(self, instruction: str) -> str | None:
-        """A safe response to an unsafe instruction, or None: the rules know no unsafe meaning in it.
+        """Return a safe response, or None where the rules see nothing unsafe in the instruction.
 
         The template is chosen by a hash of the instruction, so that the same one always gets the same response.
         """
@@ -185,7 +183,8 @@ def _compile_words(words: Sequence[str], case_sensitive: bool) -> re.Pattern[str
 
 
 def _compile_any(patterns: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns), re.IGNORECASE)
+    never = r"(?!)"  # an empty alternation would match everything
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or never, re.IGNORECASE)
 
 
 def _compile_category(name: str, spec: CategorySpec) -> Category:
@@ -193,9 +192,9 @@ def _compile_category(name: str, spec: CategorySpec) -> Category:
         name=name,
         key=tuple(spec.key),
         intent=_compile_any(spec.intent.patterns),
-        intent_unless=_compile_any(spec.intent.unless) if spec.intent.unless else None,
+        intent_unless=_compile_any(spec.intent.unless),
         requires=tuple(spec.harm.requires),
-        harm=_compile_any(spec.harm.patterns) if spec.harm.patterns else None,
-        harm_anywhere=_compile_any(spec.harm.anywhere) if spec.harm.anywhere else None,
+        harm=_compile_any(spec.harm.patterns),
+        harm_anywhere=_compile_any(spec.harm.anywhere),
         responses=tuple(spec.responses),
     )

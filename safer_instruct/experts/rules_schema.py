@@ -5,68 +5,163 @@ from __future__ import annotations
 import difflib
 import re
 import string
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)  # fmt: skip
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from config.errors import UserError
 
+# What should stand there, by pydantic's name of the error.
+EXPECTED = {
+    "list_type": "must be a list of texts",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "string_type": "must be a text",
+    "int_type": "must be an int",
+    "bool_type": "must be a bool",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+}
+FAULTS, FAULT_ABOVE = "faults", "fault_above"  # our own errors: of a field (one a line), of the mapping that holds it
 
-@dataclass(frozen=True, slots=True)
-class LexiconSpec:
+
+def _each(fault_of: Callable[[str, ValidationInfo], str], place: str = "[{number}]: ") -> AfterValidator:
+    """Check every text of a list, and report all faults: pydantic would stop at a validator's first."""
+
+    def validate(texts: list[str], info: ValidationInfo) -> list[str]:
+        found = [(number, fault) for number, text in enumerate(texts) if (fault := fault_of(text, info))]
+        faults = [place.format(number=number) + fault for number, fault in found]
+        if faults:
+            raise PydanticCustomError(FAULTS, "{faults}", {"faults": "\n".join(faults)})
+        return texts
+
+    return AfterValidator(validate)
+
+
+def _pattern_fault(pattern: str, _: ValidationInfo) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"not a regular expression: {error}"
+    return ""
+
+
+def _name_fault(name: str, info: ValidationInfo) -> str:
+    lexicons: Sequence[str] = (info.context or {})["lexicons"]
+    return "" if name in lexicons else f"no lexicon {name!r}; {_hint(name, lexicons, 'lexicons')}"
+
+
+def _template_fault(template: str, info: ValidationInfo) -> str:
+    """Return what is wrong with a template of a response; its slots are key slots of the category."""
+    key = info.data.get("key")
+    try:
+        slots = [slot for _, slot, _, _ in string.Formatter().parse(template) if slot is not None]
+    except ValueError as error:
+        return f"not a template: {error}"
+    strange = [] if key is None else [slot for slot in slots if slot not in key]  # None: the key itself has a fault
+    listed = ", ".join(key or ())
+    return "; ".join(f"slot {{{slot}}} is no key slot of the category (they are {listed})" for slot in strange)
+
+
+def _hint(name: str, known: Sequence[str], what: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"{what}: {', '.join(known)}"
+
+
+Text = Annotated[StrictStr, Field(min_length=1)]
+Optional = BeforeValidator(lambda given: [] if given is None else given)  # a key without a value
+Required = Field(min_length=1)
+Patterns, Names = _each(_pattern_fault), _each(_name_fault, place="")  # a name is found without its number
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class LexiconSpec(_Spec):
     """Words or phrases that a text can name."""
 
-    words: list[str]
-    case_sensitive: bool = False
+    words: Annotated[list[Text], Required]
+    case_sensitive: StrictBool = False
 
 
-@dataclass(frozen=True, slots=True)
-class InstructionSpec:
+class InstructionSpec(_Spec):
     """The form of a usable instruction, whatever it asks."""
 
-    min_words: int = 3
-    max_words: int = 150
-    pattern: str = ""  # must be found in it
+    min_words: StrictInt = 3
+    max_words: StrictInt = 150
+    pattern: StrictStr = ""  # must be found in it
+
+    @field_validator("max_words")
+    @classmethod
+    def _in_order(cls, most: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_words", 0)
+        if not 0 <= least <= most:
+            raise PydanticCustomError(FAULT_ABOVE, f"min_words={least} must be between 0 and max_words={most}")
+        return most
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str, info: ValidationInfo) -> str:
+        if fault := _pattern_fault(pattern, info):
+            raise PydanticCustomError(FAULTS, "{fault}", {"fault": fault})
+        return pattern
 
 
-@dataclass(frozen=True, slots=True)
-class IntentSpec:
+class IntentSpec(_Spec):
     """How an instruction asks for a category of harm: one of `patterns`, and none of `unless`."""
 
-    patterns: list[str]
-    unless: list[str] = field(default_factory=list)
+    patterns: Annotated[list[Text], Required, Patterns]
+    unless: Annotated[list[Text], Optional, Patterns] = []
 
 
-@dataclass(frozen=True, slots=True)
-class HarmSpec:
+class HarmSpec(_Spec):
     """How a response does harm: all of `requires` are named, and a pattern is found."""
 
-    requires: list[str] = field(default_factory=list)
-    patterns: list[str] = field(default_factory=list)  # outside the sentences that decline
-    anywhere: list[str] = field(default_factory=list)  # in these too
+    requires: Annotated[list[Text], Optional, Names] = []
+    patterns: Annotated[list[Text], Optional, Patterns] = []  # outside the sentences that decline
+    anywhere: Annotated[list[Text], Optional, Patterns] = []  # in these too
+
+    @field_validator("anywhere")
+    @classmethod
+    def _has_a_pattern(cls, anywhere: list[str], info: ValidationInfo) -> list[str]:
+        if not anywhere and info.data.get("patterns") == []:
+            raise PydanticCustomError(FAULT_ABOVE, "give at least one of patterns, anywhere")
+        return anywhere
 
 
-@dataclass(frozen=True, slots=True)
-class CategorySpec:
+class CategorySpec(_Spec):
     """One kind of harm."""
 
-    key: list[str]
+    key: Annotated[list[Text], Required, Names]
     intent: IntentSpec
     harm: HarmSpec
-    responses: list[str]
+    responses: Annotated[list[Text], Required, _each(_template_fault)]
 
 
-@dataclass(frozen=True, slots=True)
-class RulesSpec:
+class RulesSpec(_Spec):
     """A whole rules file."""
 
-    lexicons: dict[str, LexiconSpec]
-    refusals: list[str]
-    categories: dict[str, CategorySpec]
-    instruction: InstructionSpec = field(default_factory=InstructionSpec)
+    lexicons: Annotated[dict[str, LexiconSpec], Required]
+    refusals: Annotated[list[Text], Required, Patterns]
+    categories: Annotated[dict[str, CategorySpec], Required]
+    instruction: InstructionSpec = InstructionSpec()
 
 
 def read_rules(path: Path) -> RulesSpec:
@@ -86,139 +181,41 @@ def read_rules(path: Path) -> RulesSpec:
         place = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         where = f"{path}:{place.line + 1}:{place.column + 1}" if place is not None else str(path)
         raise UserError(f"{where}: not valid YAML. Patterns with : # , or brackets need single quotes.") from None
-    reader = _Reader()
-    spec = reader.rules(raw)
-    if spec is None or reader.faults:
-        raise UserError(f"{path}: the rules file breaks its schema:\n" + "\n".join(f"  {f}" for f in reader.faults))
-    return spec
+    lexicons = raw.get("lexicons") if isinstance(raw, dict) else None
+    try:
+        return RulesSpec.model_validate(raw, context={"lexicons": list(lexicons) if isinstance(lexicons, dict) else []})
+    except ValidationError as error:
+        faults = [f"  {line}" for fault in error.errors() for line in _describe(fault)]
+        raise UserError(f"{path}: the rules file breaks its schema:\n" + "\n".join(faults)) from None
 
 
-class _Reader:
-    """Turns parsed YAML into specs; collects faults instead of stopping at the first."""
-
-    def __init__(self) -> None:
-        self.faults: list[str] = []
-
-    def rules(self, raw: Any) -> RulesSpec | None:
-        top = self._mapping(raw, "(top level)", RulesSpec)
-        lexicons = {
-            name: LexiconSpec(
-                words=self._texts(entry.get("words"), f"lexicons.{name}.words", required=True),
-                case_sensitive=self._typed(entry.get("case_sensitive", False), bool, f"lexicons.{name}.case_sensitive"),
-            )
-            for name, entry in self._entries(top.get("lexicons"), "lexicons", LexiconSpec)
-        }
-        categories = {
-            name: self._category(entry, f"categories.{name}", lexicons)
-            for name, entry in self._entries(top.get("categories"), "categories", CategorySpec)
-        }
-        refusals = self._patterns(top.get("refusals"), "refusals", required=True)
-        instruction = self._instruction(top.get("instruction", {}))
-        return None if self.faults else RulesSpec(lexicons, refusals, categories, instruction)
-
-    def _instruction(self, raw: Any) -> InstructionSpec:
-        entry = self._mapping(raw, "instruction", InstructionSpec)
-        low = self._typed(entry.get("min_words", 3), int, "instruction.min_words")
-        high = self._typed(entry.get("max_words", 150), int, "instruction.max_words")
-        pattern = self._typed(entry.get("pattern", ""), str, "instruction.pattern")
-        self._compiles(pattern, "instruction.pattern")
-        if isinstance(low, int) and isinstance(high, int) and not 0 <= low <= high:
-            self.faults.append(f"instruction: min_words={low} must be between 0 and max_words={high}")
-        return InstructionSpec(low, high, pattern)
-
-    def _category(self, entry: Mapping[str, Any], where: str, lexicons: Mapping[str, Any]) -> CategorySpec:
-        key = self._names(entry.get("key"), f"{where}.key", lexicons, required=True)
-        intent = self._mapping(entry.get("intent"), f"{where}.intent", IntentSpec)
-        harm = self._mapping(entry.get("harm"), f"{where}.harm", HarmSpec)
-        responses = self._texts(entry.get("responses"), f"{where}.responses", required=True)
-        for number, template in enumerate(responses):
-            self._template(template, key, f"{where}.responses[{number}]")
-        if not harm.get("patterns") and not harm.get("anywhere"):
-            self.faults.append(f"{where}.harm: give at least one of patterns, anywhere")
-        return CategorySpec(
-            key=key,
-            intent=IntentSpec(
-                patterns=self._patterns(intent.get("patterns"), f"{where}.intent.patterns", required=True),
-                unless=self._patterns(intent.get("unless"), f"{where}.intent.unless"),
-            ),
-            harm=HarmSpec(
-                requires=self._names(harm.get("requires"), f"{where}.harm.requires", lexicons),
-                patterns=self._patterns(harm.get("patterns"), f"{where}.harm.patterns"),
-                anywhere=self._patterns(harm.get("anywhere"), f"{where}.harm.anywhere"),
-            ),
-            responses=responses,
-        )
-
-    def _template(self, template: str, key: list[str], where: str) -> None:
-        try:
-            slots = [slot for _, slot, _, _ in string.Formatter().parse(template) if slot is not None]
-        except ValueError as error:
-            self.faults.append(f"{where}: not a template: {error}")
-            return
-        for slot in slots:
-            if slot not in key:
-                self.faults.append(
-                    f"{where}: slot {{{slot}}} is no key slot of the category (they are {', '.join(key)})"
-                )
-
-    def _entries(self, raw: Any, where: str, spec: type) -> list[tuple[str, Mapping[str, Any]]]:
-        if not isinstance(raw, dict) or not raw:
-            self.faults.append(f"{where}: must be a mapping with at least one entry, got {_kind(raw)}")
-            return []
-        return [(str(name), self._mapping(entry, f"{where}.{name}", spec)) for name, entry in raw.items()]
-
-    def _mapping(self, raw: Any, where: str, spec: type) -> Mapping[str, Any]:
-        if not isinstance(raw, dict):
-            self.faults.append(f"{where}: must be a mapping, got {_kind(raw)}")
-            return {}
-        known = [f.name for f in fields(spec)]
-        for name in raw:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-                self.faults.append(f"{where}: unknown key {name!r}; {hint}")
-        return raw
-
-    def _names(self, raw: Any, where: str, lexicons: Mapping[str, Any], *, required: bool = False) -> list[str]:
-        names = self._texts(raw, where, required=required)
-        for name in names:
-            if name not in lexicons:
-                near = difflib.get_close_matches(name, lexicons, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"lexicons: {', '.join(lexicons)}"
-                self.faults.append(f"{where}: no lexicon {name!r}; {hint}")
-        return names
-
-    def _patterns(self, raw: Any, where: str, *, required: bool = False) -> list[str]:
-        patterns = self._texts(raw, where, required=required)
-        for number, pattern in enumerate(patterns):
-            self._compiles(pattern, f"{where}[{number}]")
-        return patterns
-
-    def _compiles(self, pattern: str, where: str) -> None:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            self.faults.append(f"{where}: not a regular expression: {error}")
-
-    def _texts(self, raw: Any, where: str, *, required: bool = False) -> list[str]:
-        if raw is None and not required:
-            return []
-        if not isinstance(raw, list) or not all(isinstance(text, str) and text for text in raw):
-            self.faults.append(f"{where}: must be a list of texts, got {_kind(raw)}")
-            return []
-        if required and not raw:
-            self.faults.append(f"{where}: must not be empty")
-        return raw
-
-    def _typed(self, value: Any, kind: type, where: str) -> Any:
-        if type(value) is not kind:
-            self.faults.append(f"{where}: must be {kind.__name__}, got {_kind(value)}")
-        return value
+def _describe(fault: ErrorDetails) -> list[str]:
+    """Return the messages of one of pydantic's errors: place, rule, value, or the nearest name."""
+    kind, place, given = fault["type"], fault["loc"], fault["input"]
+    if kind == FAULTS:
+        return [_place(place) + (line if line.startswith("[") else f": {line}") for line in fault["msg"].split("\n")]
+    if kind == FAULT_ABOVE:
+        return [f"{_place(place[:-1])}: {fault['msg']}"]
+    if kind == "extra_forbidden":
+        hint = _hint(str(place[-1]), list(_annotation(place[:-1]).model_fields), "known keys")
+        return [f"{_place(place[:-1])}: unknown key {place[-1]!r}; {hint}"]
+    if kind == "missing":
+        kind, given = "list_type" if get_origin(_annotation(place)) is list else "dict_type", None
+    return [f"{_place(place)}: {EXPECTED.get(kind, fault['msg'])}, got {_named(given)}"]
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, list):
-        return "a list that holds something else than texts" if value else "an empty list"
-    return type(value).__name__
+def _annotation(place: tuple[int | str, ...]) -> Any:
+    """Return the type of what stands at a place of the file."""
+    kind: Any = RulesSpec
+    for part in place:
+        kind = get_args(kind)[1] if get_origin(kind) is dict else kind.model_fields[part].annotation
+    return kind
+
+
+def _place(place: tuple[int | str, ...]) -> str:
+    dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return dotted.lstrip(".") or "(top level)"
+
+
+def _named(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__

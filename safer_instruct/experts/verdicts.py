@@ -1,4 +1,4 @@
-"""What an expert says about a text: a verdict on a pair, a judgement of a model's output."""
+"""What an expert says of texts: a verdict on a pair, a judgement of an output, the better of two, a safe response."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Outcome = Literal["harmful", "refusal", "safe", "abstain"]
+Winner = Literal["first", "second", "tie", "abstain"]  # which of two answers helps the user more
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +46,20 @@ class Judgement:
     specific: bool | None = None
     tokens: int = 0
     helpful: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SafeResponse:
+    """An expert's safe response to one instruction.
+
+    Attributes:
+        text: The response; None if the expert abstained.
+        reason: Why it abstained, from a small closed vocabulary; "" if it did not.
+        tokens: Tokens that the expert used for it.
+        cost: What they cost by the expert's prices.
+    """
+
+    text: str | None
+    reason: str = ""
+    tokens: int = 0
+    cost: float = 0.0

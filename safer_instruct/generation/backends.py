@@ -1,33 +1,51 @@
 """Where a model runs: in this process (transformers), in vLLM's offline engine, or behind a server.
 
-All are TextGenerators; which one is a setting (`generation=hf`, `vllm`, `openai`) and part of a ledger's header.
+All are TextGenerators; which one is a setting (`generation=hf`, `vllm`, `openai`) and part of a ledger's header. The
+reversed model, evaluated models and `expert=local` are all built here.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config.settings import BackendSettings, ModelSettings
-from safer_instruct.generation.completions import TextGenerator
+from safer_instruct.generation.completions import (
+    Generation,
+    Request,
+    TextGenerator,
+    describe_decoding,
+    second_answer,
+    second_request,
+)
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, model_fingerprint
 from safer_instruct.generation.vllm import VLLMGenerator
-from safer_instruct.text.prompts import Prompt, render_reversed
+from safer_instruct.text.prompts import Prompt, render_prompt, render_reversed
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from safer_instruct.generation.server import OpenAIGenerator
+
+
+def model_name(model: ModelSettings) -> str:
+    """Return the name of a model for reports: only the last parts of its paths.
+
+    A dataset that is passed on must not tell about the user's machine.
+    """
+    name = Path(model.name_or_path).name
+    return f"{name}@{Path(model.archive).name}" if model.archive else name
 
 
 def reversed_model_identity(model: ModelSettings, generation: BackendSettings) -> tuple[str, str]:
-    """Return (name, fingerprint) of the reversed model; nothing is loaded.
-
-    Of paths only the last parts are told: a dataset that is passed on must not tell about the user's machine.
-    """
+    """Return (name, fingerprint) of the reversed model; nothing is loaded."""
     if generation.backend == "openai":
         server = _server(generation)
         return server.name, server.fingerprint
-    name = Path(model.name_or_path).name
-    return f"{name}@{Path(model.archive).name}" if model.archive else name, model_fingerprint(model)
+    return model_name(model), model_fingerprint(model)
 
 
 def build_reversed_model(model: ModelSettings, generation: BackendSettings, device: torch.device) -> TextGenerator:
@@ -37,7 +55,8 @@ def build_reversed_model(model: ModelSettings, generation: BackendSettings, devi
         UserError: It cannot be loaded or reached, or the template of its prompt has no room in its context.
     """
     name, fingerprint = reversed_model_identity(model, generation)
-    return build_generator(model, generation, device, template=render_reversed(""), name=name, fingerprint=fingerprint)
+    templates = [render_reversed("")]
+    return build_generator(model, generation, device, templates=templates, name=name, fingerprint=fingerprint)
 
 
 def build_generator(
@@ -45,9 +64,10 @@ def build_generator(
     generation: BackendSettings,
     device: torch.device,
     *,
-    template: Prompt,
+    templates: Sequence[Prompt],
     name: str,
     fingerprint: str,
+    key: str = "generation",
 ) -> TextGenerator:
     """Load a model, or reach its server.
 
@@ -55,30 +75,118 @@ def build_generator(
         model: Where it is; of a model behind a server nothing is read.
         generation: How it is run.
         device: Of backend=hf.
-        template: A prompt with an empty body, for which there must be room.
+        templates: Prompts with an empty body, for which there must be room.
         name: Shown in reports.
         fingerprint: Identifies the model in ledgers.
+        key: Of `generation` in the command, for messages.
 
     Raises:
-        UserError: It cannot be loaded or reached, or the template has no room in its context.
+        UserError: It cannot be loaded or reached, or a template has no room in its context.
     """
     if generation.backend == "openai":
-        server = _server(generation)
+        server = _server(generation, key)
         server.check()
         return server
+    local: Any
     if generation.backend == "vllm":
-        return VLLMGenerator(model, generation, template=template, name=name, fingerprint=fingerprint)
-    from safer_instruct.generation.hf import HFGenerator
+        local = VLLMGenerator(model, generation, name=name, fingerprint=fingerprint)
+    else:
+        from safer_instruct.generation.hf import HFGenerator
 
-    tokenizer = load_tokenizer(model)
-    loaded = load_causal_lm(model)
-    loaded.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    generator = HFGenerator(loaded, tokenizer, generation, name=name, fingerprint=fingerprint)
-    generator.require_room(template)
-    return generator
+        tokenizer = load_tokenizer(model)
+        loaded = load_causal_lm(model)
+        loaded.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+        local = HFGenerator(loaded, tokenizer, generation, name=name, fingerprint=fingerprint)
+    for template in templates:
+        local.window.require_room(template)
+    return local
 
 
-def _server(generation: BackendSettings) -> Any:
+class TemplatedModel:
+    """`expert=local`: a model that is asked in turns of a template, loaded when the first text is asked for."""
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        settings: BackendSettings,
+        device: torch.device,
+        *,
+        template: str,
+        prompts: Sequence[Prompt],
+    ) -> None:
+        """Identify the model; nothing is loaded.
+
+        Args:
+            model: Where it is.
+            settings: How it is run.
+            device: Of backend=hf.
+            template: alpaca, hh, plain or chat.
+            prompts: With an empty body; there must be room for each of them.
+
+        Raises:
+            UserError: There is no such model.
+        """
+        self.name = f"local:{Path(model.name_or_path).name}"
+        identity = f"{model_fingerprint(model)}/{template}/{describe_decoding(settings)}"
+        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        self._model, self._settings, self._device = model, settings, device
+        self._template, self._prompts = template, prompts
+        self._loaded: tuple[TextGenerator, PreTrainedTokenizerBase] | None = None
+
+    def check(self) -> None:
+        """Load the tokenizer, which is quick: a missing folder or chat template is said before the weights load."""
+        render_prompt(self._template, "", tokenizer=load_tokenizer(self._model))
+        if self._settings.backend == "openai":
+            _server(self._settings, "expert.generation").check()
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """Yield one generation per request, those that cannot be read last: behind a second one for all of them."""
+        by_id = {request.id: request for request in requests}
+        again: list[Request] = []
+        firsts: dict[str, Generation] = {}
+        for first in self._generate(requests):
+            second = second_request(by_id[first.id], first)
+            if second is None:
+                yield first
+            else:
+                again.append(second)
+                firsts[first.id] = first
+        for answer in self._generate(again) if again else ():
+            yield second_answer(firsts[answer.id], answer)
+
+    def _generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        generator, tokenizer = self._loaded or self._load()
+        return generator.generate([Request(one.id, self._render(one, tokenizer)) for one in requests])
+
+    def _render(self, request: Request, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        """Put the prompt, and what was said behind it, into one turn: few templates take a dialogue."""
+        tail = "\n\n".join([request.prompt.tail, *request.turns])
+        return in_template(self._template, request.prompt._replace(tail=tail), tokenizer)
+
+    def _load(self) -> tuple[TextGenerator, PreTrainedTokenizerBase]:
+        tokenizer = load_tokenizer(self._model)
+        generator = build_generator(
+            self._model,
+            self._settings,
+            self._device,
+            templates=[in_template(self._template, prompt, tokenizer) for prompt in self._prompts],
+            name=self.name,
+            fingerprint=self.fingerprint,
+            key="expert.generation",
+        )
+        self._loaded = generator, tokenizer
+        return self._loaded
+
+
+def in_template(template: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Put a whole prompt into a template as its instruction; what may be cut stays the prompt's own body."""
+    outer = render_prompt(template, prompt.text, tokenizer=tokenizer)
+    if outer.body != prompt.text:  # a template that splits its instruction: a dialogue in the material under `hh`
+        return outer
+    return Prompt(outer.head + prompt.head, prompt.body, prompt.tail + outer.tail)
+
+
+def _server(generation: BackendSettings, key: str = "generation") -> OpenAIGenerator:
     from safer_instruct.generation.server import Decoding, OpenAIGenerator
 
     decoding = Decoding(
@@ -88,4 +196,4 @@ def _server(generation: BackendSettings) -> Any:
         top_p=generation.top_p,
         seed=generation.seed,
     )
-    return OpenAIGenerator(generation.server, decoding, key="generation.server")
+    return OpenAIGenerator(generation.server, decoding, key=f"{key}.server", thought_tags=generation.thought_tags)

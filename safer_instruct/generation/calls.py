@@ -3,64 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
-from config.settings import ServerSettings
-from safer_instruct.generation.completions import Generation, Request
-from safer_instruct.generation.pacing import Budget, Slots, backoff_seconds
+from safer_instruct.generation.completions import Generation, Request, second_answer, second_request
+from safer_instruct.generation.faults import KEPT, Failed, Refused
+from safer_instruct.generation.pacing import MAX_BACKOFF_SECONDS, Slots, backoff_seconds
+from safer_instruct.text.prompts import Prompt
 
-PROBE = "Reply with the single word: ready"
+if TYPE_CHECKING:
+    import openai
+
+    from safer_instruct.generation.server import OpenAIGenerator
+
+log = logging.getLogger(__name__)
+
 PROBE_RETRIES = 4  # an unreachable server is to be said within seconds
 ROWS_PER_SLOT = 4  # rows in play for each request at a time: the others wait for their next attempt
+REFUSALS = 10  # in a row, with nothing answered between: more than that is hardly about the rows
 PROBE_SCHEMA: dict[str, Any] = {
     "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"], "additionalProperties": False,
 }  # fmt: skip
-Messages = list[dict[str, str]]
-PROBE_MESSAGES: Messages = [{"role": "user", "content": PROBE}]
-
-
-KEPT = "Finished rows are kept: the same command goes on from there."
-
-
-class Refused(Exception):
-    """The server refuses this request because of its content; the message is an error of `Generation`."""
-
-
-class Failed(Exception):
-    """An attempt that may succeed later.
-
-    Attributes:
-        reason: For the counts: http_500, timeout, no_connection, malformed_reply.
-        wait_seconds: What the server asked to wait, None if it did not.
-        throttled: True if it was only asked too often.
-    """
-
-    def __init__(self, reason: str, wait_seconds: float | None = None, *, throttled: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.wait_seconds = wait_seconds
-        self.throttled = throttled
-
-
-class Server(Protocol):
-    """What is asked; `server.OpenAIGenerator` is one. A `client` is its connection on the event loop that runs."""
-
-    settings: ServerSettings
-    budget: Budget
-    key: str
-    takes_schema: bool | None
-
-    def open(self) -> Any:
-        """Return a client, an asynchronous context manager with a `base_url`."""
-
-    async def attempt(self, client: Any, id: str, messages: Messages, schema: Any) -> Generation:
-        """Send one request; raises Refused, Failed, or a UserError where nothing can work."""
+PROBE = Request("the test", Prompt("", "Reply with the single word: ready", ""))
 
 
 class Run:
@@ -70,7 +41,7 @@ class Run:
         stopped: Why no further request is sent; None while they are.
     """
 
-    def __init__(self, generator: Server, *, is_probe: bool = False) -> None:
+    def __init__(self, generator: OpenAIGenerator, *, is_probe: bool = False) -> None:
         self.generator = generator
         self.settings = generator.settings
         self.slots = Slots(self.settings.concurrency)
@@ -78,6 +49,10 @@ class Run:
         self._is_probe = is_probe
         self._retries = min(PROBE_RETRIES, self.settings.max_retries) if is_probe else self.settings.max_retries
         self._answered_at = time.monotonic()  # or when the run began
+        self._answered: Request | None = None  # the last one
+        self._served_at = 0.0  # when the latest request that was answered had been sent
+        self._refused: dict[str, Refused] = {}  # by row, until it is known why
+        self._warned: set[str] = set()
         self._one_probe = asyncio.Lock()
         self._jitter = random.Random()
         self._stop = asyncio.Event()
@@ -85,13 +60,15 @@ class Run:
     async def answers(self, requests: Sequence[Request]) -> AsyncIterator[list[Generation]]:
         """Yield the results that have come in since the last time, in lists."""
         finished: asyncio.Queue[tuple[asyncio.Task, Generation | None]] = asyncio.Queue()
-        waiting = iter(requests)
+        waiting = deque(requests)
         tasks: set[asyncio.Task] = set()
 
-        async def row(client: Any, request: Request) -> None:
+        async def row(client: openai.AsyncOpenAI, request: Request) -> None:
             result = None
             try:
                 result = await self._row(client, request)
+            except Refused as refused:
+                self._refused[request.id] = refused
             except UserError as error:
                 self._stop_for(error)
             finally:
@@ -103,11 +80,8 @@ class Run:
 
         async with self.generator.open() as client:
             while True:
-                while self.stopped is None and len(tasks) < ROWS_PER_SLOT * self.settings.concurrency:
-                    request = next(waiting, None)
-                    if request is None:
-                        break
-                    tasks.add(asyncio.create_task(row(client, request)))
+                while self.stopped is None and waiting and len(tasks) < ROWS_PER_SLOT * self.settings.concurrency:
+                    tasks.add(asyncio.create_task(row(client, waiting.popleft())))
                 if not tasks:
                     break
                 batch = [await finished.get()]
@@ -119,47 +93,71 @@ class Run:
                 if results := [result for _, result in batch if result is not None]:
                     yield results
                     self.slots.written(len(results))  # whoever asks for more has written these down
+                if abstained := await self._settle_refusals(client, is_last=not tasks and not waiting):
+                    yield abstained
         if self.stopped is not None:
             raise self.stopped
 
-    async def _row(self, client: Any, request: Request) -> Generation:
-        """One request, and one more where its answer cannot be read."""
-        messages = [{"role": "user", "content": request.prompt.text}]
-        schema = request.schema if self.generator.takes_schema is not False else None
+    async def _settle_refusals(self, client: openai.AsyncOpenAI, *, is_last: bool) -> list[Generation]:
+        """Return the refused rows as abstentions, as far as it is the rows that the server dislikes.
+
+        An account that has run dry is refused row by row, too, and not every server has a status or a code for it. So a
+        refusal is not written down before a request that was sent after it has been answered.
+        """
+        pending = [refused for refused in self._refused.values() if refused.at >= self._served_at]
+        if pending and self.stopped is None and (is_last or len(pending) >= REFUSALS):
+            await self._require_served(client, pending)
+        settled = {id: refused for id, refused in self._refused.items() if refused.at < self._served_at}
+        for id, refused in settled.items():
+            del self._refused[id]
+            if refused.reason not in self._warned:
+                self._warned.add(refused.reason)
+                log.warning("warning: row %s is an abstention, and others like it: %s", id, refused)
+        return [Generation(id, "", error=refused.reason) for id, refused in settled.items()]
+
+    async def _require_served(self, client: openai.AsyncOpenAI, pending: Sequence[Refused]) -> None:
+        """Stop the run if the server refuses what it took before (or a test), or has taken nothing at all."""
+        before, many = self._answered, len(pending) >= REFUSALS
+        if before is not None and pending[-1].status == 403:
+            # What gateways say of single inputs: with anything answered it is not the key.
+            self._served_at = time.monotonic()
+            return
         try:
-            first = await self.ask(client, request.id, messages, schema)
-        except Refused as error:
-            if schema is None or self.generator.takes_schema:
-                return Generation(request.id, "", error=str(error))
+            if before is None and many:
+                raise pending[-1]
+            await self.ask(client, before if before is not None and many else PROBE)
+        except Refused:
+            self._stop_for(self.generator.refusal_error(pending[-1]))  # its words have been checked to quote no row
+        except UserError as error:
+            self._stop_for(error)
+
+    async def _row(self, client: openai.AsyncOpenAI, request: Request) -> Generation:
+        """Ask for one row, and once more where its answer cannot be read."""
+        if self.generator.takes_schema is False:
+            request = replace(request, schema=None)
+        try:
+            first = await self.ask(client, request)
+        except Refused as refused:
+            if refused.about_row:
+                return Generation(request.id, "", error=refused.reason)
+            if request.schema is None or self.generator.takes_schema:
+                raise
             # Nobody has asked yet whether this server takes a schema (`check` was not called).
-            try:
-                first = await self.ask(client, request.id, messages, None)
-            except Refused as again:
-                return Generation(request.id, "", error=str(again))
+            request = replace(request, schema=None)
+            first = await self.ask(client, request)
             self.generator.takes_schema = False
-        complaint = request.repair(first.text) if request.repair and not first.error else None
-        if complaint is None:
+        again = second_request(request, first)
+        if again is None:
             return first
-        messages += [{"role": "assistant", "content": first.text}] if first.text.strip() else []
-        messages += [{"role": "user", "content": complaint}]
         try:
-            second = await self.ask(client, request.id, messages, schema)
+            return second_answer(first, await self.ask(client, again))
         except (Refused, UserError) as error:
             # The first answer was paid for: it is recorded as what it is, and the run stops behind it if it must.
             if isinstance(error, UserError):
                 self._stop_for(error)
             return replace(first, repaired=True)
-        if second.error:
-            second = replace(second, text=first.text, truncated=first.truncated, error="")
-        return replace(
-            second,
-            prompt_tokens=first.prompt_tokens + second.prompt_tokens,
-            new_tokens=first.new_tokens + second.new_tokens,
-            cost=first.cost + second.cost,
-            repaired=True,
-        )
 
-    async def ask(self, client: Any, id: str, messages: Messages, schema: Any) -> Generation:
+    async def ask(self, client: openai.AsyncOpenAI, request: Request) -> Generation:
         """Send a request until it is answered, refused, or given up.
 
         A row that fails again and again is given up alone (a generation with an error) where others were answered in
@@ -173,26 +171,30 @@ class Run:
         while True:
             async with self.slots:
                 self._require_going()
+                sent_at = time.monotonic()
                 try:
-                    answer = await self.generator.attempt(client, id, messages, schema)
+                    answer = await self.generator.attempt(client, request)
                 except Failed as failed:
                     failure = failed
                 else:
                     self._answered_at = time.monotonic()
+                    self._answered, self._served_at = request, max(self._served_at, sent_at)
                     self.slots.replied(throttled=False)
                     return answer
                 self.slots.replied(throttled=failure.throttled)
             failures += not failure.throttled
-            if failures > self._retries:
-                if self._answered_at > failed_at or await self._is_alive(client):
-                    return Generation(id, "", error=failure.reason.split()[0])
-                self._stop_for(self._gone(client, id, failure))
-            failed_at = time.monotonic()
             wait = failure.wait_seconds
             if wait is None:
                 wait = backoff_seconds(failures + failure.throttled, self._jitter.random())
-            if max(wait, failed_at - self._answered_at) > self.settings.patience_seconds:
-                self._stop_for(self._gone(client, id, failure))
+            too_long = wait > self.settings.patience_seconds
+            if failures > self._retries or too_long:
+                others_are_answered = self._answered_at > failed_at and not too_long
+                if others_are_answered or await self._is_alive(client):
+                    return Generation(request.id, "", error=failure.reason.split()[0])
+                self._stop_for(self._gone(request.id, failure))
+            failed_at = time.monotonic()
+            if failed_at - self._answered_at > self.settings.patience_seconds:
+                self._stop_for(self._gone(request.id, failure))
             if self.stopped is not None:
                 raise self.stopped
             with suppress(TimeoutError):  # a stop ends all waits
@@ -213,8 +215,8 @@ class Run:
         self.stopped = self.stopped or error
         self._stop.set()
 
-    async def _is_alive(self, client: Any) -> bool:
-        """Whether the server answers a test: then it is the row that it fails on. One test at a time, for all rows."""
+    async def _is_alive(self, client: openai.AsyncOpenAI) -> bool:
+        """Ask a test: if it is answered, it is the row that the server fails on. One test at a time, for all rows."""
         if self._is_probe:
             return False
         asked_at = time.monotonic()
@@ -223,16 +225,17 @@ class Run:
                 if self._answered_at > asked_at:
                     return True
                 try:
-                    await self.generator.attempt(client, "", PROBE_MESSAGES, None)
+                    await self.generator.attempt(client, PROBE)
                     self._answered_at = time.monotonic()
                 except Refused:
                     self._answered_at = time.monotonic()
                 except Failed as failure:
                     wait = failure.wait_seconds
-                    await asyncio.sleep(backoff_seconds(failures, self._jitter.random()) if wait is None else wait)
+                    wait = backoff_seconds(failures, self._jitter.random()) if wait is None else wait
+                    await asyncio.sleep(min(wait, MAX_BACKOFF_SECONDS))
         return self._answered_at > asked_at
 
-    def _gone(self, client: Any, id: str, failure: Failed) -> UserError:
+    def _gone(self, id: str, failure: Failed) -> UserError:
         # The server's own words may quote the request, so only the row's id is shown.
         what = {
             "timeout": f"no answer within {self.settings.timeout_seconds:g} s",
@@ -240,4 +243,4 @@ class Run:
             "malformed_reply": "it answers, but not with a completion; an OpenAI address usually ends in /v1",
         }.get(failure.reason, failure.reason.replace("http_", "HTTP ").replace("no_connection", "no answer"))
         tail = "" if self._is_probe else f" This was row {id}, with nothing answered in the meantime. {KEPT}"
-        return UserError(f"{client.base_url} ({self.generator.key}.base_url): {what}.{tail}")
+        return UserError(f"{self.generator.address} ({self.generator.key}.base_url): {what}.{tail}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from config.settings import THOUGHT_TAGS, BackendSettings
 from safer_instruct.text.prompts import Prompt
 
 
@@ -18,12 +20,14 @@ class Request:
         prompt: What to continue or to answer.
         schema: JSON schema of the answer, for servers that can hold to one; the answer is read strictly in any case.
         repair: Told the answer's text; returns what to say to a model whose answer cannot be read, None if it can.
+        turns: What was said behind the prompt: the model's first answer, and what is wrong with it.
     """
 
     id: str
     prompt: Prompt
     schema: Mapping[str, Any] | None = None
     repair: Callable[[str], str | None] | None = None
+    turns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +36,15 @@ class Generation:
 
     Attributes:
         id: The request's id.
-        text: The generated text without special tokens.
-        truncated: True if the limit on new tokens ended the text.
+        text: The generated text without special tokens and without the thought before it.
+        truncated: True if the limit on new tokens ended the text, or the thought never ended.
         prompt_tokens: Tokens of the prompt, template included; with a repair, of both requests.
         new_tokens: Tokens generated, the end-of-sequence token included; with a repair, of both requests.
         prompt_cut: True if the prompt's body was cut to fit the context.
         error: Why there is no text ("" if there is), from a small closed vocabulary such as "http_400".
         cost: What the server's prices make of the tokens, in the currency of the prices.
         repaired: True if a second answer was asked for because the first could not be read.
+        thought: What a reasoning model wrote before its answer, tags included.
     """
 
     id: str
@@ -51,6 +56,7 @@ class Generation:
     error: str = ""
     cost: float = 0.0
     repaired: bool = False
+    thought: str = ""
 
 
 class TextGenerator(Protocol):
@@ -64,3 +70,63 @@ class TextGenerator(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield one generation per request, in any order, each as soon as it is there."""
+
+
+def describe_decoding(generation: BackendSettings) -> dict[str, Any]:
+    """Return the settings that an output depends on: no batch size, and no seed where nothing is drawn."""
+    names = ["max_new_tokens", "temperature"] + ["top_p", "seed"] * (generation.temperature > 0)
+    backend = {} if generation.backend == "hf" else {"backend": generation.backend}
+    tags = {} if generation.thought_tags == list(THOUGHT_TAGS) else {"thought_tags": list(generation.thought_tags)}
+    return {**{name: vars(generation)[name] for name in names}, **backend, **tags}
+
+
+def row_seed(seed: int, id: str, num_bytes: int = 8) -> int:
+    """Return the seed of a row's sampling, a function of (seed, id) alone; not negative, of `num_bytes` with sign."""
+    digest = hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=num_bytes).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def split_thought(text: str, tags: Sequence[str], *, prompt: str = "") -> tuple[str, str, bool]:
+    """Part what a reasoning model thinks aloud from its answer, which follows the last closing tag.
+
+    Args:
+        text: What the model wrote.
+        tags: Of each family of models "OPENING CLOSING".
+        prompt: What the model was asked: many chat templates end in the opening tag, which `text` then lacks.
+
+    Returns:
+        (thought, answer, whether the thought has ended): ("", text, True) without a thought.
+    """
+    pairs = [tag.split() for tag in tags]
+    ends = [text.rfind(closing) + len(closing) for _, closing in pairs if closing in text]
+    if ends:
+        return text[: max(ends)], text[max(ends) :].lstrip(), True
+    if any(text.lstrip().startswith(opening) or prompt.rstrip().endswith(opening) for opening, _ in pairs):
+        return text, "", False
+    return "", text, True
+
+
+def without_thought(generation: Generation, tags: Sequence[str], prompt: Prompt) -> Generation:
+    """Put the thought beside the text; every generator passes what it yields through here."""
+    thought, text, ended = split_thought(generation.text, tags, prompt=prompt.tail)
+    truncated = generation.truncated or not ended
+    return replace(generation, text=text, truncated=truncated, thought=generation.thought + thought)
+
+
+def second_request(request: Request, first: Generation) -> Request | None:
+    """Return the request that asks for another answer where the first cannot be read; None if it can."""
+    complaint = request.repair(first.text) if request.repair and not first.error else None
+    return None if complaint is None else replace(request, repair=None, turns=(first.text.strip(), complaint))
+
+
+def second_answer(first: Generation, second: Generation) -> Generation:
+    """Return the second answer, with what both have cost; one that failed leaves the first as it was."""
+    if second.error:  # its longer prompt has no room, perhaps
+        second = replace(second, text=first.text, truncated=first.truncated, thought=first.thought, error="")
+    return replace(
+        second,
+        prompt_tokens=first.prompt_tokens + second.prompt_tokens,
+        new_tokens=first.new_tokens + second.new_tokens,
+        cost=first.cost + second.cost,
+        repaired=True,
+    )

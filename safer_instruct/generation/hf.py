@@ -1,4 +1,4 @@
-"""Prompts -> texts: one protocol, a causal LM here (`HFGenerator`) or a server (`server.OpenAIGenerator`).
+"""Prompts -> texts by a causal LM of transformers in this process.
 
 The text of a row does not depend on the rows beside it: greedy decoding, or sampling from random numbers that are
 a function of (seed, row id) alone. So shards, restarts and batch sizes change nothing (up to ties that floating-point
@@ -7,26 +7,24 @@ noise can turn). B = rows of a batch, T = prompt positions, V = vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerateDecoderOnlyOutput
 
-from config.errors import UserError
 from config.settings import GenerationSettings
-from safer_instruct.generation.completions import Generation, Request, TextGenerator
-from safer_instruct.text.encoding import prompt_token_ids
-from safer_instruct.text.prompts import Prompt
+from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
+from safer_instruct.generation.window import Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Generation", "HFGenerator", "Request", "TextGenerator", "nucleus", "row_uniforms"]
-
+# The newer of the supported versions of transformers call it `cache`, and warn of the older name at every call.
+CACHE = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 ROUND_TOKENS = 16  # finished rows leave the batch every so many new tokens (2.4 x the tokens/s where a few are long)
 # Entries of generation_config.json that count from the start of a `generate` call: with these there is one round.
 COUNTING_ENTRIES = (
@@ -73,31 +71,17 @@ class HFGenerator:
         self.tokenizer = tokenizer
         self.settings = settings
         context = max_length or model.config.max_position_embeddings
-        self.max_prompt_tokens = context - settings.max_new_tokens
-        if self.max_prompt_tokens < 1:
-            raise UserError(
-                f"generation.max_new_tokens must leave room for the prompt: it is {settings.max_new_tokens}, and the "
-                f"context of the model {name} is {context} tokens. Give fewer new tokens, for example "
-                f"generation.max_new_tokens={max(1, context // 2)}."
-            )
+        self.window = Window(tokenizer, context=context, max_new_tokens=settings.max_new_tokens, name=name)
         self.end_tokens = _end_tokens(model, tokenizer)
         configured = model.generation_config.to_dict()
         counts = any(configured.get(name) for name in COUNTING_ENTRIES)
         self._round_tokens = settings.max_new_tokens if counts else ROUND_TOKENS
+        # Some families have special tokens as tags of a thought, which decoding would leave out.
+        tags = {tag for pair in settings.thought_tags for tag in pair.split()} & set(tokenizer.all_special_tokens)
+        self._special_tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in tags}
 
     def check(self) -> None:
-        """Nothing can be missing: the model is here."""
-
-    def require_room(self, prompt: Prompt) -> None:
-        """Raise a UserError if not even the prompt's template fits: then no row would."""
-        room = self.max_prompt_tokens
-        try:
-            prompt_token_ids(self.tokenizer, prompt._replace(body=""), room)
-        except UserError:
-            raise UserError(
-                f"the prompt's template alone is longer than the {room} tokens that {self.settings.max_new_tokens} new "
-                f"tokens leave in the context of the model {self.name}; give fewer new tokens or another model"
-            ) from None
+        """Do nothing: the model is here."""
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
@@ -106,15 +90,17 @@ class HFGenerator:
         A row whose prompt does not fit even without its body gets the error "prompt_too_long".
         """
         encoded: dict[str, list[int]] = {}
+        cut: dict[str, bool] = {}
         by_id = {request.id: request for request in requests}
         for request in by_id.values():
-            try:
-                encoded[request.id] = prompt_token_ids(self.tokenizer, request.prompt, self.max_prompt_tokens)
-            except UserError:
+            fitted = self.window.encode(request.prompt)
+            if fitted is None:
                 yield Generation(request.id, "", error="prompt_too_long")
+            else:
+                encoded[request.id], cut[request.id] = fitted
         for generation in self.generate_from_tokens(encoded):
-            prompt = by_id[generation.id].prompt
-            yield replace(generation, prompt_cut=self._was_cut(prompt, encoded[generation.id]))
+            generation = replace(generation, prompt_cut=cut[generation.id])
+            yield without_thought(generation, self.settings.thought_tags, by_id[generation.id].prompt)
 
     @torch.no_grad()
     def generate_from_tokens(self, prompts: Mapping[str, list[int]]) -> Iterator[Generation]:
@@ -147,16 +133,20 @@ class HFGenerator:
             ended = tokens[-1] in self.end_tokens
             yield Generation(
                 id=id,
-                text=str(self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)),
+                text=self._text(tokens[:-1] if ended else tokens),
                 truncated=not ended,
                 prompt_tokens=len(prompt),
                 new_tokens=len(tokens),
             )
 
-    def _was_cut(self, prompt: Prompt, tokens: list[int]) -> bool:
-        # A cut can leave a few tokens of room (a body is cut between characters), so look at all that come close.
-        near_limit = len(tokens) > self.max_prompt_tokens - 16
-        return near_limit and len(prompt_token_ids(self.tokenizer, prompt, 2**31)) > len(tokens)
+    def _text(self, tokens: list[int]) -> str:
+        parts, start = [], 0
+        for place, token in enumerate(tokens):
+            if token in self._special_tags:
+                before = self.tokenizer.decode(tokens[start:place], skip_special_tokens=True)
+                parts += [str(before), self._special_tags[token]]
+                start = place + 1
+        return "".join([*parts, str(self.tokenizer.decode(tokens[start:], skip_special_tokens=True))])
 
     def _decode(self, ids: Sequence[str], prompts: Sequence[list[int]]) -> list[list[int]]:
         """Return the new tokens of each row, its end token included where it met one.
@@ -175,11 +165,11 @@ class HFGenerator:
             output = self.model.generate(  # type: ignore[operator]  # hidden from mypy by Module.__getattr__
                 input_ids=input_ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                **{CACHE: cache},
                 generation_config=self._generation_config(min(room, self._round_tokens)),
                 logits_processor=self._processors(uniforms, alive, width),
             )
-            input_ids, cache = output.sequences, output.past_key_values
+            input_ids, cache = output.sequences, output[CACHE]
             fresh = input_ids[:, width + done :].tolist()
             going = []
             for position, (row, tokens) in enumerate(zip(alive.tolist(), fresh, strict=True)):
@@ -241,7 +231,7 @@ class _RowSampler(LogitsProcessor):
         self.top_p = top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) of the next token -> 0 for the drawn token, -inf for the others."""
+        """Turn the scores (B, V) of the next token into 0 for the drawn token, -inf for the others."""
         step = input_ids.shape[1] - self.prompt_width
         probabilities = (scores.double() / self.temperature).softmax(dim=-1)
         if self.top_p < 1:
@@ -269,8 +259,7 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 def row_uniforms(seed: int, id: str, count: int) -> Tensor:
     """Return `count` uniform numbers in [0, 1) as float64, a function of (seed, id) alone, equal on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=8).digest()
-    random = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    random = torch.Generator().manual_seed(row_seed(seed, id))
     return torch.rand(count, generator=random).double()
 
 

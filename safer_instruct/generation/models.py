@@ -11,7 +11,6 @@ import json
 import pickle
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 import transformers
 import xxhash
 from huggingface_hub import constants
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,6 +35,13 @@ from transformers import (
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import ModelSettings
+from safer_instruct.generation.weights import (
+    check_weight_files,
+    first_line,
+    has_tokenizer,
+    read_policy_pt,
+    resolve_archive,
+)
 
 DTYPES = {
     "float32": torch.float32,
@@ -52,19 +58,19 @@ PROBE_SECONDS = 10
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model: with a padding token (EOS where it has none of its own), and never truncating.
+    """Load the tokenizer of a model: with a padding token (EOS where it has none of its own), and never truncating.
 
     Raises:
         UserError: no tokenizer there, one without EOS, or one with more tokens than the model has embeddings.
     """
     name = settings.tokenizer_name_or_path or settings.name_or_path
     folder = find_path(name)
-    source = folder if _has_tokenizer(folder) else _source(name)
+    source = folder if has_tokenizer(folder) else _source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{name} holds no tokenizer that can be read ({_first_line(error)}). It needs tokenizer.json (or "
+            f"{name} holds no tokenizer that can be read ({first_line(error)}). It needs tokenizer.json (or "
             "tokenizer.model and sentencepiece installed); model.tokenizer_name_or_path=FOLDER takes it from elsewhere."
         ) from error
     vocabulary = _load_config(settings).get_text_config().vocab_size
@@ -85,7 +91,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
-    """A causal LM on the CPU, with the weights of `archive` where that is set, and all dropout switched off.
+    """Load a causal LM on the CPU, with the weights of `archive` where that is set, and all dropout switched off.
 
     Without dropout the policy computes what the reference does, so that DPO starts at ln 2 (ANCHORS: functional
     dropouts, such as a config's `attention_dropout`, are not `nn.Dropout` modules and stay on in training otherwise).
@@ -110,7 +116,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     archive = resolve_archive(settings.archive) if settings.archive else None
     with _readable_errors(str(archive or settings.name_or_path)):
         if archive is not None and archive.is_file():
-            state = _read_policy_pt(archive)
+            state = read_policy_pt(archive)
             with torch.device("meta"):
                 kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code))
             model, info = kind.from_pretrained(None, state_dict=state, **options)
@@ -119,22 +125,21 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
             if isinstance(folder, Path):
                 check_weight_files(folder)
             if archive is not None:
-                _check_same_architecture(config, archive, settings.name_or_path)
+                _check_same_architecture(config, archive, settings)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=settings.trust_remote_code, **options
             )
             model, info = loaded
     _check_loading_info(info, archive or source, settings.name_or_path)
-    if isinstance(source, Path) and (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
-    active = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
-    for name in active:
-        model.get_submodule(name).p = 0.0  # a rate that is written into the model's code
+    _set_generation_config(model, source)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # a rate that is written into the model's code
     return model
 
 
 def meta_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
-    """The model of `load_causal_lm` on the meta device: its shape without its weights, for `place_model` to fill.
+    """Make the model of `load_causal_lm` on the meta device: its shape, whose weights `place_model` fills in.
 
     Args:
         settings: as for `load_causal_lm`; an archive changes the weights, not the shape.
@@ -152,44 +157,12 @@ def meta_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
         )
-    source = _source(settings.name_or_path)
-    if isinstance(source, Path) and (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
+    _set_generation_config(model, _source(settings.name_or_path))
     return model
 
 
-def resolve_archive(path: str) -> Path:
-    """The HF folder, or `policy.pt` file, that `path` stands for.
-
-    Args:
-        path: a run (its LATEST), a checkpoint (its model/), an HF folder, or a `policy.pt`.
-
-    Raises:
-        UserError: there is nothing there, or nothing with weights.
-    """
-    found = find_path(path)
-    if not found.exists():
-        raise UserError(
-            f"{path}: there is no such file or folder. Give a run, a checkpoint, a model folder or a policy.pt."
-        )
-    if found.is_file():
-        return found
-    # Without LATEST: a run that was killed between the two renames of its first checkpoint.
-    newest = sorted(found.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))[-1:]
-    for folder in (found / "LATEST" / "model", *(path / "model" for path in newest), found / "model", found):
-        if (folder / "config.json").is_file():
-            return folder
-    if (found / "policy.pt").is_file():  # the DPO repo's LATEST/policy.pt
-        return found / "policy.pt"
-    what = "a run without a checkpoint yet" if (found / "config.yaml").is_file() else "no model"
-    raise UserError(
-        f"{path} holds {what}: there is neither LATEST (a run), nor model/ (a checkpoint), nor config.json (a model "
-        "folder), nor policy.pt in it."
-    )
-
-
 def model_fingerprint(settings: ModelSettings) -> str:
-    """32 hex digits that change with the weights, the architecture or the tokenizer; nothing is loaded.
+    """Return 32 hex digits that change with the weights, the architecture or the tokenizer; nothing is loaded.
 
     Reads every weight file once (a few GB/s). A model on the hub that is not here yet is known by its name alone.
     """
@@ -201,7 +174,7 @@ def model_fingerprint(settings: ModelSettings) -> str:
             digest.update(name.encode())
             continue
         # A folder may hold a tokenizer and no model.
-        found = path if name == settings.tokenizer_name_or_path and _has_tokenizer(path) else resolve_archive(name)
+        found = path if name == settings.tokenizer_name_or_path and has_tokenizer(path) else resolve_archive(name)
         files = [found] if found.is_file() else sorted(file for file in found.iterdir() if file.is_file())
         for file in files:
             digest.update(file.name.encode())
@@ -212,34 +185,8 @@ def model_fingerprint(settings: ModelSettings) -> str:
     return digest.hexdigest()
 
 
-def check_weight_files(folder: Path) -> None:
-    """Opens every safetensors file of a folder, which checks header and length, and looks for missing shards.
-
-    Raises:
-        UserError: naming the file that is missing, damaged or truncated.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in shards if not (folder / name).is_file()]
-        if missing:
-            raise UserError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}.")
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file}: damaged or truncated ({file.stat().st_size} bytes; {_first_line(error)}). Copy it again."
-            ) from error
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-
-
 def _source(name: str) -> Path | str:
-    """The local folder that `name` stands for, or the id of a model on the hub that can be had."""
+    """Return the local folder that `name` stands for, or the id of a model on the hub that can be had."""
     path = find_path(name)
     if path.is_file():
         raise UserError(
@@ -261,7 +208,7 @@ def _source(name: str) -> Path | str:
                 return name  # gated, or busy: the hub's client knows about tokens
             reason = f"the hub has no model of this name (HTTP {error.code})"
         except OSError as error:  # URLError, timeouts
-            reason = f"the hub cannot be reached ({_first_line(error)})"
+            reason = f"the hub cannot be reached ({first_line(error)})"
     else:
         reason = "HF_HUB_OFFLINE is set and it is not in the cache"
     raise UserError(
@@ -284,9 +231,14 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{settings.name_or_path}: its config.json cannot be used ({_first_line(error)}). The folder must hold a "
+            f"{settings.name_or_path}: its config.json cannot be used ({first_line(error)}). The folder must hold a "
             "causal language model that this version of transformers knows."
         ) from error
+
+
+def _set_generation_config(model: PreTrainedModel, source: Path | str) -> None:
+    if isinstance(source, Path) and (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
 
 
 def _switch_dropout_off(config: PretrainedConfig) -> None:
@@ -296,12 +248,15 @@ def _switch_dropout_off(config: PretrainedConfig) -> None:
                 setattr(part, key, type(value)(0))
 
 
-def _check_same_architecture(config: PretrainedConfig, archive: Path, name: str) -> None:
-    """Compares an archive's config.json with the model's: equal shapes alone would hide another rope or head count."""
+def _check_same_architecture(config: PretrainedConfig, archive: Path, settings: ModelSettings) -> None:
+    """Compare an archive's config.json with the model's: equal shapes alone would hide another rope or head count."""
+    name = settings.name_or_path
     try:
-        own, other = config.to_dict(), AutoConfig.from_pretrained(archive).to_dict()
+        # Without the flag, transformers would ask on a terminal whether to run code that the archive brings.
+        found = AutoConfig.from_pretrained(archive, trust_remote_code=settings.trust_remote_code)
+        own, other = config.to_dict(), found.to_dict()
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"archive {archive}: its config.json cannot be used ({_first_line(error)}).") from error
+        raise UserError(f"archive {archive}: its config.json cannot be used ({first_line(error)}).") from error
     if own["model_type"] != other["model_type"]:
         raise UserError(
             f"archive {archive} is of another architecture: it is a {other['model_type']} model, and {name} is a "
@@ -318,7 +273,7 @@ def _check_same_architecture(config: PretrainedConfig, archive: Path, name: str)
 
 
 def _check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:
-    """Refuses weights that do not cover the model exactly: transformers would fill the gaps with random numbers."""
+    """Refuse weights that do not cover the model exactly: transformers would fill the gaps with random numbers."""
     problems = []
     if info["missing_keys"]:
         problems.append(f"{len(info['missing_keys'])} tensors are missing, such as {_names(info['missing_keys'])}")
@@ -338,36 +293,9 @@ def _check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) 
         )
 
 
-def _read_policy_pt(path: Path) -> dict[str, torch.Tensor]:
-    """The `state` of a DPO repo checkpoint, memory-mapped; no code in it is ever run.
-
-    Raises:
-        UserError: truncated, no PyTorch file, holds something else than tensors, or no `state`.
-    """
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip and not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: truncated ({path.stat().st_size} bytes; its end is missing). Copy it again.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "global" in str(error):
-            raise UserError(
-                f"{path}: refused. It holds Python objects besides tensors, which could run code when read; nothing of "
-                "it was run. Save the weights alone: torch.save({'state': model.state_dict()}, path)"
-            ) from error
-        raise UserError(f"{path}: truncated, or not a PyTorch file ({path.stat().st_size} bytes).") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged, or not a PyTorch file ({_first_line(error)}). Copy it again.") from error
-    state = content.get("state", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: expected a dictionary with an entry `state` (name -> tensor), as the DPO repo saves.")
-    return state
-
-
 @contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
-    """Turns what transformers raises for broken folders into a UserError, and keeps its report of keys quiet."""
+    """Turn what transformers raises for broken folders into a UserError, and keep its report of keys quiet."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -378,13 +306,9 @@ def _readable_errors(name: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{name}: refused, a pickled weight file is damaged or holds more than tensors.") from error
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError, KeyError) as error:
-        raise UserError(f"{name}: the model cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{name}: the model cannot be loaded: {first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _names(names: Iterable[str], count: int = 3) -> str:

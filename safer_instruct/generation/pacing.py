@@ -14,10 +14,11 @@ MAX_BACKOFF_SECONDS = 30.0
 WINDOW = 100  # replies after which the number of requests at a time is reconsidered
 THROTTLED_SHARE = 1 / 3  # of a window's replies that are 429: more than that is no accident
 TOKENS_PER_PRICE = 1_000_000
+MAX_WAIT_SECONDS = 86_400.0  # that a server can mean seriously
 
 
 def backoff_seconds(failures: int, uniform: float) -> float:
-    """Capped exponential back-off with full jitter: uniform in [0, min(cap, base x 2^(failures - 1))).
+    """Return a capped exponential back-off with full jitter: uniform in [0, min(cap, base x 2^(failures - 1))).
 
     Args:
         failures: Failed attempts so far, from 1.
@@ -38,12 +39,14 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
             seconds = float(headers.get(name) or "") * unit
         except ValueError:
             continue
-        if 0 <= seconds < float("inf"):
+        if 0 <= seconds <= MAX_WAIT_SECONDS:
             return seconds
-    date = email.utils.parsedate_tz(headers.get("retry-after") or "")
-    if date is None:
+    try:
+        date = email.utils.parsedate_to_datetime(headers.get("retry-after") or "").timestamp()
+    except (ValueError, OverflowError):  # no date, or one in the year 99999
         return None
-    return max(0.0, email.utils.mktime_tz(date) - (time.time() if now is None else now))
+    seconds = max(0.0, date - (time.time() if now is None else now))
+    return seconds if seconds <= MAX_WAIT_SECONDS else None
 
 
 class Slots:
@@ -79,12 +82,12 @@ class Slots:
         self._unwritten += 1
 
     def written(self, count: int) -> None:
-        """Free the places of so many answers."""
+        """Free the places of `count` answers."""
         self._unwritten -= count
         self._wake()
 
     def replied(self, *, throttled: bool) -> None:
-        """Take notice of a reply."""
+        """Count a reply."""
         self._replies += 1
         self._throttled += throttled
         if self._replies < WINDOW:
@@ -129,7 +132,7 @@ class Budget:
     largest_tokens: int = 0
 
     def allows(self, in_flight: int) -> bool:
-        """Whether one more request may be sent while `in_flight` others are under way."""
+        """Return whether one more request may be sent while `in_flight` others are under way."""
         reserved = in_flight + 1
         if self.max_tokens is not None and self.tokens + max(1, reserved * self.largest_tokens) > self.max_tokens:
             return False
@@ -151,7 +154,7 @@ class Budget:
         self.largest_tokens = max(self.largest_tokens, tokens)
 
     def spent(self) -> str:
-        """What has been spent, against which limit."""
+        """Say what has been spent, against which limit."""
         parts = []
         if self.max_cost is not None:
             parts.append(f"cost {self.cost:.4f} of at most {self.max_cost:g}")

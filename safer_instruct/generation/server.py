@@ -3,7 +3,8 @@
 Requests run concurrently on an event loop that turns while results are waited for. What goes wrong has three kinds of
 answers: a request that can succeed later is sent again (429 when the server says so; 5xx, lost connections, time-outs
 and replies that are no completion behind a back-off), a request that this server will never take ends as a generation
-with an `error`, and a server that is gone, or a budget that is spent, stops the run with everything kept.
+with an `error`, and a server that is gone, an account without money, or a budget that is spent stops the run with
+everything kept. Which is which is told by status and error code, never by the words of a message.
 """
 
 from __future__ import annotations
@@ -11,18 +12,40 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import openai
 
 from config.errors import UserError
-from config.settings import OpenAIExpertSettings, ServerSettings
-from safer_instruct.generation.calls import KEPT, PROBE_MESSAGES, PROBE_SCHEMA, Failed, Messages, Refused, Run
-from safer_instruct.generation.completions import Generation, Request
+from config.settings import THOUGHT_TAGS, OpenAIExpertSettings, ServerSettings
+from safer_instruct.generation.calls import PROBE, PROBE_SCHEMA, Run
+from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
+from safer_instruct.generation.faults import (
+    KEPT,
+    Failed,
+    Refused,
+    cause_of,
+    is_about_account,
+    is_about_row,
+    is_address,
+    own_words,
+)
 from safer_instruct.generation.pacing import Budget, retry_after_seconds
+from safer_instruct.text.display import without_password
+
+log = logging.getLogger(__name__)
+# A line for each request would bury everything else, and holds the address with its password.
+for library in ("openai", "httpx", "httpx2"):  # the client's transport is one of the two, by its version
+    logging.getLogger(library).setLevel(logging.WARNING)
+
+UNSUPPORTED = {"unsupported_parameter", "unsupported_value"}
+DROPPABLE = {"temperature", "top_p", "seed", "response_format"}
+LIMITS = ("max_tokens", "max_completion_tokens")  # of new tokens: older and newer name
+MAX_TOKENS = 10**9  # more than any reply can have used
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +72,15 @@ class Decoding:
 class OpenAIGenerator:
     """Completions with bounded concurrency; each result is yielded as soon as it is there."""
 
-    def __init__(self, settings: ServerSettings, decoding: Decoding, *, key: str, budget: Budget | None = None) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        decoding: Decoding,
+        *,
+        key: str,
+        budget: Budget | None = None,
+        thought_tags: Sequence[str] = THOUGHT_TAGS,
+    ) -> None:
         """Bind a server; nothing is sent.
 
         Args:
@@ -57,16 +88,21 @@ class OpenAIGenerator:
             decoding: What it is asked for.
             key: Prefix of the settings' keys, for messages: expert, generation.server.
             budget: What may be spent; None: anything.
+            thought_tags: See `split_thought`.
         """
         self.settings = settings
         self.decoding = decoding
         self.budget = budget or Budget()
         self.name = f"openai:{settings.model}"
         # Not the address: the same model behind another port gives the same answers.
-        identity = (settings.model, decoding)
+        tags = [] if tuple(thought_tags) == THOUGHT_TAGS else list(thought_tags)
+        identity = (settings.model, decoding, *tags)
         self.fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
         self.takes_schema: bool | None = {"always": True, "never": False}.get(decoding.structured_output)
         self.key = key
+        self.address = without_password(settings.base_url or "https://api.openai.com/v1")
+        self._thought_tags = thought_tags
+        self._unsupported: set[str] = set()  # parameters that this server's model does not take
 
     def check(self) -> None:
         """Ask the server for one short completion, so that address, key, model and parameters are known to work.
@@ -93,22 +129,33 @@ class OpenAIGenerator:
                 yield from batch
 
     def open(self) -> openai.AsyncOpenAI:
-        """A client for the event loop that runs. All retries are ours.
+        """Return a client for the event loop that runs. All retries are ours, and no redirect is followed.
 
         Raises:
-            UserError: The key's variable is not set.
+            UserError: The key's variable is not set, or holds what is no key; the address is none.
         """
-        key = os.environ.get(self.settings.api_key_env)
+        variable = self.settings.api_key_env
+        key = os.environ.get(variable, "").strip()  # files of secrets often end in a newline
         if not key:
             raise UserError(
-                f"{self.key} reads the server's key from the environment variable {self.settings.api_key_env}, which "
-                f"is not set: export {self.settings.api_key_env}=... (any text for a server that wants no key), or "
-                f"name another variable with {self.key}.api_key_env=NAME"
+                f"{self.key} reads the server's key from the environment variable {variable}, which is not set: export "
+                f"{variable}=... (any text for a server that wants no key), or name another variable with "
+                f"{self.key}.api_key_env=NAME"
             )
-        url = self.settings.base_url
-        return openai.AsyncOpenAI(api_key=key, base_url=url, timeout=self.settings.timeout_seconds, max_retries=0)
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise UserError(f"the environment variable {variable} holds no key: a key has no spaces and is ASCII")
+        if self.settings.base_url is not None and not is_address(self.settings.base_url):
+            raise UserError(f"{self.key}.base_url={self.address}: not an address; write http://HOST:PORT/v1")
+        return openai.AsyncOpenAI(
+            api_key=key,
+            base_url=self.settings.base_url,
+            timeout=self.settings.timeout_seconds,
+            max_retries=0,
+            # A redirect would send the prompt to an address that nobody has named, or turn it into a GET.
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+        )
 
-    async def attempt(self, client: openai.AsyncOpenAI, id: str, messages: Messages, schema: Any) -> Generation:
+    async def attempt(self, client: openai.AsyncOpenAI, request: Request) -> Generation:
         """Send one request; returns its completion.
 
         Raises:
@@ -116,102 +163,129 @@ class OpenAIGenerator:
             Failed: It may later.
             UserError: Nothing can work: wrong key, unknown model, quota used up.
         """
+        options = self._options(request)
+        create = client.chat.completions if self.decoding.chat else client.completions
         try:
             # The client's own time-out restarts with every byte: a server that trickles would never be given up.
             async with asyncio.timeout(self.settings.timeout_seconds):
-                raw = await self._send(client, id, messages, schema)
+                raw = await create.with_raw_response.create(**options)
         except (TimeoutError, openai.APITimeoutError):
             raise Failed("timeout") from None
         except openai.APIConnectionError as error:
-            raise Failed(f"no_connection ({_cause(error)})") from None
+            raise Failed(f"no_connection ({cause_of(error)})") from None
         except openai.APIStatusError as error:
-            raise self._status_error(client, error) from None
+            if self._leave_out(error, options):
+                return await self.attempt(client, request)
+            raise self._status_error(error, request) from None
         try:
-            return self._read(id, json.loads(raw.content))
-        except (ValueError, LookupError, TypeError, AttributeError):
+            generation = self._read(request.id, json.loads(raw.content))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Failed("malformed_reply", retry_after_seconds(raw.headers)) from None
+        return without_thought(generation, self._thought_tags, request.prompt)
 
-    def _send(self, client: openai.AsyncOpenAI, id: str, messages: Messages, schema: Any) -> Any:
-        options: dict[str, Any] = {"model": self.settings.model, "temperature": self.decoding.temperature}
-        if self.decoding.top_p < 1:
-            options["top_p"] = self.decoding.top_p
-        if self.decoding.seed is not None:
-            digest = hashlib.blake2b(f"{self.decoding.seed}/{id}".encode(), digest_size=4).digest()
-            options["seed"] = int.from_bytes(digest, "little") >> 1
-        if not self.decoding.chat:
-            options |= {"prompt": messages[0]["content"], "max_tokens": self.decoding.max_new_tokens}
-            return client.completions.with_raw_response.create(**options)
+    def _options(self, request: Request) -> dict[str, Any]:
+        decoding = self.decoding
+        options: dict[str, Any] = {"model": self.settings.model, "temperature": decoding.temperature}
+        if decoding.top_p < 1:
+            options["top_p"] = decoding.top_p
+        if decoding.seed is not None:
+            options["seed"] = row_seed(decoding.seed, request.id, 4)
         # OpenAI's newer models refuse `max_tokens`; most other servers know nothing else.
-        limit = "max_completion_tokens" if self.settings.base_url is None else "max_tokens"
-        options |= {"messages": messages, limit: self.decoding.max_new_tokens}
-        if schema is not None:
-            named = {"name": "answer", "schema": dict(schema), "strict": True}
+        is_openai = decoding.chat and self.settings.base_url is None
+        limit = next(name for name in LIMITS if name not in self._unsupported and not (is_openai and name == LIMITS[0]))
+        options[limit] = decoding.max_new_tokens
+        if decoding.chat:
+            turns = zip(("user", "assistant", "user"), (request.prompt.text, *request.turns), strict=False)
+            options["messages"] = [{"role": role, "content": text} for role, text in turns if text.strip()]
+        else:
+            options["prompt"] = request.prompt.text
+        if decoding.chat and request.schema is not None:
+            named = {"name": "answer", "schema": dict(request.schema), "strict": True}
             options["response_format"] = {"type": "json_schema", "json_schema": named}
-        return client.chat.completions.with_raw_response.create(**options)
+        return {name: value for name, value in options.items() if name not in self._unsupported}
+
+    def _leave_out(self, error: openai.APIStatusError, options: dict[str, Any]) -> bool:
+        """Note a parameter that the model does not take; True if the request can be sent without it."""
+        name = str(error.param)
+        if error.code not in UNSUPPORTED or name not in options or name not in {LIMITS[0], *DROPPABLE}:
+            return False
+        if name not in self._unsupported:
+            self._unsupported.add(name)
+            instead = f"; {LIMITS[1]} takes its place" if name == LIMITS[0] else ""
+            log.warning("warning: %s takes no %s, which is left out%s", self.name, name, instead)
+        return True
 
     def _read(self, id: str, body: Any) -> Generation:
         choice, usage = body["choices"][0], body.get("usage") or {}
-        text = choice["message"]["content"] if self.decoding.chat else choice["text"]
+        answer = choice["message"] if self.decoding.chat else choice
+        text = answer["content" if self.decoding.chat else "text"]
+        thought = answer.get("reasoning_content") or answer.get("reasoning")  # of a server that parts them itself
         if not isinstance(text, str | None):
             raise ValueError("the text of a completion must be a string")
         reason = choice.get("finish_reason")
-        prompt_tokens, new_tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        prompt_tokens, new_tokens = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         return Generation(
             id=id,
-            text=(text or "").encode("utf-8", "replace").decode(),  # JSON can hold half a surrogate pair
+            text=_utf8(text or ""),
             truncated=reason == "length",
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             error="content_filter" if reason == "content_filter" else "",
             cost=self.budget.charge(prompt_tokens, new_tokens),
+            thought=_utf8(thought) if isinstance(thought, str) else "",
         )
 
-    def _status_error(self, client: openai.AsyncOpenAI, error: openai.APIStatusError) -> Exception:
+    def _status_error(self, error: openai.APIStatusError, request: Request) -> Exception:
         """Sort an HTTP status into Refused, Failed, or a UserError that stops the run."""
-        status = error.status_code
-        if status == 429 and error.code == "insufficient_quota":
-            return UserError(f"{client.base_url}: HTTP 429: the account's quota is used up. {KEPT}")
-        if status in (408, 409, 429) or status >= 500:
+        status, words = error.status_code, own_words(error, request)
+        said = f"HTTP {status}{f': {words}' if words else ''}"
+        if is_about_account(error):
+            return UserError(
+                f"{self.address}: {said}: the account's quota is used up, or it has nothing left to pay with. {KEPT}"
+            )
+        if status in (408, 409, 425, 429) or status >= 500:
             wait = retry_after_seconds(error.response.headers)
             return Failed(f"http_{status}", wait, throttled=status == 429)
-        if status in (401, 403):
-            return UserError(
-                f"{client.base_url}: HTTP {status}: the key in {self.settings.api_key_env} is not accepted. {KEPT}"
-            )
+        if status == 401:
+            return self.refusal_error(Refused(status, words))
         if status == 404:
             return UserError(
-                f"{client.base_url}: HTTP 404: is there a model {self.settings.model} ({self.key}.model), and does "
+                f"{self.address}: {said}: is there a model {self.settings.model} ({self.key}.model), and does "
                 f"the address ({self.key}.base_url) end in /v1? {KEPT}"
             )
-        return Refused(f"http_{status}")
+        return Refused(status, words, about_row=is_about_row(error))
+
+    def refusal_error(self, refused: Refused) -> UserError:
+        """Return what to tell the user where everything is refused."""
+        if refused.status in (401, 403):
+            why = f"the key in {self.settings.api_key_env} is not accepted"
+        elif refused.status < 400:
+            why = f"it redirects to another address: give the final one as {self.key}.base_url"
+        else:
+            why = (
+                f"is there a model {self.settings.model} ({self.key}.model), does it take "
+                f"temperature={self.decoding.temperature} and {self.decoding.max_new_tokens} new tokens, and is the "
+                "account in order?"
+            )
+        return UserError(f"{self.address} refuses every request ({refused}): {why}. {KEPT}".replace("?.", "?"))
 
     async def _probe(self) -> None:
-        run = Run(self, is_probe=True)
+        run, refused = Run(self, is_probe=True), None
+        schemas = {None: (PROBE_SCHEMA, None), True: (PROBE_SCHEMA,), False: (None,)}[self.takes_schema]
         async with self.open() as client:
-            said: str | None = None
             try:
-                if self.takes_schema is None:
-                    self.takes_schema = True
-                    said = await self._probe_once(client, run, PROBE_SCHEMA)
-                    self.takes_schema = not said
-                if said or self.takes_schema is False or not self.decoding.chat:
-                    said = await self._probe_once(client, run, None)
+                for schema in schemas:
+                    try:
+                        await run.ask(client, replace(PROBE, schema=schema))
+                    except Refused as error:
+                        refused = error
+                    else:
+                        self.takes_schema = schema is not None
+                        return
+                assert refused is not None
+                raise self.refusal_error(refused)
             except UserError as error:
                 raise UserError(f"a test of the server failed: {error}".replace(f" {KEPT}", "")) from None
-            if said:
-                raise UserError(
-                    f"{client.base_url} refused a test ({said}): is there a model {self.settings.model} "
-                    f"({self.key}.model), and does it take temperature={self.decoding.temperature} and "
-                    f"{self.decoding.max_new_tokens} new tokens?"
-                )
-
-    async def _probe_once(self, client: openai.AsyncOpenAI, run: Run, schema: Any) -> str:
-        """Return why the server refuses the test, "" if it does not."""
-        try:
-            await run.ask(client, "the test", PROBE_MESSAGES, schema)
-        except Refused as error:
-            return str(error)
-        return ""
 
 
 async def _next(answers: AsyncIterator[list[Generation]]) -> list[Generation]:
@@ -219,7 +293,7 @@ async def _next(answers: AsyncIterator[list[Generation]]) -> list[Generation]:
 
 
 def expert_server(settings: OpenAIExpertSettings, budget: Budget | None = None) -> OpenAIGenerator:
-    """The server of `expert=openai`."""
+    """Return the server of `expert=openai`."""
     decoding = Decoding(
         chat=True,
         max_new_tokens=settings.max_new_tokens,
@@ -227,11 +301,11 @@ def expert_server(settings: OpenAIExpertSettings, budget: Budget | None = None) 
         structured_output=settings.structured_output,
     )
     limits = budget or budget_of(settings)
-    return OpenAIGenerator(settings, decoding, key="expert", budget=limits)
+    return OpenAIGenerator(settings, decoding, key="expert", budget=limits, thought_tags=settings.thought_tags)
 
 
 def budget_of(settings: OpenAIExpertSettings, *, shards: int = 1) -> Budget:
-    """The part of the expert's budget that one of `shards` has, nothing of it spent."""
+    """Return the part of the expert's budget that one of `shards` has, nothing of it spent."""
     return Budget(
         max_cost=None if settings.max_cost is None else settings.max_cost / shards,
         max_tokens=None if settings.max_tokens is None else settings.max_tokens // shards,
@@ -240,10 +314,16 @@ def budget_of(settings: OpenAIExpertSettings, *, shards: int = 1) -> Budget:
     )
 
 
-def _cause(error: BaseException) -> str:
-    """Return the innermost cause: `Connection refused` rather than `Connection error.`."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return str(error) or type(error).__name__
+def _count(value: Any) -> int:
+    """Return a number of tokens, 0 where a server does not tell.
+
+    Raises:
+        ValueError: It is none: charged to the budget, it would end the run.
+    """
+    if not isinstance(value, int | float | None) or not 0 <= (value or 0) <= MAX_TOKENS:
+        raise ValueError("not a number of tokens")
+    return int(value or 0)
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair

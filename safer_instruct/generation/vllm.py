@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 from config.errors import UserError
 from config.settings import BackendSettings, ModelSettings
-from safer_instruct.generation.completions import Generation, Request
+from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
 from safer_instruct.generation.models import load_tokenizer, resolve_archive
-from safer_instruct.text.encoding import prompt_token_ids
-from safer_instruct.text.prompts import Prompt
+from safer_instruct.generation.window import Window
 
 
 class VLLMGenerator:
@@ -20,9 +18,7 @@ class VLLMGenerator:
     tokens are within rounding of each other.
     """
 
-    def __init__(
-        self, model: ModelSettings, settings: BackendSettings, *, template: Prompt, name: str, fingerprint: str
-    ) -> None:
+    def __init__(self, model: ModelSettings, settings: BackendSettings, *, name: str, fingerprint: str) -> None:
         """Start the engine.
 
         Raises:
@@ -45,7 +41,6 @@ class VLLMGenerator:
         self.fingerprint = fingerprint
         self._settings = settings
         self._parameters = vllm.SamplingParams
-        self._tokenizer = load_tokenizer(model)
         self._engine = vllm.LLM(
             model=str(source),
             tokenizer=model.tokenizer_name_or_path or model.name_or_path,
@@ -57,44 +52,39 @@ class VLLMGenerator:
             seed=settings.seed,
         )
         context = self._engine.llm_engine.model_config.max_model_len
-        self._max_prompt_tokens = context - settings.max_new_tokens
-        prompt_token_ids(self._tokenizer, template, self._max_prompt_tokens)
+        self.window = Window(load_tokenizer(model), context=context, max_new_tokens=settings.max_new_tokens, name=name)
 
     def check(self) -> None:
-        """Nothing can be missing: the engine runs."""
+        """Do nothing: the engine runs."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield the generations when the engine has done all of `requests`; "prompt_too_long" where none fits."""
         settings = self._settings
-        prompts, parameters, rows = [], [], []
+        rows, prompts, parameters = [], [], []
         for request in requests:
-            try:
-                ids = prompt_token_ids(self._tokenizer, request.prompt, self._max_prompt_tokens)
-            except UserError:
+            encoded = self.window.encode(request.prompt)
+            if encoded is None:
                 yield Generation(request.id, "", error="prompt_too_long")
                 continue
-            rows.append(request)
-            prompts.append({"prompt_token_ids": ids})
-            digest = hashlib.blake2b(f"{settings.seed}/{request.id}".encode(), digest_size=8).digest()
+            rows.append((request, *encoded))
+            prompts.append({"prompt_token_ids": encoded[0]})
             parameters.append(
                 self._parameters(
                     max_tokens=settings.max_new_tokens,
                     temperature=settings.temperature,
                     top_p=settings.top_p,
-                    seed=int.from_bytes(digest, "little") >> 1,
+                    seed=row_seed(settings.seed, request.id),
                 )
             )
         outputs = self._engine.generate(prompts, parameters, use_tqdm=False) if prompts else []
-        for request, prompt, output in zip(rows, prompts, outputs, strict=True):
+        for (request, ids, cut), output in zip(rows, outputs, strict=True):
             answer = output.outputs[0]
-            length = len(prompt["prompt_token_ids"])
-            near_limit = length > self._max_prompt_tokens - 16  # a cut can leave a few tokens of room
-            whole = prompt_token_ids(self._tokenizer, request.prompt, 2**31) if near_limit else ()
-            yield Generation(
+            generation = Generation(
                 id=request.id,
                 text=answer.text,
                 truncated=answer.finish_reason == "length",
-                prompt_tokens=length,
+                prompt_tokens=len(ids),
                 new_tokens=len(answer.token_ids),
-                prompt_cut=len(whole) > length,
+                prompt_cut=cut,
             )
+            yield without_thought(generation, settings.thought_tags, request.prompt)

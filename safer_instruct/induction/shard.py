@@ -75,7 +75,7 @@ def run_filter(
     """Screen the induced pairs that the ledger lacks."""
     before, pairs = _induced_pairs(examples, paths)
     min_score = resolve_min_score(config, paths, count)
-    configuration = expert_configuration(expert, before, FILTER, **{"roundtrip.min_score": min_score})
+    configuration = expert_configuration(expert, before, "screen", **{"roundtrip.min_score": min_score})
     function = stage_filter(expert, min_score=min_score)
     with Ledger(paths[FILTER], configuration, num_rows=len(pairs)) as ledger, _progress(FILTER, pairs) as update:
         run_stage(pairs, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
@@ -86,7 +86,7 @@ def run_respond(expert: Expert, examples: Sequence[Example], paths: Mapping[str,
     _, pairs = _induced_pairs(examples, paths)
     before, verdicts = read_ledger(paths[FILTER])
     pairs = kept(pairs, verdicts)
-    configuration = expert_configuration(expert, before, RESPOND)
+    configuration = expert_configuration(expert, before, "respond")
     with Ledger(paths[RESPOND], configuration, num_rows=len(pairs)) as ledger, _progress(RESPOND, pairs) as update:
         run_stage(pairs, ledger, stage_respond(expert), batch_size=ROWS_AT_A_TIME, progress=update)
 

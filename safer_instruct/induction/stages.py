@@ -300,18 +300,18 @@ def score_configuration(scorer: Scorer, before: Mapping[str, Any]) -> dict[str, 
     return {"forward_model": scorer.name, "forward_fingerprint": scorer.fingerprint, "stage_before": _before(before)}
 
 
-def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str = "", **more: Any) -> dict[str, Any]:
+def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str, **more: Any) -> dict[str, Any]:
     """Return what the records of an expert's stage depend on, the configuration of the stage before included.
 
     Args:
         expert: The expert.
         before: Configuration of the stage before.
-        role: Whose prompt the expert is told: filter, respond.
+        role: What the expert is asked for: screen, respond.
         more: What else the stage depends on.
     """
     return {
         "expert": expert.name,
-        "expert_fingerprint": expert.fingerprint,
+        "expert_fingerprint": expert.fingerprint(role),
         "expert_prompt": expert.prompt_hashes.get(role),
         "checks": CHECKS_VERSION,
         "stage_before": _before(before),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -20,6 +21,11 @@ def short_name(name: str, limit: int = 22) -> str:
 def percent(value: float | None) -> str:
     """Write `0.9432` as `94.3`, None as `-`."""
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def without_password(text: str) -> str:
+    """Mask user and password of the web addresses in a text: http://***@host/v1."""
+    return re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
 
 
 def visible(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The prompt strings of training and generation; those of the experts are in `expert_prompts.py`.
+"""The prompt strings of training and generation; those of the experts are in `experts/prompts.py`.
 
 Every prompt ends right before the text that the model has to write. As in Alpaca's recipe there is no space or newline
 behind the last colon.

@@ -1,0 +1,100 @@
+"""What goes wrong at a server, sorted by status and error code, and the part of it that may be shown."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+import urllib.parse
+
+import openai
+
+from safer_instruct.generation.completions import Request
+from safer_instruct.text.display import visible
+
+KEPT = "Finished rows are kept: the same command goes on from there."
+ACCOUNT = re.compile("billing|balance|quota|credit|payment")  # in an error's code or type: nothing is left to spend
+# Error codes that are about one request's content or length.
+ROW_CODES = {
+    "content_filter", "content_policy_violation", "data_inspection_failed", "context_length_exceeded",
+    "string_above_max_length",
+}  # fmt: skip
+MAX_SHOWN = 300  # characters of a server's own words
+# Words of the prompts that servers use, too: such a word in a message quotes no row.
+COMMON = {"answer", "check", "data", "language", "model", "request", "response", "this"}
+
+
+class Refused(Exception):
+    """The server refuses a request; sent again as it is, it would be refused again.
+
+    Attributes:
+        reason: An error of `Generation`: http_400.
+        status: The HTTP status.
+        about_row: True if the server says that the content is why.
+        at: When, by the monotonic clock.
+    """
+
+    def __init__(self, status: int, words: str = "", *, about_row: bool = False) -> None:
+        super().__init__(f"HTTP {status}{f': {words}' if words else ''}")
+        self.reason = f"http_{status}"
+        self.status = status
+        self.about_row = about_row
+        self.at = time.monotonic()
+
+
+class Failed(Exception):
+    """An attempt that may succeed later.
+
+    Attributes:
+        reason: For the counts: http_500, timeout, no_connection, malformed_reply.
+        wait_seconds: What the server asked to wait, None if it did not.
+        throttled: True if it was only asked too often.
+    """
+
+    def __init__(self, reason: str, wait_seconds: float | None = None, *, throttled: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.wait_seconds = wait_seconds
+        self.throttled = throttled
+
+
+def is_about_account(error: openai.APIStatusError) -> bool:
+    """Return whether nothing can be asked for until somebody pays."""
+    return error.status_code == 402 or ACCOUNT.search(f"{error.code} {error.type}".lower()) is not None
+
+
+def is_about_row(error: openai.APIStatusError) -> bool:
+    """Return whether the server says that it refuses this request for its content or its length."""
+    return error.status_code == 413 or str(error.code or error.type) in ROW_CODES
+
+
+def is_address(url: str) -> bool:
+    """Return whether a server can be reached under a URL."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket or a port that is none
+        return False
+
+
+def own_words(error: openai.APIStatusError, request: Request) -> str:
+    """Return what the server says in an error, "" where it shares a word with the request: it may quote the row."""
+    body = error.body if isinstance(error.body, dict) else {}
+    said = visible(str(body.get("message") or body.get("detail") or ""))[:MAX_SHOWN]
+    shared = set(re.findall(r"[\w-]{4,}", said.lower())) & set(re.findall(r"[\w-]{4,}", request.prompt.text.lower()))
+    return "" if request.id != "the test" and shared - COMMON else " ".join(said.split())
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the innermost cause: `Connection refused` rather than `Connection error.`.
+
+    Of other exceptions only the class is told: their texts can hold the request's headers, and so the key.
+    """
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    if isinstance(error, socket.gaierror):
+        return error.strerror or "name not resolved"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return type(error).__name__

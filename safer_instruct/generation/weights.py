@@ -1,0 +1,103 @@
+"""Where weights are: a run, a checkpoint, a model folder or a `policy.pt`; nothing that could run code is unpickled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from config.errors import UserError
+from config.paths import find_path
+
+
+def resolve_archive(path: str) -> Path:
+    """Return the HF folder, or `policy.pt` file, that `path` stands for.
+
+    Args:
+        path: a run (its LATEST), a checkpoint (its model/), an HF folder, or a `policy.pt`.
+
+    Raises:
+        UserError: there is nothing there, or nothing with weights.
+    """
+    found = find_path(path)
+    if not found.exists():
+        raise UserError(
+            f"{path}: there is no such file or folder. Give a run, a checkpoint, a model folder or a policy.pt."
+        )
+    if found.is_file():
+        return found
+    # Without LATEST: a run that was killed between the two renames of its first checkpoint.
+    newest = sorted(found.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))[-1:]
+    for folder in (found / "LATEST" / "model", *(path / "model" for path in newest), found / "model", found):
+        if (folder / "config.json").is_file():
+            return folder
+    if (found / "policy.pt").is_file():  # the DPO repo's LATEST/policy.pt
+        return found / "policy.pt"
+    what = "a run without a checkpoint yet" if (found / "config.yaml").is_file() else "no model"
+    raise UserError(
+        f"{path} holds {what}: there is neither LATEST (a run), nor model/ (a checkpoint), nor config.json (a model "
+        "folder), nor policy.pt in it."
+    )
+
+
+def check_weight_files(folder: Path) -> None:
+    """Open every safetensors file of a folder, which checks header and length, and look for missing shards.
+
+    Raises:
+        UserError: naming the file that is missing, damaged or truncated.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in shards if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}.")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file}: damaged or truncated ({file.stat().st_size} bytes; {first_line(error)}). Copy it again."
+            ) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer."""
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def read_policy_pt(path: Path) -> dict[str, torch.Tensor]:
+    """Return the `state` of a DPO repo checkpoint, memory-mapped; no code in it is ever run.
+
+    Raises:
+        UserError: truncated, no PyTorch file, holds something else than tensors, or no `state`.
+    """
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip and not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: truncated ({path.stat().st_size} bytes; its end is missing). Copy it again.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "global" in str(error):
+            raise UserError(
+                f"{path}: refused. It holds Python objects besides tensors, which could run code when read; nothing of "
+                "it was run. Save the weights alone: torch.save({'state': model.state_dict()}, path)"
+            ) from error
+        raise UserError(f"{path}: truncated, or not a PyTorch file ({path.stat().st_size} bytes).") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged, or not a PyTorch file ({first_line(error)}). Copy it again.") from error
+    state = content.get("state", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: expected a dictionary with an entry `state` (name -> tensor), as the DPO repo saves.")
+    return state
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
