@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from config.schema import run_entrypoint
 from config.settings import MISSING, InduceConfig, OpenAIExpertSettings
 from safer_instruct.dataset.files import FILES
 from safer_instruct.dataset.merge import MERGE, merge, read_instructions
+from safer_instruct.dataset.scratch import lock_output
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.experts.expert import Expert, build_expert
 from safer_instruct.induction.ledger import (
@@ -114,23 +116,24 @@ def merge_shards(config: InduceConfig) -> None:
     started = time.monotonic()
     output = Path(config.output)
     excluded = read_instructions(config.exclude) if config.exclude else set()
-    merged = merge(
-        config.corpus,
-        find_ledgers(output / "ledger"),
-        output,
-        guard=LeakageGuard(excluded, config.exclude_similarity),
-        duplicates=config.duplicates,
-        format=config.format,
-    )
-    run = {
-        "command": without_password(shlex.join(["python", *sys.orig_argv[1:]])),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    report = build_report(merged, run=run)
-    write_report(report, output)
+    with lock_output(output):  # until the report is written: it must be about the dataset beside it
+        merged = merge(
+            config.corpus,
+            find_ledgers(output / "ledger"),
+            output,
+            guard=LeakageGuard(excluded, config.exclude_similarity),
+            duplicates=config.duplicates,
+            format=config.format,
+        )
+        run = {
+            "command": without_password(shlex.join(["python", *sys.orig_argv[1:]])),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        report = build_report(merged, run=run)
+        write_report(report, output)
     names = ", ".join(FILES[config.format])
     print(render_funnel(report))
     print(f"\n{report['num_rows']} pairs in {output} ({names}); counts and drops: {output / 'README.md'}")
@@ -150,17 +153,19 @@ def run_audit(config: InduceConfig) -> None:
 
     output = None if config.output == MISSING else Path(config.output)
     excluded = read_instructions(config.exclude) if config.exclude else set()
-    report = audit(
-        str(config.path),
-        guard=LeakageGuard(excluded, config.exclude_similarity),
-        duplicates=config.duplicates,
-        max_same_chosen=config.max_same_chosen,
-        output=output,
-        format=config.format,
-    )
+    with nullcontext() if output is None else lock_output(output):
+        report = audit(
+            str(config.path),
+            guard=LeakageGuard(excluded, config.exclude_similarity),
+            duplicates=config.duplicates,
+            max_same_chosen=config.max_same_chosen,
+            output=output,
+            format=config.format,
+        )
+        if output is not None:
+            write_audit(report, output)
     print(render_audit(report))
     if output is not None:
-        write_audit(report, output)
         print(f"\n{output / 'audit.md'}, audit.json and figures; the cleaned dataset beside them")
 
 

@@ -28,18 +28,20 @@ from safer_instruct.dataset.merge import merge
 from safer_instruct.dataset.similarity import LeakageGuard, shingles, similarity
 from safer_instruct.induction.ledger import shard_path
 from safer_instruct.induction.ledgers import find_ledgers
+from safer_instruct.induction.stages import stage_digest
 from safer_instruct.text.examples import in_shard, text_id
 
 SHARDS = 16
 PLANTED_SHARE = 0.02
+EXPERT = {"expert": "e", "expert_fingerprint": "f", "expert_prompt": "p", "checks": 2}
 CONFIGURATIONS = {
     "induce": {
         "model": "m", "model_fingerprint": "f", "prompt": "p", "generation.temperature": 0.7, "generation.top_p": 1.0,
         "generation.max_new_tokens": 64, "generation.seed": 0, "generation.num_candidates": 1,
     },
-    "filter": {"expert": "e", "expert_fingerprint": "f", "expert_prompt": "p", "checks": 2, "stage_before": "s"},
-    "respond": {"expert": "e", "expert_fingerprint": "f", "expert_prompt": "p", "checks": 2, "stage_before": "s"},
 }  # fmt: skip
+CONFIGURATIONS["filter"] = {**EXPERT, "stage_before": stage_digest(CONFIGURATIONS["induce"])}
+CONFIGURATIONS["respond"] = {**EXPERT, "stage_before": stage_digest(CONFIGURATIONS["filter"])}
 
 
 def write_run(folder: Path, num_rows: int) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from config.settings import LikelihoodLossSettings, PreferenceLossSettings
+from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, tiny_settings
 from trainers.data.batching import BatchLoader

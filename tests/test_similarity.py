@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safer_instruct.dataset.similarity import LeakageGuard, NearDuplicates, recall, shingles, similarity
-from safer_instruct.dataset.spool import BUFFER_BYTES, MAX_BUCKETS, Spool, num_buckets
+from safer_instruct.dataset.scratch import BATCH_ROWS, INT, TEXT, open_scratch
+from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates, recall, shingles, similarity
 
 
 def word_pairs(text: str) -> set[tuple[str, ...]]:
@@ -48,42 +49,43 @@ def literal(texts: list[str], threshold: float) -> list[bool]:
     return dropped
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_near_duplicates_are_those_of_the_definition(tmp_path, on_disk) -> None:
+def near_duplicates(texts: list[str], threshold: float, folder: Path, *, index: str = "memory") -> list[bool]:
+    with open_scratch(folder / "scratch", index) as scratch:
+        find_near_duplicates(enumerate(texts), threshold, scratch)
+        dropped = {n for (n,) in scratch.query("FROM near_duplicates")}
+    assert not (folder / "scratch").exists()
+    return [n in dropped for n in range(len(texts))]
+
+
+@pytest.mark.parametrize("index", ["memory", "disk"])
+def test_near_duplicates_are_those_of_the_definition(tmp_path, index) -> None:
     texts = some_texts(600, 1)
-    near = NearDuplicates(0.8, tmp_path if on_disk else None)
-    for text in texts:
-        near.add(text)
-    found, expected = near.duplicates(), numpy.array(literal(texts, 0.8))
+    found = numpy.array(near_duplicates(texts, 0.8, tmp_path, index=index))
+    expected = numpy.array(literal(texts, 0.8))
     assert not (found & ~expected).any(), "a removal is verified, so there is no false one"
     assert expected.sum() > 60
     # LSH misses a pair of similarity 0.8 with probability 0.014, one of 0.9 hardly ever.
     assert (found & expected).sum() >= 0.97 * expected.sum()
 
 
-def test_the_order_decides_who_stays() -> None:
-    near = NearDuplicates(0.8)
-    for text in (
+def test_the_order_decides_who_stays(tmp_path) -> None:
+    texts = [
         "a b c d e f g h i j k",
         "other words altogether here",
         "a b c d e f g h i j x",
         "A, b c d e f g h i j k!",
-    ):
-        near.add(text)
-    assert near.duplicates().tolist() == [False, False, True, True]
-    assert NearDuplicates(0.8).duplicates().tolist() == []
+    ]
+    assert near_duplicates(texts, 0.8, tmp_path) == [False, False, True, True]
+    assert near_duplicates([], 0.8, tmp_path) == []
 
 
-def test_a_chain_of_small_changes_is_cut_where_it_has_gone_too_far() -> None:
+def test_a_chain_of_small_changes_is_cut_where_it_has_gone_too_far(tmp_path) -> None:
     """Each is near the one before, the third is far from the first: it stays, because the second one has gone."""
     words = [f"w{i}" for i in range(30)]
     chain = [" ".join([f"x{i}" for i in range(4 * step)] + words[4 * step :]) for step in range(3)]
     assert [jaccard(chain[0], chain[i]) >= 0.7 for i in (1, 2)] == [True, False]
     assert jaccard(chain[1], chain[2]) >= 0.7
-    near = NearDuplicates(0.7)
-    for text in chain:
-        near.add(text)
-    assert near.duplicates().tolist() == literal(chain, 0.7) == [False, True, False]
+    assert near_duplicates(chain, 0.7, tmp_path) == literal(chain, 0.7) == [False, True, False]
 
 
 @given(st.lists(st.sampled_from("abcdef"), max_size=8), st.lists(st.sampled_from("abcdef"), max_size=8))
@@ -113,20 +115,15 @@ def test_a_test_set_is_kept_out_exactly_and_nearly() -> None:
         assert (guard.reason(instruction) != "") == near
 
 
-def test_a_spool_gives_back_what_belongs_together_in_order(tmp_path) -> None:
-    spool = Spool(tmp_path, "x", 7)
-    lines = [(f"key{i % 50}", f"key{i % 50} {i} {'long ' * (BUFFER_BYTES // 1000)}\n".encode()) for i in range(400)]
-    for key, line in lines:
-        spool.add(key, line)
-    assert any(tmp_path.iterdir()), "more than the buffer holds lies on the disk"
-    buckets = [list(spool.read(bucket)) for bucket in range(7)]
-    assert sorted(line for bucket in buckets for line in bucket) == sorted(line for _, line in lines)
-    homes = [{line.split()[0] for line in bucket} for bucket in buckets]
-    assert sum(map(len, homes)) == 50, "no key is in two buckets"
-    for bucket in buckets:
-        numbers = [int(line.split()[1]) for line in bucket]
-        assert numbers == sorted(numbers)
-
-
-def test_buckets_are_small_and_not_too_many() -> None:
-    assert [num_buckets(rows) for rows in (0, 1, 16_384, 16_385, 1_000_000, 10**9)] == [1, 1, 1, 2, 62, MAX_BUCKETS]
+def test_tables_give_back_their_rows_in_order_and_queries_run_side_by_side(tmp_path) -> None:
+    """The folder's name is a pattern to DuckDB, and the texts would end a string in SQL."""
+    rows = [(n, f"it's \0 {n}") for n in range(2 * BATCH_ROWS + 7)]
+    with open_scratch(tmp_path / "run[1]*'", "disk") as scratch:
+        scratch.create("texts", {"n": INT, "text": TEXT}, rows)
+        assert list(scratch.rows("texts", ["n", "text"])) == rows
+        first, second = scratch.query("SELECT n FROM texts ORDER BY n DESC"), scratch.query("FROM texts ORDER BY n")
+        assert next(first) == (len(rows) - 1,)
+        assert list(second) == rows
+        assert next(first) == (len(rows) - 2,)
+        assert list(scratch.query("FROM texts WHERE text = ?", "it's \0 9")) == [rows[9]]
+    assert not (tmp_path / "run[1]*'").exists()

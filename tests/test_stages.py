@@ -11,12 +11,14 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 import pytest
+from filelock import FileLock
 
 from config.errors import UserError
 from config.settings import CorpusSettings, DuplicatesSettings, InductionSettings
 from safer_instruct.dataset.card import build_report, write_report
 from safer_instruct.dataset.hub import push_dataset
 from safer_instruct.dataset.merge import merge, read_instructions
+from safer_instruct.dataset.scratch import lock_output
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.experts.verdicts import SafeResponse, Verdict
 from safer_instruct.generation.completions import Generation
@@ -304,6 +306,61 @@ def test_shards_of_different_configurations_are_not_merged(tmp_path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"expert_fingerprint": "e0"', b'"expert_fingerprint": "e1"'))
     with pytest.raises(UserError, match=r"filter-00001-of-00002.*expert_fingerprint"):
         find_ledgers(tmp_path / "ledger")
+
+
+def test_ledgers_that_do_not_belong_together_are_not_merged(tmp_path) -> None:
+    """Of a finished run, induce is run again with another seed: what filter and respond say is about other texts."""
+    corpus_path = tmp_path / "corpus.jsonl"
+    write_corpus(corpus_path)
+    folder = tmp_path / "ledger"
+    run_shard(corpus_path, folder, 0, 1)
+    assert list(find_ledgers(folder)) == ["induce", "filter", "respond"]
+    path = shard_path(folder, "induce", 0, 1)
+    path.unlink()
+    examples = read_corpus(CorpusSettings(path=str(corpus_path))).examples
+    with Ledger(path, induce_configuration("fake", "f0", InductionSettings(seed=1))) as ledger:
+        run_stage(examples, ledger, stage_induce(FakeGenerator()), batch_size=7)
+    with pytest.raises(UserError, match=r"the ledgers of stage=filter were made from other ledgers of stage=induce"):
+        find_ledgers(folder)
+    shard_path(folder, "filter", 0, 1).unlink()
+    before, induced = read_ledger(path)
+    with Ledger(shard_path(folder, "filter", 0, 1), expert_configuration(FakeExpert(), before, "filter")) as ledger:
+        run_stage(with_instructions(examples, induced), ledger, stage_filter(FakeExpert()), batch_size=7)
+    with pytest.raises(UserError, match=r"stage=respond were made from other .* of stage=filter .* Delete respond-\*"):
+        find_ledgers(folder)
+
+
+def test_one_merge_or_audit_at_a_time_in_an_output(tmp_path) -> None:
+    corpus_path = tmp_path / "corpus.jsonl"
+    write_corpus(corpus_path)
+    run_shard(corpus_path, tmp_path / "ledger", 0, 1)
+    (tmp_path / ".merge").mkdir()
+    (tmp_path / ".merge" / "corpus.parquet").write_text("of a merge that is under way")
+    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match=r"another stage=merge or stage=audit is writing"):
+        run_merge(corpus_path, tmp_path)
+    assert (tmp_path / ".merge" / "corpus.parquet").exists()
+    assert not (tmp_path / "si.jsonl").exists()
+    with lock_output(tmp_path):  # the holder itself merges: induce.py holds the lock until its report is written
+        assert run_merge(corpus_path, tmp_path).num_rows == 24
+    with FileLock(tmp_path / ".lock").acquire(timeout=0):
+        pass
+
+
+def test_the_card_escapes_what_files_name(tmp_path) -> None:
+    """`push_to_hub` uploads the card, so a label of the corpus must not become markup there."""
+    corpus_path = tmp_path / "corpus.jsonl"
+    rows = [
+        {"response": "EVEN number 1", "label": "<img src=x>"},
+        {"response": "EVEN number 2", "label": "x \u202e|y"},
+    ]
+    corpus_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_shard(corpus_path, tmp_path / "ledger", 0, 1)
+    write_report(build_report(run_merge(corpus_path, tmp_path), run={}), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| &lt;img src=x> | 1 | 1 | 1 |" in card
+    assert "| x \\\\u202e\\|y | 1 | 1 | 1 |" in card
+    assert "<img" not in card
+    assert "\u202e" not in card
 
 
 def test_all_formats_hold_the_same_rows(tmp_path) -> None:

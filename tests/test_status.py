@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,16 @@ def test_time_stamps_are_no_part_of_a_record(tmp_path, monkeypatch) -> None:
     assert json.loads(path.read_text().splitlines()[1]) == {"id": "row0", "tokens": 1, "at": 1000.0}
     with Ledger(path, {"a": 1}) as file:
         assert file.records == {"row0": {"id": "row0", "tokens": 1}}
+
+
+def test_status_does_without_torch(tmp_path, monkeypatch) -> None:
+    """It is asked every few minutes on a login node, where the import alone takes seconds."""
+    write(shard_path(tmp_path, "induce", 0, 1), 4, 2, monkeypatch, tokens=1)
+    code = (
+        "import sys; from pathlib import Path; from safer_instruct.induction.status import render_status; "
+        "print(render_status(Path(sys.argv[1]))); print(sorted({'torch', 'transformers', 'duckdb'} & {*sys.modules}))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    assert "| 0 | 2/4 |" in shown
+    assert shown.splitlines()[-1] == "[]"

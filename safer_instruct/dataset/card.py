@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from config.files import write_text
 from safer_instruct.dataset.files import COLUMNS, JSONL, PARQUET
 from safer_instruct.dataset.merge import MERGE, Funnel, Merged, provenance_of_all
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND
 from safer_instruct.report.dataset_plots import plot_funnel
+from safer_instruct.text.display import markdown_code, markdown_table, percent
 
 UNLABELLED = "(none)"
 PLOT = "funnel.svg"
@@ -86,14 +87,9 @@ def _rate(part: int, whole: int) -> float | None:
 def write_report(report: Mapping[str, Any], output: Path) -> None:
     """Write report.json and the card README.md into the dataset folder, each as a whole or not at all."""
     file = PARQUET if (output / PARQUET).is_file() else JSONL
-    for name, text in {
-        "report.json": json.dumps(report, indent=2, ensure_ascii=False) + "\n",
-        "README.md": render_card(report, file=file),
-        PLOT: plot_funnel(report),
-    }.items():
-        partial = output / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, output / name)
+    write_text(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(output / "README.md", render_card(report, file=file))
+    write_text(output / PLOT, plot_funnel(report))
 
 
 def render_card(report: Mapping[str, Any], *, file: str) -> str:
@@ -122,9 +118,7 @@ that do not fit, and answers the others safely. Nobody has checked the pairs by 
 
 Kept by the filter: {_percent(report["kept_rate"])}.
 
-| label | induced | kept by the filter | in the dataset | share |
-|---|---|---|---|---|
-{_label_rows(report)}
+{_labels(report)}
 
 ![Where the rows of each label went]({PLOT})
 
@@ -132,17 +126,15 @@ Kept by the filter: {_percent(report["kept_rate"])}.
 
 ## Columns
 
-| column | meaning |
-|---|---|
-{_table_rows((f"`{column}`", _MEANING[column]) for column in COLUMNS)}
+{markdown_table(["column", "meaning"], [(markdown_code(c), _MEANING[c]) for c in COLUMNS], left=[0, 1], markup=[0])}
 
 ## How it was made
 
-- Reversed model: `{made["reversed_model"]}` (fingerprint `{made["reversed_model_fingerprint"]}`), temperature \
+- Reversed model: {_model(made, "reversed_model")}, temperature \
 {made["temperature"]}, top_p {made["top_p"]}, at most {made["max_new_tokens"]} new tokens, seed {made["seed"]}, \
 {made["num_candidates"]} candidate(s) a response.
-- Filter: `{made["filter_expert"]}` (fingerprint `{made["filter_expert_fingerprint"]}`).
-- Safe responses: `{made["respond_expert"]}` (fingerprint `{made["respond_expert_fingerprint"]}`).
+- Filter: {_model(made, "filter_expert")}.
+- Safe responses: {_model(made, "respond_expert")}.
 {_forward(made)}- Tokens used: {", ".join(f"{stage} {number}" for stage, number in report["tokens"].items())}.\
 {_cost(report)}
 
@@ -158,7 +150,7 @@ def _forward(made: Mapping[str, Any]) -> str:
         return ""
     least = made["min_round_trip"]
     return (
-        f"- Round-trip score: `{made['forward_model']}` (fingerprint `{made['forward_fingerprint']}`), "
+        f"- Round-trip score: {_model(made, 'forward_model', 'forward_fingerprint')}, "
         f"{'no pair dropped by it' if least is None else f'at least {least:.3g} nats per token of the response'}.\n"
     )
 
@@ -168,37 +160,34 @@ def _cost(report: Mapping[str, Any]) -> str:
     return f" Cost by the prices given: {spent}." if spent else ""
 
 
+def _model(made: Mapping[str, Any], name: str, fingerprint: str = "") -> str:
+    return f"{markdown_code(made[name])} (fingerprint {markdown_code(made[fingerprint or f'{name}_fingerprint'])})"
+
+
 def render_funnel(report: Mapping[str, Any]) -> str:
     """Return the funnel as a Markdown table."""
     rows = [(stage["stage"], stage["in"], stage["out"], _percent(stage["rate"])) for stage in report["funnel"]]
-    return f"| stage | rows in | rows out | share |\n|---|---|---|---|\n{_table_rows(rows)}"
+    return markdown_table(["stage", "rows in", "rows out", "share"], rows)
 
 
-def _label_rows(report: Mapping[str, Any]) -> str:
-    return _table_rows(
-        (_cell(label), counts["induced"], counts["kept"], counts["out"], _percent(counts["rate"]))
+def _labels(report: Mapping[str, Any]) -> str:
+    rows = [
+        (label, counts["induced"], counts["kept"], counts["out"], _percent(counts["rate"]))
         for label, counts in report["by_label"].items()
-    )
+    ]
+    return markdown_table(["label", "induced", "kept by the filter", "in the dataset", "share"], rows)
 
 
 def _drops(report: Mapping[str, Any]) -> str:
     rows = [
-        (stage["stage"], _cell(reason), number)
+        (stage["stage"], reason, number)
         for stage in report["funnel"]
         for reason, number in sorted(stage["drops"].items(), key=lambda item: -item[1])
     ]
     if not rows:
         return "No row was dropped."
-    return f"| dropped by | reason | rows |\n|---|---|---|\n{_table_rows(rows)}"
-
-
-def _table_rows(rows: Any) -> str:
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return markdown_table(["dropped by", "reason", "rows"], rows, left=[0, 1])
 
 
 def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{100 * rate:.1f}%"
+    return "-" if rate is None else f"{percent(rate)}%"

@@ -1,29 +1,29 @@
 """All shards' ledgers -> one dataset, in the order of the corpus, whatever the number of shards.
 
 The dataset is a function of corpus, ledgers and the rules below alone: nothing in it tells how many shards there were.
-Corpus and ledgers are joined on the disk, bucket by bucket (`spool.Spool`), so memory does not grow with them: what is
-kept of each row is one byte, and the near-duplicate index where that is switched on.
+DuckDB joins ids, hashes and the places of records (`scratch.Scratch`); the texts are streamed past it, so memory does
+not grow with them.
 """
 
 from __future__ import annotations
 
-import heapq
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import pyarrow
 
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import CorpusSettings, DuplicatesSettings
-from safer_instruct.dataset.files import write_dataset
-from safer_instruct.dataset.similarity import LeakageGuard, NearDuplicates
-from safer_instruct.dataset.spool import Spool, num_buckets
-from safer_instruct.induction.ledger import Record, count_lines
+from safer_instruct.dataset.files import COLUMNS, write_dataset
+from safer_instruct.dataset.scratch import INT, LONG, TEXT, Scratch, lock_output, open_scratch
+from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
+from safer_instruct.induction.ledger import Record
 from safer_instruct.induction.ledgers import StageLedgers
 from safer_instruct.induction.stages import (
     FILTER,
@@ -35,14 +35,39 @@ from safer_instruct.induction.stages import (
     with_instruction,
     with_score,
 )
-from safer_instruct.text.corpus import MAX_PLACES, CorpusRows, Dropped, repetition
+from safer_instruct.text.corpus import CorpusRows, Dropped, repetition
 from safer_instruct.text.examples import Example, normalise, text_id
 from safer_instruct.text.readers import read_rows, require_columns
 
 MERGE = "merge"
-SCRATCH = ".merge"  # folder inside the output
-# What is kept of each row of the corpus, one byte: 0, or which repetition it is.
-DUPLICATE_ID, DUPLICATE_RESPONSE, DUPLICATE_PAIR, NEAR_DUPLICATE = 1, 2, 3, 4
+BLOCK_ROWS = 16_384  # whose records are read from the ledgers at a time
+
+_CORPUS = {"n": INT, "id": TEXT, "response": TEXT, "rejected": TEXT, "label": TEXT, "source": TEXT}
+# `stage` and `reason` of rows that a stage dropped, else "" and texts; `key` is equal for pairs that are the same.
+_PAIRS = {"n": INT, "label": TEXT, "stage": TEXT, "reason": TEXT, "key": TEXT, "score": pyarrow.float64()}
+_PAIRS |= dict.fromkeys(("id", "instruction", "rejected", "chosen", "provenance"), TEXT)
+
+# Of rows with one id the first stays; of these, of rows with one response the first.
+_REPEATED_ROWS = """
+    CREATE TABLE repeated_rows AS
+    WITH ids AS (SELECT n, response, row_number() OVER (PARTITION BY id ORDER BY n) AS place FROM corpus),
+    texts AS (SELECT n, row_number() OVER (PARTITION BY response ORDER BY n) AS place FROM ids WHERE place = 1)
+    SELECT n, true AS same_id FROM ids WHERE place > 1 UNION ALL SELECT n, false FROM texts WHERE place > 1
+"""
+# Of pairs that are the same, case and whitespace aside, the first stays.
+_REPEATED_PAIRS = """
+    CREATE TABLE repeated_pairs AS SELECT n FROM (
+        SELECT n, row_number() OVER (PARTITION BY key ORDER BY n) AS place FROM pairs WHERE reason = ''
+    ) WHERE place > 1
+"""
+_FATES = """
+    CREATE VIEW fates AS SELECT pairs.n, label, score,
+        CASE WHEN exact.n IS NULL AND near.n IS NULL THEN stage ELSE 'merge' END AS stage,
+        CASE WHEN exact.n IS NOT NULL THEN 'duplicate_pair' WHEN near.n IS NOT NULL THEN 'near_duplicate_pair'
+            ELSE reason END AS reason
+    FROM pairs LEFT JOIN repeated_pairs AS exact ON exact.n = pairs.n
+        LEFT JOIN near_duplicates AS near ON near.n = pairs.n
+"""
 
 
 @dataclass
@@ -100,185 +125,130 @@ def merge(
     """Write the dataset; its files appear as a whole or not at all.
 
     Args:
-        corpus: Where the whole corpus lies.
+        corpus: The whole corpus.
         ledgers: Of `find_ledgers`.
         output: The dataset folder.
         guard: Instructions that are kept out.
         duplicates: Which near repetitions go.
-        format: Key of `dataset_files.FILES`.
+        format: Key of `files.FILES`.
 
     Raises:
-        UserError: Rows that a stage has not finished, or a corpus that has changed or cannot be read to its end.
+        UserError: Rows that a stage has not finished, a corpus that has changed or cannot be read to its end, or
+            another process that writes into the folder.
     """
-    with _scratch(output) as folder:
-        job = _Merge(corpus, ledgers, guard, folder)
-        job.spool_ledgers()
-        job.spool_corpus()
-        job.join()
-        job.mark_repeated_pairs()
-        if duplicates.threshold is not None:
-            index = folder / "index" if duplicates.index == "disk" else None
-            job.mark_near_duplicates(duplicates.threshold, index)
-        job.merged.num_rows = write_dataset(output, format, job.rows())
+    with lock_output(output), open_scratch(output / ".merge", duplicates.index) as scratch:
+        job = _Merge(corpus, ledgers, guard, scratch)
+        job.read_ledgers()
+        job.read_corpus()
+        scratch.create("pairs", _PAIRS, job.pairs())
+        job.mark_repeated_pairs(duplicates.threshold)
+        job.count()
+        job.merged.num_rows = write_dataset(output, format, job.dataset())
         return job.merged
-
-
-@contextmanager
-def _scratch(output: Path) -> Iterator[Path]:
-    folder = output / SCRATCH
-    shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Merge:
     """The steps of `merge`, in the order in which it calls them. `n` numbers the usable rows of the corpus."""
 
     def __init__(
-        self, corpus: CorpusSettings, ledgers: Mapping[str, StageLedgers], guard: LeakageGuard, folder: Path
+        self, corpus: CorpusSettings, ledgers: Mapping[str, StageLedgers], guard: LeakageGuard, scratch: Scratch
     ) -> None:
         self.merged = Merged(ledgers)
         self._settings = corpus
         self._guard = guard
-        self._folder = folder
-        self._shared = provenance_of_all(ledgers)
-        self._marks = bytearray()
-        self._count = 1
-        self._records: dict[str, Spool] = {}
-        self._corpus: Spool
-        self._pairs: Spool
+        self._scratch = scratch
 
-    def spool_ledgers(self) -> None:
-        """Put the records of all stages into buckets by row id."""
-        self._count = num_buckets(sum(count_lines(path) for path in self.merged.ledgers[INDUCE].paths))
-        for stage, ledgers in self.merged.ledgers.items():
-            spool = self._records[stage] = Spool(self._folder, stage, self._count)
-            for record, line in ledgers.records():
-                spool.add(record["id"], line)
-                self.merged.tokens[stage] += record["tokens"]
-                self.merged.cost[stage] += record.get("cost", 0.0)
+    def read_ledgers(self) -> None:
+        """Find the place of each record, and sum up what they cost."""
+        for stage in self.merged.ledgers:
+            self._scratch.create(stage, {"id": TEXT, "place": LONG}, self._places(stage))
 
-    def spool_corpus(self) -> None:
-        """Put the rows of the corpus into the same buckets, and find the repeated ones."""
-        self._corpus = Spool(self._folder, "corpus", self._count)
-        self._pairs = Spool(self._folder, "pairs", self._count)
+    def _places(self, stage: str) -> Iterator[tuple[str, int]]:
+        for record, place in self.merged.ledgers[stage].records():
+            self.merged.tokens[stage] += record["tokens"]
+            self.merged.cost[stage] += record.get("cost", 0.0)
+            yield record["id"], place
+
+    def read_corpus(self) -> None:
+        """Copy the usable rows of the corpus, and find the repeated ones."""
         rows = CorpusRows(self._settings)
-        num_rows = 0
-        for example in rows:
-            row = [num_rows, example.id, example.rejected, example.label, example.provenance["source"]]
-            self._corpus.add(example.id, json.dumps(row).encode() + b"\n")
-            num_rows += 1
+        self._scratch.create(
+            "corpus",
+            _CORPUS,
+            (
+                (n, row.id, text_id(row.rejected or ""), row.rejected, row.label, row.provenance["source"])
+                for n, row in enumerate(rows)
+            ),
+        )
         if rows.broken:
             raise UserError(f"{rows.broken}. The corpus must be readable to its end before stage=merge")
-        self._marks = bytearray(num_rows)
         self.merged.corpus_rows, self.merged.corpus_dropped = rows.num_rows, rows.dropped
-        self._mark_repeated_rows()
+        self._scratch.execute(_REPEATED_ROWS)
+        repeated = "SELECT same_id, source FROM repeated_rows JOIN corpus USING (n) ORDER BY n"
+        for same_id, source in self._scratch.query(repeated):
+            self.merged.corpus_dropped.count(repetition(self._settings, same_id=same_id), source)
 
-    def _mark_repeated_rows(self) -> None:
-        """Of rows with one id the first stays; of these, of rows with one response the first."""
-        texts = Spool(self._folder, "texts", self._count)
-        by_id, by_text = repetition(self._settings, same_id=True), repetition(self._settings, same_id=False)
-        counts: Counter[str] = Counter()
-        first_places: list[tuple[int, str, str]] = []
-
-        def repeated(n: int, mark: int, reason: str, source: str) -> None:
-            self._marks[n] = mark
-            counts[reason] += 1
-            heapq.heappush(first_places, (-n, reason, source))
-            if len(first_places) > 4 * MAX_PLACES:
-                heapq.heappop(first_places)  # the last of them
-
-        for bucket in range(self._count):
-            seen: set[str] = set()
-            for n, id, response, _, source in map(json.loads, self._corpus.read(bucket)):
-                if id in seen:
-                    repeated(n, DUPLICATE_ID, by_id, source)
-                    continue
-                seen.add(id)
-                if self._settings.id_column:  # else the id is the text's
-                    key = text_id(response)
-                    texts.add(key, json.dumps([key, n, source]).encode() + b"\n")
-        for bucket in range(self._count if self._settings.id_column else 0):
-            first: set[str] = set()
-            for key, n, source in sorted(map(json.loads, texts.read(bucket)), key=lambda row: row[1]):
-                if key in first:
-                    repeated(n, DUPLICATE_RESPONSE, by_text, source)
-                first.add(key)
-        for _, reason, source in sorted(first_places, reverse=True):
-            self.merged.corpus_dropped.count(reason, source)
-        self.merged.corpus_dropped.counts |= counts
-
-    def join(self) -> None:
-        """Bring rows and records together, drop what the stages dropped, and write a run of the others per bucket."""
+    def pairs(self) -> Iterator[tuple[Any, ...]]:
+        """Yield a row of _PAIRS for each row of the corpus that is no repetition."""
         missing: Counter[str] = Counter()
         num_rows = 0
-        for bucket in range(self._count):
-            records = {stage: self._load_records(stage, bucket) for stage in self.merged.ledgers}
-            with self._run(bucket).open("w", encoding="utf-8") as run:
-                for n, id, response, label, source in map(json.loads, self._corpus.read(bucket)):
-                    if self._marks[n]:
-                        continue
-                    num_rows += 1
-                    of_row = {stage: found[id] for stage, found in records.items() if id in found}
-                    if absent := self._absent(of_row):
-                        missing[absent] += 1
-                        continue
-                    example = Example(id, rejected=response, label=label, provenance={"source": source})
-                    if row := self._join_row(n, example, of_row):
-                        run.write(f"{n}\t{json.dumps(row, ensure_ascii=False)}\n")
+        for n, example, records in self._joined():
+            num_rows += 1
+            if absent := self._absent(records):
+                missing[absent] += 1
+            else:
+                yield n, *self._pair(example, records)
         for stage in (stage for stage in STAGES if missing[stage]):
             raise UserError(
                 f"{missing[stage]} of {num_rows} rows have no result of stage={stage} yet; run it to its end first "
                 f"(the same command with stage={stage}): it goes on where it stopped"
             )
 
+    def _joined(self) -> Iterator[tuple[int, Example, dict[str, Record]]]:
+        """Yield the rows of the corpus with the records that are there, repeated rows left out."""
+        stages = list(self.merged.ledgers)
+        # A row that stands in a ledger twice counts as it stands there first.
+        joins = " ".join(f"LEFT JOIN (SELECT id, min(place) AS {s} FROM {s} GROUP BY id) USING (id)" for s in stages)
+        places = self._scratch.query(
+            f"""SELECT same_id IS NULL, {", ".join(stages)}
+            FROM corpus LEFT JOIN repeated_rows USING (n) {joins} ORDER BY n"""
+        )
+        rows = self._scratch.rows("corpus", ["n", "id", "rejected", "label", "source"])
+        while block := list(islice(places, BLOCK_ROWS)):
+            is_first, *columns = zip(*block, strict=True)
+            lines = [self.merged.ledgers[s].lines(column) for s, column in zip(stages, columns, strict=True)]
+            for first, (n, id, rejected, label, source), *of_row in zip(is_first, rows, *lines, strict=False):
+                if first:
+                    records = {s: json.loads(line) for s, line in zip(stages, of_row, strict=True) if line}
+                    yield n, Example(id, rejected=rejected, label=label, provenance={"source": source}), records
+
     def _absent(self, records: Mapping[str, Record]) -> str:
-        """The first stage that the row still needs, "" if it needs none."""
+        """Return the first stage that the row still needs, "" if it needs none."""
         needed = [stage for stage in self.merged.ledgers if stage != RESPOND]
         if FILTER in records and records[FILTER]["keep"]:
             needed.append(RESPOND)
         return next((stage for stage in needed if stage not in records), "")
 
-    def _load_records(self, stage: str, bucket: int) -> dict[str, Record]:
-        records: dict[str, Record] = {}
-        for record in map(json.loads, self._records[stage].read(bucket)):
-            records.setdefault(record["id"], record)
-        return records
-
-    def _join_row(self, n: int, example: Example, records: Mapping[str, Record]) -> dict[str, Any] | None:
-        """The dataset's row, None if a stage dropped it; counts it either way."""
+    def _pair(self, example: Example, records: Mapping[str, Record]) -> tuple[Any, ...]:
+        """Return a row of _PAIRS without its number."""
         induced, verdict, answer = records[INDUCE], records[FILTER], records.get(RESPOND, {})
         pair = with_instruction(example, induced)
         if SCORE in records:
             pair = with_score(pair, records[SCORE])
         label = pair.label or verdict["label"]
-        self.merged.funnel.entered[label] += 1
-        self.merged.induced.update(name for name in ("truncated", "prompt_cut") if induced[name])
         score = pair.provenance.get("round_trip")
-        if score is not None:
-            self.merged.scores.setdefault(int(score * 10 // 1), [0, 0])[0] += 1
+        self.merged.induced.update(name for name in ("truncated", "prompt_cut") if induced[name])
         stage, reason = self._fate(pair, verdict, answer)
         if reason:
-            self.merged.funnel.dropped[label, stage, reason] += 1
-            return None
+            return label, stage, reason, None, score, None, None, None, None, None
         key = text_id(normalise(pair.instruction or ""), normalise(pair.rejected or ""))
-        self._pairs.add(key, f"{key} {n}\n".encode())
         tokens = {stage: record["tokens"] for stage, record in records.items()}
-        own: dict[str, Any] = {"response_id": pair.id, "source": pair.provenance["source"], "tokens": tokens}
-        own["verdict"] = {"reason": verdict["reason"], "label": verdict["label"]}
+        provenance: dict[str, Any] = {"response_id": pair.id, "source": pair.provenance["source"], "tokens": tokens}
+        provenance["verdict"] = {"reason": verdict["reason"], "label": verdict["label"]}
         if SCORE in records:
-            own |= {"round_trip": score, "candidate_scores": pair.provenance["candidate_scores"]}
-        return {
-            "id": pair.id,
-            "instruction": pair.instruction,
-            "rejected": pair.rejected,
-            "chosen": answer["chosen"],
-            "label": label,
-            "provenance": own,
-        }
+            provenance |= {"round_trip": score, "candidate_scores": pair.provenance["candidate_scores"]}
+        own = json.dumps(provenance, ensure_ascii=False)
+        return label, "", "", key, score, pair.id, pair.instruction, pair.rejected, answer["chosen"], own
 
     def _fate(self, pair: Example, verdict: Record, answer: Record) -> tuple[str, str]:
         """Return (stage, reason) of a drop, ("", "") for a pair that may enter the dataset."""
@@ -292,60 +262,40 @@ class _Merge:
             return MERGE, "chosen_equals_rejected"
         return "", ""
 
-    def mark_repeated_pairs(self) -> None:
-        """Of pairs that are the same, case and whitespace aside, the first stays."""
-        for bucket in range(self._count):
-            seen: set[bytes] = set()
-            for line in sorted(self._pairs.read(bucket), key=lambda line: int(line.split()[1])):
-                key, n = line.split()
-                if key in seen:
-                    self._marks[int(n)] = DUPLICATE_PAIR
-                seen.add(key)
+    def mark_repeated_pairs(self, threshold: float | None) -> None:
+        """Find the pairs that repeat an earlier one exactly, then those that do so nearly."""
+        self._scratch.execute(_REPEATED_PAIRS)
+        candidates = self._scratch.query(
+            """SELECT reason = '' AND repeated_pairs.n IS NULL
+            FROM pairs LEFT JOIN repeated_pairs USING (n) ORDER BY n"""
+        )
+        texts = self._scratch.rows("pairs", ["n", "instruction", "rejected"])
+        find_near_duplicates(
+            ((n, f"{asked}\n{text}") for (wanted,), (n, asked, text) in zip(candidates, texts, strict=True) if wanted),
+            threshold,
+            self._scratch,
+        )
+        self._scratch.execute(_FATES)
 
-    def mark_near_duplicates(self, threshold: float, index: Path | None) -> None:
-        """Of pairs that are nearly the same, the first stays."""
-        if index is not None:
-            index.mkdir()
-        near = NearDuplicates(threshold, index)
-        numbers = []
-        for n, row in self._joined():
-            if not self._marks[n]:
-                numbers.append(n)
-                near.add(f"{row['instruction']}\n{row['rejected']}")
-        for n, is_duplicate in zip(numbers, near.duplicates(), strict=True):
-            if is_duplicate:
-                self._marks[n] = NEAR_DUPLICATE
+    def count(self) -> None:
+        """Count what entered, what was dropped where, and the scores of both."""
+        fates = "SELECT label, stage, reason, count(*) FROM fates GROUP BY ALL ORDER BY ALL"
+        for label, stage, reason, number in self._scratch.query(fates):
+            self.merged.funnel.entered[label] += number
+            if reason:
+                self.merged.funnel.dropped[label, stage, reason] += number
+        bins = """SELECT CAST(floor(score * 10) AS INTEGER) AS bin, count(*), count(*) FILTER (reason = '')
+            FROM fates WHERE score IS NOT NULL GROUP BY bin ORDER BY bin"""
+        self.merged.scores = {bin: [scored, kept] for bin, scored, kept in self._scratch.query(bins)}
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of the dataset in the order of the corpus; counts the repetitions."""
-        reasons = {DUPLICATE_PAIR: "duplicate_pair", NEAR_DUPLICATE: "near_duplicate_pair"}
-        for n, row in self._joined():
-            if self._marks[n]:
-                self.merged.funnel.dropped[row["label"], MERGE, reasons[self._marks[n]]] += 1
-                continue
-            own = row["provenance"]
-            if own.get("round_trip") is not None:
-                self.merged.scores[int(own["round_trip"] * 10 // 1)][1] += 1
-            row["provenance"] = {**own, **self._shared}
-            yield row
-
-    def _joined(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the runs of all buckets as one, by n: each is sorted, as the corpus was when it was spooled."""
-        files = [self._run(bucket).open(encoding="utf-8", newline="\n") for bucket in range(self._count)]
-        try:
-            for n, text in heapq.merge(*(map(_split, file) for file in files)):
-                yield n, json.loads(text)
-        finally:
-            for file in files:
-                file.close()
-
-    def _run(self, bucket: int) -> Path:
-        return self._folder / f"run-{bucket:03d}"
-
-
-def _split(line: str) -> tuple[int, str]:
-    number, _, text = line.partition("\t")
-    return int(number), text
+    def dataset(self) -> Iterator[pyarrow.RecordBatch]:
+        """Yield the rows of the dataset in the order of the corpus."""
+        shared = ", " + json.dumps(provenance_of_all(self.merged.ledgers), ensure_ascii=False)[1:]
+        kept = (reason == "" for (reason,) in self._scratch.query("SELECT reason FROM fates ORDER BY n"))
+        for batch in self._scratch.batches("pairs", COLUMNS):
+            batch = batch.filter(pyarrow.array(list(islice(kept, batch.num_rows))))
+            whole = [own[:-1] + shared for own in batch.column("provenance").to_pylist()]
+            yield batch.set_column(COLUMNS.index("provenance"), "provenance", pyarrow.array(whole, pyarrow.string()))
 
 
 def read_instructions(path: str) -> set[str]:

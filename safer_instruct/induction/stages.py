@@ -297,7 +297,11 @@ def induce_configuration(name: str, fingerprint: str, generation: InductionSetti
 
 def score_configuration(scorer: Scorer, before: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the records of the score stage depend on, the configuration of the stage before included."""
-    return {"forward_model": scorer.name, "forward_fingerprint": scorer.fingerprint, "stage_before": _before(before)}
+    return {
+        "forward_model": scorer.name,
+        "forward_fingerprint": scorer.fingerprint,
+        "stage_before": stage_digest(before),
+    }
 
 
 def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str, **more: Any) -> dict[str, Any]:
@@ -314,12 +318,13 @@ def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str, *
         "expert_fingerprint": expert.fingerprint(role),
         "expert_prompt": expert.prompt_hashes.get(role),
         "checks": CHECKS_VERSION,
-        "stage_before": _before(before),
+        "stage_before": stage_digest(before),
         **more,
     }
 
 
-def _before(configuration: Mapping[str, Any]) -> str:
+def stage_digest(configuration: Mapping[str, Any]) -> str:
+    """Return what the header of the next stage's ledger names this one by."""
     return _digest(repr(sorted(configuration.items())))
 
 

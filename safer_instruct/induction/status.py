@@ -12,9 +12,10 @@ from pathlib import Path
 from config.errors import UserError
 from safer_instruct.induction.ledger import WRITTEN_AT, shard_count, shard_path
 from safer_instruct.induction.stages import SCORE, STAGES
+from safer_instruct.text.display import markdown_table
 
 RATE_SECONDS = 600.0  # the rate is that of the last ten minutes of a ledger
-QUIET_SECONDS = 120.0  # nothing written for so long: the shard does not run, or waits
+QUIET_SECONDS = 120.0  # a shard that writes nothing for longer has stopped, or waits
 _COST = re.compile(rb'"cost": ([0-9.e-]+)')
 _KEEP = re.compile(rb'"keep": true')
 _TIME = re.compile(rb'"' + WRITTEN_AT.encode() + rb'": ([0-9.]+)\}$')
@@ -26,7 +27,7 @@ class Progress:
 
     Attributes:
         done: Rows with a record.
-        rows: Rows that the stage has in this shard; None if its ledger does not tell yet.
+        rows: Rows that the stage has in this shard; None while its ledger does not say.
         kept: Rows that the filter kept; 0 for other stages.
         cost: By the expert's prices.
         rate: Rows a second over the last RATE_SECONDS of writing, 0 if nothing is being written.
@@ -47,7 +48,10 @@ class Progress:
 
 
 def read_progress(path: Path, now: float) -> Progress:
-    """Look through one ledger; a torn tail and a missing file are no errors. Lines are searched, not parsed."""
+    """Look through one ledger; a torn tail and a missing file are no errors.
+
+    Lines are searched, not parsed: the ledgers of a large run have gigabytes.
+    """
     rows, done, kept, cost = None, 0, 0, 0.0
     times: list[float] = []  # of the records of the last RATE_SECONDS before the newest
     if not path.is_file():
@@ -74,7 +78,7 @@ def read_progress(path: Path, now: float) -> Progress:
 
 
 def render_status(folder: Path, now: float | None = None) -> str:
-    """The table of all shards that are not done, and the sums of all.
+    """Return the table of all shards that are not done, and the sums of all.
 
     Raises:
         UserError: There are no ledgers.
@@ -88,11 +92,8 @@ def render_status(folder: Path, now: float | None = None) -> str:
         {stage: read_progress(shard_path(folder, stage, i, count), now) for stage in stages} for i in range(count)
     ]
     lines = list(_unfinished(shards, now))
-    num_open = len(lines)
-    header = ["shard", *stages, "rows/s", "left", "cost", "last row"]
-    table = [header, ["---"] * len(header), *lines] if lines else []
-    text = "\n".join("| " + " | ".join(row) + " |" for row in table)
-    return f"{text}\n\n{_sums(shards, stages)}\n{count - num_open} of {count} shards are done.".strip()
+    table = markdown_table(["shard", *stages, "rows/s", "left", "cost", "last row"], lines) if lines else ""
+    return f"{table}\n\n{_sums(shards, stages)}\n{count - len(lines)} of {count} shards are done.".strip()
 
 
 def _unfinished(shards: list[dict[str, Progress]], now: float) -> Iterator[list[str]]:
@@ -113,13 +114,13 @@ def _unfinished(shards: list[dict[str, Progress]], now: float) -> Iterator[list[
 
 
 def _sums(shards: list[dict[str, Progress]], stages: list[str]) -> str:
-    """One line a stage: rows done of those known, rate of all shards, time left at this rate, cost."""
+    """Return a line for each stage: rows done of those known, rate of all shards, time left at this rate, cost."""
     lines = []
     for stage in stages:
         of_stage = [shard[stage] for shard in shards]
         done, rate = sum(one.done for one in of_stage), sum(one.rate for one in of_stage)
         known = [one.rows for one in of_stage if one.rows is not None]
-        # Shards are parts of one size: those that have not begun are reckoned with the mean of the others.
+        # Shards are about equally large, so those that have not begun count as the mean of the others.
         rows = round(sum(known) / len(known) * len(shards)) if known else 0
         about = "" if len(known) == len(shards) else "about "
         kept = f", {sum(one.kept for one in of_stage)} kept" if stage == "filter" else ""

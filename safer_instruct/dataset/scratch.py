@@ -1,0 +1,131 @@
+"""The folder in which a merge or an audit works: tables as Parquet files, which DuckDB joins and sorts out of core.
+
+Rows are streamed into Parquet files and out of them; DuckDB reads of them only the narrow columns that a query names.
+Rows that lay in DuckDB's own tables, texts included, took 426 MB for 300,000 rows under a limit of 256 MB: what it
+loads and what it joins is not all counted by its limit.
+"""
+
+from __future__ import annotations
+
+import glob
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow
+import pyarrow.parquet
+from filelock import FileLock, Timeout
+
+from config.errors import UserError
+
+BATCH_ROWS = 4096
+THREADS = 2  # each needs about 64 MB of what follows
+# What DuckDB may hold before it spills to the disk, by `duplicates.index`.
+MEMORY = {"memory": "1GB", "disk": "128MB"}
+INT, LONG, TEXT = pyarrow.int32(), pyarrow.int64(), pyarrow.string()
+
+
+class Scratch:
+    """Tables of one merge or audit. Names of tables and columns in SQL are ours; values are bound, never written in."""
+
+    def __init__(self, folder: Path, index: str) -> None:
+        """Start without tables; `index` is a key of MEMORY."""
+        self._folder = folder
+        self._database = duckdb.connect(
+            config={
+                "memory_limit": MEMORY[index],
+                "threads": THREADS,
+                "temp_directory": str(folder / "spilled"),
+                "preserve_insertion_order": False,  # each query whose order matters has an ORDER BY
+            }
+        )
+
+    def create(self, name: str, columns: Mapping[str, pyarrow.DataType], rows: Iterable[Sequence[Any]]) -> None:
+        """Create a table from rows."""
+        schema = pyarrow.schema(list(columns.items()))
+        self.create_from_batches(name, schema, record_batches(schema, rows))
+
+    def create_from_batches(self, name: str, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch]) -> None:
+        """Create a table from record batches."""
+        path = self._folder / f"{name}.parquet"
+        # Dictionaries gain nothing where nearly every value is another, and they are held until a file is closed.
+        with pyarrow.parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        # The path is a pattern to DuckDB: a folder may be named `run[1]`.
+        self._database.read_parquet(glob.escape(str(path))).create_view(name)
+
+    def execute(self, sql: str, *values: Any) -> None:
+        """Run a statement that returns no rows."""
+        self._database.execute(sql, values)
+
+    def query(self, sql: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows of a query. Queries may be under way side by side: each has a cursor of its own."""
+        with self._database.cursor() as cursor:
+            cursor.execute(sql, values)
+            while rows := cursor.fetchmany(BATCH_ROWS):
+                yield from rows
+
+    def batches(self, name: str, columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
+        """Yield columns of a table in the order in which its rows were written."""
+        with pyarrow.parquet.ParquetFile(self._folder / f"{name}.parquet") as file:
+            yield from file.iter_batches(BATCH_ROWS, columns=list(columns))
+
+    def rows(self, name: str, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """Yield what `batches` does, row by row."""
+        for batch in self.batches(name, columns):
+            yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
+
+    def close(self) -> None:
+        """Release DuckDB's memory and files."""
+        self._database.close()
+
+
+def record_batches(schema: pyarrow.Schema, rows: Iterable[Sequence[Any]]) -> Iterator[pyarrow.RecordBatch]:
+    """Yield rows as record batches of BATCH_ROWS."""
+    stream = iter(rows)
+    while chunk := list(islice(stream, BATCH_ROWS)):
+        columns = zip(*chunk, strict=True)
+        arrays = [pyarrow.array(column, type) for column, type in zip(columns, schema.types, strict=True)]
+        yield pyarrow.record_batch(arrays, schema)
+
+
+@contextmanager
+def open_scratch(folder: Path, index: str) -> Iterator[Scratch]:
+    """Make the folder, and remove it at the end; what a killed process left in it goes first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    scratch = Scratch(folder, index)
+    try:
+        yield scratch
+    finally:
+        scratch.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def lock_output(output: Path) -> Iterator[None]:
+    """Hold a dataset folder for this process; who holds it already may take it again.
+
+    Raises:
+        UserError: Another process merges or audits into it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"output={output}: another stage=merge or stage=audit is writing into this folder; wait for it to "
+            "end, or give another output=FOLDER"
+        ) from None
+    except (NotImplementedError, OSError):
+        pass  # a file system without locks: one merge at a time is then the user's to see to, as with ledgers
+    try:
+        yield
+    finally:
+        lock.release()
