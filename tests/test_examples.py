@@ -56,7 +56,7 @@ def test_a_json_list_longer_than_the_buffer(tmp_path: Path, monkeypatch: pytest.
     rows = [{"x": "y" * (i % 40), "n": [i, {"z": i}]} for i in range(300)]
     file = write(tmp_path / "a.json", rows)
     for size in (1, 7, 64):
-        monkeypatch.setattr("safer_instruct.text.readers.JSON_CHUNK_CHARACTERS", size)
+        monkeypatch.setattr("safer_instruct.text.formats.JSON_CHUNK_CHARACTERS", size)
         assert [row for _, row in read_rows(file)] == rows
 
 
