@@ -24,10 +24,11 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids, special_token_texts
+from safer_instruct.text.chat import Turn, special_token_texts
+from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
 from safer_instruct.text.examples import Example, held_out, normalise
 from safer_instruct.text.loading import LoadedExamples, RowLog, load_examples
-from safer_instruct.text.prompts import Prompt, render_prompt, render_reversed, response_lead, reversed_target
+from safer_instruct.text.prompts import Prompt, answer_turn, render_prompt, render_reversed, reversed_target
 from safer_instruct.text.readers import data_files, read_rows, require_columns
 from trainers.data.cache import build_once, hash_files
 from trainers.data.token_store import TokenStore, TokenStoreWriter
@@ -199,6 +200,8 @@ class _DatasetWriter:
         self._log, self._writers = log, writers
         self._pairs = loss == "preference"
         self._special = special_token_texts(tokenizer)
+        # A reversed model answers no chat: its prompt is the published one, and EOS ends what it writes.
+        self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
         self._exclude_file = _exclude_path(settings)
         self._excluded = _instructions(self._exclude_file)
         self._in_eval_files = in_eval_files  # shared by all datasets of the run
@@ -234,7 +237,8 @@ class _DatasetWriter:
         with tqdm(desc=f"encoding {self._log.name}", unit=" rows", disable=None) as bar:
             while chunk := list(islice(examples, int(min(left, ROWS_AT_ONCE)))):
                 texts = [self._texts(example) for example in chunk]
-                encoded = self._encoder.encode([prompt for prompt, _ in texts], [targets for _, targets in texts])
+                prompts, responses = zip(*texts, strict=True)
+                encoded = self._encoder.encode(prompts, responses, end_token=self._turn.end_token)
                 for example, (_, targets), row in zip(chunk, texts, encoded, strict=True):
                     if isinstance(row, str):
                         self._drop(row, example)
@@ -267,10 +271,9 @@ class _DatasetWriter:
         instruction, chosen, template = str(example.instruction), str(example.chosen), self._settings.template
         if self._loss == "reverse":
             return render_reversed(chosen), (reversed_target(instruction, example.input),)
-        lead = response_lead(template)
         prompt = render_prompt(template, instruction, example.input, self._tokenizer)
         responses = (chosen,) if self._loss == "likelihood" else (chosen, str(example.rejected))
-        return prompt, tuple(lead + response for response in responses)
+        return prompt, tuple(self._turn.lead + response + self._turn.close for response in responses)
 
     def _split(self, example: Example) -> str:
         if self._settings.eval_path is not None:

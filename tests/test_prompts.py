@@ -7,9 +7,9 @@ from config.errors import UserError
 from safer_instruct.text.prompts import (
     TEMPLATE_NAMES,
     Prompt,
+    answer_turn,
     render_prompt,
     render_reversed,
-    response_lead,
     reversed_target,
 )
 
@@ -52,9 +52,9 @@ def test_hh_and_plain() -> None:
     prompt = render_prompt("hh", dialogue)
     assert prompt.text == f"\n\nHuman: {dialogue}\n\nAssistant:"
     assert prompt.tail == "\n\nHuman: Why?\n\nAssistant:"
-    assert response_lead("hh") == " "
+    assert answer_turn("hh") == (" ", "", "")
     assert render_prompt("plain", "Why?", "x") == Prompt("", "Why?\n\nx", "\n")
-    assert [response_lead(name) for name in TEMPLATE_NAMES if name != "hh"] == ["", "", ""]
+    assert [answer_turn(name) for name in TEMPLATE_NAMES if name not in ("hh", "chat")] == [("", "", "")] * 2
 
 
 def test_reversed_target_appends_the_input() -> None:
