@@ -18,8 +18,9 @@ from config.checks_induce import check_induce
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import CorpusSettings, InduceConfig, OpenAIExpertSettings, RulesExpertSettings, ShardSettings
+from safer_instruct.generation import backends
 from safer_instruct.generation.completions import Generation
-from safer_instruct.generation.hf import backends
+from safer_instruct.induction import shard
 from safer_instruct.induction.ledger import read_ledger
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -105,7 +106,7 @@ def test_a_corpus_that_breaks_off_keeps_the_rows_before(config, monkeypatch, nam
         def generate(self, requests):
             return (Generation(request.id, f"Say {request.prompt.body}") for request in requests)
 
-    monkeypatch.setattr(induce, "build_reversed_model", lambda *_: Echo())
+    monkeypatch.setattr(shard, "build_reversed_model", lambda *_: Echo())
     config = with_corpus(config, name, content)
     found = message_of(config)
     assert message in found

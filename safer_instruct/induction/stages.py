@@ -45,13 +45,13 @@ class Score:
 
 
 class Scorer(Protocol):
-    """A forward model; `scoring.RoundTrip` is one."""
+    """A forward model, such as `round_trip.RoundTrip`."""
 
     name: str
     fingerprint: str
 
     def score(self, items: Sequence[Item]) -> Iterable[tuple[tuple[str, int], Score | None]]:
-        """Yield (key, score) for each item, in any order; None where it does not fit the model."""
+        """Yield (key, score) for each item, in any order; the score is None where the item does not fit the model."""
 
 
 def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Callable[[Sequence[Example]], Iterator[Record]]:
@@ -82,7 +82,7 @@ def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Callable[
 
 
 def candidate_id(id: str, number: int) -> str:
-    """The id of a candidate's request, which seeds it; the first has the row's own."""
+    """Return the id of a candidate's request, which seeds it; the first candidate has the row's own."""
     return f"{id}/{number}" if number else id
 
 
@@ -133,7 +133,7 @@ def stage_score(scorer: Scorer) -> Callable[[Sequence[Example]], Iterator[Record
 
 
 def candidates(pair: Example) -> list[Example]:
-    """The pair with each of its candidates as its instruction; the pair itself if it has one alone."""
+    """Return the pair once for each candidate, which is its instruction there; only the pair if it has no others."""
     listed = pair.provenance.get("candidates")
     if not listed:
         return [pair]
@@ -152,19 +152,20 @@ def stage_filter(expert: Expert, *, min_score: float | None = None) -> Callable[
 
     Args:
         expert: Asked about what passes the others.
-        min_score: Least round-trip score; None: any.
+        min_score: Least round-trip score of a pair that is kept; None keeps any.
     """
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
         passed = []
         for example in examples:
             if reason := cheap_check(example) or low_score(example, min_score):
-                yield {"id": example.id, "keep": False, "reason": reason, "label": "", "tokens": 0}
+                yield {"id": example.id, "keep": False, "reason": reason, "label": "", "tokens": 0, **_about(example)}
             else:
                 passed.append(example)
+        by_id = {example.id: example for example in passed}
         for id, verdict in expert.screen(passed):
             record = {"id": id, "keep": verdict.keep, "reason": verdict.reason, "label": verdict.label}
-            yield {**record, "tokens": verdict.tokens, **_cost(verdict.cost)}
+            yield {**record, "tokens": verdict.tokens, **_cost(verdict.cost), **_about(by_id[id])}
 
     return run
 
@@ -180,7 +181,7 @@ def low_score(pair: Example, min_score: float | None) -> str:
 
 
 def least_score(scores: Iterable[float], fraction: float) -> float:
-    """The score from which on a pair is among the best `fraction`; infinite where there is none."""
+    """Return the score that a pair must reach to be among the best `fraction`; infinite where there is none."""
     ranked = sorted(scores, reverse=True)
     keep = round(fraction * len(ranked))
     return ranked[keep - 1] if keep else float("inf")
@@ -190,13 +191,31 @@ def _cost(cost: float) -> Record:
     return {"cost": round(cost, 9)} if cost else {}
 
 
+def _about(pair: Example) -> Record:
+    return {"instruction_id": text_id(pair.instruction or "")}
+
+
+def require_same_instruction(pair: Example, record: Record, stage: str) -> None:
+    """Raise a UserError if a record of filter or respond is about another instruction than the pair's.
+
+    A record that does not say what it is about was written by an earlier version, and is taken as it is.
+    """
+    if record.get("instruction_id") not in (None, text_id(pair.instruction or "")):
+        raise UserError(
+            f"row {pair.id} ({pair.provenance['source']}): its record of stage={stage} is about another instruction "
+            "than the ledger of stage=induce has now; bring the old ledger back, or delete those of the later stages "
+            "to have them run again"
+        )
+
+
 def stage_respond(expert: Expert) -> Callable[[Sequence[Example]], Iterator[Record]]:
     """Make the stage in which the expert answers each kept instruction safely."""
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
+        by_id = {example.id: example for example in examples}
         for id, response in expert.respond(examples):
             record = {"id": id, "chosen": response.text, "reason": response.reason, "tokens": response.tokens}
-            yield {**record, **_cost(response.cost)}
+            yield {**record, **_cost(response.cost), **_about(by_id[id])}
 
     return run
 
@@ -264,9 +283,11 @@ def kept(examples: Sequence[Example], records: Mapping[str, Record]) -> list[Exa
     """Return the examples that the filter stage kept.
 
     Raises:
-        UserError: Rows that have no record.
+        UserError: Rows that have no record, or one about another instruction.
     """
     require_records(examples, records, FILTER)
+    for example in examples:
+        require_same_instruction(example, records[example.id], FILTER)
     return [example for example in examples if records[example.id]["keep"]]
 
 
