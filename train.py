@@ -115,7 +115,7 @@ def build_trainer(
     """The policy and the log-probabilities of its reference, ready to be trained."""
     policy, weights = load_policy(config, stores, layout)
     objective = build_objective(config)
-    identity = {"data": stores.train.key}
+    identity = {"data": stores.train.content}
     if objective.needs_reference:
         loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
         identity["reference"] = attach_references(config, policy, weights, loaders, cache_dir, layout)
@@ -314,8 +314,8 @@ def build_sampler(
 def data_keys(stores: TrainEval) -> dict[str, Any]:
     """The content hashes and sizes of the stores, for the manifest."""
     return {
-        "train": {"key": stores.train.key, "rows": len(stores.train)},
-        "eval": {"key": stores.eval.key, "rows": len(stores.eval)},
+        "train": {"key": stores.train.content, "rows": len(stores.train)},
+        "eval": {"key": stores.eval.content, "rows": len(stores.eval)},
     }
 
 
@@ -326,7 +326,7 @@ def is_finished(run: RunDir, loader: BatchLoader) -> bool:
         return False
     progress = read_progress(newest[0])
     at_end = progress.examples >= loader.total_examples and progress.evaluated_at == progress.examples
-    return at_end and progress.identity.get("data") == loader.store.key
+    return at_end and progress.identity.get("data") == loader.store.content
 
 
 def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:

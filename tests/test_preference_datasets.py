@@ -200,7 +200,8 @@ def test_long_prompts_and_responses(tmp_path: Path) -> None:
 def test_missing_columns_list_the_ones_found(tmp_path: Path) -> None:
     data = published(tmp_path / "data")
     write_csv(data / "nsfw.csv", [{"prompt": "a", "chosen": "b", "label": "c"}])
-    with pytest.raises(UserError, match=r"nsfw\.csv: missing column instruction, rejected; .*: prompt, chosen, label$"):
+    found, hint = "prompt, chosen, label", r"in its place, write datasets\.si\.columns\.instruction=prompt$"
+    with pytest.raises(UserError, match=rf"nsfw\.csv: missing column instruction, rejected; .*: {found}; .* {hint}"):
         build(data, tmp_path / "cache")
     with pytest.raises(UserError, match="missing column instruction; the columns found are: prompt"):
         build(data, tmp_path / "cache", loss="likelihood")

@@ -61,7 +61,8 @@ def literal(model, tokenizer, instruction: str, response: str) -> float:
 @pytest.mark.parametrize("max_batch_tokens", [1, 300, 100_000])
 def test_the_score_is_its_definition(model, max_batch_tokens) -> None:
     tokenizer = load_tokenizer(model)
-    scorer = RoundTrip(RoundTripSettings(model, max_batch_tokens=max_batch_tokens), torch.device("cpu"), induce.logps_of)
+    settings = RoundTripSettings(model, max_batch_tokens=max_batch_tokens)
+    scorer = RoundTrip(settings, torch.device("cpu"), induce.logps_of)
     items = [(("row", i), *pair) for i, pair in enumerate(PAIRS)]
     scores = dict(scorer.score(items))
     for key, instruction, response in items:

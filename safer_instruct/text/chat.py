@@ -6,7 +6,6 @@ template may be slow), and the rendering is split at the marks.
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,7 +70,8 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
     asked = _asked(tokenizer, str(tokenizer.chat_template))
     before, behind = _split(_render(tokenizer, [_USER, _ASSISTANT]), _ANSWERED, "an assistant's")
     if not before.startswith(asked):
-        shared = len(os.path.commonprefix([before, asked]))
+        # Where they part: what stands before is of no interest.
+        shared = next((i for i, pair in enumerate(zip(before, asked, strict=False)) if pair[0] != pair[1]), len(before))
         raise UserError(
             f"template=chat: a model is asked with ...{asked[shared:]!r} at the end, where the same template writes "
             f"...{before[shared:]!r} before an answer, so answers would be trained in another place (inside a thought) "
@@ -95,7 +95,7 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
 
 @lru_cache(maxsize=8)
 def _asked(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """Render a user's turn and the generation prompt; `template` is the tokenizer's, and only tells one from another."""
+    """Render a user's turn and the generation prompt; `template`, the tokenizer's, is there for the cache's key."""
     return _render(tokenizer, [_USER], add_generation_prompt=True)
 
 
@@ -103,7 +103,15 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     # A template is a program: it may fail in any way in which a computation on its own data can.
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = visible(str(error).strip().split("\n")[0][:200])
         raise UserError(
             f"template=chat: the tokenizer's chat template fails on one user's turn: {reason} "

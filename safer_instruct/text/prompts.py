@@ -125,7 +125,7 @@ def answer_turn(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
 
 
 def render_reversed(response: str) -> Prompt:
-    """Render the prompt of reversed instruction tuning, which asks for the instruction (Safer-Instruct, section 3.1)."""
+    """Render the prompt of reversed instruction tuning: it asks for the instruction (Safer-Instruct, section 3.1)."""
     return Prompt(_REVERSED, response, "\n\n### Instruction:")
 
 

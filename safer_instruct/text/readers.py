@@ -20,7 +20,8 @@ from safer_instruct.text.formats import MAX_TEXT_CHARACTERS, BadLine, Row, read_
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".arrow")
 DATASET_FILES = ("si.jsonl", "si.parquet")  # what induce.py calls its dataset: the rest of such a folder is not data
 NOT_DATA = frozenset({"report.json", "manifest.json", "dataset_info.json", "state.json", "test_set.csv"})
-HELD_OUT_SPLIT = re.compile(r"(test|validation|valid|val|dev|evaluation|eval)(?![a-z])", re.IGNORECASE)  # how its name begins
+# How the name of a split begins.
+HELD_OUT_SPLIT = re.compile(r"(test|validation|valid|val|dev|evaluation|eval)(?![a-z])", re.IGNORECASE)
 TRAIN_SPLIT = re.compile(r"train(?![a-z])", re.IGNORECASE)
 
 # What people call the columns that a message may ask for.
