@@ -179,7 +179,7 @@ def _checked_expert(config: InduceConfig, device: torch.device, paths: Mapping[s
 
 
 def _budget(settings: OpenAIExpertSettings, paths: Mapping[str, Path], count: int) -> Budget:
-    """This shard's part of the budget, less what its ledgers say has been spent."""
+    """Return this shard's part of the budget, less what its ledgers say has been spent."""
     from safer_instruct.generation.server import budget_of
 
     budget = budget_of(settings, shards=count)

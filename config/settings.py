@@ -28,6 +28,7 @@ class ModelSettings:
     autocast: str | None = None  # bfloat16: matrix products in it, weights as they are; docs/performance.md has errors
     attn_implementation: str = "sdpa"  # packing=true attends by itself, and asks for sdpa
     trust_remote_code: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of template=chat: {enable_thinking: false}
 
 
 @dataclass

@@ -19,7 +19,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from config.errors import UserError
 from config.settings import GenerationSettings
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
-from safer_instruct.text.encoding import prompt_token_ids
+from safer_instruct.text.chat import chat_end_token
+from safer_instruct.text.encoding import Unusable, prompt_token_ids
 from safer_instruct.text.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -103,15 +104,15 @@ class HFGenerator:
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield the generations batch by batch, longest prompts first.
 
-        A row whose prompt does not fit even without its body gets the error "prompt_too_long".
+        A row whose prompt cannot be asked gets the error that `prompt_token_ids` names: "prompt_too_long", for example.
         """
         encoded: dict[str, list[int]] = {}
         by_id = {request.id: request for request in requests}
         for request in by_id.values():
             try:
                 encoded[request.id] = prompt_token_ids(self.tokenizer, request.prompt, self.max_prompt_tokens)
-            except UserError:
-                yield Generation(request.id, "", error="prompt_too_long")
+            except Unusable as unusable:
+                yield Generation(request.id, "", error=unusable.reason)
         for generation in self.generate_from_tokens(encoded):
             prompt = by_id[generation.id].prompt
             yield replace(generation, prompt_cut=self._was_cut(prompt, encoded[generation.id]))
@@ -283,7 +284,8 @@ def _pad_left(prompts: Sequence[list[int]], pad_token_id: int, device: torch.dev
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return every token that ends a text: the tokenizer's and those of generation_config.json."""
+    """Return every token that ends a text: the tokenizer's, its chat template's, those of generation_config.json."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
+    turn_end = tokenizer.backend_tokenizer.token_to_id(chat_end_token(tokenizer))  # what template=chat trains
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id, turn_end) if token is not None)

@@ -9,7 +9,7 @@ from config.errors import UserError
 from config.settings import BackendSettings, ModelSettings
 from safer_instruct.generation.completions import Generation, Request
 from safer_instruct.generation.models import load_tokenizer, resolve_archive
-from safer_instruct.text.encoding import prompt_token_ids
+from safer_instruct.text.encoding import Unusable, prompt_token_ids
 from safer_instruct.text.prompts import Prompt
 
 
@@ -70,8 +70,8 @@ class VLLMGenerator:
         for request in requests:
             try:
                 ids = prompt_token_ids(self._tokenizer, request.prompt, self._max_prompt_tokens)
-            except UserError:
-                yield Generation(request.id, "", error="prompt_too_long")
+            except Unusable as unusable:
+                yield Generation(request.id, "", error=unusable.reason)
                 continue
             rows.append(request)
             prompts.append({"prompt_token_ids": ids})

@@ -93,6 +93,16 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
     return Turn(lead, behind.rstrip())
 
 
+def chat_end_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token that ends an answer by the chat template; "" where there is no template that says it."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return chat_turn(tokenizer).end_token
+    except UserError:  # a template that can be asked, and not trained
+        return ""
+
+
 @lru_cache(maxsize=8)
 def _asked(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """Render a user's turn and the generation prompt; `template`, the tokenizer's, is there for the cache's key."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config.errors import UserError
+from safer_instruct.text.chat import special_token_texts
 from safer_instruct.text.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -123,6 +124,14 @@ class Encoder:
         )
 
 
+class Unusable(UserError):
+    """A prompt that no model can be asked; `reason` is the word for it in counts and ledgers."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int) -> list[int]:
     """Return the tokens that a model is asked with: exactly those that it is trained behind.
 
@@ -132,15 +141,20 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tok
         max_tokens: Limit, BOS included; a longer prompt loses the end of its body.
 
     Raises:
-        UserError: The prompt's template alone does not fit into `max_tokens`.
+        Unusable: The prompt's template alone does not fit into `max_tokens` (reason "prompt_too_long"), or its body
+            holds the text of a special token ("special_token"), as no row that is trained on does: the model would
+            read the end of a turn, or the beginning of another, in the middle of what it is asked.
     """
+    if any(token in prompt.body for token in special_token_texts(tokenizer)):
+        raise Unusable("special_token", "a prompt holds the text of one of the tokenizer's special tokens")
     encode = _Tokenizer(tokenizer)
     ids = encode.ids([prompt.text])[0]
     if len(ids) > max_tokens:
         fitted, ids = encode.cut(prompt, max_tokens)
         if fitted is None:
-            raise UserError(
-                f"a prompt has no room in {max_tokens} tokens: its template alone fills them; raise the limit"
+            raise Unusable(
+                "prompt_too_long",
+                f"a prompt has no room in {max_tokens} tokens: its template alone fills them; raise the limit",
             )
     return ids
 
@@ -157,7 +171,7 @@ class _Tokenizer:
 
     def id_of(self, token: str) -> int:
         """Return the id of a token, by its text."""
-        return int(self._tokenizer.convert_tokens_to_ids(token))
+        return int(self._tokenizer.backend_tokenizer.token_to_id(token))
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, with BOS where the tokenizer adds it, and without EOS."""

@@ -143,10 +143,9 @@ def read_rows(
     """
     path = Path(path)
     files = data_files(path, training=training)
+    rows: Iterable[tuple[str, Row | BadLine]] = chain.from_iterable(map(read_file, files))
     if path.is_dir() and _is_datasets_folder(path):
         rows = _read_datasets_folder(path, splits_left_out(path) if training else ())
-    else:
-        rows = chain.from_iterable(map(read_file, files))
     return _usable_rows(rows, columns or {}, bad_line)
 
 
