@@ -26,12 +26,12 @@ from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
 from safer_instruct.text.chat import Turn, special_token_texts
-from safer_instruct.text.display import visible
 from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
 from safer_instruct.text.examples import Example, held_out, normalise
-from safer_instruct.text.loading import LoadedExamples, RowLog, load_examples
+from safer_instruct.text.loading import LoadedExamples, load_examples
 from safer_instruct.text.prompts import Prompt, answer_turn, render_prompt, render_reversed, reversed_target
 from safer_instruct.text.readers import data_files, read_rows, require_columns, splits_left_out
+from safer_instruct.text.row_log import RowLog, describe
 from trainers.data.cache import build_once, hash_files
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 
@@ -43,7 +43,6 @@ __all__ = ["LoadedExamples", "TrainEval", "build_stores", "describe", "load_exam
 Loss = Literal["likelihood", "reverse", "preference"]
 PUBLISHED_TEST_SET = "test_set.csv"  # its `si` prompts are also in the published training files
 ROWS_AT_ONCE = 1024
-FILES_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -327,37 +326,3 @@ def _instructions(path: str | None) -> set[int]:
         require_columns(row, ["instruction"], where)
         found.add(_instruction_hash(str(row["instruction"] or ""), str(row.get("input") or "")))
     return found
-
-
-def describe(report: Mapping[str, Any]) -> str:
-    """Render a short table for the console: files, rows used, dropped by reason, cut by kind. Counts only."""
-    lines = []
-    for name, counts in report["datasets"].items():
-        lines.append(f"{name}: {counts['read']} rows read, {counts['train']} train, {counts['eval']} eval")
-        lines += _describe_files(name, report.get("files", {}).get(name, {"read": [], "left_out": []}))
-        for what, numbers in (("dropped", counts["dropped"]), ("noted", counts["noted"])):
-            if numbers:
-                parts = [f"{kind.replace('_', ' ')} {number}" for kind, number in sorted(numbers.items())]
-                lines.append(f"  {what}: {', '.join(parts)}")
-        if counts["unread_columns"]:
-            parts = [
-                f"{visible(column)} ({number} rows)" for column, number in sorted(counts["unread_columns"].items())
-            ]
-            lines.append(f"  note: columns that the schema does not read: {', '.join(parts)}")
-        if counts["dropped"].get("excluded"):
-            lines.append(f"  excluded: instructions of {counts['excluded_by']} are not trained on")
-        used = counts["train"] + counts["eval"]
-        if counts["most_common_target"] > 0.1 * used and counts["most_common_target"] > 1:
-            share = counts["most_common_target"] / used
-            lines.append(f"  note: {share:.1%} of the rows used have one and the same target text")
-    return "\n".join([*lines, *(f"note: {note}" for note in report.get("notes", ()))])
-
-
-def _describe_files(name: str, files: Mapping[str, list[str]]) -> list[str]:
-    read, left_out = ([visible(file) for file in files[what]] for what in ("read", "left_out"))
-    more = f" and {len(read) - FILES_SHOWN} more" if len(read) > FILES_SHOWN else ""
-    lines = [f"  files: {', '.join(read[:FILES_SHOWN])}{more}"] if read else []
-    if left_out:
-        named = ", ".join(left_out[:FILES_SHOWN])
-        lines.append(f"  not read, by their names: {named}; datasets.{name}.eval_path=FILE evaluates on one")
-    return lines

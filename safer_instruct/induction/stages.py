@@ -15,16 +15,14 @@ from config.errors import UserError
 from config.settings import InductionSettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
+from safer_instruct.induction.checks import CHECKS_VERSION, cheap_check, low_score
 from safer_instruct.induction.ledger import Record
-from safer_instruct.text.examples import Example, normalise, text_id
-from safer_instruct.text.prompts import TEMPLATE_MARKS, render_reversed
+from safer_instruct.text.examples import Example, text_id
+from safer_instruct.text.prompts import render_reversed
 
 INDUCE, SCORE, FILTER, RESPOND = "induce", "score", "filter", "respond"
 STAGES = (INDUCE, SCORE, FILTER, RESPOND)  # score only where a forward model is given
 REQUIRED_STAGES = (INDUCE, FILTER, RESPOND)
-CHECKS_VERSION = 2  # of cheap_check: part of the filter's configuration
-COPY_WORDS = 8  # an instruction that shares so many words in a row with its response, as a whole, copies it
-MAX_INSTRUCTION_WORDS = 400  # more is a text, not an instruction
 ROWS_AT_A_TIME = 4096  # what is sorted by length together
 
 
@@ -170,16 +168,6 @@ def stage_filter(expert: Expert, *, min_score: float | None = None) -> Callable[
     return run
 
 
-def low_score(pair: Example, min_score: float | None) -> str:
-    """Return why the round-trip score drops a pair: `low_round_trip`, `no_round_trip` (it has no score), or ""."""
-    if min_score is None:
-        return ""
-    score = pair.provenance.get("round_trip")
-    if score is None:
-        return "no_round_trip"
-    return "low_round_trip" if score < min_score else ""
-
-
 def least_score(scores: Iterable[float], fraction: float) -> float:
     """Return the score that a pair must reach to be among the best `fraction`; infinite where there is none."""
     ranked = sorted(scores, reverse=True)
@@ -218,29 +206,6 @@ def stage_respond(expert: Expert) -> Callable[[Sequence[Example]], Iterator[Reco
             yield {**record, **_cost(response.cost), **_about(by_id[id])}
 
     return run
-
-
-def cheap_check(pair: Example) -> str:
-    """Return why an induced pair needs no expert to be dropped, "" if it does.
-
-    Reasons: `induction_failed`, `truncated_instruction`, `empty_instruction`, `long_instruction`, `template_leak` (it
-    holds a mark of a prompt's template), `copies_response` (the instruction is the response, or one of them holds the
-    whole of the other and that is at least COPY_WORDS words long).
-    """
-    if pair.provenance.get("error"):
-        return "induction_failed"
-    if pair.provenance["truncated"]:
-        return "truncated_instruction"
-    instruction, response = normalise(pair.instruction or ""), normalise(pair.rejected or "")
-    if not instruction:
-        return "empty_instruction"
-    if len(instruction.split()) > MAX_INSTRUCTION_WORDS:
-        return "long_instruction"
-    if any(mark in instruction for mark in TEMPLATE_MARKS):
-        return "template_leak"
-    shorter, longer = sorted((instruction, response), key=len)
-    is_part = f" {shorter} " in f" {longer} " and len(shorter.split()) >= COPY_WORDS
-    return "copies_response" if instruction == response or is_part else ""
 
 
 def with_instructions(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from config.errors import UserError
 from config.paths import find_path
@@ -15,59 +13,14 @@ from safer_instruct.text.examples import Example, is_unicode, text_id
 from safer_instruct.text.formats import BadLine, Row
 from safer_instruct.text.prompts import ASSISTANT, HUMAN
 from safer_instruct.text.readers import read_rows, require_columns
+from safer_instruct.text.row_log import RowLog
 
 MAX_ID_CHARACTERS = 32  # a longer id of a file's own is hashed
-IDS_IN_REPORT = 100  # of each kind; rows.jsonl beside the stores has them all
-SKIPS = frozenset({"excluded", "other_label", "in_eval_file"})  # wanted, so no error where on_bad_row=error
 FREE_COLUMNS = frozenset({"id", "label", "provenance"})  # no schema needs to read them: they say nothing to a model
 
 
 class BadRow(Exception):
     """A row that cannot be used; the message is the reason, a key of the counts."""
-
-
-@dataclass
-class RowLog:
-    """What became of the rows of one dataset.
-
-    Attributes:
-        read: Rows read.
-        counts: Rows by what happened to them: train, eval, a reason to drop or to skip, a kind of cut, ...
-        ids: The first ids of each kind.
-        unread: Columns that the schema does not read -> rows in which they are not empty.
-    """
-
-    name: str
-    on_bad_row: str = "drop"
-    read: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    ids: dict[str, list[str]] = field(default_factory=dict)
-    unread: Counter[str] = field(default_factory=Counter)
-    events: TextIO | None = None
-
-    def note(self, kind: str, example: Example) -> None:
-        """Count something about a row that stays."""
-        self.counts[kind] += 1
-        self._remember(kind, example.id, str(example.provenance["where"]))
-
-    def drop(self, reason: str, id: str, where: str) -> None:
-        """Count a row that goes; raise a UserError instead where on_bad_row=error and the row is bad."""
-        if self.on_bad_row == "error" and reason not in SKIPS:
-            raise UserError(
-                f"{where}: bad row {id}: {reason.replace('_', ' ')}; mend the row, or drop and count such rows with "
-                f"datasets.{self.name}.on_bad_row=drop"
-            )
-        self.dropped[reason] += 1
-        self._remember(reason, id, where)
-
-    def _remember(self, kind: str, id: str, where: str) -> None:
-        ids = self.ids.setdefault(kind, [])
-        if len(ids) < IDS_IN_REPORT:
-            ids.append(id)
-        if self.events is not None:
-            record = {"dataset": self.name, "id": id, "where": where, "what": kind}
-            self.events.write(json.dumps(record) + "\n")
 
 
 def _parse_si(row: Row) -> dict[str, Any]:
