@@ -184,7 +184,7 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation) -> dict[str, An
     labels_of_rows = [labels.get(store.ids(row), "") for row in range(len(store))]
     models = {}
     for name in (name for name in logps if name != reference):
-        if stores[name].key != store.key:
+        if stores[name].content != store.content:
             raise UserError(
                 f"models.{name} and models.{reference} read the pairs as different tokens: give both the template and "
                 "the tokenizer that they were trained with"

@@ -15,10 +15,11 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -32,21 +33,11 @@ from safer_instruct.dataset.merge import MERGE, merge, read_instructions
 from safer_instruct.dataset.scratch import lock_output
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.experts.expert import Expert, build_expert
-from safer_instruct.induction.ledger import (
-    scan_records,
-    shard_count,
-    shard_path,
-)
+from safer_instruct.induction.ledger import scan_records, shard_count, shard_path
 from safer_instruct.induction.ledgers import find_ledgers
-from safer_instruct.induction.shard import run_filter, run_induce, run_respond, run_score
-from safer_instruct.induction.stages import (
-    FILTER,
-    INDUCE,
-    REQUIRED_STAGES,
-    RESPOND,
-    SCORE,
-    STAGES,
-)
+from safer_instruct.induction.round_trip import RoundTrip
+from safer_instruct.induction.shard import resolve_min_score, run_filter, run_induce, run_respond, run_score
+from safer_instruct.induction.stages import FILTER, INDUCE, REQUIRED_STAGES, RESPOND, SCORE, STAGES
 from safer_instruct.shards import resolve_shard
 from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.display import without_password
@@ -84,11 +75,12 @@ def run_shard(config: InduceConfig) -> None:
     expert = _checked_expert(config, device, paths, count) if {FILTER, RESPOND} & set(stages) else None
     corpus = read_corpus(config.corpus, index=index, count=count)
     if INDUCE in stages:
-        run_induce(config, corpus.examples, paths[INDUCE], device)
+        run_induce(config.model, config.generation, corpus.examples, paths[INDUCE], device)
     if SCORE in stages:
-        run_score(config, corpus.examples, paths, device)
+        run_score(RoundTrip(config.roundtrip, device, logps_of), corpus.examples, paths)
     if FILTER in stages and expert:
-        run_filter(config, expert, corpus.examples, paths, count)
+        min_score = resolve_min_score(config.roundtrip, paths, count)
+        run_filter(expert, corpus.examples, paths, min_score=min_score)
     if RESPOND in stages and expert:
         run_respond(expert, corpus.examples, paths)
     if corpus.broken:
@@ -105,13 +97,17 @@ def run_shard(config: InduceConfig) -> None:
         )
 
 
+def logps_of(model: Any) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+    """Return the function from a micro-batch to the log-probabilities of its responses, by training's kernel."""
+    from trainers.kernels.logps import check_head, sequence_logps  # needed only where a forward model scores
+
+    check_head(model)
+    return lambda batch: sequence_logps(model, batch)[0]
+
+
 def merge_shards(config: InduceConfig) -> None:
     """Write dataset, report and card from the ledgers of all shards."""
-    from safer_instruct.dataset.card import (  # matplotlib, which no shard needs
-        build_report,
-        render_funnel,
-        write_report,
-    )
+    from safer_instruct.dataset.card import build_report, render_funnel, write_report  # matplotlib: no shard needs it
 
     started = time.monotonic()
     output = Path(config.output)
@@ -189,7 +185,7 @@ def _checked_expert(config: InduceConfig, device: torch.device, paths: Mapping[s
 
 
 def _budget(settings: OpenAIExpertSettings, paths: Mapping[str, Path], count: int) -> Budget:
-    """This shard's part of the budget, less what its ledgers say has been spent."""
+    """Return this shard's part of the budget, less what its ledgers say has been spent."""
     from safer_instruct.generation.server import budget_of
 
     budget = budget_of(settings, shards=count)
@@ -206,8 +202,7 @@ def _device(name: str) -> str:
 
 
 def _show(path: Path) -> None:
-    for _, row in zip(range(NUM_SHOWN), read_rows(path), strict=False):
-        _, pair = row
+    for _, pair in islice(read_rows(path), NUM_SHOWN):
         for column in ("instruction", "rejected", "chosen"):
             print(f"[{pair['id']}] {column}: {pair[column]}")
 

@@ -1,6 +1,7 @@
 """Datasets: from files of text to stores of token rows, with every row that is dropped or cut counted.
 
-`load_examples` streams the rows of one dataset; `build_stores` encodes those of all and caches the result, so that a
+The bridge between `safer_instruct.text`, which reads and renders (a schema's parser is in `text/loading.py`), and
+`trainers/`, which sees tokens only. `build_stores` encodes the rows of all datasets and caches the result, so that a
 second start tokenises nothing. Reports name rows by id and place (file:line), never by their text.
 """
 
@@ -24,11 +25,13 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids, special_token_texts
+from safer_instruct.text.chat import Turn, special_token_texts
+from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
 from safer_instruct.text.examples import Example, held_out, normalise
-from safer_instruct.text.loading import LoadedExamples, RowLog, load_examples
-from safer_instruct.text.prompts import Prompt, render_prompt, render_reversed, response_lead, reversed_target
-from safer_instruct.text.readers import data_files, read_rows, require_columns
+from safer_instruct.text.loading import LoadedExamples, load_examples
+from safer_instruct.text.prompts import Prompt, answer_turn, render_prompt, render_reversed, reversed_target
+from safer_instruct.text.readers import data_files, read_rows, require_columns, splits_left_out
+from safer_instruct.text.row_log import RowLog, describe
 from trainers.data.cache import build_once, hash_files
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 
@@ -71,8 +74,8 @@ def build_stores(
         max_length: Tokens of prompt + response; a longer response loses its end.
         max_prompt_length: Tokens of the prompt; a longer one loses the end of its body.
         cache_dir: Shared by all runs; entries are keyed by content, so stale ones are never read.
-        n_eval_examples: Evaluate on so many of the held-out rows (a fixed random subset); None: on all.
-        batch_size: A smaller training split is remarked upon.
+        n_eval_examples: Evaluate on a fixed random subset of this many held-out rows; None for all.
+        batch_size: A training split that is smaller gets a note.
 
     Returns:
         The stores; `eval` may have no rows.
@@ -101,7 +104,14 @@ def build_stores(
     if not len(held):
         notes.append("no row is held out: there is nothing to evaluate on")
     report = {**train.meta["report"], "num_train": len(train), "num_eval": len(held), "notes": notes}
+    # Not part of the cached report: the same contents may lie under other names now.
+    report["files"] = {name: _training_files(settings) for name, settings in datasets.items()}
     return TrainEval(train, held, report)
+
+
+def _training_files(settings: DatasetSettings) -> dict[str, list[str]]:
+    path = find_path(settings.path)
+    return {"read": [file.name for file in data_files(path, training=True)], "left_out": splits_left_out(path)}
 
 
 def _content_key(
@@ -110,14 +120,22 @@ def _content_key(
     tokenizer: PreTrainedTokenizerBase,
     limits: tuple[int, int],
 ) -> str:
-    """Hash of all that the stores depend on: contents of the files (not their paths), settings, tokenizer, code."""
+    """Hash all that the stores depend on: contents of the files (not their paths), settings, tokenizer, code.
+
+    It finds a cache entry. What a run that goes on must find unchanged is `TokenStore.content`: a comment in the code
+    makes another entry, with the same content.
+    """
     root = Path(__file__).parent
     code = [Path(__file__), root / "trainers" / "data" / "token_store.py"]
     code += sorted((root / "safer_instruct" / "text").glob("*.py"))
     contents: dict[str, Any] = {}
     for name, settings in datasets.items():
         paths = {"data": settings.path, "exclude": _exclude_path(settings), "eval": settings.eval_path}
-        files = {what: data_files(find_path(path)) for what, path in paths.items() if path is not None}
+        files = {
+            what: data_files(find_path(path), training=what == "data")
+            for what, path in paths.items()
+            if path is not None
+        }
         hashes = {what: [hash_files(found), *(file.suffix for file in found)] for what, found in files.items()}
         ignored = {"path": "", "exclude": None, "eval_path": None}
         contents[name] = [vars(replace(settings, **ignored)), hashes]  # type: ignore[arg-type]  # fields are str | None
@@ -199,6 +217,8 @@ class _DatasetWriter:
         self._log, self._writers = log, writers
         self._pairs = loss == "preference"
         self._special = special_token_texts(tokenizer)
+        # A reversed model answers no chat: its prompt is the published one, and EOS ends what it writes.
+        self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
         self._exclude_file = _exclude_path(settings)
         self._excluded = _instructions(self._exclude_file)
         self._in_eval_files = in_eval_files  # shared by all datasets of the run
@@ -206,11 +226,13 @@ class _DatasetWriter:
 
     def write_eval_file(self) -> None:
         """Encode the rows of `eval_path`, if the dataset has one."""
-        if self._settings.eval_path is not None:
-            self._encode(LoadedExamples(self._settings, self._settings.eval_path, self._log, pairs=self._pairs), "eval")
+        settings = self._settings
+        if settings.eval_path is not None:
+            loaded = LoadedExamples(settings, settings.eval_path, self._log, pairs=self._pairs, training=False)
+            self._encode(loaded, "eval")
 
     def write(self) -> dict[str, Any]:
-        """Encode the rows of `path`; returns the dataset's part of the report."""
+        """Encode the rows of `path`, and return the dataset's part of the report."""
         settings, log = self._settings, self._log
         self._encode(LoadedExamples(settings, settings.path, log, pairs=self._pairs), None)
         values, counts = np.unique(np.frombuffer(self._targets, np.uint64), return_counts=True)
@@ -220,6 +242,7 @@ class _DatasetWriter:
             "eval": log.counts.pop("eval", 0),
             "dropped": dict(log.dropped),
             "noted": dict(log.counts),
+            "unread_columns": dict(log.unread),
             "excluded_by": None if self._exclude_file is None else Path(self._exclude_file).name,
             "different_targets": len(values),
             "most_common_target": int(counts.max(initial=0)),
@@ -234,7 +257,8 @@ class _DatasetWriter:
         with tqdm(desc=f"encoding {self._log.name}", unit=" rows", disable=None) as bar:
             while chunk := list(islice(examples, int(min(left, ROWS_AT_ONCE)))):
                 texts = [self._texts(example) for example in chunk]
-                encoded = self._encoder.encode([prompt for prompt, _ in texts], [targets for _, targets in texts])
+                prompts, responses = zip(*texts, strict=True)
+                encoded = self._encoder.encode(prompts, responses, end_token=self._turn.end_token)
                 for example, (_, targets), row in zip(chunk, texts, encoded, strict=True):
                     if isinstance(row, str):
                         self._drop(row, example)
@@ -263,14 +287,13 @@ class _DatasetWriter:
         self._log.drop(reason, example.id, str(example.provenance["where"]))
 
     def _texts(self, example: Example) -> tuple[Prompt, tuple[str, ...]]:
-        """The prompt and what follows it: the one target, or chosen and rejected."""
+        """Render the prompt and what follows it: the one target, or chosen and rejected."""
         instruction, chosen, template = str(example.instruction), str(example.chosen), self._settings.template
         if self._loss == "reverse":
             return render_reversed(chosen), (reversed_target(instruction, example.input),)
-        lead = response_lead(template)
         prompt = render_prompt(template, instruction, example.input, self._tokenizer)
         responses = (chosen,) if self._loss == "likelihood" else (chosen, str(example.rejected))
-        return prompt, tuple(lead + response for response in responses)
+        return prompt, tuple(self._turn.lead + response + self._turn.close for response in responses)
 
     def _split(self, example: Example) -> str:
         if self._settings.eval_path is not None:
@@ -286,6 +309,8 @@ class _DatasetWriter:
         for name, cut in zip(names, row.responses_cut, strict=True):
             if cut:
                 self._log.note(name, example)
+        if str(example.chosen).startswith(str(example.instruction)):
+            self._log.note("chosen_begins_with_its_instruction", example)
         if row.straddled:
             self._log.note("boundary_merge", example)
 
@@ -295,27 +320,9 @@ def _instruction_hash(instruction: str, input: str) -> int:
 
 
 def _instructions(path: str | None) -> set[int]:
-    """Hashes of the (normalised) instructions in a file."""
+    """Hash the (normalised) instructions of a file."""
     found: set[int] = set()
     for where, row in read_rows(find_path(path)) if path is not None else ():
         require_columns(row, ["instruction"], where)
         found.add(_instruction_hash(str(row["instruction"] or ""), str(row.get("input") or "")))
     return found
-
-
-def describe(report: Mapping[str, Any]) -> str:
-    """A short table for the console: rows used, dropped by reason, cut by kind. Counts only."""
-    lines = []
-    for name, counts in report["datasets"].items():
-        lines.append(f"{name}: {counts['read']} rows read, {counts['train']} train, {counts['eval']} eval")
-        for what, numbers in (("dropped", counts["dropped"]), ("noted", counts["noted"])):
-            if numbers:
-                parts = [f"{kind.replace('_', ' ')} {number}" for kind, number in sorted(numbers.items())]
-                lines.append(f"  {what}: {', '.join(parts)}")
-        if counts["dropped"].get("excluded"):
-            lines.append(f"  excluded: instructions of {counts['excluded_by']} are not trained on")
-        used = counts["train"] + counts["eval"]
-        if counts["most_common_target"] > 0.1 * used and counts["most_common_target"] > 1:
-            share = counts["most_common_target"] / used
-            lines.append(f"  note: {share:.1%} of the rows used have one and the same target text")
-    return "\n".join([*lines, *(f"note: {note}" for note in report.get("notes", ()))])

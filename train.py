@@ -80,11 +80,11 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
     with open_run(config, manifest, layout) as run:
         stores = load_data(config, tokenizer, cache_dir, layout)
         by_split = {"train": stores.train, "eval": stores.eval}
-        data = {split: {"key": store.key, "rows": len(store)} for split, store in by_split.items()}
+        data = {split: {"key": store.content, "rows": len(store)} for split, store in by_split.items()}
         manifest = {**manifest, "data": data, "processes": layout.world_size}
         layout.on_main(lambda: run.write_manifest(manifest))
         train_loader, eval_loader = build_loaders(config, stores, tokenizer, layout)
-        if layout.on_main(lambda: is_finished(run, train_loader.total_examples, data=stores.train.key)):
+        if layout.on_main(lambda: is_finished(run, train_loader.total_examples, data=stores.train.content)):
             if layout.is_main:
                 print(f"{run.path} is finished: {train_loader.total_examples} examples. {next_step(config, run)}")
             return
@@ -103,7 +103,7 @@ def build_trainer(
     """Return a trainer with the policy and the log-probabilities of its reference, ready to train."""
     policy, weights = load_policy(config, stores, layout)
     objective = build_objective(config.loss)
-    identity = {"data": stores.train.key}  # what a resumed run must have started from, too
+    identity = {"data": stores.train.content}  # what a resumed run must have started from, too
     if objective.needs_reference:
         loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
         identity["reference"] = attach_references(config, policy, weights, loaders, cache_dir, layout)

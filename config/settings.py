@@ -28,6 +28,7 @@ class ModelSettings:
     autocast: str | None = None  # bfloat16: matrix products in it, weights as they are; docs/performance.md has errors
     attn_implementation: str = "sdpa"  # packing=true attends by itself, and asks for sdpa
     trust_remote_code: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of template=chat: {enable_thinking: false}
 
 
 @dataclass
@@ -93,6 +94,7 @@ class DatasetSettings:
     path: str = MISSING  # a file, a folder with several, or a folder made by induce.py
     schema: str = MISSING  # si | alpaca | hh
     template: str = "alpaca"  # how an instruction becomes a prompt: alpaca | hh | plain | chat
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
     labels: list[str] | None = None  # keep only these labels
     exclude: str | None = None  # file whose instructions must not be trained on (the published test_set.csv)
     eval_path: str | None = None  # own evaluation file; null: rows are held out by hash of the instruction
@@ -191,6 +193,7 @@ class CorpusSettings:
     response_column: str = "response"
     label_column: str | None = None  # null: `label` where there is one
     id_column: str | None = None  # null: a hash of the response
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {response: text}
     max_rows: int | None = None
     on_bad_row: str = "drop"
 
@@ -317,6 +320,7 @@ class PromptSetSettings:
     source: str | None = None  # null: the column of the file, or else the name of the set
     source_column: str | None = None  # the file's column that names the source; null: `source`
     kind: str | None = None  # unsafe | benign | near; null: the column `kind` of the file
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
     max_rows: int | None = None
 
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from config.errors import UserError
-from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids, special_token_texts
+from safer_instruct.text.chat import special_token_texts
+from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
 from safer_instruct.text.prompts import Prompt, render_prompt
 
 UNK = "<unk>"

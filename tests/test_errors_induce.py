@@ -20,7 +20,9 @@ from config.schema import compose_config
 from config.settings import CorpusSettings, InduceConfig, OpenAIExpertSettings, RulesExpertSettings, ShardSettings
 from safer_instruct.generation import backends
 from safer_instruct.generation.completions import Generation
+from safer_instruct.induction import shard
 from safer_instruct.induction.ledger import read_ledger
+from safer_instruct.text.corpus import read_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECRET = "zebra-secret"
@@ -97,7 +99,6 @@ def test_a_corpus_that_cannot_be_read(config, name, content, columns, message) -
     [
         ("c.jsonl", f'{{"response": "a"}}\n{{"response": "b"}}\n{{"response": "{SECRET}\n', "c.jsonl:3: broken JSON"),
         ("c.csv", f'response,label\na,y\nb,y\n"{SECRET},y\nz,y\n', "c.csv:4: broken CSV quoting"),
-        ("c.csv", f"response,label\na,y\nb,y\n{SECRET},y,z\n", "c.csv:4: 3 fields where the header has 2"),
     ],
 )
 def test_a_corpus_that_breaks_off_keeps_the_rows_before(config, monkeypatch, name, content, message) -> None:
@@ -105,7 +106,7 @@ def test_a_corpus_that_breaks_off_keeps_the_rows_before(config, monkeypatch, nam
         def generate(self, requests):
             return (Generation(request.id, f"Say {request.prompt.body}") for request in requests)
 
-    monkeypatch.setattr(induce, "build_reversed_model", lambda *_: Echo())
+    monkeypatch.setattr(shard, "build_reversed_model", lambda *_: Echo())
     config = with_corpus(config, name, content)
     found = message_of(config)
     assert message in found
@@ -120,6 +121,15 @@ def test_a_corpus_that_breaks_off_keeps_the_rows_before(config, monkeypatch, nam
         mended = with_corpus(config, name, "".join(json.dumps({"response": text}) + "\n" for text in "abc"))
     induce.main(mended)
     assert len(read_ledger(Path(config.output) / "ledger" / "induce-00000-of-00001.jsonl")[1]) == 3
+
+
+def test_a_line_with_another_number_of_fields_is_one_bad_row(config) -> None:
+    content = f"response,label\na,y\n{SECRET},y,z\nb,y\n"
+    corpus = read_corpus(with_corpus(config, "c.csv", content).corpus)
+    assert [example.rejected for example in corpus.examples] == ["a", "b"]
+    assert (corpus.num_rows, corpus.dropped.counts, corpus.broken) == (3, {"wrong_number_of_fields": 1}, "")
+    found = message_of(with_corpus(config, "c.csv", content, on_bad_row="error"))
+    assert "c.csv:3: 3 fields where the header has 2" in found
 
 
 def test_the_key_of_the_expert_is_missing(config, monkeypatch) -> None:

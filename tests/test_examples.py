@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from config.errors import UserError
 from safer_instruct.text.examples import held_out, in_shard, text_id
-from safer_instruct.text.readers import read_rows, require_columns
+from safer_instruct.text.formats import BadLine
+from safer_instruct.text.readers import read_rows, require_columns, splits_left_out
 
 ROWS = [{"instruction": f'line one\nline {i}, "quoted"', "chosen": f"caf\u00e9 {i}\u2028"} for i in range(5)]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_alpaca.json"
@@ -56,7 +57,7 @@ def test_a_json_list_longer_than_the_buffer(tmp_path: Path, monkeypatch: pytest.
     rows = [{"x": "y" * (i % 40), "n": [i, {"z": i}]} for i in range(300)]
     file = write(tmp_path / "a.json", rows)
     for size in (1, 7, 64):
-        monkeypatch.setattr("safer_instruct.text.readers.JSON_CHUNK_CHARACTERS", size)
+        monkeypatch.setattr("safer_instruct.text.formats.JSON_CHUNK_CHARACTERS", size)
         assert [row for _, row in read_rows(file)] == rows
 
 
@@ -165,3 +166,100 @@ def test_the_split_is_by_instruction_nested_and_close_to_the_fraction() -> None:
 @pytest.mark.skipif(not GSM8K.is_file(), reason="../shared/data/gsm8k_alpaca.json is not here")
 def test_gsm8k_reads_as_json_does() -> None:
     assert [row for _, row in read_rows(GSM8K)] == json.loads(GSM8K.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "a.jsonl:2: JSON that is nested"),
+        ("a.json", b'[{"a": 1},\n{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}]", "a.json:2: JSON that is nested"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: JSON .* a number of too many digits"),
+        ("a.json", b'[{"a": ' + b"9" * 5000 + b"}]", "a.json:1: JSON .* a number of too many digits"),
+        ("a.csv", b"a,b\n1,2\n3,\x00\n", "a.csv:3: a NUL character"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16-le"), "a.csv:1: a NUL character"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv:1: bytes that are not UTF-8"),
+        ("a.jsonl", b'{"a": "' + b"x" * (1 << 25) + b'"}\n', "a.jsonl:1: a line of more than 33,554,432 characters"),
+        ("a.json", b"[" + b" " * (1 << 26) + b"1]", "a.json:1: broken JSON"),
+        ("a.json", b'[{"a": "' + b"x" * (3 << 24) + b'"}]', "a.json:1: broken JSON"),
+        ("a.jsonl", b'{"a": "' + b"x" * ((1 << 24) + 1) + b'"}\n', "a.jsonl:1: a text of more than 16,777,216 char"),
+        ("a.arrow", b"ARROW1\x00\x00private text", "a.arrow: not a readable arrow file"),
+        ("a.arrow", b"\xff\xff\xff\xff\x10\x00\x00\x00private", "a.arrow: not a readable arrow file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_hostile_files_are_one_message(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_rows(tmp_path / name))
+
+
+def test_what_json_writes_is_read_as_it_was_written(tmp_path: Path) -> None:
+    r"""A parser in C would refuse the first two, and read the third as "?"."""
+    rows = [{"n": 12345678901234567890123}, {"n": float("inf")}, {"n": "half \ud800"}, {"n": 0.1}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert [row for _, row in read_rows(tmp_path / "a.json")] == rows
+    (tmp_path / "b.json").write_text(json.dumps([{"n": float("nan"), "m": "a"}]))  # as pandas does
+    assert [row for _, row in read_rows(tmp_path / "b.json")] == [{"n": None, "m": "a"}]
+
+
+def test_broken_folders_of_datasets(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder)
+    (folder / "state.json").write_text("{")
+    several = tmp_path / "several"
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(several)
+    (several / "train" / "state.json").unlink()
+    for broken in (folder, several):
+        with pytest.raises(UserError, match="a folder of `datasets` that cannot be read"):
+            list(read_rows(broken))
+    whole = tmp_path / "whole"
+    datasets.Dataset.from_list(ROWS).save_to_disk(whole)
+    (file,) = whole.glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_rows(whole))
+
+
+def test_a_line_with_another_number_of_fields_is_one_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('a,b\n1,2\n3\n"4,\n",5,6\n7,8\n')
+    lines: list[BadLine] = []
+    rows = list(read_rows(tmp_path / "a.csv", bad_line=lines.append))
+    assert [row["a"] for _, row in rows] == ["1", "7"]
+    assert [(line.where, line.reason) for line in lines] == [
+        (f"{tmp_path}/a.csv:{number}", "wrong_number_of_fields") for number in (3, 4)
+    ]
+
+
+def test_nothing_is_trained_on_that_is_named_for_evaluation(tmp_path: Path) -> None:
+    def names(*files: str) -> list[str]:
+        folder = tmp_path / "-".join(files)
+        folder.mkdir()
+        for name in files:
+            write(folder / name, [{"name": name}])
+        everything = [row["name"] for _, row in read_rows(folder)]
+        assert everything == sorted(files)
+        trained = [row["name"] for _, row in read_rows(folder, training=True)]
+        assert splits_left_out(folder) == [name for name in sorted(files) if name not in trained]
+        return trained
+
+    assert names("train.jsonl", "validation.jsonl", "test.jsonl") == ["train.jsonl"]
+    assert names("train-0-of-2.csv", "train-1-of-2.csv", "test-0-of-1.csv") == ["train-0-of-2.csv", "train-1-of-2.csv"]
+    assert names("hate.csv", "testimony.csv", "dev.csv") == ["hate.csv", "testimony.csv"]
+    with pytest.raises(UserError, match=r"holds only dev\.csv, test\.csv"):
+        names("dev.csv", "test.csv")
+    splits = {name: datasets.Dataset.from_list([{"name": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    assert [row["name"] for _, row in read_rows(tmp_path / "splits", training=True)] == ["train"]
+    assert splits_left_out(tmp_path / "splits") == ["test"]
+    assert [row["name"] for _, row in read_rows(tmp_path / "splits" / "test", training=True)] == ["test"]
+
+
+def test_columns_are_read_under_our_names(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"prompt": "ask", "instruction": "old", "chosen": "a"}])
+    assert [row for _, row in read_rows(file, columns={"instruction": "prompt"})] == [
+        {"instruction": "ask", "chosen": "a"}
+    ]
+    with pytest.raises(UserError, match=r"to read another column in its place, write s\.columns\.instruction=Prompt$"):
+        require_columns(["Prompt", "chosen"], ["instruction"], "f.csv", "s.columns")
+    with pytest.raises(UserError, match=r"found are: a\\u001b\[2J"):
+        require_columns(["a\x1b[2J"], ["b"], "f.csv")

@@ -203,3 +203,15 @@ def test_header_is_the_first_line(tmp_path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 9'))
     with pytest.raises(UserError, match="format 9, and this version writes format 1"):
         Ledger(path, CONFIGURATION)
+
+
+def test_any_text_is_written_and_any_line_read(tmp_path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path, CONFIGURATION) as ledger:
+        ledger.append({"id": "a", "text": "half \ud800 caf\u00e9"})
+    assert read_ledger(path)[1] == {"a": {"id": "a", "text": "half \ud800 caf\u00e9"}}
+    whole = path.read_bytes()
+    for broken in (b'{"id": ' + b"9" * 5000 + b"}\n", b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", b"\xff\n"):
+        path.write_bytes(whole + broken + whole.splitlines(keepends=True)[1])
+        with pytest.raises(UserError, match=r"ledger\.jsonl:3: broken line inside the ledger"):
+            read_ledger(path)

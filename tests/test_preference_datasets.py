@@ -200,7 +200,8 @@ def test_long_prompts_and_responses(tmp_path: Path) -> None:
 def test_missing_columns_list_the_ones_found(tmp_path: Path) -> None:
     data = published(tmp_path / "data")
     write_csv(data / "nsfw.csv", [{"prompt": "a", "chosen": "b", "label": "c"}])
-    with pytest.raises(UserError, match=r"nsfw\.csv: missing column instruction, rejected; .*: prompt, chosen, label$"):
+    found, hint = "prompt, chosen, label", r"in its place, write datasets\.si\.columns\.instruction=prompt$"
+    with pytest.raises(UserError, match=rf"nsfw\.csv: missing column instruction, rejected; .*: {found}; .* {hint}"):
         build(data, tmp_path / "cache")
     with pytest.raises(UserError, match="missing column instruction; the columns found are: prompt"):
         build(data, tmp_path / "cache", loss="likelihood")
@@ -369,3 +370,63 @@ def test_gsm8k(tmp_path: Path) -> None:
     assert {response for _, response in texts(stores.eval)} == {
         row["instruction"].strip() for row in rows if held_out(row["instruction"], 0.05)
     }
+
+
+def test_the_identity_of_the_data_is_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comment in the code makes another cache entry, and must not strand a run that has been stopped."""
+    data = published(tmp_path / "data")
+    first = build(data, tmp_path / "cache").train
+    changed = tmp_path / "encoding.py"
+    changed.write_text("# a comment\n")
+    hashed = preference_datasets.hash_files
+    code = Path(preference_datasets.__file__)
+    monkeypatch.setattr(
+        preference_datasets, "hash_files", lambda files: hashed([*files, changed] if code in files else files)
+    )
+    second = build(data, tmp_path / "cache").train
+    assert second.key != first.key
+    assert second.content == first.content
+    some = torch.arange(3)
+    assert second.select(some).content == first.select(some).content != first.content
+    rows = (data / "hate.csv").read_text().replace("good answer 7", "good answer 8")
+    (data / "hate.csv").write_text(rows)
+    assert build(data, tmp_path / "cache").train.content != first.content
+
+
+def test_what_is_not_read_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [
+        {"instruction": "Why?", "system": "You are kind.", "history": [["a", "b"]] if i else [], "chosen": f"Why? {i}",
+         "rejected": "no", "label": label, "id": 7}
+        for i, label in enumerate((1, True, None, "x"))
+    ]  # fmt: skip
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / name).write_text("\n".join(json.dumps(row) for row in rows))
+    stores = build(folder, tmp_path / "cache")
+    text = describe(stores.report)
+    assert len(stores.train) == 4
+    assert "columns that the schema does not read: history (3 rows), system (4 rows)" in text
+    assert "files: train.jsonl\n  not read, by their names: test.jsonl; datasets.si.eval_path=FILE" in text
+    assert "chosen begins with its instruction 4" in text
+    assert len(build(folder, tmp_path / "cache", labels=["1", "True"]).train) == 2
+
+
+def test_a_column_is_renamed_by_a_setting(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", [{"prompt": "Ask", "chosen": "a", "rejected": "b"}])
+    stores = build(tmp_path / "a.csv", tmp_path / "cache", columns={"instruction": "prompt"})
+    assert texts(stores.train) == [["Ask\n", "a", "b"]]
+
+
+def test_a_chat_ends_its_turn(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(add_bos=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    stores = build(tmp_path / "a.jsonl", tmp_path / "cache", template="chat", tokenizer=tokenizer)
+    assert [tokenizer.decode(part) for part in stores.train.row(0)] == [
+        "<s><user>Why?<|end|><assistant>", "good<|end|>", "bad<|end|>",
+    ]  # fmt: skip

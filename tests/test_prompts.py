@@ -4,12 +4,14 @@ import pytest
 from conftest import BOS, byte_level_tokenizer
 
 from config.errors import UserError
+from safer_instruct.text.chat import special_token_texts
+from safer_instruct.text.encoding import Encoder, Unusable, prompt_token_ids
 from safer_instruct.text.prompts import (
     TEMPLATE_NAMES,
     Prompt,
+    answer_turn,
     render_prompt,
     render_reversed,
-    response_lead,
     reversed_target,
 )
 
@@ -52,9 +54,9 @@ def test_hh_and_plain() -> None:
     prompt = render_prompt("hh", dialogue)
     assert prompt.text == f"\n\nHuman: {dialogue}\n\nAssistant:"
     assert prompt.tail == "\n\nHuman: Why?\n\nAssistant:"
-    assert response_lead("hh") == " "
+    assert answer_turn("hh") == (" ", "", "")
     assert render_prompt("plain", "Why?", "x") == Prompt("", "Why?\n\nx", "\n")
-    assert [response_lead(name) for name in TEMPLATE_NAMES if name != "hh"] == ["", "", ""]
+    assert [answer_turn(name) for name in TEMPLATE_NAMES if name not in ("hh", "chat")] == [("", "", "")] * 2
 
 
 def test_reversed_target_appends_the_input() -> None:
@@ -76,3 +78,84 @@ def test_unknown_templates_and_tokenizers_without_one() -> None:
         render_prompt("alpacca", "Why?")
     with pytest.raises(UserError, match="no chat template"):
         render_prompt("chat", "Why?", tokenizer=byte_level_tokenizer(add_bos=True))
+
+
+IM = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n"
+    "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }} "
+    "</s>{% endif %}{% endfor %}"
+)
+
+
+def chat_tokenizer(template):
+    tokenizer = byte_level_tokenizer(add_bos=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "turn"),
+    [
+        (IM + ASK, ("", "", "<|im_end|>")),  # and not EOS, which is </s>
+        (THOUGHT, ("<think>\n\n</think>\n\n", "", "<|im_end|>")),
+        ("{% set enable_thinking = False %}" + THOUGHT, ("", "", "<|im_end|>")),
+        (LLAMA2, (" ", " ", "</s>")),
+        (CHAT_TEMPLATE, ("", "<end>", "")),  # plain text: EOS ends it
+    ],
+)
+def test_prompt_answer_and_end_are_the_templates_own_rendering(template: str, turn: tuple[str, str, str]) -> None:
+    tokenizer = chat_tokenizer(template)
+    found = answer_turn("chat", tokenizer)
+    assert found == turn
+    prompt = render_prompt("chat", "Why?", tokenizer=tokenizer)
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    answer = found.lead + "So." + found.close
+    assert whole.rstrip("\n") == prompt.text + answer + found.end_token
+    encoder = Encoder(tokenizer, max_length=400, max_prompt_length=300)
+    (row,) = encoder.encode([prompt], [[answer]], end_token=found.end_token)
+    assert row.responses[0][-1] == tokenizer.convert_tokens_to_ids(found.end_token or tokenizer.eos_token)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (IM + ASK.replace("assistant\n", "assistant\n<think>\n"), r"'<think>\\n' at the end, .*enable_thinking=false"),
+        (IM, r"writes '<\|im_start\|>assistant\\n' before an answer, but not where it asks"),
+        (
+            "{{ raise_exception('a system turn\x1b is needed') }}",
+            r"fails on one user's turn: a system turn.* is needed",
+        ),
+        ("{% for m in", "fails on one user's turn: .*TemplateSyntaxError"),
+        ({"rag": IM, "tool_use": IM}, "fails on one user's turn"),
+        ("{{ messages[0]['content'] }}", "an assistant's turn exactly once"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_is_refused(template, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        answer_turn("chat", chat_tokenizer(template))
+    assert "\x1b" not in str(caught.value)
+
+
+def test_an_empty_eos_is_refused_by_name() -> None:
+    tokenizer = chat_tokenizer(IM + ASK)
+    tokenizer.eos_token = ""
+    assert "" not in special_token_texts(tokenizer)
+    with pytest.raises(UserError, match="the tokenizer has no EOS token"):
+        Encoder(tokenizer, max_length=9, max_prompt_length=5)
+
+
+def test_special_strings_in_what_is_asked_are_refused_as_in_training() -> None:
+    tokenizer = chat_tokenizer(IM + ASK)
+    assert prompt_token_ids(tokenizer, render_prompt("chat", "Hi", tokenizer=tokenizer), 99)
+    for prompt in (render_prompt("chat", "Hi<|im_end|>", tokenizer=tokenizer), render_reversed("An answer.</s>More")):
+        with pytest.raises(Unusable) as caught:
+            prompt_token_ids(tokenizer, prompt, 400)
+        assert caught.value.reason == "special_token"

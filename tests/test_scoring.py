@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import induce
 from config.checks_induce import check_induce
 from config.errors import UserError
 from config.schema import compose_config
@@ -60,7 +61,8 @@ def literal(model, tokenizer, instruction: str, response: str) -> float:
 @pytest.mark.parametrize("max_batch_tokens", [1, 300, 100_000])
 def test_the_score_is_its_definition(model, max_batch_tokens) -> None:
     tokenizer = load_tokenizer(model)
-    scorer = RoundTrip(RoundTripSettings(model, max_batch_tokens=max_batch_tokens), torch.device("cpu"))
+    settings = RoundTripSettings(model, max_batch_tokens=max_batch_tokens)
+    scorer = RoundTrip(settings, torch.device("cpu"), induce.logps_of)
     items = [(("row", i), *pair) for i, pair in enumerate(PAIRS)]
     scores = dict(scorer.score(items))
     for key, instruction, response in items:
@@ -71,7 +73,7 @@ def test_the_score_is_its_definition(model, max_batch_tokens) -> None:
 
 
 def test_a_pair_that_does_not_fit_has_no_score(model) -> None:
-    scorer = RoundTrip(RoundTripSettings(model, max_length=80), torch.device("cpu"))
+    scorer = RoundTrip(RoundTripSettings(model, max_length=80), torch.device("cpu"), induce.logps_of)
     items = [(("a", 0), "Say it", "word " * 200), (("b", 0), "Say it " * 200, "word"), (("c", 0), "Say it", "word")]
     scores = dict(scorer.score(items))
     assert scores["a", 0] is None
@@ -179,21 +181,19 @@ def test_settings_that_cannot_work(overrides, message, tiny_model_folder) -> Non
 
 
 def test_a_fraction_needs_the_scores_of_all_shards(tmp_path) -> None:
-    import induce
-
     config = compose_config("induce", ["output=out", "corpus.path=README.md", "roundtrip.top_fraction=0.5"])
     paths = {"score": tmp_path / "score-00000-of-00002.jsonl"}
     with Ledger(paths["score"], {"a": 1}, num_rows=2) as ledger:
         for i in range(2):
             ledger.append({"id": f"a{i}", "best": 0, "scores": [float(i)], "tokens": 1})
     with pytest.raises(UserError, match="1 of 2 shards have no ledger of stage=score"):
-        induce.resolve_min_score(config, paths, 2)
+        induce.resolve_min_score(config.roundtrip, paths, 2)
     with Ledger(tmp_path / "score-00001-of-00002.jsonl", {"a": 1}, num_rows=2) as ledger:
         ledger.append({"id": "b0", "best": 0, "scores": [5.0], "tokens": 1})
         with pytest.raises(UserError, match="1 of 4 have no score yet"):
-            induce.resolve_min_score(config, paths, 2)
+            induce.resolve_min_score(config.roundtrip, paths, 2)
         ledger.append({"id": "b1", "best": 1, "scores": [None, 6.0], "tokens": 1})
-    assert induce.resolve_min_score(config, paths, 2) == 5.0
+    assert induce.resolve_min_score(config.roundtrip, paths, 2) == 5.0
 
 
 def test_candidates_are_counted_in_the_configuration() -> None:

@@ -421,3 +421,26 @@ def test_upload_to_the_hub(tmp_path, monkeypatch) -> None:
     assert not any("ledger" in name or name == "arrow" for name in seen["allow_patterns"])
     with pytest.raises(UserError, match=r"push_to_hub=nobody/x: the upload failed \(no login\)"):
         push_dataset(tmp_path, "nobody/x", ("si.jsonl",))
+
+
+def test_records_about_another_instruction_are_refused(tmp_path) -> None:
+    """Induced anew with another seed, verdicts and answers kept: they are about what was asked before."""
+    corpus_path = tmp_path / "corpus.csv"
+    corpus_path.write_text("response,label\nEVEN one 1,a\nEVEN two 2,b\n")
+    run_shard(corpus_path, tmp_path / "ledger", 0, 1)
+    induced = shard_path(tmp_path / "ledger", "induce", 0, 1)
+    induced.write_text(induced.read_text().replace("Say number 2", "Say another 2"))
+    examples = read_corpus(CorpusSettings(path=str(corpus_path))).examples
+    pairs = with_instructions(examples, read_ledger(induced)[1])
+    verdicts = read_ledger(shard_path(tmp_path / "ledger", "filter", 0, 1))[1]
+    with pytest.raises(UserError, match=r"\(corpus\.csv:3\): its record of stage=filter is about another instruction"):
+        kept(pairs, verdicts)
+    with pytest.raises(UserError, match="is about another instruction"):
+        run_merge(corpus_path, tmp_path)
+    for stage in ("filter", "respond"):  # as written before records said it
+        path = shard_path(tmp_path / "ledger", stage, 0, 1)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text(
+            "".join(json.dumps({k: v for k, v in line.items() if k != "instruction_id"}) + "\n" for line in lines)
+        )
+    assert run_merge(corpus_path, tmp_path).num_rows == 2

@@ -83,7 +83,7 @@ def reference_logps(
     code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {layout.device.type}"
     precision = torch.get_float32_matmul_precision()  # TF32 or not
     kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast} {precision}"
-    identity = f"{code} {weights} {store.select(rows).key} {kind}"
+    identity = f"{code} {weights} {store.select(rows).content} {kind}"
     directory, key = cache_dir / "reference", xxhash.xxh3_128_hexdigest(identity.encode())
     by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]
     loader = BatchLoader(store.select(by_length), cutter, batch_size=256, device=layout.device)

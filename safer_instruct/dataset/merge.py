@@ -32,6 +32,7 @@ from safer_instruct.induction.stages import (
     RESPOND,
     SCORE,
     STAGES,
+    require_same_instruction,
     with_instruction,
     with_score,
 )
@@ -235,6 +236,8 @@ class _Merge:
         pair = with_instruction(example, induced)
         if SCORE in records:
             pair = with_score(pair, records[SCORE])
+        for stage in (FILTER, RESPOND):
+            require_same_instruction(pair, records.get(stage, {}), stage)
         label = pair.label or verdict["label"]
         score = pair.provenance.get("round_trip")
         self.merged.induced.update(name for name in ("truncated", "prompt_cut") if induced[name])

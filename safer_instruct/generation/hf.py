@@ -19,6 +19,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from config.settings import GenerationSettings
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
 from safer_instruct.generation.window import Window
+from safer_instruct.text.chat import chat_end_token
+from safer_instruct.text.encoding import Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,17 +89,16 @@ class HFGenerator:
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield the generations batch by batch, longest prompts first.
 
-        A row whose prompt does not fit even without its body gets the error "prompt_too_long".
+        A row whose prompt cannot be asked gets the error that `prompt_token_ids` names: "prompt_too_long", for example.
         """
         encoded: dict[str, list[int]] = {}
         cut: dict[str, bool] = {}
         by_id = {request.id: request for request in requests}
         for request in by_id.values():
-            fitted = self.window.encode(request.prompt)
-            if fitted is None:
-                yield Generation(request.id, "", error="prompt_too_long")
-            else:
-                encoded[request.id], cut[request.id] = fitted
+            try:
+                encoded[request.id], cut[request.id] = self.window.encode(request.prompt)
+            except Unusable as unusable:
+                yield Generation(request.id, "", error=unusable.reason)
         for generation in self.generate_from_tokens(encoded):
             generation = replace(generation, prompt_cut=cut[generation.id])
             yield without_thought(generation, self.settings.thought_tags, by_id[generation.id].prompt)
@@ -272,7 +273,8 @@ def _pad_left(prompts: Sequence[list[int]], pad_token_id: int, device: torch.dev
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return every token that ends a text: the tokenizer's and those of generation_config.json."""
+    """Return every token that ends a text: the tokenizer's, its chat template's, those of generation_config.json."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
+    turn_end = tokenizer.backend_tokenizer.token_to_id(chat_end_token(tokenizer))  # what template=chat trains
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id, turn_end) if token is not None)

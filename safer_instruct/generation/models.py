@@ -81,6 +81,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no EOS token (eos_token), which must end every response.")
+    _set_in_template(tokenizer, settings.chat_template_kwargs)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.is_fast:
@@ -88,6 +89,17 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = int(1e12)  # limits are ours: max_length, max_prompt_length
     return tokenizer
+
+
+def _set_in_template(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
+    """Write variables into the chat template itself: whoever renders it, or loads a checkpoint of it, asks alike."""
+    for name, value in values.items():
+        if not name.isidentifier() or not isinstance(tokenizer.chat_template, str):
+            raise UserError(
+                f"model.chat_template_kwargs.{name}={value}: a variable of the tokenizer's chat template is set by "
+                "this, such as enable_thinking=false; the tokenizer must have one template"
+            )
+        tokenizer.chat_template = f"{{% set {name} = {value!r} %}}{tokenizer.chat_template}"
 
 
 def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
@@ -182,6 +194,8 @@ def model_fingerprint(settings: ModelSettings) -> str:
                 while chunk := stream.read(1 << 22):
                     digest.update(chunk)
     digest.update(f"{settings.policy_dtype} {settings.attn_implementation}".encode())
+    if settings.chat_template_kwargs:
+        digest.update(json.dumps(settings.chat_template_kwargs, sort_keys=True).encode())
     return digest.hexdigest()
 
 

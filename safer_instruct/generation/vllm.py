@@ -9,6 +9,7 @@ from config.settings import BackendSettings, ModelSettings
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
 from safer_instruct.generation.models import load_tokenizer, resolve_archive
 from safer_instruct.generation.window import Window
+from safer_instruct.text.encoding import Unusable
 
 
 class VLLMGenerator:
@@ -62,9 +63,10 @@ class VLLMGenerator:
         settings = self._settings
         rows, prompts, parameters = [], [], []
         for request in requests:
-            encoded = self.window.encode(request.prompt)
-            if encoded is None:
-                yield Generation(request.id, "", error="prompt_too_long")
+            try:
+                encoded = self.window.encode(request.prompt)
+            except Unusable as unusable:
+                yield Generation(request.id, "", error=unusable.reason)
                 continue
             rows.append((request, *encoded))
             prompts.append({"prompt_token_ids": encoded[0]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from config.errors import UserError
-from safer_instruct.text.encoding import prompt_token_ids
+from safer_instruct.text.encoding import Unusable, prompt_token_ids
 from safer_instruct.text.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -39,18 +39,21 @@ class Window:
 
     def require_room(self, prompt: Prompt) -> None:
         """Raise a UserError if not even the prompt's template fits: then no row would."""
-        if self.encode(prompt._replace(body="")) is None:
+        try:
+            self.encode(prompt._replace(body=""))
+        except Unusable as unusable:
             raise UserError(
                 f"the prompt's template alone is longer than the {self.max_prompt_tokens} tokens that {self._words}; "
                 "give fewer new tokens or another model"
-            )
+            ) from unusable
 
-    def encode(self, prompt: Prompt) -> tuple[list[int], bool] | None:
-        """Return (tokens, whether the body was cut); None for a prompt that does not fit even without its body."""
-        try:
-            ids = prompt_token_ids(self._tokenizer, prompt, self.max_prompt_tokens)
-        except UserError:
-            return None
+    def encode(self, prompt: Prompt) -> tuple[list[int], bool]:
+        """Return (tokens, whether the body was cut).
+
+        Raises:
+            Unusable: For a prompt that does not fit even without its body, or holds a special token's text.
+        """
+        ids = prompt_token_ids(self._tokenizer, prompt, self.max_prompt_tokens)
         # A cut can leave a few tokens of room (a body is cut between characters), so look at all that come close.
         near_limit = len(ids) > self.max_prompt_tokens - 16
         return ids, near_limit and len(prompt_token_ids(self._tokenizer, prompt, UNLIMITED)) > len(ids)

@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,9 @@ class Ledger:
         self._synced_at = time.monotonic()
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        data = memoryview("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        # Half of a surrogate pair, which a server may send, becomes its escape: JSON reads it back as it was.
+        data = memoryview(text.encode(errors="backslashreplace"))
         while data:  # a full disk or a signal can make a write short
             data = data[os.write(self._file, data) :]
 
@@ -174,7 +177,8 @@ def run_stage(
         batch_size: Examples that `function` is given at a time.
         progress: Told how many rows are done, those that the ledger held included.
     """
-    for batch in _batches(_missing(examples, ledger, progress), batch_size):
+    missing = _missing(examples, ledger, progress)
+    for batch in iter(lambda: list(islice(missing, batch_size)), []):
         for record in function(batch):
             ledger.append(record)
             progress(1)
@@ -247,7 +251,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         parsed = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of too many digits, nested too deeply
         return None
     return parsed if isinstance(parsed, dict) and ("id" in parsed or parsed.keys() >= _HEADER_KEYS) else None
 
@@ -258,17 +262,6 @@ def _missing(examples: Iterable[Example], ledger: Ledger, progress: Callable[[in
             progress(1)
         else:
             yield example
-
-
-def _batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    batch: list[Example] = []
-    for example in examples:
-        batch.append(example)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def shard_path(folder: Path, stage: str, index: int, count: int) -> Path:

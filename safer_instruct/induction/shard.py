@@ -12,24 +12,18 @@ import torch
 from tqdm import tqdm
 
 from config.errors import UserError
-from config.settings import InduceConfig
+from config.settings import InductionSettings, ModelSettings, RoundTripSettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.backends import build_reversed_model, reversed_model_identity
-from safer_instruct.induction.ledger import (
-    Ledger,
-    Record,
-    header_rows,
-    read_ledger,
-    run_stage,
-)
+from safer_instruct.induction.ledger import Ledger, Record, header_rows, read_ledger, run_stage
 from safer_instruct.induction.ledgers import stage_ledgers
-from safer_instruct.induction.round_trip import RoundTrip
 from safer_instruct.induction.stages import (
     FILTER,
     INDUCE,
     RESPOND,
     ROWS_AT_A_TIME,
     SCORE,
+    Scorer,
     expert_configuration,
     induce_configuration,
     kept,
@@ -44,37 +38,35 @@ from safer_instruct.induction.stages import (
 from safer_instruct.text.examples import Example
 
 
-def run_induce(config: InduceConfig, examples: Sequence[Example], path: Path, device: torch.device) -> None:
+def run_induce(
+    model: ModelSettings, generation: InductionSettings, examples: Sequence[Example], path: Path, device: torch.device
+) -> None:
     """Let the reversed model write the instructions that the ledger lacks; it is loaded if there are any."""
-    name, fingerprint = reversed_model_identity(config.model, config.generation)
-    configuration = induce_configuration(name, fingerprint, config.generation)
+    name, fingerprint = reversed_model_identity(model, generation)
+    configuration = induce_configuration(name, fingerprint, generation)
     with Ledger(path, configuration, num_rows=len(examples)) as ledger:
         if all(example.id in ledger.records for example in examples):
             return
-        generator = build_reversed_model(config.model, config.generation, device)
-        function = stage_induce(generator, config.generation.num_candidates)
+        generator = build_reversed_model(model, generation, device)
+        function = stage_induce(generator, generation.num_candidates)
         with _progress(INDUCE, examples) as update:
             run_stage(examples, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
 
 
-def run_score(
-    config: InduceConfig, examples: Sequence[Example], paths: Mapping[str, Path], device: torch.device
-) -> None:
+def run_score(scorer: Scorer, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
     """Let the forward model score the candidates that the ledger lacks."""
     before, induced = read_ledger(paths[INDUCE])
     pairs = with_instructions(examples, induced)
-    scorer = RoundTrip(config.roundtrip, device)
     configuration = score_configuration(scorer, before)
     with Ledger(paths[SCORE], configuration, num_rows=len(pairs)) as ledger, _progress(SCORE, pairs) as update:
         run_stage(pairs, ledger, stage_score(scorer), batch_size=ROWS_AT_A_TIME, progress=update)
 
 
 def run_filter(
-    config: InduceConfig, expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path], count: int
+    expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path], *, min_score: float | None
 ) -> None:
-    """Screen the induced pairs that the ledger lacks."""
+    """Screen the induced pairs that the ledger lacks; `min_score` is that of `resolve_min_score`."""
     before, pairs = _induced_pairs(examples, paths)
-    min_score = resolve_min_score(config, paths, count)
     configuration = expert_configuration(expert, before, "screen", **{"roundtrip.min_score": min_score})
     function = stage_filter(expert, min_score=min_score)
     with Ledger(paths[FILTER], configuration, num_rows=len(pairs)) as ledger, _progress(FILTER, pairs) as update:
@@ -100,13 +92,12 @@ def _induced_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tu
     return before, with_instructions(examples, induced, scores)
 
 
-def resolve_min_score(config: InduceConfig, paths: Mapping[str, Path], count: int) -> float | None:
-    """Return the least round-trip score of a pair that is kept; None: any.
+def resolve_min_score(roundtrip: RoundTripSettings, paths: Mapping[str, Path], count: int) -> float | None:
+    """Return the least round-trip score of a pair that is kept, of `count` shards; None if every score will do.
 
     Raises:
         UserError: `top_fraction` is asked for, and not all pairs of all shards have been scored yet.
     """
-    roundtrip = config.roundtrip
     if roundtrip.threshold is None and roundtrip.top_fraction is None:
         return None
     read_ledger(paths[SCORE])  # this shard's must be there in any case

@@ -15,16 +15,14 @@ from config.errors import UserError
 from config.settings import InductionSettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
+from safer_instruct.induction.checks import CHECKS_VERSION, cheap_check, low_score
 from safer_instruct.induction.ledger import Record
-from safer_instruct.text.examples import Example, normalise, text_id
-from safer_instruct.text.prompts import TEMPLATE_MARKS, render_reversed
+from safer_instruct.text.examples import Example, text_id
+from safer_instruct.text.prompts import render_reversed
 
 INDUCE, SCORE, FILTER, RESPOND = "induce", "score", "filter", "respond"
 STAGES = (INDUCE, SCORE, FILTER, RESPOND)  # score only where a forward model is given
 REQUIRED_STAGES = (INDUCE, FILTER, RESPOND)
-CHECKS_VERSION = 2  # of cheap_check: part of the filter's configuration
-COPY_WORDS = 8  # an instruction that shares so many words in a row with its response, as a whole, copies it
-MAX_INSTRUCTION_WORDS = 400  # more is a text, not an instruction
 ROWS_AT_A_TIME = 4096  # what is sorted by length together
 
 
@@ -45,13 +43,13 @@ class Score:
 
 
 class Scorer(Protocol):
-    """A forward model; `scoring.RoundTrip` is one."""
+    """A forward model, such as `round_trip.RoundTrip`."""
 
     name: str
     fingerprint: str
 
     def score(self, items: Sequence[Item]) -> Iterable[tuple[tuple[str, int], Score | None]]:
-        """Yield (key, score) for each item, in any order; None where it does not fit the model."""
+        """Yield (key, score) for each item, in any order; the score is None where the item does not fit the model."""
 
 
 def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Callable[[Sequence[Example]], Iterator[Record]]:
@@ -82,7 +80,7 @@ def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Callable[
 
 
 def candidate_id(id: str, number: int) -> str:
-    """The id of a candidate's request, which seeds it; the first has the row's own."""
+    """Return the id of a candidate's request, which seeds it; the first candidate has the row's own."""
     return f"{id}/{number}" if number else id
 
 
@@ -133,7 +131,7 @@ def stage_score(scorer: Scorer) -> Callable[[Sequence[Example]], Iterator[Record
 
 
 def candidates(pair: Example) -> list[Example]:
-    """The pair with each of its candidates as its instruction; the pair itself if it has one alone."""
+    """Return the pair once for each candidate, which is its instruction there; only the pair if it has no others."""
     listed = pair.provenance.get("candidates")
     if not listed:
         return [pair]
@@ -152,35 +150,26 @@ def stage_filter(expert: Expert, *, min_score: float | None = None) -> Callable[
 
     Args:
         expert: Asked about what passes the others.
-        min_score: Least round-trip score; None: any.
+        min_score: Least round-trip score of a pair that is kept; None keeps any.
     """
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
         passed = []
         for example in examples:
             if reason := cheap_check(example) or low_score(example, min_score):
-                yield {"id": example.id, "keep": False, "reason": reason, "label": "", "tokens": 0}
+                yield {"id": example.id, "keep": False, "reason": reason, "label": "", "tokens": 0, **_about(example)}
             else:
                 passed.append(example)
+        by_id = {example.id: example for example in passed}
         for id, verdict in expert.screen(passed):
             record = {"id": id, "keep": verdict.keep, "reason": verdict.reason, "label": verdict.label}
-            yield {**record, "tokens": verdict.tokens, **_cost(verdict.cost)}
+            yield {**record, "tokens": verdict.tokens, **_cost(verdict.cost), **_about(by_id[id])}
 
     return run
 
 
-def low_score(pair: Example, min_score: float | None) -> str:
-    """Return why the round-trip score drops a pair: `low_round_trip`, `no_round_trip` (it has no score), or ""."""
-    if min_score is None:
-        return ""
-    score = pair.provenance.get("round_trip")
-    if score is None:
-        return "no_round_trip"
-    return "low_round_trip" if score < min_score else ""
-
-
 def least_score(scores: Iterable[float], fraction: float) -> float:
-    """The score from which on a pair is among the best `fraction`; infinite where there is none."""
+    """Return the score that a pair must reach to be among the best `fraction`; infinite where there is none."""
     ranked = sorted(scores, reverse=True)
     keep = round(fraction * len(ranked))
     return ranked[keep - 1] if keep else float("inf")
@@ -190,38 +179,33 @@ def _cost(cost: float) -> Record:
     return {"cost": round(cost, 9)} if cost else {}
 
 
+def _about(pair: Example) -> Record:
+    return {"instruction_id": text_id(pair.instruction or "")}
+
+
+def require_same_instruction(pair: Example, record: Record, stage: str) -> None:
+    """Raise a UserError if a record of filter or respond is about another instruction than the pair's.
+
+    A record that does not say what it is about was written by an earlier version, and is taken as it is.
+    """
+    if record.get("instruction_id") not in (None, text_id(pair.instruction or "")):
+        raise UserError(
+            f"row {pair.id} ({pair.provenance['source']}): its record of stage={stage} is about another instruction "
+            "than the ledger of stage=induce has now; bring the old ledger back, or delete those of the later stages "
+            "to have them run again"
+        )
+
+
 def stage_respond(expert: Expert) -> Callable[[Sequence[Example]], Iterator[Record]]:
     """Make the stage in which the expert answers each kept instruction safely."""
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
+        by_id = {example.id: example for example in examples}
         for id, response in expert.respond(examples):
             record = {"id": id, "chosen": response.text, "reason": response.reason, "tokens": response.tokens}
-            yield {**record, **_cost(response.cost)}
+            yield {**record, **_cost(response.cost), **_about(by_id[id])}
 
     return run
-
-
-def cheap_check(pair: Example) -> str:
-    """Return why an induced pair needs no expert to be dropped, "" if it does.
-
-    Reasons: `induction_failed`, `truncated_instruction`, `empty_instruction`, `long_instruction`, `template_leak` (it
-    holds a mark of a prompt's template), `copies_response` (the instruction is the response, or one of them holds the
-    whole of the other and that is at least COPY_WORDS words long).
-    """
-    if pair.provenance.get("error"):
-        return "induction_failed"
-    if pair.provenance["truncated"]:
-        return "truncated_instruction"
-    instruction, response = normalise(pair.instruction or ""), normalise(pair.rejected or "")
-    if not instruction:
-        return "empty_instruction"
-    if len(instruction.split()) > MAX_INSTRUCTION_WORDS:
-        return "long_instruction"
-    if any(mark in instruction for mark in TEMPLATE_MARKS):
-        return "template_leak"
-    shorter, longer = sorted((instruction, response), key=len)
-    is_part = f" {shorter} " in f" {longer} " and len(shorter.split()) >= COPY_WORDS
-    return "copies_response" if instruction == response or is_part else ""
 
 
 def with_instructions(
@@ -264,9 +248,11 @@ def kept(examples: Sequence[Example], records: Mapping[str, Record]) -> list[Exa
     """Return the examples that the filter stage kept.
 
     Raises:
-        UserError: Rows that have no record.
+        UserError: Rows that have no record, or one about another instruction.
     """
     require_records(examples, records, FILTER)
+    for example in examples:
+        require_same_instruction(example, records[example.id], FILTER)
     return [example for example in examples if records[example.id]["keep"]]
 
 

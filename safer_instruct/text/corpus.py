@@ -11,8 +11,9 @@ from typing import Any
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import CorpusSettings
-from safer_instruct.text.examples import Example, in_shard, text_id
-from safer_instruct.text.readers import Row, read_rows, require_columns
+from safer_instruct.text.examples import Example, in_shard, is_unicode, text_id
+from safer_instruct.text.formats import BadLine, Row
+from safer_instruct.text.readers import read_rows, require_columns
 
 MAX_PLACES = 10
 
@@ -58,8 +59,8 @@ def read_corpus(settings: CorpusSettings, *, index: int = 0, count: int = 1) -> 
     """Read one shard of the corpus.
 
     Rows without a response, with one that is no text, and repetitions of an id or a response are dropped and counted.
-    A row belongs to a shard by a hash of its id, so the shards are parts of the same whole for any `count`. Where the
-    file cannot be read on behind usable rows, these are kept and `broken` tells.
+    A row belongs to a shard by a hash of its id, so the shards are parts of the same whole for any `count`. Where a
+    file breaks off behind usable rows, these are kept, and `broken` says what is wrong.
 
     Args:
         settings: File and columns.
@@ -86,7 +87,7 @@ def read_corpus(settings: CorpusSettings, *, index: int = 0, count: int = 1) -> 
 
 
 def repetition(settings: CorpusSettings, *, same_id: bool) -> str:
-    """The reason to drop a row whose id or response was there before."""
+    """Return the reason to drop a row whose id or response was there before."""
     return "duplicate_id" if same_id and settings.id_column else "duplicate_response"
 
 
@@ -110,14 +111,15 @@ class CorpusRows:
 
     def __iter__(self) -> Iterator[Example]:
         settings = self.settings
-        rows = read_rows(find_path(settings.path))
+        path = find_path(settings.path)
+        rows = read_rows(path, columns=settings.columns, training=True, bad_line=self._drop_line)
         while settings.max_rows is None or self._num_usable < settings.max_rows:
             try:
                 where, row = next(rows)
             except StopIteration:
                 break
             except UserError as error:
-                if not self._num_usable:
+                if not self._num_usable or isinstance(error, BadLine):
                     raise
                 self.broken = str(error)
                 break
@@ -133,26 +135,32 @@ class CorpusRows:
             )
 
     def _example(self, where: str, row: Row) -> Example | None:
-        """One row, None if it cannot be used; counts it."""
+        """Make the Example of a row and count it; return None if it cannot be used."""
         settings = self.settings
         needed = [settings.response_column, settings.label_column, settings.id_column]
         if self._num_usable == 0:  # a column that is missing from the first row is missing from the file
-            require_columns(row, [name for name in needed if name], where)
+            require_columns(row, [name for name in needed if name], where, "corpus.columns")
         response = row.get(settings.response_column)
+        label = _text(row.get(settings.label_column or "label"))
         reason = _why_unusable(response)
         id = text_id(response) if isinstance(response, str) else where
         if settings.id_column:
-            given = row.get(settings.id_column)
-            id = str(given) if given not in (None, "") else where
-            reason = reason or ("empty_id" if given in (None, "") else "")
+            given = _text(row.get(settings.id_column))
+            id = given or where
+            reason = reason or ("" if given else "empty_id")
+        if not reason and not is_unicode(id, label):
+            reason = "label_or_id_not_unicode"
         if reason:
             self._drop(reason, id, where)
             return None
-        assert isinstance(response, str)
         self._num_usable += 1
-        label = row.get(settings.label_column or "label")
-        source = f"{Path(where).name}"  # of the whole path only the name: it may name the user's machine
-        return Example(id, rejected=response, label="" if label is None else str(label), provenance={"source": source})
+        source = Path(where).name  # of the whole path only the name: it may name the user's machine
+        return Example(id, rejected=response, label=label, provenance={"source": source})
+
+    def _drop_line(self, line: BadLine) -> None:
+        if self.settings.on_bad_row == "error":
+            raise line
+        self._drop(line.reason, line.where, line.where)
 
     def _drop(self, reason: str, id: str, where: str) -> None:
         if self.settings.on_bad_row == "error":
@@ -171,8 +179,8 @@ def _why_unusable(response: Any) -> str:
         return "empty_response"
     if not isinstance(response, str):
         return "response_not_text"
-    try:
-        response.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can write as \ud800
-        return "response_not_unicode"
-    return ""
+    return "" if is_unicode(response) else "response_not_unicode"
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -3,7 +3,8 @@
 A prompt is always encoded by itself, so the tokens that a model is trained behind are those that it is asked with.
 Prompt + response are then encoded as one string; where that begins with the prompt's tokens, the rest is the response.
 Where a merge straddles the boundary (":" + ")" may be one token ":)"), the prompt keeps its own tokens and the response
-is encoded as it would be after them. BOS is the tokenizer's business, and EOS ends every response that is not cut.
+is encoded as it would be after them. BOS is the tokenizer's business; the template's end token, or EOS where it names
+none, ends every response that is not cut.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config.errors import UserError
+from safer_instruct.text.chat import special_token_texts
 from safer_instruct.text.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -29,9 +31,9 @@ class EncodedRow:
 
     Attributes:
         prompt: BOS (where the tokenizer adds it) and the prompt; the same for all responses.
-        responses: Each ends in EOS unless it was cut.
+        responses: Each ends in its end token unless it was cut.
         prompt_cut: The prompt's body lost its end.
-        responses_cut: For each response, whether it lost its end and EOS.
+        responses_cut: For each response, whether it lost its end.
         straddled: Responses whose first token would have merged with the prompt's last.
     """
 
@@ -57,24 +59,28 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, max_prompt_length: int) -> None:
         if not 0 < max_prompt_length < max_length:
             raise UserError(f"max_prompt_length={max_prompt_length} must be in 1..{max_length - 1} (max_length - 1)")
-        if tokenizer.eos_token_id is None:
+        if tokenizer.eos_token_id is None or not tokenizer.eos_token:  # "" is that of old LLaMA conversions
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token, so no response could end")
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self._eos: int = tokenizer.eos_token_id
         self._tokenizer = _Tokenizer(tokenizer)
 
-    def encode(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[EncodedRow | str]:
-        """Token rows of N prompts, each with the same number of responses.
+    def encode(
+        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]], *, end_token: str = ""
+    ) -> list[EncodedRow | str]:
+        """Encode N prompts, each with the same number of responses.
 
         Args:
             prompts: N prompts.
             responses: N times the text(s) that follow the prompt directly.
+            end_token: What ends each response; "" for EOS.
 
         Returns:
             N rows; where there is none, the reason: "prompt_too_long" (the template leaves no room for the body) or
             "no_tokens" (a response that the tokenizer makes nothing of).
         """
+        end = self._tokenizer.id_of(end_token) if end_token else self._eos
         fitted, prompt_ids = self._fit(prompts)
         pairs = list(zip(fitted, responses, strict=True))
         joint = iter(self._tokenizer.ids([prompt.text + text for prompt, texts in pairs if prompt for text in texts]))
@@ -85,7 +91,7 @@ class Encoder:
                 continue
             encoded = [self._response_ids(ids, next(joint), text) for text in texts]
             complete = all(response for response, _ in encoded)
-            rows.append(self._finish(ids, encoded, prompt != original) if complete else "no_tokens")
+            rows.append(self._finish(ids, encoded, end, prompt != original) if complete else "no_tokens")
         return rows
 
     def _fit(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt | None], list[list[int]]]:
@@ -97,16 +103,18 @@ class Encoder:
         return fitted, ids
 
     def _response_ids(self, prompt: list[int], joint: list[int], response: str) -> tuple[list[int], bool]:
-        """The response's tokens behind the prompt's, and whether a merge straddled the boundary."""
+        """Return the response's tokens behind the prompt's, and whether a merge straddled the boundary."""
         n = len(prompt)
         if joint[:n] == prompt:
             return joint[n:], False
         return self._tokenizer.ids_after_other_tokens(response), True
 
-    def _finish(self, prompt: list[int], responses: list[tuple[list[int], bool]], prompt_cut: bool) -> EncodedRow:
-        """EOS behind each response; a response that does not fit with it is cut, on its own."""
+    def _finish(
+        self, prompt: list[int], responses: list[tuple[list[int], bool]], end: int, prompt_cut: bool
+    ) -> EncodedRow:
+        """Put the end token behind each response; a response that does not fit with it is cut, on its own."""
         room = self.max_length - len(prompt)
-        ended = [[*ids, self._eos] for ids, _ in responses]
+        ended = [[*ids, end] for ids, _ in responses]
         return EncodedRow(
             prompt=prompt,
             responses=tuple(ids[:room] for ids in ended),
@@ -116,8 +124,16 @@ class Encoder:
         )
 
 
+class Unusable(UserError):
+    """A prompt that no model can be asked; `reason` is the word for it in counts and ledgers."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int) -> list[int]:
-    """Tokens that a model is asked with: exactly those that it is trained behind.
+    """Return the tokens that a model is asked with: exactly those that it is trained behind.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -125,23 +141,22 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tok
         max_tokens: Limit, BOS included; a longer prompt loses the end of its body.
 
     Raises:
-        UserError: The prompt's template alone does not fit into `max_tokens`.
+        Unusable: The prompt's template alone does not fit into `max_tokens` (reason "prompt_too_long"), or its body
+            holds the text of a special token ("special_token"), as no row that is trained on does: the model would
+            read the end of a turn, or the beginning of another, in the middle of what it is asked.
     """
+    if any(token in prompt.body for token in special_token_texts(tokenizer)):
+        raise Unusable("special_token", "a prompt holds the text of one of the tokenizer's special tokens")
     encode = _Tokenizer(tokenizer)
     ids = encode.ids([prompt.text])[0]
     if len(ids) > max_tokens:
         fitted, ids = encode.cut(prompt, max_tokens)
         if fitted is None:
-            raise UserError(
-                f"a prompt has no room in {max_tokens} tokens: its template alone fills them; raise the limit"
+            raise Unusable(
+                "prompt_too_long",
+                f"a prompt has no room in {max_tokens} tokens: its template alone fills them; raise the limit",
             )
     return ids
-
-
-def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The strings that the tokenizer would read as a special token wherever they stand in a text."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(added | set(tokenizer.all_special_tokens)))
 
 
 class _Tokenizer:
@@ -154,8 +169,12 @@ class _Tokenizer:
         mask = tokenizer("a", return_special_tokens_mask=True, verbose=False)["special_tokens_mask"]
         self._num_suffix = next((i for i, special in enumerate(reversed(mask)) if not special), 0)
 
+    def id_of(self, token: str) -> int:
+        """Return the id of a token, by its text."""
+        return int(self._tokenizer.backend_tokenizer.token_to_id(token))
+
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with BOS where the tokenizer adds it, and without EOS."""
+        """Return the token ids of each text, with BOS where the tokenizer adds it, and without EOS."""
         backend = self._tokenizer.backend_tokenizer  # what `tokenizer(texts)` calls, less its Python work per row
         backend.no_truncation()
         backend.no_padding()
@@ -163,7 +182,7 @@ class _Tokenizer:
         return [ids[: len(ids) - self._num_suffix] for ids in encoded] if self._num_suffix else encoded
 
     def ids_after_other_tokens(self, text: str) -> list[int]:
-        """Token ids of `text` as it is encoded behind tokens that it does not merge with."""
+        """Return the token ids of `text` as it is encoded behind tokens that it does not merge with."""
         joint = self.ids([anchor + text for anchor in _ANCHORS])
         for anchor_ids, ids in zip(self.ids(_ANCHORS), joint, strict=True):
             if ids[: len(anchor_ids)] == anchor_ids:
@@ -171,7 +190,7 @@ class _Tokenizer:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def cut(self, prompt: Prompt, max_tokens: int) -> tuple[Prompt | None, list[int]]:
-        """The prompt with as much of its body's start as fits, and its token ids; (None, []) if nothing does.
+        """Return the prompt with as much of its body's start as fits, and its token ids; (None, []) if nothing does.
 
         The cut is made in the text, at the end of a token, so that the result is a prompt like any other.
         """

@@ -1,4 +1,4 @@
-"""Rows of text: the Example that the stages pass on, its ids, its readers, shards and splits.
+"""Rows of text: the Example that the stages pass on, its id, the shard and the split that it belongs to.
 
 Nothing here prints or raises a text of the corpus: errors name the file and the line, the column, or the row's id.
 """
@@ -39,7 +39,7 @@ class Example:
 
 
 def text_id(*texts: str) -> str:
-    """Id of a row: 16 hex digits of blake2b over its texts. ("ab", "c") and ("a", "bc") differ."""
+    """Return the id of a row: 16 hex digits of blake2b over its texts. ("ab", "c") and ("a", "bc") differ."""
     digest = hashlib.blake2b(digest_size=ID_HEX_DIGITS // 2)
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
@@ -49,25 +49,34 @@ def text_id(*texts: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """The form in which two instructions are compared: case and the kind and amount of whitespace do not count."""
+    """Return the form in which two instructions are compared: case, and the kind and amount of blanks, do not count."""
     return " ".join(text.split()).casefold()
 
 
+def is_unicode(*texts: str) -> bool:
+    r"""Return whether texts hold no half of a surrogate pair, as JSON's "\ud800" makes: no tokenizer takes it."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _uniform_hash(text: str, salt: bytes) -> int:
-    """A 64-bit number that is uniform over texts and the same on every machine."""
+    """Return a 64-bit number that is uniform over texts and the same on every machine."""
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=salt).digest(), "little")
 
 
 def in_shard(id: str, index: int, count: int) -> bool:
-    """Whether the row belongs to shard `index` (from 0) of `count`: a function of its id alone."""
+    """Return whether the row belongs to shard `index` (from 0) of `count`: a function of its id alone."""
     if not 0 <= index < count:
         raise ValueError(f"shard index must be in 0..{count - 1}; it is {index}")
     return _uniform_hash(id, b"shard") % count == index
 
 
 def held_out(instruction: str, fraction: float) -> bool:
-    """Whether rows with this instruction are for evaluation: about `fraction` of all instructions are.
+    """Return whether rows with this instruction are for evaluation: about `fraction` of all instructions are.
 
     A function of the (normalised) instruction alone, so rows that share it never straddle the split, and the rows
     held out at a smaller fraction are among those held out at a larger one.

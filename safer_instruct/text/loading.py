@@ -1,69 +1,26 @@
-"""The rows of a dataset's files as Examples: one parser a schema, with every row that cannot be used counted."""
+"""The rows of a dataset's files as Examples: one parser for each schema, and every row that cannot be used counted."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.text.examples import Example, text_id
+from safer_instruct.text.examples import Example, is_unicode, text_id
+from safer_instruct.text.formats import BadLine, Row
 from safer_instruct.text.prompts import ASSISTANT, HUMAN
-from safer_instruct.text.readers import Row, read_rows, require_columns
+from safer_instruct.text.readers import read_rows, require_columns
+from safer_instruct.text.row_log import RowLog
 
 MAX_ID_CHARACTERS = 32  # a longer id of a file's own is hashed
-IDS_IN_REPORT = 100  # of each kind; rows.jsonl beside the stores has them all
-SKIPS = frozenset({"excluded", "other_label", "in_eval_file"})  # wanted, so no error where on_bad_row=error
+FREE_COLUMNS = frozenset({"id", "label", "provenance"})  # no schema needs to read them: they say nothing to a model
 
 
 class BadRow(Exception):
     """A row that cannot be used; the message is the reason, a key of the counts."""
-
-
-@dataclass
-class RowLog:
-    """What became of the rows of one dataset.
-
-    Attributes:
-        read: Rows read.
-        counts: Rows by what happened to them: train, eval, a reason to drop or to skip, a kind of cut, ...
-        ids: The first ids of each kind.
-    """
-
-    name: str
-    on_bad_row: str = "drop"
-    read: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    ids: dict[str, list[str]] = field(default_factory=dict)
-    events: TextIO | None = None
-
-    def note(self, kind: str, example: Example) -> None:
-        """Count something about a row that stays."""
-        self.counts[kind] += 1
-        self._remember(kind, example.id, str(example.provenance["where"]))
-
-    def drop(self, reason: str, id: str, where: str) -> None:
-        """Count a row that goes; raises a UserError instead where on_bad_row=error and the row is bad."""
-        if self.on_bad_row == "error" and reason not in SKIPS:
-            raise UserError(
-                f"{where}: bad row {id}: {reason.replace('_', ' ')}; mend the row, or drop and count such rows with "
-                f"datasets.{self.name}.on_bad_row=drop"
-            )
-        self.dropped[reason] += 1
-        self._remember(reason, id, where)
-
-    def _remember(self, kind: str, id: str, where: str) -> None:
-        ids = self.ids.setdefault(kind, [])
-        if len(ids) < IDS_IN_REPORT:
-            ids.append(id)
-        if self.events is not None:
-            record = {"dataset": self.name, "id": id, "where": where, "what": kind}
-            self.events.write(json.dumps(record) + "\n")
 
 
 def _parse_si(row: Row) -> dict[str, Any]:
@@ -75,7 +32,7 @@ def _parse_alpaca(row: Row) -> dict[str, Any]:
 
 
 def _parse_hh(row: Row) -> dict[str, Any]:
-    """Two transcripts that share all but the last answer: the shared part is the prompt, and that is checked."""
+    """Split two transcripts that share all but the last answer: the shared part is the prompt, and that is checked."""
     chosen, rejected = row["chosen"], row.get("rejected")
     end = chosen.rfind(ASSISTANT) + len(ASSISTANT) if isinstance(chosen, str) else 0
     if end < len(ASSISTANT) or not chosen.startswith(HUMAN):
@@ -91,10 +48,24 @@ def _parse_hh(row: Row) -> dict[str, Any]:
     }
 
 
-SCHEMAS: dict[str, tuple[tuple[str, ...], Callable[[Row], dict[str, Any]]]] = {
-    "si": (("instruction", "chosen"), _parse_si),
-    "alpaca": (("instruction", "output"), _parse_alpaca),
-    "hh": (("chosen",), _parse_hh),
+class Schema(NamedTuple):
+    """How the columns of a row become an Example.
+
+    Attributes:
+        needed: Columns without which a file cannot be read.
+        read: All columns that `parse` looks at.
+        parse: From a row to fields of Example; raises BadRow, or KeyError for a field that is missing.
+    """
+
+    needed: tuple[str, ...]
+    read: tuple[str, ...]
+    parse: Callable[[Row], dict[str, Any]]
+
+
+SCHEMAS = {
+    "si": Schema(("instruction", "chosen"), ("instruction", "input", "chosen", "rejected", "label"), _parse_si),
+    "alpaca": Schema(("instruction", "output"), ("instruction", "input", "output"), _parse_alpaca),
+    "hh": Schema(("chosen",), ("chosen", "rejected", "label"), _parse_hh),
 }
 
 
@@ -105,30 +76,36 @@ class LoadedExamples:
         log: Counts and ids of what was dropped, and why.
     """
 
-    def __init__(self, settings: DatasetSettings, path: str, log: RowLog, *, pairs: bool) -> None:
+    def __init__(
+        self, settings: DatasetSettings, path: str, log: RowLog, *, pairs: bool, training: bool = True
+    ) -> None:
         if settings.schema not in SCHEMAS:
             raise UserError(f"datasets.{log.name}.schema={settings.schema}: the schemas are {', '.join(SCHEMAS)}")
-        columns, self._parse = SCHEMAS[settings.schema]
+        self._schema = SCHEMAS[settings.schema]
         if pairs and settings.schema == "alpaca":
             raise UserError(f"datasets=[{log.name}]: schema=alpaca has no rejected responses; dpo and ipo need pairs")
-        self._columns = (*columns, "rejected") if pairs else columns
-        self._columns += ("label",) if settings.labels is not None else ()
+        self._needed = [*self._schema.needed, *(["rejected"] if pairs else [])]
+        self._needed += ["label"] if settings.labels is not None else []
+        self._known = {*self._schema.read, *FREE_COLUMNS}
         self._labels = None if settings.labels is None else set(settings.labels)
-        self._path, self._pairs = find_path(path), pairs
+        self._path, self._pairs, self._training = find_path(path), pairs, training
+        self._renamed = settings.columns
         self.log = log
 
     @property
     def dropped(self) -> Counter[str]:
-        """Rows dropped so far, by reason."""
+        """The rows dropped so far, by reason."""
         return self.log.dropped
 
     def __iter__(self) -> Iterator[Example]:
         file = None
-        for where, row in read_rows(self._path):
+        rows = read_rows(self._path, columns=self._renamed, training=self._training, bad_line=self._drop_line)
+        for where, row in rows:
             if where.rpartition(":")[0] != file:  # the first row of each file
                 file = where.rpartition(":")[0]
-                require_columns(row, self._columns, file)
+                require_columns(row, self._needed, file, f"datasets.{self.log.name}.columns")
             self.log.read += 1
+            self.log.unread.update(column for column, value in row.items() if value and column not in self._known)
             try:
                 example = self._example(row, where)
             except BadRow as bad:
@@ -140,11 +117,19 @@ class LoadedExamples:
             else:
                 yield example
 
+    def _drop_line(self, line: BadLine) -> None:
+        if self.log.on_bad_row == "error":
+            raise line
+        self.log.read += 1
+        self.log.drop(line.reason, text_id(line.where), line.where)
+
     def _example(self, row: Row, where: str) -> Example:
         try:
-            fields = self._parse(row)
+            fields = self._schema.parse(row)
         except KeyError as error:
             raise BadRow("missing_field") from error
+        if not isinstance(fields.get("label"), (list, dict, type(None))):
+            fields["label"] = str(fields["label"])  # a number, true, a date: files hold labels of any type
         texts = {name: value for name, value in fields.items() if value is not None}
         if not all(isinstance(value, str) for value in texts.values()):
             raise BadRow("not_text")
@@ -156,7 +141,7 @@ class LoadedExamples:
         return example
 
     def _why_not(self, example: Example) -> str | None:
-        """The reason to drop the row; None if it is usable."""
+        """Return the reason to drop the row; None if it is usable."""
         if self._labels is not None and example.label not in self._labels:
             return "other_label"
         needed = ("instruction", "chosen", "rejected") if self._pairs else ("instruction", "chosen")
@@ -166,15 +151,11 @@ class LoadedExamples:
                 return f"empty_{name}"
         if self._pairs and example.chosen == example.rejected:
             return "chosen_equals_rejected"
-        try:
-            "".join([example.input, *(values[name] or "" for name in needed)]).encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, as JSON's escapes can produce: no tokenizer takes it
-            return "broken_unicode"
-        return None
+        return None if is_unicode(example.input, *(values[name] or "" for name in needed)) else "broken_unicode"
 
 
 def _row_id(row: Row, otherwise: str) -> str:
-    """The row's own id, hashed where it is too long for the store."""
+    """Return the row's own id, hashed where it is too long for the store."""
     own = row.get("id")
     if own is None or own == "":
         return otherwise
@@ -183,10 +164,10 @@ def _row_id(row: Row, otherwise: str) -> str:
 
 
 def load_examples(settings: DatasetSettings, name: str, *, pairs: bool = False) -> LoadedExamples:
-    """The rows of a dataset, before the split and before anything is excluded.
+    """Read the rows of a dataset, before the split and before anything is excluded.
 
     Args:
-        settings: Where it lies and how its rows read.
+        settings: Its path, and how its rows are read.
         name: Its name in `datasets=[...]`, for messages.
         pairs: Drop rows without a rejected response, too.
 

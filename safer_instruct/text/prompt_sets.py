@@ -13,7 +13,7 @@ import xxhash
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import PromptSetSettings
-from safer_instruct.text.examples import normalise, text_id
+from safer_instruct.text.examples import is_unicode, normalise, text_id
 from safer_instruct.text.prompts import reversed_target
 from safer_instruct.text.readers import read_rows, require_columns
 
@@ -45,7 +45,7 @@ class EvaluationPrompt:
 
 
 def load_prompt_sets(sets: Mapping[str, PromptSetSettings]) -> dict[str, list[EvaluationPrompt]]:
-    """All prompt sets, by name; every set that cannot be read is reported at once.
+    """Read all prompt sets, by name; every set that cannot be read is reported at once.
 
     Raises:
         UserError: If there is no set, or one is missing, empty, lacks a column, names an unknown kind, or
@@ -66,18 +66,16 @@ def load_prompt_sets(sets: Mapping[str, PromptSetSettings]) -> dict[str, list[Ev
 
 
 def load_prompt_set(name: str, settings: PromptSetSettings) -> list[EvaluationPrompt]:
-    """The prompts of one file (JSONL, CSV, JSON or Parquet with a column `instruction`), in the file's order.
+    """Read the prompts of one file (JSONL, CSV, JSON or Parquet with a column `instruction`), in the file's order.
 
     Raises:
         UserError: As `load_prompt_sets`.
     """
-    if settings.kind is not None and settings.kind not in KINDS:
-        raise UserError(f"kind={settings.kind} is unknown: choose one of {', '.join(KINDS)}")
     return [prompt for prompt, _ in read_prompts(name, settings)]
 
 
 def read_prompts(name: str, settings: PromptSetSettings) -> Iterator[tuple[EvaluationPrompt, Mapping[str, Any]]]:
-    """The prompts of one file, each with the row that it stems from.
+    """Yield the prompts of one file, each with the row that it stems from.
 
     An instruction that a file without ids asks again is a prompt of its own, under the first one's id with a number.
 
@@ -88,7 +86,7 @@ def read_prompts(name: str, settings: PromptSetSettings) -> Iterator[tuple[Evalu
         raise UserError(f"kind={settings.kind} is unknown: choose one of {', '.join(KINDS)}")
     first_seen: dict[str, str] = {}
     times: Counter[str] = Counter()
-    for where, row in read_rows(find_path(settings.path)):
+    for where, row in read_rows(find_path(settings.path), columns=settings.columns):
         if settings.max_rows is not None and len(first_seen) >= settings.max_rows:
             break
         prompt = _read_prompt(row, where, name, settings)
@@ -110,17 +108,19 @@ def read_prompts(name: str, settings: PromptSetSettings) -> Iterator[tuple[Evalu
 def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: PromptSetSettings) -> EvaluationPrompt:
     needed = ["instruction", *([] if settings.kind is not None else ["kind"])]
     source_column = settings.source_column or "source"
-    require_columns(row, [*needed, *([source_column] if settings.source_column else [])], where)
-    instruction = str(row["instruction"] or "").strip()
+    needed += [settings.source_column] if settings.source_column else []
+    require_columns(row, needed, where, f"prompts.{name}.columns")
+    instruction = row["instruction"]
+    if not isinstance(instruction, (str, type(None))):
+        raise UserError(f"{where}: the instruction is no text, but a {type(instruction).__name__}")
+    instruction = (instruction or "").strip()
     if not instruction:
         raise UserError(f"{where}: the instruction is empty")
-    if any("\ud800" <= char <= "\udfff" for char in instruction):
-        raise UserError(f"{where}: the instruction holds half of a surrogate pair, which no tokenizer can read")
     kind = settings.kind or str(row["kind"])
     if kind not in KINDS:
         known = ", ".join(KINDS)
         raise UserError(f"{where}: kind={kind!r} is unknown: write one of {known}, or set prompts.{name}.kind")
-    return EvaluationPrompt(
+    prompt = EvaluationPrompt(
         id=str(row.get("id") or text_id(instruction)),
         instruction=instruction,
         set_name=name,
@@ -129,15 +129,22 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
         kind=cast(Kind, kind),
         reference=_read_reference(row.get("reference"), where),
     )
+    texts = {"instruction": [instruction], "reference": prompt.reference}
+    texts |= {"id": [prompt.id], "source": [prompt.source], "label": [prompt.label]}
+    for what, found in texts.items():
+        if not is_unicode(*found):
+            raise UserError(f"{where}: the {what} holds half of a surrogate pair, which no tokenizer can read")
+    return prompt
 
 
 def _read_reference(value: Any, where: str) -> tuple[str, ...]:
-    """`["a|b", "c"]`, the same as JSON text in a CSV cell, or a plain string; None and "" mean no reference."""
+    """Read `["a|b", "c"]`, the same as JSON text in a CSV cell, or a plain string; None and "" mean no reference."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: `reference` is no JSON list ({error.msg}, column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            place = f" ({error.msg}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+            raise UserError(f"{where}: `reference` is no JSON list{place}") from None
     if value is None or value == "":
         return ()
     values = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
@@ -147,7 +154,7 @@ def _read_reference(value: Any, where: str) -> tuple[str, ...]:
 
 
 def prompts_fingerprint(prompts: Sequence[EvaluationPrompt]) -> str:
-    """Hash of a set's content: equal if and only if two reports were made on the same prompts."""
+    """Return the hash of a set's content: equal if and only if two reports were made on the same prompts."""
     digest = xxhash.xxh3_128()
     for prompt in prompts:
         content = [prompt.id, prompt.instruction, prompt.source, prompt.label, prompt.kind, prompt.reference]
@@ -165,7 +172,7 @@ class Overlap:
 
 
 def find_overlap(path: str, prompts: Iterable[EvaluationPrompt]) -> Overlap:
-    """Prompts whose instruction is in the training file, compared without case and spacing; the file is streamed.
+    """Find the prompts whose instruction is in the training file, compared without case and spacing, row by row.
 
     Alpaca's `input` belongs to the instruction, as it does in training.
 

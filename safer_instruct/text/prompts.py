@@ -1,4 +1,4 @@
-"""The prompt strings of training and generation; those of the experts are in `experts/prompts.py`.
+"""The prompt strings of training and generation; those of the experts are in `experts/`.
 
 Every prompt ends right before the text that the model has to write. As in Alpaca's recipe there is no space or newline
 behind the last colon.
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from config.errors import UserError
+from safer_instruct.text.chat import Turn, chat_frame, chat_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHAT = "chat"
-_BODY_MARK = "\u2063BODY\u2063"  # stands for the body while a chat template is applied: no template holds it
 
 _ALPACA = (
     "Below is an instruction that describes a task. "
@@ -36,7 +36,7 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 class Prompt(NamedTuple):
-    """A prompt in three parts; a prompt that is too long loses the end of its body, and never its head or tail."""
+    """A prompt in three parts: one that is too long loses the end of its body, never its head or tail."""
 
     head: str
     body: str
@@ -49,23 +49,23 @@ class Prompt(NamedTuple):
 
 
 def cut_the_longer(head: str, first: str, between: str, second: str, tail: str) -> Prompt:
-    """Prompt of two texts, of which the longer one is the body: it is what makes a prompt too long."""
+    """Return the prompt of two texts, of which the longer is the body: it is what makes a prompt too long."""
     if len(first) > len(second):
         return Prompt(head, first, between + second + tail)
     return Prompt(head + first + between, second, tail)
 
 
 def render_alpaca(instruction: str, input: str = "") -> Prompt:
-    """Stanford Alpaca's prompt, with or without an input (github.com/tatsu-lab/stanford_alpaca, train.py)."""
+    """Render Stanford Alpaca's prompt, with or without an input (github.com/tatsu-lab/stanford_alpaca, train.py)."""
     if input:
         return cut_the_longer(_ALPACA_INPUT, instruction, "\n\n### Input:\n", input, "\n\n### Response:")
     return Prompt(_ALPACA, instruction, "\n\n### Response:")
 
 
 def render_hh(instruction: str, input: str = "") -> Prompt:
-    r"""Anthropic's "\n\nHuman: ... \n\nAssistant:" transcript; `instruction` may hold earlier turns.
+    r"""Render Anthropic's "\n\nHuman: ... \n\nAssistant:" transcript; `instruction` may hold earlier turns.
 
-    Of a dialogue, the earlier turns or the last one, whichever is longer, is the body.
+    Of a dialogue, the earlier turns or the last one, whichever is longer, are the body.
     """
     text = reversed_target(instruction, input)
     earlier, turn, last = text.rpartition(HUMAN)
@@ -75,7 +75,7 @@ def render_hh(instruction: str, input: str = "") -> Prompt:
 
 
 def render_plain(instruction: str, input: str = "") -> Prompt:
-    """The instruction (and input) alone, the answer on the next line."""
+    """Render the instruction (and input) alone; the answer comes on the next line."""
     return Prompt("", reversed_target(instruction, input), "\n")
 
 
@@ -90,7 +90,7 @@ TEMPLATE_NAMES = (*TEMPLATES, CHAT)
 def render_prompt(
     name: str, instruction: str, input: str = "", tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Prompt:
-    """The prompt that asks for a response to `instruction`.
+    """Render the prompt that asks for a response to `instruction`.
 
     Args:
         name: One of TEMPLATE_NAMES.
@@ -102,7 +102,8 @@ def render_prompt(
         UserError: unknown name, or `chat` with a tokenizer that has no chat template.
     """
     if name == CHAT:
-        return _render_chat(reversed_target(instruction, input), tokenizer)
+        head, tail = chat_frame(tokenizer)
+        return Prompt(head, reversed_target(instruction, input), tail)
     if name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATE_NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -110,32 +111,24 @@ def render_prompt(
     return TEMPLATES[name](instruction, input)
 
 
-def response_lead(name: str) -> str:
-    """What stands between the prompt's last colon and the response: a space in a hh transcript, else nothing."""
-    return " " if name == "hh" else ""
+def answer_turn(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Turn:
+    """Return what stands round a response behind `render_prompt`: before it, behind it, and the token that ends it.
+
+    Raises:
+        UserError: See `chat.chat_turn`; and as `render_prompt`.
+    """
+    if name != CHAT:
+        return Turn(lead=" ") if name == "hh" else Turn()  # a transcript has a space behind its last colon
+    chat_frame(tokenizer)  # refuses a tokenizer without a template
+    assert tokenizer is not None
+    return chat_turn(tokenizer)
 
 
 def render_reversed(response: str) -> Prompt:
-    """The prompt of reversed instruction tuning, which asks for the instruction (Safer-Instruct, section 3.1)."""
+    """Render the prompt of reversed instruction tuning: it asks for the instruction (Safer-Instruct, section 3.1)."""
     return Prompt(_REVERSED, response, "\n\n### Instruction:")
 
 
 def reversed_target(instruction: str, input: str = "") -> str:
-    """What the reversed model has to write: the instruction, with Alpaca's input appended where there is one."""
+    """Return what the reversed model has to write: the instruction, with Alpaca's input appended where there is one."""
     return f"{instruction}\n\n{input}" if input else instruction
-
-
-def _render_chat(content: str, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
-    """One user turn through the tokenizer's chat template, split where the content stands in it."""
-    if tokenizer is None or not tokenizer.chat_template:
-        raise UserError("template=chat: the model's tokenizer has no chat template; use template=alpaca, hh or plain")
-    messages = [{"role": "user", "content": _BODY_MARK}]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    if text.count(_BODY_MARK) != 1:
-        raise UserError("template=chat: the tokenizer's chat template does not show a user's turn exactly once")
-    head, tail = text.split(_BODY_MARK)
-    # Many chat templates write the BOS token; where the tokenizer adds it too, the model would see it twice.
-    bos = tokenizer.bos_token
-    if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        head = head.removeprefix(bos)
-    return Prompt(head, content, tail)

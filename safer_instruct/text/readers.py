@@ -1,49 +1,68 @@
-"""Rows of files: CSV, JSON, JSONL, Parquet, arrow, and folders of `datasets`, one row at a time."""
+"""Rows of files: CSV, JSON, JSONL, Parquet, arrow, and folders of `datasets`, one row at a time.
+
+No file is ever held in memory as a whole, and no message quotes a text: it names the file, the line and the rule.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Collection, Iterator
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 
 from config.errors import UserError
-
-Row = dict[str, Any]
-
+from safer_instruct.text.display import visible
+from safer_instruct.text.formats import MAX_TEXT_CHARACTERS, BadLine, Row, read_file, refuse
 
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".arrow")
-
-
 DATASET_FILES = ("si.jsonl", "si.parquet")  # what induce.py calls its dataset: the rest of such a folder is not data
-
-
 NOT_DATA = frozenset({"report.json", "manifest.json", "dataset_info.json", "state.json", "test_set.csv"})
+# How the name of a split begins.
+HELD_OUT_SPLIT = re.compile(r"(test|validation|valid|val|dev|evaluation|eval)(?![a-z])", re.IGNORECASE)
+TRAIN_SPLIT = re.compile(r"train(?![a-z])", re.IGNORECASE)
+
+# What people call the columns that a message may ask for.
+SYNONYMS = {
+    "instruction": ("prompt", "question", "query", "goal", "behavior", "request"),
+    "chosen": ("output", "response", "completion", "answer", "preferred"),
+    "output": ("response", "completion", "answer", "chosen"),
+    "rejected": ("dispreferred", "unsafe", "bad"),
+    "response": ("output", "text", "completion", "answer", "rejected"),
+}
 
 
-MAX_CSV_FIELD_CHARACTERS = 1 << 24  # a longer field is an unclosed quote, not a text
+def require_columns(columns: Collection[str], needed: Collection[str], where: str | Path, setting: str = "") -> None:
+    """Raise a UserError that lists the columns found, unless all `needed` are among them.
 
-
-JSON_CHUNK_CHARACTERS = 1 << 20
-
-
-PARQUET_ROWS = 1024
-
-
-def require_columns(columns: Collection[str], needed: Collection[str], where: str | Path) -> None:
-    """Raise a UserError that lists the columns found, unless all `needed` are among them."""
+    Args:
+        columns: Those of a row.
+        needed: Those that must be there.
+        where: The file, or file:line.
+        setting: The key of the command line that renames columns, for a hint; "" if there is none.
+    """
     missing = [name for name in needed if name not in columns]
     if missing:
-        found = ", ".join(str(name) for name in columns) or "none"
-        raise UserError(f"{where}: missing column {', '.join(missing)}; the columns found are: {found}")
+        found = ", ".join(visible(str(name)) for name in columns) or "none"
+        hints = [f"{setting}.{name}={guess}" for name in missing if setting and (guess := _likely(name, columns))]
+        hint = f"; to read another column in its place, write {' '.join(hints)}" if hints else ""
+        raise UserError(f"{where}: missing column {', '.join(missing)}; the columns found are: {found}{hint}")
 
 
-def data_files(path: Path) -> list[Path]:
-    """The files that `read_rows(path)` reads, sorted by name; for a `datasets` folder, its arrow files.
+def _likely(name: str, columns: Collection[str]) -> str:
+    """Return the column that probably holds what `name` stands for, "" if none does."""
+    by_name = {str(column).lower(): str(column) for column in columns}
+    return next((by_name[other] for other in SYNONYMS.get(name, ()) if other in by_name), "")
+
+
+def data_files(path: Path, *, training: bool = False) -> list[Path]:
+    """Return the files that `read_rows(path)` reads, sorted by name; for a `datasets` folder, its arrow files.
+
+    Args:
+        path: File or folder.
+        training: Leave out what is named like a split to evaluate on; see `splits_left_out`.
 
     Raises:
         UserError: `path` does not exist, or holds no data file.
@@ -54,32 +73,67 @@ def data_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
+    files = _folder_files(path)
+    if not files:
+        found = ", ".join(sorted(visible(file.name) for file in path.iterdir())[:10]) or "nothing"
+        raise UserError(f"{path}: no data file ({', '.join('*' + s for s in DATA_SUFFIXES)}) in it; it holds {found}")
+    left_out = splits_left_out(path) if training else []
+    return [file for file in files if file.relative_to(path).parts[0] not in left_out]
+
+
+def splits_left_out(path: Path) -> list[str]:
+    """Return the parts of a folder (files, or splits of a DatasetDict) that nothing may be trained on by default.
+
+    Where a part is named `train...`, all others; else those named like a split to evaluate on.
+
+    Raises:
+        UserError: Nothing would be left.
+    """
+    if not path.is_dir():
+        return []
+    parts = sorted({file.relative_to(path).parts[0] for file in _folder_files(path)})
+    train = [part for part in parts if TRAIN_SPLIT.match(part)]
+    left_out = [part for part in parts if (part not in train if train else HELD_OUT_SPLIT.match(part))]
+    if parts and left_out == parts:
+        raise UserError(
+            f"{path}: holds only {', '.join(parts)}, whose names say that nothing is trained on them; give the path of "
+            f"one, {path / parts[0]}, if it is meant"
+        )
+    return left_out
+
+
+def _folder_files(path: Path) -> list[Path]:
     for name in DATASET_FILES:
         if (path / name).is_file():
             return [path / name]
     if _is_datasets_folder(path):
-        files = sorted(path.rglob("*.arrow"))
-    else:
-        files = sorted(
-            file
-            for file in path.iterdir()
-            if file.is_file() and file.suffix.lower() in DATA_SUFFIXES
-            if file.name not in NOT_DATA and file.name[0] not in "._"
-        )
-    if not files:
-        found = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
-        raise UserError(f"{path}: no data file ({', '.join('*' + s for s in DATA_SUFFIXES)}) in it; it holds {found}")
-    return files
+        return sorted(path.rglob("*.arrow"))
+    return sorted(
+        file
+        for file in path.iterdir()
+        if file.is_file() and file.suffix.lower() in DATA_SUFFIXES
+        if file.name not in NOT_DATA and file.name[0] not in "._"
+    )
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def read_rows(
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    training: bool = False,
+    bad_line: Callable[[BadLine], None] = refuse,
+) -> Iterator[tuple[str, Row]]:
     """Stream the rows of a file or of all data files of a folder, each with the place that it came from.
 
     Reads CSV (with a header), JSON (a list of objects), JSONL, Parquet, arrow, and a folder that `datasets` saved; a
-    folder made by induce.py yields its dataset alone. No file is ever held in memory as a whole.
+    folder made by induce.py yields its dataset alone. A number that is none (NaN, by which pandas means "missing") is
+    read as None.
 
     Args:
         path: File or folder.
+        columns: Our name -> the file's column that is read under it.
+        training: Leave out what is named like a split to evaluate on.
+        bad_line: Told of each row that cannot be read; raises it unless told otherwise.
 
     Returns:
         (where, row) pairs; `where` is "file:line" (the line that the row starts on), for Parquet and arrow the row.
@@ -88,159 +142,54 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
         UserError: missing path (at once); empty file, broken JSON or CSV, bytes that are not UTF-8 (while reading).
     """
     path = Path(path)
-    files = data_files(path)
+    files = data_files(path, training=training)
+    rows: Iterable[tuple[str, Row | BadLine]] = chain.from_iterable(map(read_file, files))
     if path.is_dir() and _is_datasets_folder(path):
-        return _read_datasets_folder(path)
-    return (pair for file in files for pair in _read_file(file))
+        rows = _read_datasets_folder(path, splits_left_out(path) if training else ())
+    return _usable_rows(rows, columns or {}, bad_line)
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, Row]]:
-    readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
-    readers |= {".parquet": _read_parquet, ".arrow": _read_arrow}
-    found = False
-    try:
-        for number, row in readers[file.suffix.lower()](file):
-            found = True
-            yield f"{file}:{number}", row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{_first_bad_line(file)}: bytes that are not UTF-8; convert the file to UTF-8") from error
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file}: not a readable {file.suffix[1:]} file") from error
-    if not found:
-        raise UserError(f"{file}: the file is empty; it must hold at least one row")
+def _usable_rows(
+    rows: Iterable[tuple[str, Row | BadLine]], columns: Mapping[str, str], bad_line: Callable[[BadLine], None]
+) -> Iterator[tuple[str, Row]]:
+    names = {column: name for name, column in columns.items()}
+    for where, row in rows:
+        if isinstance(row, BadLine):
+            bad_line(row)
+        elif any(isinstance(value, str) and len(value) > MAX_TEXT_CHARACTERS for value in row.values()):
+            bad_line(BadLine(where, "too_long", _TOO_LONG))
+        else:
+            # A column whose name another one takes is not read.
+            yield (
+                where,
+                {
+                    names.get(column, column): None if isinstance(value, float) and math.isnan(value) else value
+                    for column, value in row.items()
+                    if column in names or column not in columns
+                },
+            )
 
 
-def _first_bad_line(file: Path) -> str:
-    """Place of the first line that is not UTF-8 (a decoder reads ahead, so its own position is of little use)."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return f"{file}:{number}"
-    return str(file)
-
-
-def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
-    """Rows of a CSV file with the line that each starts on (a quoted field may span lines)."""
-    csv.field_size_limit(MAX_CSV_FIELD_CHARACTERS)
-    line = 1
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
-        try:
-            header = next(reader, [])
-            line = reader.line_num + 1
-            for values in reader:
-                if values:
-                    if len(values) != len(header):
-                        raise UserError(
-                            f"{file}:{line}: {len(values)} fields where the header has {len(header)}; "
-                            "quote every field that holds a comma, a quote or a line break"
-                        )
-                    yield line, dict(zip(header, values, strict=True))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(
-                f"{file}:{line}: broken CSV quoting in the record that starts here ({error}); write a quote inside "
-                'a quoted field as ""'
-            ) from error
-
-
-def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{file}:{number}: broken JSON: {error.msg} at column {error.colno}; a file holds one object "
-                        "a line, or (in a .json file) one list of objects"
-                    ) from error
-                yield number, _object(row, file, number)
-
-
-def _object(row: object, file: Path, line: int) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{file}:{line}: a row must be a JSON object with named fields, not a {type(row).__name__}")
-    return row
-
-
-def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
-    """Objects of a JSON list, parsed one at a time; a file that does not start with "[" is read as JSONL."""
-    decoder = json.JSONDecoder()
-    with file.open(encoding="utf-8-sig") as source:
-        text = source.read(JSON_CHUNK_CHARACTERS).lstrip("\n\r\t ")
-        if text[:1] != "[":
-            yield from _read_jsonl(file)
-            return
-        source.seek(0)
-        text = source.read(JSON_CHUNK_CHARACTERS)
-        position, line, first = text.index("[") + 1, 1 + text[: text.index("[")].count("\n"), True
-        while True:
-            chunk = source.read(JSON_CHUNK_CHARACTERS)
-            text, position = text[position:] + chunk, 0
-            while True:  # items that lie in the buffer as a whole
-                start = _skip(text, position, "" if first else ",")
-                if text[start : start + 1] == "]":
-                    return
-                try:
-                    row, end = decoder.raw_decode(text, start)
-                except json.JSONDecodeError as error:
-                    if chunk:
-                        break  # perhaps cut off by the end of the buffer: read on
-                    broken = line + text.count("\n", position, error.pos)
-                    raise UserError(f"{file}:{broken}: broken JSON: {error.msg}") from error
-                line += text.count("\n", position, start)
-                yield line, _object(row, file, line)
-                line, position, first = line + text.count("\n", start, end), end, False
-
-
-def _skip(text: str, position: int, separator: str) -> int:
-    """Position of the next item: behind whitespace and at most one separator."""
-    while position < len(text) and text[position] in " \n\r\t":
-        position += 1
-    if separator and text.startswith(separator, position):
-        return _skip(text, position + 1, "")
-    return position
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
-    number = 0
-    with pyarrow.parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-
-
-def _read_arrow(file: Path) -> Iterator[tuple[int, Row]]:
-    """Rows of an arrow file: the stream format that `datasets` writes, or the file format."""
-    number = 0
-    with pyarrow.memory_map(str(file)) as source:
-        try:
-            batches: Iterator[pyarrow.RecordBatch] = iter(pyarrow.ipc.open_stream(source))
-        except pyarrow.ArrowInvalid:
-            source.seek(0)
-            reader = pyarrow.ipc.open_file(source)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        for batch in batches:
-            for start in range(0, batch.num_rows, PARQUET_ROWS):
-                for row in batch.slice(start, PARQUET_ROWS).to_pylist():
-                    number += 1
-                    yield number, row
+_TOO_LONG = f"a text of more than {MAX_TEXT_CHARACTERS:,} characters; split it or leave it out"
 
 
 def _is_datasets_folder(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _read_datasets_folder(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk` (all its splits)."""
+def _read_datasets_folder(path: Path, left_out: Collection[str]) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     import datasets  # slow to import, and most datasets are files
 
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path)).with_format(None)  # plain values, whatever it was saved with
+    except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{path}: a folder of `datasets` that cannot be read ({type(error).__name__}); save it again, or copy all "
+            "of its files"
+        ) from error
     splits = sorted(loaded.items()) if isinstance(loaded, datasets.DatasetDict) else [("", loaded)]
+    splits = [(name, split) for name, split in splits if name not in left_out]
     if not any(len(split) for _, split in splits):
         raise UserError(f"{path}: the dataset is empty; it must hold at least one row")
     for name, split in splits:

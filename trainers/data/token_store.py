@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 ID_BYTES = 32
 
@@ -29,7 +29,8 @@ class TokenStore:
 
     Attributes:
         num_segments: S.
-        key: Hash of everything that the content depends on.
+        key: Hash of everything that the content depends on, the code that made it included.
+        content: Hash of the rows themselves (ids, lengths, tokens): what a run that goes on must find unchanged.
         meta: What the writer recorded: counts of rows used, dropped and cut. Never text.
         lengths: (N, S) int32, tokens of each segment.
     """
@@ -38,6 +39,7 @@ class TokenStore:
         self.meta: dict[str, Any] = json.loads((directory / "meta.json").read_text())
         self.num_segments: int = self.meta["num_segments"]
         self.key: str = self.meta["key"]
+        self.content: str = self.meta["content"]
         self._index: Tensor | None = None
         self._tokens = _map(directory / "tokens.bin", np.int32)
         self._offsets = _map(directory / "offsets.bin", np.int64)
@@ -65,7 +67,7 @@ class TokenStore:
         return self._ids[place].decode()
 
     def select(self, rows: Tensor) -> TokenStore:
-        """Return a store of these rows, in this order, over the same maps; its key tells the selection.
+        """Return a store of these rows, in this order, over the same maps; its key and content tell the selection.
 
         Args:
             rows: (M,) int64 row numbers of this store.
@@ -74,7 +76,9 @@ class TokenStore:
         chosen.__dict__.update(self.__dict__)
         chosen._index = rows if self._index is None else self._index[rows]
         chosen.lengths = self.lengths[rows]
-        chosen.key = xxh3_128_hexdigest(self.key.encode() + rows.numpy().tobytes())
+        places = rows.numpy().tobytes()
+        chosen.key = xxh3_128_hexdigest(self.key.encode() + places)
+        chosen.content = xxh3_128_hexdigest(self.content.encode() + places)
         return chosen
 
 
@@ -98,6 +102,7 @@ class TokenStoreWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self.num_rows = self._num_tokens = 0
         self._directory, self._key, self._num_segments = directory, key, num_segments
+        self._content = xxh3_128()
         self._files = {name: (directory / f"{name}.bin").open("wb") for name in ("tokens", "offsets", "lengths", "ids")}
 
     def __enter__(self) -> Self:
@@ -113,11 +118,12 @@ class TokenStoreWriter:
         if len(segments) != self._num_segments or not 0 < len(name) <= ID_BYTES:
             raise ValueError(f"a row has {self._num_segments} segments and an id of 1 to {ID_BYTES} bytes")
         lengths = [len(segment) for segment in segments]
-        for segment in segments:
-            self._files["tokens"].write(np.asarray(segment, np.int32).tobytes())
-        self._files["offsets"].write(self._num_tokens.to_bytes(8, "little"))
-        self._files["lengths"].write(np.asarray(lengths, np.int32).tobytes())
-        self._files["ids"].write(name.ljust(ID_BYTES, b"\0"))
+        tokens = b"".join(np.asarray(segment, np.int32).tobytes() for segment in segments)
+        content = {"ids": name.ljust(ID_BYTES, b"\0"), "lengths": np.asarray(lengths, np.int32).tobytes()}
+        for file, data in {**content, "tokens": tokens}.items():
+            self._files[file].write(data)
+            self._content.update(data)
+        self._files["offsets"].write(self._num_tokens.to_bytes(8, "little"))  # the sums of the lengths
         self._num_tokens += sum(lengths)
         self.num_rows += 1
 
@@ -126,4 +132,5 @@ class TokenStoreWriter:
         for file in self._files.values():
             file.flush()
         counts = {"num_segments": self._num_segments, "num_rows": self.num_rows, "num_tokens": self._num_tokens}
-        (self._directory / "meta.json").write_text(json.dumps({**meta, "key": self._key, **counts}, indent=1))
+        record = {**meta, "key": self._key, "content": self._content.hexdigest(), **counts}
+        (self._directory / "meta.json").write_text(json.dumps(record, indent=1))

@@ -1,0 +1,95 @@
+"""What became of the rows of a dataset: counted as they are read, and told in a few lines. Never a text."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from config.errors import UserError
+from safer_instruct.text.display import visible
+from safer_instruct.text.examples import Example
+
+IDS_IN_REPORT = 100  # of each kind; rows.jsonl beside the stores has them all
+SKIPS = frozenset({"excluded", "other_label", "in_eval_file"})  # wanted, so no error where on_bad_row=error
+FILES_SHOWN = 10
+
+
+@dataclass
+class RowLog:
+    """What became of the rows of one dataset.
+
+    Attributes:
+        read: Rows read.
+        counts: Rows by what happened to them: train, eval, a reason to drop or to skip, a kind of cut, ...
+        ids: The first ids of each kind.
+        unread: Columns that the schema does not read -> rows in which they are not empty.
+    """
+
+    name: str
+    on_bad_row: str = "drop"
+    read: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    ids: dict[str, list[str]] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    events: TextIO | None = None
+
+    def note(self, kind: str, example: Example) -> None:
+        """Count something about a row that stays."""
+        self.counts[kind] += 1
+        self._remember(kind, example.id, str(example.provenance["where"]))
+
+    def drop(self, reason: str, id: str, where: str) -> None:
+        """Count a row that goes; raise a UserError instead where on_bad_row=error and the row is bad."""
+        if self.on_bad_row == "error" and reason not in SKIPS:
+            raise UserError(
+                f"{where}: bad row {id}: {reason.replace('_', ' ')}; mend the row, or drop and count such rows with "
+                f"datasets.{self.name}.on_bad_row=drop"
+            )
+        self.dropped[reason] += 1
+        self._remember(reason, id, where)
+
+    def _remember(self, kind: str, id: str, where: str) -> None:
+        ids = self.ids.setdefault(kind, [])
+        if len(ids) < IDS_IN_REPORT:
+            ids.append(id)
+        if self.events is not None:
+            record = {"dataset": self.name, "id": id, "where": where, "what": kind}
+            self.events.write(json.dumps(record) + "\n")
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """Render a short table for the console: files, rows used, dropped by reason, cut by kind. Counts only."""
+    lines = []
+    for name, counts in report["datasets"].items():
+        lines.append(f"{name}: {counts['read']} rows read, {counts['train']} train, {counts['eval']} eval")
+        lines += _describe_files(name, report.get("files", {}).get(name, {"read": [], "left_out": []}))
+        for what, numbers in (("dropped", counts["dropped"]), ("noted", counts["noted"])):
+            if numbers:
+                parts = [f"{kind.replace('_', ' ')} {number}" for kind, number in sorted(numbers.items())]
+                lines.append(f"  {what}: {', '.join(parts)}")
+        if counts["unread_columns"]:
+            parts = [
+                f"{visible(column)} ({number} rows)" for column, number in sorted(counts["unread_columns"].items())
+            ]
+            lines.append(f"  note: columns that the schema does not read: {', '.join(parts)}")
+        if counts["dropped"].get("excluded"):
+            lines.append(f"  excluded: instructions of {counts['excluded_by']} are not trained on")
+        used = counts["train"] + counts["eval"]
+        if counts["most_common_target"] > 0.1 * used and counts["most_common_target"] > 1:
+            share = counts["most_common_target"] / used
+            lines.append(f"  note: {share:.1%} of the rows used have one and the same target text")
+    return "\n".join([*lines, *(f"note: {note}" for note in report.get("notes", ()))])
+
+
+def _describe_files(name: str, files: Mapping[str, list[str]]) -> list[str]:
+    read, left_out = ([visible(file) for file in files[what]] for what in ("read", "left_out"))
+    more = f" and {len(read) - FILES_SHOWN} more" if len(read) > FILES_SHOWN else ""
+    lines = [f"  files: {', '.join(read[:FILES_SHOWN])}{more}"] if read else []
+    if left_out:
+        named = ", ".join(left_out[:FILES_SHOWN])
+        lines.append(f"  not read, by their names: {named}; datasets.{name}.eval_path=FILE evaluates on one")
+    return lines
