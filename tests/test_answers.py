@@ -9,7 +9,8 @@ import torch
 
 from config.errors import UserError
 from config.settings import BackendSettings, EvaluatedModelSettings, ServerSettings
-from safer_instruct.evaluation.answers import check_model, generate_answers, own_prompts
+from safer_instruct.evaluation.answers import generate_answers, own_prompts
+from safer_instruct.evaluation.respondents import check_model
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 from tests.evaluations import run_evaluate
 from tests.loopback_server import loopback

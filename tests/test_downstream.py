@@ -12,8 +12,8 @@ import yaml
 import evaluate
 from config.errors import UserError
 from config.settings import DownstreamSettings, EvaluatedModelSettings
-from safer_instruct.evaluation.answers import check_model
 from safer_instruct.evaluation.downstream import TASK_LISTS, check_choices, encode_choice, require_lm_eval, task_names
+from safer_instruct.evaluation.respondents import check_model
 from tests.evaluations import run_evaluate
 
 QUESTIONS = [
