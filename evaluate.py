@@ -33,7 +33,7 @@ from config.settings import MISSING, DatasetSettings, EvaluateConfig
 from safer_instruct.evaluation.answers import WHOLE, Advance, describe_decoding
 from safer_instruct.evaluation.downstream import encode_choice
 from safer_instruct.evaluation.respondents import Respondent
-from safer_instruct.evaluation.rewards import count_trained_on, describe_rewards, reward_margins, trained_on_notes
+from safer_instruct.evaluation.rewards import count_trained_on, describe_rewards, trained_on_notes
 from safer_instruct.evaluation.steps import Evaluation, Judged, ask_all, build_parts, judge_all, prepare, timed
 from safer_instruct.measures.comparisons import compare_models
 from safer_instruct.measures.rates import JudgedOutput, single_outcome, summarize
@@ -47,12 +47,10 @@ from safer_instruct.report.document import (
     render_markdown,
     write_json,
 )
-from safer_instruct.report.evaluations import find_finished, read_evaluations
-from safer_instruct.report.page import render_page
-from safer_instruct.report.samples import pick_samples, sample_row, write_samples
-from safer_instruct.report.tables import extra_tables
+from safer_instruct.report.evaluations import find_finished, read_evaluations, sample_row, write_samples
+from safer_instruct.report.page import pick_samples, render_page
+from safer_instruct.report.tables import HEADLINE, extra_tables, shown_metrics
 from safer_instruct.report.training_runs import compare_training_runs, read_training_run
-from safer_instruct.report.views import HEADLINE, shown_metrics
 from safer_instruct.shards import resolve_shard
 from safer_instruct.text.exclusion import instruction_key
 
@@ -202,7 +200,7 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation, progress: Advan
                 "the tokenizer that they were trained with"
             )
     margins = {
-        name: reward_margins(logps[name], logps[reference], num_tokens, scale)
+        name: scale.margins(logps[name], logps[reference], num_tokens)
         for name, scale in evaluation.reward_scales.items()
     }
     labels_of_rows = [labels.get(store.ids(row), "") for row in range(len(store))]

@@ -34,7 +34,7 @@ def write_output(folder: Path, num_rows: int) -> None:
     from safer_instruct.experts.verdicts import Judgement
     from safer_instruct.measures.rates import JudgedOutput, summarize
     from safer_instruct.report.document import build_report, describe_prompts, write_json
-    from safer_instruct.report.samples import sample_row, write_samples
+    from safer_instruct.report.evaluations import sample_row, write_samples
     from safer_instruct.text.prompt_sets import EvaluationPrompt
 
     draw, words = random.Random(0), TEXT.split()

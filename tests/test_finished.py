@@ -114,7 +114,7 @@ def test_mistakes_of_compare(reports, sweep, tmp_path):
     (broken / "metrics.jsonl").write_text("")
     assert "a run without a metric yet" in message(f"compare=[{broken}]")
     (broken / "metrics.jsonl").write_text('no json\n{"loss/eval": 1}\n')
-    assert "a line of it is no JSON" in message(f"compare=[{broken}]")
+    assert "metrics.jsonl:1: not a line of JSON" in message(f"compare=[{broken}]")
     torn = tmp_path / "torn"
     torn.mkdir()
     (torn / "report.json").write_text("{")

@@ -19,8 +19,8 @@ from safer_instruct.measures.comparisons import compare_models
 from safer_instruct.measures.rates import JudgedOutput, summarize
 from safer_instruct.report.curves import plot_compared
 from safer_instruct.report.document import build_report
-from safer_instruct.report.page import render_page
-from safer_instruct.report.samples import pick_samples, sample_row
+from safer_instruct.report.evaluations import sample_row
+from safer_instruct.report.page import pick_samples, render_page
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 
 WIDTHS = (400, 1400)

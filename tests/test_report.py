@@ -20,9 +20,9 @@ from safer_instruct.report.document import (
     summary_sentence,
     write_json,
 )
-from safer_instruct.report.page import TEXT_LIMIT, render_page
+from safer_instruct.report.evaluations import sample_row, write_samples
+from safer_instruct.report.page import TEXT_LIMIT, pick_samples, render_page
 from safer_instruct.report.plots import outcome_shares, plot_outcomes, plot_rates
-from safer_instruct.report.samples import pick_samples, sample_row, write_samples
 from safer_instruct.text.display import visible
 from safer_instruct.text.prompt_sets import EvaluationPrompt, Overlap
 

@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RewardScale:
-    """What makes a reward of log-probabilities: the keys of `loss=` that a run was trained with.
-
-    Attributes:
-        beta: Factor of the log-ratio.
-        average_logps: Log-probabilities are means over the tokens of a response, not sums.
-        reference_free: Nothing is subtracted for the reference.
-    """
+    """What makes a reward of log-probabilities: the keys of `loss=` that a run was trained with."""
 
     beta: float
     average_logps: bool = False
     reference_free: bool = False
+
+    def margins(self, logps: Tensor, reference: Tensor, num_tokens: Tensor) -> list[float]:
+        """Return reward(chosen) - reward(rejected) in nats from (N, 2) columns of chosen and rejected."""
+        ratios = logps if self.reference_free else logps - reference
+        if self.average_logps:
+            ratios = ratios / num_tokens.clamp(min=1)
+        return (self.beta * (ratios[:, 0] - ratios[:, 1])).tolist()
 
 
 def reward_scales(respondents: Mapping[str, Respondent], settings: RewardSettings) -> dict[str, RewardScale]:
@@ -37,46 +38,43 @@ def reward_scales(respondents: Mapping[str, Respondent], settings: RewardSetting
     Raises:
         UserError: The command contradicts a run, or neither says what beta is; all models at once.
     """
-    typed = {"beta": settings.beta, "average_logps": settings.average_logps}
+    typed = {key: vars(settings)[key] for key in ("beta", "average_logps") if vars(settings)[key] is not None}
     scales: dict[str, RewardScale] = {}
     errors = []
     for name, respondent in respondents.items():
         if name == settings.reference:
             continue
+        model = f"models.{name}.path={respondent.path}"
         loss = run_config(respondent.path).get("loss", {})
-        known = {key: loss[key] for key in ("beta", "average_logps", "reference_free") if key in loss}
+        trained = {key: loss[key] for key in ("beta", "average_logps", "reference_free") if key in loss}
         errors += [
-            f"rewards.{key}={value}: models.{name}.path={respondent.path} was trained with loss.{key}={known[key]}, as "
-            f"its config.yaml says; leave rewards.{key} out"
+            f"rewards.{key}={value}: {model} was trained with loss.{key}={trained[key]}, as its config.yaml says; "
+            f"leave rewards.{key} out"
             for key, value in typed.items()
-            if value is not None and value != known.get(key, value)
+            if value != trained.get(key, value)
         ]
-        chosen = {key: value for key, value in typed.items() if value is not None} | known
-        if "beta" in chosen:
-            scales[name] = RewardScale(**chosen)
+        if "beta" in typed | trained:
+            scales[name] = RewardScale(**(typed | trained))
         else:
             errors.append(
-                f"rewards.beta is not set, and models.{name}.path={respondent.path} is not part of a run of train.py "
-                "that would say with which loss.beta it was trained: write rewards.beta=NUMBER"
+                f"rewards.beta is not set, and {model} is not part of a run of train.py that would say with which "
+                "loss.beta it was trained: write rewards.beta=NUMBER"
             )
     if errors:
         raise UserError("\n".join(errors))
     return scales
 
 
-def reward_margins(logps: Tensor, reference_logps: Tensor, num_tokens: Tensor, scale: RewardScale) -> list[float]:
-    """Return reward(chosen) - reward(rejected) of each pair, in nats.
+def count_trained_on(respondents: Mapping[str, Respondent], pairs: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Count the pairs (ids by `instruction_key`) whose instruction each model's run was trained on.
 
-    Args:
-        logps: Log-probabilities of chosen and rejected by the model, (N, 2).
-        reference_logps: The same by the reference, (N, 2).
-        num_tokens: Tokens of chosen and rejected, (N, 2).
-        scale: How the model was trained.
+    The reference counts too: it may have been trained on the chosen responses.
     """
-    ratios = logps if scale.reference_free else logps - reference_logps
-    if scale.average_logps:
-        ratios = ratios / num_tokens.clamp(min=1)
-    return (scale.beta * (ratios[:, 0] - ratios[:, 1])).tolist()
+    counts = {}
+    for name, respondent in respondents.items():
+        overlaps = find_training_overlap(respondent.path, pairs)
+        counts[name] = len({id for overlap in overlaps for id in overlap.prompt_ids})
+    return counts
 
 
 def describe_rewards(
@@ -86,47 +84,22 @@ def describe_rewards(
     trained_on: Mapping[str, int],
     settings: RewardSettings,
 ) -> dict[str, Any]:
-    """Build the part of the report: accuracy, margins and calibration of every model but the reference.
-
-    Args:
-        margins: Of each model, one for each pair.
-        labels: Of the pairs, "" for one without.
-        scales: Of each model.
-        trained_on: For each model how many of the pairs it was trained on.
-        settings: The file of the pairs, and the reference.
-    """
+    """Build the part of the report: accuracy, margins and calibration of every model but the reference."""
     betas = {scale.beta for scale in scales.values()}
     return {
         "reference": settings.reference,
         "beta": betas.pop() if len(betas) == 1 else None,  # None: each model has its own
         "path": settings.path,
         "trained_on": dict(trained_on),
-        "models": {
-            name: {**check_rewards(of_model, labels), **asdict(scales[name])} for name, of_model in margins.items()
-        },
+        "models": {name: {**check_rewards(margins[name], labels), **asdict(scale)} for name, scale in scales.items()},
     }
 
 
 def trained_on_notes(part: Mapping[str, Any]) -> Iterator[str]:
     """Say which models were trained on pairs that were to be held out."""
-    num_pairs = next(iter(part["models"].values()))["n"]
     for name, count in part["trained_on"].items():
         if count:
             yield (
-                f"{name} was trained on the instructions of {count} of the {num_pairs} pairs in {part['path']}: its "
-                "rewards there are no evidence for pairs that it has not seen."
+                f"{name} was trained on the instructions of {count} of the pairs in {part['path']}: its rewards there "
+                "are no evidence for pairs that it has not seen."
             )
-
-
-def count_trained_on(respondents: Mapping[str, Respondent], pairs: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Count for each model the pairs whose instruction its run was trained on; 0 where the run or its data is gone.
-
-    Args:
-        respondents: The models, the reference too: it may have been trained on the chosen responses.
-        pairs: The ids of the pairs, by `instruction_key`.
-    """
-    counts = {}
-    for name, respondent in respondents.items():
-        overlaps = find_training_overlap(respondent.path, pairs)
-        counts[name] = len({id for overlap in overlaps for id in overlap.prompt_ids})
-    return counts

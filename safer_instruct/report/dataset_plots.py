@@ -7,14 +7,14 @@ from typing import Any
 
 import matplotlib
 
-from safer_instruct.report.plots import STYLE, Part, new_axes, stack_bars, to_svg
+from safer_instruct.report.plots import STYLE, new_axes, stack_bars, to_svg
 
 # What is in the dataset comes first.
 FUNNEL_PARTS = (
-    Part("out", "in the dataset", "#0072B2"),
-    Part("filter", "dropped by the filter", "#E69F00"),
-    Part("respond", "no safe response", "#CC79A7"),
-    Part("merge", "repeated, excluded", "#999999"),
+    ("out", "in the dataset", "#0072B2"),
+    ("filter", "dropped by the filter", "#E69F00"),
+    ("respond", "no safe response", "#CC79A7"),
+    ("merge", "repeated, excluded", "#999999"),
 )
 MAX_LABELS = 30  # of a figure: those with the most rows
 
@@ -32,8 +32,8 @@ def plot_funnel(report: Mapping[str, Any]) -> str:
     bars = {}
     for label, counts in labels.items():
         sizes = {"out": counts["out"], **counts["drops_by_stage"]}
-        bars[label] = [sizes[part.key] for part in FUNNEL_PARTS]
-    return plot_parts(bars, [(part.words, part.color) for part in FUNNEL_PARTS], "rows")
+        bars[label] = [sizes[key] for key, _, _ in FUNNEL_PARTS]
+    return plot_parts(bars, [(words, color) for _, words, color in FUNNEL_PARTS], "rows")
 
 
 def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str]], unit: str) -> str:
@@ -49,7 +49,7 @@ def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str
     """
     with matplotlib.rc_context(STYLE):
         axes = new_axes(1.2 + 0.32 * max(1, len(bars)), width_inches=6.4)
-        stack_bars(axes, bars, [Part(words, words, color) for words, color in parts])
+        stack_bars(axes, bars, parts)
         for row, sizes in enumerate(bars.values()):
             axes.text(sum(sizes), row, f" {sizes[0]} of {sum(sizes)}", va="center", fontsize=8)
         axes.set_xlim(0, 1.2 * max([1, *map(sum, bars.values())]))

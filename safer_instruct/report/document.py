@@ -16,8 +16,16 @@ from typing import Any
 
 from config.files import write_text
 from safer_instruct.report.dataset import funnel
-from safer_instruct.report.tables import extra_tables, group_tables, rates_table
-from safer_instruct.report.views import FURTHER, HEADLINE, Models, rate_text, shown_metrics
+from safer_instruct.report.tables import (
+    FURTHER,
+    HEADLINE,
+    Models,
+    extra_tables,
+    group_tables,
+    rate_text,
+    rates_table,
+    shown_metrics,
+)
 from safer_instruct.text.display import escape_markdown, markdown_code, markdown_table, percent
 from safer_instruct.text.prompt_sets import EvaluationPrompt, Overlap, prompts_fingerprint
 

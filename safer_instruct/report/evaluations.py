@@ -1,17 +1,22 @@
-"""Finished runs side by side: runs of train.py, outputs of evaluate.py, or folders that hold several of either."""
+"""Outputs of evaluate.py: `samples.jsonl` written and read, and finished ones found, read and put side by side."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from config.errors import UserError
+from config.files import replacing
 from config.paths import find_path
-from safer_instruct.measures.rates import JudgedOutput
-from safer_instruct.report.samples import read_samples
+from safer_instruct.experts.verdicts import Judgement, Outcome
+from safer_instruct.measures.rates import JudgedOutput, correctness
+from safer_instruct.text.prompt_sets import EvaluationPrompt
+
+OUTCOMES: dict[str, Outcome] = {name: name for name in get_args(Outcome)}
 
 
 def find_finished(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -35,9 +40,8 @@ def find_finished(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, Path
                 "and samples.jsonl), and no folder with either"
             )
         folders += [one for one in found if one not in folders]
-    names = _names(folders)
-    evaluated = {name: folder for name, folder in names.items() if _is_evaluation(folder)}
-    return {name: folder for name, folder in names.items() if name not in evaluated}, evaluated
+    evaluated = {name: folder for name, folder in _names(folders).items() if _is_evaluation(folder)}
+    return {name: folder for name, folder in _names(folders).items() if name not in evaluated}, evaluated
 
 
 def _is_run(folder: Path) -> bool:
@@ -115,3 +119,53 @@ def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None
                 f"models with different prompt sets cannot share a table: {'; '.join(shown)}. Evaluate both on the "
                 "same files, under the same names (prompts.NAME.path=FILE)"
             )
+
+
+def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
+    """Return one line of `samples.jsonl`."""
+    prompt, judgement = output.prompt, output.judgement
+    return {
+        "model": model,
+        "set": prompt.set_name,
+        "id": prompt.id,
+        "kind": prompt.kind,
+        "label": prompt.label,
+        "source": prompt.source,
+        "instruction": prompt.instruction,
+        "output": output.text,
+        "truncated": output.truncated,
+        "outcome": judgement.outcome,
+        "harm_label": judgement.label,
+        "specific": judgement.specific,
+        "correct": correctness(output),
+        "helpful": judgement.helpful,
+        "prompt_cut": output.prompt_cut,
+    }
+
+
+def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Stream rows to `samples.jsonl`; a text stays as the model gave it, in JSON escapes where it is not ASCII."""
+    with replacing(path) as partial, partial.open("w", encoding="ascii") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_samples(path: Path) -> Iterator[tuple[str, JudgedOutput]]:
+    """Yield the model's name and the judged output of each line of `samples.jsonl`; KeyError without a field."""
+    prompts: dict[tuple[str, str], EvaluationPrompt] = {}  # one for all models: prompts are half of the text
+    with path.open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            key = row["set"], row["id"]
+            if key not in prompts:
+                prompts[key] = EvaluationPrompt(
+                    row["id"], row["instruction"], row["set"], row["source"], row["label"], row["kind"]
+                )
+            judgement = _judgement(row["outcome"], row["harm_label"], row["specific"], row["helpful"])
+            prompt_cut, correct = row["prompt_cut"], row["correct"]
+            output = JudgedOutput(prompts[key], row["output"], row["truncated"], judgement, prompt_cut, correct)
+            yield row["model"], output
+
+
+@cache
+def _judgement(outcome: str, label: str, specific: bool | None, helpful: bool | None) -> Judgement:
+    """Return one object for all answers that were judged alike: there may be 100,000 of them."""
+    return Judgement(OUTCOMES[outcome], label, specific, helpful=helpful)

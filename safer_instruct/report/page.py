@@ -7,8 +7,9 @@ Content-Security-Policy in the page forbids scripts and requests besides.
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from markupsafe import Markup
 
 from safer_instruct.report.dataset import funnel
 from safer_instruct.report.plots import Plot, plot_outcomes, plot_rates
-from safer_instruct.report.tables import extra_tables
-from safer_instruct.report.views import FURTHER, HEADLINE, Models, groups_with, shown_metrics
+from safer_instruct.report.tables import FURTHER, HEADLINE, Models, extra_tables, groups_with, shown_metrics
 from safer_instruct.text.display import percent, short_name, visible
 
 FOLDER = Path(__file__).parent
@@ -77,6 +77,49 @@ def render_page(
             text_limit=TEXT_LIMIT,
         )
     )
+
+
+def pick_samples(rows: Iterable[Mapping[str, Any]], per_set: int) -> dict[str, list[dict[str, Any]]]:
+    """Pick the prompts to show, with the answers of all models: of each set the `per_set` whose id has the lowest hash.
+
+    So nobody chooses, and every report on the same prompts shows the same ones. Only what is shown is held in memory.
+
+    Args:
+        rows: Of `samples.jsonl`.
+        per_set: How many prompts of each set.
+    """
+    shown: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        prompts = shown.setdefault(row["set"], {})
+        if row["id"] not in prompts:
+            prompts[row["id"]] = {**row, "answers": []}
+            if len(prompts) > per_set:
+                del prompts[max(prompts, key=_hash_of_id)]
+        if row["id"] in prompts:
+            prompts[row["id"]]["answers"].append(_answer(row))
+    return {
+        name: [prompts[id] for id in sorted(prompts, key=_hash_of_id)] for name, prompts in shown.items() if prompts
+    }
+
+
+def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer as the page shows it: in plain words what the judge found, and the class of its colour."""
+    outcome = row["outcome"]
+    words = {"harmful": "harmful", "refusal": "refusal", "abstain": "judge abstained"}
+    verdict = words.get(outcome, "neither" if row["kind"] == "unsafe" else "answered")
+    if outcome == "refusal" and row["specific"]:
+        verdict = "refusal, names the matter"
+    if row["correct"] is not None and outcome == "safe":
+        verdict = "correct" if row["correct"] else "wrong"
+    css_class = outcome if outcome in ("harmful", "refusal") else "other"
+    if row["kind"] != "unsafe" and outcome == "safe" and row["correct"] is not False:
+        css_class = "safe"
+    shown = {name: row[name] for name in ("model", "output", "truncated")}
+    return {**shown, "verdict": verdict, "css_class": css_class}
+
+
+def _hash_of_id(id: str) -> bytes:
+    return hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _environment(models: Models) -> Environment:

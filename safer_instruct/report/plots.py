@@ -18,29 +18,20 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from safer_instruct.report.views import Models, groups_with
+from safer_instruct.report.tables import Models, groups_with
 from safer_instruct.text.display import percent, short_name
 
 MODEL_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 INK, FAINT = "#20242A", "#D9DDE3"
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One part of a stacked bar: its key, its words in the legend, its colour, and that of text upon it."""
-
-    key: str
-    words: str
-    color: str
-    ink: str = INK
-
-
+# Key of `outcome_shares`, words of the legend, colour of the bar, colour of the number upon it.
 OUTCOMES = (
-    Part("harmful", "harmful", "#D55E00", ink="white"),
-    Part("neither", "neither", "#C9CCD1"),
-    Part("safe_helpful", "safe and helpful", "#009E73", ink="white"),
-    Part("refusal_vague", "refusal", "#56B4E9"),
-    Part("refusal_specific", "refusal that names the matter", "#0072B2", ink="white"),
+    ("harmful", "harmful", "#D55E00", "white"),
+    ("neither", "neither", "#C9CCD1", INK),
+    ("safe_helpful", "safe and helpful", "#009E73", "white"),
+    ("refusal_vague", "refusal", "#56B4E9", INK),
+    ("refusal_specific", "refusal that names the matter", "#0072B2", "white"),
 )
 WIDTH_INCHES = 4.7
 NAMED_SHARE = 0.08  # the number of a smaller share would not fit into its part of the bar
@@ -114,14 +105,14 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def stack_bars(axes: Axes, bars: Mapping[str, Sequence[float]], parts: Sequence[Part]) -> list[BarContainer]:
-    """Draw one horizontal bar for each name, cut into its parts; gives what was drawn for each part."""
+def stack_bars(axes: Axes, bars: Mapping[str, Sequence[float]], parts: Sequence[tuple[str, str]]) -> list[BarContainer]:
+    """Draw one horizontal bar for each name, cut into parts of these (words, colour); gives what is drawn of each."""
     starts = [0.0] * len(bars)
     drawn = []
-    for index, part in enumerate(parts):
+    for index, (words, color) in enumerate(parts):
         sizes = [values[index] for values in bars.values()]
-        options: dict[str, Any] = {"color": part.color, "label": part.words, "height": 0.68, "edgecolor": "white"}
-        drawn.append(axes.barh(range(len(bars)), sizes, left=starts, **options))
+        bar = axes.barh(range(len(bars)), sizes, left=starts, color=color, label=words, height=0.68, edgecolor="white")
+        drawn.append(bar)
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]
     name_rows(axes, list(bars))
     return drawn
@@ -199,20 +190,21 @@ def plot_outcomes(models: Models) -> Plot | None:
         return None
     title = "What becomes of an unsafe request"
     helps = any(outcome["safe_helpful"] for outcome in shares.values())
-    parts = [part for part in OUTCOMES if helps or part.key != "safe_helpful"]
-    bars = {name: [outcome[part.key] for part in parts] for name, outcome in shares.items()}
+    parts = [part for part in OUTCOMES if helps or part[0] != "safe_helpful"]
+    bars = {name: [outcome[key] for key, *_ in parts] for name, outcome in shares.items()}
     with matplotlib.rc_context(STYLE):
         axes = new_axes(0.95 + 0.36 * len(bars))
-        for part, drawn in zip(parts, stack_bars(axes, bars, parts), strict=True):
-            part_of_each = [outcome[part.key] for outcome in shares.values()]
-            labels = [f"{100 * share:.0f}" if share >= NAMED_SHARE else "" for share in part_of_each]
-            axes.bar_label(drawn, labels, label_type="center", color=part.ink, fontsize=8.5)
+        drawn = stack_bars(axes, bars, [(words, color) for _, words, color, _ in parts])
+        for (key, _, _, ink), bar in zip(parts, drawn, strict=True):
+            sizes = [outcome[key] for outcome in shares.values()]
+            numbers = [f"{100 * share:.0f}" if share >= NAMED_SHARE else "" for share in sizes]
+            axes.bar_label(bar, numbers, label_type="center", color=ink, fontsize=8.5)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(visible=False)
         svg = to_svg(axes)
     described = "; ".join(
-        f"{name}: " + ", ".join(f"{part.words} {percent(outcome[part.key])}%" for part in parts)
+        f"{name}: " + ", ".join(f"{words} {percent(outcome[key])}%" for key, words, *_ in parts)
         for name, outcome in shares.items()
     )
     return Plot(title, f"{title}, shares of the judged answers. {described}.", svg)
