@@ -83,7 +83,7 @@ def run_tasks(
 
 
 def _content(include_path: str | None) -> str | None:
-    """Hash of a folder of tasks."""
+    """Hash a folder of tasks."""
     if include_path is None:
         return None
     digest = hashlib.blake2b(digest_size=8)
@@ -99,12 +99,10 @@ def _command(
     command = [sys.executable, "-P", "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments]
     command += ["--tasks", ",".join(task_names(settings)), "--device", device, "--output_path", str(output)]
     command += ["--batch_size", str(settings.batch_size), "--log_samples"]
-    if settings.include_path is not None:
-        command += ["--include_path", str(find_path(settings.include_path).resolve())]
-    if settings.num_fewshot is not None:
-        command += ["--num_fewshot", str(settings.num_fewshot)]
-    if settings.limit is not None:
-        command += ["--limit", str(settings.limit)]
+    include_path = None if settings.include_path is None else find_path(settings.include_path).resolve()
+    optional = {"include_path": include_path, "num_fewshot": settings.num_fewshot, "limit": settings.limit}
+    for name, value in optional.items():
+        command += [f"--{name}", str(value)] if value is not None else []
     return command
 
 
@@ -124,12 +122,11 @@ def _read_results(folder: Path) -> dict[str, Any]:
     results = json.loads(file.read_text(encoding="utf-8"))
     tasks = {}
     for task, values in results["results"].items():
-        metrics = {}
+        tasks[task] = {}
         for name in METRICS:
             value, stderr = values.get(f"{name},none"), values.get(f"{name}_stderr,none")
-            if isinstance(value, int | float):
-                metrics[name] = {"value": value, "stderr": stderr if isinstance(stderr, int | float) else None}
-        tasks[task] = metrics
+            if isinstance(value, int | float):  # lm_eval writes "N/A" for what it cannot tell
+                tasks[task][name] = {"value": value, "stderr": stderr if isinstance(stderr, int | float) else None}
     logged = chain.from_iterable(map(_logged_choices, sorted(folder.rglob("samples_*.jsonl"))))
     choices = list(islice(logged, CHECKED_CHOICES))
     return {"tasks": tasks, "versions": results.get("versions", {}), "choices": choices}
