@@ -40,13 +40,7 @@ from safer_instruct.measures.rates import JudgedOutput, single_outcome, summariz
 from safer_instruct.provenance import git_state, package_versions
 from safer_instruct.report.curves import plot_compared, plot_runs, read_curves
 from safer_instruct.report.dataset import read_induction_report
-from safer_instruct.report.document import (
-    build_report,
-    describe_prompts,
-    headline_text,
-    render_markdown,
-    write_json,
-)
+from safer_instruct.report.document import build_report, describe_prompts, headline_text, render_markdown, write_json
 from safer_instruct.report.evaluations import find_finished, read_evaluations, sample_row, write_samples
 from safer_instruct.report.page import pick_samples, render_page
 from safer_instruct.report.tables import HEADLINE, extra_tables, shown_metrics

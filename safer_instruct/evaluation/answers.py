@@ -134,12 +134,7 @@ def _generate(
 
 
 def judge_answers(
-    judge: Judge,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    folder: Path,
-    progress: Advance,
-    shard: tuple[int, int] = WHOLE,
+    judge: Judge, pairs: Sequence[tuple[str, str]], *, folder: Path, progress: Advance, shard: tuple[int, int] = WHOLE
 ) -> list[Judgement]:
     """Return the judgement of every (instruction, output) pair, in their order.
 

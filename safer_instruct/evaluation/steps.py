@@ -21,14 +21,7 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import EvaluateConfig
-from safer_instruct.evaluation.answers import (
-    Advance,
-    Answer,
-    generate_answers,
-    judge_answers,
-    own_prompts,
-    prompt_key,
-)
+from safer_instruct.evaluation.answers import Advance, Answer, generate_answers, judge_answers, own_prompts, prompt_key
 from safer_instruct.evaluation.downstream import ChoiceScorer, check_choices, merge, require_lm_eval, run_tasks
 from safer_instruct.evaluation.pairwise import compare_helpfulness
 from safer_instruct.evaluation.respondents import Respondent, check_model
@@ -218,12 +211,7 @@ def build_parts(
     if judge is not None and helpfulness.baseline is not None:
         with timed(seconds, "helpfulness", 2 * sum(map(len, judged.values()))) as progress:
             parts["helpfulness"] = compare_helpfulness(
-                judge,
-                judged,
-                baseline=helpfulness.baseline,
-                kinds=helpfulness.kinds,
-                folder=folder,
-                progress=progress,
+                judge, judged, baseline=helpfulness.baseline, kinds=helpfulness.kinds, folder=folder, progress=progress
             )
     if config.downstream.tasks:
         with timed(seconds, "downstream tasks", len(evaluation.respondents)) as progress:
