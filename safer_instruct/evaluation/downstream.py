@@ -120,7 +120,7 @@ def _run(command: Sequence[str]) -> None:
 def _read_results(folder: Path) -> dict[str, Any]:
     (file,) = sorted(folder.rglob("results_*.json"))[-1:]
     results = json.loads(file.read_text(encoding="utf-8"))
-    tasks = {}
+    tasks: dict[str, dict[str, Any]] = {}
     for task, values in results["results"].items():
         tasks[task] = {}
         for name in METRICS:
