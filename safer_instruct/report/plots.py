@@ -78,7 +78,7 @@ def new_axes(height_inches: float, width_inches: float = WIDTH_INCHES) -> Axes:
     return figure.add_subplot()
 
 
-def to_svg(axes: Axes, *, legend_columns: int = 2) -> str:
+def to_svg(axes: Axes, *, legend_columns: int = 2, transparent: bool = True) -> str:
     """Add the legend, and return the drawing without date and XML head: equal numbers give equal bytes."""
     figure = axes.get_figure(root=True)
     assert figure is not None  # `new_axes` made it
@@ -93,7 +93,7 @@ def to_svg(axes: Axes, *, legend_columns: int = 2) -> str:
         borderpad=0.0,
     )
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=transparent)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
