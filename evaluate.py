@@ -251,14 +251,10 @@ def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
     run = _describe_run(config, {}) | {"judge": {"name": ", ".join(judges), "fingerprint": "/".join(fingerprints)}}
     if reports:
         run["generation"] = reports[0]["run"]["generation"]
+    prompts = reports[0]["prompts"] if reports else {}
+    dataset = read_induction_report(config.induction_report) if config.induction_report else None
     report = build_report(
-        models=models,
-        prompts=reports[0]["prompts"] if reports else {},
-        overlaps=[],
-        dataset=read_induction_report(config.induction_report) if config.induction_report else None,
-        run=run,
-        parts=parts,
-        notes=notes,
+        models=models, prompts=prompts, overlaps=[], dataset=dataset, run=run, parts=parts, notes=notes
     )
     _write_files(config, report, judged, figures)
     return report
@@ -282,15 +278,11 @@ def write_report(
     notes = [*_judge_notes(judged), *(trained_on_notes(parts["rewards"]) if "rewards" in parts else ())]
     for note in notes:
         log.warning("warning: %s", note)
-    sets = evaluation.prompt_sets
+    sets = evaluation.prompt_sets.items()
+    prompts = {name: describe_prompts(config.prompts[name].path, its_prompts) for name, its_prompts in sets}
+    overlaps, dataset = evaluation.overlaps, evaluation.dataset
     report = build_report(
-        models=models,
-        prompts={name: describe_prompts(config.prompts[name].path, prompts) for name, prompts in sets.items()},
-        overlaps=evaluation.overlaps,
-        dataset=evaluation.dataset,
-        run=run,
-        parts=parts,
-        notes=notes,
+        models=models, prompts=prompts, overlaps=overlaps, dataset=dataset, run=run, parts=parts, notes=notes
     )
     _write_files(config, report, judged, plot_runs(evaluation.curves))
     return report

@@ -181,16 +181,10 @@ def _complete(
     make: Callable[[Sequence[str]], Iterable[Record]],
     progress: Advance,
 ) -> dict[str, Record]:
-    """Return the record of every key: from the ledger of any shard, or else made now and written into one's own.
+    """Return the record of every key: from the ledger of any shard, or else made now and written into our own.
 
-    Args:
-        folder: Of the ledgers.
-        stem: What the name of a ledger begins with; a hash of the configuration and the number of the shard follow.
-        configuration: What the records depend on.
-        shard: Whose ledger is written to.
-        keys: Ids of the records.
-        make: Makes the records of the keys that no ledger has; not called without one.
-        progress: Told of each record, and first of all that were there.
+    A ledger is named by `stem`, a hash of its configuration, and its shard. `make` is called once, with the keys that
+    are missing, or not at all; `progress` is told first of all records that were there, then of each new one.
     """
     digest = hashlib.blake2b(json.dumps(configuration, sort_keys=True).encode(), digest_size=6).hexdigest()
     name = f"{re.sub(r'[^A-Za-z0-9.-]', '_', stem)}-{digest}"

@@ -82,11 +82,8 @@ def render_page(
 def pick_samples(rows: Iterable[Mapping[str, Any]], per_set: int) -> dict[str, list[dict[str, Any]]]:
     """Pick the prompts to show, with the answers of all models: of each set the `per_set` whose id has the lowest hash.
 
-    So nobody chooses, and every report on the same prompts shows the same ones. Only what is shown is held in memory.
-
-    Args:
-        rows: Of `samples.jsonl`.
-        per_set: How many prompts of each set.
+    So nobody chooses, and every report on the same prompts shows the same ones. `rows` are those of `samples.jsonl`;
+    only what is shown is held in memory.
     """
     shown: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
