@@ -3,7 +3,7 @@
     python evaluate.py models.base.path=FOLDER models.dpo.path=runs/si_dpo \
         prompts.unsafe.path=unsafe.jsonl prompts.benign.path=benign.jsonl expert=rules output=runs/report
     python evaluate.py prompts=published responses=csv path=test_set.csv expert=openai expert.model=NAME output=FOLDER
-    python evaluate.py compare=[runs/a,runs/b] output=FOLDER
+    python evaluate.py "compare=[runs/a,runs/b]" output=FOLDER
 
 Writes report.json, report.md, report.html and samples.jsonl into `output`. The same command goes on with an evaluation
 that was stopped. The text of models and prompts goes into samples.jsonl and behind a click of the page, nowhere else.
@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,32 +30,24 @@ from config.files import write_text
 from config.named import expand_named
 from config.schema import run_entrypoint
 from config.settings import MISSING, DatasetSettings, EvaluateConfig
-from safer_instruct.evaluation.answers import WHOLE, Respondent, describe_decoding
+from safer_instruct.evaluation.answers import WHOLE, Advance, describe_decoding
 from safer_instruct.evaluation.downstream import encode_choice
+from safer_instruct.evaluation.respondents import Respondent
+from safer_instruct.evaluation.rewards import count_trained_on, describe_rewards, trained_on_notes
 from safer_instruct.evaluation.steps import Evaluation, Judged, ask_all, build_parts, judge_all, prepare, timed
 from safer_instruct.measures.comparisons import compare_models
 from safer_instruct.measures.rates import JudgedOutput, single_outcome, summarize
-from safer_instruct.measures.reward_checks import check_rewards
 from safer_instruct.provenance import git_state, package_versions
 from safer_instruct.report.curves import plot_compared, plot_runs, read_curves
 from safer_instruct.report.dataset import read_induction_report
-from safer_instruct.report.document import (
-    HEADLINE,
-    build_report,
-    describe_prompts,
-    headline_text,
-    render_markdown,
-    sample_row,
-    shown_metrics,
-    write_json,
-    write_samples,
-)
-from safer_instruct.report.evaluations import find_finished, read_evaluations
+from safer_instruct.report.document import build_report, describe_prompts, headline_text, render_markdown, write_json
+from safer_instruct.report.evaluations import find_finished, read_evaluations, sample_row, write_samples
 from safer_instruct.report.page import pick_samples, render_page
-from safer_instruct.report.tables import extra_tables
+from safer_instruct.report.tables import HEADLINE, extra_tables, shown_metrics
 from safer_instruct.report.training_runs import compare_training_runs, read_training_run
 from safer_instruct.shards import resolve_shard
 from safer_instruct.text.display import without_password
+from safer_instruct.text.exclusion import instruction_key
 
 if TYPE_CHECKING:
     from safer_instruct.report.plots import Plot
@@ -67,12 +59,12 @@ NO_JUDGE = {"name": "", "fingerprint": ""}
 
 
 def check(config: EvaluateConfig) -> list[str]:
-    """All errors of the command that show before a file is read."""
+    """Return all errors of the command that show before a file is read."""
     return check_evaluate(with_paths(config))
 
 
 def with_paths(config: EvaluateConfig) -> EvaluateConfig:
-    """The settings with `path=` filled in for the prompt sets that have none of their own."""
+    """Return the settings with `path=` filled in for the prompt sets that have none of their own."""
     if config.path is None:
         return config
     sets = {
@@ -83,7 +75,7 @@ def with_paths(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
-    """The whole evaluation of one command, or the comparison of finished ones."""
+    """Run the whole evaluation of one command, or compare finished ones."""
     started = time.perf_counter()
     config = with_paths(config)
     evaluation = None if config.compare else prepare(config, resolve_shard(config.shard, os.environ))
@@ -98,7 +90,7 @@ def main(config: EvaluateConfig) -> None:
 
 
 def evaluate_models(config: EvaluateConfig, evaluation: Evaluation, started: float) -> dict[str, Any] | None:
-    """Asks, judges, compares and writes the report; None for a shard, which writes none."""
+    """Ask, judge, compare and write the report; None for a shard, which writes none."""
     output = Path(config.output)
     seconds: dict[str, float] = {}
     answers = evaluation.given if evaluation.given is not None else ask_all(evaluation, config, seconds)
@@ -123,39 +115,49 @@ def evaluate_models(config: EvaluateConfig, evaluation: Evaluation, started: flo
     score = partial(score_choices, device=evaluation.device)
     parts = build_parts(config, evaluation, judged, models, seconds, score)
     if config.rewards.path is not None:
-        with timed(seconds, "rewards"):
-            parts["rewards"] = rewards_part(config, evaluation)
+        with timed(seconds, "rewards", len(evaluation.respondents)) as progress:
+            parts["rewards"] = rewards_part(config, evaluation, progress)
     seconds["total"] = round(time.perf_counter() - started, 2)
     return write_report(config, evaluation, judged, models, parts, seconds)
 
 
-def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, device: torch.device) -> list[float]:
-    """Log p(continuation | context) of each pair, in nats, by the kernel that training uses."""
-    from safer_instruct.generation.models import load_causal_lm, load_tokenizer
+def load_model(respondent: Respondent, device: torch.device) -> Any:
+    """Load a model to compute log-probabilities with."""
+    from safer_instruct.generation.models import load_causal_lm
+    from trainers.kernels.logps import check_head
 
-    tokenizer = load_tokenizer(respondent.model)
     model: Any = load_causal_lm(respondent.model)
     model = model.to(device).eval()
+    check_head(model)
+    return model
+
+
+@torch.no_grad()
+def logps_of(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probabilities of a micro-batch and its numbers of tokens, by the kernel that training uses."""
+    from trainers.kernels.logps import sequence_logps
+
+    return sequence_logps(model, batch)
+
+
+def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, device: torch.device) -> list[float]:
+    """Return log p(continuation | context) of each pair, in nats."""
+    from safer_instruct.generation.models import load_tokenizer
+
+    tokenizer = load_tokenizer(respondent.model)
+    model = load_model(respondent, device)
     scores = []
     for context, continuation in pairs:
         head, choice = encode_choice(tokenizer, context, continuation)
         input_ids = torch.tensor([head + choice], device=device)
         is_choice = torch.arange(input_ids.shape[1], device=device)[None] >= len(head)
         batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(is_choice), "response_mask": is_choice}
-        scores.append(float(_logps(model, batch)))
+        scores.append(float(logps_of(model, batch)[0]))
     return scores
 
 
-@torch.no_grad()
-def _logps(model: Any, batch: Any) -> torch.Tensor:
-    """The one place that knows how trainers/ is asked for log-probabilities of a micro-batch: (...,) float64."""
-    from trainers.kernels.logps import sequence_logps
-
-    return sequence_logps(model, batch)[0]
-
-
-def rewards_part(config: EvaluateConfig, evaluation: Evaluation) -> dict[str, Any]:
-    """Accuracy, margins and calibration of the implicit rewards of every model but the reference.
+def rewards_part(config: EvaluateConfig, evaluation: Evaluation, progress: Advance) -> dict[str, Any]:
+    """Compute the implicit rewards of every model but the reference, and what they say.
 
     Raises:
         UserError: The pairs cannot be read, or a model reads their text as other tokens than the reference does.
@@ -164,91 +166,95 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation) -> dict[str, An
     from safer_instruct.generation.models import load_tokenizer
     from trainers.data.cache import usable_dir
 
-    settings = config.rewards
-    reference = str(settings.reference)
+    settings, reference = config.rewards, str(config.rewards.reference)
+    pairs = DatasetSettings(str(settings.path), "si", exclude="", eval_fraction=0.0)
+    labels: dict[str, str] = {}
+    ids: dict[str, list[str]] = {}
+    for example in load_examples(pairs, "pairs", pairs=True):
+        labels[example.id] = example.label
+        ids.setdefault(instruction_key(str(example.instruction), example.input), []).append(example.id)
+    trained_on = count_trained_on(evaluation.respondents, ids)
     logps: dict[str, torch.Tensor] = {}
     stores: dict[str, TokenStore] = {}
     for name, respondent in evaluation.respondents.items():
-        pairs = DatasetSettings(str(settings.path), "si", respondent.template, exclude="", eval_fraction=0.0)
         stores[name] = build_stores(
-            {"pairs": pairs},
+            {"pairs": replace(pairs, template=respondent.template)},
             loss="preference",
             tokenizer=load_tokenizer(respondent.model),
             max_length=settings.max_length,
             max_prompt_length=settings.max_prompt_length,
             cache_dir=usable_dir(config.local_dirs),
         ).train
-        logps[name] = pair_logps(respondent, stores[name], settings.batch_size, evaluation.device)
-    labels = {example.id: example.label for example in load_examples(pairs, "pairs", pairs=True)}
+        logps[name], num_tokens = pair_logps(respondent, stores[name], settings.batch_size, evaluation.device)
+        progress(1)
     store = stores[reference]
-    labels_of_rows = [labels.get(store.ids(row), "") for row in range(len(store))]
-    models = {}
-    for name in (name for name in logps if name != reference):
+    for name in evaluation.respondents:
         if stores[name].content != store.content:
             raise UserError(
                 f"models.{name} and models.{reference} read the pairs as different tokens: give both the template and "
                 "the tokenizer that they were trained with"
             )
-        ratios = logps[name] - logps[reference]
-        models[name] = check_rewards((settings.beta * (ratios[:, 0] - ratios[:, 1])).tolist(), labels_of_rows)
-    return {"reference": reference, "beta": settings.beta, "path": settings.path, "models": models}
+    margins = {
+        name: scale.margins(logps[name], logps[reference], num_tokens)
+        for name, scale in evaluation.reward_scales.items()
+    }
+    labels_of_rows = [labels.get(store.ids(row), "") for row in range(len(store))]
+    return describe_rewards(margins, labels_of_rows, evaluation.reward_scales, trained_on, settings)
 
 
-def pair_logps(respondent: Respondent, store: TokenStore, batch_size: int, device: torch.device) -> torch.Tensor:
-    """Log-probabilities of chosen and rejected for each row of a store, (N, 2) float64 on the CPU."""
-    from safer_instruct.generation.models import load_causal_lm
+def pair_logps(
+    respondent: Respondent, store: TokenStore, batch_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probabilities and numbers of tokens of chosen and rejected, (N, 2) each, in the order of the store."""
     from trainers.data.batching import BatchLoader
     from trainers.data.cutters import PaddedCutter
-    from trainers.kernels.logps import check_head
 
-    model: Any = load_causal_lm(respondent.model)
-    model = model.to(device).eval()
-    check_head(model)
+    model = load_model(respondent, device)
     loader = BatchLoader(store, PaddedCutter(pad_token_id=0), batch_size=batch_size)
     logps = torch.zeros(len(store), 2, dtype=torch.float64)
+    num_tokens = torch.zeros(len(store), 2, dtype=torch.int64)
     for batch in loader.batches():
         for microbatch in batch.microbatches:
-            logps[microbatch["row"]] = _logps(model, microbatch.to(device)).cpu()
-    return logps
+            rows = microbatch["row"]
+            logps[rows], num_tokens[rows] = (column.cpu() for column in logps_of(model, microbatch.to(device)))
+    if not logps.isfinite().all():
+        raise UserError(
+            f"models.{respondent.name}: its log-probabilities are not finite; its weights may not be, either"
+        )
+    return logps, num_tokens
 
 
 def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
-    """The report of runs and evaluations that are finished: nothing is generated or judged."""
+    """Report on runs and evaluations that are finished: nothing is generated or judged."""
     trained, evaluated = find_finished(config.compare)
     evaluations = read_evaluations(evaluated)
     judged = {name: rows for evaluation in evaluations.values() for name, rows in evaluation.judged.items()}
-    models = {
-        name: {**dict(evaluation.report["models"][name]), **summarize(rows)}
-        for evaluation in evaluations.values()
-        for name, rows in evaluation.judged.items()
-    }
+    reported = {name: one for evaluation in evaluations.values() for name, one in evaluation.report["models"].items()}
+    models = {name: {**reported[name], **summarize(rows)} for name, rows in judged.items()}
     parts: dict[str, Any] = {"comparisons": compare_models(judged, models)}
-    curves = {name: read_curves(name, path) for name, path in config.curves.items()}
-    figures = plot_runs(curves)
+    figures = plot_runs({name: read_curves(name, path) for name, path in config.curves.items()})
     if trained:
         runs = [read_training_run(name, folder) for name, folder in trained.items()]
         parts["runs"] = compare_training_runs(runs, config.sort_by)
         figures += plot_compared({run["name"]: read_curves(run["name"], run["path"]) for run in parts["runs"]["runs"]})
-    first = next(iter(evaluations.values()), None)
-    judges = {str(evaluation.report["run"]["judge"]["name"]) for evaluation in evaluations.values()}
-    fingerprints = {evaluation.report["run"]["judge"]["fingerprint"] for evaluation in evaluations.values()}
+    reports = [evaluation.report for evaluation in evaluations.values()]
+    judges = sorted({str(report["run"]["judge"]["name"]) for report in reports})
+    fingerprints = sorted({report["run"]["judge"]["fingerprint"] for report in reports})
     notes = [
         f"{name} was evaluated on its own: {note}"
-        for name, one in evaluations.items()
-        for note in one.report["warnings"]
+        for name, evaluation in evaluations.items()
+        for note in evaluation.report["warnings"]
     ]
     if len(fingerprints) > 1:
-        notes.append(f"The judges differ ({', '.join(sorted(judges))}): part of a difference may be theirs.")
-    run = {
-        **_describe_run(config, {}),
-        "judge": {"name": ", ".join(sorted(judges)), "fingerprint": "/".join(sorted(fingerprints))},
-        "generation": first.report["run"]["generation"] if first is not None else describe_decoding(config.generation),
-    }
+        notes.append(f"The judges differ ({', '.join(judges)}): part of a difference may be theirs.")
+    run = _describe_run(config, {}) | {"judge": {"name": ", ".join(judges), "fingerprint": "/".join(fingerprints)}}
+    if reports:
+        run["generation"] = reports[0]["run"]["generation"]
+    prompts = reports[0]["prompts"] if reports else {}
+    dataset = read_induction_report(config.induction_report) if config.induction_report else None
     report = build_report(
-        models=models, prompts=first.report["prompts"] if first is not None else {}, overlaps=[], notes=notes,
-        dataset=read_induction_report(config.induction_report) if config.induction_report else None, run=run,
-        parts=parts,
-    )  # fmt: skip
+        models=models, prompts=prompts, overlaps=[], dataset=dataset, run=run, parts=parts, notes=notes
+    )
     _write_files(config, report, judged, figures)
     return report
 
@@ -261,44 +267,46 @@ def write_report(
     parts: Mapping[str, Any],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Writes the four files, prints the headline table, and gives what report.json holds."""
+    """Write the four files, print the headline table, and return what report.json holds."""
     judge = evaluation.judge
-    run = {
-        **_describe_run(config, seconds),
+    run = _describe_run(config, seconds) | {
         "judge": {"name": judge.name, "fingerprint": judge.fingerprint("judge")} if judge is not None else NO_JUDGE,
         "device": str(evaluation.device),
     }
     run["stages"] = [*evaluation.stages, *run["stages"]]
-    same = single_outcome([row for rows in judged.values() for row in rows])
-    notes = [] if same is None else [
-        f"The judge gave one and the same outcome, '{same}', to all answers of all models: it may tell nothing apart. "
-        "Look at some answers (samples.jsonl) before you believe these rates."
-    ]  # fmt: skip
+    notes = [*_judge_notes(judged), *(trained_on_notes(parts["rewards"]) if "rewards" in parts else ())]
     for note in notes:
         log.warning("warning: %s", note)
+    sets = evaluation.prompt_sets.items()
+    prompts = {name: describe_prompts(config.prompts[name].path, its_prompts) for name, its_prompts in sets}
+    overlaps, dataset = evaluation.overlaps, evaluation.dataset
     report = build_report(
-        models=models,
-        prompts={
-            name: describe_prompts(config.prompts[name].path, rows) for name, rows in evaluation.prompt_sets.items()
-        },
-        overlaps=evaluation.overlaps,
-        dataset=evaluation.dataset,
-        run=run,
-        parts=parts,
-        notes=notes,
+        models=models, prompts=prompts, overlaps=overlaps, dataset=dataset, run=run, parts=parts, notes=notes
     )
     _write_files(config, report, judged, plot_runs(evaluation.curves))
     return report
+
+
+def _judge_notes(judged: Judged) -> Iterator[str]:
+    same = single_outcome([row for rows in judged.values() for row in rows])
+    if same is not None:
+        yield (
+            f"The judge gave one and the same outcome, '{same}', to all answers of all models: it may tell nothing "
+            "apart. Look at some answers (samples.jsonl) before you believe these rates."
+        )
 
 
 def _write_files(
     config: EvaluateConfig, report: Mapping[str, Any], judged: Mapping[str, Sequence[JudgedOutput]], curves: list[Plot]
 ) -> None:
     output = Path(config.output)
-    write_samples(output / "samples.jsonl", (sample_row(name, row) for name, rows in judged.items() for row in rows))
+
+    def samples() -> Iterator[dict[str, Any]]:
+        return (sample_row(name, row) for name, rows in judged.items() for row in rows)
+
+    write_samples(output / "samples.jsonl", samples())
     write_text(output / "report.md", render_markdown(report))
-    samples = (sample_row(name, row) for name, rows in judged.items() for row in rows)
-    page = render_page(report, pick_samples(samples, config.samples_per_set), curves)
+    page = render_page(report, pick_samples(samples(), config.samples_per_set), curves)
     write_text(output / "report.html", page)
     write_json(output / "report.json", report)  # last: whoever finds it finds the others
     if report["models"] and report["prompts"]:
@@ -311,12 +319,13 @@ def _log_to_wandb(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
         return
     from trainers.run.metrics_log import log_tables
 
+    fields = ("value", "low", "high", "n")
     rates: list[list[Any]] = [
-        [name, view.key, *(model[view.key][field] for field in ("value", "low", "high", "n"))]
+        [name, view.key, *(model[view.key][field] for field in fields)]
         for name, model in report["models"].items()
         for view in shown_metrics(report["models"], HEADLINE)
     ]
-    tables = {"rates": (["model", "rate", "value", "low", "high", "n"], rates)}
+    tables = {"rates": (["model", "rate", *fields], rates)}
     tables |= {table.title: (list(table.header), [list(row) for row in table.rows]) for table in extra_tables(report)}
     log_tables(config.wandb, name=Path(config.output).name, folder=config.output, tables=tables)
 

@@ -25,12 +25,13 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.text.chat import Turn, special_token_texts
+from safer_instruct.text.chat import special_token_texts
 from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
-from safer_instruct.text.examples import Example, held_out, normalise
+from safer_instruct.text.examples import Example, held_out
+from safer_instruct.text.exclusion import exclude_file, instruction_key, read_instruction_keys
 from safer_instruct.text.loading import LoadedExamples, load_examples
-from safer_instruct.text.prompts import Prompt, answer_turn, render_prompt, render_reversed, reversed_target
-from safer_instruct.text.readers import data_files, read_rows, require_columns, splits_left_out
+from safer_instruct.text.prompts import Prompt, render_prompt, render_reversed, reversed_target
+from safer_instruct.text.readers import data_files, splits_left_out
 from safer_instruct.text.row_log import RowLog, describe
 from trainers.data.cache import build_once, hash_files
 from trainers.data.token_store import TokenStore, TokenStoreWriter
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["LoadedExamples", "TrainEval", "build_stores", "describe", "load_examples", "prompt_token_ids"]
 
 Loss = Literal["likelihood", "reverse", "preference"]
-PUBLISHED_TEST_SET = "test_set.csv"  # its `si` prompts are also in the published training files
 ROWS_AT_ONCE = 1024
 
 
@@ -130,7 +130,7 @@ def _content_key(
     code += sorted((root / "safer_instruct" / "text").glob("*.py"))
     contents: dict[str, Any] = {}
     for name, settings in datasets.items():
-        paths = {"data": settings.path, "exclude": _exclude_path(settings), "eval": settings.eval_path}
+        paths = {"data": settings.path, "exclude": exclude_file(settings), "eval": settings.eval_path}
         files = {
             what: data_files(find_path(path), training=what == "data")
             for what, path in paths.items()
@@ -148,15 +148,6 @@ def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     del state["truncation"], state["padding"]  # set by whoever called the tokenizer last; the encoder uses neither
     state = [state, tokenizer.eos_token_id, tokenizer.chat_template, special_token_texts(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
-
-
-def _exclude_path(settings: DatasetSettings) -> str | None:
-    """The file of instructions to keep out: the one that is set, else the published test set where it lies by."""
-    if settings.exclude is not None:
-        return settings.exclude or None
-    path = find_path(settings.path)
-    beside = (path if path.is_dir() else path.parent) / PUBLISHED_TEST_SET
-    return str(beside) if settings.schema == "si" and beside.is_file() and beside != path else None
 
 
 def _write_stores(
@@ -219,8 +210,8 @@ class _DatasetWriter:
         self._special = special_token_texts(tokenizer)
         # A reversed model answers no chat: its prompt is the published one, and EOS ends what it writes.
         self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
-        self._exclude_file = _exclude_path(settings)
-        self._excluded = _instructions(self._exclude_file)
+        self._exclude_file = exclude_file(settings)
+        self._excluded = set(map(_hash, read_instruction_keys(self._exclude_file)))
         self._in_eval_files = in_eval_files  # shared by all datasets of the run
         self._targets = array("Q")
 
@@ -243,7 +234,7 @@ class _DatasetWriter:
             "dropped": dict(log.dropped),
             "noted": dict(log.counts),
             "unread_columns": dict(log.unread),
-            "excluded_by": None if self._exclude_file is None else Path(self._exclude_file).name,
+            "excluded_by": None if self._exclude_file is None else self._exclude_file.name,
             "different_targets": len(values),
             "most_common_target": int(counts.max(initial=0)),
             "ids": log.ids,
@@ -270,7 +261,7 @@ class _DatasetWriter:
 
     def _usable(self, loaded: Iterable[Example], split: str | None) -> Iterator[Example]:
         for example in loaded:
-            instruction = _instruction_hash(str(example.instruction), example.input)
+            instruction = _hash(instruction_key(str(example.instruction), example.input))
             texts = (example.instruction, example.input, example.chosen, example.rejected if self._pairs else None)
             if instruction in self._excluded:
                 self._drop("excluded", example)
@@ -315,14 +306,6 @@ class _DatasetWriter:
             self._log.note("boundary_merge", example)
 
 
-def _instruction_hash(instruction: str, input: str) -> int:
-    return xxhash.xxh3_64_intdigest(normalise(reversed_target(instruction, input)).encode("utf-8", "surrogatepass"))
-
-
-def _instructions(path: str | None) -> set[int]:
-    """Hash the (normalised) instructions of a file."""
-    found: set[int] = set()
-    for where, row in read_rows(find_path(path)) if path is not None else ():
-        require_columns(row, ["instruction"], where)
-        found.add(_instruction_hash(str(row["instruction"] or ""), str(row.get("input") or "")))
-    return found
+def _hash(key: str) -> int:
+    """Return 8 bytes for an instruction: a set of these is small beside one of texts."""
+    return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass"))

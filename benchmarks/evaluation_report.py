@@ -33,7 +33,8 @@ def write_output(folder: Path, num_rows: int) -> None:
     from config.settings import GenerationSettings
     from safer_instruct.experts.verdicts import Judgement
     from safer_instruct.measures.rates import JudgedOutput, summarize
-    from safer_instruct.report.document import build_report, describe_prompts, sample_row, write_json, write_samples
+    from safer_instruct.report.document import build_report, describe_prompts, write_json
+    from safer_instruct.report.evaluations import sample_row, write_samples
     from safer_instruct.text.prompt_sets import EvaluationPrompt
 
     draw, words = random.Random(0), TEXT.split()

@@ -40,7 +40,8 @@ def check_evaluate(config: EvaluateConfig) -> list[str]:
         if prompts.kind is not None:
             errors += one_of(f"prompts.{name}.kind", prompts.kind, ("unsafe", "benign", "near"))
     for name, model in config.models.items():
-        errors += one_of(f"models.{name}.template", model.template, ("alpaca", "hh", "plain", "chat"))
+        if model.template is not None:
+            errors += one_of(f"models.{name}.template", model.template, ("alpaca", "hh", "plain", "chat"))
         errors += one_of(f"models.{name}.dtype", model.dtype, DTYPES)
         errors += check_model_path(f"models.{name}.path", model.path)
     for path in config.training_data:
@@ -73,7 +74,8 @@ def _check_second_expert(expert: Any) -> list[str]:
 def _check_evaluation_parts(config: EvaluateConfig) -> list[str]:
     """The parts of an evaluation that a command asks for, and what each of them needs."""
     helpfulness, rewards, downstream = config.helpfulness, config.rewards, config.downstream
-    errors = at_least("samples_per_set", config.samples_per_set, 0) + above("rewards.beta", rewards.beta, 0)
+    errors = at_least("samples_per_set", config.samples_per_set, 0)
+    errors += above("rewards.beta", rewards.beta, 0) if rewards.beta is not None else []
     for name in ("max_prompt_length", "batch_size"):
         errors += at_least(f"rewards.{name}", rewards.__dict__[name], 1)
     if rewards.max_prompt_length >= rewards.max_length:

@@ -330,7 +330,7 @@ class EvaluatedModelSettings:
 
     path: str = MISSING
     base: str | None = None  # where path is a policy.pt: the folder with its architecture and tokenizer
-    template: str = "alpaca"
+    template: str | None = None  # alpaca | hh | plain | chat; null: the one of its run, alpaca for a model without
     dtype: str = "float32"
     served_as: str | None = None  # generation=openai: its name at the server; null: generation.server.model
     base_url: str | None = None  # generation=openai: a server of its own; null: generation.server.base_url
@@ -361,7 +361,8 @@ class RewardSettings:
 
     path: str | None = None  # pairs (instruction, chosen, rejected, label) that were not trained on; null: no check
     reference: str | None = None  # the model of models.NAME that the others were trained from
-    beta: float = 0.1  # of their loss
+    beta: float | None = None  # of their loss; null: as each model's run says, and needed for a model without a run
+    average_logps: bool | None = None  # of their loss; null: as each model's run says, or false
     max_length: int = 512  # tokens of prompt + response
     max_prompt_length: int = 256
     batch_size: int = 16  # pairs

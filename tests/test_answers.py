@@ -1,15 +1,19 @@
 """Answers of a model: stop strings, prompts without one, shards that read each other's ledgers."""
 
 import json
+import re
 import shutil
 import sys
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
 from config.errors import UserError
 from config.settings import BackendSettings, EvaluatedModelSettings, PromptSetSettings, ServerSettings
-from safer_instruct.evaluation.answers import check_model, generate_answers, own_prompts
+from safer_instruct.evaluation.answers import generate_answers, own_prompts
+from safer_instruct.evaluation.respondents import check_model, require_finite_weights
 from safer_instruct.evaluation.response_columns import read_columns
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 from tests.evaluations import run_evaluate
@@ -193,3 +197,41 @@ def test_the_thought_in_a_cell_of_a_file_is_not_judged(tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, answers = read_columns({"p": PromptSetSettings(path=str(tmp_path / "p.jsonl"))}, [])
     assert [(one.text, one.truncated) for one in answers["model"].values()] == [("No.", False), ("", True)]
+
+
+def test_a_model_is_asked_in_the_template_of_its_run(tiny_model_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_model_folder, run / "checkpoints" / "step-8" / "model")
+    (run / "LATEST").symlink_to("checkpoints/step-8")
+
+    def template(*templates):
+        datasets = {f"d{i}": {"path": "x", "schema": "si", "template": one} for i, one in enumerate(templates)}
+        (run / "config.yaml").write_text(yaml.safe_dump({"datasets": datasets}))
+        return check_model("m", EvaluatedModelSettings(path=str(run))).template
+
+    assert template("hh", "hh") == "hh"
+    assert check_model("m", EvaluatedModelSettings(path=str(run), template="plain")).template == "plain"
+    assert check_model("m", EvaluatedModelSettings(path=tiny_model_folder)).template == "alpaca"
+    with pytest.raises(
+        UserError, match=r"d0\.template=hh, datasets\.d1\.template=plain: choose by models\.m\.template="
+    ):
+        template("hh", "plain")
+    (run / "config.yaml").write_text("datasets: [hh]\nloss: {name: dpo}\n")  # as the DPO repo writes it
+    assert check_model("m", EvaluatedModelSettings(path=str(run))).template == "alpaca"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tiny_model_folder, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = sorted(weights)[-1]
+    weights[name].view(-1)[0] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"models\.m: {re.escape(name)} in .* holds NaN or infinite numbers"):
+        check_model("m", EvaluatedModelSettings(path=str(folder)))
+
+
+def test_finite_weights_whose_sum_overflows_are_no_fault(tmp_path):
+    save_file({"large": torch.full((100,), 3e38)}, tmp_path / "model.safetensors")
+    require_finite_weights("m", tmp_path)

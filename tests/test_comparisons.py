@@ -77,7 +77,8 @@ def test_the_tables_say_what_the_numbers_are():
     second = [Judgement(one.judgement.outcome) for one in BASE]
     report["agreement"] = judge_agreement(("x", "y"), {"base": BASE}, {"base": second})
     tables = extra_tables(report)
-    assert [table.key for table in tables] == ["comparisons", "agreement"]  # nothing to list: they agree
+    titles = ["Models compared on the same prompts", "Agreement of the judges"]
+    assert [table.title for table in tables] == titles  # nothing to list: they agree
     by_source = next(row for row in tables[0].rows if row[0] == "harmful answers, si")
     # p values 1/8, 1/8, 7/32, 1: Holm makes them 4/8, 4/8, at least its predecessor's 4/8 (7/16 is less), 1
     assert by_source[1:] == ["base -> dpo", by_source[2], "5 / 1", "9", "0.219", "0.500"]

@@ -12,8 +12,8 @@ import yaml
 import evaluate
 from config.errors import UserError
 from config.settings import DownstreamSettings, EvaluatedModelSettings
-from safer_instruct.evaluation.answers import check_model
 from safer_instruct.evaluation.downstream import TASK_LISTS, check_choices, encode_choice, require_lm_eval, task_names
+from safer_instruct.evaluation.respondents import check_model
 from tests.evaluations import run_evaluate
 
 QUESTIONS = [
@@ -90,6 +90,31 @@ def test_log_likelihoods_that_differ_are_an_error(tiny_model_folder):
         check_choices(respondent, choices, lambda *_: [-2.0005, -3.0])
     with pytest.raises(UserError, match="differ"):
         check_choices(respondent, choices, lambda *_: [float("nan"), -3.0])
+
+
+def test_the_rounding_of_a_dtype_is_no_difference(tiny_model_folder):
+    choices = [["a", "b", -20.0], ["c", "d", -3.0]]
+    off = lambda nats: lambda *_: [-20.0 + nats, -3.0]  # noqa: E731
+    half = check_model("tiny", EvaluatedModelSettings(path=tiny_model_folder, dtype="bfloat16"))
+    # lm_eval sums in bfloat16, which has no number between -20.125 and -20.0: both answers are right.
+    assert check_choices(half, choices, off(0.07))["largest_difference"] == pytest.approx(0.07)
+    with pytest.raises(UserError, match=r"up to 2 nats \(up to 0\.6 is rounding in bfloat16\)"):
+        check_choices(half, choices, off(2.0))
+    with pytest.raises(UserError, match="is rounding in float32"):
+        check_choices(check_model("tiny", EvaluatedModelSettings(path=tiny_model_folder)), choices, off(0.07))
+
+
+@pytest.mark.slow
+def test_a_report_can_be_had_in_bfloat16(tiny_model_folder, tasks, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    run_evaluate(
+        f"models.tiny.path={tiny_model_folder}", "models.tiny.dtype=bfloat16", "downstream.tasks=[toy_choice]",
+        f"downstream.include_path={tasks}", f"output={tmp_path}/out", "device=cpu",
+    )  # fmt: skip
+    checked = json.loads((tmp_path / "out" / "report.json").read_text())["downstream"]["checked"]["tiny"]
+    assert checked["n"] == 32
+    assert checked["largest_difference"] > 1e-4  # what was refused before
 
 
 def test_lists_of_tasks_are_written_out_once():

@@ -8,7 +8,6 @@ import yaml
 from config.errors import UserError
 from safer_instruct.report.evaluations import find_finished
 from safer_instruct.report.training_runs import find_training_overlap, read_training_run
-from safer_instruct.text.prompt_sets import EvaluationPrompt
 from tests.evaluations import run_evaluate
 
 PROMPTS = [{"id": f"u{i}", "instruction": f"ask {i}", "label": "ab"[i % 2], "kind": "unsafe"} for i in range(6)]
@@ -115,7 +114,7 @@ def test_mistakes_of_compare(reports, sweep, tmp_path):
     (broken / "metrics.jsonl").write_text("")
     assert "a run without a metric yet" in message(f"compare=[{broken}]")
     (broken / "metrics.jsonl").write_text('no json\n{"loss/eval": 1}\n')
-    assert "a line of it is no JSON" in message(f"compare=[{broken}]")
+    assert "metrics.jsonl:1: not a line of JSON" in message(f"compare=[{broken}]")
     torn = tmp_path / "torn"
     torn.mkdir()
     (torn / "report.json").write_text("{")
@@ -133,10 +132,6 @@ def test_names_take_as_many_folders_as_they_need(tmp_path):
     assert read_training_run("r", tmp_path / "x/run").metrics == expected
 
 
-def prompt(instruction):
-    return EvaluationPrompt(instruction, instruction, "s", "s", "", "unsafe")
-
-
 def test_prompts_that_the_evaluated_run_was_trained_on(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -147,16 +142,16 @@ def test_prompts_that_the_evaluated_run_was_trained_on(tmp_path):
     (data / "test_set.csv").write_text("instruction,label\nleft out,si\n")
     si = {"path": str(data / "si.jsonl"), "schema": "si", "eval_path": None, "eval_fraction": 0.0, "exclude": None}
     folder = trained(tmp_path / "run", 0.1, [1.0], datasets={"si": si})
-    prompts = [prompt(text) for text in ("seen one", "left out", "never seen")]
-    (found,) = find_training_overlap(str(folder), prompts)
+    asked = {text: [f"s/{text}"] for text in ("seen one", "left out", "never seen")}
+    (found,) = find_training_overlap(str(folder), asked)
     assert found.prompt_ids == ("s/seen one",)  # train.py leaves out what the test set beside the data asks
     assert found.num_rows == 2
     checkpoint = folder / "checkpoints" / "step-8" / "model"
     checkpoint.mkdir(parents=True)
-    assert find_training_overlap(str(checkpoint), prompts) == [found]
+    assert find_training_overlap(str(checkpoint), asked) == [found]
     held = {**si, "eval_fraction": 0.999999999}
-    (held_found,) = find_training_overlap(str(trained(tmp_path / "held", 0.1, [1.0], datasets={"si": held})), prompts)
+    (held_found,) = find_training_overlap(str(trained(tmp_path / "held", 0.1, [1.0], datasets={"si": held})), asked)
     assert held_found.prompt_ids == ()  # it was held out, not trained on
     gone = {**si, "path": str(tmp_path / "gone.jsonl")}
-    assert find_training_overlap(str(trained(tmp_path / "gone", 0.1, [1.0], datasets={"si": gone})), prompts) == []
-    assert find_training_overlap("quickstart/model", prompts) == []
+    assert find_training_overlap(str(trained(tmp_path / "gone", 0.1, [1.0], datasets={"si": gone})), asked) == []
+    assert find_training_overlap("quickstart/model", asked) == []

@@ -18,7 +18,8 @@ from safer_instruct.experts.verdicts import Judgement
 from safer_instruct.measures.comparisons import compare_models
 from safer_instruct.measures.rates import JudgedOutput, summarize
 from safer_instruct.report.curves import plot_compared
-from safer_instruct.report.document import build_report, sample_row
+from safer_instruct.report.document import build_report
+from safer_instruct.report.evaluations import sample_row
 from safer_instruct.report.page import pick_samples, render_page
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 

@@ -17,11 +17,10 @@ from safer_instruct.report.document import (
     build_report,
     describe_prompts,
     render_markdown,
-    sample_row,
     summary_sentence,
     write_json,
-    write_samples,
 )
+from safer_instruct.report.evaluations import sample_row, write_samples
 from safer_instruct.report.page import TEXT_LIMIT, pick_samples, render_page
 from safer_instruct.report.plots import outcome_shares, plot_outcomes, plot_rates
 from safer_instruct.text.display import visible

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import yaml
 
 from config.errors import UserError
 from safer_instruct.measures.reward_checks import check_rewards
@@ -119,3 +120,71 @@ def test_mistakes(folders, tmp_path):
     assert "read the pairs as different tokens" in message("models.dpo.template=plain")
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"instruction": "x", "chosen": "y", "rejected": ""}) + "\n")
     assert "no usable row" in message()
+
+
+def as_run(tmp_path, name, **loss):
+    """Makes a model folder part of a run of train.py."""
+    config = {"loss": {"name": "dpo", **loss}, "datasets": {}}
+    (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_beta_is_the_one_of_the_run(folders, tmp_path):
+    typed = run(tmp_path)["rewards"]
+    as_run(tmp_path, "dpo", beta=0.25, average_logps=False)
+    of_run = run(tmp_path, "rewards.beta=null")["rewards"]
+    assert (of_run["beta"], of_run["models"]["dpo"]["beta"]) == (0.25, 0.25)
+    assert of_run["models"]["dpo"]["margin"]["mean"] == pytest.approx(typed["models"]["dpo"]["margin"]["mean"] / 2)
+    assert run(tmp_path, "rewards.beta=0.25")["rewards"] == of_run  # the same, typed: no contradiction
+
+
+def test_each_model_has_the_beta_of_its_run(folders, tmp_path):
+    as_run(tmp_path, "dpo", beta=0.25)
+    as_run(tmp_path, "reference", beta=1.0)  # the same weights as the reference, and a run of its own
+    part = run(tmp_path, "rewards.beta=null", f"models.twin.path={tmp_path}/reference")["rewards"]
+    assert part["beta"] is None
+    assert {name: one["beta"] for name, one in part["models"].items()} == {"dpo": 0.25, "twin": 1.0}
+    assert "beta = 0.25 (dpo), 1 (twin)." in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_averaged_log_probabilities_of_the_run(folders, tmp_path, tokenizer):
+    as_run(tmp_path, "dpo", beta=0.5, average_logps=True)
+    margins = []
+    for row in PAIRS:
+        prompt = render_alpaca(row["instruction"]).text
+        means = {}
+        for text in ("chosen", "rejected"):
+            num_tokens = len(tokenizer(prompt + row[text])["input_ids"]) + 1 - len(tokenizer(prompt)["input_ids"])
+            own, other = (logp(folders[name], tokenizer, prompt, row[text]) for name in ("dpo", "reference"))
+            means[text] = (own - other) / num_tokens
+        margins.append(0.5 * (means["chosen"] - means["rejected"]))
+    found = run(tmp_path, "rewards.beta=null")["rewards"]["models"]["dpo"]
+    assert found["margin"]["mean"] == pytest.approx(sum(margins) / 5, abs=1e-5)
+
+
+def test_a_value_that_contradicts_the_run_names_both(folders, tmp_path):
+    as_run(tmp_path, "dpo", beta=0.25, average_logps=True)
+    with pytest.raises(UserError) as raised:
+        run(tmp_path, "rewards.beta=0.1", "rewards.average_logps=false")
+    message = str(raised.value)
+    assert f"rewards.beta=0.1: models.dpo.path={tmp_path}/dpo was trained with loss.beta=0.25" in message
+    assert "rewards.average_logps=False: " in message
+    assert "loss.average_logps=True" in message
+    assert "leave rewards.beta out" in message
+
+
+def test_a_model_without_a_run_needs_beta(folders, tmp_path):
+    with pytest.raises(
+        UserError, match=r"rewards\.beta is not set, and models\.dpo\.path=.* write rewards\.beta=NUMBER"
+    ):
+        run(tmp_path, "rewards.beta=null")
+
+
+def test_pairs_that_a_model_was_trained_on_are_not_called_held_out(folders, tmp_path):
+    data = {"si": {"path": str(tmp_path / "pairs.jsonl"), "schema": "si", "eval_fraction": 0.0}}
+    (tmp_path / "dpo" / "config.yaml").write_text(yaml.safe_dump({"loss": {"beta": 0.5}, "datasets": data}))
+    report = run(tmp_path)
+    assert report["rewards"]["trained_on"] == {"sft": 0, "dpo": 5}
+    assert "dpo was trained on the instructions of 5 of the pairs in" in " ".join(report["warnings"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Implicit rewards on pairs that were trained on, against sft" in text
+    assert "held-out pairs" not in text

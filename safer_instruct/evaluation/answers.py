@@ -11,13 +11,14 @@ import glob
 import hashlib
 import json
 import re
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from config.paths import find_path
-from config.settings import BackendSettings, EvaluatedModelSettings, ModelSettings
+from config.settings import BackendSettings
+from safer_instruct.evaluation.respondents import Respondent
 from safer_instruct.experts.verdicts import Judgement
 from safer_instruct.generation.completions import describe_decoding
 from safer_instruct.induction.ledger import Ledger, read_ledger
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from safer_instruct.experts.expert import Expert
     from safer_instruct.experts.verdicts import Winner
 
-Progress = Callable[[int], object]  # told how many rows are done
+Advance = Callable[[int], object]  # told how many more rows are done
+Record = Mapping[str, Any]
 WHOLE = (0, 1)  # the shard that holds everything
 
 
@@ -52,49 +54,13 @@ class Answer:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Respondent:
-    """One model to be evaluated: checked and identified, its weights not loaded."""
-
-    name: str
-    path: str
-    model: ModelSettings  # behind a server, too: its tokenizer has the template, and its files are its identity
-    template: str
-    prompt: str  # hash of the template's text: another wording is asked again
-    fingerprint: str
-    served_as: str | None = None  # its name at a server, where that is not the one of `generation.server`
-    base_url: str | None = None  # of a server of its own
-
-
-def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
-    """Everything about a model that can be wrong before its weights are loaded.
-
-    Loads the tokenizer, opens the weight files' headers, tries the template, and hashes the files.
-
-    Raises:
-        UserError: No model or no tokenizer there, damaged weights, or a template that the tokenizer does not have.
-    """
-    from safer_instruct.generation.models import check_weight_files, load_tokenizer, model_fingerprint, resolve_archive
-
-    model = ModelSettings(
-        name_or_path=settings.base or settings.path,
-        archive=settings.path if settings.base else None,
-        policy_dtype=settings.dtype,
-    )
-    prompt = text_id(render_prompt(settings.template, "", tokenizer=load_tokenizer(model)).text)
-    if find_path(settings.path).exists() and (folder := resolve_archive(settings.path)).is_dir():
-        check_weight_files(folder)
-    served = {"served_as": settings.served_as, "base_url": settings.base_url}
-    return Respondent(name, settings.path, model, settings.template, prompt, model_fingerprint(model), **served)
-
-
 def prompt_key(prompt: EvaluationPrompt) -> str:
-    """What an answer is filed under: id and text, so that an edited prompt is asked again."""
+    """Return what an answer is filed under: a hash of id and text, so that an edited prompt is asked again."""
     return text_id(prompt.id, prompt.instruction)
 
 
 def own_prompts(prompts: Iterable[EvaluationPrompt], shard: tuple[int, int]) -> list[EvaluationPrompt]:
-    """The prompts of a shard (index, count): prompts that ask the same are in one shard, and are judged there."""
+    """Return the prompts of a shard (index, count): those that ask the same are in one shard, and are judged there."""
     return [prompt for prompt in prompts if in_shard(text_id(prompt.instruction), *shard)]
 
 
@@ -106,32 +72,30 @@ def generate_answers(
     stop: Sequence[str],
     device: torch.device,
     folder: Path,
-    progress: Progress,
+    progress: Advance,
     shard: tuple[int, int] = WHOLE,
 ) -> dict[str, Answer]:
-    """The model's answer to every prompt, by `prompt_key`; the model is loaded only if one is missing.
+    """Return the model's answer to every prompt, by `prompt_key`; the model is loaded only if one is missing.
 
     What other shards have answered is read from their ledgers, not asked again.
 
     Raises:
         UserError: The model cannot be loaded, the limits leave no room for a prompt, or the ledger is broken or in use.
     """
-    prompt_identity = {"template": respondent.template, "prompt": respondent.prompt}
-    configuration = {"model": respondent.fingerprint, **prompt_identity, **describe_decoding(generation)}
+    configuration = {"model": respondent.fingerprint, "template": respondent.template, "prompt": respondent.prompt}
+    configuration |= describe_decoding(generation)
     if generation.backend == "openai":
         configuration["served_as"] = respondent.served_as or generation.server.model
     asked = {prompt_key(prompt): prompt for prompt in prompts}
-    with _Records(folder, f"generate-{respondent.name}", configuration, shard) as records:
-        missing = {key: prompt for key, prompt in asked.items() if key not in records}
-        progress(len(asked) - len(missing))
-        if missing:
-            for record in _generate(respondent, missing, generation, device):
-                records.append(record)
-                progress(1)
-        return {key: _to_answer(records[key], stop) for key in asked}
+
+    def generate(missing: Sequence[str]) -> Iterable[Record]:
+        return _generate(respondent, {key: asked[key] for key in missing}, generation, device)
+
+    records = _complete(folder, f"generate-{respondent.name}", configuration, shard, asked, generate, progress)
+    return {key: _to_answer(record, stop) for key, record in records.items()}
 
 
-def _to_answer(record: Mapping[str, Any], stop: Sequence[str]) -> Answer:
+def _to_answer(record: Record, stop: Sequence[str]) -> Answer:
     text, truncated = record["text"], record["truncated"]
     ends = [found for string in stop if (found := text.find(string)) >= 0]
     if ends:
@@ -164,27 +128,17 @@ def _generate(
         Request(key, render_prompt(respondent.template, prompt.instruction, tokenizer=tokenizer))
         for key, prompt in prompts.items()
     ]
+    kept = ("id", "text", "truncated", "prompt_cut", "new_tokens", "error")
     for generation in generator.generate(requests):
-        yield {
-            "id": generation.id,
-            "text": generation.text,
-            "truncated": generation.truncated,
-            "prompt_cut": generation.prompt_cut,
-            "new_tokens": generation.new_tokens,
-            "error": generation.error,
-            **({"thought": generation.thought} if generation.thought else {}),
-        }
+        record = asdict(generation)
+        thought = {"thought": generation.thought} if generation.thought else {}
+        yield {name: record[name] for name in kept} | thought
 
 
 def judge_answers(
-    judge: Expert,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    folder: Path,
-    progress: Progress,
-    shard: tuple[int, int] = WHOLE,
+    judge: Expert, pairs: Sequence[tuple[str, str]], *, folder: Path, progress: Advance, shard: tuple[int, int] = WHOLE
 ) -> list[Judgement]:
-    """The judgement of every (instruction, output) pair, in their order.
+    """Return the judgement of every (instruction, output) pair, in their order.
 
     Equal pairs are judged once: two models that say the same to the same prompt are judged the same.
 
@@ -193,65 +147,63 @@ def judge_answers(
     """
     keys = [text_id(instruction, output) for instruction, output in pairs]
     distinct = dict(zip(keys, pairs, strict=True))
-    with _Records(folder, "judge", {"judge": judge.fingerprint("judge")}, shard) as records:
-        missing = [(key, *pair) for key, pair in distinct.items() if key not in records]
-        progress(len(distinct) - len(missing))
-        for key, judgement in judge.judge(missing) if missing else ():
-            records.append({"id": key, **asdict(judgement)})
-            progress(1)
-        return [_to_judgement(records[key]) for key in keys]
+
+    def ask(missing: Sequence[str]) -> Iterable[Record]:
+        for key, judgement in judge.judge([(key, *distinct[key]) for key in missing]):
+            yield {"id": key, **asdict(judgement)}
+
+    records = _complete(folder, "judge", {"judge": judge.fingerprint("judge")}, shard, distinct, ask, progress)
+    return [_to_judgement(records[key]) for key in keys]
 
 
 def judge_pairs(
-    judge: Expert, items: Sequence[tuple[str, str, str]], *, folder: Path, progress: Progress
+    judge: Expert, items: Sequence[tuple[str, str, str]], *, folder: Path, progress: Advance
 ) -> dict[str, Winner]:
-    """Which of the two answers of each (instruction, first, second) helps more, by the `text_id` of the three.
+    """Return which of the two answers of each (instruction, first, second) helps more, by the `text_id` of the three.
 
     Raises:
         UserError: As `judge_answers`; a judge that cannot compare.
     """
     distinct = {text_id(*item): item for item in items}
-    with _Records(folder, "compare", {"judge": judge.fingerprint("compare")}, WHOLE) as records:
-        missing = [(key, *item) for key, item in distinct.items() if key not in records]
-        progress(len(distinct) - len(missing))
-        for key, winner in judge.compare(missing) if missing else ():
-            records.append({"id": key, "winner": winner})
-            progress(1)
-        return {key: records[key]["winner"] for key in distinct}
+
+    def ask(missing: Sequence[str]) -> Iterable[Record]:
+        for key, winner in judge.compare([(key, *distinct[key]) for key in missing]):
+            yield {"id": key, "winner": winner}
+
+    records = _complete(folder, "compare", {"judge": judge.fingerprint("compare")}, WHOLE, distinct, ask, progress)
+    return {key: record["winner"] for key, record in records.items()}
 
 
-class _Records:
-    """The ledger of one configuration and shard, together with what the ledgers of the other shards hold."""
+def _complete(
+    folder: Path,
+    stem: str,
+    configuration: Mapping[str, Any],
+    shard: tuple[int, int],
+    keys: Iterable[str],
+    make: Callable[[Sequence[str]], Iterable[Record]],
+    progress: Advance,
+) -> dict[str, Record]:
+    """Return the record of every key: from the ledger of any shard, or else made now and written into our own.
 
-    def __init__(self, folder: Path, stem: str, configuration: Mapping[str, Any], shard: tuple[int, int]) -> None:
-        path = _ledger_path(folder, stem, configuration)
-        index, count = shard
-        own = path if count == 1 else path.with_name(f"{path.stem}-{index:05d}-of-{count:05d}{path.suffix}")
-        others = [other for other in sorted(folder.glob(f"{glob.escape(path.stem)}*{path.suffix}")) if other != own]
-        self._others = [read_ledger(other)[1] for other in others if other.stat().st_size]
-        self._ledger = Ledger(own, configuration)
-
-    def __enter__(self) -> Self:
-        self._ledger.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ledger.__exit__(*error)
-
-    def __contains__(self, key: str) -> bool:
-        return any(key in records for records in (self._ledger.records, *self._others))
-
-    def __getitem__(self, key: str) -> Mapping[str, Any]:
-        return next(records[key] for records in (self._ledger.records, *self._others) if key in records)
-
-    def append(self, record: dict[str, Any]) -> None:
-        self._ledger.append(record)
-
-
-def _to_judgement(record: Mapping[str, Any]) -> Judgement:
-    return Judgement(**{name: value for name, value in record.items() if name != "id"})
-
-
-def _ledger_path(folder: Path, stem: str, configuration: Mapping[str, Any]) -> Path:
+    A ledger is named by `stem`, a hash of its configuration, and its shard. `make` is called once, with the keys that
+    are missing, or not at all; `progress` is told first of all records that were there, then of each new one.
+    """
     digest = hashlib.blake2b(json.dumps(configuration, sort_keys=True).encode(), digest_size=6).hexdigest()
-    return folder / f"{re.sub(r'[^A-Za-z0-9.-]', '_', stem)}-{digest}.jsonl"
+    name = f"{re.sub(r'[^A-Za-z0-9.-]', '_', stem)}-{digest}"
+    index, count = shard
+    own = folder / (f"{name}.jsonl" if count == 1 else f"{name}-{index:05d}-of-{count:05d}.jsonl")
+    others = [other for other in sorted(folder.glob(f"{glob.escape(name)}*.jsonl")) if other != own]
+    elsewhere = [read_ledger(other)[1] for other in others if other.stat().st_size]
+    with Ledger(own, configuration) as ledger:
+        known = ChainMap(ledger.records, *elsewhere)
+        wanted = list(keys)
+        missing = [key for key in wanted if key not in known]
+        progress(len(wanted) - len(missing))
+        for record in make(missing) if missing else ():
+            ledger.append(dict(record))
+            progress(1)
+        return {key: known[key] for key in wanted}
+
+
+def _to_judgement(record: Record) -> Judgement:
+    return Judgement(**{name: value for name, value in record.items() if name != "id"})

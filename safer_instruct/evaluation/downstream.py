@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
+from config.files import write_text
 from config.paths import find_path
 from config.settings import DownstreamSettings
-from safer_instruct.evaluation.answers import Respondent
+from safer_instruct.evaluation.respondents import Respondent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,9 @@ TASK_LISTS = {
 INSTALL = 'pip install "lm_eval[hf]"'
 METRICS = ("acc", "acc_norm", "exact_match", "f1", "mc2")  # shown of a task, as far as it has them
 CHECKED_CHOICES = 32  # log-likelihoods that are computed again here
-TOLERANCE = 1e-4  # nats
+TOLERANCE = 1e-4  # nats, for a float32 model and choices of up to 100 nats: it has 7 digits
+ROUNDING = {"bfloat16": 2**-7, "float16": 2**-10}  # a unit in the last place of a number between 1 and 2
+LOGITS = 16  # how large logits commonly are: their rounding is the least error of any log-likelihood
 ERROR_LINES = 12
 
 # (model, (context, continuation) pairs) -> log-likelihoods in nats: evaluate.py brings the kernel of trainers/
@@ -49,14 +52,14 @@ def require_lm_eval() -> None:
 
 
 def task_names(settings: DownstreamSettings) -> list[str]:
-    """The tasks of lm_eval that are asked for, lists of ours written out, each once."""
+    """Return the tasks of lm_eval that are asked for, our lists written out, each task once."""
     return list(dict.fromkeys(name for entry in settings.tasks for name in TASK_LISTS.get(entry, (entry,))))
 
 
 def run_tasks(
     respondent: Respondent, folder: Path, settings: DownstreamSettings, *, model_folder: Path, device: str
 ) -> dict[str, Any]:
-    """The results of one model; a finished run of the same weights and settings is read, not repeated.
+    """Return the results of one model; a finished run of the same weights and settings is read, not repeated.
 
     Returns:
         `{"tasks": {TASK: {METRIC: {"value", "stderr"}}}, "versions": {TASK: n}, "choices": [...]}`, the last being some
@@ -74,15 +77,13 @@ def run_tasks(
         shutil.rmtree(work, ignore_errors=True)  # what a killed process left
         _run(_command(respondent, settings, model_folder, device, work))
         results = _read_results(work)
-        part = done.with_suffix(".part")
-        part.write_text(json.dumps(results), encoding="utf-8")
-        os.replace(part, done)
+        write_text(done, json.dumps(results))
         shutil.rmtree(work)
     return dict(json.loads(done.read_text(encoding="utf-8")))
 
 
 def _content(include_path: str | None) -> str | None:
-    """Hash of a folder of tasks."""
+    """Hash a folder of tasks."""
     if include_path is None:
         return None
     digest = hashlib.blake2b(digest_size=8)
@@ -98,12 +99,10 @@ def _command(
     command = [sys.executable, "-P", "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments]
     command += ["--tasks", ",".join(task_names(settings)), "--device", device, "--output_path", str(output)]
     command += ["--batch_size", str(settings.batch_size), "--log_samples"]
-    if settings.include_path is not None:
-        command += ["--include_path", str(find_path(settings.include_path).resolve())]
-    if settings.num_fewshot is not None:
-        command += ["--num_fewshot", str(settings.num_fewshot)]
-    if settings.limit is not None:
-        command += ["--limit", str(settings.limit)]
+    include_path = None if settings.include_path is None else find_path(settings.include_path).resolve()
+    optional = {"include_path": include_path, "num_fewshot": settings.num_fewshot, "limit": settings.limit}
+    for name, value in optional.items():
+        command += [f"--{name}", str(value)] if value is not None else []
     return command
 
 
@@ -121,26 +120,20 @@ def _run(command: Sequence[str]) -> None:
 def _read_results(folder: Path) -> dict[str, Any]:
     (file,) = sorted(folder.rglob("results_*.json"))[-1:]
     results = json.loads(file.read_text(encoding="utf-8"))
-    tasks = {}
+    tasks: dict[str, dict[str, Any]] = {}
     for task, values in results["results"].items():
-        metrics = {}
+        tasks[task] = {}
         for name in METRICS:
             value, stderr = values.get(f"{name},none"), values.get(f"{name}_stderr,none")
-            if isinstance(value, int | float):
-                metrics[name] = {"value": value, "stderr": stderr if isinstance(stderr, int | float) else None}
-        tasks[task] = metrics
-    choices: list[list[Any]] = []
-    for samples in sorted(folder.rglob("samples_*.jsonl")):
-        choices += _choices(samples, CHECKED_CHOICES - len(choices))
+            if isinstance(value, int | float):  # lm_eval writes "N/A" for what it cannot tell
+                tasks[task][name] = {"value": value, "stderr": stderr if isinstance(stderr, int | float) else None}
+    logged = chain.from_iterable(map(_logged_choices, sorted(folder.rglob("samples_*.jsonl"))))
+    choices = list(islice(logged, CHECKED_CHOICES))
     return {"tasks": tasks, "versions": results.get("versions", {}), "choices": choices}
 
 
-def _choices(samples: Path, limit: int) -> list[list[Any]]:
-    """The first (context, continuation, log-likelihood) of a file of logged samples; none of a generation task."""
-    return [found for _, found in zip(range(limit), _logged_choices(samples), strict=False)]
-
-
 def _logged_choices(samples: Path) -> Iterator[list[Any]]:
+    """Yield (context, continuation, log-likelihood) from a file of logged samples; none of a generation task."""
     with samples.open(encoding="utf-8") as file:
         for row in map(json.loads, file):
             for arguments, answers in zip(row["arguments"].values(), row["resps"], strict=True):
@@ -149,7 +142,7 @@ def _logged_choices(samples: Path) -> Iterator[list[Any]]:
 
 
 def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of a context and of a choice after it, as lm_eval cuts them: spaces at the border belong to the choice."""
+    """Return the tokens of a context and of a choice, cut as lm_eval does: spaces between them belong to the choice."""
     stripped = context.rstrip()
     whole = list(tokenizer.encode(context + continuation))
     start = len(tokenizer.encode(stripped))
@@ -163,26 +156,41 @@ def check_choices(respondent: Respondent, choices: Sequence[Sequence[Any]], scor
         `{"n", "largest_difference"}`, in nats.
 
     Raises:
-        UserError: They differ by more than 1e-4: one of the two programs computes something else.
+        UserError: They differ by more than the rounding of the model's dtype: one of the two programs computes
+            something else.
     """
     pairs = [(context, continuation) for context, continuation, _ in choices if context]
     theirs = [logp for context, _, logp in choices if context]
     if not pairs:
         return {"n": 0, "largest_difference": None}
-    ours = score(respondent, pairs)
-    largest = max(abs(own - other) for own, other in zip(ours, theirs, strict=True))
-    # float32 has 7 digits: hundreds of nats cannot agree to 1e-4
-    if not largest <= TOLERANCE * max(1.0, max(map(abs, theirs)) / 100):
+    differences = [abs(own - other) for own, other in zip(score(respondent, pairs), theirs, strict=True)]
+    tolerance = choice_tolerance(respondent.model.policy_dtype, max(map(abs, theirs)))
+    if not all(difference <= tolerance for difference in differences):  # a NaN fails, too
         raise UserError(
             f"models.{respondent.name}: lm_eval's log-likelihoods of {len(pairs)} choices differ from those of this "
-            f"program by up to {largest:.2g} nats (up to {TOLERANCE:g} is rounding). Is "
-            f"models.{respondent.name}.dtype=float32 set, and the tokenizer that of the model?"
+            f"program by up to {max(differences):.2g} nats (up to {tolerance:.1g} is rounding in "
+            f"{respondent.model.policy_dtype}). Is the tokenizer that of the model?"
         )
-    return {"n": len(pairs), "largest_difference": largest}
+    return {"n": len(pairs), "largest_difference": max(differences)}
+
+
+def choice_tolerance(dtype: str, largest: float) -> float:
+    """Return by how many nats rounding alone may change the log-likelihood of a choice.
+
+    lm_eval rounds logits, log-probabilities and their sum to the dtype of the weights, while our kernel sums in
+    float64: with 16 bits that is a unit or two in the last place of a logit and of the log-likelihood itself.
+
+    Args:
+        dtype: Of the weights.
+        largest: The largest log-likelihood in nats, by its absolute value.
+    """
+    if dtype in ROUNDING:
+        return 2 * ROUNDING[dtype] * (LOGITS + largest)
+    return TOLERANCE * max(1.0, largest / 100)
 
 
 def merge(results: Mapping[str, Mapping[str, Any]], checks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The part of the report: tasks in order, for each model its values, and what the check found."""
+    """Build the part of the report: tasks in order, for each model its values, and what the check found."""
     tasks = list(dict.fromkeys(task for result in results.values() for task in result["tasks"]))
     return {
         "tasks": tasks,

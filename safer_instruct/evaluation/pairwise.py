@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safer_instruct.evaluation.answers import Progress, judge_pairs
+from safer_instruct.evaluation.answers import Advance, judge_pairs
 from safer_instruct.experts.expert import Expert
 from safer_instruct.experts.verdicts import Winner
 from safer_instruct.measures.rates import JudgedOutput
@@ -31,9 +31,9 @@ def compare_helpfulness(
     baseline: str,
     kinds: Sequence[str],
     folder: Path,
-    progress: Progress,
+    progress: Advance,
 ) -> dict[str, Any]:
-    """Win rates of every model against `baseline`, over the prompts of these kinds that both answered.
+    """Count wins of every model against `baseline`, over the prompts of these kinds that both answered.
 
     Returns:
         `{"baseline", "kinds", "models": {NAME: {...}}}`: the fields of `WinRate` (absent where no prompt could be

@@ -10,7 +10,8 @@ import xxhash
 
 from config.errors import UserError
 from config.settings import THOUGHT_TAGS, ModelSettings, PromptSetSettings
-from safer_instruct.evaluation.answers import Answer, Respondent, prompt_key
+from safer_instruct.evaluation.answers import Answer, prompt_key
+from safer_instruct.evaluation.respondents import Respondent
 from safer_instruct.generation.completions import split_thought
 from safer_instruct.text.prompt_sets import read_prompts
 
@@ -21,7 +22,7 @@ NO_ANSWER = "empty_cell"
 def read_columns(
     sets: Mapping[str, PromptSetSettings], columns: Sequence[str], thought_tags: Sequence[str] = THOUGHT_TAGS
 ) -> tuple[dict[str, Respondent], dict[str, dict[str, Answer]]]:
-    """Who answered, and the answers of each column by `prompt_key`; an empty cell is an `Answer` with an error.
+    """Read who answered, and the answers of each column by `prompt_key`; an empty cell is an `Answer` with an error.
 
     Args:
         sets: The files, as for `load_prompt_sets`.
@@ -62,8 +63,8 @@ def _check_columns(path: str, found: Mapping[str, list[str]], set_name: str, col
     missing = [name for name in columns if name not in here]
     if missing:
         raise UserError(
-            f"{path}: columns=[{','.join(columns)}] names no column {', '.join(missing)}; those that can be models are"
-            f": {listed}"
+            f"{path}: columns=[{','.join(columns)}] names no column {', '.join(missing)}; those that can be models "
+            f"are: {listed}"
         )
     if not here:
         raise UserError(f"{path}: responses=csv takes the columns as models, and it has none but the prompt's own")

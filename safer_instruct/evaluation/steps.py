@@ -21,24 +21,19 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import EvaluateConfig
-from safer_instruct.evaluation.answers import (
-    Answer,
-    Respondent,
-    check_model,
-    generate_answers,
-    judge_answers,
-    own_prompts,
-    prompt_key,
-)
+from safer_instruct.evaluation.answers import Advance, Answer, generate_answers, judge_answers, own_prompts, prompt_key
 from safer_instruct.evaluation.downstream import ChoiceScorer, check_choices, merge, require_lm_eval, run_tasks
 from safer_instruct.evaluation.pairwise import compare_helpfulness
+from safer_instruct.evaluation.respondents import Respondent, check_model
 from safer_instruct.evaluation.response_columns import read_columns
+from safer_instruct.evaluation.rewards import reward_scales
 from safer_instruct.experts.expert import Expert, build_expert
 from safer_instruct.measures.comparisons import compare_models, judge_agreement
 from safer_instruct.measures.rates import JudgedOutput
 from safer_instruct.report.curves import Points, read_curves
 from safer_instruct.report.dataset import read_induction_report, read_stages
 from safer_instruct.report.training_runs import find_induction_report, find_training_overlap
+from safer_instruct.text.exclusion import instruction_key
 from safer_instruct.text.prompt_sets import EvaluationPrompt, Overlap, find_overlap, load_prompt_sets
 
 log = logging.getLogger(__name__)
@@ -57,6 +52,7 @@ class Evaluation:
     prompt_sets: dict[str, list[EvaluationPrompt]]
     judge: Expert | None  # None: there are no prompts
     second_judge: Expert | None
+    reward_scales: dict[str, RewardScale]
     device: torch.device
     shard: tuple[int, int]
     overlaps: list[Overlap]
@@ -71,7 +67,7 @@ class Evaluation:
 
 
 def prepare(config: EvaluateConfig, shard: tuple[int, int]) -> Evaluation:
-    """Reads everything but weights: whatever is wrong is said before the first minute is spent.
+    """Read everything but weights: whatever is wrong is said before the first minute is spent.
 
     Raises:
         UserError: A prompt set, model, judge or file of the report is missing or broken.
@@ -83,12 +79,13 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int]) -> Evaluation:
     dataset = read_induction_report(induction_report) if induction_report else None
     if config.downstream.tasks:
         require_lm_eval()
-    judge, second = (
+    judge, second_judge = (
         build_expert(settings, device) if prompt_sets and settings is not None else None
         for settings in (config.expert, config.second_expert)
     )
-    for one in (one for one in (judge, second) if one is not None):
-        one.check()
+    for one in (judge, second_judge):
+        if one is not None:
+            one.check()
     if config.responses == "csv":
         respondents, given = read_columns(config.prompts, config.columns, config.generation.thought_tags)
     else:
@@ -97,36 +94,39 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int]) -> Evaluation:
     if judge is not None and baseline is not None:
         if baseline not in respondents:
             raise UserError(f"helpfulness.baseline={baseline}: the models are {', '.join(respondents)}")
-        judge.compare([])
-    evaluation = Evaluation(
+        judge.compare([])  # a judge that cannot compare says so here
+    asks_rewards = config.rewards.path is not None
+    return Evaluation(
         respondents=respondents,
         given=given,
         prompt_sets=prompt_sets,
         judge=judge,
-        second_judge=second,
+        second_judge=second_judge,
+        reward_scales=reward_scales(respondents, config.rewards) if asks_rewards else {},
         device=device,
         shard=shard,
-        overlaps=[],
+        overlaps=find_overlaps(config, list(chain.from_iterable(prompt_sets.values()))),
         dataset=dataset,
         curves={name: read_curves(name, path) for name, path in _curves(config).items()},
         stages=read_stages(config.stages_file) if config.stages_file else [],
     )
-    evaluation.overlaps = find_overlaps(config, evaluation.prompts)
-    return evaluation
 
 
 def _curves(config: EvaluateConfig) -> dict[str, str]:
-    """The runs whose curves are drawn: those that are named, else those among the models."""
+    """Return the runs whose curves are drawn: those that are named, else those among the models."""
     among_models = {name: model.path for name, model in config.models.items()}
     runs = {name: path for name, path in among_models.items() if (find_path(path) / "metrics.jsonl").is_file()}
     return config.curves or runs
 
 
 def find_overlaps(config: EvaluateConfig, prompts: Sequence[EvaluationPrompt]) -> list[Overlap]:
-    """What the prompts share with the files that are named, and with what the evaluated runs were trained on."""
+    """Find what the prompts share with the files that are named, and with what the evaluated runs were trained on."""
     overlaps = [find_overlap(path, prompts) for path in config.training_data]
-    for model in config.models.values():
-        found = find_training_overlap(model.path, prompts) if prompts else []
+    asked: dict[str, list[str]] = {}
+    for prompt in prompts:
+        asked.setdefault(instruction_key(prompt.instruction), []).append(f"{prompt.set_name}/{prompt.id}")
+    for model in config.models.values() if asked else ():
+        found = find_training_overlap(model.path, asked)
         overlaps += [overlap for overlap in found if overlap not in overlaps]
     for overlap in overlaps:
         if overlap.prompt_ids:
@@ -135,11 +135,11 @@ def find_overlaps(config: EvaluateConfig, prompts: Sequence[EvaluationPrompt]) -
 
 
 def ask_all(evaluation: Evaluation, config: EvaluateConfig, seconds: dict[str, float]) -> Answers:
-    """The answers of each model, by `prompt_key`; one model is in memory at a time."""
+    """Return the answers of each model, by `prompt_key`; one model is in memory at a time."""
     prompts = own_prompts(evaluation.prompts, evaluation.shard)
     answers = {}
     for name, respondent in evaluation.respondents.items() if prompts else ():
-        with timed(seconds, f"generate {name}"), progress_bar(f"generate {name}", len(prompts)) as bar:
+        with timed(seconds, f"generate {name}", len(prompts)) as progress:
             answers[name] = generate_answers(
                 respondent,
                 prompts,
@@ -147,7 +147,7 @@ def ask_all(evaluation: Evaluation, config: EvaluateConfig, seconds: dict[str, f
                 stop=config.stop,
                 device=evaluation.device,
                 folder=Path(config.output) / "ledger",
-                progress=bar.update,
+                progress=progress,
                 shard=evaluation.shard,
             )
     return answers
@@ -156,7 +156,7 @@ def ask_all(evaluation: Evaluation, config: EvaluateConfig, seconds: dict[str, f
 def judge_all(
     evaluation: Evaluation, answers: Answers, folder: Path, seconds: dict[str, float]
 ) -> tuple[Judged, Unanswered]:
-    """The judged outputs of each model, in the order of the prompts, and the prompts that it has no answer to.
+    """Judge the outputs of each model, in the order of the prompts, and list the prompts that it has no answer to.
 
     Raises:
         UserError: The judge abstained on everything.
@@ -175,9 +175,9 @@ def judge_all(
             else:
                 rows.append((name, prompt, answer))
     pairs = [(prompt.instruction, answer.text) for _, prompt, answer in rows]
-    with timed(seconds, "judge"), progress_bar("judge", len(set(pairs))) as bar:
+    with timed(seconds, "judge", len(set(pairs))) as progress:
         shard = evaluation.shard
-        judgements = judge_answers(evaluation.judge, pairs, folder=folder, progress=bar.update, shard=shard)
+        judgements = judge_answers(evaluation.judge, pairs, folder=folder, progress=progress, shard=shard)
     if judgements and all(judgement.outcome == "abstain" for judgement in judgements):
         raise UserError(
             f"the judge {evaluation.judge.name} abstained on all {len(judgements)} answers: none of its replies could "
@@ -198,34 +198,31 @@ def build_parts(
     seconds: dict[str, float],
     score: ChoiceScorer,
 ) -> dict[str, Any]:
-    """What the report holds beyond rates: comparisons, agreement, helpfulness, downstream tasks."""
+    """Build what the report holds beyond rates: comparisons, agreement, helpfulness, downstream tasks."""
     folder = Path(config.output) / "ledger"
+    judge, second_judge, helpfulness = evaluation.judge, evaluation.second_judge, config.helpfulness
     parts: dict[str, Any] = {"comparisons": compare_models(judged, models)}
-    if evaluation.judge is not None and evaluation.second_judge is not None:
+    if judge is not None and second_judge is not None:
         pairs = [(row.prompt.instruction, row.text) for rows in judged.values() for row in rows]
-        with timed(seconds, "second judge"), progress_bar("second judge", len(set(pairs))) as bar:
-            others = iter(judge_answers(evaluation.second_judge, pairs, folder=folder, progress=bar.update))
+        with timed(seconds, "second judge", len(set(pairs))) as progress:
+            others = iter(judge_answers(second_judge, pairs, folder=folder, progress=progress))
         second = {name: [next(others) for _ in rows] for name, rows in judged.items()}
-        names = (evaluation.judge.name, evaluation.second_judge.name)
-        parts["agreement"] = judge_agreement(names, judged, second)
-    if evaluation.judge is not None and config.helpfulness.baseline is not None:
-        with timed(seconds, "helpfulness"), progress_bar("helpfulness", 2 * sum(map(len, judged.values()))) as bar:
+        parts["agreement"] = judge_agreement((judge.name, second_judge.name), judged, second)
+    if judge is not None and helpfulness.baseline is not None:
+        with timed(seconds, "helpfulness", 2 * sum(map(len, judged.values()))) as progress:
             parts["helpfulness"] = compare_helpfulness(
-                evaluation.judge,
-                judged,
-                baseline=config.helpfulness.baseline,
-                kinds=config.helpfulness.kinds,
-                folder=folder,
-                progress=bar.update,
+                judge, judged, baseline=helpfulness.baseline, kinds=helpfulness.kinds, folder=folder, progress=progress
             )
     if config.downstream.tasks:
-        with timed(seconds, "downstream tasks"):
-            parts["downstream"] = downstream_part(config, evaluation, score)
+        with timed(seconds, "downstream tasks", len(evaluation.respondents)) as progress:
+            parts["downstream"] = downstream_part(config, evaluation, score, progress)
     return parts
 
 
-def downstream_part(config: EvaluateConfig, evaluation: Evaluation, score: ChoiceScorer) -> dict[str, Any]:
-    """The results of lm_eval for each model, whose log-likelihoods are compared with ours."""
+def downstream_part(
+    config: EvaluateConfig, evaluation: Evaluation, score: ChoiceScorer, progress: Advance
+) -> dict[str, Any]:
+    """Run lm_eval for each model, and compare its log-likelihoods with ours."""
     from safer_instruct.generation.models import resolve_archive
 
     results, checks = {}, {}
@@ -241,19 +238,19 @@ def downstream_part(config: EvaluateConfig, evaluation: Evaluation, score: Choic
             device=str(evaluation.device),
         )
         checks[name] = check_choices(respondent, results[name]["choices"], score)
+        progress(1)
     return merge(results, checks)
 
 
 @contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Note under `name` how many seconds the block takes."""
-    start = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - start, 2)
+def timed(seconds: dict[str, float], name: str, num_rows: int) -> Iterator[Advance]:
+    """Note under `name` how many seconds the block takes; gives what moves its progress bar on.
 
-
-def progress_bar(words: str, num_rows: int) -> tqdm[Any]:
-    """A bar on a terminal; in a log, one line a stage."""
+    The bar is shown on a terminal; in a log a stage is one line.
+    """
     if not sys.stderr.isatty():
-        log.info("%s: %d rows", words, num_rows)
-    return tqdm(total=num_rows, desc=words, unit="row", disable=None, file=sys.stderr)
+        log.info("%s: %d rows", name, num_rows)
+    start = time.perf_counter()
+    with tqdm(total=num_rows, desc=name, unit="row", disable=None, file=sys.stderr) as bar:
+        yield bar.update
+    seconds[name] = round(time.perf_counter() - start, 2)

@@ -20,11 +20,11 @@ Key = tuple[str, str]  # set, id
 
 
 def compare_models(judged: Judged, reported: Mapping[str, Mapping[str, Any]], *, seed: int = 0) -> list[dict[str, Any]]:
-    """Paired comparisons of every two models, with p values corrected over the whole table (Holm).
+    """Compare every two models in pairs, with p values corrected over the whole table (Holm).
 
     Args:
         judged: The outputs of each model.
-        reported: For each model its `judging.summarize`: a metric that is undefined there is not compared.
+        reported: For each model its `rates.summarize`: a metric that is undefined there is not compared.
         seed: Of the bootstrap.
 
     Returns:
@@ -66,7 +66,7 @@ def _common(
 def judge_agreement(
     names: tuple[str, str], judged: Judged, second: Mapping[str, Sequence[Judgement]]
 ) -> dict[str, Any] | None:
-    """How far two judges agree on the same answers.
+    """Measure how far two judges agree on the same answers.
 
     Kappa is over the answers that neither abstained on; the table of outcomes holds the abstentions too. Answers are
     named by model, set and id, never by their text. None without an answer.

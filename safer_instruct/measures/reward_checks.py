@@ -21,7 +21,7 @@ BINS = 10  # of the confidence, from 0.5 to 1
 
 
 def check_rewards(margins: Sequence[float], labels: Sequence[str]) -> dict[str, Any]:
-    """Over all pairs and by label: how often the chosen response has the larger reward, by how much, and how surely.
+    """Say over all pairs and by label how often the chosen response has the larger reward, by how much, how surely.
 
     Args:
         margins: reward(chosen) - reward(rejected) of each pair, in nats.
@@ -50,7 +50,7 @@ def _summary(margins: Sequence[float]) -> dict[str, Any]:
 
 
 def _calibration(margins: Sequence[float]) -> dict[str, Any]:
-    """Expected calibration error over `BINS` bins of the confidence max(p, 1 - p) (Guo et al. 2017), and the bins."""
+    """Compute the expected calibration error over `BINS` bins of max(p, 1 - p) (Guo et al. 2017), and the bins."""
     bins: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for margin in margins:
         confidence = float(expit(abs(margin)))

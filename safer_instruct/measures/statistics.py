@@ -17,7 +17,7 @@ RESAMPLES = 10_000  # of a bootstrap: its quantiles then move by less than 0.05 
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95% score interval of a binomial share (Wilson 1927): inside [0, 1], and honest at 0 and n.
+    """Return the 95% score interval of a binomial share (Wilson 1927): inside [0, 1], and honest at 0 and n.
 
     Raises:
         ValueError: If not 0 <= successes <= n, or n is 0.
@@ -56,7 +56,7 @@ class PairedDifference:
 
 
 def compare_paired(both: Sequence[tuple[bool, bool]], *, seed: int = 0) -> PairedDifference | None:
-    """Exact McNemar test and bootstrap interval of the difference of two shares over the same prompts.
+    """Compute the exact McNemar test and the bootstrap interval of the difference of two shares over the same prompts.
 
     Args:
         both: For each prompt whether it counts for the first model, and for the second.
@@ -76,14 +76,14 @@ def compare_paired(both: Sequence[tuple[bool, bool]], *, seed: int = 0) -> Paire
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Two-sided exact McNemar test: of the prompts that differ, is either model's share a half (McNemar 1947)?"""
+    """Test exactly, two-sided: of the prompts that differ, is either model's share a half (McNemar 1947)?"""
     from statsmodels.stats.contingency_tables import mcnemar
 
     return float(mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue)
 
 
 def _bootstrap_difference(n: int, only_first: int, only_second: int, seed: int) -> tuple[float | None, float | None]:
-    """Percentile interval of the mean of n values in {-1, 0, 1}, resampled with replacement.
+    """Return the percentile interval of the mean of n values in {-1, 0, 1}, resampled with replacement.
 
     How often each value comes up in a resample is a multinomial draw, so that 100,000 prompts cost as much as ten.
     """
@@ -96,14 +96,14 @@ def _bootstrap_difference(n: int, only_first: int, only_second: int, seed: int) 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P values corrected for their number, in their order (Holm 1979): the chance of any false finding stays 5%."""
+    """Correct p values for their number, in their order (Holm 1979): the chance of any false finding stays 5%."""
     from statsmodels.stats.multitest import multipletests
 
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
 
 
 def cohens_kappa(counts: Sequence[Sequence[int]]) -> tuple[float, float, float] | None:
-    """Agreement of two judges beyond chance, with its 95% interval (Cohen 1960; Fleiss, Cohen and Everitt 1969).
+    """Measure agreement beyond chance, with its 95% interval (Cohen 1960; Fleiss, Cohen and Everitt 1969).
 
     Args:
         counts: Square table: rows are the first judge's classes, columns the second's.
@@ -150,7 +150,7 @@ class WinRate:
 
 
 def win_rate(scores: Sequence[float], extra_length: Sequence[float], *, seed: int = 0) -> WinRate:
-    """Plain and length-controlled win rate (Dubois et al. 2024, AlpacaEval 2, without its terms for instructions).
+    """Compute plain and length-controlled win rates (Dubois et al. 2024, AlpacaEval 2, without its instruction terms).
 
     The model is P(win) = sigmoid(a + b tanh(d / sd(d))), d being the model's length minus the baseline's; ties and
     answers preferred in one position only count as half a win. At d = 0 this is sigmoid(a).
@@ -174,7 +174,7 @@ def win_rate(scores: Sequence[float], extra_length: Sequence[float], *, seed: in
 
 
 def _length_controlled(wins: np.ndarray, extra: np.ndarray) -> tuple[float, float, float, float] | None:
-    """(win rate at equal length, low, high, length effect); None without variation, or where lengths decide all."""
+    """Return (win rate at equal length, low, high, length effect); None without variation, or if lengths decide all."""
     import statsmodels.api as sm
     from scipy.special import expit
     from statsmodels.tools.sm_exceptions import ConvergenceWarning, PerfectSeparationWarning
@@ -197,7 +197,7 @@ def _length_controlled(wins: np.ndarray, extra: np.ndarray) -> tuple[float, floa
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) with Student's t; a single value has no interval, and is given thrice.
+    """Return (mean, low, high) with Student's t; a single value has no interval, and is all three.
 
     Raises:
         ValueError: No value.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 
 from config.errors import UserError
 from config.paths import find_path
 from safer_instruct.report.plots import Plot, plot_curves
+from safer_instruct.report.training_runs import read_metrics
 
 EXAMPLES = "counters/examples"  # x-axis
 MAX_POINTS = 300  # of one line: more cannot be told apart in a figure
@@ -25,42 +25,32 @@ COMPARED = (
     ("Held-out reward margin", "chosen - rejected", "rewards_eval/margins"),
 )
 MAX_RUNS = 12  # in one figure
-METRICS = dict.fromkeys(
-    [metric for _, _, lines in FIGURES for metric in lines.values()] + [metric for _, _, metric in COMPARED]
-)
+METRICS = {metric for _, _, lines in FIGURES for metric in lines.values()} | {metric for _, _, metric in COMPARED}
 
 Points = list[tuple[float, float]]
 
 
 def read_curves(name: str, run_path: str) -> dict[str, Points]:
-    """The points (examples seen, value) of every metric that a figure draws, thinned to `MAX_POINTS`.
+    """Read the points (examples seen, value) of every metric that a figure draws, thinned to `MAX_POINTS`.
 
-    A run that was killed and resumed may have written a stretch twice: of one position the last line counts. A torn
-    last line, which a killed run can leave, is ignored.
+    A run that was killed and resumed may have written a stretch twice: the last line of a position counts.
 
     Raises:
-        UserError: If the run has no metrics.jsonl, or a line in its midst is no JSON.
+        UserError: The run has no metrics.jsonl, or one that cannot be read.
     """
-    path = find_path(run_path) / "metrics.jsonl"
-    if not path.is_file():
+    file = find_path(run_path) / "metrics.jsonl"
+    if not file.is_file():
         raise UserError(f"curves.{name}={run_path}: no metrics.jsonl in it; name the folder of a run of train.py")
     values: dict[str, dict[float, float]] = {metric: {} for metric in METRICS}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                if not line.endswith("\n"):
-                    break
-                raise UserError(f"{path}:{number}: not a line of JSON") from None
-            for metric, points in values.items():
-                if metric in row and row[metric] is not None and math.isfinite(row[metric]):
-                    points[float(row[EXAMPLES])] = float(row[metric])
+    for row in read_metrics(file):
+        for metric in METRICS & row.keys():
+            if row[metric] is not None and math.isfinite(row[metric]):
+                values[metric][float(row[EXAMPLES])] = float(row[metric])
     return {metric: thin(sorted(points.items())) for metric, points in values.items()}
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> Points:
-    """At most `limit` points: means of neighbours, so that noise is smoothed rather than picked from."""
+    """Return at most `limit` points: means of neighbours, which smooth the noise where picking would sample it."""
     width = math.ceil(len(points) / limit)
     if width <= 1:
         return points
@@ -69,21 +59,19 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
 
 
 def plot_runs(runs: Mapping[str, Mapping[str, Points]]) -> list[Plot]:
-    """The figures of all runs: losses first, a figure for each, since losses of different kinds share no scale."""
-    plots = []
-    for title, unit, lines in FIGURES:
-        for name, curves in runs.items():
-            plot = plot_curves(f"{name}: {title}", unit, {words: curves[metric] for words, metric in lines.items()})
-            if plot is not None:
-                plots.append(plot)
-    return plots
+    """Draw all runs: losses first, a figure for each run, since losses of different kinds share no scale."""
+    plots = [
+        plot_curves(f"{name}: {title}", unit, {words: curves[metric] for words, metric in lines.items()})
+        for title, unit, lines in FIGURES
+        for name, curves in runs.items()
+    ]
+    return [plot for plot in plots if plot is not None]
 
 
 def plot_compared(runs: Mapping[str, Mapping[str, Points]]) -> list[Plot]:
-    """One figure for each metric, a line for each of the first `MAX_RUNS` runs: points of a sweep over each other."""
+    """Draw one figure for each metric, with a line for each of the first `MAX_RUNS` runs."""
     shown = dict(list(runs.items())[:MAX_RUNS])
-    left_out = len(runs) - len(shown)
-    note = f" (the first {len(shown)} runs)" if left_out else ""
+    note = f" (the first {MAX_RUNS} runs)" if len(runs) > MAX_RUNS else ""
     plots = [
         plot_curves(title + note, unit, {name: curves[metric] for name, curves in shown.items()})
         for title, unit, metric in COMPARED

@@ -1,4 +1,4 @@
-"""What a report shows besides its own rates: the way of a dataset, and the commands that led here."""
+"""What a report shows besides its own rates: how the dataset was made, and the commands that were run before."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_REASONS = 4  # of one stage; the dataset's own report has them all
 
 @dataclass(frozen=True, slots=True)
 class FunnelStep:
-    """One step of a dataset's way: how many rows are left after it, and why others are not."""
+    """One step from the corpus to the dataset: how many rows are left after it, and why others are not."""
 
     name: str
     rows: int
@@ -32,7 +32,7 @@ class FunnelStep:
 
 
 def read_induction_report(path: str) -> dict[str, Any]:
-    """The report.json that induce.py wrote for the training data.
+    """Read the report.json that induce.py wrote for the training data.
 
     Raises:
         UserError: If the file is missing, or is no such report.
@@ -53,7 +53,7 @@ def read_induction_report(path: str) -> dict[str, Any]:
 
 
 def funnel(report: Mapping[str, Any]) -> list[FunnelStep]:
-    """The steps from the corpus to the dataset, from the report of induce.py."""
+    """List the steps from the corpus to the dataset, from the report of induce.py."""
     stages = report["funnel"]
     steps = [FunnelStep("responses in the corpus", int(stages[0]["in"]))]
     for stage in stages:
@@ -68,7 +68,7 @@ def funnel(report: Mapping[str, Any]) -> list[FunnelStep]:
 
 
 def read_stages(path: str) -> list[dict[str, Any]]:
-    """The stages that ran before this evaluation: one `{"name", "command", "seconds"}` a line.
+    """Read the stages that ran before this evaluation: `{"name", "command", "seconds"}` on each line.
 
     Raises:
         UserError: If the file is missing, or a line is no such object (its line number is named).

@@ -1,25 +1,26 @@
-"""Finished runs side by side: runs of train.py, outputs of evaluate.py, or folders that hold several of either."""
+"""Outputs of evaluate.py: `samples.jsonl` written and read, and finished ones found, read and put side by side."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 from config.errors import UserError
+from config.files import replacing
 from config.paths import find_path
 from safer_instruct.experts.verdicts import Judgement, Outcome
-from safer_instruct.measures.rates import JudgedOutput
+from safer_instruct.measures.rates import JudgedOutput, correctness
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 
 OUTCOMES: dict[str, Outcome] = {name: name for name in get_args(Outcome)}
 
 
 def find_finished(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, Path]]:
-    """(runs of train.py, outputs of evaluate.py) by name; a folder of a sweep stands for all that lies in it.
+    """Find (runs of train.py, outputs of evaluate.py) by name; a folder of a sweep stands for all that it holds.
 
     A name is the folder's, with as many of its parents as tell it from the others.
 
@@ -31,22 +32,24 @@ def find_finished(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, Path
         folder = find_path(path)
         if not folder.is_dir():
             raise UserError(f"compare: there is no folder {path}; name runs of train.py, or outputs of evaluate.py")
-        found = [folder] if _kind(folder) else sorted(child for child in folder.iterdir() if _kind(child))
+        inside = sorted(child for child in folder.iterdir() if _is_run(child) or _is_evaluation(child))
+        found = [folder] if _is_run(folder) or _is_evaluation(folder) else inside
         if not found:
             raise UserError(
                 f"compare: {path} holds no run (config.yaml and metrics.jsonl), no report of evaluate.py (report.json "
                 "and samples.jsonl), and no folder with either"
             )
         folders += [one for one in found if one not in folders]
-    names = _names(folders)
-    trained = {name: folder for name, folder in names.items() if _kind(folder) == "training"}
-    return trained, {name: folder for name, folder in names.items() if name not in trained}
+    evaluated = {name: folder for name, folder in _names(folders).items() if _is_evaluation(folder)}
+    return {name: folder for name, folder in _names(folders).items() if name not in evaluated}, evaluated
 
 
-def _kind(folder: Path) -> str | None:
-    if (folder / "report.json").is_file() and (folder / "samples.jsonl").is_file():
-        return "evaluation"
-    return "training" if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file() else None
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def _is_evaluation(folder: Path) -> bool:
+    return (folder / "report.json").is_file() and (folder / "samples.jsonl").is_file()
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
@@ -66,7 +69,7 @@ class FinishedEvaluation:
 
 
 def read_evaluations(folders: Mapping[str, Path]) -> dict[str, FinishedEvaluation]:
-    """The evaluations of `find_finished`, with names that tell all their models apart.
+    """Read the evaluations of `find_finished`, and give their models names that tell all of them apart.
 
     Raises:
         UserError: A file that cannot be read; models with different prompt sets.
@@ -74,26 +77,24 @@ def read_evaluations(folders: Mapping[str, Path]) -> dict[str, FinishedEvaluatio
     read = {name: _read_evaluation(folder) for name, folder in folders.items()}
     _require_same_prompts(read)
     all_names = [model for evaluation in read.values() for model in evaluation.judged]
-    if len(set(all_names)) == len(all_names):
-        return read
-    # A model that occurs in two reports is called by the report too, unless both judged the same weights.
-    renamed = {}
-    for name, evaluation in read.items():
-        new = {model: f"{name}: {model}" if all_names.count(model) > 1 else model for model in evaluation.judged}
-        models = {new[model]: rest for model, rest in evaluation.report["models"].items()}
-        judged = {new[model]: rows for model, rows in evaluation.judged.items()}
-        renamed[name] = replace(evaluation, report={**evaluation.report, "models": models}, judged=judged)
-    return renamed
+    repeated = {model for model in all_names if all_names.count(model) > 1}
+    return {name: _rename(evaluation, name, repeated) for name, evaluation in read.items()}
+
+
+def _rename(evaluation: FinishedEvaluation, name: str, repeated: Iterable[str]) -> FinishedEvaluation:
+    """Call each model that several evaluations have by its evaluation, too."""
+    new = {model: f"{name}: {model}" if model in repeated else model for model in evaluation.judged}
+    models = {new[model]: rates for model, rates in evaluation.report["models"].items()}
+    judged = {new[model]: rows for model, rows in evaluation.judged.items()}
+    return FinishedEvaluation({**evaluation.report, "models": models}, judged)
 
 
 def _read_evaluation(folder: Path) -> FinishedEvaluation:
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         judged: dict[str, list[JudgedOutput]] = {name: [] for name in report["models"]}
-        prompts: dict[tuple[str, str], EvaluationPrompt] = {}  # one for all models: they are half of the text
-        for row in _read_samples(folder / "samples.jsonl"):
-            prompt = prompts.setdefault((row["set"], row["id"]), _prompt(row))
-            judged[row["model"]].append(_judged_output(prompt, row))
+        for model, output in read_samples(folder / "samples.jsonl"):
+            judged[model].append(output)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(
             f"compare: {folder} holds no readable report of evaluate.py ({type(error).__name__}: {error}); type its "
@@ -102,41 +103,69 @@ def _read_evaluation(folder: Path) -> FinishedEvaluation:
     return FinishedEvaluation(report, judged)
 
 
-def _read_samples(path: Path) -> Iterator[dict[str, Any]]:
+def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None:
+    contents = {
+        name: {key: (one["n"], one["fingerprint"]) for key, one in evaluation.report["prompts"].items()}
+        for name, evaluation in evaluations.items()
+    }
+    for name, content in contents.items():
+        first = next(iter(contents))
+        if content != contents[first]:
+            shown = []
+            for whose in (first, name):
+                sets = [f"{key} (n={n}, {fingerprint[:8]})" for key, (n, fingerprint) in contents[whose].items()]
+                shown.append(f"{whose} has {', '.join(sets)}")
+            raise UserError(
+                f"models with different prompt sets cannot share a table: {'; '.join(shown)}. Evaluate both on the "
+                "same files, under the same names (prompts.NAME.path=FILE)"
+            )
+
+
+def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
+    """Return one line of `samples.jsonl`."""
+    prompt, judgement = output.prompt, output.judgement
+    return {
+        "model": model,
+        "set": prompt.set_name,
+        "id": prompt.id,
+        "kind": prompt.kind,
+        "label": prompt.label,
+        "source": prompt.source,
+        "instruction": prompt.instruction,
+        "output": output.text,
+        "truncated": output.truncated,
+        "outcome": judgement.outcome,
+        "harm_label": judgement.label,
+        "specific": judgement.specific,
+        "correct": correctness(output),
+        "helpful": judgement.helpful,
+        "prompt_cut": output.prompt_cut,
+    }
+
+
+def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Stream rows to `samples.jsonl`; a text stays as the model gave it, in JSON escapes where it is not ASCII."""
+    with replacing(path) as partial, partial.open("w", encoding="ascii") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_samples(path: Path) -> Iterator[tuple[str, JudgedOutput]]:
+    """Yield the model's name and the judged output of each line of `samples.jsonl`; KeyError without a field."""
+    prompts: dict[tuple[str, str], EvaluationPrompt] = {}  # one for all models: prompts are half of the text
     with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
-def _prompt(row: Mapping[str, Any]) -> EvaluationPrompt:
-    return EvaluationPrompt(row["id"], row["instruction"], row["set"], row["source"], row["label"], row["kind"])
-
-
-def _judged_output(prompt: EvaluationPrompt, row: Mapping[str, Any]) -> JudgedOutput:
-    judgement = _judgement(row["outcome"], row["harm_label"], row["specific"], row["helpful"])
-    return JudgedOutput(prompt, row["output"], row["truncated"], judgement, row["prompt_cut"], row["correct"])
+        for row in map(json.loads, file):
+            key = row["set"], row["id"]
+            if key not in prompts:
+                prompts[key] = EvaluationPrompt(
+                    row["id"], row["instruction"], row["set"], row["source"], row["label"], row["kind"]
+                )
+            judgement = _judgement(row["outcome"], row["harm_label"], row["specific"], row["helpful"])
+            prompt_cut, correct = row["prompt_cut"], row["correct"]
+            output = JudgedOutput(prompts[key], row["output"], row["truncated"], judgement, prompt_cut, correct)
+            yield row["model"], output
 
 
 @cache
 def _judgement(outcome: str, label: str, specific: bool | None, helpful: bool | None) -> Judgement:
-    """One object for all answers that were judged alike."""
+    """Return one object for all answers that were judged alike: there may be 100,000 of them."""
     return Judgement(OUTCOMES[outcome], label, specific, helpful=helpful)
-
-
-def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None:
-    sets = {name: evaluation.report["prompts"] for name, evaluation in evaluations.items()}
-    if not sets:
-        return
-    first = next(iter(sets))
-    for name, prompts in sets.items():
-        here, there = (
-            {key: (one["n"], one["fingerprint"]) for key, one in these.items()} for these in (prompts, sets[first])
-        )
-        if here != there:
-            shown = "; ".join(
-                f"{whose} has " + ", ".join(f"{key} (n={n}, {mark[:8]})" for key, (n, mark) in these.items())
-                for whose, these in ((first, there), (name, here))
-            )
-            raise UserError(
-                f"models with different prompt sets cannot share a table: {shown}. Evaluate both on the same files, "
-                "under the same names (prompts.NAME.path=FILE)"
-            )

@@ -1,6 +1,6 @@
 """The report as one HTML page that needs nothing but itself: styles and figures inside, no script, no request.
 
-All text is escaped by Jinja's autoescape after invisible characters were written out (`report.visible`); a
+All text is escaped by Jinja's autoescape after invisible characters were written out (`display.visible`); a
 Content-Security-Policy in the page forbids scripts and requests besides.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from safer_instruct.report.dataset import funnel
-from safer_instruct.report.document import FURTHER, HEADLINE, shown_metrics
 from safer_instruct.report.plots import Plot, plot_outcomes, plot_rates
-from safer_instruct.report.tables import extra_tables
+from safer_instruct.report.tables import FURTHER, HEADLINE, Models, extra_tables, groups_with, shown_metrics
 from safer_instruct.text.display import percent, short_name, visible
 
 FOLDER = Path(__file__).parent
 TEXT_LIMIT = 4000  # characters of one answer on the page; samples.jsonl has the rest
+NAME_LIMIT = 80  # characters of a name
 FOLD_ROWS = 24  # a longer table is behind a click
 NAMED_RUNS = 4  # in the heading of a page without models
 # Title, metric, grouping: drawn where at least two groups have the metric.
@@ -39,20 +40,21 @@ FIGURES = (
 def render_page(
     report: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], curves: Sequence[Plot]
 ) -> str:
-    """The page of a report.
+    """Render the page of a report.
 
     Args:
-        report: What `report.build_report` made.
+        report: What `document.build_report` made.
         samples: For each prompt set the prompts to show, as `pick_samples` gives them; empty: no samples.
         curves: Figures of the training runs.
     """
     models = report["models"]
-    tables: list[dict[str, Any]] = [
-        {"title": title, "key": metric, "group": group, "names": names}
-        for title, metric, group in FIGURES
-        if len(names := _groups_with(models, group, metric)) > 1
-    ]
-    plots = [plot_outcomes(models), *(plot_rates(t["title"], t["key"], models, t["group"]) for t in tables)]
+    group_tables: list[dict[str, Any]] = []
+    plots = [plot_outcomes(models)]
+    for title, metric, group in FIGURES:
+        names = groups_with(models, group, metric)
+        if len(names) > 1:
+            group_tables.append({"title": title, "key": metric, "group": group, "names": names})
+            plots.append(plot_rates(title, metric, models, group))
     steps = funnel(report["dataset"]) if report["dataset"] is not None else []
     return (
         _environment(models)
@@ -60,14 +62,13 @@ def render_page(
         .render(
             css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
             report=report,
-            num_prompts=sum(prompts["n"] for prompts in report["prompts"].values()),
             names=list(models) or [run["name"] for run in report.get("runs", {}).get("runs", [])][:NAMED_RUNS],
             extra_tables=extra_tables(report),
             fold_rows=FOLD_ROWS,
             headline=shown_metrics(models, HEADLINE),
             further=shown_metrics(models, FURTHER),
             figures=[plot for plot in plots if plot is not None],
-            group_tables=tables,
+            group_tables=group_tables,
             steps=steps,
             largest_step=max((step.rows for step in steps), default=0) or 1,
             curves=curves,
@@ -79,9 +80,9 @@ def render_page(
 
 
 def pick_samples(rows: Iterable[Mapping[str, Any]], per_set: int) -> dict[str, list[dict[str, Any]]]:
-    """The prompts to show, with the answers of all models: of each set the `per_set` whose id has the lowest hash.
+    """Pick the prompts to show, with the answers of all models: of each set the `per_set` whose id has the lowest hash.
 
-    So the choice is nobody's, and the same in every report on the same prompts. `rows` are those of `samples.jsonl`;
+    So nobody chooses, and every report on the same prompts shows the same ones. `rows` are those of `samples.jsonl`;
     only what is shown is held in memory.
     """
     shown: dict[str, dict[str, dict[str, Any]]] = {}
@@ -99,6 +100,7 @@ def pick_samples(rows: Iterable[Mapping[str, Any]], per_set: int) -> dict[str, l
 
 
 def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer as the page shows it: in plain words what the judge found, and the class of its colour."""
     outcome = row["outcome"]
     words = {"harmful": "harmful", "refusal": "refusal", "abstain": "judge abstained"}
     verdict = words.get(outcome, "neither" if row["kind"] == "unsafe" else "answered")
@@ -106,23 +108,18 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
         verdict = "refusal, names the matter"
     if row["correct"] is not None and outcome == "safe":
         verdict = "correct" if row["correct"] else "wrong"
-    good = row["kind"] != "unsafe" and outcome == "safe" and row["correct"] is not False
-    css_class = "safe" if good else outcome if outcome in ("harmful", "refusal") else "other"
-    return {
-        "model": row["model"], "output": row["output"], "truncated": row["truncated"],
-        "verdict": verdict, "css_class": css_class,
-    }  # fmt: skip
+    css_class = outcome if outcome in ("harmful", "refusal") else "other"
+    if row["kind"] != "unsafe" and outcome == "safe" and row["correct"] is not False:
+        css_class = "safe"
+    shown = {name: row[name] for name in ("model", "output", "truncated")}
+    return {**shown, "verdict": verdict, "css_class": css_class}
 
 
 def _hash_of_id(id: str) -> bytes:
     return hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def _groups_with(models: Mapping[str, Mapping[str, Any]], group: str, metric: str) -> list[str]:
-    return sorted({name for model in models.values() for name, rates in model[group].items() if metric in rates})
-
-
-def _environment(models: Mapping[str, Mapping[str, Any]]) -> Environment:
+def _environment(models: Models) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -132,36 +129,28 @@ def _environment(models: Mapping[str, Mapping[str, Any]]) -> Environment:
     )
 
     def shared_n(key: str) -> int | None:
-        """The n of a metric if it is the same for all models, else None: then each cell shows its own."""
+        """Return the n of a metric if it is the same for all models, else None: then each cell shows its own."""
         sizes = {model[key]["n"] for model in models.values()}
         return sizes.pop() if len(sizes) == 1 else None
 
-    environment.filters.update(
-        percent=percent, visible=_visible, clip=_clip, data_uri=_data_uri, shared_n=shared_n, thousands=_thousands,
-        breakable=_breakable,
-        name=lambda text: short_name(text, 80),
-    )  # fmt: skip
+    environment.filters |= {
+        "breakable": _breakable,
+        "clip": _clip,
+        "data_uri": lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii"),
+        "name": lambda text: short_name(text, NAME_LIMIT),
+        "percent": percent,
+        "shared_n": shared_n,
+        "thousands": "{:,}".format,
+        "visible": lambda value: visible(str(value)),
+    }
     return environment
 
 
-def _visible(value: object) -> str:
-    return visible(str(value))
-
-
 def _breakable(name: str) -> Markup:
-    """A name that may be broken after its underscores, dashes and slashes: columns are narrow on a phone."""
-    return Markup("").join(
-        Markup("{}<wbr>").format(char) if char in "_-/." else Markup.escape(char) for char in short_name(name, 80)
-    )
-
-
-def _thousands(number: int) -> str:
-    return f"{number:,}"
+    """Let a name be broken after its underscores, dashes and slashes: columns are narrow on a phone."""
+    escaped = str(Markup.escape(short_name(name, NAME_LIMIT)))
+    return Markup(re.sub(r"([_/.-])", r"\1<wbr>", escaped))
 
 
 def _clip(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]} [... {len(text) - limit:,} more characters]"
-
-
-def _data_uri(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii")

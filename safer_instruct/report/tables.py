@@ -1,4 +1,4 @@
-"""The parts of a report beyond its rates as plain tables, which Markdown, the page and wandb show alike."""
+"""A report as plain tables, which Markdown, the page, the console and wandb show alike."""
 
 from __future__ import annotations
 
@@ -10,14 +10,38 @@ from safer_instruct.measures.comparisons import ALL_SOURCES
 from safer_instruct.text.display import percent
 
 MAX_DISAGREEMENTS = 50  # listed in a table; report.json has all
-METRIC_WORDS = {
-    "harmful_rate": "harmful answers",
-    "refusal_rate": "refusals",
-    "safe_helpful_rate": "safe and helpful",
-    "over_refusal_rate": "over-refusal",
-    "benign_accuracy": "accuracy, benign",
-    "near_accuracy": "accuracy, near",
-}
+Models = Mapping[str, Mapping[str, Any]]  # `report["models"]`
+NOT_COUNTED = {"value": None, "low": None, "high": None, "n": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class MetricView:
+    """How a metric is shown: its words, the prompts it is counted over, and which way is better."""
+
+    key: str
+    title: str
+    over: str
+    better: str = ""  # lower | higher | ""
+
+
+HEADLINE = (
+    MetricView("harmful_rate", "Harmful answers", "unsafe prompts", "lower"),
+    MetricView("refusal_rate", "Refusals", "unsafe prompts", "higher"),
+    MetricView("specific_refusal_rate", "Refusals that name the matter", "unsafe prompts", "higher"),
+    MetricView("safe_helpful_rate", "Safe and helpful", "unsafe prompts", "higher"),
+    MetricView("neither_rate", "Neither harmful nor refusal", "unsafe prompts", "lower"),
+    MetricView("over_refusal_rate", "Over-refusal", "benign and near prompts", "lower"),
+    MetricView("benign_accuracy", "Accuracy, benign", "benign prompts", "higher"),
+    MetricView("near_accuracy", "Accuracy, near", "benign prompts that look unsafe", "higher"),
+)
+FURTHER = (
+    MetricView("specific_among_refusals", "Refusals that name the matter", "refusals of unsafe prompts", "higher"),
+    MetricView("harmful_on_benign_rate", "Harmful answers, benign and near", "benign and near prompts", "lower"),
+    MetricView("truncated_rate", "Cut by the token limit", "all prompts"),
+    MetricView("prompt_cut_rate", "Prompt cut to fit the context", "all prompts"),
+    MetricView("abstain_rate", "Judge abstained", "all prompts"),
+)
+METRIC_WORDS = {view.key: view.title.lower() for view in HEADLINE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +49,68 @@ class Table:
     """One table of a report.
 
     Attributes:
-        key: The part of report.json that it shows.
         title: Its heading.
         header: Words of the columns.
-        rows: Cells as text, one list a row.
+        rows: Cells as text, one list for each row.
         caption: How to read it.
         left: Columns of words; numbers stand on the right.
     """
 
-    key: str
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    caption: str
+    caption: str = ""
     left: Sequence[int] = (0,)
 
 
+def shown_metrics(models: Models, views: Sequence[MetricView]) -> list[MetricView]:
+    """Return the metrics that at least one model has a number for."""
+    return [view for view in views if any(model[view.key]["n"] for model in models.values())]
+
+
+def groups_with(models: Models, group: str, metric: str) -> list[str]:
+    """Return the labels (`by_label`) or sources (`by_source`) in which at least one model has the metric."""
+    return sorted({name for model in models.values() for name, rates in model[group].items() if metric in rates})
+
+
+def interval_text(value: float | None, low: float | None, high: float | None) -> str:
+    """Write shares as `52.1 [48.0, 56.2]` per cent; `-` where there is no value."""
+    if value is None:
+        return "-"
+    return percent(value) if low is None else f"{percent(value)} [{percent(low)}, {percent(high)}]"
+
+
+def rate_text(rate: Mapping[str, Any]) -> str:
+    """Write a rate as `94.3 [91.2, 96.4] (n=600)`, or as `-` where nothing was counted."""
+    text = interval_text(rate["value"], rate["low"], rate["high"])
+    return f"{text} (n={rate['n']})" if rate["n"] else text
+
+
+def rates_table(models: Models, views: Sequence[MetricView], title: str = "", caption: str = "") -> Table:
+    """Show metrics over all prompts: a row for each metric, a column for each model."""
+    arrows = {"lower": " (lower is better)", "higher": " (higher is better)", "": ""}
+    rows = [
+        [f"{view.title}, {view.over}{arrows[view.better]}", *(rate_text(model[view.key]) for model in models.values())]
+        for view in views
+    ]
+    return Table(title, ["", *models], rows, caption)
+
+
+def group_tables(models: Models) -> Iterator[Table]:
+    """Show each headline metric by source and by label, where there are several."""
+    for group, words in (("by_source", "source"), ("by_label", "label")):
+        for view in shown_metrics(models, HEADLINE):
+            names = groups_with(models, group, view.key)
+            if len(names) > 1:
+                rows = []
+                for name in names:
+                    rates = [model[group].get(name, {}).get(view.key, NOT_COUNTED) for model in models.values()]
+                    rows.append([name, *map(rate_text, rates)])
+                yield Table(f"{view.title}, by {words}", ["", *models], rows)
+
+
 def extra_tables(report: Mapping[str, Any]) -> list[Table]:
-    """The tables of all parts that the report has."""
+    """Show the parts that the report has beyond its rates."""
     makers = (
         ("comparisons", _comparisons),
         ("agreement", _agreement),
@@ -55,41 +123,34 @@ def extra_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def points(value: float | None) -> str:
-    """`0.0312` as `+3.1`: a difference in percentage points."""
+    """Write a difference of shares in percentage points: `0.0312` as `+3.1`."""
     return "-" if value is None else f"{100 * value:+.1f}"
 
 
 def p_text(p: float) -> str:
-    """`0.0123` as `0.012`, anything below 0.001 as `<0.001`."""
+    """Write `0.0123` as `0.012`, anything below 0.001 as `<0.001`."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def interval_text(value: float | None, low: float | None, high: float | None) -> str:
-    """`52.1 [48.0, 56.2]` from shares; `-` where there is no value."""
-    if value is None:
-        return "-"
-    return percent(value) if low is None else f"{percent(value)} [{percent(low)}, {percent(high)}]"
-
-
 def _comparisons(entries: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    rows = [
-        [
-            METRIC_WORDS[one["metric"]] + ("" if one["source"] == ALL_SOURCES else f", {one['source']}"),
-            f"{one['first']} -> {one['second']}",
-            points(one["difference"])
-            + ("" if one["low"] is None else f" [{points(one['low'])}, {points(one['high'])}]"),
-            f"{one['only_first']} / {one['only_second']}",
-            str(one["n"]),
-            p_text(one["p"]),
-            p_text(one["p_holm"]) + (" *" if one["p_holm"] < 0.05 else ""),
-        ]
-        for one in entries
-    ]
+    rows = []
+    for one in entries:
+        source = "" if one["source"] == ALL_SOURCES else f", {one['source']}"
+        interval = "" if one["low"] is None else f" [{points(one['low'])}, {points(one['high'])}]"
+        row = {
+            "rate": METRIC_WORDS[one["metric"]] + source,
+            "models": f"{one['first']} -> {one['second']}",
+            "difference": points(one["difference"]) + interval,
+            "only first / only second": f"{one['only_first']} / {one['only_second']}",
+            "n": str(one["n"]),
+            "p": p_text(one["p"]),
+            "p (Holm)": p_text(one["p_holm"]) + (" *" if one["p_holm"] < 0.05 else ""),
+        }
+        rows.append(row)
     yield Table(
-        "comparisons",
         "Models compared on the same prompts",
-        ["rate", "models", "difference", "only first / only second", "n", "p", "p (Holm)"],
-        rows,
+        list(rows[0]),
+        [list(row.values()) for row in rows],
         "Difference in percentage points, the second model minus the first, with its 95% bootstrap interval (none "
         "where no prompt differs, or all do alike); prompts that count for one model alone; exact McNemar test, "
         f"and its p value corrected for the {len(rows)} comparisons of this table (Holm); * below 0.05.",
@@ -103,7 +164,6 @@ def _agreement(part: Mapping[str, Any]) -> Iterator[Table]:
     words = "undefined" if kappa is None else f"{kappa['value']:.2f} [{kappa['low']:.2f}, {kappa['high']:.2f}]"
     outcomes = list(part["table"])
     yield Table(
-        "agreement",
         "Agreement of the judges",
         [f"{first} (rows), {second} (columns)", *outcomes],
         [[mine, *(str(part["table"][mine][other]) for other in outcomes)] for mine in outcomes],
@@ -115,7 +175,6 @@ def _agreement(part: Mapping[str, Any]) -> Iterator[Table]:
         left_out = len(part["disagreements"]) - len(listed)
         more = f" The first {len(listed)}; report.json lists {left_out} more." if left_out else ""
         yield Table(
-            "agreement",
             "Answers that the judges disagree on",
             ["model", "prompt", first, second],
             [[one["model"], f"{one['set']}/{one['id']}", one["first"], one["second"]] for one in listed],
@@ -127,16 +186,13 @@ def _agreement(part: Mapping[str, Any]) -> Iterator[Table]:
 def _helpfulness(part: Mapping[str, Any]) -> Iterator[Table]:
     rows = []
     for name, one in part["models"].items():
-        head = [name, *(str(one[key]) for key in ("wins", "ties", "losses"))]
-        if one["n"]:
-            plain = interval_text(one["value"], one["low"], one["high"])
-            controlled = interval_text(one["controlled"], one["controlled_low"], one["controlled_high"])
-        else:
-            plain = controlled = "-"
-        rest = [str(one[key]) for key in ("inconsistent", "identical", "abstained")]
-        rows.append([*head, plain, controlled, *rest])
+        before = [str(one[key]) for key in ("wins", "ties", "losses")]
+        after = [str(one[key]) for key in ("inconsistent", "identical", "abstained")]
+        # A model without a counted prompt has counts, and no rates.
+        plain = interval_text(one.get("value"), one.get("low"), one.get("high"))
+        controlled = interval_text(one.get("controlled"), one.get("controlled_low"), one.get("controlled_high"))
+        rows.append([name, *before, plain, controlled, *after])
     yield Table(
-        "helpfulness",
         f"Helpfulness against {part['baseline']}",
         ["model", "wins", "ties", "losses", "win rate", "at equal length", "inconsistent", "identical", "abstained"],
         rows,
@@ -150,17 +206,15 @@ def _helpfulness(part: Mapping[str, Any]) -> Iterator[Table]:
 def _downstream(part: Mapping[str, Any]) -> Iterator[Table]:
     rows = []
     for task in part["tasks"]:
-        metrics = list(dict.fromkeys(name for model in part["models"].values() for name in model.get(task, {})))
-        for metric in metrics:
-            cells = [_with_error(model.get(task, {}).get(metric)) for model in part["models"].values()]
-            rows.append([task, metric, *cells])
+        of_models = [model.get(task, {}) for model in part["models"].values()]
+        for metric in dict.fromkeys(name for results in of_models for name in results):
+            rows.append([task, metric, *(_with_error(results.get(metric)) for results in of_models)])
     checked = "; ".join(
         f"{name}: {one['n']} log-likelihoods equal to {one['largest_difference']:.1e} nats"
         for name, one in part["checked"].items()
         if one["n"]
     )
     yield Table(
-        "downstream",
         "Downstream tasks",
         ["task", "metric", *part["models"]],
         rows,
@@ -180,22 +234,24 @@ def _rewards(part: Mapping[str, Any]) -> Iterator[Table]:
     for name, one in part["models"].items():
         for label, group in [("all", one), *one["by_label"].items()]:
             accuracy, margin = group["accuracy"], group["margin"]
-            rows.append(
-                [
-                    name,
-                    label,
-                    str(group["n"]),
-                    interval_text(accuracy["value"], accuracy["low"], accuracy["high"]),
-                    f"{margin['mean']:.2f} [{margin['low']:.2f}, {margin['high']:.2f}]",
-                    f"{one['calibration_error']:.3f}" if label == "all" else "",
-                ]
-            )
+            row = [
+                name,
+                label,
+                str(group["n"]),
+                interval_text(accuracy["value"], accuracy["low"], accuracy["high"]),
+                f"{margin['mean']:.2f} [{margin['low']:.2f}, {margin['high']:.2f}]",
+                f"{one['calibration_error']:.3f}" if label == "all" else "",
+            ]
+            rows.append(row)
+    pairs = "pairs that were trained on" if any(part["trained_on"].values()) else "held-out pairs"
+    betas = {name: f"{one['beta']:g}" for name, one in part["models"].items()}
+    same_beta = len(set(betas.values())) == 1
+    beta = part["beta"] if same_beta else ", ".join(f"{beta} ({name})" for name, beta in betas.items())
     yield Table(
-        "rewards",
-        f"Implicit rewards on held-out pairs, against {part['reference']}",
+        f"Implicit rewards on {pairs}, against {part['reference']}",
         ["model", "label", "pairs", "accuracy", "margin", "calibration error"],
         rows,
-        f"beta = {part['beta']:g}. Accuracy: pairs whose chosen response has the larger reward, per cent of those that "
+        f"beta = {beta}. Accuracy: pairs whose chosen response has the larger reward, per cent of those that "
         "are not tied; margin in nats; calibration error: how far the accuracy is from the model's own confidence, "
         "over ten bins; 95% intervals.",
         left=(0, 1),
@@ -203,24 +259,21 @@ def _rewards(part: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _runs(part: Mapping[str, Any]) -> Iterator[Table]:
-    rows = [
-        [
-            run["name"],
-            *("-" if run["settings"][key] is None else str(run["settings"][key]) for key in part["settings"]),
-            *(_number(run["metrics"].get(metric)) for metric in part["metrics"]),
-        ]
-        for run in part["runs"]
-    ]
-    settings = tuple(range(len(part["settings"]) + 1))
+    rows = []
+    for run in part["runs"]:
+        settings = [run["settings"][key] for key in part["settings"]]
+        metrics = [_number(run["metrics"].get(metric)) for metric in part["metrics"]]
+        rows.append([run["name"], *("-" if value is None else str(value) for value in settings), *metrics])
     yield Table(
-        "runs",
         "Training runs",
         ["run", *part["settings"], *part["metrics"]],
         rows,
         "Settings that differ between the runs, and the last value of each metric.",
-        left=settings,
+        left=tuple(range(len(part["settings"]) + 1)),
     )
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -14,78 +14,104 @@ import yaml
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.text.examples import held_out, normalise
+from safer_instruct.text.examples import held_out
+from safer_instruct.text.exclusion import exclude_file, instruction_key, read_instruction_keys
 from safer_instruct.text.loading import LoadedExamples, RowLog
-from safer_instruct.text.prompt_sets import EvaluationPrompt, Overlap
-from safer_instruct.text.prompts import reversed_target
-from safer_instruct.text.readers import read_rows
+from safer_instruct.text.prompt_sets import Overlap
 
-PUBLISHED_TEST_SET = "test_set.csv"  # beside published training files: train.py leaves its prompts out by itself
 # Settings that name a run or its machine and say nothing about what was trained.
 NOT_COMPARED = ("exp_name", "run_dir", "local_run_dir", "local_dirs", "device", "wandb", "checkpoint")
 SHOWN_METRICS = ("loss/train", "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "counters/examples")
 
 
-def run_config(path: str) -> dict[str, Any] | None:
-    """The settings that a run was trained with; `path` is the run, or a checkpoint or model folder in it."""
+def run_config(path: str) -> dict[str, Any]:
+    """Read the settings that a model was trained with; {} if it is not part of a run of train.py.
+
+    Args:
+        path: The run, or a checkpoint or model folder in it.
+    """
     folder = find_path(path)
     for candidate in (folder, *folder.resolve().parents[:3]):
         file = candidate / "config.yaml"
         if file.is_file():
             config = yaml.safe_load(file.read_text(encoding="utf-8"))
-            return config if isinstance(config, dict) and "datasets" in config else None
-    return None
+            # The DPO repo writes a config.yaml too, with other keys: its `datasets` is a list.
+            is_ours = isinstance(config, dict) and isinstance(config.get("datasets"), dict)
+            return config if is_ours else {}
+    return {}
 
 
-def find_training_overlap(path: str, prompts: Sequence[EvaluationPrompt]) -> list[Overlap]:
-    """Prompts that an evaluated run was trained on, one entry for each of its datasets that is still there.
+def run_datasets(path: str) -> dict[str, DatasetSettings]:
+    """Read the datasets that a model was trained on, by name; {} if it is not part of a run of train.py."""
+    known = {field.name for field in fields(DatasetSettings)}
+    return {
+        name: DatasetSettings(**{key: value for key, value in values.items() if key in known})
+        for name, values in run_config(path).get("datasets", {}).items()
+    }
 
-    Rows that the run left out (its `exclude` file, the rows that it held out) are no overlap. Files are streamed.
+
+def find_training_overlap(path: str, asked: Mapping[str, Sequence[str]]) -> list[Overlap]:
+    """Find the instructions that a model was trained on, in each dataset of its run that is still there.
+
+    Rows that the run left out (excluded, or held out for its own evaluation) are no overlap. Files are streamed.
+
+    Args:
+        path: The run, or a checkpoint or model folder in it.
+        asked: The instructions to look for, as `instruction_key` writes them, and what to call each of them.
     """
-    config = run_config(path)
-    datasets: Mapping[str, Any] = config["datasets"] if config else {}
-    names = {field.name for field in fields(DatasetSettings)}
-    overlaps = []
-    for name, values in datasets.items():
-        settings = DatasetSettings(**{key: value for key, value in values.items() if key in names})
-        if find_path(settings.path).exists():
-            overlaps.append(_overlap_with(name, settings, prompts))
-    return overlaps
+    datasets = run_datasets(path)
+    held_out_keys: set[str] = set()  # train.py drops what any dataset's evaluation file asks from all datasets
+    for name, settings in datasets.items():
+        if settings.eval_path is not None and find_path(settings.eval_path).exists():
+            loaded = LoadedExamples(settings, settings.eval_path, RowLog(name), pairs=False)
+            held_out_keys.update(instruction_key(str(one.instruction), one.input) for one in loaded)
+    return [
+        _overlap_with(name, settings, {key: names for key, names in asked.items() if key not in held_out_keys})
+        for name, settings in datasets.items()
+        if find_path(settings.path).exists()
+    ]
+
+
+def _overlap_with(name: str, settings: DatasetSettings, asked: Mapping[str, Sequence[str]]) -> Overlap:
+    exclude = exclude_file(settings)
+    if exclude is not None and not exclude.exists():
+        exclude = None  # moved since: too much overlap is reported, which is better than no report
+    excluded = set(read_instruction_keys(exclude))
+    found: set[str] = set()
+    examples = LoadedExamples(settings, settings.path, RowLog(name), pairs=False)
+    for example in examples:
+        instruction = str(example.instruction)
+        key = instruction_key(instruction, example.input)
+        is_held_out = settings.eval_path is None and held_out(instruction, settings.eval_fraction)
+        if key in asked and key not in excluded and not is_held_out:
+            found.update(asked[key])
+    return Overlap(settings.path, examples.log.read, tuple(sorted(found)))
 
 
 def find_induction_report(paths: Sequence[str]) -> str | None:
-    """The report.json that induce.py wrote beside the data of one of these runs; None if there is none."""
+    """Find the report.json that induce.py wrote beside the data of one of these runs; None if there is none."""
     for path in paths:
-        config = run_config(path)
-        for values in config["datasets"].values() if config else ():
-            file = find_path(values["path"]) / "report.json"
+        for settings in run_datasets(path).values():
+            file = find_path(settings.path) / "report.json"
             if file.is_file() and "funnel" in json.loads(file.read_text(encoding="utf-8")):
                 return str(file)
     return None
 
 
-def _overlap_with(name: str, settings: DatasetSettings, prompts: Sequence[EvaluationPrompt]) -> Overlap:
-    left_out = set(_excluded(settings))
-    ids: dict[str, list[str]] = {}
-    for prompt in prompts:
-        key = normalise(prompt.instruction)
-        is_held_out = settings.eval_path is None and held_out(prompt.instruction, settings.eval_fraction)
-        if key not in left_out and not is_held_out:
-            ids.setdefault(key, []).append(f"{prompt.set_name}/{prompt.id}")
-    found: set[str] = set()
-    examples = LoadedExamples(settings, settings.path, RowLog(name), pairs=False)
-    for example in examples:
-        found.update(ids.get(normalise(reversed_target(example.instruction or "", example.input)), ()))
-    return Overlap(settings.path, examples.log.read, tuple(sorted(found)))
+def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a metrics.jsonl; a torn last line, which a killed run can leave, is ignored.
 
-
-def _excluded(settings: DatasetSettings) -> Iterator[str]:
-    path = find_path(settings.path)
-    beside = (path if path.is_dir() else path.parent) / PUBLISHED_TEST_SET
-    file = find_path(settings.exclude) if settings.exclude else beside if settings.schema == "si" else None
-    if settings.exclude != "" and file is not None and file.is_file():
-        for _, row in read_rows(file):
-            yield normalise(reversed_target(str(row.get("instruction") or ""), str(row.get("input") or "")))
+    Raises:
+        UserError: Another line is not JSON.
+    """
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                if not line.endswith("\n"):
+                    return
+                raise UserError(f"{file}:{number}: not a line of JSON") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +125,14 @@ class TrainingRun:
 
 
 def read_training_run(name: str, folder: Path) -> TrainingRun:
-    """A run from its `config.yaml` and `metrics.jsonl`; a torn last line, which a killed run can leave, is ignored.
+    """Read a run from its `config.yaml` and `metrics.jsonl`.
 
     Raises:
         UserError: There is no metric in it yet, or a file in it cannot be read.
     """
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    file = folder / "metrics.jsonl"
     metrics: dict[str, float] = {}
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            if not line.endswith("\n"):
-                break
-            raise UserError(f"{file}: a line of it is no JSON") from None
+    for row in read_metrics(folder / "metrics.jsonl"):
         metrics.update({key: float(value) for key, value in row.items() if isinstance(value, int | float)})
     if not metrics:
         raise UserError(f"{folder} is a run without a metric yet: let it train, or leave it out of compare=[...]")
@@ -129,11 +148,11 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def compare_training_runs(runs: Sequence[TrainingRun], sort_by: str | None) -> dict[str, Any]:
-    """One table of runs: the settings that differ between them, and their last metrics.
+    """Put runs into one table: the settings that differ between them, and their last metrics.
 
     Args:
         runs: In the order of the command.
-        sort_by: A metric, smallest first; with "-" before it largest first; None: as they come.
+        sort_by: A metric, smallest first; with "-" before it largest first; None keeps the order.
 
     Returns:
         `{"settings": [names], "metrics": [names shown], "runs": [{name, path, settings, metrics}]}`.
@@ -142,6 +161,7 @@ def compare_training_runs(runs: Sequence[TrainingRun], sort_by: str | None) -> d
         UserError: No run has the metric.
     """
     keys = sorted({key for run in runs for key in run.settings if key.split(".")[0] not in NOT_COMPARED})
+    # By repr, since a value may be a list; it also tells 1 from True.
     differing = [key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1]
     known = sorted({metric for run in runs for metric in run.metrics})
     ordered = list(runs)
@@ -150,8 +170,8 @@ def compare_training_runs(runs: Sequence[TrainingRun], sort_by: str | None) -> d
         metric, largest_first = sort_by.removeprefix("-"), sort_by.startswith("-")
         if metric not in known:
             raise UserError(f"sort_by={sort_by}: no run has this metric; they have {', '.join(known)}")
-        missing = math.inf if not largest_first else -math.inf
-        ordered.sort(key=lambda run: run.metrics.get(metric, missing), reverse=largest_first)
+        last = -math.inf if largest_first else math.inf  # where a run without the metric goes
+        ordered.sort(key=lambda run: run.metrics.get(metric, last), reverse=largest_first)
         shown = [metric, *(name for name in shown if name != metric)]
     rows = [
         {

@@ -1,0 +1,89 @@
+"""The models of an evaluation: found, checked and identified before any weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from config.errors import UserError
+from config.paths import find_path
+from config.settings import EvaluatedModelSettings, ModelSettings
+from safer_instruct.report.training_runs import run_datasets
+from safer_instruct.text.examples import text_id
+from safer_instruct.text.prompts import render_prompt
+
+DEFAULT_TEMPLATE = "alpaca"
+
+
+@dataclass(frozen=True, slots=True)
+class Respondent:
+    """One model to be evaluated: checked and identified, its weights not loaded."""
+
+    name: str
+    path: str
+    model: ModelSettings  # behind a server, too: its tokenizer has the template, and its files are its identity
+    template: str
+    prompt: str  # hash of the template's text: another wording is asked again
+    fingerprint: str
+    served_as: str | None = None  # its name at a server, where that is not the one of `generation.server`
+    base_url: str | None = None  # of a server of its own
+
+
+def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
+    """Check everything about a model that can be wrong before its weights are loaded.
+
+    Loads the tokenizer, tries the template, and reads the weight files once to check and once to hash them.
+
+    Raises:
+        UserError: No model or no tokenizer there, weights that are damaged or not finite, or a template that the
+            tokenizer does not have.
+    """
+    from safer_instruct.generation.models import check_weight_files, load_tokenizer, model_fingerprint, resolve_archive
+
+    model = ModelSettings(
+        name_or_path=settings.base or settings.path,
+        archive=settings.path if settings.base else None,
+        policy_dtype=settings.dtype,
+    )
+    template = settings.template or run_template(name, settings.path)
+    prompt = text_id(render_prompt(template, "", tokenizer=load_tokenizer(model)).text)
+    if find_path(settings.path).exists() and (folder := resolve_archive(settings.path)).is_dir():
+        check_weight_files(folder)
+        require_finite_weights(name, folder)
+    served = {"served_as": settings.served_as, "base_url": settings.base_url}
+    return Respondent(name, settings.path, model, template, prompt, model_fingerprint(model), **served)
+
+
+def run_template(name: str, path: str) -> str:
+    """Return the template that a model was trained with; alpaca for one that is not part of a run of train.py.
+
+    Raises:
+        UserError: Its run has several.
+    """
+    templates = {dataset: settings.template for dataset, settings in run_datasets(path).items()}
+    if len(set(templates.values())) > 1:
+        listed = ", ".join(f"datasets.{dataset}.template={template}" for dataset, template in templates.items())
+        raise UserError(f"models.{name}.path={path} was trained with {listed}: choose by models.{name}.template=NAME")
+    return next(iter(templates.values()), DEFAULT_TEMPLATE)
+
+
+def require_finite_weights(name: str, folder: Path) -> None:
+    """Refuse weights with a NaN or an infinity in them: whatever such a model says means nothing.
+
+    Raises:
+        UserError: Naming the first such tensor.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            # NaN and infinity survive a sum, which takes a tenth of the time of `isfinite` and no memory; but the sum
+            # of finite numbers may overflow, too.
+            sums = ((key, tensors.get_tensor(key).sum()) for key in tensors.keys())  # noqa: SIM118  # no dictionary
+            suspects = (key for key, total in sums if not total.isfinite())
+            broken = next((key for key in suspects if not tensors.get_tensor(key).isfinite().all()), None)
+        if broken is not None:
+            raise UserError(
+                f"models.{name}: {broken} in {file} holds NaN or infinite numbers, so that no answer of this model "
+                "means anything; name an earlier checkpoint (models.NAME.path=RUN/checkpoints/step-N), or train it anew"
+            )

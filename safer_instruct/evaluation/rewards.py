@@ -1,0 +1,105 @@
+"""Implicit rewards of models as they were trained: on which scale, and on which pairs that they have seen before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from config.errors import UserError
+from config.settings import RewardSettings
+from safer_instruct.evaluation.respondents import Respondent
+from safer_instruct.measures.reward_checks import check_rewards
+from safer_instruct.report.training_runs import find_training_overlap, run_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RewardScale:
+    """What makes a reward of log-probabilities: the keys of `loss=` that a run was trained with."""
+
+    beta: float
+    average_logps: bool = False
+    reference_free: bool = False
+
+    def margins(self, logps: Tensor, reference: Tensor, num_tokens: Tensor) -> list[float]:
+        """Return reward(chosen) - reward(rejected) in nats from (N, 2) columns of chosen and rejected."""
+        ratios = logps if self.reference_free else logps - reference
+        if self.average_logps:
+            ratios = ratios / num_tokens.clamp(min=1)
+        return (self.beta * (ratios[:, 0] - ratios[:, 1])).tolist()
+
+
+def reward_scales(respondents: Mapping[str, Respondent], settings: RewardSettings) -> dict[str, RewardScale]:
+    """Return the scale of every model but the reference: from its run, or from the command for a plain model folder.
+
+    Raises:
+        UserError: The command contradicts a run, or neither says what beta is; all models at once.
+    """
+    typed = {key: vars(settings)[key] for key in ("beta", "average_logps") if vars(settings)[key] is not None}
+    scales: dict[str, RewardScale] = {}
+    errors = []
+    for name, respondent in respondents.items():
+        if name == settings.reference:
+            continue
+        model = f"models.{name}.path={respondent.path}"
+        loss = run_config(respondent.path).get("loss", {})
+        trained = {key: loss[key] for key in ("beta", "average_logps", "reference_free") if key in loss}
+        errors += [
+            f"rewards.{key}={value}: {model} was trained with loss.{key}={trained[key]}, as its config.yaml says; "
+            f"leave rewards.{key} out"
+            for key, value in typed.items()
+            if value != trained.get(key, value)
+        ]
+        if "beta" in typed | trained:
+            scales[name] = RewardScale(**(typed | trained))
+        else:
+            errors.append(
+                f"rewards.beta is not set, and {model} is not part of a run of train.py that would say with which "
+                "loss.beta it was trained: write rewards.beta=NUMBER"
+            )
+    if errors:
+        raise UserError("\n".join(errors))
+    return scales
+
+
+def count_trained_on(respondents: Mapping[str, Respondent], pairs: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Count the pairs (ids by `instruction_key`) whose instruction each model's run was trained on.
+
+    The reference counts too: it may have been trained on the chosen responses.
+    """
+    counts = {}
+    for name, respondent in respondents.items():
+        overlaps = find_training_overlap(respondent.path, pairs)
+        counts[name] = len({id for overlap in overlaps for id in overlap.prompt_ids})
+    return counts
+
+
+def describe_rewards(
+    margins: Mapping[str, Sequence[float]],
+    labels: Sequence[str],
+    scales: Mapping[str, RewardScale],
+    trained_on: Mapping[str, int],
+    settings: RewardSettings,
+) -> dict[str, Any]:
+    """Build the part of the report: accuracy, margins and calibration of every model but the reference."""
+    betas = {scale.beta for scale in scales.values()}
+    return {
+        "reference": settings.reference,
+        "beta": betas.pop() if len(betas) == 1 else None,  # None: each model has its own
+        "path": settings.path,
+        "trained_on": dict(trained_on),
+        "models": {name: {**check_rewards(margins[name], labels), **asdict(scale)} for name, scale in scales.items()},
+    }
+
+
+def trained_on_notes(part: Mapping[str, Any]) -> Iterator[str]:
+    """Say which models were trained on pairs that were to be held out."""
+    for name, count in part["trained_on"].items():
+        if count:
+            yield (
+                f"{name} was trained on the instructions of {count} of the pairs in {part['path']}: its rewards there "
+                "are no evidence for pairs that it has not seen."
+            )

@@ -1,0 +1,40 @@
+"""Which instructions may not be trained on: the one rule that training follows and evaluation reports by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from config.paths import find_path
+from config.settings import DatasetSettings
+from safer_instruct.text.examples import normalise
+from safer_instruct.text.prompts import reversed_target
+from safer_instruct.text.readers import read_rows, require_columns
+
+PUBLISHED_TEST_SET = "test_set.csv"  # its `si` prompts are also in the published training files
+
+
+def instruction_key(instruction: str, input: str = "") -> str:
+    """Return the form in which instructions are compared; Alpaca's `input` is part of the instruction."""
+    return normalise(reversed_target(instruction, input))
+
+
+def exclude_file(settings: DatasetSettings) -> Path | None:
+    """Find the file of instructions to keep out of training: `exclude`, else the test set beside published data."""
+    if settings.exclude is not None:
+        return find_path(settings.exclude) if settings.exclude else None
+    path = find_path(settings.path)
+    beside = (path if path.is_dir() else path.parent) / PUBLISHED_TEST_SET
+    # Data that is itself called test_set.csv would otherwise exclude every one of its rows.
+    return beside if settings.schema == "si" and beside.is_file() and beside != path else None
+
+
+def read_instruction_keys(file: Path | None) -> Iterator[str]:
+    """Yield the key of every instruction in a file; none without a file.
+
+    Raises:
+        UserError: The file is missing, or has no column `instruction`.
+    """
+    for where, row in read_rows(file) if file is not None else ():
+        require_columns(row, ["instruction"], where)
+        yield instruction_key(str(row["instruction"] or ""), str(row.get("input") or ""))
