@@ -25,12 +25,12 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.text.chat import special_token_texts
+from safer_instruct.text.chat import Turn, special_token_texts
 from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
 from safer_instruct.text.examples import Example, held_out
 from safer_instruct.text.exclusion import exclude_file, instruction_key, read_instruction_keys
 from safer_instruct.text.loading import LoadedExamples, load_examples
-from safer_instruct.text.prompts import Prompt, render_prompt, render_reversed, reversed_target
+from safer_instruct.text.prompts import Prompt, answer_turn, render_prompt, render_reversed, reversed_target
 from safer_instruct.text.readers import data_files, splits_left_out
 from safer_instruct.text.row_log import RowLog, describe
 from trainers.data.cache import build_once, hash_files

@@ -26,7 +26,7 @@ from safer_instruct.evaluation.downstream import ChoiceScorer, check_choices, me
 from safer_instruct.evaluation.pairwise import compare_helpfulness
 from safer_instruct.evaluation.respondents import Respondent, check_model
 from safer_instruct.evaluation.response_columns import read_columns
-from safer_instruct.evaluation.rewards import reward_scales
+from safer_instruct.evaluation.rewards import RewardScale, reward_scales
 from safer_instruct.experts.expert import Expert, build_expert
 from safer_instruct.measures.comparisons import compare_models, judge_agreement
 from safer_instruct.measures.rates import JudgedOutput
