@@ -101,6 +101,11 @@ def test_a_second_signal_ends_the_process_at_once():
     assert done.stdout == ""
 
 
+def test_signals_can_be_answered_before_torch_is_imported():
+    code = "import sys, trainers.distributed.preemption; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest().on_signals():
