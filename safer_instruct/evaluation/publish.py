@@ -24,6 +24,7 @@ from safer_instruct.report.evaluations import find_finished, read_evaluations, s
 from safer_instruct.report.page import pick_samples, render_page
 from safer_instruct.report.plots import Plot
 from safer_instruct.report.training_runs import compare_training_runs, read_training_run
+from safer_instruct.text.display import without_password
 
 log = logging.getLogger(__name__)
 
