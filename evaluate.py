@@ -11,25 +11,28 @@ that was stopped. The text of models and prompts goes into samples.jsonl and beh
 
 from __future__ import annotations
 
+from config.checks_evaluate import check_evaluate, with_paths
+from config.schema import read_command, run_command
+from config.settings import EvaluateConfig
+
+if __name__ == "__main__":  # before the imports that take seconds: a mistake need not wait for them
+    command = read_command("evaluate", EvaluateConfig, check_evaluate)
+
 import logging
 import os
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from config.checks_evaluate import check_evaluate
 from config.errors import UserError
 from config.files import write_text
-from config.named import expand_named
-from config.schema import run_entrypoint
-from config.settings import MISSING, DatasetSettings, EvaluateConfig
+from config.settings import DatasetSettings
 from safer_instruct.evaluation.answers import WHOLE, Respondent, describe_decoding
 from safer_instruct.evaluation.downstream import encode_choice
 from safer_instruct.evaluation.steps import Evaluation, Judged, ask_all, build_parts, judge_all, prepare, timed
@@ -63,22 +66,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NO_JUDGE = {"name": "", "fingerprint": ""}
-
-
-def check(config: EvaluateConfig) -> list[str]:
-    """All errors of the command that show before a file is read."""
-    return check_evaluate(with_paths(config))
-
-
-def with_paths(config: EvaluateConfig) -> EvaluateConfig:
-    """The settings with `path=` filled in for the prompt sets that have none of their own."""
-    if config.path is None:
-        return config
-    sets = {
-        name: replace(settings, path=config.path) if settings.path == MISSING else settings
-        for name, settings in config.prompts.items()
-    }
-    return replace(config, prompts=sets)
 
 
 def main(config: EvaluateConfig) -> None:
@@ -336,9 +323,4 @@ def _describe_run(config: EvaluateConfig, seconds: Mapping[str, float]) -> dict[
 
 
 if __name__ == "__main__":
-    try:
-        sys.argv[1:] = expand_named(sys.argv[1:])
-    except UserError as user_error:
-        print(f"evaluate.py: {user_error}", file=sys.stderr)
-        sys.exit(2)
-    run_entrypoint("evaluate", EvaluateConfig, check, main)
+    run_command(command, main)

@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from config.errors import UserError
-from config.settings import LikelihoodLossSettings, PreferenceLossSettings
+from config.settings import DPOSettings, IPOSettings, LikelihoodLossSettings, PreferenceLossSettings
 from trainers.data.packing import num_target_tokens
 from trainers.losses import dpo_loss, ipo_loss, reward_accuracy
 
@@ -130,8 +130,9 @@ class PreferenceObjective:
     def _preference_loss(self, scores: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         settings = self.settings
         vectors = (scores[:, 0], scores[:, 1], reference[:, 0], reference[:, 1])
-        if settings.name == "ipo":
+        if isinstance(settings, IPOSettings):
             return ipo_loss(*vectors, beta=settings.beta, reference_free=settings.reference_free)
+        assert isinstance(settings, DPOSettings)
         return dpo_loss(
             *vectors,
             beta=settings.beta,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from config.errors import UserError
+from config.names import STAGES
 from config.settings import InductionSettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
@@ -19,8 +20,7 @@ from safer_instruct.induction.ledger import Record
 from safer_instruct.text.examples import Example, normalise, text_id
 from safer_instruct.text.prompts import TEMPLATE_MARKS, render_reversed
 
-INDUCE, SCORE, FILTER, RESPOND = "induce", "score", "filter", "respond"
-STAGES = (INDUCE, SCORE, FILTER, RESPOND)  # score only where a forward model is given
+INDUCE, SCORE, FILTER, RESPOND = STAGES  # score only where a forward model is given
 REQUIRED_STAGES = (INDUCE, FILTER, RESPOND)
 CHECKS_VERSION = 2  # of cheap_check: part of the filter's configuration
 COPY_WORDS = 8  # an instruction that shares so many words in a row with its response, as a whole, copies it
