@@ -178,12 +178,19 @@ class Reader:
         if chosen not in self._bases:
             self._bases[chosen] = self._compose_groups([word for word in words if word.is_group])
         config = self._bases[chosen].copy()
-        refused = {word.key for word in words if not word.is_group and not self._merge(word, config)}
+        refused = set(self._refused)
+        for word in words:
+            refused |= set() if word.is_group else self._merge(word, config)
+        for group in MANDATORY_GROUPS[self._config_name]:
+            if config.hydra.runtime.choices[group] is None and group not in refused:
+                refused.add(group)
+                options = ", ".join(group_options(group, self._search))
+                self._fault(group, f"{group} is not set: write {group}=CHOICE. Choices: {options}")
         swept = ", ".join(word.said for word in words if word.key in self._sweeping)
-        return Point(swept, config, self._refused | refused)
+        return Point(swept, config, refused)
 
     def _compose_groups(self, words: list[Word]) -> DictConfig:
-        """Return what the groups alone compose to; report those that do not, or are not set and must be."""
+        """Return what the groups alone compose to; report those that do not."""
 
         def composed(texts: Iterable[str]) -> DictConfig:
             return compose(self._config_name, overrides=[*self._search, *texts], return_hydra_config=True)
@@ -205,21 +212,19 @@ class Reader:
                 self._fault("", one_line(whole))
                 good = []
             config = composed(word.spelled for word in good)
-        for group in MANDATORY_GROUPS[self._config_name]:
-            if config.hydra.runtime.choices[group] is None and group not in self._refused:
-                self._refused.add(group)
-                options = ", ".join(group_options(group, self._search))
-                self._fault(group, f"{group} is not set: write {group}=CHOICE. Choices: {options}")
         return config
 
-    def _merge(self, word: Word, config: DictConfig) -> bool:
-        """Put a value into the config, or report a key that does not exist, or a value of another type."""
+    def _merge(self, word: Word, config: DictConfig) -> set[str]:
+        """Put a value into the config, or report a key that does not exist, or a value of another type.
+
+        Returns the keys that the word was meant for, if it was wrong.
+        """
         override = _parsed(word.spelled)
         parent, _, name = override.key_or_group.rpartition(".")
         if override.is_delete():
             OmegaConf.set_struct(config, False)
             OmegaConf.select(config, parent).pop(name, None)
-            return True
+            return set()
         settings: Any = override.value()
         for part in reversed(override.key_or_group.split(".")):
             settings = {part: settings}
@@ -227,11 +232,10 @@ class Reader:
         group = word.key.split(".")[0]
         is_unset = group in config and not OmegaConf.is_missing(config, group) and config[group] is None
         if is_unset and group != word.key:
-            self._fault(word.key, f"{word.said}: {self._unknown(word.key, None, config)}")
-            return False
+            return {word.key, self._unknown(word, word.key, None, config)}
         try:
             config.merge_with(settings)
-            return True
+            return set()
         except (ConfigAttributeError, ConfigKeyError, ValidationError) as error:
             key = max(word.key, error.full_key or "", key=len)  # the longer one points into a dictionary that was given
             # A scalar in the place of a group is reported without its key.
@@ -241,13 +245,13 @@ class Reader:
                 self._fault(word.key, f"{word.said}: {_expected(key, owner, settings)}")
             elif not is_below(word.key, self._refused):  # a wrong choice of the group has been told
                 owner = error.object_type if key == error.full_key else None
-                self._fault(word.key, f"{word.said}: {self._unknown(key, owner, config)}")
+                return {word.key, self._unknown(word, key, owner, config)}
         except OmegaConfBaseException as error:
             self._fault(word.key, f"{word.said}: {one_line(error)}")
-        return False
+        return {word.key}
 
-    def _unknown(self, key: str, owner: Any, config: DictConfig) -> str:
-        """Say what to write for a key that does not exist, of a settings dataclass or dictionary."""
+    def _unknown(self, word: Word, key: str, owner: Any, config: DictConfig) -> str:
+        """Report a key that does not exist, of the dataclass `owner` if it has one; return what it was meant to be."""
         group, *names = key.split(".")
         if names and get_type_hints(self._kind).get(group) is Any:  # its keys differ from choice to choice
             choice = config.hydra.runtime.choices.get(group)
@@ -258,15 +262,19 @@ class Reader:
             owners = [f"{group}={name}" for name, other in composed.items() if key in _keys(other)]
             if owners:
                 lacks = f"{group}={choice} has no key {key}" if choice else f"{group} is not set"
-                return f"{lacks}; it belongs to {', '.join(owners)}"
+                self._fault(word.key, f"{word.said}: {lacks}; it belongs to {', '.join(owners)}")
+                return key
         if names and names[0] in group_options(group, self._search) and names[0] not in (config.get(group) or {}):
-            return f"{group} {names[0]} is not selected: write {group}=[...,{names[0]}]"
+            self._fault(word.key, f"{word.said}: {group} {names[0]} is not selected: write {group}=[...,{names[0]}]")
+            return key
         parent = key.rpartition(".")[0]
         siblings = [field.name for field in fields(owner)] if parent and is_dataclass(owner) else []
         known = [name for name in _keys(config) if group == "hydra" or not name.startswith("hydra")]
         guess = OTHER_NAMES.get(key) or nearest(key, [*known, *(f"{parent}.{sibling}" for sibling in siblings)])
         listed = f" Keys of {parent}: {', '.join(siblings)}" if siblings else ""
-        return f"there is no key {key}" + (f"; did you mean {guess}?" if guess else ".") + listed
+        meant = f"; did you mean {guess}?" if guess else "."
+        self._fault(word.key, f"{word.said}: there is no key {key}{meant}{listed}")
+        return guess or key
 
 
 def _expected(key: str, owner: Any, given: dict[Any, Any]) -> str:

@@ -199,6 +199,7 @@ def test_one_mistake_is_one_error(mistakes):
          "model.name_or_path=/a/folder."),
         (["wandb={mod:online}"], "wandb={mod:online}: there is no key wandb.mod; did you mean wandb.mode?"),
         (["lr.x=1"], "lr.x=1: there is no key lr.x"),
+        (["exp_name=???", "exp_nam=b"], "exp_nam=b: there is no key exp_nam; did you mean exp_name?"),
     ):  # fmt: skip
         (line,) = mistakes(*arguments)
         assert line.startswith(start)
