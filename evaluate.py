@@ -11,8 +11,14 @@ that was stopped. The text of models and prompts goes into samples.jsonl and beh
 
 from __future__ import annotations
 
+from config.checks_evaluate import check_evaluate, with_paths
+from config.schema import read_command, run_command
+from config.settings import EvaluateConfig
+
+if __name__ == "__main__":  # before the imports that take seconds: a mistake need not wait for them
+    command = read_command("evaluate", EvaluateConfig, check_evaluate)
+
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,11 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from config.checks_evaluate import check_evaluate
 from config.errors import UserError
-from config.named import expand_named
-from config.schema import run_entrypoint
-from config.settings import MISSING, DatasetSettings, EvaluateConfig
+from config.settings import DatasetSettings
 from safer_instruct.evaluation.answers import WHOLE, Advance
 from safer_instruct.evaluation.downstream import encode_choice
 from safer_instruct.evaluation.publish import compare_finished, write_report
@@ -40,22 +43,6 @@ from safer_instruct.text.exclusion import instruction_key
 
 if TYPE_CHECKING:
     from trainers.data.token_store import TokenStore
-
-
-def check(config: EvaluateConfig) -> list[str]:
-    """Return all errors of the command that show before a file is read."""
-    return check_evaluate(with_paths(config))
-
-
-def with_paths(config: EvaluateConfig) -> EvaluateConfig:
-    """Return the settings with `path=` filled in for the prompt sets that have none of their own."""
-    if config.path is None:
-        return config
-    sets = {
-        name: replace(settings, path=config.path) if settings.path == MISSING else settings
-        for name, settings in config.prompts.items()
-    }
-    return replace(config, prompts=sets)
 
 
 def main(config: EvaluateConfig) -> None:
@@ -225,9 +212,4 @@ def _log_to_wandb(config: EvaluateConfig, report: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.argv[1:] = expand_named(sys.argv[1:])
-    except UserError as user_error:
-        print(f"evaluate.py: {user_error}", file=sys.stderr)
-        sys.exit(2)
-    run_entrypoint("evaluate", EvaluateConfig, check, main)
+    run_command(command, main)

@@ -10,6 +10,19 @@ Settings: config/induce.yaml, config/settings.py (InduceConfig).
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from config.checks_induce import check_induce
+from config.schema import read_command, run_command
+from config.settings import InduceConfig
+from safer_instruct.induction.status import render_status
+
+if __name__ == "__main__":  # before the imports that take seconds: mistakes and stage=status need not wait for them
+    command = read_command("induce", InduceConfig, check_induce)
+    if all(config.stage == "status" for config in command.configs):
+        run_command(command, lambda config: print(render_status(Path(config.output) / "ledger")))
+        raise SystemExit
+
 import os
 import platform
 import shlex
@@ -18,16 +31,13 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from config.checks_induce import check_induce
 from config.errors import UserError
-from config.schema import run_entrypoint
-from config.settings import MISSING, InduceConfig, OpenAIExpertSettings
+from config.settings import MISSING, OpenAIExpertSettings
 from safer_instruct.dataset.files import FILES
 from safer_instruct.dataset.merge import MERGE, merge, read_instructions
 from safer_instruct.dataset.scratch import lock_output
@@ -54,8 +64,6 @@ def main(config: InduceConfig) -> None:
     if config.stage == MERGE:
         merge_shards(config)
     elif config.stage == "status":
-        from safer_instruct.induction.status import render_status
-
         print(render_status(Path(config.output) / "ledger"))
     elif config.stage == "audit":
         run_audit(config)
@@ -208,4 +216,4 @@ def _show(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_entrypoint("induce", InduceConfig, check_induce, main)
+    run_command(command, main)

@@ -15,6 +15,13 @@ from trainers.distributed.preemption import exit_on_signals  # isort: skip
 if __name__ == "__main__":
     exit_on_signals()  # before the imports that take seconds: a signal may come during them
 
+from config.checks_train import check_train
+from config.schema import read_command, run_command
+from config.settings import TrainConfig
+
+if __name__ == "__main__":
+    command = read_command("config", TrainConfig, check_train)  # before torch is imported: a mistake need not wait
+
 import sys
 import time
 from collections import Counter
@@ -28,10 +35,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config.checks_train import check_train
 from config.errors import UserError
-from config.schema import run_entrypoint
-from config.settings import GenerationSettings, TrainConfig
+from config.settings import GenerationSettings
 from preference_datasets import Loss, TrainEval, build_stores, describe
 from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
@@ -321,4 +326,4 @@ def next_step(config: TrainConfig, run: RunDir) -> str:
 
 
 if __name__ == "__main__":
-    run_entrypoint("config", TrainConfig, check_train, main)
+    run_command(command, main)

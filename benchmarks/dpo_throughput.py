@@ -53,7 +53,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import forget_peak, resident_mib
 from benchmarks.throughput_peers import LiteralStep, trl_step
-from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig, WandbSettings
+from config.settings import DPOSettings, LikelihoodLossSettings, TrainConfig, WandbSettings
 from trainers.data.batching import BatchLoader, GlobalBatch
 from trainers.data.cutters import PackedCutter, build_cutter
 from trainers.data.packing import default_max_tokens, input_lengths, num_positions
@@ -177,7 +177,7 @@ def our_step(
 
 def train_settings(arguments: argparse.Namespace) -> TrainConfig:
     """Published, without the warm-up: RMSprop, clipped at 10."""
-    loss = PreferenceLossSettings(name="dpo")
+    loss = DPOSettings(name="dpo")
     if arguments.task == "sft":
         loss = LikelihoodLossSettings(name="sft", reduction="token_mean")
     return TrainConfig(

@@ -1,111 +1,84 @@
-"""What can be wrong with the values of an evaluation command; as `config/checks.py`, apart for its length."""
+"""What can be wrong with an evaluation command."""
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
-from config.checks import (
-    DTYPES,
-    EXAMPLES,
-    check_backend,
-    check_device,
-    check_expert,
-    check_model_path,
-    check_server,
-    missing_values,
-)
-from config.ranges import above, at_least, existing_path, one_of
-from config.settings import MISSING, EvaluateConfig
+from config.checks import check_device, check_expert, check_lengths, check_server, unread_by_expert
+from config.rules import MISSING, Fault, check_values, choices, is_below
+from config.settings import EvaluateConfig
 
 
-def check_evaluate(config: EvaluateConfig) -> list[str]:
-    """All errors of an evaluation command."""
-    errors = [
-        *(line for line in missing_values(config) if not line.startswith("generation.server.")),
-        *one_of("responses", config.responses, ("generate", "csv")),
-        *check_device(config.device),
-        *check_backend(config.generation),
+def with_paths(config: EvaluateConfig) -> EvaluateConfig:
+    """Return the settings with `path=` filled in for the prompt sets that have none of their own."""
+    if config.path is None:
+        return config
+    sets = {
+        name: replace(settings, path=config.path) if settings.path == MISSING else settings
+        for name, settings in config.prompts.items()
+    }
+    return replace(config, prompts=sets)
+
+
+def check_evaluate(config: EvaluateConfig) -> list[Fault]:
+    """Return all faults of an evaluation command."""
+    config = with_paths(config)
+    unread = ["generation.server.model"]
+    for key, expert in (("expert", config.expert), ("second_expert", config.second_expert)):
+        unread += unread_by_expert(expert, key)
+    faults = [
+        *(fault for fault in check_values(config) if not is_below(fault.key, unread)),
         *_check_servers(config),
-        *(check_expert(config.expert) if config.expert is not None else []),
-        *(re.sub(r"\bexpert\.", "second_expert.", line) for line in _check_second_expert(config.second_expert)),
-        *one_of("wandb.mode", config.wandb.mode, ("auto", "online", "offline", "disabled")),
-        *_check_evaluation_parts(config),
+        *check_expert(config.expert, "expert"),
+        *check_expert(config.second_expert, "second_expert"),
+        *check_lengths(config.rewards.max_prompt_length, config.rewards.max_length, "rewards."),
+        *([] if config.compare else _check_parts(config)),
     ]
-    if config.expert is None and config.prompts and not config.compare:
-        errors.append(f"expert is not set: write expert=..., {EXAMPLES['expert']}")
-    for name, prompts in config.prompts.items():
-        errors += existing_path(f"prompts.{name}.path", prompts.path)
-        errors += at_least(f"prompts.{name}.max_rows", prompts.max_rows, 1)
-        if prompts.kind is not None:
-            errors += one_of(f"prompts.{name}.kind", prompts.kind, ("unsafe", "benign", "near"))
+    return faults or list(check_device(config.device))
+
+
+def _check_servers(config: EvaluateConfig) -> Iterator[Fault]:
+    """Find out whether each model has a name at its server, if the models are behind servers."""
+    server, is_served = config.generation.server, config.generation.backend == "openai"
+    if is_served:
+        yield from check_server(server, "generation.server")
     for name, model in config.models.items():
-        if model.template is not None:
-            errors += one_of(f"models.{name}.template", model.template, ("alpaca", "hh", "plain", "chat"))
-        errors += one_of(f"models.{name}.dtype", model.dtype, DTYPES)
-        errors += check_model_path(f"models.{name}.path", model.path)
-    for path in config.training_data:
-        errors += existing_path("training_data", path)
-    return errors
+        for key, value in (("served_as", model.served_as), ("base_url", model.base_url)):
+            if value is not None and not is_served:
+                message = (
+                    f"models.{name}.{key}={value}: only generation=openai asks a server; leave it out, or write that"
+                )
+                yield Fault(f"models.{name}.{key}", message, ("generation",))
+        if is_served and (model.served_as or server.model) == MISSING:
+            yield Fault(
+                f"models.{name}.served_as",
+                f"models.{name}.served_as is not set: write the name under which the server knows the model, or once "
+                "for all models generation.server.model=NAME",
+                ("generation.server.model",),
+            )
 
 
-def _check_servers(config: EvaluateConfig) -> list[str]:
-    """Each model's name at its server, if the models are behind servers."""
-    server = config.generation.server
-    if config.generation.backend != "openai":
-        return [
-            f"models.{name}.{key}={value}: only generation=openai asks a server; leave it out, or write that"
-            for name, model in config.models.items()
-            for key, value in (("served_as", model.served_as), ("base_url", model.base_url))
-            if value is not None
-        ]
-    unnamed = [name for name, model in config.models.items() if (model.served_as or server.model) == MISSING]
-    return check_server(server, "generation.server") + [
-        f"models.{name}.served_as is not set: write the name under which the server knows the model, or once for all "
-        "models generation.server.model=NAME"
-        for name in unnamed
-    ]
-
-
-def _check_second_expert(expert: Any) -> list[str]:
-    return [] if expert is None else check_expert(expert)
-
-
-def _check_evaluation_parts(config: EvaluateConfig) -> list[str]:
-    """The parts of an evaluation that a command asks for, and what each of them needs."""
-    helpfulness, rewards, downstream = config.helpfulness, config.rewards, config.downstream
-    errors = at_least("samples_per_set", config.samples_per_set, 0)
-    errors += above("rewards.beta", rewards.beta, 0) if rewards.beta is not None else []
-    for name in ("max_prompt_length", "batch_size"):
-        errors += at_least(f"rewards.{name}", rewards.__dict__[name], 1)
-    if rewards.max_prompt_length >= rewards.max_length:
-        errors.append(
-            f"rewards.max_prompt_length={rewards.max_prompt_length} must be smaller than "
-            f"rewards.max_length={rewards.max_length}: that counts prompt and response together"
-        )
-    for kind in helpfulness.kinds:
-        errors += one_of("helpfulness.kinds", kind, ("unsafe", "benign", "near"))
-    for name in ("limit", "batch_size"):
-        errors += at_least(f"downstream.{name}", downstream.__dict__[name], 1)
-    errors += at_least("downstream.num_fewshot", downstream.num_fewshot, 0)
-    errors += existing_path("downstream.include_path", downstream.include_path)
-    errors += existing_path("rewards.path", rewards.path)
-    if config.compare:
-        return errors
-    if not config.prompts and not downstream.tasks and rewards.path is None:
-        errors.append("no prompts: give at least one set with prompts.NAME.path=FILE")
-    if not config.models and config.responses == "generate":
-        errors.append("no models: name at least one, models.NAME.path=FOLDER (a model folder, or a run of train.py)")
+def _check_parts(config: EvaluateConfig) -> Iterator[Fault]:
+    """Find out whether the parts of an evaluation that a command asks for have what they need."""
+    rewards, generates = config.rewards, config.responses == "generate"
+    if config.expert is None and config.prompts:
+        yield Fault("expert", "expert is not set: write expert=..., one of rules, local, openai")
+    if not config.prompts and not config.downstream.tasks and rewards.path is None:
+        yield Fault("prompts", "no prompts: give at least one set with prompts.NAME.path=FILE")
+    if not config.models and generates:
+        message = "no models: name at least one, models.NAME.path=FOLDER (a model folder, or a run of train.py)"
+        yield Fault("models", message, ("responses",))
     if config.models and config.responses == "csv":
-        errors.append(
-            "responses=csv takes the columns of the prompt files as models: leave models.* out, or responses=csv"
-        )
-    if config.models and helpfulness.baseline is not None:
-        errors += one_of("helpfulness.baseline", helpfulness.baseline, list(config.models))
-    if rewards.path is not None:
-        errors += (
-            ["rewards.reference is not set: name the model of models.NAME that the others were trained from"]
-            if rewards.reference is None
-            else one_of("rewards.reference", rewards.reference, list(config.models))
-        )
-    return errors
+        message = "responses=csv takes the columns of the prompt files as models: leave models.* out, or responses=csv"
+        yield Fault("responses", message)
+    if rewards.path is not None and rewards.reference is None:
+        message = "rewards.reference is not set: name the model of models.NAME that the others were trained from"
+        yield Fault("rewards.reference", message)
+    named = {"rewards.reference": rewards.reference if rewards.path is not None else None}
+    if config.models:
+        named["helpfulness.baseline"] = config.helpfulness.baseline
+    for key, name in named.items():
+        complaint = choices(*config.models)(name) if name is not None else ""
+        if complaint:
+            yield Fault(key, f"{key}={name}: {complaint}", ("models",))

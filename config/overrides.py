@@ -1,351 +1,313 @@
-"""Checks the overrides of a command before anything runs, and says all that is wrong with them at once.
+"""From the words of a command line to composed settings, and to all that is wrong with the words.
 
-Hydra stops at the first error with a message of its own. Here every override is parsed and composed on its own, so
-that `lr=abc los.beta=1 model=tinny` is answered with three lines, each with the nearest name that exists.
-Used by `config/schema.py` only.
+Hydra stops at its first error. So it composes the groups alone, and each other word is merged into that by itself:
+`lr=abc los.beta=1 model=tinny` is answered by three faults, each with the nearest name that exists.
 """
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import typing
-from collections.abc import Iterable
-from dataclasses import dataclass, field, is_dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override, OverrideType, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from config.rules import Fault, is_below, nearest, suggest
+from config.spelling import PRESETS, free_key, spell
+
+CONFIG_DIR = Path(__file__).resolve().parent
+PROGRAMS = {"config": "train.py", "induce": "induce.py", "evaluate": "evaluate.py"}
+MANDATORY_GROUPS = {"config": ("loss", "model"), "induce": (), "evaluate": ()}
 # What people write who come from other trainers; difflib would never find these.
 OTHER_NAMES = {
-    "learning_rate": "lr",
-    "num_train_epochs": "n_epochs",
-    "num_epochs": "n_epochs",
-    "epochs": "n_epochs",
-    "per_device_train_batch_size": "batch_size",
-    "train_batch_size": "batch_size",
-    "scheduler": "lr_scheduler",
-    "lr_scheduler_type": "lr_scheduler",
-    "optim": "optimizer",
-    "beta": "loss.beta",
-    "output_dir": "run_dir",
-    "model_name_or_path": "model.name_or_path",
-    "max_seq_length": "max_length",
+    "learning_rate": "lr", "num_train_epochs": "n_epochs", "num_epochs": "n_epochs", "epochs": "n_epochs",
+    "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size", "scheduler": "lr_scheduler",
+    "lr_scheduler_type": "lr_scheduler", "optim": "optimizer", "beta": "loss.beta", "output_dir": "run_dir",
+    "model_name_or_path": "model.name_or_path", "max_seq_length": "max_length",
     "gradient_checkpointing": "activation_checkpointing",
-}
+}  # fmt: skip
+TYPES: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"
+}  # fmt: skip
 
 
-@dataclass
-class CheckedOverrides:
-    """What became of the overrides of one command.
+class Word(NamedTuple):
+    """An override with one value; a sweep is several of them."""
 
-    `points` holds one list of overrides for each run: one, or all points of a sweep. `bad_keys` are the keys whose
-    override was refused, `swept_keys` those with several values.
+    key: str  # the setting or group: `loss.beta`, `model`, `expert@second_expert`
+    said: str  # as it was typed
+    spelled: str  # as Hydra is to be given it
+    is_group: bool
+
+
+class Point(NamedTuple):
+    """What one run of a command composes to: the whole command, or one point of a sweep."""
+
+    swept: str  # the words that tell it from the others
+    config: DictConfig
+    refused: set[str]  # keys whose word was wrong, so that the config holds a default in its place
+
+
+def own_groups(config_name: str) -> list[str]:
+    """Return the config groups of an entrypoint: the entries of its defaults."""
+    entries: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml").defaults)
+    groups = [group for entry in entries if isinstance(entry, dict) for group in entry]
+    return [group for group in groups if not group.startswith("override ")]
+
+
+def group_options(group: str, search: Iterable[str] = ()) -> list[str]:
+    """Return the choices of a group, which are the YAML files of its folders; none where there is no such group."""
+    loader: Any = GlobalHydra.instance().config_loader()
+    found = loader.get_group_options(group.split("@")[0], ObjectType.CONFIG, overrides=list(search))
+    return [option for option in found if not option.startswith("_")]
+
+
+class Reader:
+    """Read the overrides of one command, with Hydra initialised.
+
+    Attributes:
+        faults: What is wrong with the words, by message.
+        arguments: The words as Hydra is to be given them.
+        swept: Keys that take several values, as Hydra knows them.
+        points: What the words compose to, those left out that are wrong.
     """
 
-    points: list[list[str]] = field(default_factory=list)
-    overrides: list[str] = field(default_factory=list)  # as Hydra must be given them, sweeps unexpanded
-    errors: list[str] = field(default_factory=list)
-    bad_keys: set[str] = field(default_factory=set)
-    swept_keys: list[str] = field(default_factory=list)
+    def __init__(
+        self, config_name: str, kind: type, texts: Iterable[str], *, multirun: bool = False, search: Iterable[str] = ()
+    ) -> None:
+        """Read `texts` for `config/<config_name>.yaml`, whose schema is the dataclass `kind`.
 
+        With `multirun` a word may hold several values; `search` are overrides that tell Hydra of other config folders.
+        """
+        self._config_name, self._kind, self._search = config_name, kind, list(search)
+        self.faults: dict[str, Fault] = {}
+        self.arguments: list[str] = []
+        self.swept: list[str] = []
+        sweeps = [words for text in texts if (words := self._parse(text, multirun))]
+        self._sweeping = {words[0].key for words in sweeps if len(words) > 1}
+        usable = {word.key for words in sweeps for word in words}
+        self._refused = {fault.key for fault in self.faults.values()} - usable
+        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self.points = [self._compose(words) for words in itertools.product(*sweeps)]
 
-def check_overrides(config_name: str, arguments: list[str], *, multirun: bool) -> CheckedOverrides:
-    """Parses and composes each of `arguments`; Hydra must be initialised with the config directory.
+    def _fault(self, key: str, message: str) -> None:
+        self.faults.setdefault(message, Fault(key, message))
 
-    The points that come back compose, whether or not there were errors: refused overrides are left out of them.
-    """
-    checked = CheckedOverrides()
-    parsed = [override for text in arguments if (override := _parse(text, checked)) is not None]
-    groups = [override for override in parsed if _is_group(override.key_or_group)]
-    values = [override for override in parsed if not _is_group(override.key_or_group)]
-
-    base, variants = [], []
-    for override in groups:
-        good = [text for text in _expand(override, checked, multirun) if _check_group(override, text, checked)]
-        if good:
-            base.append(good[0])
-            variants.append(good)
-            checked.overrides.append(override.input_line or "")
-    config, unset = _fill_mandatory_groups(config_name, base, checked)
-    variants += [[text] for text in unset.values()]
-
-    values = [override for override in values if override.key_or_group.split(".")[0] not in unset]
-    expanded = [(override, _expand(override, checked, multirun)) for override in values]
-    spelled = [[_spell_addition(config, override, text) for text in texts] for override, texts in expanded]
-    # The quick answer for a command without mistakes: one composition instead of one for each override.
-    all_compose = _composes(config_name, base + [text for texts in spelled for text in texts[:1]])
-    for (override, texts), there in zip(expanded, spelled, strict=True):
-        surely_good = all_compose and len(texts) == 1 and override.type == OverrideType.CHANGE
-        good = [
-            text
-            for said, text in zip(texts, there, strict=True)
-            if surely_good or _check_value(config_name, base, config, override, said, text, checked)
-        ]
-        if good:
-            checked.bad_keys.discard(override.key_or_group)  # other values of a sweep are to be checked further
-            variants.append(good)
-            checked.overrides.append(_joined(good) if there != texts else override.input_line or "")
-            if len(texts) > 1:
-                checked.swept_keys.append(good[0].lstrip("+").split("=")[0])
-    checked.points = [list(point) for point in itertools.product(*variants)]
-    return checked
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The entry of `names` that `name` was probably meant to be, or None."""
-    choices = sorted(names)
-    found = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    if not found:  # `beta` for `loss.beta`, `path` for `datasets.si.path`
-        leaves = {choice.split(".")[-1]: choice for choice in reversed(choices)}
-        found = [leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.75)]
-    return found[0] if found else None
-
-
-def group_options(group: str) -> list[str]:
-    """The choices of a config group: the YAML files of `config/<group>/`."""
-    return [option for option in _loader().get_group_options(group, ObjectType.CONFIG) if not option.startswith("_")]
-
-
-def all_groups() -> list[str]:
-    """The config groups of this repository (Hydra's own and the schemas left out)."""
-    return [group for group in _loader().list_groups("") if group not in ("hydra", "schema")]
-
-
-def all_keys(config: Any, prefix: str = "") -> list[str]:
-    """The dotted names of all keys of a composed config, inner ones included."""
-    keys: list[str] = []
-    if not isinstance(config, DictConfig):
-        return keys
-    for key in map(str, config):
-        name = f"{prefix}{key}"
-        keys.append(name)
-        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
-            keys += all_keys(config[key], name + ".")
-    return keys
-
-
-def _loader() -> Any:
-    return GlobalHydra.instance().config_loader()
-
-
-def _parse(text: str, checked: CheckedOverrides) -> Override | None:
-    if text.startswith("-"):
-        checked.errors.append(f"{text}: unknown flag; overrides have no dashes: {text.lstrip('-').replace(' ', '=')}")
-        return None
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException:
-        override = None
-    if override is None or not override.key_or_group:  # `lr = 1` is three arguments; Hydra reads `=` as an empty key
-        hint = "write key=value; quote a value that holds spaces, commas, brackets or quotes, such as \"key='a, b'\""
-        checked.errors.append(f"{text}: not a valid override: {hint}")
-        return None
-    return override
-
-
-def _composes(config_name: str, overrides: list[str]) -> bool:
-    try:
-        compose(config_name, overrides=overrides)
-    except HydraException:
-        return False
-    return True
-
-
-def _is_group(key: str) -> bool:
-    return bool(_loader().get_group_options(key, ObjectType.CONFIG))
-
-
-def _expand(override: Override, checked: CheckedOverrides, multirun: bool) -> list[str]:
-    """The single-valued overrides that a sweep such as `lr=1e-5,1e-6` stands for; else the override itself."""
-    value = override.value()
-    if isinstance(value, (Glob, IntervalSweep)):
-        checked.swept_keys.append(override.key_or_group)
-        checked.overrides.append(override.input_line or "")
-        return []  # only the sweeper knows the values
-    if not override.is_sweep_override():
-        return [override.input_line or ""]
-    key = override.key_or_group
-    points = [f"{override.get_key_element()}={text}" for text in override.sweep_string_iterator()]
-    if not multirun:
-        values = (override.input_line or "").split("=", 1)[1]
-        checked.errors.append(
-            f"{override.input_line}: several values need -m (one run each); a list is written {key}=[{values}]"
-        )
-        checked.bad_keys.add(key)
-        return []
-    checked.swept_keys.append(key)
-    return points
-
-
-def _check_group(override: Override, text: str, checked: CheckedOverrides) -> bool:
-    """Says whether the choices named by `text` exist, and reports those that do not."""
-    group = override.key_or_group
-    single = OverridesParser.create().parse_override(text)
-    value = single.value()
-    if override.is_delete() or value is None:
-        return True
-    chosen = value if isinstance(value, list) else [value]
-    names = [name.text if isinstance(name, QuotedString) else str(name) for name in chosen]
-    options = group_options(group)
-    bad = [name for name in names if name not in options]
-    for name in bad:
-        guess = nearest(name, options)
-        meant = f"; did you mean {guess}?" if guess else ""
-        checked.errors.append(f"{text}: {group} has no choice {name!r}{meant} Choices: {', '.join(options)}")
-        checked.bad_keys.add(group)
-    return not bad
-
-
-def _fill_mandatory_groups(
-    config_name: str, base: list[str], checked: CheckedOverrides
-) -> tuple[DictConfig, dict[str, str]]:
-    """Adds a choice to `base` for each mandatory group that has none, so that the rest can be checked.
-
-    Returns what `base` then composes to, and group -> override that was added; reports the groups, unless a wrong
-    choice of theirs was reported.
-    """
-    added: dict[str, str] = {}
-    while True:
+    def _parse(self, text: str, multirun: bool) -> list[Word]:
+        """Return the values of an override that exist; report the others."""
+        if text.startswith("-"):
+            plain = text.lstrip("-").replace(" ", "=")
+            self._fault(plain.split("=")[0], f"{text}: unknown flag; overrides have no dashes: {plain}")
+            return []
         try:
-            return compose(config_name, overrides=base), added
-        except HydraException as error:
-            if "You must specify" not in str(error):
-                raise
-            group = str(error).split("'")[1]
-        options = group_options(group)
-        if group not in checked.bad_keys:
-            checked.errors.append(f"{group} is not set: write {group}=CHOICE. Choices: {', '.join(options)}")
-        checked.bad_keys.add(group)
-        added[group] = f"{group}={options[0]}"
-        base.append(added[group])
+            override = _parsed(text)
+        except HydraException:
+            override = None
+        if override is None or not override.key_or_group:  # `lr = 1` is three words; Hydra reads `=` as an empty key
+            hint = "quote a value that holds spaces, commas, brackets or quotes, such as \"key='a, b'\""
+            self._fault(text.split("=")[0].strip(), f"{text}: not a valid override: write key=value; {hint}")
+            return []
+        key, name = override.key_or_group, override.get_key_element()
+        if isinstance(override.value(), Glob | IntervalSweep):  # the sweeper alone knows the values
+            self.arguments.append(text)
+            self.swept.append(key)
+            return []
+        if override.is_sweep_override() and not multirun:
+            values = override.get_value_string()
+            self._fault(key, f"{text}: several values need -m (one run each); a list is written {key}=[{values}]")
+            return []
+        texts = [text]
+        if override.is_sweep_override():
+            texts = [f"{name}={value}" for value in override.sweep_string_iterator()]
+        words = [word for text in texts if (word := self._word(text)) is not None]
+        if words:
+            others = [word.spelled.split("=", 1)[1] for word in words[1:]]
+            self.arguments.append(",".join([words[0].spelled, *others]))
+        if len(words) > 1:
+            self.swept.append(_parsed(words[0].spelled).key_or_group)
+        return words
 
+    def _word(self, text: str) -> Word | None:
+        """Return an override with one value as a word, or report that it names nothing."""
+        override = _parsed(text)
+        key = override.get_key_element().lstrip("+~")
+        options, free = group_options(key, self._search), free_key(self._kind, key)
+        if options:
+            return Word(key, text, text, True) if self._is_choice(key, text, override.value(), options) else None
+        if key.startswith("hydra.") or (override.is_delete() and free is not None):
+            return Word(key, text, text, False)
+        if override.is_delete():
+            self._fault(key, f"{text}: {key} cannot be removed; set it to null or to another value")
+            return None
+        spelled = None
+        if free is not None:
+            # A name that resembles a choice of the group is left for the error it is, unless a `+` insists on it.
+            similar = nearest(free.names[0], group_options(free.root, self._search)) if free.names else None
+            spelled = spell(override, free) if similar is None or text[0] == "+" else None
+        return Word(key, text, spelled or text.lstrip("+"), False)
 
-def _spell_addition(config: DictConfig, override: Override, text: str) -> str:
-    """`models.base.path=x`, an entry of a dictionary with free names, as Hydra wants it: `++models={base:{path:x}}`.
-
-    Which dictionaries are free is known from the schema (`optimizer_args`, `models`, `datasets`, ...). A name that
-    resembles one that exists, or that is a choice of the group and not selected, is left for the error it is.
-    """
-    if override.is_add() or override.is_force_add() or override.is_delete():
-        return text
-    parts = override.key_or_group.split(".")
-    value = text.split("=", 1)[1]
-    node: Any = config
-    for depth, part in enumerate(parts):
-        if not isinstance(node, DictConfig):
-            return text
-        if part not in node:
-            known = [str(key) for key in node] + group_options(".".join(parts[:depth]))
-            if is_dataclass(OmegaConf.get_type(node)) or nearest(part, known) is not None:
-                return text
-            nested = "".join(f"{{{name}:" for name in parts[depth:]) + value + "}" * (len(parts) - depth)
-            return f"++{'.'.join(parts[:depth])}={nested}"
-        if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part):
-            return text
-        node = node[part]
-    is_free = isinstance(node, DictConfig) and not is_dataclass(OmegaConf.get_type(node))
-    return "++" + text if is_free else text  # `optimizer_args={betas:[0.9,0.95]}`
-
-
-def _joined(texts: list[str]) -> str:
-    """One override that sweeps over the values of several: `k=a`, `k=b` -> `k=a,b`."""
-    return texts[0] + "".join("," + text.split("=", 1)[1] for text in texts[1:])
-
-
-def _check_value(
-    config_name: str,
-    base: list[str],
-    config: DictConfig,
-    override: Override,
-    text: str,
-    spelled: str,
-    checked: CheckedOverrides,
-) -> bool:
-    """Composes one override, `spelled` for Hydra, on top of the groups; reports what is wrong with `text`."""
-    key = override.key_or_group
-    try:
-        composed = compose(config_name, overrides=[*base, spelled])
-    except HydraException as error:
-        cause = error.__cause__
-        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-            checked.errors.append(f"{text}: {_unknown_key(config_name, base, config, key)}")
-        elif isinstance(cause, ValidationError):
-            checked.errors.append(f"{text}: {_expected_type(config, key)}")
-        else:
-            checked.errors.append(f"{text}: {' '.join(str(error).split())}")
-        checked.bad_keys.add(key)
-        return False
-    # Hydra's + and ~ open a typed config; no module would ever read the key, or the default would come back.
-    if (override.is_add() or override.is_force_add()) and not key.startswith("hydra"):
-        parent = OmegaConf.select(composed, key.rpartition(".")[0]) if "." in key else composed
-        if key not in all_keys(config) and is_dataclass(OmegaConf.get_type(parent)):
-            checked.errors.append(f"{text}: {_unknown_key(config_name, base, config, key)}")
-            checked.bad_keys.add(key)
+    def _is_choice(self, group: str, text: str, value: Any, options: list[str]) -> bool:
+        """Report a group that this entrypoint does not have, and choices that the group does not have."""
+        own, key = own_groups(self._config_name), group.split("@")[-1]
+        if group not in own and text[0] != "+" and not group.startswith("hydra/"):
+            owners = " and ".join(program for name, program in PROGRAMS.items() if group in own_groups(name))
+            here = f"{PROGRAMS[self._config_name]} has no group {group}" + (f", which is of {owners}" if owners else "")
+            meant = suggest(group, [field.name for field in fields(self._kind)])
+            self._fault(key, f"{text}: {here}{meant} Its groups: {', '.join(own)}")
             return False
-    if override.is_delete() and is_dataclass(OmegaConf.get_type(_parent(config, key))):
-        checked.errors.append(f"{text}: {key} cannot be removed; set it to null or to another value")
-        checked.bad_keys.add(key)
-        return False
-    return True
+        names = map(str, value if isinstance(value, list) else [] if value is None else [value])
+        wrong = [name for name in names if name not in options]
+        for name in wrong:
+            meant = suggest(name, options, 0.5)
+            if group == "model" and "/" in name:
+                meant = f"; a folder is written model=blank_model model.name_or_path={name}."
+            self._fault(key, f"{text}: {group} has no choice {name!r}{meant} Choices: {', '.join(options)}")
+        return not wrong
+
+    def _compose(self, words: tuple[Word, ...]) -> Point:
+        chosen = tuple(word.spelled for word in words if word.is_group)
+        if chosen not in self._bases:
+            self._bases[chosen] = self._compose_groups([word for word in words if word.is_group])
+        config = self._bases[chosen].copy()
+        refused = set(self._refused)
+        for word in words:
+            refused |= set() if word.is_group else self._merge(word, config)
+        for group in MANDATORY_GROUPS[self._config_name]:
+            if config.hydra.runtime.choices[group] is None and group not in refused:
+                refused.add(group)
+                options = ", ".join(group_options(group, self._search))
+                self._fault(group, f"{group} is not set: write {group}=CHOICE. Choices: {options}")
+        swept = ", ".join(word.said for word in words if word.key in self._sweeping)
+        return Point(swept, config, refused)
+
+    def _compose_groups(self, words: list[Word]) -> DictConfig:
+        """Return what the groups alone compose to; report those that do not."""
+
+        def composed(texts: Iterable[str]) -> DictConfig:
+            return compose(self._config_name, overrides=[*self._search, *texts], return_hydra_config=True)
+
+        try:
+            config = composed(word.spelled for word in words)
+        except HydraException as whole:
+            good = []
+            for word in words:
+                try:
+                    composed([word.spelled])
+                    good.append(word)
+                except HydraException as error:
+                    is_free = free_key(self._kind, word.key) is not None
+                    hint = f" (a file of config/{word.key} holds its own name, and below it the settings)"
+                    self._fault(word.key, f"{word.said}: {one_line(error)}{hint if is_free else ''}")
+                    self._refused.add(word.key)
+            if good == words:  # each composes, but they do not go together
+                self._fault("", one_line(whole))
+                good = []
+            config = composed(word.spelled for word in good)
+        return config
+
+    def _merge(self, word: Word, config: DictConfig) -> set[str]:
+        """Put a value into the config, or report a key that does not exist, or a value of another type.
+
+        Returns the keys that the word was meant for, if it was wrong.
+        """
+        override = _parsed(word.spelled)
+        parent, _, name = override.key_or_group.rpartition(".")
+        if override.is_delete():
+            OmegaConf.set_struct(config, False)
+            OmegaConf.select(config, parent).pop(name, None)
+            return set()
+        settings: Any = override.value()
+        for part in reversed(override.key_or_group.split(".")):
+            settings = {part: settings}
+        OmegaConf.set_struct(config, not override.is_force_add())
+        group = word.key.split(".")[0]
+        is_unset = group in config and not OmegaConf.is_missing(config, group) and config[group] is None
+        if is_unset and group != word.key:
+            return {word.key, self._unknown(word, word.key, None, config)}
+        try:
+            config.merge_with(settings)
+            return set()
+        except (ConfigAttributeError, ConfigKeyError, ValidationError) as error:
+            key = max(word.key, error.full_key or "", key=len)  # the longer one points into a dictionary that was given
+            # A scalar in the place of a group is reported without its key.
+            has_type = isinstance(error, ValidationError) and (error.key is None or key == error.full_key)
+            if has_type:
+                owner = OmegaConf.get_type(config, parent or None) if error.key is None else error.object_type
+                self._fault(word.key, f"{word.said}: {_expected(key, owner, settings)}")
+            elif not is_below(word.key, self._refused):  # a wrong choice of the group has been told
+                owner = error.object_type if key == error.full_key else None
+                return {word.key, self._unknown(word, key, owner, config)}
+        except OmegaConfBaseException as error:
+            self._fault(word.key, f"{word.said}: {one_line(error)}")
+        return {word.key}
+
+    def _unknown(self, word: Word, key: str, owner: Any, config: DictConfig) -> str:
+        """Report a key that does not exist, of the dataclass `owner` if it has one; return what it was meant to be."""
+        group, *names = key.split(".")
+        if names and get_type_hints(self._kind).get(group) is Any:  # its keys differ from choice to choice
+            choice = config.hydra.runtime.choices.get(group)
+            composed = {
+                name: compose(self._config_name, overrides=[*self._search, f"{group}={name}"])
+                for name in group_options(group, self._search)
+            }
+            owners = [f"{group}={name}" for name, other in composed.items() if key in _keys(other)]
+            if owners:
+                lacks = f"{group}={choice} has no key {key}" if choice else f"{group} is not set"
+                self._fault(word.key, f"{word.said}: {lacks}; it belongs to {', '.join(owners)}")
+                return key
+        if names and names[0] in group_options(group, self._search) and names[0] not in (config.get(group) or {}):
+            self._fault(word.key, f"{word.said}: {group} {names[0]} is not selected: write {group}=[...,{names[0]}]")
+            return key
+        parent = key.rpartition(".")[0]
+        siblings = [field.name for field in fields(owner)] if parent and is_dataclass(owner) else []
+        known = [name for name in _keys(config) if group == "hydra" or not name.startswith("hydra")]
+        guess = OTHER_NAMES.get(key) or nearest(key, [*known, *(f"{parent}.{sibling}" for sibling in siblings)])
+        listed = f" Keys of {parent}: {', '.join(siblings)}" if siblings else ""
+        meant = f"; did you mean {guess}?" if guess else "."
+        self._fault(word.key, f"{word.said}: there is no key {key}{meant}{listed}")
+        return guess or key
 
 
-def _parent(config: DictConfig, key: str) -> Any:
-    return OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
-
-
-def _unknown_key(config_name: str, base: list[str], config: DictConfig, key: str) -> str:
-    group = key.split(".")[0]
-    chosen = [text for text in base if text.startswith(f"{group}=")]
-    with_key = [option for option in group_options(group) if _has_key(config_name, base, group, option, key)]
-    if chosen and with_key:
-        return f"{chosen[-1]} has no key {key}; it belongs to {', '.join(f'{group}={option}' for option in with_key)}"
-    name = key.split(".")[1] if "." in key else ""
-    if name in group_options(group) and OmegaConf.select(config, f"{group}.{name}") is None:
-        return f"{group} {name} is not selected: write {group}=[...,{name}]"
-    keys = all_keys(config)
-    guess = OTHER_NAMES.get(key) or nearest(key, keys)
-    parent = key.rpartition(".")[0]
-    known = [other.rpartition(".")[2] for other in keys if other.rpartition(".")[0] == parent]
-    listed = f" Keys of {parent}: {', '.join(known)}" if parent and known else ""
-    return f"there is no key {key}" + (f"; did you mean {guess}?" if guess else ".") + listed
-
-
-def _has_key(config_name: str, base: list[str], group: str, option: str, key: str) -> bool:
-    rest = [text for text in base if not text.startswith(f"{group}=")]
-    try:
-        return key in all_keys(compose(config_name, overrides=[*rest, f"{group}={option}"]))
-    except (HydraException, OmegaConfBaseException):
-        return False
-
-
-def _expected_type(config: DictConfig, key: str) -> str:
-    """`must be a number`, from the annotation of the field that `key` names."""
-    parent = _parent(config, key)
-    kind = OmegaConf.get_type(parent)
-    leaf = key.rpartition(".")[2]
-    hint = typing.get_type_hints(kind).get(leaf) if is_dataclass(kind) else None
-    if hint is None:  # a key of a dictionary with free names, of which nothing is known but that it did not fit
-        return "does not fit; see config/settings.py for what it may be"
-    kinds: list[Any] = [kind for kind in typing.get_args(hint) if isinstance(kind, type)] or [hint]
-    words: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        type(None): "null",
-    }
-    if is_dataclass(kinds[0]):
-        return f"is a group of keys; set one of them: {', '.join(f'{key}.{name}' for name in parent[leaf])}"
-    if isinstance(OmegaConf.select(config, key, throw_on_missing=False), ListConfig):
+def _expected(key: str, owner: Any, given: dict[Any, Any]) -> str:
+    """Say what the value of a key must be, such as `must be a number`, from the annotations of its dataclass."""
+    hint: Any = get_type_hints(owner).get(key.rpartition(".")[2]) if is_dataclass(owner) else None
+    if is_dataclass(hint):
+        return f"is a group of keys; set one of them: {', '.join(f'{key}.{field.name}' for field in fields(hint))}"
+    if get_origin(hint) is list:
         return f"must be a list: {key}=[...]"
-    if isinstance(OmegaConf.select(config, key, throw_on_missing=False), DictConfig):
-        return f"must be a dictionary: {key}={{name: value}}"
-    return f"must be {' or '.join(words.get(kind, str(kind)) for kind in kinds)}"
+    if get_origin(hint) is dict:
+        guess = nearest(str(given.get(key)), PRESETS.get(key, {}))
+        leaf = ".path" if is_dataclass(get_args(hint)[1]) else ""
+        meant = f"; did you mean {key}={guess}?" if guess else ""
+        return f"every entry needs a name: {key}.NAME{leaf}=...{meant}"
+    kinds = get_args(hint) or [hint]
+    if not set(kinds) <= TYPES.keys():
+        return "does not fit; see config/settings.py for what it may be"
+    return f"must be {' or '.join(TYPES[kind] for kind in kinds)}"
+
+
+def _keys(settings: DictConfig | dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all keys of a composed config, inner ones included."""
+    entries: Any = OmegaConf.to_container(settings) if isinstance(settings, DictConfig) else settings
+    for key, value in entries.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _parsed(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of Hydra or OmegaConf without its line breaks."""
+    return " ".join(str(error).split())

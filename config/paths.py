@@ -8,7 +8,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def find_path(path: str | Path) -> Path:
-    """The file or folder that `path` names: from the working directory, or else from the repository root.
+    """Return the file or folder that `path` names: from the working directory, or else from the repository root.
 
     The second place lets `model=tiny` (the shipped `quickstart/model`) work from any directory. Where neither exists
     the first is returned, so that an error message names the place that the user meant.

@@ -1,21 +1,26 @@
-"""From a command line to a settings dataclass: Hydra is used here and nowhere below the entrypoints.
+"""From a command line to a settings dataclass: Hydra is used here and in `overrides.py`, nowhere below the entrypoints.
 
-`run_entrypoint` checks every override and every value first and prints all mistakes together (exit status 2), then
-lets Hydra run the command, or each point of a sweep (`-m`), with the plain dataclass of `config/settings.py`.
+An entrypoint reads its command before it imports torch, and runs it after:
+
+    if __name__ == "__main__":
+        command = read_command("config", TrainConfig, check_train)
+    import torch
+    ...
+    if __name__ == "__main__":
+        run_command(command, main)
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import os
-import re
 import sys
+import textwrap
 from collections.abc import Callable
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import hydra
@@ -24,118 +29,164 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from config import settings
 from config.errors import SaidElsewhere, UserError
-from config.overrides import CheckedOverrides, all_groups, check_overrides, group_options
-from config.settings import MISSING, EvaluateConfig, InduceConfig, TrainConfig
+from config.overrides import CONFIG_DIR, Reader, group_options, one_line, own_groups
+from config.rules import MISSING, Fault, is_below
+from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 
-CONFIG_DIR = Path(__file__).resolve().parent
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
 MAX_NAME_CHARS = 180  # a file name holds 255 bytes
+ConfigT = TypeVar("ConfigT")
+CONFIGS: dict[str, type] = {"config": TrainConfig, "induce": InduceConfig, "evaluate": EvaluateConfig}
 
-ConfigT = TypeVar("ConfigT", TrainConfig, InduceConfig, EvaluateConfig)
+
+class Command(NamedTuple):
+    """A command line without mistakes."""
+
+    config_name: str
+    arguments: list[str]  # the command line as Hydra is to be given it
+    swept: list[str]  # keys with several values
+    configs: list[Any]  # the settings of each run: one, or one for each point of a sweep
 
 
 def register_schemas() -> None:
-    """Gives Hydra the dataclasses: YAML files name them as `/schema/train@_here_`, `/schema/loss/preference@_here_`.
+    """Give Hydra the dataclasses: YAML files name them as `/schema/train@_here_`, `/schema/loss/dpo@_here_`.
 
     They lie under `schema/`, because a schema inside a real group would be offered as one of its choices.
     """
-    store = ConfigStore.instance()
     nodes: dict[str, type] = {
-        "train": settings.TrainConfig,
-        "induce": settings.InduceConfig,
-        "evaluate": settings.EvaluateConfig,
-        "loss/likelihood": settings.LikelihoodLossSettings,
-        "loss/preference": settings.PreferenceLossSettings,
+        "train": TrainConfig,
+        "induce": InduceConfig,
+        "evaluate": EvaluateConfig,
         "expert/rules": settings.RulesExpertSettings,
         "expert/local": settings.LocalExpertSettings,
         "expert/openai": settings.OpenAIExpertSettings,
+        **{f"loss/{name}": kind for name, kind in LOSSES.items()},
     }
     for name, node in nodes.items():
         group, _, leaf = f"schema/{name}".rpartition("/")
-        store.store(group=group, name=leaf, node=node)
+        ConfigStore.instance().store(group=group, name=leaf, node=node)
 
 
 def to_dataclass(config: DictConfig) -> Any:
-    """The composed config as the dataclass that its schema names, interpolations resolved.
+    """Return the composed config as the dataclass that its schema names, interpolations resolved.
 
-    Mandatory values that are not set stay `"???"`, so that `config/checks.py` can list all of them.
+    Mandatory values that are not set stay `"???"`, so that all of them can be listed.
 
     Raises:
-        OmegaConfBaseException: an interpolation that cannot be resolved.
+        OmegaConfBaseException: An interpolation cannot be resolved.
     """
+    kind = OmegaConf.get_type(config)
     values: dict[str, Any] = {}
-    for key in config:
+    for key in [field.name for field in fields(kind)] if is_dataclass(kind) else config:  # Hydra's own stay out
         value = MISSING if OmegaConf.is_missing(config, key) else config[key]
         if isinstance(value, DictConfig):
             value = to_dataclass(value)
         elif isinstance(value, ListConfig):
             value = OmegaConf.to_container(value, resolve=True)
         values[str(key)] = value
-    kind = OmegaConf.get_type(config)
     return kind(**values) if is_dataclass(kind) else values
 
 
 def compose_config(config_name: str, overrides: list[str]) -> Any:
-    """The dataclass that a command line composes to, unchecked: for tests and notebooks.
+    """Return the dataclass that a command line composes to, its values unchecked: for tests and notebooks.
 
     Raises:
-        UserError: everything that is wrong with the overrides.
+        UserError: Everything that is wrong with the overrides.
     """
+    return compose_configs(config_name, overrides)[0]
+
+
+def compose_configs(config_name: str, overrides: list[str], *, multirun: bool = False) -> list[Any]:
+    """Return the dataclass of each point of a sweep, as `compose_config` does of one command."""
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        checked = check_overrides(config_name, overrides, multirun=False)
-        if checked.errors:
-            raise UserError("\n".join(checked.errors))
-        return to_dataclass(compose(config_name, overrides=checked.points[0]))
+        read = Reader(config_name, CONFIGS[config_name], overrides, multirun=multirun)
+    if read.faults:
+        raise UserError("\n".join(read.faults))
+    return [to_dataclass(point.config) for point in read.points]
 
 
-def run_entrypoint(
-    config_name: str,
-    config_class: type[ConfigT],
-    check: Callable[[ConfigT], list[str]],
-    main: Callable[[ConfigT], None],
-) -> None:
-    """Runs `main(config)` for the command line in `sys.argv`, and for each point of a sweep (`-m`).
+def read_command(config_name: str, config_class: type[ConfigT], check: Callable[[ConfigT], list[Fault]]) -> Command:
+    """Read the command line in `sys.argv`; exit with status 2 and one message if anything is wrong with it.
 
-    Before that, everything that is wrong with the overrides or found by `check` is printed as one message, and the
-    process exits with status 2. A `UserError` of `main` is printed without a traceback (status 2; the other points of
-    a sweep still run); Ctrl-C is answered by one line (status 130); any other exception is a defect and keeps its
-    traceback (status 1).
+    What needs no run (`--help`, `--cfg job`, Hydra's other flags) is answered here, and the process exits.
 
     Args:
         config_name: `config/<config_name>.yaml`, whose schema is `config_class`.
-        config_class: the settings dataclass of this entrypoint.
-        check: finds values out of range and values that do not fit each other; one message each.
-        main: the work. `run_dir` (train) or `output` differ between the points of a sweep.
+        config_class: The settings dataclass of this entrypoint.
+        check: Find values out of range and values that do not fit each other.
     """
     register_schemas()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks otherwise
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments, unknown = get_args_parser().parse_known_args()
     if arguments.help:
         print(_help(config_name, config_class))
-        return
-    inspects = arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion
-    swept_keys: list[str] = []
-    if not inspects:
-        checked = _check_command(config_name, check, arguments, unknown)
-        swept_keys = checked.swept_keys
-        flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
-        sys.argv[1:] = flags + checked.overrides  # the whole command stays in sys.orig_argv
+        sys.exit()
+    if arguments.hydra_help or arguments.shell_completion:
+        run_command(Command(config_name, sys.argv[1:], [], []), lambda config: None)
+        sys.exit()
+    shows = arguments.cfg or arguments.info
+    search = [f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]"] if arguments.config_dir else []
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        words = [*arguments.overrides, *unknown]
+        read = Reader(config_name, config_class, words, multirun=arguments.multirun, search=search)
+    configs = _checked_configs(read, None if shows else check)
+    flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
+    command = Command(config_name, flags + read.arguments, read.swept, configs)
+    if shows:
+        run_command(command, lambda config: None)
+        sys.exit()
+    return command
+
+
+def _checked_configs(read: Reader, check: Callable[[Any], list[Fault]] | None) -> list[Any]:
+    """Return the settings of each point; print all that is wrong with words and values, and exit, if anything is."""
+    errors = dict.fromkeys(read.faults, "")
+    configs = []
+    for point in read.points:
+        at = f" (at {point.swept})" if point.swept else ""
+        try:
+            configs.append(to_dataclass(point.config))
+        except OmegaConfBaseException as error:
+            errors.setdefault(one_line(error), at)
+            continue
+        for fault in check(configs[-1]) if check else ():
+            # A refused word left a default behind: what the check says about that is no news to the user.
+            if not any(is_below(key, point.refused) for key in (fault.key, *fault.others)):
+                errors.setdefault(fault.message, at)
+    if errors:
+        heading = "one error" if len(errors) == 1 else f"{len(errors)} errors"
+        lines = [f"  - {message}{at}" for message, at in errors.items()]
+        _print_error("\n".join([f"{heading} in this command, nothing was started:", *lines]))
+        sys.exit(USER_ERROR_STATUS)
+    return configs
+
+
+def run_command(command: Command, main: Callable[[Any], None]) -> None:
+    """Run `main(config)` for a command, and for each point of a sweep (`-m`).
+
+    A `UserError` of `main` is printed without a traceback (status 2; the other points of a sweep still run); Ctrl-C is
+    answered by one line (status 130); any other exception is a defect and keeps its traceback (status 1).
+
+    Args:
+        command: As `read_command` returned it.
+        main: The work. `run_dir` (train) or `output` differ between the points of a sweep.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    sys.argv[1:] = command.arguments  # the command as it was typed stays in sys.orig_argv
     failed = False
 
     def run(composed: DictConfig) -> None:
         nonlocal failed
         try:
-            main(_place(to_dataclass(composed), _sweep_point(swept_keys)))
+            main(_place(to_dataclass(composed), _sweep_point(command.swept)))
         except UserError as error:
             if not isinstance(error, SaidElsewhere):
                 _print_error(str(error))
@@ -146,54 +197,28 @@ def run_entrypoint(
             _print_error("interrupted; the same command goes on from what was saved")
             sys.exit(INTERRUPTED_STATUS)
 
-    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(run)()
+    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=command.config_name)(run)()
     if failed:
         sys.exit(USER_ERROR_STATUS)
 
 
-def _check_command(
-    config_name: str, check: Callable[[Any], list[str]], arguments: argparse.Namespace, unknown: list[str]
-) -> CheckedOverrides:
-    """Checks overrides and values of all points of the command; prints all errors and exits if there are any."""
-    extra = f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]" if arguments.config_dir else None
-    overrides = arguments.overrides + unknown + ([extra] if extra else [])
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        checked = check_overrides(config_name, overrides, multirun=arguments.multirun)
-        errors = {error: "" for error in checked.errors}
-        for point in checked.points:
-            names = ", ".join(text for text in point if text.split("=")[0].lstrip("+") in checked.swept_keys)
-            for error in _check_point(config_name, point, check, checked.bad_keys):
-                errors.setdefault(error, f" (at {names})" if names else "")
-    if errors:
-        lines = [error + where for error, where in errors.items()]
-        heading = "one error" if len(lines) == 1 else f"{len(lines)} errors"
-        _print_error(f"{heading} in this command, nothing was started:\n" + "\n".join(f"  - {line}" for line in lines))
-        sys.exit(USER_ERROR_STATUS)
-    if extra:
-        checked.overrides.remove(extra)
-    return checked
+def run_entrypoint(
+    config_name: str,
+    config_class: type[ConfigT],
+    check: Callable[[ConfigT], list[Fault]],
+    main: Callable[[ConfigT], None],
+) -> None:
+    """Read the command line in `sys.argv` and run it, in a process that has imported what `main` needs."""
+    run_command(read_command(config_name, config_class, check), main)
 
 
-def _check_point(
-    config_name: str, point: list[str], check: Callable[[Any], list[str]], bad_keys: set[str]
-) -> list[str]:
-    try:
-        config = to_dataclass(compose(config_name, overrides=point))
-    except (HydraException, OmegaConfBaseException) as error:
-        return [] if bad_keys else [" ".join(str(error).split())]
-    # A refused override left its default behind: what `check` says about that key is no news to the user.
-    keys = "|".join(re.escape(key) for key in bad_keys)
-    named = re.compile(rf"(^|[ (])({keys})([.=]| is not set)") if bad_keys else None
-    return [error for error in check(config) if named is None or not named.search(error)]
-
-
-def _sweep_point(swept_keys: list[str]) -> str:
-    """`loss.beta=0.05,seed=1`: the swept overrides of this point as a folder name; empty in a single run."""
+def _sweep_point(swept: list[str]) -> str:
+    """Return the swept overrides of this point as a folder name, `loss.beta=0.05,seed=1`; empty in a single run."""
     job = HydraConfig.get()
     if job.mode != RunMode.MULTIRUN:
         return ""
     parsed = [OverridesParser.create().parse_override(text) for text in job.overrides.task]
-    point = [f"{one.key_or_group}={one.get_value_element_as_str()}" for one in parsed if one.key_or_group in swept_keys]
+    point = [f"{one.key_or_group}={one.get_value_element_as_str()}" for one in parsed if one.key_or_group in swept]
     name = quote(",".join(point) or f"point={job.job.num}", safe="=,.+-_[]:~")
     if len(name) > MAX_NAME_CHARS:  # still one folder a point
         name = name[: MAX_NAME_CHARS - 13] + "-" + hashlib.blake2b(name.encode(), digest_size=6).hexdigest()
@@ -201,7 +226,7 @@ def _sweep_point(swept_keys: list[str]) -> str:
 
 
 def _place(config: Any, sweep_point: str) -> Any:
-    """Fills in the run dir of `train.py`; points of a sweep get a folder each, below the one that was named."""
+    """Fill in the run dir of `train.py`; points of a sweep get a folder each, below the one that was named."""
     if isinstance(config, TrainConfig):
         run_dir = config.run_dir or config.local_run_dir or str(Path("runs") / config.exp_name)
         return replace(config, run_dir=str(Path(run_dir) / sweep_point))
@@ -213,19 +238,17 @@ def _print_error(message: str) -> None:
 
 
 def _help(config_name: str, config_class: type[Any]) -> str:
-    """The doc line of the command, its groups with their choices, and every key with its default."""
+    """Return the doc line of the command, its groups with their choices, and every key with its default."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        checked = check_overrides(config_name, [], multirun=False)
-        config = compose(config_name, overrides=checked.points[0])
-        groups = [group for group in all_groups() if group in config or group == "experiment"]
-        choices = [f"  {group}={'|'.join(group_options(group))}" for group in groups]
-    program = Path(sys.argv[0]).name
-    lines = [
-        str(config_class.__doc__).strip(),
-        f"\nUsage: python {program} KEY=VALUE ... [-m for sweeps: KEY=A,B,C]",
-        "\nGroups:",
-        *choices,
-        "\nKeys and defaults (??? must be set; what each means is in config/settings.py):",
-        re.sub(r"^", "  ", OmegaConf.to_yaml(config).rstrip(), flags=re.MULTILINE),
-    ]
-    return "\n".join(lines)
+        groups = [f"  {group}={'|'.join(group_options(group))}" for group in own_groups(config_name)]
+        config = compose(config_name)
+    return "\n".join(
+        [
+            str(config_class.__doc__).strip(),
+            f"\nUsage: python {Path(sys.argv[0]).name} KEY=VALUE ... [-m for sweeps: KEY=A,B,C]",
+            "\nGroups:",
+            *groups,
+            "\nKeys and defaults (??? must be set; what each means is in config/settings.py and config/training.py):",
+            textwrap.indent(OmegaConf.to_yaml(config).rstrip(), "  "),
+        ]
+    )

@@ -1,158 +1,35 @@
 """Every setting of the three entrypoints, as plain dataclasses: no Hydra here, so that any module may import them.
 
 A key of the command line is a field here: `python train.py lr=1e-6 model.policy_dtype=bfloat16` sets
-`TrainConfig.lr` and `TrainConfig.model.policy_dtype`. Ranges and cross-checks are in `config/checks.py`, defaults of
-the groups (`model=`, `loss=`, `datasets=`, `expert=`, ...) in the YAML files beside it. Keys of the DPO repo keep
-their names and meanings.
+`TrainConfig.lr` and `TrainConfig.model.policy_dtype`. Annotations carry the rules of single values (`config/rules.py`);
+what does not fit together is in `config/checks*.py`. Defaults of the groups (`model=`, `loss=`, `datasets=`, `expert=`)
+are in the YAML files beside. Keys of the DPO repo keep their names and meanings.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-MISSING: Any = "???"  # OmegaConf's marker of a mandatory value
-
-
-@dataclass
-class ModelSettings:
-    """A causal language model and the dtypes that it runs in."""
-
-    name_or_path: str = MISSING  # HF folder, or hub id where the network allows
-    tokenizer_name_or_path: str | None = None  # null: the model's own
-    archive: str | None = None  # start from these weights: a run, a checkpoint, an HF folder, or a policy.pt
-    block_name: str | None = None  # transformer block that FSDP wraps; null: found by itself
-    policy_dtype: str = "float32"  # dtype of the trained weights
-    fsdp_policy_mp: str | None = None  # compute dtype under FSDP; null: policy_dtype
-    reference_dtype: str | None = None  # null: as the policy, which is what makes the first rewards 0
-    autocast: str | None = None  # bfloat16: matrix products in it, weights as they are; docs/performance.md has errors
-    attn_implementation: str = "sdpa"  # packing=true attends by itself, and asks for sdpa
-    trust_remote_code: bool = False
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of template=chat: {enable_thinking: false}
-
-
-@dataclass
-class LikelihoodLossSettings:
-    """`loss=sft` and `loss=reverse`: maximum likelihood of the target given the prompt."""
-
-    name: str = MISSING  # sft | reverse
-    reduction: str = "sequence_sum"  # sequence_sum (DPO repo) | token_mean (Alpaca)
-
-
-@dataclass
-class PreferenceLossSettings:
-    """`loss=dpo` and `loss=ipo`: a loss on the log-ratios of chosen and rejected."""
-
-    name: str = MISSING  # dpo | ipo
-    beta: float = 0.1  # temperature of the implicit reward; tau of IPO
-    label_smoothing: float = 0.0  # conservative DPO: probability that a preference is flipped
-    reference_free: bool = False  # a uniform reference: its log-ratio is 0, in loss and rewards alike
-    average_logps: bool = False  # divide log-probabilities by the response length (the IPO authors' form)
-    nll_weight: float = 0.0  # adds nll_weight x (nats per token of chosen), Pang et al. 2024
-
-
-@dataclass
-class TrainerSettings:
-    """How the model is laid out over processes. All but `name` and `compile` are FSDPTrainer's."""
-
-    name: str = "BasicTrainer"  # BasicTrainer: one process | FSDPTrainer: sharded over all processes of the job
-    num_processes: int | None = None  # started on this machine; null: one for each GPU, or two on a CPU
-    num_replicas: int = 1  # HSDP: so many copies of the model, each sharded over world size / num_replicas processes
-    reshard_after_forward: bool = True  # free a block's parameters between its forward and backward pass
-    cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory (needs a GPU)
-    compile: bool = False  # torch.compile each transformer block
-    reduce_every_microbatch: bool = False  # less memory, more traffic than one reduction a step: docs/distributed.md
-
-
-@dataclass
-class WandbSettings:
-    """Weights & Biases. Metrics go to `metrics.jsonl` in any case."""
-
-    enabled: bool = True
-    mode: str = "auto"  # auto: online where a key is present, offline otherwise | online | offline | disabled
-    entity: str | None = None
-    project: str = "safer-instruct"
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-
-
-@dataclass
-class CheckpointSettings:
-    """What a run writes besides its last checkpoint."""
-
-    every_examples: int | None = None  # null: at every evaluation, as the DPO repo does
-    keep_last: int | None = None  # null: keep all
-    keep_best: str | None = None  # also keep the one whose evaluation was best by this metric, such as loss/eval
-    asynchronous: bool = True  # training goes on while a checkpoint is written
-    policy_pt: bool = False  # also write the DPO repo's policy.pt
-
-
-@dataclass
-class DatasetSettings:
-    """One dataset: where it lies and how its rows read."""
-
-    path: str = MISSING  # a file, a folder with several, or a folder made by induce.py
-    schema: str = MISSING  # si | alpaca | hh
-    template: str = "alpaca"  # how an instruction becomes a prompt: alpaca | hh | plain | chat
-    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
-    labels: list[str] | None = None  # keep only these labels
-    exclude: str | None = None  # file whose instructions must not be trained on (the published test_set.csv)
-    eval_path: str | None = None  # own evaluation file; null: rows are held out by hash of the instruction
-    eval_fraction: float = 0.05  # share of instructions held out where eval_path is null
-    max_rows: int | None = None  # first so many usable rows
-    on_bad_row: str = "drop"  # drop (and count) | error
-
-
-@dataclass
-class TrainConfig:
-    """`train.py`: reversed instruction tuning, SFT and preference training."""
-
-    exp_name: str = MISSING
-    model: ModelSettings = field(default_factory=ModelSettings)
-    loss: Any = MISSING  # LikelihoodLossSettings or PreferenceLossSettings, by `loss=`
-    datasets: dict[str, DatasetSettings] = field(default_factory=dict)
-    trainer: TrainerSettings = field(default_factory=TrainerSettings)
-    wandb: WandbSettings = field(default_factory=WandbSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-
-    seed: int = 0  # order of the batches, dropout, sampling
-    batch_size: int = 4  # examples (pairs) of one optimizer step, over all processes
-    eval_batch_size: int = 16
-    gradient_accumulation_steps: int = 1  # micro-batches of one step, at least
-    packing: bool = True  # no padding, the prompt of a pair computed once; false: padded rows, the same numbers, slower
-    max_tokens_per_microbatch: int | None = None  # token positions; null: 1024 on a CPU, 8192 on a GPU, padded no limit
-    max_length: int = 512  # tokens of prompt + response
-    max_prompt_length: int = 256
-    n_epochs: int | None = 1
-    n_examples: int | None = None  # stop after so many; whichever of the two comes first
-    n_eval_examples: int | None = 256
-    optimizer: str = "RMSprop"  # any class of torch.optim with (params, lr)
-    optimizer_args: dict[str, Any] = field(default_factory=dict)  # betas, eps, weight_decay, ...
-    lr: float = 5e-7
-    lr_scheduler: str = "constant"  # after the warm-up: constant | linear | cosine
-    warmup_steps: int = 150
-    warmup_ratio: float | None = None  # share of all steps; takes the place of warmup_steps
-    max_grad_norm: float = 10.0
-    activation_checkpointing: bool | str = False  # none (false) | selective: matrix products are kept | full (true)
-    on_non_finite: str = "stop"  # stop | skip a step whose loss or gradient is not finite
-
-    do_first_eval: bool = True
-    eval_every: int = 20_000  # examples
-    sample_during_eval: bool = False
-    n_eval_model_samples: int = 16
-    max_new_tokens: int | None = None  # of a sample; null: max_length - prompt
-    minimum_log_interval_secs: float = 1.0
-
-    device: str = "auto"  # auto | cpu | cuda | cuda:1
-    tf32: bool = False  # float32 matrix products of a GPU in TF32: many times as fast, inputs rounded to 10 bits
-    run_dir: str | None = None  # null: runs/<exp_name>
-    local_run_dir: str | None = None  # DPO repo's name of run_dir
-    local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store and reference cache: first usable
-    fsdp_port: int | None = None  # where the processes of one machine meet; null: a port that is free
-    debug: bool = False  # no wandb, no checkpoints
-    log_text: bool = False  # let samples reach wandb and the console
-    dry_run: bool | str = False  # true: estimates from the data and three real steps | data: from the data alone
-
+from config import rules
+from config.names import FORMATS, STAGES
+from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
+from config.training import (  # noqa: F401 - those of train.py are read from here, too
+    LOSSES,
+    CheckpointSettings,
+    DatasetSettings,
+    DPOSettings,
+    IPOSettings,
+    LikelihoodLossSettings,
+    LossSettings,
+    ModelSettings,
+    PreferenceLossSettings,
+    ReverseSettings,
+    SFTSettings,
+    TrainConfig,
+    TrainerSettings,
+    WandbSettings,
+)
 
 # "OPENING CLOSING" of what families of reasoning models think aloud: DeepSeek R1 and Qwen 3, Mistral, Cohere, Seed.
 THOUGHT_TAGS = (
@@ -162,40 +39,44 @@ THOUGHT_TAGS = (
     "<|START_THINKING|> <|END_THINKING|>",
     "<seed:think> </seed:think>",
 )
+ThoughtTag = Annotated[
+    str,
+    rules.matches(r"\S+ \S+", "must be an opening and a closing tag with a space between, such as '<think> </think>'"),
+]
 
 
 @dataclass
 class GenerationSettings:
     """Decoding."""
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0  # 0: greedy
-    top_p: float = 1.0
-    seed: int = 0
-    max_batch_tokens: int = 16_384  # padded positions (prompt + new tokens) of one batch
-    # An answer begins behind the last closing tag; []: what a model thinks aloud is part of its answer
-    thought_tags: list[str] = field(default_factory=lambda: list(THOUGHT_TAGS))
+    max_new_tokens: Count = 256  # tokens of an answer, at most
+    temperature: Annotated[float, rules.at_least(0)] = 0.0  # of the sampling; 0: greedy
+    top_p: Share = 1.0  # sample among the likeliest tokens that together have this probability; 1: among all
+    seed: int = 0  # of the sampling, with the id of each row
+    max_batch_tokens: Count = 16_384  # padded positions (prompt + new tokens) of one batch
+    # An answer begins behind the last closing tag; []: what a model thinks aloud is part of its answer.
+    thought_tags: list[ThoughtTag] = field(default_factory=lambda: list(THOUGHT_TAGS))
 
 
 @dataclass
 class ShardSettings:
     """Which part of the corpus this process works on; null: Slurm's array variables, or all of it."""
 
-    index: int | None = None
-    count: int | None = None
+    index: int | None = None  # number of the part, from 0
+    count: Count | None = None  # number of parts
 
 
 @dataclass
 class CorpusSettings:
     """The unsafe responses."""
 
-    path: str = MISSING  # CSV, JSON, JSONL, Parquet, or a `datasets` folder
-    response_column: str = "response"
-    label_column: str | None = None  # null: `label` where there is one
-    id_column: str | None = None  # null: a hash of the response
+    path: DataPath = MISSING  # CSV, JSON, JSONL, Parquet, or a folder of `datasets`
+    response_column: str = "response"  # column of the text
+    label_column: str | None = None  # column of the category; null: `label` where there is one
+    id_column: str | None = None  # column that names a row; null: a hash of the response
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {response: text}
-    max_rows: int | None = None
-    on_bad_row: str = "drop"
+    max_rows: Count | None = None  # read this many rows from the start; null: all
+    on_bad_row: BadRow = "drop"  # drop: skip the row and count it | error: stop
 
 
 @dataclass
@@ -203,51 +84,63 @@ class RulesExpertSettings:
     """`expert=rules`: patterns and templates from a YAML file."""
 
     name: str = "rules"
-    path: str = MISSING
+    path: Annotated[str, rules.existing_path, "the YAML file of the rules"] = MISSING  # the YAML file
 
 
 @dataclass
 class ServerSettings:
     """An OpenAI-compatible server. The key is read from the environment variable `api_key_env`, never from here."""
 
-    model: str = MISSING  # the name under which the server knows the model
-    base_url: str | None = None  # null: OpenAI's; others usually end in /v1
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8  # requests at a time, at most: fewer while the server answers many of them with 429
-    timeout_seconds: float = 60.0  # of one attempt; a little more than the slowest honest answer takes
-    max_retries: int = 8  # attempts after a failed one (5xx, lost connection, time-out); a 429 is waited out instead
-    patience_seconds: float = 600.0  # give up (and keep everything) when nothing has been answered for so long
+    model: Annotated[str, "the name under which the server knows the model"] = MISSING  # its name at the server
+    base_url: str | None = None  # address, most often one that ends in /v1; null: OpenAI's
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    concurrency: Count = 8  # requests at a time, at most: fewer while the server answers many of them with 429
+    # Limit of one attempt; a little more than the slowest honest answer takes.
+    timeout_seconds: Annotated[float, rules.above(0)] = 60.0
+    # Attempts after a failed one (5xx, lost connection, time-out); a 429 is waited out instead.
+    max_retries: Annotated[int, rules.at_least(0)] = 8
+    # Give up, and keep everything, when nothing has been answered for this long.
+    patience_seconds: Annotated[float, rules.above(0)] = 600.0
+
+
+LIMIT = rules.above(
+    0,
+    "nothing could be asked; give a limit above 0, or null for none (the stages that ask no expert are stage=induce "
+    "and stage=merge)",
+)
 
 
 @dataclass
 class OpenAIExpertSettings(ServerSettings):
-    """`expert=openai`: any OpenAI-compatible server, with a budget."""
+    """`expert=openai`: any OpenAI-compatible server, with a budget of the whole dataset that the shards share."""
 
     name: str = "openai"
-    temperature: float = 0.0
-    max_new_tokens: int = 512
-    thought_tags: list[str] = field(default_factory=lambda: list(THOUGHT_TAGS))  # as of GenerationSettings
-    structured_output: str = "auto"  # auto: a JSON schema is sent where the server takes one | always | never
-    price_prompt: float = 0.0  # of a million prompt tokens
-    price_completion: float = 0.0  # of a million completion tokens
-    max_cost: float | None = None  # of the whole dataset, in the currency of the prices; each shard has its part of it
-    max_tokens: int | None = None  # of the whole dataset, prompt and completion; each shard has its part of it
+    temperature: float = 0.0  # of the sampling; 0: greedy
+    max_new_tokens: Count = 512  # tokens of one answer, at most
+    thought_tags: list[ThoughtTag] = field(default_factory=lambda: list(THOUGHT_TAGS))  # as of GenerationSettings
+    # Whether a JSON schema is sent with a question; auto: where the server takes one.
+    structured_output: Annotated[str, rules.choices("auto", "always", "never")] = "auto"
+    price_prompt: Annotated[float, rules.at_least(0)] = 0.0  # of a million prompt tokens
+    price_completion: Annotated[float, rules.at_least(0)] = 0.0  # of a million completion tokens
+    max_cost: Annotated[float, LIMIT] | None = None  # in the currency of the prices; null: no limit
+    max_tokens: Annotated[int, LIMIT] | None = None  # tokens of prompts and completions; null: no limit
 
 
 @dataclass
 class VLLMSettings:
     """`generation=vllm`: what its engine is started with."""
 
-    tensor_parallel: int = 1  # GPUs that one model is spread over
-    memory_fraction: float = 0.9  # of each GPU
-    max_length: int | None = None  # context in tokens; null: the model's
+    tensor_parallel: Count = 1  # GPUs that one model is spread over
+    memory_fraction: Share = 0.9  # of each GPU
+    max_length: Count | None = None  # context in tokens; null: the model's
 
 
 @dataclass
 class BackendSettings(GenerationSettings):
     """How a model is run, by `generation=hf`, `vllm` or `openai`."""
 
-    backend: str = "hf"  # hf: transformers in this process | vllm: its offline engine | openai: a server that has it
+    # hf: transformers in this process | vllm: its offline engine | openai: a server that has the model.
+    backend: Annotated[str, rules.choices("hf", "vllm", "openai")] = "hf"
     vllm: VLLMSettings = field(default_factory=VLLMSettings)
     server: ServerSettings = field(default_factory=ServerSettings)  # of backend=openai
 
@@ -258,7 +151,7 @@ class LocalExpertSettings:
 
     name: str = "local"
     model: ModelSettings = field(default_factory=ModelSettings)
-    template: str = "chat"
+    template: Template = "chat"  # how it is asked
     generation: BackendSettings = field(default_factory=BackendSettings)
 
 
@@ -266,72 +159,76 @@ class LocalExpertSettings:
 class InductionSettings(BackendSettings):
     """How the reversed model is run."""
 
-    num_candidates: int = 1  # instructions of each response, of which the round-trip score keeps the best
+    num_candidates: Count = 1  # instructions of each response, of which the round-trip score keeps the best
 
 
 @dataclass
 class RoundTripSettings:
     """A forward model that scores how much an instruction explains its response (nats per token); off without one."""
 
-    model: ModelSettings = field(default_factory=ModelSettings)  # follows instructions; roundtrip.model.name_or_path=
-    template: str = "alpaca"  # how it is asked: alpaca | hh | plain | chat
-    threshold: float | None = None  # least score of a pair that the expert is asked about
-    top_fraction: float | None = None  # instead: the best part of all pairs of all shards, in (0, 1]
-    max_length: int = 1024  # tokens of prompt + response; a longer pair has no score
-    max_batch_tokens: int = 8192  # padded positions of one batch
+    model: ModelSettings = field(default_factory=ModelSettings)  # a model that follows instructions
+    template: Template = "alpaca"  # how it is asked
+    threshold: float | None = None  # least score of a pair that the expert is asked about; null: no such line
+    top_fraction: Share | None = None  # instead: the best part of all pairs of all shards; null: no such line
+    max_length: Annotated[int, rules.at_least(2)] = 1024  # tokens of prompt + response; a longer pair has no score
+    max_batch_tokens: Count = 8192  # padded positions of one batch
 
 
 @dataclass
 class DuplicatesSettings:
     """Pairs that nearly repeat an earlier one, in the order of the corpus; exact repetitions always go."""
 
-    threshold: float | None = 0.8  # Jaccard index of the word pairs of instruction + response; null: off
-    index: str = "memory"  # memory (about 0.3 kB a pair) | disk: in the output folder while the merge runs
+    threshold: Share | None = 0.8  # Jaccard index of the word pairs of instruction + response; null: keep them
+    # memory: about 0.3 kB a pair | disk: in the output folder while the merge runs.
+    index: Annotated[str, rules.choices("memory", "disk")] = "memory"
 
 
 @dataclass
 class InduceConfig:
     """`induce.py`: from a corpus of unsafe responses to a preference dataset."""
 
-    output: str = MISSING  # the dataset folder; stage=audit writes its report there, if it is given
-    stage: str = "all"  # all | induce | score | filter | respond | merge | status | audit
+    output: Annotated[str, "the folder to write"] = MISSING  # the dataset folder, or that of stage=audit's report
+    # all: the four with ledgers, and merge where there is one shard. docs/scale.md tells of the others.
+    stage: Annotated[str, rules.choices("all", *STAGES, "merge", "status", "audit")] = "all"
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     model: ModelSettings = field(default_factory=ModelSettings)  # the reversed model
-    expert: Any = MISSING  # RulesExpertSettings, LocalExpertSettings or OpenAIExpertSettings, by `expert=`
+    expert: Annotated[Any, "one of rules, local, openai"] = MISSING  # who filters and responds, by `expert=`
     generation: InductionSettings = field(default_factory=InductionSettings)
     roundtrip: RoundTripSettings = field(default_factory=RoundTripSettings)
     shard: ShardSettings = field(default_factory=ShardSettings)
-    format: str = "all"  # all (JSONL, Parquet, and a folder for datasets.load_from_disk) | jsonl | parquet
-    exclude: str | None = None  # a file of prompts whose instructions are kept out of the dataset
-    exclude_similarity: float | None = 0.6  # and what is so similar to one of them; null: exact matches only
+    # Files of the dataset: JSONL | Parquet | all: both, and a folder for datasets.load_from_disk.
+    format: Annotated[str, rules.choices(*FORMATS)] = "all"
+    exclude: ExistingPath | None = None  # file of prompts whose instructions are kept out of the dataset; null: none
+    exclude_similarity: Share | None = 0.6  # so similar to one of them is left out, too; null: exact matches only
     duplicates: DuplicatesSettings = field(default_factory=DuplicatesSettings)
     push_to_hub: str | None = None  # USER/NAME: upload the merged dataset, privately; needs a login of huggingface_hub
-    path: str | None = None  # stage=audit: any file or folder in the schema of `si`
-    max_same_chosen: int | None = None  # stage=audit: of equal safe responses, so many stay in the dataset it writes
-    device: str = "auto"
-    log_text: bool = False
+    path: ExistingPath | None = None  # stage=audit: any file or folder in the schema of `si`
+    max_same_chosen: Count | None = None  # stage=audit: rows that it keeps of one safe response; null: all
+    device: Device = "auto"  # auto: a GPU if there is one | cpu | cuda | cuda:1
+    log_text: bool = False  # print some pairs at the end
 
 
 @dataclass
 class PromptSetSettings:
     """One set of evaluation prompts."""
 
-    path: str = MISSING
-    source: str | None = None  # null: the column of the file, or else the name of the set
-    source_column: str | None = None  # the file's column that names the source; null: `source`
-    kind: str | None = None  # unsafe | benign | near; null: the column `kind` of the file
+    path: DataPath = MISSING  # file of the prompts
+    source: str | None = None  # where all of them stem from; null: a column of the file, or else the name of the set
+    source_column: str | None = None  # column of the file that names the source; null: `source`
+    kind: PromptKind | None = None  # unsafe | benign | near; null: the column `kind` of the file
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
-    max_rows: int | None = None
+    max_rows: Count | None = None  # read this many prompts from the start; null: all
 
 
 @dataclass
 class EvaluatedModelSettings:
-    """One model of a comparison: a folder, or anything `model.archive` takes."""
+    """One model of a comparison."""
 
-    path: str = MISSING
+    # A model folder, or anything that `model.archive` takes.
+    path: Annotated[str, rules.model_path, "the file or folder to read"] = MISSING
     base: str | None = None  # where path is a policy.pt: the folder with its architecture and tokenizer
-    template: str | None = None  # alpaca | hh | plain | chat; null: the one of its run, alpaca for a model without
-    dtype: str = "float32"
+    template: Template | None = None  # how it is asked; null: as in its run, and alpaca for a model without a run
+    dtype: Dtype = "float32"  # of its weights
     served_as: str | None = None  # generation=openai: its name at the server; null: generation.server.model
     base_url: str | None = None  # generation=openai: a server of its own; null: generation.server.base_url
 
@@ -341,7 +238,7 @@ class HelpfulnessSettings:
     """Pairwise comparison by the judge, each pair in both orders."""
 
     baseline: str | None = None  # the model that all others are compared with; null: no comparison
-    kinds: list[str] = field(default_factory=lambda: ["benign"])  # prompts that are compared on: benign | near | unsafe
+    kinds: list[PromptKind] = field(default_factory=lambda: ["benign"])  # prompts that are compared on
 
 
 @dataclass
@@ -349,50 +246,52 @@ class DownstreamSettings:
     """Tasks of lm_eval, in a process of its own."""
 
     tasks: list[str] = field(default_factory=list)  # names of lm_eval, or knowledge | common_sense | reading; []: none
-    include_path: str | None = None  # folder with tasks of one's own (YAML)
-    num_fewshot: int | None = None  # null: as the task says
-    limit: int | None = None  # first so many documents of each task
-    batch_size: int = 8
+    include_path: ExistingPath | None = None  # folder with tasks of one's own (YAML)
+    num_fewshot: Annotated[int, rules.at_least(0)] | None = None  # examples in the prompt; null: as the task says
+    limit: Count | None = None  # documents of each task, from its start; null: all
+    batch_size: Count = 8  # documents at a time
 
 
 @dataclass
 class RewardSettings:
     """The implicit rewards of models trained by preferences, on held-out pairs; nothing is generated."""
 
-    path: str | None = None  # pairs (instruction, chosen, rejected, label) that were not trained on; null: no check
+    path: ExistingPath | None = None  # pairs in the schema of `si` that were not trained on; null: no such check
     reference: str | None = None  # the model of models.NAME that the others were trained from
-    beta: float | None = None  # of their loss; null: as each model's run says, and needed for a model without a run
+    # Of their loss; null: as each model's run says, and needed for a model without a run.
+    beta: Annotated[float, rules.above(0)] | None = None
     average_logps: bool | None = None  # of their loss; null: as each model's run says, or false
     max_length: int = 512  # tokens of prompt + response
-    max_prompt_length: int = 256
-    batch_size: int = 16  # pairs
+    max_prompt_length: Count = 256  # tokens of the prompt, smaller than max_length
+    batch_size: Count = 16  # pairs at a time
 
 
 @dataclass
 class EvaluateConfig:
     """`evaluate.py`: generate, judge, report."""
 
-    output: str = MISSING
+    output: Annotated[str, "the folder to write"] = MISSING  # the folder of the report
     models: dict[str, EvaluatedModelSettings] = field(default_factory=dict)  # models.NAME.path=...
     prompts: dict[str, PromptSetSettings] = field(default_factory=dict)  # prompts.NAME.path=...; prompts=published
     path: str | None = None  # file of the prompt sets that have no path of their own
-    responses: str = "generate"  # generate | csv: the answers are in the prompt files, whose columns are the models
+    # generate: ask the models | csv: the answers are in the prompt files, whose columns are the models.
+    responses: Annotated[str, rules.choices("generate", "csv")] = "generate"
     columns: list[str] = field(default_factory=list)  # responses=csv: columns to judge; []: all but the prompt's own
-    expert: Any = None  # the judge, by `expert=`; needed where there are prompts
-    second_expert: Any = None  # another judge (expert@second_expert=...): their agreement is reported
+    expert: Annotated[Any, "one of rules, local, openai"] = None  # the judge, by `expert=`; needed if there are prompts
+    second_expert: Any = None  # another judge (expert@second_expert=...), whose agreement is reported; null: none
     generation: BackendSettings = field(default_factory=BackendSettings)
-    stop: list[str] = field(default_factory=list)  # an answer ends before the first of these strings
+    stop: list[str] = field(default_factory=list)  # an answer ends before any of these strings
     shard: ShardSettings = field(default_factory=ShardSettings)  # part of the prompts: answered and judged, no report
     helpfulness: HelpfulnessSettings = field(default_factory=HelpfulnessSettings)
     downstream: DownstreamSettings = field(default_factory=DownstreamSettings)
     rewards: RewardSettings = field(default_factory=RewardSettings)
     compare: list[str] = field(default_factory=list)  # finished runs, or outputs of this program: one table of them
     sort_by: str | None = None  # compare: metric that sorts the table, "-" before it for the largest first
-    training_data: list[str] = field(default_factory=list)  # files that no prompt may stem from; overlap is reported
+    training_data: list[ExistingPath] = field(default_factory=list)  # files of training rows; overlap is reported
     induction_report: str | None = None  # report.json of the dataset that was trained on; null: of a model's own run
     curves: dict[str, str] = field(default_factory=dict)  # NAME: run whose curves are drawn; {}: models that are runs
     stages_file: str | None = None  # JSONL of {"name", "command", "seconds"}: what was run before, shown in the report
-    samples_per_set: int = 6  # prompts of each set that the page shows with all answers; samples.jsonl holds all
+    samples_per_set: Annotated[int, rules.at_least(0)] = 6  # prompts of each set whose answers the page shows
     wandb: WandbSettings = field(default_factory=WandbSettings)  # tables, without any text
-    local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store of the pairs of `rewards`
-    device: str = "auto"
+    local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store of `rewards`: first usable
+    device: Device = "auto"  # auto: a GPU if there is one | cpu | cuda | cuda:1

@@ -23,8 +23,8 @@ PARALLEL = {
 }  # fmt: skip
 # library -> the only files that may import it
 HOMES = {
-    "hydra": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/named.py"},
-    "omegaconf": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/named.py"},
+    "hydra": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/spelling.py"},
+    "omegaconf": ENTRYPOINTS | {"config/schema.py", "config/overrides.py", "config/spelling.py"},
     "wandb": {"trainers/run/metrics_log.py"},
     "torch.distributed": PARALLEL,
     "openai": {"safer_instruct/generation/server.py"},

@@ -124,5 +124,5 @@ def test_what_is_no_dataset_is_refused(tmp_path) -> None:
             str(path), guard=LeakageGuard([], None), duplicates=DuplicatesSettings(), max_same_chosen=None, output=None
         )
     assert "stage=audit reads a dataset: write path=" in "\n".join(
-        check_induce(compose_config("induce", ["stage=audit"]))
+        map(str, check_induce(compose_config("induce", ["stage=audit"])))
     )

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from config.checks import missing_values
 from config.checks_train import check_train
+from config.rules import check_values
 from config.schema import INTERRUPTED_STATUS, compose_config, run_entrypoint
 from config.settings import LocalExpertSettings, TrainConfig
 from tests.commands import errors_of, write_pairs
@@ -52,9 +52,9 @@ def test_prompt_limit_beyond_the_sum_is_said_and_a_remainder_is_no_error(tmp_pat
     assert check_train(config) == []
     config = compose_config("config", [*command, "exp_name=a", "max_length=8", "max_prompt_length=8"])
     (line,) = check_train(config)
-    assert line.startswith("max_prompt_length=8 must be smaller than max_length=8")
+    assert str(line).startswith("max_prompt_length=8 must be smaller than max_length=8")
 
 
 def test_the_weights_of_a_local_expert_are_asked_for_in_words():
-    (line,) = missing_values(LocalExpertSettings(), "expert.")
+    (line,) = map(str, check_values(LocalExpertSettings(), "expert."))
     assert line.startswith("expert.model.name_or_path is not set: write expert.model.name_or_path=..., the folder of")

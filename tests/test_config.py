@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from config import names, settings
 from config.checks_train import check_train
 from config.errors import UserError
 from config.paths import REPOSITORY, find_path
+from config.rules import Fault, check_values
 from config.schema import compose_config
-from config.settings import DatasetSettings, LikelihoodLossSettings, PreferenceLossSettings, TrainConfig
+from config.settings import (
+    LOSSES,
+    DatasetSettings,
+    DPOSettings,
+    IPOSettings,
+    ReverseSettings,
+    SFTSettings,
+    TrainConfig,
+)
 from tests.commands import configs_of, write_pairs
 
 # DESIGN: these work verbatim, with model.name_or_path= and datasets.si.path= added.
@@ -93,7 +106,7 @@ def test_published_commands_compose(command):
 
 def test_published_dpo_command_in_full():
     config = compose_config("config", [*PUBLISHED[1].split(), "model.name_or_path=weights"])
-    assert config.loss == PreferenceLossSettings(name="dpo", beta=0.1)
+    assert config.loss == DPOSettings(name="dpo", beta=0.1)
     assert (config.batch_size, config.eval_batch_size) == (32, 16)
     assert (config.model.archive, config.model.fsdp_policy_mp) == ("policy.pt", "bfloat16")
     assert (config.optimizer, config.lr, config.warmup_steps, config.max_grad_norm) == ("RMSprop", 5e-7, 150, 10.0)
@@ -145,10 +158,10 @@ def test_optimizer_arguments_are_free():
 
 
 @pytest.mark.parametrize(
-    ("name", "loss"), [("sft", LikelihoodLossSettings("sft", "sequence_sum")),
-                       ("reverse", LikelihoodLossSettings("reverse", "token_mean")),
-                       ("dpo", PreferenceLossSettings("dpo", 0.1)),
-                       ("ipo", PreferenceLossSettings("ipo", 0.1))]
+    ("name", "loss"), [("sft", SFTSettings("sft", "sequence_sum")),
+                       ("reverse", ReverseSettings("reverse", "token_mean")),
+                       ("dpo", DPOSettings("dpo", 0.1)),
+                       ("ipo", IPOSettings("ipo", 0.1))]
 )  # fmt: skip
 def test_losses(name, loss):
     assert compose_config("config", [f"loss={name}", "model=tiny"]).loss == loss
@@ -184,7 +197,9 @@ def test_every_choice_of_every_group_composes():
     for file in (REPOSITORY / "config" / "experiment").glob("*.yaml"):
         config = compose_config("config", [f"experiment={file.stem}", "model=tiny"])
         # What is left to say is about files of the user's and of the quick start.
-        assert not [error for error in check_train(config) if "is not set" not in error and "no such" not in error]
+        assert not [
+            error for error in check_train(config) if "is not set" not in str(error) and "no such" not in str(error)
+        ]
 
 
 def test_errors_of_compose_config_are_user_errors():
@@ -253,3 +268,57 @@ def test_shipped_paths_are_found_from_any_directory(tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.yaml").touch()
     assert find_path("config/config.yaml") == Path("config/config.yaml")  # the user's own comes first
+
+
+def test_names_mean_something_to_their_owners():
+    """The lists of config/names.py against the modules that give the names their meaning."""
+    from safer_instruct.dataset.files import FILES
+    from safer_instruct.generation.models import DTYPES
+    from safer_instruct.text.loading import SCHEMAS
+    from safer_instruct.text.prompts import TEMPLATE_NAMES
+    from trainers.optimizers import optimizer_names
+
+    assert set(names.OPTIMIZERS) == set(optimizer_names())
+    assert set(names.TEMPLATES) == set(TEMPLATE_NAMES)
+    assert set(names.SCHEMAS) == set(SCHEMAS)
+    assert set(names.FORMATS) == set(FILES)
+    assert set(names.DTYPES) == set(DTYPES)
+    assert set(LOSSES) == {file.stem for file in (REPOSITORY / "config" / "loss").glob("*.yaml")}
+
+
+def test_every_annotation_can_be_read():
+    """A rule that is misspelled would only show when its dataclass is used."""
+    for kind in vars(settings).values():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            assert all(isinstance(fault, Fault) for fault in check_values(kind()))
+
+
+def test_reading_a_command_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; from config import checks_evaluate, checks_induce, checks_train, schema; "
+        "schema.compose_config('config', ['loss=dpo', 'model=tiny']); "
+        "assert not {'torch', 'transformers', 'wandb', 'numpy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.py --help",
+        "train.py lr=abc",
+        "train.py loss=dpo model=tiny --cfg job",
+        "induce.py stage=status output=nowhere",
+        "evaluate.py models.base=x --cfg job",
+    ],
+)
+def test_an_answer_that_needs_no_model_imports_no_torch(command, tmp_path):
+    """The entrypoints answer before they import what takes seconds: here, importing torch is a crash."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    script, *arguments = command.split()
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / script), *arguments], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert "torch was imported" not in done.stderr
+    assert done.returncode == (2 if "lr=abc" in command or "nowhere" in command else 0), done.stderr

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import induce
+import safer_instruct.induction.shard
 from config.checks_induce import check_induce
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import CorpusSettings, InduceConfig, OpenAIExpertSettings, RulesExpertSettings, ShardSettings
 from safer_instruct.generation import backends
 from safer_instruct.generation.completions import Generation
-from safer_instruct.induction import shard
 from safer_instruct.induction.ledger import read_ledger
 from safer_instruct.text.corpus import read_corpus
 
@@ -52,7 +52,7 @@ def message_of(config: InduceConfig) -> str:
     """What the command says: all errors of its check, or else the UserError of its work."""
     errors = check_induce(config)
     if errors:
-        return "\n".join(errors)
+        return "\n".join(map(str, errors))
     with pytest.raises(UserError) as caught:
         induce.main(config)
     assert SECRET not in str(caught.value)
@@ -106,7 +106,7 @@ def test_a_corpus_that_breaks_off_keeps_the_rows_before(config, monkeypatch, nam
         def generate(self, requests):
             return (Generation(request.id, f"Say {request.prompt.body}") for request in requests)
 
-    monkeypatch.setattr(shard, "build_reversed_model", lambda *_: Echo())
+    monkeypatch.setattr(safer_instruct.induction.shard, "build_reversed_model", lambda *_: Echo())
     config = with_corpus(config, name, content)
     found = message_of(config)
     assert message in found
@@ -218,3 +218,20 @@ def test_all_mistakes_of_a_command_at_once_and_exit_status_2(config, tmp_path) -
         assert words in result.stderr, words
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["induce.py", "experiment=reverse"], "induce.py has no group experiment, which is of train.py"),
+        (["evaluate.py", "model=tiny"], "no group model, which is of train.py and induce.py; did you mean models?"),
+        (["evaluate.py", "expert.model=m"], "expert is not set; it belongs to expert=local, expert=openai"),
+    ],
+)  # fmt: skip
+def test_a_group_of_another_entrypoint(command, message, tmp_path) -> None:
+    script, *arguments = command
+    words = [sys.executable, str(REPOSITORY / script), *arguments]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -15,7 +15,7 @@ import train
 from config.checks_train import check_train
 from config.errors import UserError
 from config.schema import compose_config, run_entrypoint
-from config.settings import DatasetSettings, ModelSettings, PreferenceLossSettings, TrainConfig
+from config.settings import DatasetSettings, DPOSettings, ModelSettings, TrainConfig
 from tests.commands import ROOT, errors_of, write_pairs
 
 
@@ -119,7 +119,7 @@ def test_one_bad_value_is_one_line(key, value, message, tmp_path, tiny_model_fol
     config = TrainConfig(
         exp_name="a",
         model=ModelSettings(name_or_path=tiny_model_folder),
-        loss=PreferenceLossSettings(name="dpo"),
+        loss=DPOSettings(),
         datasets={"si": DatasetSettings(path=str(write_pairs(tmp_path / "pairs.jsonl", 4)), schema="si")},
     )
     assert check_train(config) == []
@@ -128,8 +128,9 @@ def test_one_bad_value_is_one_line(key, value, message, tmp_path, tiny_model_fol
     for name in parents:
         owner = owner[name] if isinstance(owner, dict) else vars(owner)[name]
     setattr(owner, leaf, value)
-    (line,) = check_train(config)
-    assert message in line
+    (fault,) = check_train(config)
+    assert message in fault.message
+    assert fault.key == key
 
 
 def test_an_interpolation_of_nothing(mistakes):
@@ -156,6 +157,57 @@ def test_all_mistakes_of_a_command_are_listed(mistakes):
 def test_a_key_of_another_loss_is_an_error(mistakes):
     (line,) = mistakes("loss=sft", "loss.beta=0.1")
     assert line == "loss.beta=0.1: loss=sft has no key loss.beta; it belongs to loss=dpo, loss=ipo"
+
+
+def test_a_key_that_a_loss_does_not_read_is_an_error(mistakes):
+    (line,) = mistakes("loss=ipo", "loss.label_smoothing=0.3")
+    assert line == "loss.label_smoothing=0.3: loss=ipo has no key loss.label_smoothing; it belongs to loss=dpo"
+
+
+OF_DPO = "defaults: [/schema/loss/dpo@_here_, _self_]\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"{OF_DPO}name: dppo\n", "loss.name=dppo: there is no such loss; did you mean dpo?"),
+        (f"{OF_DPO}name: ipo\n", "loss.name=ipo: the other keys are another loss's; write loss=ipo"),
+        ("name: dpo\nbeta: 0.1\n", "its YAML file names no settings"),
+    ],
+)  # fmt: skip
+def test_a_loss_file_whose_name_is_no_loss(mistakes, tmp_path, content, message):
+    (tmp_path / "mine" / "loss").mkdir(parents=True)
+    (tmp_path / "mine" / "loss" / "slic.yaml").write_text(content)
+    (line,) = mistakes("--config-dir", str(tmp_path / "mine"), "loss=slic")
+    assert message in line
+
+
+def test_a_dataset_file_without_its_name(mistakes, tmp_path):
+    (tmp_path / "mine" / "datasets").mkdir(parents=True)
+    (tmp_path / "mine" / "datasets" / "mine.yaml").write_text("path: x\nschema: si\n")
+    (line,) = mistakes("--config-dir", str(tmp_path / "mine"), "datasets=[mine]")
+    assert line.startswith("datasets=[mine]: ")
+    assert "holds its own name, and below it the settings" in line
+
+
+def test_one_mistake_is_one_error(mistakes):
+    """What a wrong word leaves behind, a default, is not complained of."""
+    for arguments, start in (
+        (["datasets=[alpca]", "datasets.alpca.path=x"], "datasets=[alpca]: "),
+        (["max_length=abc", "max_prompt_length=600"], "max_length=abc: must be a whole number"),
+        (["model=/a/folder"], "model=/a/folder: model has no choice '/a/folder'; a folder is written model=blank_model "
+         "model.name_or_path=/a/folder."),
+        (["wandb={mod:online}"], "wandb={mod:online}: there is no key wandb.mod; did you mean wandb.mode?"),
+        (["lr.x=1"], "lr.x=1: there is no key lr.x"),
+        (["exp_name=???", "exp_nam=b"], "exp_nam=b: there is no key exp_nam; did you mean exp_name?"),
+    ):  # fmt: skip
+        (line,) = mistakes(*arguments)
+        assert line.startswith(start)
+
+
+def test_a_wrong_name_beside_cfg_is_no_traceback(mistakes):
+    (line,) = mistakes("datasets=[se]", "--cfg", "job")
+    assert line.startswith("datasets=[se]: datasets has no choice 'se'; did you mean si?")
 
 
 def test_missing_values_are_listed_by_name(tmp_path, monkeypatch, capsys):
@@ -284,7 +336,9 @@ def test_as_a_process(tmp_path):
 
 def test_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
-    run_entrypoint("config", TrainConfig, check_train, train.main)
+    with pytest.raises(SystemExit) as left:
+        run_entrypoint("config", TrainConfig, check_train, train.main)
+    assert not left.value.code
     out = capsys.readouterr().out
     assert "loss=dpo|ipo|reverse|sft" in out
     assert "experiment=" in out

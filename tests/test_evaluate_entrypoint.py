@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from config.named import expand_named
-from config.schema import compose_config
+from config.schema import compose_config, compose_configs
+from config.settings import EvaluatedModelSettings, PromptSetSettings
 from safer_instruct.experts.expert import RulesExpert
 from tests.evaluations import run_evaluate
 
@@ -196,22 +196,27 @@ def test_nothing_is_computed_twice_and_changes_cost_only_themselves(counted_run,
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("models.base.path=runs/a", "models={base:{path:'runs/a'}}"),
-        ("+models.base.path=runs/a", "models={base:{path:'runs/a'}}"),
-        ("models.base=runs/a", "models={base:{path:'runs/a'}}"),
-        ("models={base:runs/a,dpo:runs/b}", "models={base:{path:'runs/a'},dpo:{path:'runs/b'}}"),
-        ("models={a:{path:x,dtype:bfloat16}}", "models={a:{path:'x',dtype:'bfloat16'}}"),
-        ("prompts.p.max_rows=5", "prompts={p:{max_rows:5}}"),
-        ("prompts.p.kind=null", "prompts={p:{kind:null}}"),
-        ('models.a.path="it\'s, here"', r"models={a:{path:'it\'s, here'}}"),
-        ("models.v1.5.path=x", "models={v1.5:{path:'x'}}"),
-        ("models.a.path=x,y", "models={a:{path:'x'}},{a:{path:'y'}}"),
-        ("expert=rules", "expert=rules"),
-        ("models.a.path=[", "models.a.path=["),
+        ("models.base.path=runs/a", {"base": {"path": "runs/a"}}),
+        ("+models.base.path=runs/a", {"base": {"path": "runs/a"}}),
+        ("models.base=runs/a", {"base": {"path": "runs/a"}}),
+        ("models={base:runs/a,dpo:runs/b}", {"base": {"path": "runs/a"}, "dpo": {"path": "runs/b"}}),
+        ("models={a:{path:x,dtype:bfloat16}}", {"a": {"path": "x", "dtype": "bfloat16"}}),
+        ('models.a.path="it\'s, here"', {"a": {"path": "it's, here"}}),
+        ("models.v1.5.path=x", {"v1.5": {"path": "x"}}),
+        ("prompts.p.max_rows=5", {"p": {"max_rows": 5}}),
+        ("prompts.p.kind=null", {"p": {"kind": None}}),
+        ("prompts=published", {"published": {"kind": "unsafe", "source_column": "label"}}),
     ],
 )
-def test_every_way_to_name_models_becomes_one(given, expected):
-    assert expand_named([given]) == [expected]
+def test_every_way_to_name_models_means_the_same(given, expected):
+    config = compose_config("evaluate", [given])
+    kind, found = (PromptSetSettings, config.prompts) if "prompts" in given else (EvaluatedModelSettings, config.models)
+    assert found == {name: kind(**entry) for name, entry in expected.items()}
+
+
+def test_models_of_a_sweep():
+    points = compose_configs("evaluate", ["models.a.path=x,y"], multirun=True)
+    assert [config.models["a"].path for config in points] == ["x", "y"]
 
 
 def test_names_and_paths_survive_hydra(tmp_path):
@@ -219,9 +224,10 @@ def test_names_and_paths_survive_hydra(tmp_path):
     overrides = [
         "expert=rules",
         f"output={tmp_path}",
-        *expand_named([f'models.a.path="{awkward}"', "prompts={p:x.csv}"]),
+        f'models.a.path="{awkward}"',
+        "prompts={p:x.csv}",
     ]
-    overrides += expand_named(["models.b=y", "models.a.dtype=bfloat16"])
+    overrides += ["models.b=y", "models.a.dtype=bfloat16"]
     config = compose_config("evaluate", overrides)
     assert {name: model.path for name, model in config.models.items()} == {"a": awkward, "b": "y"}
     assert config.models["a"].dtype == "bfloat16"

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from config.settings import LikelihoodLossSettings, PreferenceLossSettings, TrainConfig
+from config.settings import DPOSettings, IPOSettings, LikelihoodLossSettings, TrainConfig
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, tiny_settings
 from trainers.data.batching import BatchLoader
@@ -21,8 +21,8 @@ from trainers.trainer import Trainer, add_metrics
 
 ROWS = 9
 LOSSES = {
-    "dpo": PreferenceLossSettings(name="dpo", beta=0.5, nll_weight=0.3),
-    "ipo": PreferenceLossSettings(name="ipo", average_logps=True),
+    "dpo": DPOSettings(name="dpo", beta=0.5, nll_weight=0.3),
+    "ipo": IPOSettings(name="ipo", average_logps=True),
     "sft": LikelihoodLossSettings(name="sft", reduction="sequence_sum"),
     "reverse": LikelihoodLossSettings(name="reverse", reduction="token_mean"),
 }

@@ -8,7 +8,8 @@ import torch
 from tensordict import TensorDict
 
 from config.errors import UserError
-from config.settings import LikelihoodLossSettings, PreferenceLossSettings
+from config.settings import LOSSES as SETTINGS
+from config.settings import DPOSettings, IPOSettings, LikelihoodLossSettings
 from tests.tiny_models import VOCABULARY, tiny_model
 from trainers.kernels.logps import sequence_logps
 from trainers.objectives import LOSSES, LikelihoodObjective, PreferenceObjective
@@ -79,12 +80,12 @@ def literal_preference_loss(model, batch, settings) -> tuple[torch.Tensor, list[
 
 
 CASES = [
-    PreferenceLossSettings(name="dpo"),
-    PreferenceLossSettings(name="dpo", beta=0.5, label_smoothing=0.2),
-    PreferenceLossSettings(name="dpo", reference_free=True),
-    PreferenceLossSettings(name="dpo", average_logps=True, nll_weight=0.7),
-    PreferenceLossSettings(name="ipo"),
-    PreferenceLossSettings(name="ipo", average_logps=True, reference_free=True),
+    DPOSettings(name="dpo"),
+    DPOSettings(name="dpo", beta=0.5, label_smoothing=0.2),
+    DPOSettings(name="dpo", reference_free=True),
+    DPOSettings(name="dpo", average_logps=True, nll_weight=0.7),
+    IPOSettings(name="ipo"),
+    IPOSettings(name="ipo", average_logps=True, reference_free=True),
 ]
 
 
@@ -108,7 +109,7 @@ def test_preference_loss_rewards_and_gradients_are_the_papers(settings):
 
 
 def test_metrics_are_detached_and_one_value_an_example():
-    objective = PreferenceObjective(PreferenceLossSettings(name="dpo"))
+    objective = PreferenceObjective(DPOSettings(name="dpo"))
     output = objective(partial(sequence_logps, tiny_model()), pair_batch())
     for name, values in output.metrics.items():
         assert values.shape == (PAIRS,), name
@@ -144,7 +145,7 @@ def first_batch(objective, *, shift: float = 0.0, dtype: torch.dtype = torch.flo
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
 def test_the_first_loss_is_known(name):
-    objective = PreferenceObjective(PreferenceLossSettings(name=name))
+    objective = PreferenceObjective(SETTINGS[name]())
     output, num_tokens = first_batch(objective)
     expected = math.log(2) if name == "dpo" else 25.0
     assert (output.loss_sum / PAIRS).item() == pytest.approx(expected, abs=1e-6)
@@ -156,14 +157,14 @@ def test_the_first_loss_is_known(name):
 @pytest.mark.parametrize("shift", [1e-2, -3.0, math.nan])
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
 def test_a_reference_that_is_not_the_policy_is_refused(name, shift):
-    objective = PreferenceObjective(PreferenceLossSettings(name=name))
+    objective = PreferenceObjective(SETTINGS[name]())
     output, num_tokens = first_batch(objective, shift=shift)
     with pytest.raises(UserError, match="before the first step the policy is the reference"):
         objective.check_first_batch(output, num_tokens, torch.float32)
 
 
 def test_bfloat16_has_a_wider_tolerance_but_finds_a_wrong_model():
-    objective = PreferenceObjective(PreferenceLossSettings(name="dpo"))
+    objective = PreferenceObjective(DPOSettings(name="dpo"))
     output, num_tokens = first_batch(objective, shift=0.05, dtype=torch.bfloat16)
     objective.check_first_batch(output, num_tokens, torch.bfloat16)
     output, num_tokens = first_batch(objective, shift=3.0, dtype=torch.bfloat16)
@@ -172,7 +173,7 @@ def test_bfloat16_has_a_wider_tolerance_but_finds_a_wrong_model():
 
 
 def test_without_a_reference_there_is_nothing_to_check():
-    objective = PreferenceObjective(PreferenceLossSettings(name="dpo", reference_free=True))
+    objective = PreferenceObjective(DPOSettings(name="dpo", reference_free=True))
     assert not objective.needs_reference
     output = objective(partial(sequence_logps, tiny_model()), pair_batch())
     objective.check_first_batch(output, 10, torch.float32)
@@ -181,7 +182,7 @@ def test_without_a_reference_there_is_nothing_to_check():
 @pytest.mark.parametrize("name", LOSSES)
 def test_reference_free_ignores_the_reference_in_rewards_too(name):
     """Equal to the last bit with the columns of a reference that says something else, and without any."""
-    objective = PreferenceObjective(PreferenceLossSettings(name=name, reference_free=True))
+    objective = PreferenceObjective(SETTINGS[name](reference_free=True))
     model, batch = tiny_model(), pair_batch()
     outputs = [objective(partial(sequence_logps, model), batch)]
     batch["reference_chosen_logps"] = batch["reference_chosen_logps"] * 3 - 7
@@ -196,7 +197,7 @@ def test_reference_free_ignores_the_reference_in_rewards_too(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_a_loss_declares_of_its_start_is_so(name, beta):
     """Its value and slope where all log-ratios are 0, against the function itself and a finite difference."""
-    loss = LOSSES[name](PreferenceLossSettings(name=name, beta=beta))
+    loss = LOSSES[name](SETTINGS[name](beta=beta))
     zero, step = torch.zeros(1, dtype=torch.float64), 1e-6
 
     def value(margin):

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from config.errors import UserError
 from config.settings import (
     CheckpointSettings,
+    DPOSettings,
     GenerationSettings,
     LikelihoodLossSettings,
-    PreferenceLossSettings,
     TrainerSettings,
 )
 from safer_instruct.generation.hf import HFGenerator
@@ -52,7 +52,7 @@ class OperatorCalls(TorchDispatchMode):
 
 
 LOSSES = {
-    "dpo": PreferenceLossSettings(name="dpo", nll_weight=0.3),
+    "dpo": DPOSettings(name="dpo", nll_weight=0.3),
     "sft": LikelihoodLossSettings(name="sft"),
     "reverse": LikelihoodLossSettings(name="reverse", reduction="token_mean"),
 }

@@ -7,11 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from config.named import expand_named
-from config.overrides import check_overrides
-from config.schema import CONFIG_DIR, register_schemas, to_dataclass
+from config.schema import compose_configs
 from config.settings import EvaluateConfig, InduceConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,13 +46,7 @@ def test_the_readme_shows_all_three_entrypoints_and_both_published_commands():
 def test_a_documented_command_composes(entrypoint, arguments):
     name, config_class = CONFIGS[entrypoint]
     overrides = [word for word in arguments if word != "-m"]
-    if entrypoint == "evaluate.py":
-        overrides = expand_named(overrides)
-    register_schemas()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        checked = check_overrides(name, overrides, multirun="-m" in arguments)
-        assert checked.errors == []
-        configs = [to_dataclass(compose(name, overrides=point)) for point in checked.points]
+    configs = compose_configs(name, overrides, multirun="-m" in arguments)
     assert len(configs) == (3 if "-m" in arguments else 1)
     assert all(isinstance(config, config_class) for config in configs)
 

@@ -177,7 +177,7 @@ def test_the_best_fraction() -> None:
 def test_settings_that_cannot_work(overrides, message, tiny_model_folder) -> None:
     base = ["output=out", "corpus.path=README.md", "expert=rules", "model=tiny"]
     config = compose_config("induce", [*base, *(text.format(model=tiny_model_folder) for text in overrides)])
-    assert message in "\n".join(check_induce(config))
+    assert message in "\n".join(map(str, check_induce(config)))
 
 
 def test_a_fraction_needs_the_scores_of_all_shards(tmp_path) -> None:

@@ -269,7 +269,7 @@ def test_shards_share_a_budget() -> None:
 )
 def test_settings_that_cannot_work(options, message) -> None:
     config = InduceConfig(output="out", stage="filter", expert=settings("http://x/v1", **options))
-    assert message in "\n".join(check_induce(config))
+    assert message in "\n".join(map(str, check_induce(config)))
 
 
 def test_a_used_up_quota_stops_at_once() -> None:

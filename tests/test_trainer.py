@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.errors import UserError
-from config.settings import CheckpointSettings, LikelihoodLossSettings, PreferenceLossSettings, TrainConfig
+from config.settings import CheckpointSettings, IPOSettings, LikelihoodLossSettings, TrainConfig
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
@@ -248,7 +248,7 @@ def test_optimizers_by_name():
 
 
 def test_ipo_starts_at_its_known_loss(tmp_path):
-    _, rows, _ = train(tmp_path, tiny_settings(loss=PreferenceLossSettings(name="ipo", average_logps=True)))
+    _, rows, _ = train(tmp_path, tiny_settings(loss=IPOSettings(name="ipo", average_logps=True)))
     assert next(row["loss/train"] for row in rows if "loss/train" in row) == pytest.approx(25.0, rel=1e-6)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from config.settings import PreferenceLossSettings, TrainConfig, WandbSettings
+from config.settings import DPOSettings, TrainConfig, WandbSettings
 from tests.tiny_models import VOCABULARY, tiny_model
 from trainers.data.batching import BatchLoader
 from trainers.data.cutters import Cutter, build_cutter
@@ -40,7 +40,7 @@ def tiny_settings(**changes: Any) -> TrainConfig:
     """DPO with batches of 4, no wandb, no pause between log rows."""
     settings = TrainConfig(
         exp_name="tiny",
-        loss=PreferenceLossSettings(name="dpo"),
+        loss=DPOSettings(name="dpo"),
         wandb=WandbSettings(enabled=False),
         lr=1e-3,
         warmup_steps=2,

@@ -20,7 +20,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from config.errors import UserError
-from config.settings import LikelihoodLossSettings, PreferenceLossSettings
+from config.settings import DPOSettings, IPOSettings, LikelihoodLossSettings, PreferenceLossSettings
 from trainers.data.packing import num_target_tokens
 from trainers.losses import dpo_loss, ipo_loss, reward_accuracy
 
@@ -110,14 +110,14 @@ class PreferenceLoss:
     average_logps: bool = False  # of log-probabilities that are means per token of the response, not sums
 
 
-def _dpo(settings: PreferenceLossSettings) -> PreferenceLoss:
+def _dpo(settings: DPOSettings) -> PreferenceLoss:
     return PreferenceLoss(
         partial(dpo_loss, beta=settings.beta, label_smoothing=settings.label_smoothing),
         beta=settings.beta, at_zero=math.log(2), slope=settings.beta / 2, average_logps=settings.average_logps,
     )  # fmt: skip
 
 
-def _ipo(settings: PreferenceLossSettings) -> PreferenceLoss:
+def _ipo(settings: IPOSettings) -> PreferenceLoss:
     beta = settings.beta
     return PreferenceLoss(
         partial(ipo_loss, beta=beta),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from config.errors import UserError
+from config.names import STAGES
 from config.settings import InductionSettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
@@ -20,8 +21,7 @@ from safer_instruct.induction.ledger import Record
 from safer_instruct.text.examples import Example, text_id
 from safer_instruct.text.prompts import render_reversed
 
-INDUCE, SCORE, FILTER, RESPOND = "induce", "score", "filter", "respond"
-STAGES = (INDUCE, SCORE, FILTER, RESPOND)  # score only where a forward model is given
+INDUCE, SCORE, FILTER, RESPOND = STAGES  # score only where a forward model is given
 REQUIRED_STAGES = (INDUCE, FILTER, RESPOND)
 ROWS_AT_A_TIME = 4096  # what is sorted by length together
 

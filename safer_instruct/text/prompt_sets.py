@@ -6,19 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import xxhash
 
 from config.errors import UserError
+from config.names import KINDS, Kind
 from config.paths import find_path
 from config.settings import PromptSetSettings
 from safer_instruct.text.examples import is_unicode, normalise, text_id
 from safer_instruct.text.prompts import reversed_target
 from safer_instruct.text.readers import read_rows, require_columns
-
-Kind = Literal["unsafe", "benign", "near"]
-KINDS: tuple[str, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +80,6 @@ def read_prompts(name: str, settings: PromptSetSettings) -> Iterator[tuple[Evalu
     Raises:
         UserError: As `load_prompt_sets`.
     """
-    if settings.kind is not None and settings.kind not in KINDS:
-        raise UserError(f"kind={settings.kind} is unknown: choose one of {', '.join(KINDS)}")
     first_seen: dict[str, str] = {}
     times: Counter[str] = Counter()
     for where, row in read_rows(find_path(settings.path), columns=settings.columns):

@@ -1,0 +1,22 @@
+"""Names that the command line and the packages share.
+
+Whoever gives a name its meaning imports the list from here, or is compared with it by tests/test_config.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Kind = Literal["unsafe", "benign", "near"]  # of an evaluation prompt; near: benign, but it looks unsafe
+KINDS: tuple[str, ...] = get_args(Kind)
+TEMPLATES = ("alpaca", "hh", "plain", "chat")  # how an instruction becomes a prompt
+SCHEMAS = ("si", "alpaca", "hh")  # which columns the rows of a dataset have
+FORMATS = ("all", "jsonl", "parquet")  # files of a merged dataset
+STAGES = ("induce", "score", "filter", "respond")  # those with a ledger, in their order
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+SCHEDULERS = ("constant", "linear", "cosine")
+# The classes of torch.optim that step once for each dense gradient. A copy, because importing torch takes seconds.
+OPTIMIZERS = (
+    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop",
+    "Rprop", "SGD",
+)  # fmt: skip

@@ -1,0 +1,177 @@
+"""Rules for single values. Settings carry them in their annotations, and `check_values` is the one walk over them.
+
+    warmup_ratio: Annotated[float, interval("[0, 1)")] | None = None
+
+A rule maps a value to a complaint, empty where the value is right. A text in an annotation says what a mandatory value
+is, for the message that asks for it. No rule loads anything: folders are looked at, not read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from config.names import DTYPES, KINDS, TEMPLATES
+from config.paths import find_path
+
+MISSING: Any = "???"  # OmegaConf's marker of a mandatory value
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+Rule = Callable[[Any], str]
+
+
+class Fault(NamedTuple):
+    """One mistake in a command."""
+
+    key: str  # of the setting that it is about
+    message: str  # complete: the rule, the value, what to type instead
+    others: tuple[str, ...] = ()  # keys of other settings that the rule compares it with
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def check_values(settings: Any, prefix: str = "") -> list[Fault]:
+    """Return a fault for each value of a settings dataclass, inner ones included, that is not set or breaks a rule."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    return [fault for name, value in vars(settings).items() for fault in _check(prefix + name, value, hints[name])]
+
+
+def _check(key: str, value: Any, hint: Any) -> list[Fault]:
+    if is_dataclass(value):
+        return check_values(value, key + ".")
+    if isinstance(value, dict):
+        entry_hint = get_args(hint)[1] if get_origin(hint) is dict else Any
+        return [fault for name, entry in value.items() for fault in _check(f"{key}.{name}", entry, entry_hint)]
+    if isinstance(value, list):
+        return [fault for entry in value for fault in _check(key, entry, hint)]
+    notes = _notes(hint)
+    if isinstance(value, str) and value == MISSING:
+        words = next((note for note in notes if isinstance(note, str)), "a value")
+        return [Fault(key, f"{key} is not set: write {key}=..., {words}")]
+    if value is None:
+        return []
+    complaints = [note(value) for note in notes if not isinstance(note, str)]
+    return [Fault(key, f"{key}={value}: {complaint}") for complaint in complaints if complaint]
+
+
+def _notes(hint: Any) -> list[Any]:
+    """Return the rules and texts that an annotation carries, also inside `| None` and `list[...]`."""
+    if get_origin(hint) is Annotated:
+        kind, *notes = get_args(hint)
+        return [*notes, *_notes(kind)]
+    return [note for part in get_args(hint) for note in _notes(part)]
+
+
+def is_below(key: str, roots: Iterable[str]) -> bool:
+    """Say whether `key` is one of `roots` or inside one: model.name_or_path is inside model."""
+    return any(key == root or key.startswith(f"{root}.") for root in roots)
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the entry of `names` that `name` was probably meant to be, or None."""
+    choices = sorted(names)
+    found = difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
+    if not found:  # `beta` for `loss.beta`, `path` for `datasets.si.path`
+        leaves = {choice.split(".")[-1]: choice for choice in reversed(choices)}
+        found = [leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.75)]
+    return found[0] if found else None
+
+
+def suggest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return `; did you mean NAME?`, or a full stop where no name resembles."""
+    guess = nearest(name, names, cutoff)
+    return f"; did you mean {guess}?" if guess else "."
+
+
+def choices(*names: str | bool) -> Rule:
+    """Demand one of the names."""
+    written = [str(name).lower() if isinstance(name, bool) else name for name in names]
+
+    def complain(value: Any) -> str:
+        if value in names:
+            return ""
+        return f"no such choice{suggest(str(value), written, 0.5)} Choices: {', '.join(written)}"
+
+    return complain
+
+
+def at_least(least: float) -> Rule:
+    """Demand a number that is not below the least one."""
+    return lambda value: "" if value >= least else f"must be {least} or more"
+
+
+def above(bound: float, complaint: str = "must be above {bound}, and finite") -> Rule:
+    """Demand a finite number beyond the bound."""
+    return lambda value: "" if bound < value < math.inf else complaint.format(bound=bound)
+
+
+def interval(bounds: str, note: str = "") -> Rule:
+    """Demand a number in an interval such as `[0, 1)`, whose round bracket leaves the bound itself out."""
+    low, high = map(float, bounds[1:-1].split(","))
+
+    def complain(value: float) -> str:
+        is_above = value > low if bounds[0] == "(" else value >= low
+        is_below = value < high if bounds[-1] == ")" else value <= high
+        return "" if is_above and is_below else f"must lie in {bounds}{note}"
+
+    return complain
+
+
+def matches(pattern: str, complaint: str) -> Rule:
+    """Demand a text that a regular expression describes as a whole."""
+    return lambda value: "" if re.fullmatch(pattern, value) else complaint
+
+
+def existing_path(value: str) -> str:
+    """Demand a file or folder that is there; an empty text names none."""
+    return "" if not value or find_path(value).exists() else f"there is no such file or folder{_neighbours(value)}"
+
+
+def weights_path(value: str) -> str:
+    """Demand what `model.archive` can start from."""
+    complaint = existing_path(value)
+    return complaint and f"{complaint}. Give a run, a checkpoint, a model folder, or a policy.pt"
+
+
+def model_path(value: str) -> str:
+    """Demand a model folder that holds weights. What may be an id on the hub is left to the loader."""
+    path = find_path(value)
+    if path.is_file():
+        return ""
+    if not path.exists():
+        is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) and not value.startswith(".")
+        if is_hub_id and not (path.parent != Path(".") and path.parent.is_dir()):
+            return ""
+        return f"there is no such folder{_neighbours(value)}"
+    if (path / "LATEST").exists() or (path / "model").is_dir():
+        return ""  # a run or a checkpoint
+    if not (path / "config.json").is_file():
+        return "the folder has no config.json, so it holds no model"
+    has_weights = any(list(path.glob(pattern)) for pattern in WEIGHT_PATTERNS)
+    return "" if has_weights else "the folder has a config.json but no weights (*.safetensors)"
+
+
+def _neighbours(value: str) -> str:
+    """Return `; did you mean ...?`, from the folder that the path points into."""
+    path = Path(value).expanduser()
+    if not path.parent.is_dir():
+        return f" ({path.parent} does not exist either)"
+    names = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6)
+    return f"; did you mean {path.parent / names[0]}?" if names else ""
+
+
+Count = Annotated[int, at_least(1)]
+Share = Annotated[float, interval("(0, 1]")]
+Dtype = Annotated[str, choices(*DTYPES)]
+Template = Annotated[str, choices(*TEMPLATES)]
+PromptKind = Annotated[str, choices(*KINDS)]
+BadRow = Annotated[str, choices("drop", "error")]
+Device = Annotated[str, matches(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu or cuda")]
+ExistingPath = Annotated[str, existing_path]
+DataPath = Annotated[str, existing_path, "the file or folder to read"]

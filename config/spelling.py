@@ -1,0 +1,65 @@
+"""How entries of a dictionary with free names (`models`, `datasets`, `optimizer_args`, ...) are spelled for Hydra.
+
+The user writes `models.base.path=x`, `models.base=x` or `models={base:x}`; Hydra adds to a typed dictionary only by
+`++models={base:{path:x}}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+
+# `prompts=NAME` with a name and nothing else. The published test set names its sources in the column `label`.
+PRESETS: dict[str, dict[Any, Any]] = {"prompts": {"published": {"kind": "unsafe", "source_column": "label"}}}
+
+
+class FreeKey(NamedTuple):
+    """A key that passes a dictionary with free names."""
+
+    root: str  # the key of the dictionary
+    names: list[str]  # what follows it
+    entry: Any  # type of its values
+
+
+def free_key(kind: Any, key: str) -> FreeKey | None:
+    """Split a key of the settings dataclass `kind`; None if it passes no dictionary with free names."""
+    parts = key.split(".")
+    for depth, part in enumerate(parts, start=1):
+        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
+        if get_origin(kind) is dict:
+            return FreeKey(".".join(parts[:depth]), parts[depth:], get_args(kind)[1])
+    return None
+
+
+def spell(override: Override, free: FreeKey) -> str | None:
+    """Return the override as Hydra takes it; None if it names no entry, which is an error."""
+    value, names = override.value(), free.names
+    if is_dataclass(free.entry) and len(names) > 1:
+        names = [".".join(names[:-1]), names[-1]]  # a name may hold dots: v1.5
+    elif is_dataclass(free.entry) and names:
+        value = _entry(value)
+    elif is_dataclass(free.entry) and isinstance(value, dict):
+        value = {name: _entry(one) for name, one in value.items()}
+    elif not names and isinstance(value, str) and value in PRESETS.get(free.root, {}):
+        value = {value: PRESETS[free.root][value]}
+    for name in reversed(names):
+        value = {name: value}
+    return f"++{free.root}={_render(value)}" if isinstance(value, dict) else None
+
+
+def _entry(value: Any) -> dict[Any, Any]:
+    """Return the settings of a named entry, of which the path may be given alone."""
+    return value if isinstance(value, dict) else {"path": value}
+
+
+def _render(value: Any) -> str:
+    """Return a value as the text of an override, strings quoted."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_render(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_render, value)) + "]"
+    if isinstance(value, str):
+        return QuotedString(text=value, quote=Quote.single).with_quotes()
+    return "null" if value is None else str(value).lower()

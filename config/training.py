@@ -1,0 +1,210 @@
+"""Settings of `train.py`: the model, the loss, the data and the run. The losses have a dataclass each.
+
+Read them from `config.settings`, which has those of the other entrypoints, too. The comment of a field says what it
+does, its unit, and what null means; a comment that needs more room stands in the lines above.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from config import rules
+from config.names import OPTIMIZERS, SCHEDULERS, SCHEMAS
+from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, Template
+
+
+@dataclass
+class ModelSettings:
+    """A causal language model and the dtypes that it runs in."""
+
+    # The folder of the weights, or the model's id on the Hugging Face hub where the network allows.
+    name_or_path: Annotated[
+        str, rules.model_path, "the folder of the weights (config.json, *.safetensors), or the model's id on the hub"
+    ] = MISSING
+    tokenizer_name_or_path: str | None = None  # folder or id of the tokenizer; null: the model's own
+    archive: Annotated[str, rules.weights_path] | None = None  # a run, checkpoint, folder or policy.pt to start from
+    block_name: str | None = None  # class of the transformer blocks that FSDP shards; null: found in the model
+    policy_dtype: Dtype = "float32"  # dtype of the trained weights
+    fsdp_policy_mp: Dtype | None = None  # dtype that FSDP computes in; null: policy_dtype
+    reference_dtype: Dtype | None = None  # dtype of the reference; null: the policy's, so that the first rewards are 0
+    # dtype of matrix products, over weights that keep theirs; null: no autocast. docs/performance.md has the errors.
+    autocast: Annotated[str, rules.choices("bfloat16")] | None = None
+    # Kernel of the attention; packing=true has one of its own and asks for sdpa.
+    attn_implementation: Annotated[str, rules.choices("sdpa", "eager", "flash_attention_2")] = "sdpa"
+    trust_remote_code: bool = False  # run code that comes with the weights
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of template=chat: {enable_thinking: false}
+
+
+@dataclass
+class LossSettings:
+    """What every loss has."""
+
+    name: str = MISSING  # the loss, as in `loss=NAME`
+
+
+@dataclass
+class LikelihoodLossSettings(LossSettings):
+    """Maximum likelihood of the target given the prompt."""
+
+    # What the loss is a mean over: sequences, each the sum of its tokens (DPO repo) | all target tokens (Alpaca).
+    reduction: Annotated[str, rules.choices("sequence_sum", "token_mean")] = "sequence_sum"
+
+
+@dataclass
+class SFTSettings(LikelihoodLossSettings):
+    """`loss=sft`: supervised fine-tuning on the chosen, or only, response."""
+
+    name: str = "sft"
+
+
+@dataclass
+class ReverseSettings(LikelihoodLossSettings):
+    """`loss=reverse`: the instruction given the response (Safer-Instruct, section 3.1)."""
+
+    name: str = "reverse"
+    reduction: Annotated[str, rules.choices("sequence_sum", "token_mean")] = "token_mean"
+
+
+@dataclass
+class PreferenceLossSettings(LossSettings):
+    """A loss on the log-ratios of chosen and rejected to a reference."""
+
+    beta: Annotated[float, rules.above(0)] = 0.1  # temperature of the implicit reward; tau of IPO
+    reference_free: bool = False  # a uniform reference: its log-ratio is 0, in loss and rewards alike
+    average_logps: bool = False  # divide log-probabilities by the response length in tokens (the IPO authors' form)
+    nll_weight: Annotated[float, rules.at_least(0)] = 0.0  # adds this x (nats per token of chosen), Pang et al. 2024
+
+
+@dataclass
+class DPOSettings(PreferenceLossSettings):
+    """`loss=dpo`: direct preference optimisation (Rafailov et al. 2023, equation 7)."""
+
+    name: str = "dpo"
+    # Probability that a preference is flipped (conservative DPO); 0: every preference is believed.
+    label_smoothing: Annotated[float, rules.interval("[0, 0.5)", "; at 0.5 both responses count the same")] = 0.0
+
+
+@dataclass
+class IPOSettings(PreferenceLossSettings):
+    """`loss=ipo`: identity preference optimisation (Azar et al. 2023, equation 17)."""
+
+    name: str = "ipo"
+
+
+LOSSES: dict[str, type[LossSettings]] = {
+    "sft": SFTSettings, "reverse": ReverseSettings, "dpo": DPOSettings, "ipo": IPOSettings,
+}  # fmt: skip
+
+
+@dataclass
+class TrainerSettings:
+    """How the model is laid out over processes. All but `name` and `compile` are FSDPTrainer's."""
+
+    name: Annotated[str, rules.choices("BasicTrainer", "FSDPTrainer")] = "BasicTrainer"  # one process | all of the job
+    num_processes: Count | None = None  # processes started on this machine; null: one for each GPU, or two on a CPU
+    num_replicas: Count = 1  # HSDP: copies of the model, each sharded over world size / num_replicas processes
+    reshard_after_forward: bool = True  # free a block's gathered parameters between its forward and backward pass
+    cpu_offload: bool = False  # keep parameters, gradients and optimizer state in host memory (needs a GPU)
+    compile: bool = False  # torch.compile each transformer block
+    # Reduce gradients after each micro-batch: less memory, more traffic than once a step (docs/distributed.md).
+    reduce_every_microbatch: bool = False
+
+
+@dataclass
+class WandbSettings:
+    """Weights & Biases. Metrics go to `metrics.jsonl` in any case."""
+
+    enabled: bool = True  # false: wandb is not imported
+    # auto: online where a key is present, offline otherwise.
+    mode: Annotated[str, rules.choices("auto", "online", "offline", "disabled")] = "auto"
+    entity: str | None = None  # user or team; null: the login's default
+    project: str = "safer-instruct"  # project that the run is shown in
+    group: str | None = None  # runs of one group are shown together; null: none
+    tags: list[str] = field(default_factory=list)  # words to find the run by
+
+
+@dataclass
+class CheckpointSettings:
+    """What a run writes besides its last checkpoint."""
+
+    every_examples: Count | None = None  # examples between two checkpoints; null: one at every evaluation
+    keep_last: Count | None = None  # how many of the newest are kept; null: all
+    keep_best: str | None = None  # also keep the one that is best by this metric of an evaluation, such as loss/eval
+    asynchronous: bool = True  # train on while a checkpoint is written
+    policy_pt: bool = False  # also write the DPO repo's policy.pt
+
+
+@dataclass
+class DatasetSettings:
+    """One dataset: where it is and how its rows read."""
+
+    path: DataPath = MISSING  # a file, a folder of several, or a folder made by induce.py
+    # Which columns the rows have.
+    schema: Annotated[str, rules.choices(*SCHEMAS), "how its rows read: si | alpaca | hh"] = MISSING
+    template: Template = "alpaca"  # how an instruction becomes a prompt
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
+    labels: list[str] | None = None  # keep only rows with one of these labels; null: keep all
+    exclude: ExistingPath | None = None  # file whose instructions must not be trained on (the published test_set.csv)
+    eval_path: ExistingPath | None = None  # evaluation file; null: rows are held out by the hash of their instruction
+    # Share of the instructions that is held out where eval_path is null.
+    eval_fraction: Annotated[float, rules.interval("[0, 1)", "; 0.05 holds out 5%")] = 0.05
+    max_rows: Count | None = None  # read this many usable rows from the start; null: all
+    on_bad_row: BadRow = "drop"  # drop: skip the row and count it | error: stop
+
+
+@dataclass
+class TrainConfig:
+    """`train.py`: reversed instruction tuning, SFT and preference training."""
+
+    exp_name: Annotated[str, "the name of the run, which lives in runs/<exp_name>"] = MISSING  # name of the run
+    model: ModelSettings = field(default_factory=ModelSettings)  # the policy
+    loss: Any = MISSING  # one of LOSSES, by `loss=NAME`
+    datasets: dict[str, DatasetSettings] = field(default_factory=dict)  # by name; all are trained on together
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+    seed: Annotated[int, rules.at_least(0)] = 0  # order of the batches, dropout, sampling
+    batch_size: Count = 4  # examples (pairs) of one optimizer step, over all processes
+    eval_batch_size: Count = 16  # examples (pairs) of one evaluation batch, over all processes
+    gradient_accumulation_steps: Count = 1  # micro-batches of one step, at least
+    packing: bool = True  # no padding, and the prompt of a pair computed once; false: padded rows, same numbers, slower
+    # Token positions of one micro-batch; null: 1024 on a CPU, 8192 on a GPU, no limit where rows are padded.
+    max_tokens_per_microbatch: Count | None = None
+    max_length: int = 512  # tokens of prompt + response
+    max_prompt_length: Count = 256  # tokens of the prompt, smaller than max_length
+    n_epochs: Count | None = 1  # passes over the data; null: n_examples decides
+    n_examples: Count | None = None  # stop after this many examples if n_epochs has not ended before; null: no limit
+    n_eval_examples: Count | None = 256  # held-out examples of one evaluation; null: all
+    optimizer: Annotated[str, rules.choices(*OPTIMIZERS)] = "RMSprop"  # class of torch.optim
+    optimizer_args: dict[str, Any] = field(default_factory=dict)  # its other arguments: betas, eps, weight_decay, ...
+    lr: Annotated[float, rules.above(0)] = 5e-7  # learning rate after the warm-up
+    # Course of the learning rate after the warm-up; linear and cosine end at 0.
+    lr_scheduler: Annotated[str, rules.choices(*SCHEDULERS)] = "constant"
+    warmup_steps: Annotated[int, rules.at_least(0)] = 150  # optimizer steps of the warm-up
+    # Share of all steps that warms up, in place of warmup_steps; null: warmup_steps counts.
+    warmup_ratio: Annotated[float, rules.interval("[0, 1)", "; 0.03 warms up over 3% of the steps")] | None = None
+    max_grad_norm: Annotated[float, rules.above(0)] = 10.0  # a longer gradient is scaled down to this norm
+    # What the backward pass recomputes: nothing (false) | all but matrix products (selective) | whole blocks (true).
+    activation_checkpointing: Annotated[bool | str, rules.choices("none", "selective", "full", True, False)] = False
+    # Where a loss or gradient is not finite: stop the run | skip the step.
+    on_non_finite: Annotated[str, rules.choices("stop", "skip")] = "stop"
+
+    do_first_eval: bool = True  # evaluate before the first step
+    eval_every: Count = 20_000  # examples between two evaluations
+    sample_during_eval: bool = False  # answer evaluation prompts at each evaluation, into samples.jsonl
+    n_eval_model_samples: Annotated[int, rules.at_least(0)] = 16  # prompts that sample_during_eval answers
+    max_new_tokens: Count | None = None  # tokens of such an answer; null: what max_length leaves beside the prompt
+    minimum_log_interval_secs: Annotated[float, rules.at_least(0)] = 1.0  # seconds between two logged steps
+
+    device: Device = "auto"  # auto: a GPU if there is one | cpu | cuda | cuda:1
+    tf32: bool = False  # float32 matrix products of a GPU in TF32: many times as fast, inputs rounded to 10 bits
+    run_dir: str | None = None  # folder of the run; null: runs/<exp_name>
+    local_run_dir: str | None = None  # the DPO repo's name of run_dir
+    local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # for token store and reference: first usable
+    fsdp_port: int | None = None  # port where the processes of one machine meet; null: one that is free
+    debug: bool = False  # write nothing to wandb, and no checkpoints
+    log_text: bool = False  # let samples reach wandb and the console
+    # true: estimate the run from its data and three real steps, then stop | data: from the data alone.
+    dry_run: Annotated[bool | str, rules.choices("data", True, False)] = False
