@@ -19,8 +19,6 @@ from safer_instruct.generation.pacing import MAX_BACKOFF_SECONDS, Slots, backoff
 from safer_instruct.text.prompts import Prompt
 
 if TYPE_CHECKING:
-    import openai
-
     from safer_instruct.generation.server import OpenAIGenerator
 
 log = logging.getLogger(__name__)
@@ -63,7 +61,7 @@ class Run:
         waiting = deque(requests)
         tasks: set[asyncio.Task] = set()
 
-        async def row(client: openai.AsyncOpenAI, request: Request) -> None:
+        async def row(client: Any, request: Request) -> None:
             result = None
             try:
                 result = await self._row(client, request)
@@ -98,7 +96,7 @@ class Run:
         if self.stopped is not None:
             raise self.stopped
 
-    async def _settle_refusals(self, client: openai.AsyncOpenAI, *, is_last: bool) -> list[Generation]:
+    async def _settle_refusals(self, client: Any, *, is_last: bool) -> list[Generation]:
         """Return the refused rows as abstentions, as far as it is the rows that the server dislikes.
 
         An account that has run dry is refused row by row, too, and not every server has a status or a code for it. So a
@@ -115,7 +113,7 @@ class Run:
                 log.warning("warning: row %s is an abstention, and others like it: %s", id, refused)
         return [Generation(id, "", error=refused.reason) for id, refused in settled.items()]
 
-    async def _require_served(self, client: openai.AsyncOpenAI, pending: Sequence[Refused]) -> None:
+    async def _require_served(self, client: Any, pending: Sequence[Refused]) -> None:
         """Stop the run if the server refuses what it took before (or a test), or has taken nothing at all."""
         before, many = self._answered, len(pending) >= REFUSALS
         if before is not None and pending[-1].status == 403:
@@ -131,7 +129,7 @@ class Run:
         except UserError as error:
             self._stop_for(error)
 
-    async def _row(self, client: openai.AsyncOpenAI, request: Request) -> Generation:
+    async def _row(self, client: Any, request: Request) -> Generation:
         """Ask for one row, and once more where its answer cannot be read."""
         if self.generator.takes_schema is False:
             request = replace(request, schema=None)
@@ -157,7 +155,7 @@ class Run:
                 self._stop_for(error)
             return replace(first, repaired=True)
 
-    async def ask(self, client: openai.AsyncOpenAI, request: Request) -> Generation:
+    async def ask(self, client: Any, request: Request) -> Generation:
         """Send a request until it is answered, refused, or given up.
 
         A row that fails again and again is given up alone (a generation with an error) where others were answered in
@@ -215,7 +213,7 @@ class Run:
         self.stopped = self.stopped or error
         self._stop.set()
 
-    async def _is_alive(self, client: openai.AsyncOpenAI) -> bool:
+    async def _is_alive(self, client: Any) -> bool:
         """Ask a test: if it is answered, it is the row that the server fails on. One test at a time, for all rows."""
         if self._is_probe:
             return False

@@ -7,8 +7,7 @@ import re
 import socket
 import time
 import urllib.parse
-
-import openai
+from collections.abc import Sequence
 
 from safer_instruct.generation.completions import Request
 from safer_instruct.text.display import visible
@@ -59,14 +58,14 @@ class Failed(Exception):
         self.throttled = throttled
 
 
-def is_about_account(error: openai.APIStatusError) -> bool:
-    """Return whether nothing can be asked for until somebody pays."""
-    return error.status_code == 402 or ACCOUNT.search(f"{error.code} {error.type}".lower()) is not None
+def is_about_account(status: int, codes: Sequence[str]) -> bool:
+    """Return whether nothing can be asked for until somebody pays; `codes` are the error's code and type."""
+    return status == 402 or any(ACCOUNT.search(code.lower()) for code in codes)
 
 
-def is_about_row(error: openai.APIStatusError) -> bool:
+def is_about_row(status: int, codes: Sequence[str]) -> bool:
     """Return whether the server says that it refuses this request for its content or its length."""
-    return error.status_code == 413 or str(error.code or error.type) in ROW_CODES
+    return status == 413 or not ROW_CODES.isdisjoint(codes)
 
 
 def is_address(url: str) -> bool:
@@ -78,10 +77,10 @@ def is_address(url: str) -> bool:
         return False
 
 
-def own_words(error: openai.APIStatusError, request: Request) -> str:
+def own_words(body: object, request: Request) -> str:
     """Return what the server says in an error, "" where it shares a word with the request: it may quote the row."""
-    body = error.body if isinstance(error.body, dict) else {}
-    said = visible(str(body.get("message") or body.get("detail") or ""))[:MAX_SHOWN]
+    fields = body if isinstance(body, dict) else {}
+    said = visible(str(fields.get("message") or fields.get("detail") or ""))[:MAX_SHOWN]
     shared = set(re.findall(r"[\w-]{4,}", said.lower())) & set(re.findall(r"[\w-]{4,}", request.prompt.text.lower()))
     return "" if request.id != "the test" and shared - COMMON else " ".join(said.split())
 

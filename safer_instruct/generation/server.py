@@ -237,9 +237,9 @@ class OpenAIGenerator:
 
     def _status_error(self, error: openai.APIStatusError, request: Request) -> Exception:
         """Sort an HTTP status into Refused, Failed, or a UserError that stops the run."""
-        status, words = error.status_code, own_words(error, request)
+        status, codes, words = error.status_code, (str(error.code), str(error.type)), own_words(error.body, request)
         said = f"HTTP {status}{f': {words}' if words else ''}"
-        if is_about_account(error):
+        if is_about_account(status, codes):
             return UserError(
                 f"{self.address}: {said}: the account's quota is used up, or it has nothing left to pay with. {KEPT}"
             )
@@ -253,7 +253,7 @@ class OpenAIGenerator:
                 f"{self.address}: {said}: is there a model {self.settings.model} ({self.key}.model), and does "
                 f"the address ({self.key}.base_url) end in /v1? {KEPT}"
             )
-        return Refused(status, words, about_row=is_about_row(error))
+        return Refused(status, words, about_row=is_about_row(status, codes))
 
     def refusal_error(self, refused: Refused) -> UserError:
         """Return what to tell the user where everything is refused."""
