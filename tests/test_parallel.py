@@ -27,7 +27,7 @@ from tests.tiny_models import SUPPORTED, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
 from trainers.distributed.sharding import find_blocks, same_logits
-from trainers.kernels.norms import use_fast_norms
+from trainers.kernels.shortcuts import use_fast_norms
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 

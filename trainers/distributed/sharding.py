@@ -32,8 +32,7 @@ from config.errors import UserError
 from config.settings import TrainConfig
 from trainers.distributed.layout import Layout, stop_requested, sum_over_processes
 from trainers.distributed.preemption import Preempted
-from trainers.kernels.attention import use_needed_positions
-from trainers.kernels.norms import use_fast_norms
+from trainers.kernels.shortcuts import use_fast_norms, use_needed_positions
 
 # What takes the time of a block: its matrix products, and attention by any kernel. The rest waits for memory, and is
 # quick to compute again.
