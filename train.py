@@ -158,8 +158,9 @@ def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple
 
     policy = place_model(load, lambda: skeleton(config), config, layout)
     if config.packing:  # now: on its device, and with the kernel that will run there
-        packed, alone = forward_function(policy, packed_and_alone, device=layout.device)()
-        check_packed_attention(packed, alone, name=type(policy).__name__.removeprefix("FSDP"))
+        autocast = autocast_dtype(config.model.autocast)
+        packed, alone = forward_function(policy, packed_and_alone, device=layout.device, autocast=autocast)()
+        check_packed_attention(packed, alone, name=type(policy).__name__.removeprefix("FSDP"), autocast=autocast)
         reshard(policy)
     return policy, layout.on_main(lambda: keys[0])
 

@@ -128,7 +128,8 @@ def visible(table: tuple[Tensor, ...], query: Tensor, key: Tensor, window: int |
 
     Args:
         table: the rows of `PackedLayout.table`.
-        query, key: places in the micro-batch, from 0 to T - 1.
+        query: its place in the micro-batch, from 0 to T - 1.
+        key: likewise.
         window: as for `PackedLayout.blocks`.
     """
     segment, prompt, prefix, position = table

@@ -107,7 +107,7 @@ def block_mask(layout: PackedLayout, window: int | None, device: torch.device) -
     table = _to_device(layout.table, device).unbind()
     partial, full, partial_of_keys, full_of_keys = _to_device(layout.blocks(window), device).unbind()
     numbers = {"kv": partial, "full_kv": full, "q": partial_of_keys, "full_q": full_of_keys}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     for name, blocks in numbers.items():
         tensors[f"{name}_num_blocks"] = blocks[None, None, :, 0].contiguous()
         tensors[f"{name}_indices"] = blocks[None, None, :, 1:].contiguous()
@@ -209,7 +209,11 @@ def use_packed_attention(model: Any) -> None:
 # Positions of a common prefix, and the segments of a few rows: of two responses, of one, for which another kernel may
 # run where no prefix is shared, and of so many that the scores have several blocks, as in training. No sequence is
 # longer than the shortest context of a model in use.
-CHECKED_ROWS = ((0, [(3, 4, 2), (2, 1, 5)]), (0, [(3, 4), (2, 5)]), (3, [(16, 12, 10), (1, 2, 30)] * 4))
+CHECKED_ROWS: tuple[tuple[int, list[tuple[int, ...]]], ...] = (
+    (0, [(3, 4, 2), (2, 1, 5)]),
+    (0, [(3, 4), (2, 5)]),
+    (3, [(16, 12, 10), (1, 2, 30)] * 4),
+)
 NOT_NEEDED = [0, 4, 8, 200]  # places of the last of these whose states are not asked for
 # What the code of a model raises that does not know the mask, the positions or the arguments it is given.
 PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
@@ -273,7 +277,7 @@ def _probe(model: Any, batch: Mapping[str, Any]) -> Tensor:
         raise
     except PROBE_ERRORS as error:
         raise UserError(
-            f"{type(model).__name__} does not run on packed rows: write packing=false ({type(error).__name__}: {error})."
+            f"{type(model).__name__} cannot run on packed rows: write packing=false ({type(error).__name__}: {error})."
         ) from error
 
 
