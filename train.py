@@ -137,8 +137,9 @@ def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple
 
     policy, weights = load_model(config, layout, check=check, compute_dtype=config.model.fsdp_policy_mp)
     if config.packing:  # now: on its device, and with the kernel that will run there
-        packed, alone = forward_function(policy, packed_and_alone, device=layout.device)()
-        check_packed_attention(packed, alone, name=type(policy).__name__.removeprefix("FSDP"))
+        autocast = autocast_dtype(config.model.autocast)
+        packed, alone = forward_function(policy, packed_and_alone, device=layout.device, autocast=autocast)()
+        check_packed_attention(packed, alone, name=type(policy).__name__.removeprefix("FSDP"), autocast=autocast)
         reshard(policy)
     return policy, weights
 

@@ -18,7 +18,7 @@ from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed import launch as parallel
 from trainers.distributed.layout import Layout
-from trainers.kernels.norms import use_fast_norms
+from trainers.kernels.shortcuts import use_fast_norms
 from trainers.optimizers import build_optimizer
 from trainers.run import checkpoint
 from trainers.run.checkpoint import CheckpointWriter, RunProgress

@@ -7,7 +7,7 @@ import torch
 
 from config.errors import UserError
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
-from trainers import logps as logps_module
+from trainers.kernels import logps as logps_module
 from trainers.kernels.logps import check_head, sequence_logps
 
 LENGTHS = torch.tensor([9, 14, 5, 13])
@@ -142,7 +142,7 @@ def test_a_head_in_parts_changes_nothing(monkeypatch):
     """A limit of 3 rows at a time: values and gradients are those of all rows at once."""
     results = []
     for limit in (1 << 28, 3 * VOCABULARY):
-        monkeypatch.setattr(logps_module, "MAX_LOGITS", limit)
+        monkeypatch.setattr(logps_module, "MAX_LOGITS", {"cpu": limit})
         model = tiny_model()
         logps, _ = logps_of(model, *batch())
         logps.sum().backward()

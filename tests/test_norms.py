@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny_models import tiny_model
-from trainers.kernels.norms import rms_norm, use_fast_norms
+from trainers.kernels.shortcuts import rms_norm, use_fast_norms
 
 
 def test_value_and_gradients_are_those_of_torch():

@@ -12,6 +12,7 @@ from tests.test_batching import PAD, make_store
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
 from trainers.data.batching import BatchLoader
 from trainers.data.cutters import PackedCutter, build_cutter
+from trainers.data.layout import PackedLayout, visible
 from trainers.data.packing import (
     RowSizes,
     balanced_shares,
@@ -27,17 +28,19 @@ from trainers.data.packing import (
 from trainers.data.prefixes import shared_prefixes
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 from trainers.distributed.parallelize import find_blocks
-from trainers.kernels import attention
+from trainers.kernels import attention, cpu_attention
 from trainers.kernels.attention import (
     PACKED,
-    PackedLayout,
+    PackedMask,
+    block_mask,
     check_packed_attention,
     packed_and_alone,
     packed_states,
-    use_needed_positions,
     use_packed_attention,
 )
+from trainers.kernels.cpu_attention import attend_by_pieces, pieces_of
 from trainers.kernels.logps import sequence_logps
+from trainers.kernels.shortcuts import use_needed_positions
 
 # Prompt, chosen, rejected: some longer than Mistral's window of 6, some of one token, which is a target and no input.
 PAIRS = [(4, 3, 5), (9, 1, 1), (1, 12, 2), (3, 1, 8), (7, 6, 1)]
@@ -134,15 +137,18 @@ def test_wrong_masks_and_wrong_positions_are_nats_away(tmp_path, name):
     model, packed = packed_model(name), microbatch(store, packing=True)
     expected, _ = sequence_logps(model, packed)
     plain = packed.clone()
-    plain["lengths"] = torch.tensor([[len(packed["input_ids"]), 0, 0]])  # plain causal attention over all rows
+    one_row = torch.tensor([[len(packed["input_ids"]), 0, 0]])
+    plain["layout"] = PackedLayout(one_row)  # plain causal attention over all rows
     later = packed.clone()
     later["position_ids"] = torch.arange(len(packed["input_ids"]))
     assert difference(name, model, plain, expected) > 0.1
     store = store_of(tmp_path / "shared", PAIRS, shared=SHARED)
     shared = microbatch(store, packing=True)
     swapped = shared.clone()
-    assert shared["prefix_rows"].tolist() == [0, 0, 2, 2, 4]
-    swapped["prefix_rows"] = torch.tensor([0, 0, 2, 0, 4])  # a row of the second family sees the first one's prefix
+    layout = shared["layout"]
+    assert layout.prefix_rows.tolist() == [0, 0, 2, 2, 4]
+    # A row of the second family sees the first one's prefix.
+    swapped["layout"] = PackedLayout(layout.lengths[:, 1:], layout.lengths[:, 0], torch.tensor([0, 0, 2, 0, 4]))
     moved = (sequence_logps(model, swapped)[0] - sequence_logps(model, shared)[0]).abs().amax(1)
     assert (moved > 1e-2).tolist() == [False, False, False, True, False]
     if name != "gpt2":  # its 64 positions are fewer than the micro-batch's
@@ -167,10 +173,10 @@ def test_the_example_of_the_docstring(tmp_path):
         writer.append("row", [[5, 6], [7, 8, 2], [9, 2]])
         writer.finish({})
     batch = collate_packed(TokenStore(tmp_path / "store"), torch.tensor([0]), {"score": torch.tensor([0.5])})
-    assert {name: value.tolist() for name, value in batch.items()} == {
+    assert batch["layout"].lengths.tolist() == [[0, 2, 2, 1]]
+    assert {name: value.tolist() for name, value in batch.exclude("layout").items()} == {
         "input_ids": [5, 6, 7, 8, 9],
         "position_ids": [0, 1, 2, 3, 2],
-        "lengths": [[2, 2, 1]],
         "sources": [1, 2, 3, 1, 4],
         "needed": [1, 2, 3, 4],
         "targets": [7, 8, 2, 9, 2],
@@ -296,12 +302,20 @@ def test_ranks_share_the_packed_batches_of_one_process(tmp_path, world_size):
         )
 
 
+def mask_of(layout, window) -> PackedMask:
+    """What the kernels of a GPU get, on a CPU."""
+    return PackedMask(
+        attention._flex, torch.float32, None, layout.num_positions, window,
+        block_mask(layout, window, torch.device("cpu")), layout.row_starts(), layout.longest_row,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("one_call", [0, 1024])
 @pytest.mark.parametrize("prefixes", [None, ([6, 0, 0, 5], [0, 0, 2, 3]), ([6, 4, 0, 0], [0, 1, 0, 1])])
 @pytest.mark.parametrize("window", [None, 3])
 def test_block_masks_are_the_dense_ones(monkeypatch, window, prefixes, one_call):
     """What flex_attention gets on a GPU, against a mask written pair by pair; its eager form gives the same output."""
-    monkeypatch.setattr(attention, "ONE_CALL", one_call)
+    monkeypatch.setattr(cpu_attention, "ONE_CALL", one_call)
     shapes = [(4, 3, 5), (2, 0, 7), (1, 6, 0), (30, 60, 70)]
     before, holders = prefixes or ([0] * 4, [0, 1, 2, 3])
     total = sum(map(sum, shapes)) + sum(before)
@@ -317,15 +331,15 @@ def test_block_masks_are_the_dense_ones(monkeypatch, window, prefixes, one_call)
                     dense[query, key] = window is None or i - j < window
         start += prompt + chosen + rejected
     tensors = () if prefixes is None else (torch.tensor(before), torch.tensor(holders))
-    layout = PackedLayout(torch.tensor(shapes), total, *tensors)
+    layout = PackedLayout(torch.tensor(shapes), *tensors)
     place = torch.arange(total)
-    assert torch.equal(layout.visible(place[:, None], place, window), dense)
+    assert torch.equal(visible(tuple(layout.table), place[:, None], place, window), dense)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, total, 16, generator=generator)
     key, value = (torch.randn(1, 2, total, 16, generator=generator) for _ in range(2))
     with torch.no_grad():
-        flex = attention._flex(query, key, value, layout, 0.2, window)
-    rows = attention._piece_by_piece(query, key, value, layout, 0.2, window)
+        flex = attention._flex(query, key, value, mask_of(layout, window), 0.2)
+    rows = attend_by_pieces(query, key, value, pieces_of(layout, window, query.dtype), 0.2)
     repeated = [x.repeat_interleave(2, dim=1) for x in (key, value)]
     scores = (query @ repeated[0].transpose(2, 3) * 0.2).masked_fill(~dense, -torch.inf)
     expected = (scores.softmax(-1) @ repeated[1]).transpose(1, 2)
@@ -340,8 +354,9 @@ def documented_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 
     assert cu_seq_q.dtype == torch.int32
     assert torch.equal(cu_seq_q, cu_seq_k)
     parts = []
+    assert max_q == cu_seq_q.diff().max()  # a larger one would start work for positions that are not there
     for start, stop in itertools.pairwise(cu_seq_q.tolist()):
-        assert stop - start <= min(max_q, max_k)
+        assert stop - start <= max_q == max_k
         q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
         distance = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
         hidden = (distance < 0) | ((distance > left) if left >= 0 else torch.zeros(()).bool())
@@ -355,19 +370,20 @@ def test_flash_attention_gets_the_rows_of_one_response(monkeypatch, window):
     """What a GPU would be asked for sft and reverse, against the kernel of the CPU."""
     monkeypatch.setattr(attention, "varlen_attn", documented_varlen_attn)
     shapes = [(4, 3), (2, 0), (1, 6), (30, 60)]
-    layout = PackedLayout(torch.tensor(shapes), total := sum(map(sum, shapes)))
+    layout = PackedLayout(torch.tensor(shapes))
+    total = sum(map(sum, shapes))
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, total, 16, generator=generator)
     key, value = (torch.randn(1, 2, total, 16, generator=generator) for _ in range(2))
-    flash = attention._varlen(query, key, value, layout, 0.2, window)
-    rows = attention._piece_by_piece(query, key, value, layout, 0.2, window)
+    flash = attention._varlen(query, key, value, mask_of(layout, window), 0.2)
+    rows = attend_by_pieces(query, key, value, pieces_of(layout, window, query.dtype), 0.2)
     torch.testing.assert_close(flash, rows, rtol=1e-5, atol=1e-5)
 
 
 def test_the_kernel_is_chosen_by_device_dtype_and_rows():
     half, full = torch.bfloat16, torch.float32
-    assert attention.kernel_for("cpu", half, one_sequence=True) is attention._piece_by_piece
-    assert attention.kernel_for("cpu", full, one_sequence=False) is attention._piece_by_piece
+    assert attention.kernel_for("cpu", half, one_sequence=True) is attention._by_pieces
+    assert attention.kernel_for("cpu", full, one_sequence=False) is attention._by_pieces
     assert attention.kernel_for("cuda", half, one_sequence=False) is attention._flex
     assert attention.kernel_for("cuda", half, one_sequence=True) is attention._varlen
     assert attention.kernel_for("cuda", full, one_sequence=True) is attention._flex  # float32 has no flash kernel

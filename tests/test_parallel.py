@@ -34,7 +34,7 @@ from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
 from trainers.distributed.parallelize import KEPT_BY_SELECTIVE, find_blocks
 from trainers.distributed.sharding import same_logits, unsharded_gradient_bytes
-from trainers.kernels.norms import use_fast_norms
+from trainers.kernels.shortcuts import use_fast_norms
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 

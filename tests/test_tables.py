@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.test_packing import PAD, PAIRS, microbatch, packed_model, store_of
-from trainers.kernels import embeddings as tables
+from trainers.kernels import shortcuts as tables
 from trainers.kernels.logps import sequence_logps
 
 

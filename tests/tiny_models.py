@@ -24,7 +24,7 @@ VOCABULARY = 64
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 NEW_STYLE = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -34,7 +34,7 @@ NEW_STYLE = {
 GROUPED = {**NEW_STYLE, "num_key_value_heads": 2}
 OLD_STYLE = {
     "vocab_size": VOCABULARY,
-    "n_embd": 32,
+    "n_embd": 64,
     "n_layer": 2,
     "n_head": 4,
     "n_positions": 64,
@@ -52,7 +52,7 @@ BUILDERS = {
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NEW_STYLE)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**OLD_STYLE)),
     "gptj": lambda: GPTJForCausalLM(GPTJConfig(**OLD_STYLE, rotary_dim=4)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=8)),  # soft-caps its logits
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=16)),  # soft-caps its logits
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**GROUPED, logits_scaling=2.0)),  # divides them
 }
 SUPPORTED = ["llama", "mistral", "qwen2_tied", "gpt_neox", "gpt2", "gptj"]

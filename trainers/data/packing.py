@@ -15,18 +15,20 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from trainers.data.layout import PackedLayout
 from trainers.data.prefixes import Prefixes, no_prefixes
 from trainers.data.token_store import TokenStore
 
 
 def default_max_tokens(device: torch.device) -> int:
-    """Positions of a micro-batch where none are set.
+    """Return the positions of a micro-batch where none are set.
 
     A CPU is fastest while the activations of a layer fit its cache; a GPU needs more rows to fill its matrix units.
     """
@@ -34,12 +36,12 @@ def default_max_tokens(device: torch.device) -> int:
 
 
 def input_lengths(lengths: Tensor) -> Tensor:
-    """Positions that each segment of a row takes: (..., S) tokens -> (..., S); responses without their last token."""
+    """Return the positions that each segment takes: (..., S) tokens -> (..., S); responses without their last token."""
     return torch.cat([lengths[..., :1], (lengths[..., 1:] - 1).clamp(min=0)], dim=-1)
 
 
 def balanced_shares(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Indices of each share, so that the sums of `sizes` differ little: the largest goes where the least is so far.
+    """Deal indices into shares of like size: the largest goes to the share that has least so far.
 
     Args:
         sizes: positions of each row.
@@ -59,7 +61,7 @@ def balanced_shares(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
 
 
 def best_fit(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Indices of each bin: every row, largest first, goes into the fullest bin that has room for it.
+    """Put indices into bins: every row, largest first, into the fullest bin that has room for it.
 
     Args:
         sizes: positions of each row.
@@ -86,25 +88,25 @@ class RowSizes(NamedTuple):
 
     @classmethod
     def of(cls, positions: Tensor, prefixes: Prefixes) -> RowSizes:
-        """From the positions of each row by itself, (B,)."""
+        """Take the positions of each row by itself, (B,)."""
         return cls((positions - prefixes.lengths).tolist(), prefixes.lengths.tolist(), prefixes.families.tolist())
 
     def select(self, rows: list[int]) -> RowSizes:
-        """Of some of the rows."""
+        """Return those of some of the rows."""
         return RowSizes(*([values[i] for i in rows] for values in self))
 
     def positions(self, rows: list[int]) -> int:
-        """Of a micro-batch of these rows."""
+        """Count the positions of a micro-batch of these rows."""
         prefixes = {self.families[i]: self.prefixes[i] for i in rows}
         return sum(self.own[i] for i in rows) + sum(prefixes.values())
 
 
 def pack_rows(sizes: RowSizes, *, limit: int, at_least: int) -> list[list[int]]:
-    """Indices of each micro-batch: as few as a best fit needs, and of like size.
+    """Put indices into micro-batches: as few as a best fit needs, and of like size.
 
-    Rows of a family go together, so that few micro-batches hold its prefix; what is left of the families, and rows
-    without one, fill up each other's. Then the rows are spread anew over as many micro-batches, evenly, if that keeps
-    the limit and repeats no more prefixes: equal sizes need less memory than full ones and a small rest.
+    Rows of a family go together, so that few micro-batches hold its prefix; families that leave room are then put
+    together. Finally the rows are spread evenly over as many micro-batches, if that keeps the limit and repeats no
+    more prefixes: equal sizes need less memory than full ones and a small rest.
 
     Args:
         sizes: of B rows.
@@ -126,7 +128,7 @@ def pack_rows(sizes: RowSizes, *, limit: int, at_least: int) -> list[list[int]]:
 
 
 def _fit_families(sizes: RowSizes, limit: int) -> list[list[int]]:
-    """A best fit of each family, and of what that makes."""
+    """Fit each family by itself, then the parts that this makes."""
     families: dict[int, list[int]] = {}
     for i, family in enumerate(sizes.families):
         families.setdefault(family, []).append(i)
@@ -134,31 +136,23 @@ def _fit_families(sizes: RowSizes, limit: int) -> list[list[int]]:
     for members in families.values():
         room = limit - sizes.prefixes[members[0]]
         parts += [[members[i] for i in part] for part in best_fit([sizes.own[i] for i in members], room)]
-    return [
-        [i for part in together for i in parts[part]]
-        for together in best_fit([sizes.positions(part) for part in parts], limit)
-    ]
+    together = best_fit([sizes.positions(part) for part in parts], limit)
+    return [list(chain.from_iterable(parts[i] for i in numbers)) for numbers in together]
 
 
 def collate_packed(
     store: TokenStore, rows: Tensor, columns: Mapping[str, Tensor], prefixes: Prefixes | None = None
 ) -> TensorDict:
-    """The flat tensors of B rows, one behind the other.
+    """Make the flat tensors of B rows, one behind the other.
 
     For a row of prompt [5, 6], chosen [7, 8, 2], rejected [9, 2]:
 
         input_ids       5  6  7  8  9
         position_ids    0  1  2  3  2
-        lengths         2, 2, 1            of prompt, chosen and rejected, as inputs
         sources         1  2  3  1  4      each response's first token is predicted from the prompt's last
         needed          1  2  3  4         the positions among the sources
         targets         7  8  2  9  2
         num_targets     3, 2
-
-    Where rows have a prefix in common, it stands before the first of them, and `lengths` counts the rest of the prompt:
-
-        prefix_lengths  (B,)  positions of the prefix that stands before the row: 0 in all but the first of a family
-        prefix_rows     (B,)  the row before which the row's prefix stands; the row itself where it has none
 
     Args:
         store: N rows of S segments.
@@ -167,9 +161,10 @@ def collate_packed(
         prefixes: of these rows (`Prefixes.select` of a larger batch's); None: they share nothing.
 
     Returns:
-        input_ids, position_ids (T,), lengths (B, S), sources, targets (R,), needed, num_targets (B, S - 1), all int64,
-        and (B,) `row` and the columns; prefix_lengths and prefix_rows if there are any. Families stand together, in the
-        order of their first rows. It has no batch dimension: its tensors count different things.
+        input_ids, position_ids (T,), sources, targets (R,), needed, num_targets (B, S - 1), all int64; (B,) `row` and
+        the columns; `layout`, a `PackedLayout`, which stays on the host when the rest is moved to a device. Rows of a
+        family stand together, in the order of their first rows, and their prefix before the first of them. It has no
+        batch dimension: its tensors count different things.
     """
     families, shared = no_prefixes(len(rows)) if prefixes is None else prefixes
     order = families.argsort(stable=True)
@@ -198,16 +193,18 @@ def collate_packed(
     targets_of = lengths[:, 1:] - (lengths[:, :1] == 0).long()
     first_rows = is_first.nonzero().squeeze(1)[is_first.cumsum(0) - 1]
     own_lengths = torch.cat([lengths[:, :1] - shared[:, None], lengths[:, 1:]], dim=1)
+    layout = PackedLayout(input_lengths(own_lengths), shared * is_first, first_rows)
+    if torch.cuda.is_available():
+        layout.blocks(None)  # here, in the thread that prefetches, rather than in the step
     return TensorDict(
         {
             "input_ids": torch.cat(input_ids).long(),
             "position_ids": torch.cat(position_ids),
-            "lengths": input_lengths(own_lengths),
             "sources": source,
             "needed": source.unique(),
             "targets": torch.cat(targets).long(),
             "num_targets": targets_of.clamp(min=0),
-            **({"prefix_lengths": shared * is_first, "prefix_rows": first_rows} if shared.any() else {}),
+            "layout": layout,
             **{name: column[rows] for name, column in columns.items()},
             "row": rows,
         },
@@ -215,38 +212,32 @@ def collate_packed(
     )
 
 
-def is_packed(batch: Mapping[str, Tensor]) -> bool:
-    """Whether a micro-batch is packed (flat), rather than padded."""
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Return whether a micro-batch is packed (flat), rather than padded."""
     return "sources" in batch.keys()  # noqa: SIM118  # a TensorDict iterates over rows, not names
 
 
-def prompt_lengths(batch: Mapping[str, Tensor]) -> Tensor:
-    """Tokens of each prompt of a packed micro-batch, its prefix included: (B,)."""
-    lengths, rows = batch["lengths"][:, 0], batch.get("prefix_rows", None)
-    return lengths if rows is None else lengths + batch["prefix_lengths"][rows]
-
-
 def num_tokens(batch: TensorDict) -> Tensor:
-    """Tokens of all sequences, a shared prompt counted in each: a scalar, the same packed and padded."""
+    """Count the tokens of all sequences, a shared prompt in each: a scalar, the same packed and padded."""
     if not is_packed(batch):
         return batch["attention_mask"].sum()
     # A response's tokens are its targets (all but the first one of a row without prompt).
-    num_responses = batch["num_targets"].shape[1]
-    return num_responses * prompt_lengths(batch).sum() + batch["num_targets"].sum()
+    layout, num_responses = batch["layout"], batch["num_targets"].shape[1]
+    prompts = layout.lengths[layout.prefix_rows, 0] + layout.lengths[:, 1]
+    return num_responses * prompts.sum() + batch["num_targets"].sum()
 
 
 def num_positions(batch: TensorDict) -> int:
-    """Positions that the model is run on."""
+    """Count the positions that the model is run on."""
     return batch["input_ids"].numel()
 
 
 def num_target_tokens(batch: TensorDict) -> Tensor:
-    """Tokens whose log-probabilities are summed: a scalar, int64."""
+    """Count the tokens whose log-probabilities are summed: a scalar, int64."""
     return batch["num_targets"].sum() if is_packed(batch) else batch["response_mask"][..., 1:].sum()
 
 
 def longest_sequence(batch: TensorDict) -> int:
-    """Tokens of the longest sequence; waits for the device where the batch is packed."""
-    if not is_packed(batch):
-        return batch["input_ids"].shape[-1]
-    return int((prompt_lengths(batch) + batch["lengths"][:, 1:].amax(1)).max()) + 1
+    """Return the number of tokens of the longest sequence."""
+    # The last token of a response is no input.
+    return batch["layout"].longest_sequence + 1 if is_packed(batch) else batch["input_ids"].shape[-1]

@@ -1,4 +1,4 @@
-"""What many prompts begin with: the head of a template, a system prompt. A packed micro-batch computes it once.
+"""Common beginnings of prompts (the head of a template, a system prompt), which a packed micro-batch computes once.
 
 Letters: B = rows.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainers.data.token_store import TokenStore
 
-MIN_TOKENS = 16  # an estimate: a prefix costs copies of its keys and values for every row, and masks
+MIN_TOKENS = 16  # estimated: below it, copying keys and values for every row costs more than sharing saves
 
 
 class Prefixes(NamedTuple):
@@ -22,19 +22,19 @@ class Prefixes(NamedTuple):
     lengths: Tensor  # (B,) int64: 0 for a row that begins as no other does
 
     def select(self, places: Tensor) -> Prefixes:
-        """Those of some of the rows, (M,) places; a family of which one row is left has no prefix."""
+        """Return those of some of the rows, (M,) places; a family of which one row is left has no prefix."""
         _, members, counts = self.families[places].unique(return_inverse=True, return_counts=True)
         firsts = torch.full((len(counts),), len(places)).scatter_reduce_(0, members, torch.arange(len(places)), "amin")
         return Prefixes(firsts[members], self.lengths[places] * (counts[members] > 1))
 
 
 def no_prefixes(num_rows: int) -> Prefixes:
-    """Of rows that share nothing."""
+    """Return what holds of rows that share nothing."""
     return Prefixes(torch.arange(num_rows), torch.zeros(num_rows, dtype=torch.int64))
 
 
 def shared_prefixes(store: TokenStore, rows: Tensor) -> Prefixes:
-    """Families of rows whose prompts have MIN_TOKENS or more first tokens in common.
+    """Find families of rows whose prompts have MIN_TOKENS or more first tokens in common.
 
     The last token of a prompt stays with its row: it predicts the first one of the responses.
 
@@ -57,7 +57,7 @@ def shared_prefixes(store: TokenStore, rows: Tensor) -> Prefixes:
 
 
 def _common_tokens(store: TokenStore, rows: Tensor, limit: int) -> int:
-    """How many first tokens all these rows have in common, up to `limit`; MIN_TOKENS of them are known to be."""
+    """Count the first tokens, up to `limit`, that all these rows have in common; MIN_TOKENS of them are known to be."""
     width = MIN_TOKENS
     while width < limit:
         width = min(2 * width, limit)

@@ -22,8 +22,7 @@ from config.errors import UserError
 from config.settings import TrainerSettings
 from trainers.distributed.layout import Layout
 from trainers.distributed.sharding import fill_model, full_state
-from trainers.kernels.attention import use_needed_positions
-from trainers.kernels.norms import use_fast_norms
+from trainers.kernels.shortcuts import use_fast_norms, use_needed_positions
 
 # What takes the time of a block: its matrix products, and attention by any kernel. The rest waits for memory, and is
 # quick to compute again.

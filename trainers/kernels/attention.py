@@ -1,188 +1,146 @@
 """Attention of packed rows: each sequence of a micro-batch sees its prefix, its prompt and itself, and nothing else.
 
 Registered with transformers under the name `packed`, so that every architecture that takes its attention from there has
-it. The description of a micro-batch travels as the attention mask: transformers asks for a mask once a forward pass,
-gets a `PackedLayout`, and hands it to every layer, also where a layer is run again by activation checkpointing. A
-forward pass outside of `packed_layout` (generation, padded batches) is the `sdpa` of transformers.
+it. The layout of a micro-batch travels as the attention mask: transformers asks for a mask once a forward pass, gets a
+`PackedMask`, and hands it to every layer, also where a layer is run again by activation checkpointing. A forward pass
+outside of `packed_states` (generation, padded batches) is the `sdpa` of transformers.
 
 Which kernel runs follows from device, dtype and rows alone (`kernel_for`): on a GPU `flex_attention` with a block mask,
-or, where each row is one sequence by itself and 16 bits wide, torch's variable-length flash attention; elsewhere one
-call of scaled dot product attention for each row (flex_attention has no backward pass on a CPU). What a kernel
-cannot do (soft caps, sinks, biases, dropout) is refused, and `check_packed_attention` compares each model with itself,
-unpacked.
+or, where each row is one sequence by itself and 16 bits wide, torch's variable-length flash attention; elsewhere
+`trainers.kernels.cpu_attention`. What a kernel cannot do (soft caps, sinks, biases, dropout) is refused, and
+`check_packed_attention` compares each model with itself, unpacked.
 
 Letters: B = rows, S = segments of a row, T = positions of the micro-batch, H = heads, D = size of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from config.errors import UserError
+from trainers.data.layout import BLOCK, PackedLayout, visible
+from trainers.kernels.cpu_attention import Piece, attend_by_pieces, pieces_of, repeat_for_heads
 
 PACKED = "packed"
 ATTENTION_ARGUMENTS = {"softcap", "s_aux", "position_bias"}  # of some layers of transformers; no kernel here has them
-# Positions of a row that attends in one call on a CPU; a longer one gains more from a call for each response, the first
-# of which needs no mask and skips half of the scores.
-ONE_CALL = 1024
+# Compilations of flex_attention. Its sizes are dynamic, so that a run needs about three; torch's own limit of 8 is for
+# all calls of one process, which a test or a sweep in one process exceeds.
+MAX_COMPILATIONS = 64
 
 
-class PackedMask(NamedTuple):
-    """What the layers get as their attention mask."""
+@dataclass(eq=False)
+class PackedMask:
+    """What the layers get as their attention mask.
+
+    Attributes:
+        kernel: What computes the attention; the fields below `window` are what that kernel reads.
+        dtype: What it computes in on a GPU: under autocast, queries and keys come out of the rotary embedding in
+            float32, which has no flash kernel and half the speed.
+        needed: Places whose last hidden states are asked for, (N,) int64; None: all.
+        num_positions: T.
+        window: Positions that a token sees, itself included; None: all before it.
+    """
+
+    kernel: Kernel
+    dtype: torch.dtype
+    needed: Tensor | None
+    num_positions: int
+    window: int | None
+    blocks: BlockMask | None = None
+    row_starts: Tensor | None = None
+    longest_row: int = 0
+    pieces: list[Piece] = field(default_factory=list)
+
+
+# Queries (1, H, T, D), keys and values of H or fewer heads, mask, scale -> (1, T, H, D).
+Kernel = Callable[[Tensor, Tensor, Tensor, PackedMask, float | None], Tensor]
+
+
+class ForwardPass(NamedTuple):
+    """What the packed rows of a forward pass are, for the masks that transformers asks for inside of it."""
 
     layout: PackedLayout
-    window: int | None  # positions that a token sees, itself included; None: all before it
+    device: torch.device
+    needed: Tensor | None
 
 
-class Call(NamedTuple):
-    """One call of scaled dot product attention on the CPU."""
-
-    num_queries: int
-    mask: Tensor | None  # (queries, keys), added to the scores; None: causal
+_current: ContextVar[ForwardPass | None] = ContextVar("packed forward pass", default=None)
 
 
-class Piece(NamedTuple):
-    """Consecutive positions that attend on the CPU: of a row, or of a prefix."""
-
-    length: int
-    prefix: int | None  # the piece whose positions are seen, too
-    calls: list[Call]
-
-
-class PackedLayout:
-    """Where the sequences of a packed micro-batch lie; makes the masks that keep them apart, once for all layers."""
-
-    def __init__(
-        self, lengths: Tensor, num_positions: int, prefix_lengths: Tensor | None = None,
-        prefix_rows: Tensor | None = None, needed: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Takes T, and what `collate_packed` says of lengths, prefixes and needed positions; waits for no device."""
-        self.num_positions, self.needed = num_positions, needed
-        self.device, self.num_segments = lengths.device, lengths.shape[1]
-        self.one_sequence = self.num_segments == 2 and prefix_rows is None  # each row by itself
-        numbers = torch.arange(len(lengths), device=self.device)
-        self._prefix_rows = numbers if prefix_rows is None else prefix_rows
-        before = torch.zeros_like(numbers) if prefix_lengths is None else prefix_lengths
-        # (B, S + 1): what stands before the row, prompt, responses; the positions of each go on from what it sees.
-        self._lengths = torch.cat([before[:, None], lengths], dim=1)
-        prompt_starts = before[self._prefix_rows]
-        starts = torch.stack([torch.zeros_like(before), prompt_starts], dim=1)
-        starts = torch.cat([starts, (prompt_starts + lengths[:, 0])[:, None].expand(-1, self.num_segments - 1)], dim=1)
-        flat = self._lengths.flatten()
-        segment = torch.arange(len(flat), device=self.device).repeat_interleave(flat, output_size=num_positions)
-        self._row, self._column = segment // (self.num_segments + 1), segment % (self.num_segments + 1)
-        self._prefix_row = self._prefix_rows[self._row]
-        self._position = torch.arange(num_positions, device=self.device)
-        self._position = self._position + (starts.flatten() - (flat.cumsum(0) - flat))[segment]
-        self._block_masks: dict[int | None, BlockMask] = {}
-        self._pieces: dict[tuple[int | None, torch.dtype], list[Piece]] = {}
-
-    def visible(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-        """Whether the position `query` sees the position `key`; index tensors of any shapes that broadcast."""
-        column = self._column[key]
-        same_row = (self._row[key] == self._row[query]) & ((column == self._column[query]) | (column == 1))
-        distance = self._position[query] - self._position[key]
-        seen = (same_row | ((column == 0) & (self._row[key] == self._prefix_row[query]))) & (distance >= 0)
-        return seen if window is None else seen & (distance < window)
-
-    def block_mask(self, window: int | None) -> BlockMask:
-        """For flex_attention."""
-        if window not in self._block_masks:
-            size = len(self._position)
-            self._block_masks[window] = create_block_mask(
-                lambda b, h, query, key: self.visible(query, key, window), None, None, size, size,
-                device=str(self.device),
-            )  # fmt: skip
-        return self._block_masks[window]
-
-    def row_starts(self) -> Tensor:
-        """Where each row starts, and the last one ends: (B + 1,) int32, for variable-length attention."""
-        return F.pad(self._lengths.sum(1).cumsum(0), (1, 0)).int()
-
-    def pieces(self, window: int | None, dtype: torch.dtype) -> list[Piece]:
-        """For attention piece by piece: prefixes, and rows."""
-        key = (window, dtype)
-        if key not in self._pieces:
-            pieces: list[Piece] = []
-            holders: dict[int, tuple[int, Tensor]] = {}  # row -> its prefix as a piece, and where that stands
-            place = torch.arange(len(self._position), device=self.device)
-            rows = zip(self._prefix_rows.tolist(), self._lengths.tolist(), strict=True)
-            for i, (holder, (before, prompt, first, *others)) in enumerate(rows):
-                size = prompt + first + sum(others)
-                prefix, own, place = place.split([before, size, len(place) - before - size])
-                if before:
-                    holders[i] = (len(pieces), prefix)
-                    pieces.append(Piece(before, None, [self._call(prefix, prefix, window, dtype)]))
-                number, prefix = holders.get(holder, (None, place[:0]))
-                calls, stop = [], 0
-                for queries in own.split([size] if size <= ONE_CALL else [prompt + first, *others]):
-                    stop += len(queries)
-                    # Keys of others between are masked: a copy of those that count would cost more.
-                    calls.append(self._call(queries, torch.cat([prefix, own[:stop]]), window, dtype))
-                pieces.append(Piece(size, number, [call for call in calls if call.num_queries]))
-            self._pieces[key] = pieces
-        return self._pieces[key]
-
-    def _call(self, queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Call:
-        """One call, for positions of queries and keys."""
-        seen = self.visible(queries[:, None], keys, window)
-        if torch.equal(seen, torch.ones_like(seen).tril()):
-            return Call(len(queries), None)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
-        return Call(len(queries), mask)
+def kernel_for(device: str, dtype: torch.dtype, *, one_sequence: bool) -> Kernel:
+    """Return what computes the attention of packed rows; `one_sequence`: each row is one by itself."""
+    if device != "cuda":
+        return _by_pieces
+    return _varlen if one_sequence and dtype.itemsize == 2 else _flex
 
 
-# Queries (1, H, T, D), keys and values of H or fewer heads, layout, scale, window -> (1, T, H, D).
-Kernel = Callable[[Tensor, Tensor, Tensor, PackedLayout, float | None, int | None], Tensor]
+def packed_mask(now: ForwardPass, window: int | None, dtype: torch.dtype) -> PackedMask:
+    """Make the mask of a forward pass whose states have this dtype."""
+    layout, device, needed = now
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    kernel = kernel_for(device.type, dtype, one_sequence=layout.one_sequence)
+    mask = PackedMask(kernel, dtype, needed, layout.num_positions, window)
+    if kernel is _flex:
+        mask.blocks = block_mask(layout, window, device)
+    elif kernel is _varlen:
+        mask.row_starts, mask.longest_row = _to_device(layout.row_starts(), device), layout.longest_row
+    else:
+        mask.pieces = pieces_of(layout, window, dtype)
+    return mask
 
-_current: ContextVar[PackedLayout | None] = ContextVar("layout of the forward pass", default=None)
+
+def block_mask(layout: PackedLayout, window: int | None, device: torch.device) -> BlockMask:
+    """Return what flex_attention reads: `create_block_mask` would evaluate all T x T pairs on the device."""
+    table = _to_device(layout.table, device).unbind()
+    partial, full, partial_of_keys, full_of_keys = _to_device(layout.blocks(window), device).unbind()
+    numbers = {"kv": partial, "full_kv": full, "q": partial_of_keys, "full_q": full_of_keys}
+    tensors: dict[str, Any] = {}
+    for name, blocks in numbers.items():
+        tensors[f"{name}_num_blocks"] = blocks[None, None, :, 0].contiguous()
+        tensors[f"{name}_indices"] = blocks[None, None, :, 1:].contiguous()
+    return BlockMask(
+        seq_lengths=(layout.num_positions, layout.num_positions), BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=lambda b, h, query, key: visible(table, query, key, window), **tensors,
+    )  # fmt: skip
 
 
-@contextmanager
-def packed_layout(layout: PackedLayout) -> Iterator[None]:
-    """What `packed` models attend by in the forward passes inside of it, which take no attention mask."""
-    token = _current.set(layout)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting for what the device still has to do, which a copy from pageable memory does."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _mask(*arguments: Any, **keywords: Any) -> PackedMask | Tensor | None:
-    """What transformers calls for a mask, once for the full and once for the sliding layers."""
-    layout = _current.get()
-    if layout is None:
+    """Answer transformers, which asks for a mask once for the full and once for the sliding layers."""
+    now = _current.get()
+    if now is None:
         return sdpa_mask(*arguments, **keywords)
-    window = keywords.get("local_size")
-    if layout.device.type == "cuda" and not layout.one_sequence:
-        layout.block_mask(window)  # made here: the layers may be compiled
-    return PackedMask(layout, window)
+    return packed_mask(now, keywords.get("local_size"), keywords["dtype"])
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedMask | Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None, **keywords: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """(1, H, T, D) queries, and keys and values of H or fewer heads -> (1, T, H, D)."""
+    """Attend with (1, H, T, D) queries, and keys and values of H or fewer heads: (1, T, H, D)."""
     if not isinstance(attention_mask, PackedMask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **keywords,
         )  # fmt: skip
-    layout, window = attention_mask
+    window = attention_mask.window
     refused = [name for name in ATTENTION_ARGUMENTS if keywords.get(name) is not None] + ["dropout"] * (dropout > 0)
     if sliding_window != window:  # chunks, or a layer and a mask that do not belong together
         refused.append(f"a window of {sliding_window} under a mask of {window}")
@@ -190,76 +148,43 @@ def _attention(
         raise UserError(
             f"{type(module).__name__} attends with {', '.join(refused)}, which packed attention lacks: packing=false"
         )
-    kernel = kernel_for(query.device.type, query.dtype, one_sequence=layout.one_sequence)
-    return kernel(query, key, value, layout, scaling, window), None
+    return attention_mask.kernel(query, key, value, attention_mask, scaling), None
 
 
-def kernel_for(device: str, dtype: torch.dtype, *, one_sequence: bool) -> Kernel:
-    """What computes the attention of packed rows; `one_sequence`: each row is one by itself."""
-    if device != "cuda":
-        return _piece_by_piece
-    return _varlen if one_sequence and dtype.itemsize == 2 else _flex
+def _by_pieces(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None) -> Tensor:
+    return attend_by_pieces(query, key, value, mask.pieces, scale)
 
 
-@torch.compiler.disable  # how many calls there are, and of what size, differs from one micro-batch to the next
-def _piece_by_piece(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
-) -> Tensor:
-    """Scaled dot product attention for each row: no padding, and no work between rows."""
-    key, value = _for_each_head(query, key, value)
-    pieces = layout.pieces(window, query.dtype)
-    sizes = [piece.length for piece in pieces]
-    # Splits, not slices: the backward pass of a split writes each part once, that of a slice fills a tensor with zeros.
-    all_keys, all_values = key.split(sizes, 2), value.split(sizes, 2)
-    outputs = []
-    for piece, q, k, v in zip(pieces, query.split(sizes, 2), all_keys, all_values, strict=True):
-        if piece.prefix is not None:
-            k = torch.cat([all_keys[piece.prefix], k], dim=2)
-            v = torch.cat([all_values[piece.prefix], v], dim=2)
-        stop = k.shape[2] - piece.length
-        for call, queries in zip(piece.calls, q.split([call.num_queries for call in piece.calls], 2), strict=True):
-            stop += call.num_queries
-            keys, values = (k, v) if stop == k.shape[2] else (k[:, :, :stop], v[:, :, :stop])
-            output = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=call.mask, is_causal=call.mask is None, scale=scale
-            )
-            outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
-
-
-def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values repeated, where several heads of queries share them."""
-    groups = query.shape[1] // key.shape[1]
-    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
-) -> Tensor:
-    """Torch's `varlen_attn` where a row is one sequence: no mask at all."""
-    starts, size = layout.row_starts(), query.shape[2]  # the longest row is known to the device alone: `size` bounds it
-    key, value = _for_each_head(query, key, value)
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+def _varlen(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None) -> Tensor:
+    """Use torch's `varlen_attn`, which needs no mask where a row is one sequence."""
+    key, value = repeat_for_heads(query, key, value)
+    q, k, v = (x[0].transpose(0, 1).to(mask.dtype) for x in (query, key, value))
+    starts, longest = mask.row_starts, mask.longest_row
+    assert starts is not None
     # Its window counts the positions before the query, ours the query's own too.
-    sees = (-1 if window is None else window - 1, 0)
-    output = varlen_attn(q, k, v, starts, starts, size, size, scale=scale, window_size=sees)
+    sees = (-1 if mask.window is None else mask.window - 1, 0)
+    output = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=sees)
     assert isinstance(output, Tensor)  # a tuple where more than the output is asked for
     return output[None]
 
 
 @cache
 def _compiled_flex() -> Any:
-    """Compiled once, and again for the first other size: from then on for any."""
-    return torch.compile(flex_attention)
+    """Compile flex_attention for all sizes; an error, not its eager form of T x T scores, where it cannot be."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILATIONS)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
-def _flex(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float | None, window: int | None
-) -> Tensor:
-    """`flex_attention`, which skips the blocks that hold nothing visible."""
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None) -> Tensor:
+    """Use `flex_attention`, which skips the blocks that hold nothing visible."""
     run = flex_attention if query.device.type == "cpu" else _compiled_flex()  # eager on a CPU: for tests alone
-    grouped = query.shape[1] != key.shape[1]
-    output = run(query, key, value, block_mask=layout.block_mask(window), scale=scale, enable_gqa=grouped)
+    query, key, value = (x.to(mask.dtype) for x in (query, key, value))
+    output = run(
+        query, key, value, block_mask=mask.blocks, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+        # Below 128 positions flex_attention would choose its kernel for decoding, which has none for some numbers of
+        # heads.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+    )  # fmt: skip
     return output.transpose(1, 2)
 
 
@@ -268,10 +193,10 @@ AttentionMaskInterface.register(PACKED, _mask)
 
 
 def use_packed_attention(model: Any) -> None:
-    """Switches a model to `packed`; `check_packed_attention` tells whether that is right for it.
+    """Switch a model to `packed`; `check_packed_attention` tells whether that is right for it.
 
     Raises:
-        UserError: for an attention that was asked for and is not this one.
+        UserError: for an attention that was asked for and is not this one, or a model that takes none from outside.
     """
     if model.config._attn_implementation not in (PACKED, "sdpa"):
         raise UserError(
@@ -281,93 +206,90 @@ def use_packed_attention(model: Any) -> None:
     model.set_attn_implementation(PACKED)
 
 
-def use_needed_positions(block: nn.Module) -> None:
-    """Lets the MLP of a model's last block run on the positions alone whose states are needed.
-
-    No other block asks for what it adds to the states of a prompt, and neither does the head: that MLP is to response
-    rows what the head is. Found by its name, which all architectures tested share; the check of packed states tells
-    whether it treats each position by itself.
-    """
-    mlp = getattr(block, "mlp", None)
-    if not isinstance(mlp, nn.Module):
-        return
-    now: list[tuple[Tensor, int]] = []  # the needed positions, and of how many
-
-    def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        # From the mask, which comes along also where checkpointing runs the block again.
-        masks = (one for one in (*arguments, *keywords.values()) if isinstance(one, PackedMask))
-        now[:] = [(layout.needed, layout.num_positions) for layout, _ in masks if layout.needed is not None]
-
-    def select(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        states, *others = arguments
-        return (states[0].index_select(0, now[0][0])[None], *others) if now else arguments
-
-    def place(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not now:
-            return output
-        needed, num_positions = now[0]
-        return output.new_zeros(num_positions, output.shape[-1]).index_copy(0, needed, output[0])[None]
-
-    block.register_forward_pre_hook(note, with_kwargs=True)
-    mlp.register_forward_pre_hook(select)
-    mlp.register_forward_hook(place)
-
-
-# Positions of a common prefix, and the segments of a few rows: of two responses, and of one, for which another kernel
-# may run where no prefix is shared.
-CHECKED_ROWS = ((0, [(3, 4, 2), (2, 1, 5)]), (0, [(3, 4), (2, 5)]), (3, [(3, 4, 2), (2, 1, 5)]))
-NOT_NEEDED = [0, 4, 8]  # positions of the last of these whose states are not asked for
+# Positions of a common prefix, and the segments of a few rows: of two responses, of one, for which another kernel may
+# run where no prefix is shared, and of so many that the scores have several blocks, as in training. No sequence is
+# longer than the shortest context of a model in use.
+CHECKED_ROWS: tuple[tuple[int, list[tuple[int, ...]]], ...] = (
+    (0, [(3, 4, 2), (2, 1, 5)]),
+    (0, [(3, 4), (2, 5)]),
+    (3, [(16, 12, 10), (1, 2, 30)] * 4),
+)
+NOT_NEEDED = [0, 4, 8, 200]  # places of the last of these whose states are not asked for
+# What the code of a model raises that does not know the mask, the positions or the arguments it is given.
+PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 
 
 @torch.no_grad()
-def packed_and_alone(model: Any, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hidden states of packed rows, and of each of their sequences alone: (P, D) each, what is shared once.
+def packed_and_alone(model: Any, *, device: torch.device, autocast: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Compute hidden states of packed rows, and of each of their sequences alone: (P, D) each, what is shared once.
 
-    All states, and those of the last rows once more where only some are needed.
+    These are all states, and those of the last rows once more where only some are needed.
+
+    Raises:
+        UserError: for a model that does not run on packed rows at all.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
     packed, alone = [], []
-    for num_shared, shapes in CHECKED_ROWS:
-        prefix, *ids = (
-            torch.randint(vocabulary, (length,), generator=generator).to(device)
-            for length in (num_shared, *map(sum, shapes))
-        )
-        positions = []
-        for i, (row, shape) in enumerate(zip(ids, shapes, strict=True)):
-            before, *responses = row.split(shape)
-            for n, response in enumerate(responses):
-                sequence = torch.cat([prefix, before, response])
-                states = model.base_model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
-                skipped = len(sequence) - len(response) if n else num_shared if i else 0
-                alone.append(states[skipped:])
-                positions.append(torch.arange(skipped, len(sequence), device=device))
-        batch = {
-            "input_ids": torch.cat([prefix, *ids]),
-            "position_ids": torch.cat(positions),
-            "lengths": torch.tensor(shapes, device=device),
-        }
-        if num_shared:
-            batch["prefix_lengths"] = torch.tensor([num_shared] + [0] * (len(shapes) - 1), device=device)
-            batch["prefix_rows"] = torch.zeros(len(shapes), dtype=torch.int64, device=device)
-        packed.append(packed_states(model, batch))
-    needed = torch.ones(len(packed[-1]), dtype=torch.bool, device=device)
-    needed[NOT_NEEDED] = False
-    needed = needed.nonzero().squeeze(1)
-    packed.append(packed_states(model, {**batch, "needed": needed})[needed])
-    alone.append(torch.cat(alone)[-len(needed) - len(NOT_NEEDED) :][needed])
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        for num_shared, shapes in CHECKED_ROWS:
+            batch, states = _checked_batch(model, num_shared, shapes, device)
+            alone.append(states)
+            packed.append(_probe(model, batch))
+        needed = torch.ones(len(packed[-1]), dtype=torch.bool, device=device)
+        needed[NOT_NEEDED] = False
+        needed = needed.nonzero().squeeze(1)
+        packed.append(_probe(model, {**batch, "needed": needed})[needed])
+        alone.append(alone[-1][needed])
     return torch.cat(packed), torch.cat(alone)
 
 
-def check_packed_attention(packed: Tensor, alone: Tensor, name: str) -> None:
-    """Compares the two results of `packed_and_alone`, up to the rounding of their dtype.
+def _checked_batch(
+    model: Any, num_shared: int, shapes: list[tuple[int, ...]], device: torch.device
+) -> tuple[dict[str, Any], Tensor]:
+    """Make rows of random tokens, and the states of each sequence alone in the order of the packed places."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    sizes = [num_shared, *map(sum, shapes)]
+    prefix, *rows = torch.randint(vocabulary, (sum(sizes),), generator=generator).to(device).split(sizes)
+    alone, positions = [], []
+    for i, (row, shape) in enumerate(zip(rows, shapes, strict=True)):
+        prompt, *responses = row.split(shape)
+        for n, response in enumerate(responses):
+            sequence = torch.cat([prefix, prompt, response])
+            states = model.base_model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
+            # The prefix counts with the first row, the prompt with the first response.
+            skipped = len(sequence) - len(response) if n else num_shared if i else 0
+            alone.append(states[skipped:])
+            positions.append(torch.arange(skipped, len(sequence), device=device))
+    prefix_lengths = torch.tensor([num_shared] + [0] * (len(shapes) - 1))
+    prefix_rows = torch.zeros_like(prefix_lengths) if num_shared else None
+    batch = {
+        "input_ids": torch.cat([prefix, *rows]),
+        "position_ids": torch.cat(positions),
+        "layout": PackedLayout(torch.tensor(shapes), prefix_lengths, prefix_rows),
+    }
+    return batch, torch.cat(alone)
+
+
+def _probe(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    try:
+        return packed_states(model, batch)
+    except UserError:
+        raise
+    except PROBE_ERRORS as error:
+        raise UserError(
+            f"{type(model).__name__} cannot run on packed rows: write packing=false ({type(error).__name__}: {error})."
+        ) from error
+
+
+def check_packed_attention(packed: Tensor, alone: Tensor, name: str, autocast: torch.dtype | None = None) -> None:
+    """Compare the two results of `packed_and_alone`, up to the rounding of what they were computed in.
 
     Raises:
         UserError: for a model (of this name) that does not take its attention, mask or positions from where the others
             do.
     """
     error = ((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max().item()
-    tolerance = 1e-3 if alone.dtype.itemsize > 2 else 0.1
+    tolerance = 1e-3 if alone.dtype.itemsize > 2 and autocast is None else 0.1
     if not error <= tolerance:
         raise UserError(
             f"{name} computes other states for packed rows than for each sequence alone (relative difference "
@@ -376,17 +298,23 @@ def check_packed_attention(packed: Tensor, alone: Tensor, name: str) -> None:
         )
 
 
-def packed_states(model: Any, batch: Mapping[str, Tensor], embedded_TD: Tensor | None = None) -> Tensor:
-    """Last hidden states of packed rows, (T, D), from the tensors of `trainers.data.packing.collate_packed`.
+def packed_states(model: Any, batch: Mapping[str, Any], embedded_TD: Tensor | None = None) -> Tensor:
+    """Return the last hidden states of packed rows, (T, D), from what `trainers.data.packing.collate_packed` makes.
 
-    Where these say which states are `needed`, the others may be anything: see `use_needed_positions`.
+    Where `batch` says which states are `needed`, the others may be anything: see `use_needed_positions`.
 
-    `embedded_TD`: what the model's input embedding returns for them; None: it is asked.
+    `embedded_TD`: what the model's input embedding returns for the tokens; None: the model computes it.
     """
     assert model.config._attn_implementation == PACKED, "use_packed_attention was not called for this model"
-    input_ids = batch["input_ids"]
-    optional = (batch.get(name, None) for name in ("prefix_lengths", "prefix_rows", "needed"))
-    inputs = {"input_ids": input_ids[None]} if embedded_TD is None else {"inputs_embeds": embedded_TD[None]}
-    with packed_layout(PackedLayout(batch["lengths"], len(input_ids), *optional)):
-        output = model.base_model(**inputs, position_ids=batch["position_ids"][None], use_cache=False)
+    input_ids = batch["input_ids"][None]
+    inputs = {"input_ids": input_ids} if embedded_TD is None else {"inputs_embeds": embedded_TD[None]}
+    # Without a mask transformers would look for packed rows in the positions, and wait for the device to find them.
+    some_mask = torch.ones_like(input_ids, dtype=torch.bool)
+    token = _current.set(ForwardPass(batch["layout"], input_ids.device, batch.get("needed", None)))
+    try:
+        output = model.base_model(
+            **inputs, attention_mask=some_mask, position_ids=batch["position_ids"][None], use_cache=False
+        )
+    finally:
+        _current.reset(token)
     return output.last_hidden_state[0]

@@ -1,16 +1,17 @@
 """Log-probabilities of target tokens under a causal language model.
 
 One path for policy, reference and evaluation: hidden states of all positions, the output embedding on the rows that
-predict a target (about a third of them in preference data), float32 softmax, float64 sum over a sequence. Summing
-hundreds of token log-probabilities in float32 loses 1e-3 nats, 25 times what all the rest does.
+predict a target (about a third of them in preference data), float32 softmax, float64 sum over a sequence. A sum of
+hundreds of token log-probabilities in float32 is off by 1e-3 nats, 25 times as much as all other rounding.
 
 Letters: B = rows, S = segments of a row, T = positions, D = width, V = vocabulary, R = target tokens of the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,22 +20,26 @@ from torch.autograd.function import once_differentiable
 
 from config.errors import UserError
 from trainers.data.packing import is_packed
-from trainers.kernels.attention import packed_states
-from trainers.kernels.embeddings import embed, gradient_so_far
+from trainers.kernels.attention import PROBE_ERRORS, packed_states
+from trainers.kernels.shortcuts import embed, gradient_so_far
 
-MAX_LOGITS = 1 << 26  # held at once: 256 MiB of float32
+# Held at once. On a CPU 256 MiB of float32. On a GPU 2 GiB of bfloat16, which hold all rows of a micro-batch of 8,192
+# positions at a vocabulary of 131,072: their matrix product is then made once, not again in the backward pass, and the
+# gradient of the weight is added up once, not by parts that each read and write all of it.
+MAX_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 30}
+ROW_TILE = 128  # parts of more rows than this are multiples of it, which the matrix products of a GPU are cut into
 
 
 def autocast_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype that `model.autocast` names."""
+    """Return the dtype that `model.autocast` names."""
     return None if name is None else {"bfloat16": torch.bfloat16}[name]
 
 
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The states that the output embedding reads: (B, T) tokens, (B, T) right-padded mask -> (B, T, D).
+    """Return the states that the output embedding reads: (B, T) tokens, (B, T) right-padded mask -> (B, T, D).
 
-    Positions count the real tokens from 0; those of the padding repeat the last one, so that a model with a table of
-    positions is never asked for one that it lacks.
+    Positions count the real tokens from 0. Padding repeats the last one, because a model with a table of positions may
+    have no more.
     """
     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return model.base_model(
@@ -43,9 +48,9 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
 
 
 def sequence_logps(
-    model: Any, batch: Mapping[str, Tensor], autocast: torch.dtype | None = None, *, add_to_grad: bool = False
+    model: Any, batch: Mapping[str, Any], autocast: torch.dtype | None = None, *, add_to_grad: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the target tokens of log p(token | all before it), for each sequence.
+    """Sum log p(token | all before it) over the target tokens of each sequence.
 
     Args:
         model: a causal LM of transformers that `check_head` accepts and, for packed batches, `use_packed_attention`.
@@ -57,7 +62,7 @@ def sequence_logps(
         autocast: dtype of the matrix products where it is not that of the weights. Entered here and left again, so
             that no weight that was cast before an optimizer step is used after it.
         add_to_grad: the backward pass, which must be `backward()`, adds the gradients of both embeddings to `.grad` by
-            itself where the batch is packed; see `trainers.kernels.embeddings`.
+            itself where the batch is packed; see `trainers.kernels.shortcuts`.
 
     Returns:
         log-probabilities and numbers of target tokens: float64 in nats, and int64. Packed: (B,) for one response a
@@ -67,7 +72,7 @@ def sequence_logps(
         return _packed_logps(model, batch, add_to_grad) if is_packed(batch) else _padded_logps(model, batch)
 
 
-def _packed_logps(model: Any, batch: Mapping[str, Tensor], add_to_grad: bool) -> tuple[Tensor, Tensor]:
+def _packed_logps(model: Any, batch: Mapping[str, Any], add_to_grad: bool) -> tuple[Tensor, Tensor]:
     embedded_TD = embed(model.get_input_embeddings(), batch["input_ids"]) if add_to_grad else None
     states_TD = packed_states(model, batch, embedded_TD)
     # index_select: its backward pass adds up rows without sorting their numbers, as that of states[sources] does.
@@ -80,7 +85,7 @@ def _packed_logps(model: Any, batch: Mapping[str, Tensor], add_to_grad: bool) ->
     return sums.view(leading), num_targets.view(leading)
 
 
-def _padded_logps(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _padded_logps(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     names = ("input_ids", "attention_mask", "response_mask")
     leading = batch["input_ids"].shape[:-1]
     input_ids, attention_mask, targets = (batch[name].flatten(0, -2) for name in names)
@@ -95,9 +100,9 @@ def _padded_logps(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tens
 
 
 def token_logps(head: Any, states_RD: Tensor, targets_R: Tensor, *, add_to_grad: bool = False) -> Tensor:
-    """The log-softmax of head(states) at each row's target, (R,): float32, or float64 where the states are.
+    """Return the log-softmax of head(states) at each row's target, (R,): float32, or float64 where the states are.
 
-    `add_to_grad`: see `trainers.kernels.embeddings`.
+    `add_to_grad`: see `trainers.kernels.shortcuts`.
     """
     weight, bias = head.weight, head.bias
     device = states_RD.device.type
@@ -107,11 +112,19 @@ def token_logps(head: Any, states_RD: Tensor, targets_R: Tensor, *, add_to_grad:
         return _TokenLogps.apply(states_RD, weight, bias, targets_R, torch.is_grad_enabled(), add_to_grad)
 
 
+class Softmax(NamedTuple):
+    """The softmax of some rows, as the backward pass needs it; which numbers these are depends on the device."""
+
+    buffer_RV: Tensor
+    normaliser_R1: Tensor
+    logp_R: Tensor  # at the targets
+
+
 class _TokenLogps(torch.autograd.Function):
     """The log-softmax of h W^T + b at the targets, without the copies of the logits that autograd would keep.
 
-    At most MAX_LOGITS logits exist at once. Where those of all rows fit, the exponentials that the forward pass leaves
-    in their place wait for the backward pass; more are made again there, part by part. With p = softmax(logits):
+    At most MAX_LOGITS logits exist at once. Where those of all rows fit, they wait for the backward pass and are
+    overwritten there by their gradient; more are made again, part by part. With p = softmax(logits):
 
         d logp / d logits = onehot(target) - p
     """
@@ -122,15 +135,14 @@ class _TokenLogps(torch.autograd.Function):
         add_to_grad: bool,
     ) -> Tensor:  # fmt: skip
         parts = _parts(states_RD, targets_R, weight_VD)
-        exponentials, sums, logps = [], [], []
+        kept, logps = [], []
         for states, targets in parts:
-            exp_RV, sum_R1, logp_R = _exponentials(states, weight_VD, bias_V, targets)
+            softmax = _softmax(states, weight_VD, bias_V, targets)
+            logps.append(softmax.logp_R)
             if needs_gradient and len(parts) == 1:
-                exponentials.append((exp_RV, sum_R1))
-            sums.append(sum_R1)
-            logps.append(logp_R)
+                kept.append(softmax)
         ctx.save_for_backward(states_RD, weight_VD, bias_V, targets_R)
-        ctx.exponentials, ctx.add_to_grad = exponentials, add_to_grad
+        ctx.kept, ctx.add_to_grad = kept, add_to_grad
         return torch.cat(logps)
 
     @staticmethod
@@ -142,13 +154,12 @@ class _TokenLogps(torch.autograd.Function):
         so_far = gradient_so_far(weight_VD) if needs_weight and ctx.add_to_grad else None
         grad_weight = so_far
         grad_bias = torch.zeros_like(bias_V) if needs_bias else None
-        kept, ctx.exponentials = ctx.exponentials, []  # overwritten below: a second backward pass makes them again
+        kept, ctx.kept = ctx.kept, []  # overwritten below: a second backward pass makes them again
         start = 0
         for states, targets in _parts(states_RD, targets_R, weight_VD):
             part = slice(start, start + len(states))
-            exp_RV, sum_R1 = kept.pop() if kept else _exponentials(states, weight_VD, bias_V, targets)[:2]
-            grad_R1 = grad_R[part, None].to(exp_RV.dtype)
-            grad_RV = exp_RV.mul_(-grad_R1 / sum_R1).scatter_add_(1, targets[:, None], grad_R1)
+            softmax = kept.pop() if kept else _softmax(states, weight_VD, bias_V, targets)
+            grad_RV = _logits_gradient(softmax, bias_V, targets, grad_R[part, None])
             if grad_bias is not None:
                 grad_bias += grad_RV.sum(0)
             grad_RV = grad_RV.to(states.dtype)
@@ -163,16 +174,35 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _parts(states_RD: Tensor, targets_R: Tensor, weight_VD: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(states, targets) of so many rows at a time that MAX_LOGITS is kept."""
-    rows = max(1, MAX_LOGITS // len(weight_VD))
+    """Split (states, targets) into as many rows at a time as MAX_LOGITS allows."""
+    rows = max(1, MAX_LOGITS[states_RD.device.type] // len(weight_VD))
+    if rows > ROW_TILE:
+        rows -= rows % ROW_TILE
     return list(zip(states_RD.split(rows), targets_R.split(rows), strict=True))
 
 
-def _exponentials(
-    states_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_R: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(logits - largest) (R, V), sums (R, 1), and log-probabilities of the targets (R,); one buffer of logits."""
-    logits_RV = states_RD @ weight_VD.T
+def _softmax(states_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_R: Tensor) -> Softmax:
+    # Rows of the buffer start at multiples of 64 values: the matrix products of a GPU are slow where they do not.
+    stride = -(-len(weight_VD) // 64) * 64
+    logits_RV = states_RD.new_empty(len(states_RD), stride)[:, : len(weight_VD)]
+    torch.mm(states_RD, weight_VD.T, out=logits_RV)
+    if logits_RV.is_cuda:
+        return Softmax(logits_RV, *_compiled(_normalise)(logits_RV, bias_V, targets_R))
+    return _exponentials(logits_RV, bias_V, targets_R)
+
+
+def _logits_gradient(softmax: Softmax, bias_V: Tensor | None, targets_R: Tensor, grad_R1: Tensor) -> Tensor:
+    """Return the gradient of the logits, in place of the buffer."""
+    buffer, normaliser, _ = softmax
+    if buffer.is_cuda:
+        _compiled(_overwrite_by_gradient)(buffer, bias_V, normaliser, targets_R, grad_R1)
+        return buffer
+    grad_R1 = grad_R1.to(buffer.dtype)
+    return buffer.mul_(-grad_R1 / normaliser).scatter_add_(1, targets_R[:, None], grad_R1)
+
+
+def _exponentials(logits_RV: Tensor, bias_V: Tensor | None, targets_R: Tensor) -> Softmax:
+    """Keep exp(logits - largest) and its sums: a CPU computes exponentials slowly, and only once."""
     if logits_RV.dtype != torch.float64:
         logits_RV = logits_RV.float()
     if bias_V is not None:
@@ -180,19 +210,50 @@ def _exponentials(
     logits_RV -= logits_RV.amax(dim=1, keepdim=True)
     target_R1 = logits_RV.gather(1, targets_R[:, None])
     sum_R1 = logits_RV.exp_().sum(dim=1, keepdim=True)
-    return logits_RV, sum_R1, (target_R1 - sum_R1.log()).squeeze(1)
+    return Softmax(logits_RV, sum_R1, (target_R1 - sum_R1.log()).squeeze(1))
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile for all sizes, so that the passes over the logits become one, which reads them as they are."""
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _normalise(logits_RV: Tensor, bias_V: Tensor | None, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(sum(exp(logits))), (R, 1), and the log-probabilities of the targets, (R,).
+
+    A GPU keeps the logits: it waits for memory, and exponentials would be float32, with twice the bytes.
+    """
+    logits = _wide(logits_RV, bias_V)
+    largest = logits.amax(dim=1, keepdim=True)
+    log_sum = (logits - largest).exp().sum(dim=1, keepdim=True).log()
+    target = logits.gather(1, targets_R[:, None]) - largest  # in this order: the largest may have few digits to spare
+    return largest + log_sum, (target - log_sum).squeeze(1)
+
+
+def _overwrite_by_gradient(
+    logits_RV: Tensor, bias_V: Tensor | None, normaliser_R1: Tensor, targets_R: Tensor, grad_R1: Tensor
+) -> None:
+    probabilities = (_wide(logits_RV, bias_V) - normaliser_R1).exp()
+    is_target = torch.arange(logits_RV.shape[1], device=logits_RV.device) == targets_R[:, None]
+    logits_RV.copy_((is_target.to(probabilities.dtype) - probabilities) * grad_R1)
+
+
+def _wide(logits_RV: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+    return logits if bias_V is None else logits + bias_V
 
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Refuses a model whose logits are more than its output embedding applied to its last hidden states.
+    """Refuse a model whose logits are more than its output embedding applied to its last hidden states.
 
     Soft-capped, scaled or shifted logits (Gemma 2, Cohere, Granite, ...) would make every log-probability here wrong
-    without a sign of it. No list of architectures: two tokens are run with a spy on the output embedding, which reads
-    what goes in and replaces what comes out.
+    without a sign of it. A list of architectures would be out of date: two tokens are run with a spy on the output
+    embedding, which reads what goes in and replaces what comes out.
 
     Raises:
-        UserError: naming the class of the model, and what it does otherwise.
+        UserError: with the class of the model, and what it does instead.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -215,6 +276,11 @@ def check_head(model: Any) -> None:
     try:
         expected = hidden_states(model, input_ids, mask)
         logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    except PROBE_ERRORS as error:
+        raise UserError(
+            f"{type(model).__name__} does not run on tokens, their mask and positions alone ({type(error).__name__}: "
+            f"{error}); train a causal language model."
+        ) from error
     finally:
         handle.remove()
         model.train(was_training)

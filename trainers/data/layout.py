@@ -1,0 +1,140 @@
+"""Where the sequences of a packed micro-batch stand, and which positions see which.
+
+A position sees the prefix that its row shares, its row's prompt and its own response, up to itself. All of it is worked
+out on the host, in the thread that prefetches batches, so that no training step waits for the device to learn a number.
+
+Letters: B = rows, S = segments of a row (2: prompt and response; 3: prompt, chosen and rejected), T = positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 128  # edge of a block of attention scores: the default of flex_attention, which skips empty blocks
+
+
+class PackedLayout:
+    """The segments of a micro-batch, on the host.
+
+    Attributes:
+        lengths: (B, S + 1) int64: positions of the prefix that stands before the row, of its prompt and its responses.
+        prefix_rows: (B,) int64: the row before which the row's prefix stands; the row itself where it has none.
+        num_positions: T.
+        one_sequence: Whether each row is one sequence that shares nothing.
+        longest_row: Positions of the longest row, without a prefix.
+        longest_sequence: Positions of the longest sequence, prefix and prompt included.
+        table: (4, T or more) int32. Of each position its segment, the segments that are its row's prompt and prefix
+            (of a prefix: itself), and its position in its sequence.
+    """
+
+    def __init__(
+        self, lengths: Tensor, prefix_lengths: Tensor | None = None, prefix_rows: Tensor | None = None
+    ) -> None:
+        """Take (B, S) positions of the segments, and of prefixes what the attributes say; None: there are none."""
+        numbers = torch.arange(len(lengths))
+        before = torch.zeros_like(numbers) if prefix_lengths is None else prefix_lengths
+        self.prefix_rows = numbers if prefix_rows is None else prefix_rows
+        self.lengths = torch.cat([before[:, None], lengths], dim=1)
+        self.one_sequence = lengths.shape[1] == 2 and not bool(before.any())
+        self.num_positions = int(self.lengths.sum())
+        self.longest_row = int(lengths.sum(1).max())
+        prompt_ends = before[self.prefix_rows] + lengths[:, 0]
+        self.longest_sequence = int((prompt_ends + lengths[:, 1:].amax(1)).max())
+        self.table = self._table(prompt_ends)
+        self._blocks: dict[int | None, Tensor] = {}
+
+    def _table(self, prompt_ends: Tensor) -> Tensor:
+        rows, columns = self.lengths.shape
+        segments = torch.arange(rows * columns).view(rows, columns)
+        prompts, prefixes = segments.clone(), segments.clone()
+        prompts[:, 1:] = segments[:, 1:2]
+        prefixes[:, 1:] = segments[self.prefix_rows, 0][:, None]
+        first_positions = torch.zeros_like(segments)
+        first_positions[:, 1] = self.lengths[self.prefix_rows, 0]
+        first_positions[:, 2:] = prompt_ends[:, None]
+        flat = self.lengths.flatten()
+        places = torch.arange(self.num_positions)
+        of_position = segments.flatten().repeat_interleave(flat)
+        position = places + (first_positions.flatten() - (flat.cumsum(0) - flat))[of_position]
+        table = torch.stack(
+            [of_position, prompts.flatten()[of_position], prefixes.flatten()[of_position], position]
+        ).int()
+        return F.pad(table, (0, -self.num_positions % 64))  # so that each of the four is aligned on a GPU
+
+    def row_starts(self) -> Tensor:
+        """Return where each row starts and the last one ends, prefixes apart: (B + 1,) int32."""
+        return F.pad(self.lengths[:, 1:].sum(1).cumsum(0), (1, 0)).int()
+
+    def blocks(self, window: int | None) -> Tensor:
+        """Return which blocks of the scores are computed, as flex_attention reads them, made once for each window.
+
+        Args:
+            window: positions that a token sees, itself included; None: all before it.
+
+        Returns:
+            (4, n, n + 1) int32 for n blocks: of each block of queries the number of blocks of keys, then their numbers;
+            for blocks that are visible in part, then for those that are in full, then both with queries and keys
+            exchanged. n is at least 2, because a compiler makes another kernel where a size is 1.
+        """
+        if window is not None and window >= self.longest_sequence:
+            window = None
+        if window not in self._blocks:
+            counts = self._visible_pairs(window)
+            partial, full = (counts > 0) & (counts < BLOCK**2), counts == BLOCK**2
+            dense = torch.stack([partial, full, partial.T, full.T]).int()
+            order = dense.argsort(dim=2, descending=True, stable=True)
+            self._blocks[window] = torch.cat([dense.sum(2, keepdim=True), order], dim=2).int()
+        return self._blocks[window]
+
+    def _visible_pairs(self, window: int | None) -> Tensor:
+        """Count the pairs of query and key in each block that see each other: (n, n) int64.
+
+        Segments are cut at the edges of blocks. Two such pieces, of m queries from position p and n keys from r, see
+        each other where their segments do and 0 <= (p + i) - (r + j) < window: a sum that has a closed form, so that
+        no mask of T x T is made.
+        """
+        edges = torch.cat([self.lengths.flatten().cumsum(0), torch.arange(0, self.num_positions, BLOCK)])
+        edges = edges.unique()
+        starts, sizes = edges[:-1], edges.diff()
+        segment, prompt, prefix, position = (row[starts].long() for row in self.table)
+        key = segment[None, :]
+        related = (key == segment[:, None]) | (key == prompt[:, None]) | (key == prefix[:, None])
+        behind = position - position[:, None]  # r - p
+        pairs = _pairs_apart(sizes[:, None], sizes, behind)
+        if window is not None:
+            pairs = pairs - _pairs_apart(sizes[:, None], sizes, behind + window)
+        block = starts // BLOCK
+        num_blocks = max(2, -(-self.num_positions // BLOCK))
+        counts = torch.zeros(num_blocks, num_blocks, dtype=torch.int64)
+        return counts.index_put_((block[:, None], block[None, :]), pairs * related, accumulate=True)
+
+
+def _pairs_apart(num_queries: Tensor, num_keys: Tensor, least: Tensor) -> Tensor:
+    """Count the pairs (i, j), i < num_queries and j < num_keys, with i - j >= least."""
+
+    def triangle(x: Tensor) -> Tensor:
+        x = x.clamp(min=0)
+        return x * (x + 1) // 2
+
+    # sum over i of clamp(i - least + 1, 0, num_keys)
+    up_to_all = triangle(num_queries - least) - triangle(-least)
+    return up_to_all - (triangle(num_queries - least - num_keys) - triangle(-least - num_keys))
+
+
+def visible(table: tuple[Tensor, ...], query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Return whether the place `query` sees the place `key`; index tensors of any shapes that broadcast.
+
+    Args:
+        table: the rows of `PackedLayout.table`.
+        query: its place in the micro-batch, from 0 to T - 1.
+        key: likewise.
+        window: as for `PackedLayout.blocks`.
+    """
+    segment, prompt, prefix, position = table
+    of_key = segment[key]
+    related = (of_key == segment[query]) | (of_key == prompt[query]) | (of_key == prefix[query])
+    # What a position sees stands before it, so that the order of places is that of positions.
+    seen = related & (key <= query)
+    return seen if window is None else seen & (position[query] - position[key] < window)
