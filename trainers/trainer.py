@@ -186,10 +186,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.examples += batch.num_examples
         self.progress.updates += 1
-        self.speed.add(
-            self.train_metrics, batch.microbatches, num_examples=batch.num_examples,
-            step_seconds=time.monotonic() - started, wait_seconds=wait_seconds,
-        )  # fmt: skip
+        step_seconds = time.monotonic() - started
+        self.speed.add(self.train_metrics, batch, step_seconds=step_seconds, wait_seconds=wait_seconds)
         return agreed
 
     def _agree(self, batch: GlobalBatch) -> Agreement:
@@ -264,6 +262,7 @@ class Trainer:
 
         Raises:
             Preempted: in the middle: the evaluation is made anew when the run goes on.
+            UserError: it does not measure what `checkpoint.keep_best` names.
         """
         devices = [self.layout.device] if self.layout.device.type == "cuda" else []
         means: dict[str, float] = {}
@@ -276,6 +275,12 @@ class Trainer:
                 with same_logits(self.policy, self.layout):
                     samples = self.sampler(self.policy)
         reshard(self.policy)
+        best_by = self.settings.checkpoint.keep_best
+        if best_by is not None and best_by not in means:
+            raise UserError(
+                f"checkpoint.keep_best={best_by}: an evaluation of this run does not measure it; choose one of "
+                f"{', '.join(sorted(means)) or 'none: nothing is held out'}."
+            )
         return means, samples
 
     def _evaluation_means(self, loader: BatchLoader) -> dict[str, float]:
@@ -294,12 +299,6 @@ class Trainer:
 
     def _evaluate_and_log(self, log: MetricsLog) -> None:
         means, samples = self.evaluate()
-        best_by = self.settings.checkpoint.keep_best
-        if best_by is not None and best_by not in means:
-            raise UserError(
-                f"checkpoint.keep_best={best_by}: an evaluation of this run does not measure it; choose one of "
-                f"{', '.join(sorted(means)) or 'none: nothing is held out'}."
-            )
         self.progress.evaluated_at, self.progress.evaluation = self.progress.examples, means
         if means:
             log.write({**means, **self._counters()})
