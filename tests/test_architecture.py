@@ -33,6 +33,7 @@ HOMES = {
     "lm_eval": set(),  # in a process of its own
     "matplotlib": {"safer_instruct/report/plots.py", "safer_instruct/report/dataset_plots.py"},
     "datasketch": {"safer_instruct/dataset/similarity.py"},
+    "duckdb": {"safer_instruct/dataset/scratch.py"},
     "vllm": {"safer_instruct/generation/vllm.py"},
 }
 # first-party package -> what it must not import

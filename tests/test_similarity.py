@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safer_instruct.dataset.scratch import BATCH_ROWS, INT, TEXT, open_scratch
+from safer_instruct.dataset.scratch import BATCH_ROWS, INT, TEXT, open_scratch, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates, recall, shingles, similarity
 
 
@@ -119,7 +119,7 @@ def test_tables_give_back_their_rows_in_order_and_queries_run_side_by_side(tmp_p
     """The folder's name is a pattern to DuckDB, and the texts would end a string in SQL."""
     rows = [(n, f"it's \0 {n}") for n in range(2 * BATCH_ROWS + 7)]
     with open_scratch(tmp_path / "run[1]*'", "disk") as scratch:
-        scratch.create("texts", {"n": INT, "text": TEXT}, rows)
+        scratch.create("texts", table_schema(n=INT, text=TEXT), rows)
         assert list(scratch.rows("texts", ["n", "text"])) == rows
         first, second = scratch.query("SELECT n FROM texts ORDER BY n DESC"), scratch.query("FROM texts ORDER BY n")
         assert next(first) == (len(rows) - 1,)

@@ -219,7 +219,7 @@ def test_duplicate_pairs_are_merged_once(tmp_path) -> None:
     corpus_path = tmp_path / "corpus.csv"
     corpus_path.write_text("response,label\nSAME words 1,a\nSAME  words 1,a\nEVEN other 2,a\n")
     run_shard(corpus_path, tmp_path / "ledger", 0, 1)
-    assert run_merge(corpus_path, tmp_path).funnel.num_dropped() == {"duplicate_pair": 1}
+    assert run_merge(corpus_path, tmp_path).num_dropped() == {"duplicate_pair": 1}
     pairs = [json.loads(line) for line in (tmp_path / "si.jsonl").read_text().splitlines()]
     assert [pair["rejected"] for pair in pairs] == ["SAME words 1", "EVEN other 2"], "the first stays"
 
@@ -396,7 +396,7 @@ def test_near_duplicates_and_near_leaks_are_found_across_shards(tmp_path) -> Non
             duplicates=DuplicatesSettings(index="disk" if count == 4 else "memory"),
             format="jsonl",
         )
-        assert merged.funnel.num_dropped() == {"near_duplicate_pair": 1, "near_excluded_instruction": 1}
+        assert merged.num_dropped() == {"near_duplicate_pair": 1, "near_excluded_instruction": 1}
         results.append((output / "si.jsonl").read_bytes())
     assert results[0] == results[1]
     kept = [json.loads(line)["rejected"] for line in results[0].splitlines()]

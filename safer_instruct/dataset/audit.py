@@ -18,7 +18,7 @@ from config.files import write_text
 from config.paths import find_path
 from config.settings import DuplicatesSettings
 from safer_instruct.dataset.files import SCHEMA, write_dataset
-from safer_instruct.dataset.scratch import INT, TEXT, Scratch, lock_output, open_scratch, record_batches
+from safer_instruct.dataset.scratch import INT, TEXT, Scratch, lock_output, open_scratch, record_batches, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
 from safer_instruct.report.dataset_plots import plot_parts
 from safer_instruct.text.display import escape_markdown, markdown_table
@@ -32,10 +32,11 @@ UNLABELLED, OTHER_LABELS = "(none)", "(others)"
 # What is found about a row; the first that applies is why the cleaned dataset is without it.
 FINDINGS = ("leak", "near_leak", "duplicate_pair", "near_duplicate_pair", "repeated_chosen")
 
-_WORDS = tuple(f"words_{column}" for column in TEXT_COLUMNS)
-_KEYS = ("pair", "instruction", "chosen")  # hashes of normalised texts
-_ROWS = {"n": INT, "label": TEXT, "guard": TEXT, "characters": INT}
-_ROWS |= dict.fromkeys(_WORDS, INT) | dict.fromkeys(_KEYS, TEXT)
+# `pair`, `instruction` and `chosen` are hashes of normalised texts, `characters` is the length of `chosen`.
+_AUDITED = table_schema(
+    n=INT, label=TEXT, guard=TEXT, characters=INT, words_instruction=INT, words_rejected=INT, words_chosen=INT,
+    pair=TEXT, instruction=TEXT, chosen=TEXT,
+)  # fmt: skip
 _FOUND = """
     CREATE TABLE found AS
     WITH numbered AS (
@@ -81,7 +82,7 @@ def audit(
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "audit"
         scratch = stack.enter_context(open_scratch(folder, duplicates.index))
-        scratch.create("audited", _ROWS, _measured(path, guard))
+        scratch.create("audited", _AUDITED, _measured(path, guard))
         texts = ((n, f"{row['instruction']}\n{row['rejected']}") for n, (_, _, row) in enumerate(_rows(path)))
         find_near_duplicates(texts, duplicates.threshold, scratch)
         scratch.execute(_FOUND, max_same_chosen)
@@ -103,7 +104,7 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
 
 
 def _measured(path: str, guard: LeakageGuard) -> Iterator[tuple[Any, ...]]:
-    """Yield a row of _ROWS for each row of the dataset."""
+    """Yield a row of _AUDITED for each row of the dataset."""
     labels: set[str] = set()
     for n, (_, row, texts) in enumerate(_rows(path)):
         # A lone surrogate, which JSON can hold, is no UTF-8.
@@ -130,13 +131,11 @@ def _report(scratch: Scratch, guard: LeakageGuard) -> dict[str, Any]:
     counts = scratch.query(f"SELECT label, count(*), {sums} FROM found GROUP BY label ORDER BY min(n)")
     by_label = {label: dict(zip(["rows", *names], found, strict=True)) for label, *found in counts}
     total = {name: sum(found[name] for found in by_label.values()) for name in ["rows", *names]}
-    distinct, leaked, num_chosen = next(
-        scratch.query(
-            """SELECT count(DISTINCT instruction),
-            count(DISTINCT instruction) FILTER (guard = 'excluded_instruction'), count(DISTINCT chosen) FROM audited"""
-        )
+    sizes = "SELECT count(*), count(*) FILTER (size > 1) FROM (SELECT count(*) AS size FROM audited GROUP BY {})"
+    (distinct, repeated), (num_chosen, _) = (
+        next(scratch.query(sizes.format(key))) for key in ("instruction", "chosen")
     )
-    repeated = "SELECT count(*) FROM (SELECT 1 FROM audited GROUP BY instruction HAVING count(*) > 1)"
+    leaked = "SELECT count(DISTINCT instruction) FROM audited WHERE guard = 'excluded_instruction'"
     most_frequent = scratch.query(
         """SELECT count(*) AS number, arg_min(characters, n) AS length FROM audited WHERE characters > 0
         GROUP BY chosen ORDER BY number DESC, length DESC LIMIT ?""",
@@ -148,23 +147,19 @@ def _report(scratch: Scratch, guard: LeakageGuard) -> dict[str, Any]:
         "by_label": by_label,
         "chosen": {
             "distinct": num_chosen,
-            "most_frequent": [{"rows": number, "characters": length} for number, length in most_frequent],
+            "most_frequent": [{"rows": rows, "characters": length} for rows, length in most_frequent],
         },
-        "instructions": {"distinct": distinct, "with_several_rows": next(scratch.query(repeated))[0]},
-        "test_set": {"instructions": len(guard.exact), "found_in_dataset": leaked},
-        "words": {column: _quantiles(scratch, words) for column, words in zip(TEXT_COLUMNS, _WORDS, strict=True)},
+        "instructions": {"distinct": distinct, "with_several_rows": repeated},
+        "test_set": {"instructions": len(guard.exact), "found_in_dataset": next(scratch.query(leaked))[0]},
+        "words": {column: _quantiles(scratch, f"words_{column}") for column in TEXT_COLUMNS},
     }
 
 
 def _quantiles(scratch: Scratch, column: str) -> dict[str, float]:
     """Return mean, median, 95th percentile and maximum of the words of the cells that are not empty."""
-    mean, median, p95, most = next(
-        scratch.query(
-            f"""SELECT avg({column}), quantile_disc({column}, 0.5), quantile_disc({column}, 0.95), max({column})
-            FROM audited WHERE {column} > 0"""
-        )
-    )
-    return {"mean": round(mean or 0.0, 1), "median": median or 0, "p95": p95 or 0, "max": most or 0}
+    numbers = f"round(avg({column}), 1), quantile_disc({column}, 0.5), quantile_disc({column}, 0.95), max({column})"
+    found = next(scratch.query(f"SELECT {numbers} FROM audited WHERE {column} > 0"))
+    return {name: value or 0 for name, value in zip(("mean", "median", "p95", "max"), found, strict=True)}
 
 
 def _clean_rows(path: str, scratch: Scratch, dropped: Counter[str]) -> Iterator[tuple[str, ...]]:

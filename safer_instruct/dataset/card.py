@@ -9,7 +9,7 @@ from typing import Any
 
 from config.files import write_text
 from safer_instruct.dataset.files import COLUMNS, JSONL, PARQUET
-from safer_instruct.dataset.merge import MERGE, Funnel, Merged, provenance_of_all
+from safer_instruct.dataset.merge import MERGE, Merged, provenance_of_all
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND
 from safer_instruct.report.dataset_plots import plot_funnel
 from safer_instruct.text.display import markdown_code, markdown_table, percent
@@ -38,17 +38,16 @@ def build_report(merged: Merged, *, run: Mapping[str, Any]) -> dict[str, Any]:
         merged: What the merge found.
         run: What else to record about this run (command, versions, seconds).
     """
-    funnel = merged.funnel
-    num_pairs = funnel.entered.total()
-    drops = dict(sorted(merged.corpus_dropped.counts.items()))
-    stages = [_stage("corpus", merged.corpus_rows, drops), _stage(INDUCE, num_pairs, {})]
+    stages = [_stage("corpus", merged.corpus_rows, dict(sorted(merged.corpus_dropped.counts.items())))]
+    stages.append(_stage(INDUCE, sum(merged.fates.values()), {}))
     for name in DROPPING:
-        stages.append(_stage(name, stages[-1]["out"], dict(funnel.num_dropped(stage=name))))
+        stages.append(_stage(name, stages[-1]["out"], merged.num_dropped(stage=name)))
+    labels = sorted({label for label, _, _ in merged.fates})
     return {
         "num_rows": merged.num_rows,
         "kept_rate": stages[2]["rate"],
         "funnel": stages,
-        "by_label": {label or UNLABELLED: _label(funnel, label) for label in sorted(funnel.entered)},
+        "by_label": {label or UNLABELLED: _label(merged, label) for label in labels},
         "corpus_drops_at": dict(sorted(merged.corpus_dropped.places.items())),
         "induced": {name: merged.induced[name] for name in ("truncated", "prompt_cut")},
         "round_trip_scores": [[key / 10, *counts] for key, counts in sorted(merged.scores.items())],
@@ -59,24 +58,23 @@ def build_report(merged: Merged, *, run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stage(name: str, num_in: int, drops: dict[str, int]) -> dict[str, Any]:
+def _stage(name: str, num_in: int, drops: Mapping[str, int]) -> dict[str, Any]:
     num_out = num_in - sum(drops.values())
-    return {"stage": name, "in": num_in, "out": num_out, "rate": _rate(num_out, num_in), "drops": drops}
+    return {"stage": name, "in": num_in, "out": num_out, "rate": _rate(num_out, num_in), "drops": dict(drops)}
 
 
-def _label(funnel: Funnel, label: str) -> dict[str, Any]:
-    num_in = funnel.entered[label]
-    dropped = {stage: funnel.num_dropped(label=label, stage=stage) for stage in DROPPING}
-    num_kept = num_in - dropped[FILTER].total()
-    num_out = num_in - sum(reasons.total() for reasons in dropped.values())
+def _label(merged: Merged, label: str) -> dict[str, Any]:
+    num_in = sum(rows for (of_label, _, _), rows in merged.fates.items() if of_label == label)
+    dropped = {stage: merged.num_dropped(label=label, stage=stage).total() for stage in DROPPING}
+    num_kept, num_out = num_in - dropped[FILTER], num_in - sum(dropped.values())
     return {
         "induced": num_in,
         "kept": num_kept,
         "kept_rate": _rate(num_kept, num_in),
         "out": num_out,
         "rate": _rate(num_out, num_in),
-        "drops": dict(funnel.num_dropped(label=label)),
-        "drops_by_stage": {stage: reasons.total() for stage, reasons in dropped.items()},
+        "drops": dict(merged.num_dropped(label=label)),
+        "drops_by_stage": dropped,
     }
 
 

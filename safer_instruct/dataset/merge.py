@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ from config.errors import UserError
 from config.paths import find_path
 from config.settings import CorpusSettings, DuplicatesSettings
 from safer_instruct.dataset.files import COLUMNS, write_dataset
-from safer_instruct.dataset.scratch import INT, LONG, TEXT, Scratch, lock_output, open_scratch
+from safer_instruct.dataset.scratch import FLOAT, INT, LONG, TEXT, Scratch, lock_output, open_scratch, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
 from safer_instruct.induction.ledger import Record
 from safer_instruct.induction.ledgers import StageLedgers
 from safer_instruct.induction.stages import (
     FILTER,
     INDUCE,
-    REQUIRED_STAGES,
     RESPOND,
     SCORE,
     STAGES,
@@ -43,11 +42,12 @@ from safer_instruct.text.readers import read_rows, require_columns
 MERGE = "merge"
 BLOCK_ROWS = 16_384  # whose records are read from the ledgers at a time
 
-_CORPUS = {"n": INT, "id": TEXT, "response": TEXT, "rejected": TEXT, "label": TEXT, "source": TEXT}
-# `stage` and `reason` of rows that a stage dropped, else "" and texts; `key` is equal for pairs that are the same.
-_PAIRS = {"n": INT, "label": TEXT, "stage": TEXT, "reason": TEXT, "key": TEXT, "score": pyarrow.float64()}
-_PAIRS |= dict.fromkeys(("id", "instruction", "rejected", "chosen", "provenance"), TEXT)
-
+_CORPUS = table_schema(n=INT, id=TEXT, response=TEXT, rejected=TEXT, label=TEXT, source=TEXT)
+# `stage` and `reason` of the rows that a stage dropped; they have no texts. `key` is equal for pairs that are the same.
+_PAIRS = table_schema(
+    n=INT, label=TEXT, stage=TEXT, reason=TEXT, key=TEXT, score=FLOAT,
+    id=TEXT, instruction=TEXT, rejected=TEXT, chosen=TEXT, provenance=TEXT,
+)  # fmt: skip
 # Of rows with one id the first stays; of these, of rows with one response the first.
 _REPEATED_ROWS = """
     CREATE TABLE repeated_rows AS
@@ -57,34 +57,16 @@ _REPEATED_ROWS = """
 """
 # Of pairs that are the same, case and whitespace aside, the first stays.
 _REPEATED_PAIRS = """
-    CREATE TABLE repeated_pairs AS SELECT n FROM (
-        SELECT n, row_number() OVER (PARTITION BY key ORDER BY n) AS place FROM pairs WHERE reason = ''
-    ) WHERE place > 1
+    CREATE TABLE repeated AS
+    WITH numbered AS (SELECT n, row_number() OVER (PARTITION BY key ORDER BY n) AS place FROM pairs WHERE reason = '')
+    SELECT n, 'duplicate_pair' AS reason FROM numbered WHERE place > 1
 """
 _FATES = """
-    CREATE VIEW fates AS SELECT pairs.n, label, score,
-        CASE WHEN exact.n IS NULL AND near.n IS NULL THEN stage ELSE 'merge' END AS stage,
-        CASE WHEN exact.n IS NOT NULL THEN 'duplicate_pair' WHEN near.n IS NOT NULL THEN 'near_duplicate_pair'
-            ELSE reason END AS reason
-    FROM pairs LEFT JOIN repeated_pairs AS exact ON exact.n = pairs.n
-        LEFT JOIN near_duplicates AS near ON near.n = pairs.n
+    CREATE VIEW fates AS
+    SELECT pairs.n, label, score,
+        if(repeated.n IS NULL, stage, 'merge') AS stage, coalesce(repeated.reason, pairs.reason) AS reason
+    FROM pairs LEFT JOIN repeated ON repeated.n = pairs.n
 """
-
-
-@dataclass
-class Funnel:
-    """How many rows of each label entered, and where and why the others were dropped."""
-
-    entered: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # (label, stage, reason)
-
-    def num_dropped(self, *, label: str | None = None, stage: str | None = None) -> Counter[str]:
-        """Return reason -> rows dropped, of one label or stage or all."""
-        reasons: Counter[str] = Counter()
-        for (of_label, of_stage, reason), number in sorted(self.dropped.items()):
-            if label in (None, of_label) and stage in (None, of_stage):
-                reasons[reason] += number
-        return reasons
 
 
 @dataclass
@@ -95,7 +77,7 @@ class Merged:
         ledgers: By stage.
         corpus_rows: Rows of the corpus, usable or not.
         corpus_dropped: Of them, those that are no part of it.
-        funnel: The others.
+        fates: Of the others: (label, stage that dropped it, reason) -> rows; stage and reason are "" in the dataset.
         induced: truncated, prompt_cut -> rows.
         tokens: Stage -> tokens used.
         cost: Stage -> cost.
@@ -106,12 +88,20 @@ class Merged:
     ledgers: Mapping[str, StageLedgers]
     corpus_rows: int = 0
     corpus_dropped: Dropped = field(default_factory=Dropped)
-    funnel: Funnel = field(default_factory=Funnel)
+    fates: dict[tuple[str, str, str], int] = field(default_factory=dict)
     induced: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     cost: Counter[str] = field(default_factory=Counter)
     scores: dict[int, list[int]] = field(default_factory=dict)
     num_rows: int = 0
+
+    def num_dropped(self, *, label: str | None = None, stage: str | None = None) -> Counter[str]:
+        """Return reason -> rows dropped, of one label or stage or all."""
+        reasons: Counter[str] = Counter()
+        for (of_label, of_stage, reason), number in self.fates.items():
+            if reason and label in (None, of_label) and stage in (None, of_stage):
+                reasons[reason] += number
+        return reasons
 
 
 def merge(
@@ -162,7 +152,7 @@ class _Merge:
     def read_ledgers(self) -> None:
         """Find the place of each record, and sum up what they cost."""
         for stage in self.merged.ledgers:
-            self._scratch.create(stage, {"id": TEXT, "place": LONG}, self._places(stage))
+            self._scratch.create(stage, table_schema(id=TEXT, place=LONG), self._places(stage))
 
     def _places(self, stage: str) -> Iterator[tuple[str, int]]:
         for record, place in self.merged.ledgers[stage].records():
@@ -173,14 +163,11 @@ class _Merge:
     def read_corpus(self) -> None:
         """Copy the usable rows of the corpus, and find the repeated ones."""
         rows = CorpusRows(self._settings)
-        self._scratch.create(
-            "corpus",
-            _CORPUS,
-            (
-                (n, row.id, text_id(row.rejected or ""), row.rejected, row.label, row.provenance["source"])
-                for n, row in enumerate(rows)
-            ),
+        usable = (
+            (n, row.id, text_id(row.rejected or ""), row.rejected, row.label, row.provenance["source"])
+            for n, row in enumerate(rows)
         )
+        self._scratch.create("corpus", _CORPUS, usable)
         if rows.broken:
             raise UserError(f"{rows.broken}. The corpus must be readable to its end before stage=merge")
         self.merged.corpus_rows, self.merged.corpus_dropped = rows.num_rows, rows.dropped
@@ -268,37 +255,32 @@ class _Merge:
     def mark_repeated_pairs(self, threshold: float | None) -> None:
         """Find the pairs that repeat an earlier one exactly, then those that do so nearly."""
         self._scratch.execute(_REPEATED_PAIRS)
-        candidates = self._scratch.query(
-            """SELECT reason = '' AND repeated_pairs.n IS NULL
-            FROM pairs LEFT JOIN repeated_pairs USING (n) ORDER BY n"""
-        )
-        texts = self._scratch.rows("pairs", ["n", "instruction", "rejected"])
-        find_near_duplicates(
-            ((n, f"{asked}\n{text}") for (wanted,), (n, asked, text) in zip(candidates, texts, strict=True) if wanted),
-            threshold,
-            self._scratch,
-        )
         self._scratch.execute(_FATES)
+        pairs = compress(self._scratch.rows("pairs", ["n", "instruction", "rejected"]), self._kept())
+        texts = ((n, f"{instruction}\n{rejected}") for n, instruction, rejected in pairs)
+        find_near_duplicates(texts, threshold, self._scratch)
+        self._scratch.execute("INSERT INTO repeated SELECT n, 'near_duplicate_pair' FROM near_duplicates")
+
+    def _kept(self) -> Iterator[bool]:
+        """Yield for each of the pairs, in their order, whether nothing has dropped it so far."""
+        return (kept for (kept,) in self._scratch.query("SELECT reason = '' FROM fates ORDER BY n"))
 
     def count(self) -> None:
-        """Count what entered, what was dropped where, and the scores of both."""
+        """Count what was dropped where, and the round-trip scores."""
         fates = "SELECT label, stage, reason, count(*) FROM fates GROUP BY ALL ORDER BY ALL"
-        for label, stage, reason, number in self._scratch.query(fates):
-            self.merged.funnel.entered[label] += number
-            if reason:
-                self.merged.funnel.dropped[label, stage, reason] += number
+        self.merged.fates = {(label, *fate): number for label, *fate, number in self._scratch.query(fates)}
         bins = """SELECT CAST(floor(score * 10) AS INTEGER) AS bin, count(*), count(*) FILTER (reason = '')
             FROM fates WHERE score IS NOT NULL GROUP BY bin ORDER BY bin"""
-        self.merged.scores = {bin: [scored, kept] for bin, scored, kept in self._scratch.query(bins)}
+        self.merged.scores = {bin: counts for bin, *counts in self._scratch.query(bins)}
 
     def dataset(self) -> Iterator[pyarrow.RecordBatch]:
         """Yield the rows of the dataset in the order of the corpus."""
         shared = ", " + json.dumps(provenance_of_all(self.merged.ledgers), ensure_ascii=False)[1:]
-        kept = (reason == "" for (reason,) in self._scratch.query("SELECT reason FROM fates ORDER BY n"))
+        kept = self._kept()
         for batch in self._scratch.batches("pairs", COLUMNS):
             batch = batch.filter(pyarrow.array(list(islice(kept, batch.num_rows))))
             whole = [own[:-1] + shared for own in batch.column("provenance").to_pylist()]
-            yield batch.set_column(COLUMNS.index("provenance"), "provenance", pyarrow.array(whole, pyarrow.string()))
+            yield batch.set_column(COLUMNS.index("provenance"), "provenance", pyarrow.array(whole, TEXT))
 
 
 def read_instructions(path: str) -> set[str]:
@@ -312,28 +294,21 @@ def read_instructions(path: str) -> set[str]:
 
 def provenance_of_all(ledgers: Mapping[str, StageLedgers]) -> dict[str, Any]:
     """Return the part of the provenance that all rows share."""
-    induced, screened, answered = (ledgers[stage].configuration for stage in REQUIRED_STAGES)
+    induced, screened = ledgers[INDUCE].configuration, ledgers[FILTER].configuration
     shared = {
         "reversed_model": induced["model"],
         "reversed_model_fingerprint": induced["model_fingerprint"],
         "reversed_prompt": induced["prompt"],
-        "temperature": induced["generation.temperature"],
-        "top_p": induced["generation.top_p"],
-        "max_new_tokens": induced["generation.max_new_tokens"],
-        "seed": induced["generation.seed"],
+        **{name: induced[f"generation.{name}"] for name in ("temperature", "top_p", "max_new_tokens", "seed")},
         "num_candidates": induced.get("generation.num_candidates", 1),
-        "filter_expert": screened["expert"],
-        "filter_expert_fingerprint": screened["expert_fingerprint"],
-        "filter_prompt": screened["expert_prompt"],
-        "respond_expert": answered["expert"],
-        "respond_expert_fingerprint": answered["expert_fingerprint"],
-        "respond_prompt": answered["expert_prompt"],
     }
+    for stage in (FILTER, RESPOND):
+        expert = ledgers[stage].configuration
+        shared[f"{stage}_expert"] = expert["expert"]
+        shared[f"{stage}_expert_fingerprint"] = expert["expert_fingerprint"]
+        shared[f"{stage}_prompt"] = expert["expert_prompt"]
     if SCORE in ledgers:
         scored = ledgers[SCORE].configuration
-        shared |= {
-            "forward_model": scored["forward_model"],
-            "forward_fingerprint": scored["forward_fingerprint"],
-            "min_round_trip": screened.get("roundtrip.min_score"),
-        }
+        shared |= {name: scored[name] for name in ("forward_model", "forward_fingerprint")}
+        shared["min_round_trip"] = screened.get("roundtrip.min_score")
     return shared

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,12 @@ BATCH_ROWS = 4096
 THREADS = 2  # each needs about 64 MB of what follows
 # What DuckDB may hold before it spills to the disk, by `duplicates.index`.
 MEMORY = {"memory": "1GB", "disk": "128MB"}
-INT, LONG, TEXT = pyarrow.int32(), pyarrow.int64(), pyarrow.string()
+INT, LONG, FLOAT, TEXT = pyarrow.int32(), pyarrow.int64(), pyarrow.float64(), pyarrow.string()
+
+
+def table_schema(**columns: pyarrow.DataType) -> pyarrow.Schema:
+    """Return the schema of a table with these columns."""
+    return pyarrow.schema(list(columns.items()))
 
 
 class Scratch:
@@ -44,9 +49,8 @@ class Scratch:
             }
         )
 
-    def create(self, name: str, columns: Mapping[str, pyarrow.DataType], rows: Iterable[Sequence[Any]]) -> None:
+    def create(self, name: str, schema: pyarrow.Schema, rows: Iterable[Sequence[Any]]) -> None:
         """Create a table from rows."""
-        schema = pyarrow.schema(list(columns.items()))
         self.create_from_batches(name, schema, record_batches(schema, rows))
 
     def create_from_batches(self, name: str, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch]) -> None:

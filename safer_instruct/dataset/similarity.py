@@ -19,7 +19,7 @@ import pyarrow
 from datasketch import MinHash
 from numpy.typing import NDArray
 
-from safer_instruct.dataset.scratch import BATCH_ROWS, INT, Scratch
+from safer_instruct.dataset.scratch import BATCH_ROWS, INT, Scratch, table_schema
 
 NGRAM = 2  # one word changed in ten leaves 64% of the shingles of two words, and 45% of those of three
 BANDS, BAND_ROWS = 18, 7
@@ -81,7 +81,7 @@ def find_near_duplicates(texts: Iterable[tuple[int, str]], threshold: float | No
     scratch.execute("CREATE TABLE candidates (earlier INTEGER, later INTEGER)")
     for band in range(BANDS):  # one at a time: all together would need the memory of 18
         scratch.execute(_CANDIDATES.format(band=f"band{band}"))
-    scratch.create("near_duplicates", {"n": INT}, _dropped(scratch.query(_VERIFIED, threshold)))
+    scratch.create("near_duplicates", table_schema(n=INT), _dropped(scratch.query(_VERIFIED, threshold)))
 
 
 def _dropped(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int]]:
