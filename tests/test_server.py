@@ -292,7 +292,7 @@ def test_an_unknown_model_stops_at_once() -> None:
 
 def test_a_server_that_only_throttles_is_given_up_after_the_patience() -> None:
     with loopback(lambda *_: (429, {"error": {}}), retry_after_ms=30) as server:
-        expert = build_expert(settings(server.url, patience_seconds=0.3), CPU)
+        expert = build_expert(settings(server.url, patience_seconds=2), CPU)
         with pytest.raises(UserError, match="HTTP 429: too many requests"):
             list(expert.screen(pairs(4)))
     assert len(server.requests) > 4
