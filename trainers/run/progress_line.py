@@ -14,8 +14,9 @@ class ProgressLine:
 
     SECONDS_BETWEEN_LINES = 30.0
 
-    def __init__(self, total: int, done: int, stream: TextIO = sys.stderr, *, active: bool = True) -> None:
-        """`total` and `done` are examples; one that is not active says nothing."""
+    def __init__(self, total: int, done: int, stream: TextIO | None = None, *, active: bool = True) -> None:
+        """`total` and `done` are examples; one that is not active says nothing. `stream` is stderr by default."""
+        stream = stream or sys.stderr  # now: what stderr is may have changed since the import
         self._active = active
         self._bar = tqdm(
             total=total, initial=done, unit="ex", file=stream, disable=not (active and stream.isatty()), leave=True
