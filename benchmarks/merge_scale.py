@@ -25,7 +25,7 @@ from benchmarks.memory import resident_mib
 from config.settings import CorpusSettings, DuplicatesSettings
 from safer_instruct.dataset.audit import audit
 from safer_instruct.dataset.merge import merge
-from safer_instruct.dataset.similarity import LeakageGuard, shingles, similarity
+from safer_instruct.dataset.similarity import LeakageGuard, shingles
 from safer_instruct.induction.ledger import shard_path
 from safer_instruct.induction.ledgers import find_ledgers
 from safer_instruct.induction.stages import stage_digest
@@ -65,7 +65,8 @@ def write_run(folder: Path, num_rows: int) -> None:
                 before = shingles(" ".join(instruction + response))
                 for _ in range(draw.randint(1, 2)):
                     response[draw.randrange(40)] = draw.choice(vocabulary)
-                is_planted = similarity(before, shingles(" ".join(instruction + response))) >= 0.8
+                after = shingles(" ".join(instruction + response))
+                is_planted = len(before & after) / len(before | after) >= 0.8
             elif draw.random() < 0.2:
                 recent.append((response, instruction))
             text, asked = " ".join(response), " ".join(instruction)

@@ -16,9 +16,10 @@ from filelock import FileLock
 from config.errors import UserError
 from config.settings import CorpusSettings, DuplicatesSettings, InductionSettings
 from safer_instruct.dataset.card import build_report, write_report
+from safer_instruct.dataset.files import SCHEMA, write_dataset
 from safer_instruct.dataset.hub import push_dataset
 from safer_instruct.dataset.merge import merge, read_instructions
-from safer_instruct.dataset.scratch import lock_output
+from safer_instruct.dataset.scratch import lock_output, record_batches
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.experts.verdicts import SafeResponse, Verdict
 from safer_instruct.generation.completions import Generation
@@ -372,6 +373,26 @@ def test_all_formats_hold_the_same_rows(tmp_path) -> None:
     ):
         assert [{**row, "provenance": json.loads(row["provenance"])} for row in table] == jsonl
     assert not (output / ".merge").exists()
+
+
+def test_a_dataset_is_replaced_as_a_whole_or_not_at_all(tmp_path) -> None:
+    def batches(text: str, *, breaks: bool = False):
+        yield from record_batches(SCHEMA, [(str(n), text, text, text, "", '{"source": "x"}') for n in range(5000)])
+        if breaks:
+            raise RuntimeError("the disk is full")
+
+    assert write_dataset(tmp_path, "all", batches("old")) == 5000
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        write_dataset(tmp_path, "all", batches("new", breaks=True))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    state = json.loads((tmp_path / "arrow" / "state.json").read_text())
+    assert write_dataset(tmp_path, "all", batches("new")) == 5000
+    loaded = datasets.load_from_disk(tmp_path / "arrow")
+    assert set(loaded["chosen"]) == {"new"}
+    assert loaded._fingerprint != state["_fingerprint"], "else `map` would find what it cached of the old rows"
+    assert write_dataset(tmp_path, "parquet", batches("new")) == 5000
+    assert [path.name for path in tmp_path.iterdir()] == ["si.parquet"], "the folder holds one dataset, not two"
 
 
 def test_near_duplicates_and_near_leaks_are_found_across_shards(tmp_path) -> None:

@@ -56,14 +56,17 @@ def _open_arrow(folder: Path) -> Iterator[WriteBatch]:
     datasets.disable_progress_bars()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    # `datasets` caches by the fingerprint what it computes of a dataset, so no two may have the same.
-    empty = datasets.Dataset(datasets.table.InMemoryTable(SCHEMA.empty_table()), fingerprint=uuid.uuid4().hex[:16])
-    empty.save_to_disk(partial, num_shards=1)
-    (data_file,) = partial.glob("*.arrow")
-    with pyarrow.OSFile(str(data_file), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
-        yield writer.write_batch
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        # `datasets` caches by the fingerprint what it computes of a dataset, so no two may have the same.
+        empty = datasets.Dataset(datasets.table.InMemoryTable(SCHEMA.empty_table()), fingerprint=uuid.uuid4().hex[:16])
+        empty.save_to_disk(partial, num_shards=1)
+        (data_file,) = partial.glob("*.arrow")
+        with pyarrow.OSFile(str(data_file), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
+            yield writer.write_batch
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 _OPENERS: dict[str, Callable[[Path], AbstractContextManager[WriteBatch]]] = {

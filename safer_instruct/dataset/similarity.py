@@ -61,12 +61,6 @@ def shingles(text: str) -> set[int]:
     return {zlib.crc32(" ".join(words[i : i + NGRAM]).encode("utf-8", "surrogatepass")) for i in runs}
 
 
-def similarity(first: set[int], second: set[int]) -> float:
-    """Return the Jaccard index; two empty sets are equal."""
-    union = len(first | second)
-    return len(first & second) / union if union else 1.0
-
-
 def find_near_duplicates(texts: Iterable[tuple[int, str]], threshold: float | None, scratch: Scratch) -> None:
     """Create the table `near_duplicates (n)`: the texts that are nearly the same as an earlier one which stays.
 
@@ -151,8 +145,3 @@ class LeakageGuard:
         common = Counter(item for shingle in own for item in self._holders.get(shingle, ()))
         near = any(n >= self.threshold * (len(own) + self._sizes[item] - n) for item, n in common.items())
         return "near_excluded_instruction" if near else ""
-
-
-def recall(similarity_of_pair: float) -> float:
-    """Return the probability that a pair of this similarity is a candidate."""
-    return 1 - (1 - similarity_of_pair**BAND_ROWS) ** BANDS

@@ -22,7 +22,7 @@ _TIME = re.compile(rb'"' + WRITTEN_AT.encode() + rb'": ([0-9.]+)\}$')
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class StageProgress:
     """One stage of one shard.
 
     Attributes:
@@ -47,7 +47,7 @@ class Progress:
         return self.rows is not None and self.done >= self.rows
 
 
-def read_progress(path: Path, now: float) -> Progress:
+def read_progress(path: Path, now: float) -> StageProgress:
     """Look through one ledger; a torn tail and a missing file are no errors.
 
     Lines are searched, not parsed: the ledgers of a large run have gigabytes.
@@ -55,7 +55,7 @@ def read_progress(path: Path, now: float) -> Progress:
     rows, done, kept, cost = None, 0, 0, 0.0
     times: list[float] = []  # of the records of the last RATE_SECONDS before the newest
     if not path.is_file():
-        return Progress()
+        return StageProgress()
     with path.open("rb") as file:
         for number, line in enumerate(file):
             if not line.endswith(b"\n"):
@@ -74,7 +74,7 @@ def read_progress(path: Path, now: float) -> Progress:
     recent = [moment for moment in times if moment >= times[-1] - RATE_SECONDS]
     is_live = bool(times) and now - times[-1] < QUIET_SECONDS
     span = max(recent[-1] - recent[0], 1.0) if recent else 1.0
-    return Progress(done, rows, kept, cost, len(recent) / span if is_live else 0.0, times[-1] if times else 0.0)
+    return StageProgress(done, rows, kept, cost, len(recent) / span if is_live else 0.0, times[-1] if times else 0.0)
 
 
 def render_status(folder: Path, now: float | None = None) -> str:
@@ -96,7 +96,7 @@ def render_status(folder: Path, now: float | None = None) -> str:
     return f"{table}\n\n{_sums(shards, stages)}\n{count - len(lines)} of {count} shards are done.".strip()
 
 
-def _unfinished(shards: list[dict[str, Progress]], now: float) -> Iterator[list[str]]:
+def _unfinished(shards: list[dict[str, StageProgress]], now: float) -> Iterator[list[str]]:
     for index, stages in enumerate(shards):
         if all(progress.is_done for progress in stages.values()):
             continue
@@ -113,7 +113,7 @@ def _unfinished(shards: list[dict[str, Progress]], now: float) -> Iterator[list[
         ]
 
 
-def _sums(shards: list[dict[str, Progress]], stages: list[str]) -> str:
+def _sums(shards: list[dict[str, StageProgress]], stages: list[str]) -> str:
     """Return a line for each stage: rows done of those known, rate of all shards, time left at this rate, cost."""
     lines = []
     for stage in stages:
@@ -133,11 +133,11 @@ def _sums(shards: list[dict[str, Progress]], stages: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _share(progress: Progress) -> str:
+def _share(progress: StageProgress) -> str:
     return f"{progress.done}/{'?' if progress.rows is None else progress.rows}"
 
 
-def _left(progress: Progress) -> str:
+def _left(progress: StageProgress) -> str:
     if progress.rows is None or not progress.rate:
         return "-"
     return _duration((progress.rows - progress.done) / progress.rate)
