@@ -61,7 +61,9 @@ class PackedLayout:
         table = torch.stack(
             [of_position, prompts.flatten()[of_position], prefixes.flatten()[of_position], position]
         ).int()
-        return F.pad(table, (0, -self.num_positions % 64))  # so that each of the four is aligned on a GPU
+        # To a multiple of 64, so that each of the four is aligned on a GPU, and never to T itself: a compiler takes sizes
+        # that are equal by chance for one size, and compiles again where they are not.
+        return F.pad(table, (0, 64 - self.num_positions % 64))
 
     def row_starts(self) -> Tensor:
         """Return where each row starts and the last one ends, prefixes apart: (B + 1,) int32."""
