@@ -107,7 +107,8 @@ def pretend_h100() -> None:
     torch._C._cuda_getCurrentRawStream = lambda *arguments: 0
     known = {
         "is_available": True, "current_device": 0, "get_compute_capability": 90, "is_triton_capable": True,
-        "raise_if_triton_unavailable": None, "get_raw_stream": 0, "synchronize": None, "get_device_properties": properties,
+        "raise_if_triton_unavailable": None, "get_raw_stream": 0, "synchronize": None,
+        "get_device_properties": properties,
     }  # fmt: skip
     worker = {"set_device": None, "current_device": 0, "get_device_properties": properties}
     for owner, values in ((CudaInterface, known), (CudaInterface.Worker, worker)):
@@ -201,7 +202,7 @@ def compile_for_h100(source: str) -> int:
 
 
 def architectures() -> dict[str, Callable[..., nn.Module]]:
-    """Return builders of a small model of each architecture, with heads of 16 values, the least flex_attention takes."""
+    """Return builders of a small model of each architecture, with heads of 16 values, the least that flex takes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def builder(kind: str, **options: Any) -> Callable[..., nn.Module]:

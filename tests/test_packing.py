@@ -309,15 +309,17 @@ def mask_of(layout, window) -> PackedMask:
     """What the kernels of a GPU get, on a CPU."""
     return PackedMask(
         attention._flex, torch.float32, None, layout.num_positions, window,
-        block_mask(layout, window, torch.device("cpu")), layout.row_starts(), layout.longest_row,
+        blocks=block_mask(layout, window, torch.device("cpu")), row_starts=layout.row_starts(),
+        longest_row=layout.longest_row,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("last", [(30, 60, 70), (3, 6, 7)])
 @pytest.mark.parametrize("prefixes", [None, ([6, 0, 0, 5], [0, 0, 2, 3]), ([6, 4, 0, 0], [0, 1, 0, 1])])
 @pytest.mark.parametrize("window", [None, 3])
-def test_block_masks_are_the_dense_ones(window, prefixes):
+def test_block_masks_are_the_dense_ones(window, prefixes, last):
     """What flex_attention gets on a GPU, against a mask written pair by pair; its eager form gives the same output."""
-    shapes = [(4, 3, 5), (2, 0, 7), (1, 6, 0), (30, 60, 70)]
+    shapes = [(4, 3, 5), (2, 0, 7), (1, 6, 0), last]
     before, holders = prefixes or ([0] * 4, [0, 1, 2, 3])
     total = sum(map(sum, shapes)) + sum(before)
     dense = torch.zeros(total, total, dtype=torch.bool)

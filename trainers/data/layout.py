@@ -26,7 +26,8 @@ class PackedLayout:
         longest_row: Positions of the longest row, without a prefix.
         longest_sequence: Positions of the longest sequence, prefix and prompt included.
         table: (4, T or more) int32. Of each position its segment, the segments that are its row's prompt and prefix
-            (of a prefix: itself), and its position in its sequence.
+            (of a prefix: itself), and its position in its sequence. The width is at least BLOCK, and such that each of
+            the four is aligned on a GPU.
     """
 
     def __init__(
@@ -61,9 +62,8 @@ class PackedLayout:
         table = torch.stack(
             [of_position, prompts.flatten()[of_position], prefixes.flatten()[of_position], position]
         ).int()
-        # To a multiple of 64, so that each of the four is aligned on a GPU, and never to T itself: a compiler takes sizes
-        # that are equal by chance for one size, and compiles again where they are not.
-        return F.pad(table, (0, 64 - self.num_positions % 64))
+        width = max(BLOCK, -(-self.num_positions // 64) * 64)
+        return F.pad(table, (0, width - self.num_positions))
 
     def row_starts(self) -> Tensor:
         """Return where each row starts and the last one ends, prefixes apart: (B + 1,) int32."""
