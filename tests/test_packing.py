@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from config.errors import UserError
 from tests.test_batching import PAD, make_store
-from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
+from tests.tiny_models import PACKABLE, VOCABULARY, tiny_model
 from trainers.data.batching import BatchLoader
 from trainers.data.layout import PackedLayout, visible
 from trainers.data.packing import (
@@ -113,7 +113,7 @@ def logps_and_gradients(model, batch):
 
 @pytest.mark.parametrize("shared", [(), SHARED])
 @pytest.mark.parametrize("segments", [3, 2])
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", PACKABLE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_log_probabilities_and_gradients_equal_the_padded_ones(tmp_path, name, dtype, segments, shared):
     store = store_of(tmp_path / "store", [shape[:segments] for shape in PAIRS], shared=shared)
@@ -132,7 +132,7 @@ def difference(name, model, batch, expected):
     return (sequence_logps(model, batch)[0] - expected).abs().max().item()
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", PACKABLE)
 def test_wrong_masks_and_wrong_positions_are_nats_away(tmp_path, name):
     """The negative controls: the comparison above would see responses that see each other, or that stand later."""
     store = store_of(tmp_path / "store", PAIRS)
@@ -392,7 +392,7 @@ def test_the_kernel_is_chosen_by_device_dtype_and_rows():
     assert attention.kernel_for("cuda", full, one_sequence=True) is attention._flex  # float32 has no flash kernel
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", PACKABLE)
 def test_the_last_mlp_runs_on_the_needed_positions_alone(tmp_path, name):
     """Other positions get none of it, and their states are not the model's; ordinary passes are."""
     batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=True)

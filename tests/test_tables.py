@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tests.test_packing import PAD, PAIRS, microbatch, packed_model, store_of
+from tests.tiny_models import PACKABLE
 from trainers.kernels import shortcuts as tables
 from trainers.kernels.logps import sequence_logps
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "gpt2", "gptj"])
+@pytest.mark.parametrize("name", [one for one in PACKABLE if one.values[0] in ("llama", "qwen2_tied", "gpt2", "gptj")])
 def test_gradients_of_two_micro_batches_are_those_of_autograd(tmp_path, name):
     """One embedding for input and output, a bias, positions of their own; a token that is the padding elsewhere."""
     batches = [microbatch(store_of(tmp_path / str(seed), PAIRS, seed), packing=True) for seed in (0, 1)]
