@@ -23,7 +23,7 @@ import tempfile
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def pretend_h100() -> None:
     torch._C._cuda_getCurrentRawStream = lambda *arguments: 0
     known = {
         "is_available": True, "current_device": 0, "get_compute_capability": 90, "is_triton_capable": True,
-        "raise_if_triton_unavailable": None, "get_raw_stream": 0, "synchronize": None, "get_device_properties": properties,
+        "raise_if_triton_unavailable": None, "get_raw_stream": 0, "synchronize": None,
+        "get_device_properties": properties,
     }  # fmt: skip
     worker = {"set_device": None, "current_device": 0, "get_device_properties": properties}
     for owner, values in ((CudaInterface, known), (CudaInterface.Worker, worker)):
@@ -115,8 +116,8 @@ def pretend_h100() -> None:
             setattr(owner, name, staticmethod(lambda *arguments, answer=answer, **keywords: answer))
 
 
-class Compiled(Exception):
-    """Inductor has written the code of a graph, and nothing is to be loaded."""
+class Compiled(BaseException):
+    """Inductor has written the code of a graph, and nothing is to be loaded; it passes through `except Exception`."""
 
 
 class PaperCompiler:
@@ -150,10 +151,8 @@ class PaperCompiler:
         def compile(graph: Any, inputs: list[Any], **keywords: Any) -> Any:
             has_flex = any("flex_attention" in str(node.target) for node in graph.graph.nodes)
             self.graphs[f"{'flex' if has_flex else 'head'} {kind}"] += 1
-            try:
+            with suppress(Compiled):
                 compile_fx_inner(graph, inputs, is_backward=kind == "backward", is_inference=kind == "inference")
-            except Compiled:
-                pass
             return make_boxed_func(graph.forward)
 
         return compile
@@ -203,7 +202,7 @@ def compile_for_h100(source: str) -> int:
 
 
 def architectures() -> dict[str, Callable[..., nn.Module]]:
-    """Return what builds a small model of each architecture, with heads of 16 values, the least flex_attention takes."""
+    """Return builders of a small model of each architecture, with heads of 16 values, the least that flex takes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def builder(kind: str, **options: Any) -> Callable[..., nn.Module]:
@@ -361,7 +360,7 @@ def every_head(sizes: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def whole_run(*, compile_blocks: bool) -> dict[str, Any]:
-    """Count the compilations of a run: self check, reference, training and evaluation, in micro-batches of all sizes."""
+    """Count the compilations of a run: self check, reference, training, evaluation, in micro-batches of all sizes."""
     from trainers.distributed.sharding import find_blocks
     from trainers.kernels.attention import CHECKED_ROWS, packed_states, use_packed_attention
 

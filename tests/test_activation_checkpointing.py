@@ -10,7 +10,7 @@ from config.settings import TrainerSettings
 from tests.commands import configs_of, errors_of
 from tests.test_packing import PAIRS, exact_model, logps_and_gradients, microbatch, packed_model, store_of
 from tests.test_parallel import losses, settings_of, start
-from tests.tiny_models import SUPPORTED
+from tests.tiny_models import PACKABLE
 from trainers.distributed.layout import Layout
 from trainers.distributed.parallelize import parallelize
 
@@ -38,7 +38,7 @@ class OperatorCalls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", PACKABLE)
 def test_selective_computes_again_all_but_the_products(tmp_path, name, packing):
     batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=packing)
     gradients, calls = {}, {}

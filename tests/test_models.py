@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from config.errors import UserError
 from config.settings import ModelSettings
@@ -220,6 +220,13 @@ def test_config_that_is_no_model(folder):
     for text in ('{"a": 1}', '{"a":'):
         (folder / "config.json").write_text(text)
         assert "config.json cannot be used" in refuse(ModelSettings(name_or_path=str(folder)))
+
+
+def test_a_model_without_sdpa_says_what_to_write(tmp_path):
+    AutoConfig.for_model("gpt_oss", num_hidden_layers=1).save_pretrained(tmp_path)
+    wanted = r"GptOssForCausalLM has no sdpa .*model.attn_implementation=eager and, to train it, packing=false"
+    with pytest.raises(UserError, match=wanted):
+        load_causal_lm(ModelSettings(name_or_path=str(tmp_path)))
 
 
 def test_missing_shard(folder):

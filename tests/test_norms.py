@@ -61,3 +61,20 @@ def test_another_dtype_is_left_to_the_model():
         use_fast_norms(fast)
         ids = torch.tensor([[5, 6, 7]])
         assert torch.equal(fast(ids).logits, model(ids).logits)
+
+
+def test_a_norm_that_takes_a_gate_is_left_to_the_model():
+    """As in models with linear attention: it has a weight and an epsilon, too, but is called with two tensors."""
+
+    class GatedNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x, gate):
+            normed = torch.nn.functional.rms_norm(x, (8,), self.weight, self.variance_epsilon)
+            return normed * torch.nn.functional.silu(gate)
+
+    model = torch.nn.Sequential(GatedNorm())
+    use_fast_norms(model)
+    assert "forward" not in vars(model[0])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from config.errors import UserError
 from tests.test_batching import PAD, make_store
-from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
+from tests.tiny_models import PACKABLE, VOCABULARY, tiny_model
 from trainers.data.batching import BatchLoader
 from trainers.data.cutters import PackedCutter, build_cutter
 from trainers.data.layout import PackedLayout, visible
@@ -28,7 +28,7 @@ from trainers.data.packing import (
 from trainers.data.prefixes import shared_prefixes
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 from trainers.distributed.parallelize import find_blocks
-from trainers.kernels import attention, cpu_attention
+from trainers.kernels import attention
 from trainers.kernels.attention import (
     PACKED,
     PackedMask,
@@ -111,7 +111,7 @@ def logps_and_gradients(model, batch):
 
 @pytest.mark.parametrize("shared", [(), SHARED])
 @pytest.mark.parametrize("segments", [3, 2])
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", PACKABLE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_log_probabilities_and_gradients_equal_the_padded_ones(tmp_path, name, dtype, segments, shared):
     store = store_of(tmp_path / "store", [shape[:segments] for shape in PAIRS], shared=shared)
@@ -130,7 +130,7 @@ def difference(name, model, batch, expected):
     return (sequence_logps(model, batch)[0] - expected).abs().max().item()
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", PACKABLE)
 def test_wrong_masks_and_wrong_positions_are_nats_away(tmp_path, name):
     """The negative controls: the comparison above would see responses that see each other, or that stand later."""
     store = store_of(tmp_path / "store", PAIRS)
@@ -306,17 +306,17 @@ def mask_of(layout, window) -> PackedMask:
     """What the kernels of a GPU get, on a CPU."""
     return PackedMask(
         attention._flex, torch.float32, None, layout.num_positions, window,
-        block_mask(layout, window, torch.device("cpu")), layout.row_starts(), layout.longest_row,
+        blocks=block_mask(layout, window, torch.device("cpu")), row_starts=layout.row_starts(),
+        longest_row=layout.longest_row,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("one_call", [0, 1024])
+@pytest.mark.parametrize("last", [(30, 60, 70), (3, 6, 7)])
 @pytest.mark.parametrize("prefixes", [None, ([6, 0, 0, 5], [0, 0, 2, 3]), ([6, 4, 0, 0], [0, 1, 0, 1])])
 @pytest.mark.parametrize("window", [None, 3])
-def test_block_masks_are_the_dense_ones(monkeypatch, window, prefixes, one_call):
+def test_block_masks_are_the_dense_ones(window, prefixes, last):
     """What flex_attention gets on a GPU, against a mask written pair by pair; its eager form gives the same output."""
-    monkeypatch.setattr(cpu_attention, "ONE_CALL", one_call)
-    shapes = [(4, 3, 5), (2, 0, 7), (1, 6, 0), (30, 60, 70)]
+    shapes = [(4, 3, 5), (2, 0, 7), (1, 6, 0), last]
     before, holders = prefixes or ([0] * 4, [0, 1, 2, 3])
     total = sum(map(sum, shapes)) + sum(before)
     dense = torch.zeros(total, total, dtype=torch.bool)
@@ -389,7 +389,7 @@ def test_the_kernel_is_chosen_by_device_dtype_and_rows():
     assert attention.kernel_for("cuda", full, one_sequence=True) is attention._flex  # float32 has no flash kernel
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", PACKABLE)
 def test_the_last_mlp_runs_on_the_needed_positions_alone(tmp_path, name):
     """Other positions get none of it, and their states are not the model's; ordinary passes are."""
     batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=True)
@@ -425,6 +425,39 @@ def test_a_model_that_ignores_its_positions_is_refused():
     model.base_model.forward = lambda position_ids=None, **rest: forward(**rest)
     with pytest.raises(UserError, match=r"Llama computes other states for packed rows.*packing=false"):
         check_packed_attention(*packed_and_alone(model, device=torch.device("cpu")), name="Llama")
+
+
+def test_a_model_that_cannot_read_the_mask_is_refused(monkeypatch):
+    """A model that cuts a mask to the length of its keys, as some do."""
+    model = tiny_model()
+    use_packed_attention(model)
+    forward = model.base_model.layers[0].forward
+
+    def cutting(states, attention_mask=None, **rest):
+        return forward(states, attention_mask=attention_mask and attention_mask[:, :, :9], **rest)
+
+    monkeypatch.setattr(model.base_model.layers[0], "forward", cutting)
+    with pytest.raises(UserError, match=r"cannot run on packed rows: write packing=false \(TypeError"):
+        packed_and_alone(model, device=torch.device("cpu"))
+
+
+def test_the_check_of_a_model_has_several_blocks_and_the_precision_of_the_run(monkeypatch):
+    seen = []
+
+    def spy(now, window, dtype, packed_mask=attention.packed_mask):
+        seen.append(packed_mask(now, window, dtype))
+        return seen[-1]
+
+    monkeypatch.setattr(attention, "packed_mask", spy)
+    model = packed_model(dtype=torch.float32)
+    assert max(mask.num_positions for mask in seen) > 256
+    assert {mask.dtype for mask in seen} == {torch.float32}
+    seen.clear()
+    bfloat16 = torch.bfloat16
+    packed, alone = packed_and_alone(model, device=torch.device("cpu"), autocast=bfloat16)
+    assert {mask.dtype for mask in seen} == {bfloat16}
+    assert not torch.equal(packed, packed_and_alone(model, device=torch.device("cpu"))[0])
+    check_packed_attention(packed, alone, name="Llama", autocast=bfloat16)
 
 
 def test_ordinary_passes_of_a_packed_model_are_those_of_sdpa():

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tests.test_packing import PAD, PAIRS, microbatch, packed_model, store_of
+from tests.tiny_models import PACKABLE
 from trainers.kernels import shortcuts as tables
 from trainers.kernels.logps import sequence_logps
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "gpt2", "gptj"])
+@pytest.mark.parametrize("name", [one for one in PACKABLE if one.values[0] in ("llama", "qwen2_tied", "gpt2", "gptj")])
 def test_gradients_of_two_micro_batches_are_those_of_autograd(tmp_path, name):
     """One embedding for input and output, a bias, positions of their own; a token that is the padding elsewhere."""
     batches = [microbatch(store_of(tmp_path / str(seed), PAIRS, seed), packing=True) for seed in (0, 1)]
@@ -60,3 +61,26 @@ def test_embeddings_that_do_more_are_left_to_the_model():
     scaled = type("Scaled", (torch.nn.Embedding,), {"forward": lambda self, ids: 2 * super().forward(ids)})(9, 4)
     assert tables.embed(scaled, ids) is None
     assert tables.embed(torch.nn.Embedding(9, 4, max_norm=1.0), ids) is None
+
+
+def test_equal_backward_passes_give_equal_bytes_with_two_threads():
+    """`index_put_` adds in any order on a CPU; the sums are also compared with those of float64."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 40, (4000,), generator=generator)
+    gradient = torch.randn(4000, 64, generator=generator)
+    truth = torch.zeros(40, 64, dtype=torch.float64).index_add_(0, ids, gradient.double())
+    table = torch.nn.Embedding(40, 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = set()
+        for _ in range(20):
+            table.zero_grad()
+            for part in range(2):  # the first gradient is made, the second is added to it
+                half = slice(2000 * part, 2000 * (part + 1))
+                tables.embed(table, ids[half]).backward(gradient[half])
+            results.add(table.weight.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(results) == 1
+    torch.testing.assert_close(table.weight.grad.double(), truth, rtol=1e-4, atol=1e-4)

@@ -23,6 +23,7 @@ import xxhash
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -242,12 +243,20 @@ def _hub_id(name: str) -> str:
 def _load_config(settings: ModelSettings) -> PretrainedConfig:
     source = _source(settings.name_or_path)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{settings.name_or_path}: its config.json cannot be used ({first_line(error)}). The folder must hold a "
             "causal language model that this version of transformers knows."
         ) from error
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    # Refused here, because transformers says only that one may ask it for support.
+    if isinstance(kind, type) and settings.attn_implementation == "sdpa" and not kind._supports_sdpa:
+        raise UserError(
+            f"{settings.name_or_path}: {kind.__name__} has no sdpa attention in transformers "
+            f"{transformers.__version__}; write model.attn_implementation=eager and, to train it, packing=false."
+        )
+    return config
 
 
 def _set_generation_config(model: PreTrainedModel, source: Path | str) -> None:

@@ -26,7 +26,8 @@ class PackedLayout:
         longest_row: Positions of the longest row, without a prefix.
         longest_sequence: Positions of the longest sequence, prefix and prompt included.
         table: (4, T or more) int32. Of each position its segment, the segments that are its row's prompt and prefix
-            (of a prefix: itself), and its position in its sequence.
+            (of a prefix: itself), and its position in its sequence. The width is at least BLOCK, and such that each of
+            the four is aligned on a GPU.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class PackedLayout:
         table = torch.stack(
             [of_position, prompts.flatten()[of_position], prefixes.flatten()[of_position], position]
         ).int()
-        return F.pad(table, (0, -self.num_positions % 64))  # so that each of the four is aligned on a GPU
+        width = max(BLOCK, -(-self.num_positions // 64) * 64)
+        return F.pad(table, (0, width - self.num_positions))
 
     def row_starts(self) -> Tensor:
         """Return where each row starts and the last one ends, prefixes apart: (B + 1,) int32."""

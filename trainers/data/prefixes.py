@@ -57,12 +57,7 @@ def shared_prefixes(store: TokenStore, rows: Tensor) -> Prefixes:
 
 
 def _common_tokens(store: TokenStore, rows: Tensor, limit: int) -> int:
-    """Count the first tokens, up to `limit`, that all these rows have in common; MIN_TOKENS of them are known to be."""
-    width = MIN_TOKENS
-    while width < limit:
-        width = min(2 * width, limit)
-        beginnings = store.beginnings(rows, width)
-        differs = (beginnings != beginnings[0]).any(dim=0)
-        if differs.any():
-            return int(differs.int().argmax())
-    return limit
+    """Count the first tokens, up to `limit`, that all these rows have in common."""
+    beginnings = store.beginnings(rows, limit)
+    differs = (beginnings != beginnings[0]).any(dim=0)
+    return int(differs.int().argmax()) if differs.any() else limit

@@ -22,6 +22,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
@@ -58,6 +59,7 @@ class PackedMask:
     needed: Tensor | None
     num_positions: int
     window: int | None
+    flex: Callable[..., Any] = flex_attention
     blocks: BlockMask | None = None
     row_starts: Tensor | None = None
     longest_row: int = 0
@@ -94,7 +96,8 @@ def packed_mask(now: ForwardPass, window: int | None, dtype: torch.dtype) -> Pac
     kernel = kernel_for(device.type, dtype, one_sequence=layout.one_sequence)
     mask = PackedMask(kernel, dtype, needed, layout.num_positions, window)
     if kernel is _flex:
-        mask.blocks = block_mask(layout, window, device)
+        # Here and not in the layer, which may be compiled itself, and then takes this function in as it is.
+        mask.flex, mask.blocks = _compiled_flex(), block_mask(layout, window, device)
     elif kernel is _varlen:
         mask.row_starts, mask.longest_row = _to_device(layout.row_starts(), device), layout.longest_row
     else:
@@ -111,8 +114,9 @@ def block_mask(layout: PackedLayout, window: int | None, device: torch.device) -
     for name, blocks in numbers.items():
         tensors[f"{name}_num_blocks"] = blocks[None, None, :, 0].contiguous()
         tensors[f"{name}_indices"] = blocks[None, None, :, 1:].contiguous()
+    size = max(layout.num_positions, BLOCK)
     return BlockMask(
-        seq_lengths=(layout.num_positions, layout.num_positions), BLOCK_SIZE=(BLOCK, BLOCK),
+        seq_lengths=(size, size), BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=lambda b, h, query, key: visible(table, query, key, window), **tensors,
     )  # fmt: skip
 
@@ -172,20 +176,24 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: 
 def _compiled_flex() -> Any:
     """Compile flex_attention for all sizes; an error, not its eager form of T x T scores, where it cannot be."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILATIONS)
+    # Two sizes that are equal by chance, such as blocks and head size, would be one to the compiled kernel.
+    torch.fx.experimental._config.use_duck_shape = False
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None) -> Tensor:
-    """Use `flex_attention`, which skips the blocks that hold nothing visible."""
-    run = flex_attention if query.device.type == "cpu" else _compiled_flex()  # eager on a CPU: for tests alone
-    query, key, value = (x.to(mask.dtype) for x in (query, key, value))
-    output = run(
+    """Use `flex_attention`, which skips the blocks that hold nothing visible.
+
+    Less than a block of positions is filled up: it would be compiled again for them.
+    """
+    size = query.shape[2]
+    query, key, value = (F.pad(x.to(mask.dtype), (0, 0, 0, max(0, BLOCK - size))) for x in (query, key, value))
+    output = mask.flex(
         query, key, value, block_mask=mask.blocks, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
-        # Below 128 positions flex_attention would choose its kernel for decoding, which has none for some numbers of
-        # heads.
+        # Not its kernel for decoding, which it would choose below 128 positions, and which some numbers of heads lack.
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )  # fmt: skip
-    return output.transpose(1, 2)
+    return output[:, :, :size].transpose(1, 2)
 
 
 AttentionInterface.register(PACKED, _attention)

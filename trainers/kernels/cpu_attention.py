@@ -15,24 +15,13 @@ from torch import Tensor
 
 from trainers.data.layout import PackedLayout, visible
 
-# Positions of a row that attends in one call; a longer one gains more from a call for each response, the first of
-# which needs no mask and skips half of the scores.
-ONE_CALL = 1024
-
-
-class Call(NamedTuple):
-    """One call of scaled dot product attention."""
-
-    num_queries: int
-    mask: Tensor | None  # (queries, keys), added to the scores; None: causal
-
 
 class Piece(NamedTuple):
     """Consecutive positions that attend together: of a row, or of a prefix."""
 
     length: int
     prefix: int | None  # the number of the piece whose positions are seen, too
-    calls: list[Call]
+    mask: Tensor | None  # (queries, keys), added to the scores; None: causal
 
 
 def pieces_of(layout: PackedLayout, window: int | None, dtype: torch.dtype) -> list[Piece]:
@@ -41,27 +30,26 @@ def pieces_of(layout: PackedLayout, window: int | None, dtype: torch.dtype) -> l
     holders: dict[int, tuple[int, Tensor]] = {}  # row -> the number of its prefix's piece, and the places of that
     place = torch.arange(layout.num_positions)
     rows = zip(layout.prefix_rows.tolist(), layout.lengths.tolist(), strict=True)
-    for i, (holder, (before, prompt, first, *others)) in enumerate(rows):
-        size = prompt + first + sum(others)
+    for i, (holder, (before, *own_lengths)) in enumerate(rows):
+        size = sum(own_lengths)
         prefix, own, place = place.split([before, size, len(place) - before - size])
         if before:
             holders[i] = (len(pieces), prefix)
-            pieces.append(Piece(before, None, [_call(layout, prefix, prefix, window, dtype)]))
+            pieces.append(Piece(before, None, _score_mask(layout, prefix, prefix, window, dtype)))
         number, prefix = holders.get(holder, (None, place[:0]))
-        calls, stop = [], 0
-        for queries in own.split([size] if size <= ONE_CALL else [prompt + first, *others]):
-            stop += len(queries)
-            # Keys of other responses in between are masked: to copy those that count would cost more.
-            calls.append(_call(layout, queries, torch.cat([prefix, own[:stop]]), window, dtype))
-        pieces.append(Piece(size, number, [call for call in calls if call.num_queries]))
+        if size:
+            keys = torch.cat([prefix, own])
+            pieces.append(Piece(size, number, _score_mask(layout, own, keys, window, dtype)))
     return pieces
 
 
-def _call(layout: PackedLayout, queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Call:
+def _score_mask(
+    layout: PackedLayout, queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype
+) -> Tensor | None:
     seen = visible(tuple(layout.table), queries[:, None], keys, window)
     if torch.equal(seen, torch.ones_like(seen).tril()):
-        return Call(len(queries), None)
-    return Call(len(queries), torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min))
+        return None
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def repeat_for_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,12 +70,7 @@ def attend_by_pieces(query: Tensor, key: Tensor, value: Tensor, pieces: list[Pie
         if piece.prefix is not None:
             k = torch.cat([all_keys[piece.prefix], k], dim=2)
             v = torch.cat([all_values[piece.prefix], v], dim=2)
-        stop = k.shape[2] - piece.length
-        for call, queries in zip(piece.calls, q.split([call.num_queries for call in piece.calls], 2), strict=True):
-            stop += call.num_queries
-            keys, values = (k, v) if stop == k.shape[2] else (k[:, :, :stop], v[:, :, :stop])
-            output = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=call.mask, is_causal=call.mask is None, scale=scale
-            )
-            outputs.append(output.transpose(1, 2))
+        mask = None if piece.mask is None else piece.mask.to(q.dtype)  # a model may attend in another dtype than asked
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)

@@ -1,4 +1,4 @@
-"""Arithmetic of a training step: for `mfu`, the share of what the GPU could do that the model needed; and bfloat16."""
+"""Arithmetic of a training step, for `mfu`: the share of what the GPU could do that the model needed; and bfloat16."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
-# Dense bfloat16 FLOP/s, from the vendor's data sheets; the first name that is part of the device's.
+# Dense bfloat16 FLOP/s, from the vendor's data sheets; the first name that is part of the device's. The boards named
+# NVL and PCIe have less power, and a lower clock, than those that are named by the chip alone (SXM).
 PEAK_FLOPS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
     "GH200": 9.89e14,
+    "H200 NVL": 8.36e14,
     "H200": 9.89e14,
+    "H100 NVL": 8.36e14,
     "H100 PCIe": 7.56e14,
     "H100": 9.89e14,
     "H800": 9.89e14,
@@ -25,7 +28,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of bfloat16 matrix products that a GPU is built for; None: a CPU, or a GPU that is not in the table."""
+    """Return the FLOP/s of bfloat16 matrix products that a GPU is built for; None: a CPU, or one not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -33,9 +36,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def emulates_bfloat16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether a CPU lacks the instructions for bfloat16 products, which then take several times as long as float32's.
+    """Return whether a CPU lacks instructions for bfloat16 products, which then take several times as long as others.
 
-    False where the kernel does not say.
+    False where the operating system does not say.
     """
     if device.type != "cpu" or not cpuinfo.is_file():
         return False
@@ -44,7 +47,7 @@ def emulates_bfloat16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo"
 
 
 def training_flops_per_token(model: Any) -> float:
-    """Forward and backward pass of a token through the blocks: 6 x their parameters (Kaplan et al. 2020, sec. 2.1).
+    """Return the FLOPs of a token in the blocks, both passes: 6 x their parameters (Kaplan et al. 2020, sec. 2.1).
 
     Embeddings, the output head and the products of attention are left out, so that `mfu` is a lower bound.
     """
@@ -52,6 +55,9 @@ def training_flops_per_token(model: Any) -> float:
     return 6.0 * sum(one.numel() for one in model.parameters() if id(one) not in embeddings)
 
 
-def head_flops_per_token(model: Any) -> float:
-    """Return what the output head adds to that for each target token, forward and backward."""
-    return 6.0 * model.get_output_embeddings().weight.numel()
+def head_flops_per_target(model: Any) -> float:
+    """Return the FLOPs of the output head for a target token, both passes: 6 x its parameters.
+
+    For `mfu_with_head`. The head is run on target tokens alone, so that its part counts with them, not with positions.
+    """
+    return 6.0 * float(model.get_output_embeddings().weight.numel())

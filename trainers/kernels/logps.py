@@ -284,24 +284,20 @@ def check_head(model: Any) -> None:
     finally:
         handle.remove()
         model.train(was_training)
+    problem = None
     if "input" in seen and seen["difference"].abs().max() > 1e-2 * expected.abs().max():
+        problem = "has an output embedding that is more than a matrix and a bias"
+    elif "input" not in seen or not _equal(seen["input"], expected):
+        problem = "changes its hidden states before the output embedding"
+    elif not torch.equal(logits.to(seen["output"].dtype), seen["output"]):
+        problem = "changes its logits after the output embedding (a soft cap, a scale or a shift)"
+    if problem is not None:
         raise UserError(
-            f"the output embedding of {type(model).__name__} is more than a matrix and a bias, which is all that "
-            "log-probabilities are computed from here; use a model without that."
+            f"{type(model).__name__} {problem}. Log-probabilities are computed here from the last hidden states and "
+            "that embedding alone, and would be wrong; use a model without that (Llama, Mistral, Qwen, GPT-NeoX, GPT-2 "
+            "and GPT-J are tested)."
         )
-    if (
-        "input" not in seen
-        or seen["input"].shape != expected.shape
-        or not torch.allclose(seen["input"], expected, equal_nan=True)
-    ):
-        raise UserError(
-            f"{type(model).__name__} changes its hidden states before the output embedding. Log-probabilities are "
-            "computed from the hidden states here and would be wrong; use a model without that (Llama, Mistral, "
-            "Qwen, GPT-NeoX, GPT-2 and GPT-J are tested)."
-        )
-    if not torch.equal(logits.to(seen["output"].dtype), seen["output"]):
-        raise UserError(
-            f"{type(model).__name__} changes its logits after the output embedding (a soft cap, a scale or a shift). "
-            "Log-probabilities are computed from the embedding's output here and would be wrong; use a model without "
-            "that (Llama, Mistral, Qwen, GPT-NeoX, GPT-2 and GPT-J are tested)."
-        )
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and torch.allclose(found, expected, equal_nan=True)

@@ -7,7 +7,7 @@ from typing import Any
 from trainers.data.batching import GlobalBatch
 from trainers.data.packing import num_positions, num_target_tokens, num_tokens
 from trainers.distributed.layout import Layout
-from trainers.kernels.flops import head_flops_per_token, peak_flops, training_flops_per_token
+from trainers.kernels.flops import head_flops_per_target, peak_flops, training_flops_per_token
 from trainers.run.metrics import MetricSums, peak_memory_gib
 
 
@@ -17,7 +17,7 @@ class Speed:
     def __init__(self, model: Any, layout: Layout) -> None:
         self._layout = layout
         self._peak_flops = peak_flops(layout.device)
-        self._block_flops, self._head_flops = training_flops_per_token(model), head_flops_per_token(model)
+        self._block_flops, self._head_flops = training_flops_per_token(model), head_flops_per_target(model)
 
     def add(self, metrics: MetricSums, batch: GlobalBatch, *, step_seconds: float, wait_seconds: float) -> None:
         """Add the rates of a step on a global batch.
