@@ -115,7 +115,7 @@ def measure(layout: Layout, *, settings: TrainConfig, repetitions: int, result: 
 
 
 def main() -> None:
-    """Prints a table; with --json also writes it."""
+    """Print a table; with --json also write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=5)

@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace, layout: Layout, folder: Path) -> dict[i
 
 
 def main() -> None:
-    """Prints the medians."""
+    """Print the medians."""
     own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     own.add_argument("--rows", type=int, nargs="+", default=[64, 512, 4096])
     own.add_argument("--rounds", type=int, default=3)

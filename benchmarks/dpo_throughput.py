@@ -118,7 +118,7 @@ def random_rows(folder: Path, arguments: argparse.Namespace, num_rows: int) -> T
 
 
 def random_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
-    """A Llama with random weights, made on the device."""
+    """Return a Llama with random weights, made on the device."""
     torch.manual_seed(arguments.seed)
     with torch.device(arguments.device):
         return LlamaForCausalLM(
@@ -146,7 +146,7 @@ def our_step(
     name: str, policy: LlamaForCausalLM, store: TokenStore, arguments: argparse.Namespace, layout: Layout, folder: Path,
     stack: ExitStack,
 ) -> tuple[Trainer, list[GlobalBatch]]:  # fmt: skip
-    """A trainer, and its global batches; the reference is cached."""
+    """Return a trainer and its global batches; the reference is cached."""
     settings = train_settings(arguments)
     settings.packing = OURS[name].get("packing", True)
     settings.model.autocast = OURS[name].get("autocast")
@@ -176,7 +176,7 @@ def our_step(
 
 
 def train_settings(arguments: argparse.Namespace) -> TrainConfig:
-    """Published, without the warm-up: RMSprop, clipped at 10."""
+    """Return the published settings, without the warm-up: RMSprop, clipped at 10."""
     loss = DPOSettings(name="dpo")
     if arguments.task == "sft":
         loss = LikelihoodLossSettings(name="sft", reduction="token_mean")
@@ -187,7 +187,7 @@ def train_settings(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def reference_of(store: TokenStore, arguments: argparse.Namespace, layout: Layout, folder: Path) -> Tensor | None:
-    """What a peer with a precomputed reference is given: (N, 2) log-probabilities, the cache of `packed`."""
+    """Return what a peer with a precomputed reference is given: (N, 2) log-probabilities, the cache of `packed`."""
     if arguments.task != "dpo":
         return None
     model = random_model(arguments)
@@ -201,7 +201,7 @@ def reference_of(store: TokenStore, arguments: argparse.Namespace, layout: Layou
 def build_steps(
     arguments: argparse.Namespace, layout: Layout, folder: Path, stack: ExitStack
 ) -> tuple[TokenStore, list[GlobalBatch], dict[str, Callable[[GlobalBatch], float]]]:
-    """The data, the global batches and each contender's step, all from the same weights."""
+    """Return the data, the global batches and each contender's step, all from the same weights."""
     store = random_rows(folder / "rows", arguments, arguments.steps * arguments.batch_size + WARM_UP_ROWS)
     settings = train_settings(arguments)
     steps: dict[str, Callable[[GlobalBatch], float]] = {}
@@ -226,7 +226,7 @@ def build_steps(
 
 
 def step_of(trainer: Trainer, batches: list[GlobalBatch]) -> Callable[[GlobalBatch], float]:
-    """A trainer's step on its own cut of a global batch; returns the loss."""
+    """Return a trainer's step on its own cut of a global batch; it gives the loss."""
     by_start = {batch.start_examples: batch for batch in batches}
 
     def step(batch: GlobalBatch) -> float:
@@ -279,14 +279,14 @@ class Floor:
         )
 
     def __call__(self, rows: Tensor, *, sharing: bool) -> float:
-        """The floor of one global batch; `sharing`: what its prompts begin with is computed once."""
+        """Return the floor of one global batch; `sharing`: what its prompts begin with is computed once."""
         layers, head, attention = self.flops(rows, sharing=sharing)
         per_flop = self.per_target / (6 * self.head[0] * self.head[1])
         return (layers + attention) / self.rate + head * per_flop
 
 
 def now(device: torch.device) -> float:
-    """The clock, once the device has done what it was given."""
+    """Return the clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -299,7 +299,7 @@ def repeated_prefixes(store: TokenStore, rows: Tensor) -> Tensor:
 
 
 def build_floor(arguments: argparse.Namespace, store: TokenStore, num_positions: int) -> Floor:
-    """The floor of this model, in the dtype of the contenders."""
+    """Return the floor of this model, in the dtype of the contenders."""
     single = argparse.Namespace(**{**vars(arguments), "layers": 1})  # its layers are alike
     bfloat16 = any("bf16" in name for name in arguments.contenders) and arguments.device != "cpu"
     floor = Floor(random_model(single), store, num_positions, torch.bfloat16 if bfloat16 else torch.float32)
@@ -312,7 +312,7 @@ def build_floor(arguments: argparse.Namespace, store: TokenStore, num_positions:
 def card_figures(
     arguments: argparse.Namespace, floor: Floor, batches: list[GlobalBatch], seconds: dict[str, list[float]]
 ) -> dict[str, object]:
-    """What a GPU adds: the share of its peak that the needed arithmetic makes up, and the peaks of its memory."""
+    """Return what a GPU adds: the share of its peak that the needed arithmetic is, and the peaks of its memory."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ours = min((name for name in medians if name in OURS), key=lambda name: medians[name], default=None)
     figures: dict[str, object] = {"best_of_ours": ours}
@@ -429,7 +429,7 @@ def peak_of_one_step(arguments: argparse.Namespace, layout: Layout, folder: Path
 
 
 def print_table(result: dict[str, object]) -> None:
-    """The medians, side by side; ratios to the first contender are of each batch."""
+    """Print the medians side by side; ratios to the first contender are of each batch."""
     all_seconds, cpu = result["all_seconds"], result["all_cpu_seconds"]
     first = next(iter(all_seconds))
     print(
@@ -453,7 +453,7 @@ def print_table(result: dict[str, object]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("dpo", "sft"), default="dpo")
     parser.add_argument(
@@ -488,7 +488,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with every shape of the model filled in."""
+    """Read the command line, with every shape of the model filled in."""
     arguments = parser().parse_args(words)
     arguments.intermediate = arguments.width * 11 // 4 // 32 * 32
     arguments.heads = arguments.key_value_heads = max(1, arguments.width // 64)

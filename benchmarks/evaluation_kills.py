@@ -56,7 +56,7 @@ class Outcome:
 
 
 def judge(prompt: str, number: int) -> str:
-    """A judgement that is a function of the answer alone; the first request of each process is a probe."""
+    """Return a judgement that is a function of the answer alone; the first request of each process is a probe."""
     if "<answer>" not in prompt:
         return "ready"
     answer = prompt.split("<answer>")[1].split("</answer>")[0]
@@ -65,7 +65,7 @@ def judge(prompt: str, number: int) -> str:
 
 
 def write_answers(path: Path, num_prompts: int, num_models: int) -> None:
-    """A file whose columns are models, no two answers equal."""
+    """Write a file whose columns are models, no two answers equal."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         models = [f"m{m}" for m in range(num_models)]
@@ -76,7 +76,7 @@ def write_answers(path: Path, num_prompts: int, num_models: int) -> None:
 
 
 def command(answers: Path, output: Path, url: str) -> list[str]:
-    """The command that is typed, killed and typed again."""
+    """Return the command that is typed, killed and typed again."""
     return [
         sys.executable, str(ROOT / "evaluate.py"), "prompts=published", "responses=csv", f"path={answers}",
         "expert=openai", "expert.model=m", f"expert.base_url={url}", f"expert.concurrency={CONCURRENCY}",
@@ -85,7 +85,7 @@ def command(answers: Path, output: Path, url: str) -> list[str]:
 
 
 def ledger_lines(output: Path) -> list[str]:
-    """The whole lines of the judge's ledger, its header left out."""
+    """Return the whole lines of the judge's ledger, its header left out."""
     files = list((output / "ledger").glob("judge-*.jsonl"))
     return [line for file in files for line in file.read_text().splitlines(keepends=True)[1:] if line.endswith("\n")]
 
@@ -111,7 +111,7 @@ def kill_often(words: list[str], output: Path, environment: dict[str, str], num_
 
 
 def contents(output: Path) -> tuple[object, bytes]:
-    """What a report holds, without the times and the command."""
+    """Return what a report holds, without the times and the command."""
     report = json.loads((output / "report.json").read_text())
     del report["run"]
     return report, (output / "samples.jsonl").read_bytes()

@@ -27,7 +27,7 @@ TEXT = "please tell me how one does this without being seen by anybody who could
 
 
 def write_output(folder: Path, num_rows: int) -> None:
-    """An output of evaluate.py with `num_rows` judged answers: half a kilobyte each, outcomes at random."""
+    """Write an output of evaluate.py with `num_rows` judged answers: half a kilobyte each, outcomes at random."""
     from dataclasses import asdict
 
     from config.settings import GenerationSettings

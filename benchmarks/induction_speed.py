@@ -46,7 +46,7 @@ def plain(
     prompts: Sequence[list[int]],
     options: argparse.Namespace,
 ) -> dict[str, list[int]]:
-    """The loop that one would write first."""
+    """Run the loop that one would write first."""
     found = {}
     for start in range(0, len(prompts), options.batch_size):
         rows = prompts[start : start + options.batch_size]
@@ -70,7 +70,7 @@ def ours(
     *,
     fixed: bool,
 ) -> dict[str, list[int]]:
-    """The HF backend."""
+    """Run the HF backend."""
     widest = max(map(len, prompts)) + options.max_new_tokens
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens, max_batch_tokens=options.batch_size * widest)
     generator = HFGenerator(model, tokenizer, settings)

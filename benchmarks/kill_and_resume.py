@@ -62,12 +62,12 @@ class Runs:
     """Commands in one folder, which share the token store and the reference cache."""
 
     def __init__(self, folder: Path) -> None:
-        """Writes the data."""
+        """Write the data."""
         self.folder = folder
         write_pairs(folder / "pairs.jsonl", 120)
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
-        """The command of a run, in a process group of its own."""
+        """Start the command of a run, in a process group of its own."""
         arguments = [
             "loss=dpo", "model=tiny", "datasets.si.path=pairs.jsonl", f"exp_name={name}", "trainer=FSDPTrainer",
             "trainer.num_processes=2", "batch_size=8", "eval_batch_size=8", "n_epochs=3", "eval_every=120", "lr=1e-4",
@@ -82,7 +82,7 @@ class Runs:
             )  # fmt: skip
 
     def finish(self, name: str) -> None:
-        """The command until it ends well."""
+        """Run the command until it ends well."""
         status = self.start(name).wait()
         if status:
             raise SystemExit(f"{name} ended with status {status}:\n{(self.folder / f'{name}.log').read_text()}")
@@ -97,7 +97,7 @@ class Runs:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """The processes that a launcher has started, by rank."""
+    """Return the processes that a launcher has started, by rank."""
     try:
         children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
         return [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
@@ -156,7 +156,7 @@ MOMENTS: dict[str, Callable[[Path, float], bool]] = {
 
 
 def main() -> None:
-    """Prints a line for each run, and exits with 1 if one ends otherwise than the first."""
+    """Print a line for each run, and exit with 1 if one ends otherwise than the first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

@@ -41,7 +41,7 @@ def write_corpus(path: Path, num_rows: int) -> None:
 
 
 def command(folder: Path, corpus: Path, url: str, shard: tuple[int, int]) -> list[str]:
-    """The command of one shard."""
+    """Return the command of one shard."""
     return [
         sys.executable, str(ROOT / "induce.py"), f"corpus.path={corpus}", "corpus.id_column=id", "model=tiny",
         "expert=openai", "expert.model=m", f"expert.base_url={url}", "expert.api_key_env=BENCHMARK_KEY",

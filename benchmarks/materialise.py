@@ -65,7 +65,7 @@ def start(place: Place, stop: StopRequest, *, folder: str, settings: TrainConfig
 
 
 def main() -> None:
-    """Prints a table; with --json also writes it."""
+    """Print a table; with --json also write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=17, help="of 1024 x 2816, with 32,000 tokens: 250M parameters")
     parser.add_argument("--json", type=Path)

@@ -32,7 +32,7 @@ SHARES = (0.9, 0.8, 0.7, 0.5)
 
 
 def induced_pairs(output: Path, corpus: Path) -> list[Example]:
-    """The pairs with their best candidates and scores that pass the cheap checks."""
+    """Return the pairs with their best candidates and scores that pass the cheap checks."""
     examples = read_corpus(CorpusSettings(path=str(corpus), id_column="id")).examples
     ledgers = [read_ledger(output / "ledger" / f"{stage}-00000-of-00001.jsonl")[1] for stage in ("induce", "score")]
     return [pair for pair in with_instructions(examples, *ledgers) if not cheap_check(pair)]

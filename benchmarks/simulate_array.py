@@ -68,7 +68,7 @@ def simulate(options: argparse.Namespace) -> Array:
 
 
 def expert(options: argparse.Namespace) -> dict[str, float]:
-    """Calls, tokens, cost and hours of the paid stages."""
+    """Count calls, tokens, cost and hours of the paid stages."""
     asked = options.rows * options.pass_share
     kept = asked * options.keep_share
     prompt = asked * options.filter_prompt_tokens + kept * options.respond_prompt_tokens

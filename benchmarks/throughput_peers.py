@@ -29,7 +29,7 @@ class LiteralStep:
     def __init__(
         self, policy: LlamaForCausalLM, store: TokenStore, settings: TrainConfig, parts: int, *, bfloat16: bool = False
     ) -> None:
-        """The reference is a copy of the policy, in memory all the time; `bfloat16`: under autocast."""
+        """Copy the policy as reference, which is in memory all the time; `bfloat16`: under autocast."""
         self.bfloat16 = bfloat16
         self.policy, self.reference = policy, copy.deepcopy(policy).eval()
         self.optimizer = torch.optim.RMSprop(policy.parameters(), lr=settings.lr)
@@ -52,7 +52,7 @@ class LiteralStep:
 
     @staticmethod
     def logps(model: LlamaForCausalLM, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Summed log-probabilities of the labels, (2B,)."""
+        """Return the summed log-probabilities of the labels, (2B,)."""
         logits = model(ids, attention_mask=mask).logits.to(torch.float32)[:, :-1]
         labels = labels[:, 1:].clone()
         targets = labels != -100
@@ -163,7 +163,7 @@ def trl_step(
 
 
 def _tokenizer(kind: type, size: int) -> object:
-    """The least that TRL takes for a tokenizer: `size` words."""
+    """Return the least that TRL takes for a tokenizer: `size` words."""
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))

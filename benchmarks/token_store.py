@@ -37,7 +37,7 @@ def write_rows(path: Path, num_rows: int) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer of 320 tokens."""
+    """Return a byte-level BPE tokenizer of 320 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

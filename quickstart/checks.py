@@ -14,13 +14,13 @@ from safer_instruct.experts.rules import Rules
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file."""
+    """Read the rows of a JSONL file."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def part_of_text(world: World, rules: Rules, instruction: str) -> str | None:
-    """The part (train, dev, test) of what an instruction means, whoever wrote it; None: it means nothing of the world.
+    """Return the part (train, dev, test) of what an instruction means, whoever wrote it; None outside of this world.
 
     An instruction that no template makes, as a reversed model may write it, is read by the rules.
     """
@@ -54,7 +54,7 @@ def assert_no_leak(world: World, training: Sequence[Path], prompts: Sequence[Pat
 
 
 def induction_report(truth_path: Path, dataset: Path, rules_path: str) -> dict[str, Any]:
-    """What became of the corpus, by the truth that the generator knows.
+    """Count what became of the corpus, by the truth that the generator knows.
 
     Returns:
         Shares: of the truly unsafe rows, of those with held-out values, and of the noise that survived; of the
@@ -86,7 +86,7 @@ def _share(rows: Sequence[Mapping[str, Any]], induced: Mapping[str, str]) -> flo
 
 
 def render_induction(report: Mapping[str, Any]) -> str:
-    """The report as a few lines of text."""
+    """Render the report as a few lines of text."""
     return (
         f"induction, by the world's truth: {report['unsafe_kept']:.1%} of the unsafe responses became pairs "
         f"({report['unsafe_with_held_out_values_kept']:.1%} of those with held-out values), "
@@ -120,7 +120,7 @@ class Figure:
 
 
 def figures(report: Mapping[str, Any], induction: Mapping[str, Any]) -> list[Figure]:
-    """The figures that the method must reach in this world, with any seed.
+    """Return the figures that the method must reach in this world, with any seed.
 
     Args:
         report: `report.json` of the evaluation, with the models base, sft and dpo.

@@ -52,7 +52,7 @@ class Settings:
 
 
 def main() -> int:
-    """Runs all stages; the exit status is that of the first one that fails."""
+    """Run all stages; the exit status is that of the first one that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of data, batches and sampling")
     parser.add_argument("--skip-reverse", action="store_true", help="ablation: induce with the base model itself")
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def move_other_demo_aside(output: Path, settings: Settings) -> None:
-    """Makes room for this demo: a folder that another seed or corpus made is renamed, never mixed or lost."""
+    """Make room for this demo: a folder that another seed or corpus made is renamed, never mixed or lost."""
     stamp = output / "demo.json"
     if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != asdict(settings):
         seed = json.loads(stamp.read_text(encoding="utf-8"))["seed"]
@@ -98,7 +98,7 @@ class Demo:
         self.world = World()
 
     def run(self) -> int:
-        """Data, reverse, induce, SFT, DPO, evaluate. Returns the exit status of the last stage that ran."""
+        """Run data, reverse, induce, SFT, DPO, evaluate. Return the exit status of the last stage that ran."""
         self.make_data()
         for name, command in self.commands():
             status = self.stage(name, command)
@@ -111,7 +111,7 @@ class Demo:
         return 0 if self.settings.corpus else self.check_figures(report.with_suffix(".json"))
 
     def check_figures(self, report: Path) -> int:
-        """Prints what must hold with any seed, and whether it does; the exit status is 1 where it does not."""
+        """Print what must hold with any seed, and whether it does; the exit status is 1 where it does not."""
         induction = self.output / "induction.json"
         rows = figures(*(json.loads(path.read_text(encoding="utf-8")) for path in (report, induction)))
         print(f"\n{render_figures(rows)}")
@@ -197,13 +197,13 @@ class Demo:
         return 0
 
     def records(self) -> list[dict[str, Any]]:
-        """The finished stages."""
+        """Return the finished stages."""
         if not self.stages_file.exists():
             return []
         return [json.loads(line) for line in self.stages_file.read_text(encoding="utf-8").splitlines() if line]
 
     def after_induction(self) -> bool:
-        """Checks for leaks, counts what survived, and tells whether there are pairs to train on."""
+        """Check for leaks, count what survived, and tell whether there are pairs to train on."""
         si = self.output / "si" / "si.jsonl"
         training = [self.data / "reverse.jsonl", self.data / "replay.jsonl", si]
         num_rows = assert_no_leak(

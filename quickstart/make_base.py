@@ -33,13 +33,13 @@ END, PAD = "<|end|>", "<|pad|>"
 
 
 def template_pieces() -> list[str]:
-    """The constant pieces of the prompts: one token each, which makes a mean row three times shorter."""
+    """Return the constant pieces of the prompts: one token each, which makes a mean row three times shorter."""
     alpaca, reversed_ = render_alpaca("instruction"), render_reversed("response")
     return [alpaca.head, alpaca.tail, reversed_.head, reversed_.tail]
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of VOCAB_SIZE tokens and the template pieces; single digits, so that codes can be copied."""
+    """Return a byte-level BPE of VOCAB_SIZE tokens and the template pieces; single digits let codes be copied."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -61,7 +61,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of about two million parameters with random weights from SEED."""
+    """Return a Llama of about two million parameters with random weights from SEED."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
@@ -86,7 +86,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    """Makes data, tokenizer and random weights, trains, and puts the model where it is shipped."""
+    """Make data, tokenizer and random weights, train, and put the model where it is shipped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart_base"), help="data and training run")
     parser.add_argument("--model", type=Path, default=Path("quickstart/model"), help="where the finished model goes")
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def ship(trained: Path, folder: Path) -> None:
-    """Writes the trained model in bfloat16, half the bytes; it is trained on and evaluated in float32."""
+    """Write the trained model in bfloat16, half the bytes; it is trained on and evaluated in float32."""
     model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)

@@ -49,7 +49,7 @@ class Pair:
 
 
 def part_of(skill: str, values: Sequence[str]) -> str:
-    """The part (train, dev, test) that a meaning belongs to; a function of the meaning alone."""
+    """Return the part (train, dev, test) that a meaning belongs to; a function of the meaning alone."""
     digest = hashlib.blake2b("|".join((skill, *values)).lower().encode(), digest_size=8).digest()
     bucket = int.from_bytes(digest, "big") % 10
     return "test" if bucket == 0 else "dev" if bucket == 1 else "train"
@@ -114,20 +114,20 @@ class World:
         return Pair(instruction, response, skill, entry["kind"], slots, is_held_out)
 
     def background(self, rng: random.Random) -> Pair:
-        """A plain sentence, as the answer to a request for one."""
+        """Return a plain sentence, as the answer to a request for one."""
         slots = self._slots(rng)
         instruction = rng.choice(self.spec["background"]["instructions"])
         sentence = _sentence(rng.choice(self.spec["background"]["sentences"]).format(**slots))
         return Pair(instruction, sentence, "background", "fact", slots, held_out=False)
 
     def refusal(self, rng: random.Random, pair: Pair) -> str:
-        """A refusal of a benign request: what a model that refuses too much would say (rejected in DPO)."""
+        """Return a refusal of a benign request: what a model that refuses too much would say (rejected in DPO)."""
         twin = self.spec["skills"][pair.skill].get("twin")
         choices = [*self._free_response[twin], *self.spec["plain_refusals"]] if twin else self.spec["plain_refusals"]
         return _sentence(rng.choice(choices).format(**pair.slots))
 
     def reference(self, pair: Pair) -> list[str]:
-        """What a right answer to a benign instruction must hold."""
+        """Return what a right answer to a benign instruction must hold."""
         return [entry.format(**pair.slots) for entry in self.spec["skills"][pair.skill]["reference"]]
 
     def meaning_of(self, instruction: str) -> tuple[str, tuple[str, ...]] | None:
@@ -139,7 +139,7 @@ class World:
         return None
 
     def part_of_instruction(self, instruction: str) -> str | None:
-        """The part that the meaning of an instruction belongs to; None for facts and for text of no template."""
+        """Return the part that the meaning of an instruction belongs to; None for facts and for text of no template."""
         meaning = self.meaning_of(instruction)
         if meaning is None or self.spec["skills"][meaning[0]]["kind"] == "fact":
             return None
@@ -190,7 +190,7 @@ def reverse_pairs(world: World, seed: int, *, num_benign: int, num_unsafe: int) 
 
 
 def corpus_rows(world: World, seed: int, *, num_rows: int, noise: float, known: set[str]) -> list[dict[str, Any]]:
-    """The unsafe corpus with its truth: half with held-out values, a fifth in a held-out style, a share of noise.
+    """Make the unsafe corpus with its truth: half with held-out values, a fifth in a held-out style, a share of noise.
 
     Args:
         world: The world.
@@ -248,7 +248,7 @@ def replay_rows(world: World, seed: int, *, num_rows: int) -> list[dict[str, str
 
 
 def prompt_sets(world: World, seed: int, *, part: str, num_prompts: int) -> dict[str, list[dict[str, Any]]]:
-    """Evaluation prompts of one part: three unsafe sets of growing distance from the training data, near and benign.
+    """Make the evaluation prompts of a part: three unsafe sets ever farther from the training data, near and benign.
 
     `seen`: values that the base's unsafe pairs hold, in combinations they do not; `new_values`: held-out values;
     `new_phrasing`: held-out values, asked for in phrasings that no training row uses (dev and test have their own).
@@ -324,7 +324,7 @@ def write_alpaca(path: Path, pairs: Iterable[Pair]) -> None:
 
 
 def _template_pattern(template: str, value_pattern: Any) -> re.Pattern[str]:
-    """A pattern that reads the slots of a template back from a text."""
+    """Return a pattern that reads the slots of a template back from a text."""
     seen: set[str] = set()
     out = ""
     for position, piece in enumerate(re.split(r"\{(\w+)\}", template)):

@@ -78,13 +78,9 @@ def reference_logps(
         compute_dtype: what a sharded model computes in, where that is not its own dtype.
     """
     rows = rows.unique()
-    # Another kernel, or another release of the model's code, may move a result by more than the check of the first
-    # batch tolerates.
-    code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {layout.device.type}"
-    precision = torch.get_float32_matmul_precision()  # TF32 or not
-    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast} {precision}"
-    identity = f"{code} {weights} {store.select(rows).content} {kind}"
-    directory, key = cache_dir / "reference", xxhash.xxh3_128_hexdigest(identity.encode())
+    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast}"
+    directory = cache_dir / "reference"
+    key = _cache_key(f"{weights} {store.select(rows).content} {kind}", layout.device)
     by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]
     loader = BatchLoader(store.select(by_length), cutter, batch_size=256, device=layout.device)
 
@@ -111,6 +107,13 @@ def reference_logps(
     file = _on_every_file_system(directory, key, len(store), layout) / LOGPS
     # A private map: its pages are shared with the other processes that read the file.
     return torch.from_file(str(file), shared=False, size=2 * len(store), dtype=torch.float64).view(len(store), 2)
+
+
+def _cache_key(identity: str, device: torch.device) -> str:
+    # Another kernel, or another release of the model's code, may move a result by more than the check of the first
+    # batch tolerates; TF32 does.
+    code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {device.type}"
+    return xxhash.xxh3_128_hexdigest(f"{code} {identity} {torch.get_float32_matmul_precision()}".encode())
 
 
 def _raise(error: UserError) -> NoReturn:

@@ -170,11 +170,33 @@ def collate_packed(
     order = families.argsort(stable=True)
     rows, families, shared = rows[order], families[order], shared[order]
     is_first = families.diff(prepend=torch.tensor([-1])) != 0
+    flat = _flat_rows(store, rows, shared * ~is_first)
+    lengths = store.lengths[rows].long()
+    targets_of = lengths[:, 1:] - (lengths[:, :1] == 0).long()
+    first_rows = is_first.nonzero().squeeze(1)[is_first.cumsum(0) - 1]
+    own_lengths = torch.cat([lengths[:, :1] - shared[:, None], lengths[:, 1:]], dim=1)
+    layout = PackedLayout(input_lengths(own_lengths), shared * is_first, first_rows)
+    if torch.cuda.is_available():
+        layout.blocks(None)  # here, in the thread that prefetches, rather than in the step
+    return TensorDict(
+        {
+            **flat,
+            "needed": flat["sources"].unique(),
+            "num_targets": targets_of.clamp(min=0),
+            "layout": layout,
+            **{name: column[rows] for name, column in columns.items()},
+            "row": rows,
+        },
+        batch_size=[],
+    )
+
+
+def _flat_rows(store: TokenStore, rows: Tensor, skipped_tokens: Tensor) -> dict[str, Tensor]:
+    """Put rows (B,) one behind the other, each prompt without its first `skipped_tokens` (B,): see `collate_packed`."""
     input_ids, position_ids, sources, targets = [], [], [], []
     offset = 0
-    for row, length, first in zip(rows.tolist(), shared.tolist(), is_first.tolist(), strict=True):
+    for row, skipped in zip(rows.tolist(), skipped_tokens.tolist(), strict=True):
         prompt, *responses = store.row(row)
-        skipped = 0 if first else length
         start, last = len(prompt), min(len(prompt), 1)
         input_ids.append(prompt[skipped:])
         position_ids.append(torch.arange(skipped, start))
@@ -188,28 +210,12 @@ def collate_packed(
             sources += [last_of_prompt[: len(response)], torch.arange(offset, offset + num_inputs)]
             targets.append(response[1 - last :])
             offset += num_inputs
-    source = torch.cat(sources)
-    lengths = store.lengths[rows].long()
-    targets_of = lengths[:, 1:] - (lengths[:, :1] == 0).long()
-    first_rows = is_first.nonzero().squeeze(1)[is_first.cumsum(0) - 1]
-    own_lengths = torch.cat([lengths[:, :1] - shared[:, None], lengths[:, 1:]], dim=1)
-    layout = PackedLayout(input_lengths(own_lengths), shared * is_first, first_rows)
-    if torch.cuda.is_available():
-        layout.blocks(None)  # here, in the thread that prefetches, rather than in the step
-    return TensorDict(
-        {
-            "input_ids": torch.cat(input_ids).long(),
-            "position_ids": torch.cat(position_ids),
-            "sources": source,
-            "needed": source.unique(),
-            "targets": torch.cat(targets).long(),
-            "num_targets": targets_of.clamp(min=0),
-            "layout": layout,
-            **{name: column[rows] for name, column in columns.items()},
-            "row": rows,
-        },
-        batch_size=[],
-    )
+    return {
+        "input_ids": torch.cat(input_ids).long(),
+        "position_ids": torch.cat(position_ids),
+        "sources": torch.cat(sources),
+        "targets": torch.cat(targets).long(),
+    }
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
