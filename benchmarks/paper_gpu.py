@@ -159,7 +159,7 @@ class PaperCompiler:
 
     def _keep_code(self, lowering: Any) -> None:
         code = lowering.codegen()[0]
-        text = getattr(code, "value", code)
+        text = code if isinstance(code, str) else code.value
         if self.to_machine_code:
             for name, source in triton_sources(text):
                 if "flex" in name:

@@ -36,7 +36,7 @@ def test_a_whole_run_compiles_attention_at_most_three_times():
 
 @pytest.mark.timeout(900)
 def test_every_architecture_takes_a_step_in_every_precision():
-    """For pairs with flex_attention, for single responses in 16 bits with flash attention; nothing waits."""
+    """Pairs with flex_attention, single responses in 16 bits with flash attention; and nothing waits for a value."""
     results = results_of("--parts", "architectures")
     assert {one["precision"] for one in results} == {"float32", "bfloat16", "autocast"}
     assert len({one["architecture"] for one in results}) >= 5

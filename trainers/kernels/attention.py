@@ -181,13 +181,19 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
+def _filled_up(states: Tensor) -> Tensor:
+    """Add positions up to a block, in the order of memory that states mostly have: positions before heads."""
+    missing = max(0, BLOCK - states.shape[2])
+    return F.pad(states.transpose(1, 2), (0, 0, 0, 0, 0, missing)).transpose(1, 2) if missing else states
+
+
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None) -> Tensor:
     """Use `flex_attention`, which skips the blocks that hold nothing visible.
 
     Less than a block of positions is filled up: it would be compiled again for them.
     """
     size = query.shape[2]
-    query, key, value = (F.pad(x.to(mask.dtype), (0, 0, 0, max(0, BLOCK - size))) for x in (query, key, value))
+    query, key, value = (_filled_up(x.to(mask.dtype)) for x in (query, key, value))
     output = mask.flex(
         query, key, value, block_mask=mask.blocks, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
         # Not its kernel for decoding, which it would choose below 128 positions, and which some numbers of heads lack.
@@ -218,8 +224,8 @@ def use_packed_attention(model: Any) -> None:
 # run where no prefix is shared, and of so many that the scores have several blocks, as in training. No sequence is
 # longer than the shortest context of a model in use.
 CHECKED_ROWS: tuple[tuple[int, list[tuple[int, ...]]], ...] = (
-    (0, [(3, 4, 2), (2, 1, 5)]),
-    (0, [(3, 4), (2, 5)]),
+    (0, [(16, 12, 10), (1, 2, 30)] * 2),
+    (0, [(16, 30), (1, 20)] * 2),
     (3, [(16, 12, 10), (1, 2, 30)] * 4),
 )
 NOT_NEEDED = [0, 4, 8, 200]  # places of the last of these whose states are not asked for
