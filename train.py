@@ -22,6 +22,7 @@ from config.settings import TrainConfig
 if __name__ == "__main__":
     command = read_command("config", TrainConfig, check_train)  # before torch is imported: a mistake need not wait
 
+import re
 import sys
 import time
 from collections import Counter
@@ -53,6 +54,7 @@ from trainers.dry_run import print_estimate
 from trainers.kernels.attention import PACKED, check_packed_attention, packed_and_alone, use_packed_attention
 from trainers.kernels.logps import autocast_dtype, check_head
 from trainers.objectives import LOSSES, build_objective
+from trainers.optimizers import warmup_note
 from trainers.reference import attach_reference, weights_key
 from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
@@ -89,6 +91,7 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
         manifest = {**manifest, "data": data, "processes": layout.world_size}
         layout.on_main(lambda: run.write_manifest(manifest))
         train_loader, eval_loader = build_loaders(config, stores, tokenizer, layout)
+        say_if_warmup_never_ends(config, train_loader, layout)
         if layout.on_main(lambda: is_finished(run, train_loader.total_examples, data=stores.train.content)):
             if layout.is_main:
                 print(f"{run.path} is finished: {train_loader.total_examples} examples. {next_step(config, run)}")
@@ -289,6 +292,13 @@ def build_sampler(
     return sample
 
 
+def say_if_warmup_never_ends(config: TrainConfig, loader: BatchLoader, layout: Layout) -> None:
+    """Print a note if the learning rate never reaches `lr`: the default warm-up is that of a long run."""
+    note = warmup_note(loader.steps, config)
+    if note and layout.is_main:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
 def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
     """Print what the run would be and what it would take (`dry_run`)."""
 
@@ -296,6 +306,7 @@ def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokeni
         return build_trainer(settings, stores, first, largest, tokenizer, run.path.parent, run, layout)
 
     loaders = [loader for loader in build_loaders(config, stores, tokenizer, layout) if loader is not None]
+    say_if_warmup_never_ends(config, loaders[0], layout)
     print_estimate(
         config, layout, loaders, cut=cut_texts(stores), make_trainer=make_trainer,
         count_parameters=lambda: skeleton(config).num_parameters(),
@@ -311,16 +322,22 @@ def cut_texts(stores: TrainEval) -> dict[str, int]:
     return {"prompts": noted["prompt_cut"], "responses": responses}
 
 
+def typed(key: str, value: object) -> str:
+    """Spell an override as it is typed: with quotes for shell and Hydra where the value has more than plain words."""
+    return f"{key}={value}" if re.fullmatch(r"[\w./~-]+", str(value)) else f"\"{key}='{value}'\""
+
+
 def next_step(config: TrainConfig, run: RunDir) -> str:
     """Return where the weights are, and the next command of the method."""
     commands = {
-        "reverse": f"python induce.py model.name_or_path={run.path} corpus.path=FILE expert=rules output=FOLDER",
-        "sft": f"python train.py loss=dpo model.name_or_path={config.model.name_or_path} model.archive={run.path} "
-        "model=blank_model datasets=[si] datasets.si.path=FOLDER exp_name=NAME",
+        "reverse": f"python induce.py {typed('model.name_or_path', run.path)} corpus.path=FILE expert=rules "
+        "output=FOLDER",
+        "sft": f"python train.py loss=dpo model=blank_model {typed('model.name_or_path', config.model.name_or_path)} "
+        f"{typed('model.archive', run.path)} 'datasets=[si]' datasets.si.path=FOLDER exp_name=NAME",
     }
     evaluate = (
-        f"python evaluate.py models.base.path={config.model.name_or_path} models.{config.loss.name}.path={run.path} "
-        "prompts.NAME.path=FILE expert=rules output=FOLDER"
+        f"python evaluate.py {typed('models.base.path', config.model.name_or_path)} "
+        f"{typed(f'models.{config.loss.name}.path', run.path)} prompts.NAME.path=FILE expert=rules output=FOLDER"
     )
     where = f"weights: {run.latest / 'model'}" if run.latest.exists() else "no checkpoint was written (debug=true)"
     return f"{where}\nnext: {commands.get(config.loss.name, evaluate)}"

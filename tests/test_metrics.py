@@ -163,6 +163,19 @@ def test_wandb_gets_the_same_rows_and_resumes_the_same_run(tmp_path, fake_wandb,
     assert (fake_wandb[1][0]["id"], fake_wandb[1][0]["resume"]) == ("abc123", "allow")
 
 
+def test_a_wandb_that_fails_does_not_stop_the_run(tmp_path, fake_wandb, capsys, monkeypatch):
+    """Slurm signals a whole step: wandb's own process is gone before the run has saved."""
+    monkeypatch.setattr(FakeRun, "log", lambda self, row: (_ for _ in ()).throw(BrokenPipeError()))
+    monkeypatch.setattr(FakeRun, "finish", lambda self, exit_code: pytest.fail("it is left out from there on"))
+    run, log = wandb_log(tmp_path)
+    with run, log:
+        for examples in (4, 8):
+            log.write({"counters/examples": examples})
+        assert log.state()["wandb_id"] == "abc123"  # a later start resumes the same run
+    assert run.metrics.read_text().count("\n") == 2
+    assert capsys.readouterr().err.count("wandb failed (BrokenPipeError)") == 1
+
+
 def test_sample_text_reaches_wandb_only_if_asked_for(tmp_path, fake_wandb):
     for log_text in (False, True):
         run, log = wandb_log(tmp_path / str(log_text), log_text=log_text)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from config.settings import TrainConfig
 from trainers.distributed import sharding
 from trainers.distributed.launch import launch
-from trainers.optimizers import RMSprop, build_optimizer, rmsprop_pass
+from trainers.optimizers import RMSprop, build_optimizer, learning_rate, rmsprop_pass, warmup_note
 
 SIZE = 1000 * 1000
 BYTES_OF_CLIP, BYTES_OF_STEP = 4, 20  # of a float32 parameter; together at most 24
@@ -145,3 +145,11 @@ def test_on_a_cpu_the_optimizer_is_torchs_own():
     with torch.device("meta"):
         on_device = [torch.nn.Parameter(torch.empty(3))]
     assert type(build_optimizer(on_device, TrainConfig(exp_name="x"))) is torch.optim.RMSprop
+
+
+def test_a_warm_up_that_the_run_does_not_outlast_is_said():
+    settings = TrainConfig(exp_name="x", warmup_steps=150)
+    assert "150 steps is not over when this run ends, after 3" in warmup_note(3, settings)
+    assert "2% of lr" in warmup_note(3, settings)  # 3 / 151
+    assert learning_rate(2, 3, settings) == pytest.approx(settings.lr * 3 / 151)
+    assert warmup_note(151, settings) == warmup_note(3, TrainConfig(exp_name="x", warmup_ratio=0.1)) == ""

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from config.schema import compose_config
+from config.settings import TrainConfig
 from tests.commands import metrics, run, start, without_times, write_alpaca, write_pairs
+from train import typed
 from trainers.run.speed_notes import speed_notes
 
 pytestmark = pytest.mark.slow
@@ -235,3 +237,26 @@ def test_a_slow_gpu_run_is_told_which_keys_to_change():
         preset = compose_config("config", [f"experiment={name}", "model=tiny", "datasets.si.path=FILE"])
         assert (preset.model.autocast, preset.trainer.compile) == ("bfloat16", True)
         assert speed_notes(preset, gpu) == []
+
+
+def test_weights_too_large_for_a_step_in_sixteen_bits_are_said():
+    """Against the arithmetic itself: what the note calls too large does not move, an eighth of that does."""
+    config = TrainConfig(exp_name="x", lr=5e-7)
+    config.model.policy_dtype = "bfloat16"
+    (note,) = speed_notes(config, torch.device("cpu"))
+    largest = 2 * config.lr / torch.finfo(torch.bfloat16).eps
+    assert f"about {largest:.1g}" in note
+    for weight, moves in ((8 * largest, False), (largest / 8, True)):
+        value = torch.tensor(weight, dtype=torch.bfloat16)
+        assert (value + config.lr != value) == moves
+    assert speed_notes(replace(config, lr=1e-2), torch.device("cpu")) == []
+
+
+def test_printed_commands_survive_the_shell_and_hydra():
+    import shlex
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for path in ("runs/beta/loss.beta=0.1,seed=1", "runs/plain", "a folder/x [1]"):
+        (word,) = shlex.split(typed("model.archive", path))
+        assert OverridesParser.create().parse_override(word).value() == path

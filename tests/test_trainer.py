@@ -16,7 +16,7 @@ from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
 from trainers.optimizers import build_optimizer, learning_rate, optimizer_names
 from trainers.run.run_dir import RunDir
-from trainers.trainer import Trainer
+from trainers.trainer import NotFiniteError, Trainer
 
 
 def train(folder, settings, *, run_path=None, **arguments):
@@ -271,3 +271,13 @@ def test_one_process_under_a_launcher_of_several_is_refused(monkeypatch, variabl
 def test_a_gpu_that_is_not_there():
     with pytest.raises(UserError, match="device=cuda"):
         launch(lambda layout: None, tiny_settings(device="cuda"))
+
+
+@pytest.mark.parametrize("on_non_finite", ["stop", "skip"])
+def test_weights_that_a_step_destroyed_are_never_saved(tmp_path, on_non_finite):
+    """The default eps of RMSprop, 1e-8, is 0 in float16: a gradient that is 0 there divides by 0."""
+    settings = tiny_settings(on_non_finite=on_non_finite, do_first_eval=False)
+    settings.model.policy_dtype = "float16"
+    with pytest.raises(NotFiniteError, match="the weights hold NaN or infinite numbers after"):
+        train(tmp_path, settings, model=tiny_model(dtype=torch.float16))
+    assert not list(tmp_path.glob("run/checkpoints/step-*"))

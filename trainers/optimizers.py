@@ -94,15 +94,32 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: TrainConfig) -
         ) from error
 
 
+def num_warmup_steps(num_updates: int, settings: TrainConfig) -> int:
+    """Count the steps of the warm-up of a run of `num_updates`."""
+    if settings.warmup_ratio is not None:
+        return math.ceil(settings.warmup_ratio * num_updates)
+    return settings.warmup_steps
+
+
+def warmup_note(num_updates: int, settings: TrainConfig) -> str:
+    """Return a sentence for a run that ends in its warm-up; empty for others."""
+    warmup = num_warmup_steps(num_updates, settings)
+    if not 0 < num_updates <= warmup:
+        return ""
+    last = learning_rate(num_updates - 1, num_updates, settings) / settings.lr
+    return (
+        f"the warm-up of {warmup} steps is not over when this run ends, after {num_updates}: its last learning rate is "
+        f"{last:.0%} of lr={settings.lr}. Write warmup_steps=N with a smaller N, or warmup_ratio=0.1"
+    )
+
+
 def learning_rate(update: int, num_updates: int, settings: TrainConfig) -> float:
     """Return the learning rate of one update, counted from 0, of a run of `num_updates`.
 
     It rises as (update + 1) / (warm-up + 1), the DPO repo's way, then stays, or falls to 0 at the end of the run as a
     line or half a cosine. A pure function, so that a resumed run has nothing to restore.
     """
-    warmup = settings.warmup_steps
-    if settings.warmup_ratio is not None:
-        warmup = math.ceil(settings.warmup_ratio * num_updates)
+    warmup = num_warmup_steps(num_updates, settings)
     if update < warmup:
         return settings.lr * (update + 1) / (warmup + 1)
     progress = (update - warmup) / max(1, num_updates - warmup)

@@ -22,6 +22,7 @@ from trainers.distributed.preemption import Preempted
 from trainers.distributed.sharding import (
     clip_grad_norm,
     forward_function,
+    local_part,
     reduce_gradients_in_backward,
     reshard,
     same_logits,
@@ -119,7 +120,7 @@ class Trainer:
             try:
                 self._train(log, line)
             except NotFiniteError:
-                self._save_and_wait(log)
+                self._save_and_wait(log)  # raises another one if it is the weights that are not finite
                 raise
             except Preempted:
                 self._save_and_wait(log)
@@ -309,11 +310,23 @@ class Trainer:
         moment = (self.progress.examples, self.progress.evaluated_at)
         if self.settings.debug or not self.progress.examples or self.saved == moment:
             return
+        self._require_finite_weights()
         self.progress.log = log.state()
         self.checkpoints.save(
             policy=self.policy, optimizer=self.optimizer, progress=self.progress, unlogged=self.train_metrics.state()
         )
         self.saved = moment
+
+    def _require_finite_weights(self) -> None:
+        """Raise a NotFiniteError rather than save weights that a step has destroyed; every process must come here."""
+        finite = torch.stack([local_part(one).isfinite().all() for one in self.policy.parameters()])
+        if sum_over_processes((~finite).sum().cpu()):
+            raise NotFiniteError(
+                f"the weights hold NaN or infinite numbers after {self.progress.examples} examples: a step has made "
+                "them, not the batch that follows. They were not saved; the newest checkpoint is the one before. Lower "
+                "lr, use model.policy_dtype=float32, or in 16 bits an optimizer whose eps is not 0 there "
+                "(optimizer_args.eps=1e-4)."
+            )
 
     def _save_and_wait(self, log: MetricsLog) -> None:
         self.save(log)

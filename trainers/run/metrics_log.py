@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import netrc
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -59,6 +60,7 @@ class MetricsLog:
         """
         self._active = active
         self._wandb: Any = None
+        self._wandb_id: str | None = None
         if not active:
             return
         for path, key in ((run.metrics, "metrics_bytes"), (run.samples, "samples_bytes")):
@@ -69,14 +71,14 @@ class MetricsLog:
         mode = "disabled" if settings.debug else wandb_mode(settings.wandb)
         if mode != "disabled":
             self._wandb = _start_wandb(run, settings, config, mode, state.get("wandb_id"))
+            self._wandb_id = self._wandb.id
 
     def write(self, values: Mapping[str, float]) -> None:
         """Write a row of metrics, `counters/examples` among them. A crash of this process does not lose it."""
         if not self._active:
             return
         _append(self._metrics, values)
-        if self._wandb is not None:
-            self._wandb.log(dict(values))
+        self._tell_wandb(lambda run: run.log(dict(values)))
 
     def write_samples(self, rows: list[dict[str, Any]], examples: int) -> None:
         """Write rows of text, each with the counter; to wandb only if `log_text`."""
@@ -89,7 +91,7 @@ class MetricsLog:
 
             columns: list[str | int] = list(rows[0])
             table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
-            self._wandb.log({"samples": table, "counters/examples": examples})
+            self._tell_wandb(lambda run: run.log({"samples": table, "counters/examples": examples}))
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must know to continue after this row; make the rows so far durable."""
@@ -98,7 +100,23 @@ class MetricsLog:
         for file in (self._metrics, self._samples):
             os.fsync(file.fileno())
         lengths = {"metrics_bytes": self._metrics.tell(), "samples_bytes": self._samples.tell()}
-        return lengths if self._wandb is None else {**lengths, "wandb_id": self._wandb.id}
+        return lengths if self._wandb_id is None else {**lengths, "wandb_id": self._wandb_id}
+
+    def _tell_wandb(self, call: Callable[[Any], object]) -> None:
+        """Call the wandb run; if that fails, go on without it: the rows are in `metrics.jsonl`.
+
+        Slurm signals the whole step, and wandb's own process dies before this one has saved.
+        """
+        if self._wandb is None:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:  # whatever its pipes, sockets and threads raise: none of it is the training's
+            print(
+                f"note: wandb failed ({type(error).__name__}) and is left out from here on; all rows are in "
+                f"{self._metrics.name}", file=sys.stderr, flush=True,
+            )  # fmt: skip
+            self._wandb = None
 
     def __enter__(self) -> Self:
         """Return the log itself."""
@@ -112,10 +130,9 @@ class MetricsLog:
             return
         self._metrics.close()
         self._samples.close()
-        if self._wandb is not None:
-            if kind is Preempted:
-                self._wandb.mark_preempting()
-            self._wandb.finish(exit_code=0 if error is None else 1)
+        if kind is Preempted:
+            self._tell_wandb(lambda run: run.mark_preempting())
+        self._tell_wandb(lambda run: run.finish(exit_code=0 if error is None else 1))
 
 
 def _append(file: TextIO, row: Mapping[str, Any]) -> None:
