@@ -45,7 +45,7 @@ CONFIGURATIONS["respond"] = {**EXPERT, "stage_before": stage_digest(CONFIGURATIO
 
 
 def write_run(folder: Path, num_rows: int) -> None:
-    """A corpus, the ledgers of a finished run over it, and the ids of the planted rows."""
+    """Write a corpus, the ledgers of a finished run over it, and the ids of the planted rows."""
     draw = random.Random(num_rows)
     vocabulary = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(20_000)]
     ledgers = {}
@@ -105,7 +105,7 @@ def run_here(folder: Path, what: str, index: str) -> None:
 
 
 def child(folder: Path, what: str, index: str) -> dict:
-    """The same in a process of its own."""
+    """Do the same in a process of its own, and return what it printed."""
     command = [sys.executable, "-m", "benchmarks.merge_scale", "--here", str(folder), what, index]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
