@@ -105,7 +105,7 @@ def run_here(folder: Path, what: str, index: str) -> None:
 
 
 def child(folder: Path, what: str, index: str) -> dict:
-    """Do the same in a process of its own."""
+    """Do the same in a process of its own, and return what it printed."""
     command = [sys.executable, "-m", "benchmarks.merge_scale", "--here", str(folder), what, index]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

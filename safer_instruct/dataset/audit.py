@@ -37,19 +37,21 @@ _AUDITED = table_schema(
     n=INT, label=TEXT, guard=TEXT, characters=INT, words_instruction=INT, words_rejected=INT, words_chosen=INT,
     pair=TEXT, instruction=TEXT, chosen=TEXT,
 )  # fmt: skip
+_NUMBERED = "SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY n) AS nth_{key} FROM {table}"
 _FOUND = """
-    CREATE TABLE found AS
-    WITH numbered AS (
-        SELECT *, row_number() OVER (PARTITION BY pair ORDER BY n) AS nth_pair,
-            row_number() OVER (PARTITION BY chosen ORDER BY n) AS nth_chosen
-        FROM audited
-    )
     SELECT numbered.n, label, guard = 'excluded_instruction' AS leak, guard = 'near_excluded_instruction' AS near_leak,
         nth_pair > 1 AS duplicate_pair, near.n IS NOT NULL AND nth_pair = 1 AS near_duplicate_pair,
         characters > 0 AND nth_chosen > coalesce(?, nth_chosen) AS repeated_chosen,
         words_instruction = 0 AS empty_instruction, words_rejected = 0 AS empty_rejected,
         words_chosen = 0 AS empty_chosen
     FROM numbered LEFT JOIN near_duplicates AS near ON near.n = numbered.n
+"""
+_QUANTILES = """
+    WITH sizes AS (SELECT words_{column} AS words, count(*) AS number FROM audited WHERE words > 0 GROUP BY words),
+    ranks AS (SELECT *, sum(number) OVER (ORDER BY words) / sum(number) OVER () AS rank FROM sizes)
+    SELECT round(sum(words * number) / sum(number), 1), min(words) FILTER (rank >= 0.5),
+        min(words) FILTER (rank >= 0.95), max(words)
+    FROM ranks
 """
 
 
@@ -85,7 +87,9 @@ def audit(
         scratch.create("audited", _AUDITED, _measured(path, guard))
         texts = ((n, f"{row['instruction']}\n{row['rejected']}") for n, (_, _, row) in enumerate(_rows(path)))
         find_near_duplicates(texts, duplicates.threshold, scratch)
-        scratch.execute(_FOUND, max_same_chosen)
+        scratch.derive("with_pairs", _NUMBERED.format(key="pair", table="audited"))
+        scratch.derive("numbered", _NUMBERED.format(key="chosen", table="with_pairs"))
+        scratch.derive("found", _FOUND, max_same_chosen, order="n")
         report = {"path": Path(path).name, **_report(scratch, guard)}
         if output is not None:
             dropped: Counter[str] = Counter()
@@ -132,10 +136,10 @@ def _report(scratch: Scratch, guard: LeakageGuard) -> dict[str, Any]:
     by_label = {label: dict(zip(["rows", *names], found, strict=True)) for label, *found in counts}
     total = {name: sum(found[name] for found in by_label.values()) for name in ["rows", *names]}
     sizes = "SELECT count(*), count(*) FILTER (size > 1) FROM (SELECT count(*) AS size FROM audited GROUP BY {})"
-    (distinct, repeated), (num_chosen, _) = (
-        next(scratch.query(sizes.format(key))) for key in ("instruction", "chosen")
-    )
-    leaked = "SELECT count(DISTINCT instruction) FROM audited WHERE guard = 'excluded_instruction'"
+    ((distinct, repeated),) = scratch.query(sizes.format("instruction"))
+    ((num_chosen, _),) = scratch.query(sizes.format("chosen"))
+    leaks = "SELECT count(DISTINCT instruction) FROM audited WHERE guard = 'excluded_instruction'"
+    ((leaked,),) = scratch.query(leaks)
     most_frequent = scratch.query(
         """SELECT count(*) AS number, arg_min(characters, n) AS length FROM audited WHERE characters > 0
         GROUP BY chosen ORDER BY number DESC, length DESC LIMIT ?""",
@@ -150,21 +154,20 @@ def _report(scratch: Scratch, guard: LeakageGuard) -> dict[str, Any]:
             "most_frequent": [{"rows": rows, "characters": length} for rows, length in most_frequent],
         },
         "instructions": {"distinct": distinct, "with_several_rows": repeated},
-        "test_set": {"instructions": len(guard.exact), "found_in_dataset": next(scratch.query(leaked))[0]},
-        "words": {column: _quantiles(scratch, f"words_{column}") for column in TEXT_COLUMNS},
+        "test_set": {"instructions": len(guard.exact), "found_in_dataset": leaked},
+        "words": {column: _quantiles(scratch, column) for column in TEXT_COLUMNS},
     }
 
 
 def _quantiles(scratch: Scratch, column: str) -> dict[str, float]:
     """Return mean, median, 95th percentile and maximum of the words of the cells that are not empty."""
-    numbers = f"round(avg({column}), 1), quantile_disc({column}, 0.5), quantile_disc({column}, 0.95), max({column})"
-    found = next(scratch.query(f"SELECT {numbers} FROM audited WHERE {column} > 0"))
+    (found,) = scratch.query(_QUANTILES.format(column=column))
     return {name: value or 0 for name, value in zip(("mean", "median", "p95", "max"), found, strict=True)}
 
 
 def _clean_rows(path: str, scratch: Scratch, dropped: Counter[str]) -> Iterator[tuple[str, ...]]:
     """Yield the rows in which nothing was found that must go, and count the others."""
-    findings = scratch.query(f"SELECT {', '.join(FINDINGS)} FROM found ORDER BY n")
+    findings = scratch.rows("found", FINDINGS)
     for (where, row, texts), found in zip(_rows(path), findings, strict=True):
         reason = next((name for name, is_found in zip(FINDINGS, found, strict=True) if is_found), None)
         if reason:

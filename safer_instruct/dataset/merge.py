@@ -50,22 +50,20 @@ _PAIRS = table_schema(
 )  # fmt: skip
 # Of rows with one id the first stays; of these, of rows with one response the first.
 _REPEATED_ROWS = """
-    CREATE TABLE repeated_rows AS
-    WITH ids AS (SELECT n, response, row_number() OVER (PARTITION BY id ORDER BY n) AS place FROM corpus),
-    texts AS (SELECT n, row_number() OVER (PARTITION BY response ORDER BY n) AS place FROM ids WHERE place = 1)
-    SELECT n, true AS same_id FROM ids WHERE place > 1 UNION ALL SELECT n, false FROM texts WHERE place > 1
+    WITH ids AS (SELECT n, response, source, row_number() OVER (PARTITION BY id ORDER BY n) AS place FROM corpus),
+    texts AS (SELECT n, source, row_number() OVER (PARTITION BY response ORDER BY n) AS place FROM ids WHERE place = 1)
+    SELECT n, true AS same_id, source FROM ids WHERE place > 1
+    UNION ALL SELECT n, false, source FROM texts WHERE place > 1
 """
 # Of pairs that are the same, case and whitespace aside, the first stays.
 _REPEATED_PAIRS = """
-    CREATE TABLE repeated AS
     WITH numbered AS (SELECT n, row_number() OVER (PARTITION BY key ORDER BY n) AS place FROM pairs WHERE reason = '')
     SELECT n, 'duplicate_pair' AS reason FROM numbered WHERE place > 1
 """
 _FATES = """
-    CREATE VIEW fates AS
-    SELECT pairs.n, label, score,
-        if(repeated.n IS NULL, stage, 'merge') AS stage, coalesce(repeated.reason, pairs.reason) AS reason
-    FROM pairs LEFT JOIN repeated ON repeated.n = pairs.n
+    SELECT pairs.n, label, score, if(repeated.n IS NULL, stage, 'merge') AS stage,
+        coalesce(repeated.reason, pairs.reason) AS reason
+    FROM pairs LEFT JOIN {repeated} AS repeated ON repeated.n = pairs.n
 """
 
 
@@ -151,14 +149,17 @@ class _Merge:
 
     def read_ledgers(self) -> None:
         """Find the place of each record, and sum up what they cost."""
-        for stage in self.merged.ledgers:
-            self._scratch.create(stage, table_schema(id=TEXT, place=LONG), self._places(stage))
+        self._scratch.create("records", table_schema(stage=TEXT, id=TEXT, place=LONG), self._records())
+        # A row that stands in a ledger twice counts as it stands there first.
+        places = ", ".join(f"min(place) FILTER (stage = '{s}') AS {s}_place" for s in self.merged.ledgers)
+        self._scratch.derive("places", f"SELECT id, {places} FROM records GROUP BY id")
 
-    def _places(self, stage: str) -> Iterator[tuple[str, int]]:
-        for record, place in self.merged.ledgers[stage].records():
-            self.merged.tokens[stage] += record["tokens"]
-            self.merged.cost[stage] += record.get("cost", 0.0)
-            yield record["id"], place
+    def _records(self) -> Iterator[tuple[str, str, int]]:
+        for stage, ledgers in self.merged.ledgers.items():
+            for record, place in ledgers.records():
+                self.merged.tokens[stage] += record["tokens"]
+                self.merged.cost[stage] += record.get("cost", 0.0)
+                yield stage, record["id"], place
 
     def read_corpus(self) -> None:
         """Copy the usable rows of the corpus, and find the repeated ones."""
@@ -171,9 +172,8 @@ class _Merge:
         if rows.broken:
             raise UserError(f"{rows.broken}. The corpus must be readable to its end before stage=merge")
         self.merged.corpus_rows, self.merged.corpus_dropped = rows.num_rows, rows.dropped
-        self._scratch.execute(_REPEATED_ROWS)
-        repeated = "SELECT same_id, source FROM repeated_rows JOIN corpus USING (n) ORDER BY n"
-        for same_id, source in self._scratch.query(repeated):
+        self._scratch.derive("repeated_rows", _REPEATED_ROWS, order="n")
+        for same_id, source in self._scratch.rows("repeated_rows", ["same_id", "source"]):
             self.merged.corpus_dropped.count(repetition(self._settings, same_id=same_id), source)
 
     def pairs(self) -> Iterator[tuple[Any, ...]]:
@@ -195,20 +195,18 @@ class _Merge:
     def _joined(self) -> Iterator[tuple[int, Example, dict[str, Record]]]:
         """Yield the rows of the corpus with the records that are there, repeated rows left out."""
         stages = list(self.merged.ledgers)
-        # A row that stands in a ledger twice counts as it stands there first.
-        joins = " ".join(f"LEFT JOIN (SELECT id, min(place) AS {s} FROM {s} GROUP BY id) USING (id)" for s in stages)
-        places = self._scratch.query(
-            f"""SELECT same_id IS NULL, {", ".join(stages)}
-            FROM corpus LEFT JOIN repeated_rows USING (n) {joins} ORDER BY n"""
-        )
+        first = "SELECT n, id FROM corpus ANTI JOIN repeated_rows USING (n)"
+        self._scratch.derive("first_rows", first)
+        self._scratch.derive("joined", "FROM first_rows LEFT JOIN places USING (id)", order="n")
+        joined = self._scratch.rows("joined", ["n", *(f"{stage}_place" for stage in stages)])
         rows = self._scratch.rows("corpus", ["n", "id", "rejected", "label", "source"])
-        while block := list(islice(places, BLOCK_ROWS)):
-            is_first, *columns = zip(*block, strict=True)
-            lines = [self.merged.ledgers[s].lines(column) for s, column in zip(stages, columns, strict=True)]
-            for first, (n, id, rejected, label, source), *of_row in zip(is_first, rows, *lines, strict=False):
-                if first:
-                    records = {s: json.loads(line) for s, line in zip(stages, of_row, strict=True) if line}
-                    yield n, Example(id, rejected=rejected, label=label, provenance={"source": source}), records
+        while block := list(islice(joined, BLOCK_ROWS)):
+            numbers, *places = zip(*block, strict=True)
+            lines = [self.merged.ledgers[s].lines(of_stage) for s, of_stage in zip(stages, places, strict=True)]
+            for number, *of_row in zip(numbers, *lines, strict=True):
+                n, id, rejected, label, source = next(row for row in rows if row[0] == number)
+                records = {s: json.loads(line) for s, line in zip(stages, of_row, strict=True) if line}
+                yield n, Example(id, rejected=rejected, label=label, provenance={"source": source}), records
 
     def _absent(self, records: Mapping[str, Record]) -> str:
         """Return the first stage that the row still needs, "" if it needs none."""
@@ -254,16 +252,18 @@ class _Merge:
 
     def mark_repeated_pairs(self, threshold: float | None) -> None:
         """Find the pairs that repeat an earlier one exactly, then those that do so nearly."""
-        self._scratch.execute(_REPEATED_PAIRS)
-        self._scratch.execute(_FATES)
-        pairs = compress(self._scratch.rows("pairs", ["n", "instruction", "rejected"]), self._kept())
+        self._scratch.derive("exact", _REPEATED_PAIRS)
+        self._scratch.derive("fates_so_far", _FATES.format(repeated="exact"), order="n")
+        pairs = compress(self._scratch.rows("pairs", ["n", "instruction", "rejected"]), self._kept("fates_so_far"))
         texts = ((n, f"{instruction}\n{rejected}") for n, instruction, rejected in pairs)
         find_near_duplicates(texts, threshold, self._scratch)
-        self._scratch.execute("INSERT INTO repeated SELECT n, 'near_duplicate_pair' FROM near_duplicates")
+        self._scratch.derive("near", "SELECT n, 'near_duplicate_pair' AS reason FROM near_duplicates")
+        self._scratch.derive("repeated", "FROM exact UNION ALL FROM near")
+        self._scratch.derive("fates", _FATES.format(repeated="repeated"), order="n")
 
-    def _kept(self) -> Iterator[bool]:
-        """Yield for each of the pairs, in their order, whether nothing has dropped it so far."""
-        return (kept for (kept,) in self._scratch.query("SELECT reason = '' FROM fates ORDER BY n"))
+    def _kept(self, fates: str) -> Iterator[bool]:
+        """Yield for each of the pairs, in their order, whether nothing has dropped it."""
+        return (reason == "" for (reason,) in self._scratch.rows(fates, ["reason"]))
 
     def count(self) -> None:
         """Count what was dropped where, and the round-trip scores."""
@@ -276,7 +276,7 @@ class _Merge:
     def dataset(self) -> Iterator[pyarrow.RecordBatch]:
         """Yield the rows of the dataset in the order of the corpus."""
         shared = ", " + json.dumps(provenance_of_all(self.merged.ledgers), ensure_ascii=False)[1:]
-        kept = self._kept()
+        kept = self._kept("fates")
         for batch in self._scratch.batches("pairs", COLUMNS):
             batch = batch.filter(pyarrow.array(list(islice(kept, batch.num_rows))))
             whole = [own[:-1] + shared for own in batch.column("provenance").to_pylist()]

@@ -13,6 +13,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from typing import Any
 
 import numpy
 import pyarrow
@@ -33,7 +34,6 @@ _SIGNATURES = pyarrow.schema(
 )
 # A bucket of N texts has N^2 pairs: each text is compared with the first of the bucket and with those just before it.
 _CANDIDATES = f"""
-    INSERT INTO candidates
     WITH shared AS (SELECT {{band}} AS key FROM signatures GROUP BY key HAVING count(*) > 1),
     members AS (SELECT n, key FROM signatures JOIN shared ON key = {{band}}),
     earlier AS (
@@ -43,14 +43,13 @@ _CANDIDATES = f"""
     )
     SELECT DISTINCT unnest(list_prepend(first, others)) AS earlier, n AS later FROM earlier WHERE first < n
 """
+_WITH_EARLIER = "SELECT earlier, later, shingles AS one FROM candidates JOIN signatures ON n = earlier"
 _VERIFIED = """
-    WITH pairs AS (SELECT DISTINCT earlier, later FROM candidates),
-    sizes AS (
-        SELECT earlier, later, len(list_intersect(one.shingles, other.shingles)) AS common,
-            len(one.shingles) + len(other.shingles) AS total
-        FROM pairs JOIN signatures AS one ON one.n = earlier JOIN signatures AS other ON other.n = later
+    WITH sizes AS (
+        SELECT earlier, later, len(list_intersect(one, shingles)) AS common, len(one) + len(shingles) AS total
+        FROM with_earlier JOIN signatures ON n = later
     )
-    SELECT earlier, later FROM sizes WHERE common >= ? * (total - common) ORDER BY later, earlier
+    SELECT earlier, later FROM sizes WHERE common >= ? * (total - common)
 """
 
 
@@ -72,13 +71,15 @@ def find_near_duplicates(texts: Iterable[tuple[int, str]], threshold: float | No
     numbered = iter(texts if threshold is not None else ())
     chunks = iter(lambda: list(islice(numbered, BATCH_ROWS)), [])
     scratch.create_from_batches("signatures", _SIGNATURES, map(_signatures, chunks))
-    scratch.execute("CREATE TABLE candidates (earlier INTEGER, later INTEGER)")
     for band in range(BANDS):  # one at a time: all together would need the memory of 18
-        scratch.execute(_CANDIDATES.format(band=f"band{band}"))
-    scratch.create("near_duplicates", table_schema(n=INT), _dropped(scratch.query(_VERIFIED, threshold)))
+        scratch.derive(f"candidates{band}", _CANDIDATES.format(band=f"band{band}"))
+    scratch.derive("candidates", " UNION ".join(f"FROM candidates{band}" for band in range(BANDS)))
+    scratch.derive("with_earlier", _WITH_EARLIER)
+    scratch.derive("verified", _VERIFIED, threshold, order="later, earlier")
+    scratch.create("near_duplicates", table_schema(n=INT), _dropped(scratch.rows("verified", ["earlier", "later"])))
 
 
-def _dropped(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int]]:
+def _dropped(pairs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int]]:
     """Yield the later text of each pair whose earlier one stays; a pair comes behind all those that end before it."""
     dropped: set[int] = set()
     for earlier, later in pairs:
