@@ -187,7 +187,7 @@ def compile_for_h100(source: str) -> int:
     try:
         with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:  # Triton reads the source again
             file.write(source)
-        exec(compile(source, file.name, "exec"), {"__name__": "kernel"})
+        exec(compile(source, file.name, "exec"), {"__name__": "kernel", "__file__": file.name})
     finally:
         triton_heuristics.template = kept
     ((kernel, how),) = taken

@@ -193,3 +193,30 @@ def test_an_output_embedding_that_is_more_than_a_matrix_is_refused():
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
     with pytest.raises(UserError, match="more than a matrix"):
         check_head(model)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_gpu_computes_the_same_from_its_logits(with_bias):
+    """Its two passes, uncompiled, against autograd: the logits stay for the second one, which overwrites them."""
+    generator = torch.Generator().manual_seed(2)
+    logits = 30 * torch.randn(7, 11, generator=generator, dtype=torch.float64)
+    bias = torch.randn(11, generator=generator, dtype=torch.float64) if with_bias else None
+    targets = torch.randint(0, 11, (7,), generator=generator)
+    gradient = torch.randn(7, 1, generator=generator, dtype=torch.float64)
+    inputs = logits.clone().requires_grad_()
+    expected = (inputs if bias is None else inputs + bias).log_softmax(-1)[torch.arange(7), targets]
+    expected.backward(gradient[:, 0])
+    buffer = torch.zeros(7, 64, dtype=torch.float64)[:, :11].copy_(logits)
+    normaliser, logps = logps_module._normalise(buffer, bias, targets)
+    assert torch.equal(buffer, logits)
+    torch.testing.assert_close(logps, expected.detach(), rtol=1e-12, atol=1e-12)
+    logps_module._overwrite_by_gradient(buffer, bias, normaliser, targets, gradient)
+    torch.testing.assert_close(buffer, inputs.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_parts_of_many_rows_are_whole_tiles(monkeypatch):
+    """523 rows of 128,256 tokens would fit: the last 11 of them would cost a tile of their own."""
+    states, targets, weight = torch.empty(1100, 1), torch.empty(1100), torch.empty(128_256, 1)
+    assert [len(rows) for rows, _ in logps_module._parts(states, targets, weight)] == [512, 512, 76]
+    monkeypatch.setattr(logps_module, "MAX_LOGITS", {"cpu": 3 * 128_256})
+    assert {len(rows) for rows, _ in logps_module._parts(states, targets, weight)} <= {3, 2}

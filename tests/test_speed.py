@@ -31,7 +31,7 @@ def test_rates_and_both_shares_of_the_peak(tmp_path, monkeypatch, packing):
     means = {}
 
     def worker(layout):
-        sums = MetricSums(torch.device("cpu"))
+        sums = MetricSums()
         two = Layout(rank=0, world_size=2, device=torch.device("cpu"))
         speed.Speed(model, two).add(sums, batch, step_seconds=4.0, wait_seconds=1.0)
         means.update(sums.means())
