@@ -22,7 +22,6 @@ from config.settings import TrainConfig
 if __name__ == "__main__":
     command = read_command("config", TrainConfig, check_train)  # before torch is imported: a mistake need not wait
 
-import re
 import sys
 import time
 from collections import Counter
@@ -51,11 +50,13 @@ from trainers.distributed.layout import Layout
 from trainers.distributed.parallelize import parallelize, place_model
 from trainers.distributed.sharding import forward_function, reshard
 from trainers.dry_run import print_estimate
-from trainers.kernels.attention import PACKED, check_packed_attention, packed_and_alone, use_packed_attention
+from trainers.kernels.attention import PACKED, use_packed_attention
 from trainers.kernels.logps import autocast_dtype, check_head
+from trainers.kernels.self_check import check_packed_attention, packed_and_alone
 from trainers.objectives import LOSSES, build_objective
 from trainers.optimizers import warmup_note
 from trainers.reference import attach_reference, weights_key
+from trainers.run.next_command import next_command
 from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
 from trainers.run.speed_notes import speed_notes
@@ -94,14 +95,14 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
         say_if_warmup_never_ends(config, train_loader, layout)
         if layout.on_main(lambda: is_finished(run, train_loader.total_examples, data=stores.train.content)):
             if layout.is_main:
-                print(f"{run.path} is finished: {train_loader.total_examples} examples. {next_step(config, run)}")
+                print(f"{run.path} is finished: {train_loader.total_examples} examples. {next_command(config, run)}")
             return
         if layout.is_main:
             print(f"run directory: {run.path}", flush=True)
         trainer = build_trainer(config, stores, train_loader, eval_loader, tokenizer, cache_dir, run, layout)
         trainer.train()
         if layout.is_main:
-            print(next_step(config, run), flush=True)
+            print(next_command(config, run), flush=True)
 
 
 def build_trainer(
@@ -320,27 +321,6 @@ def cut_texts(stores: TrainEval) -> dict[str, int]:
         noted.update(counts["noted"])
     responses = noted["response_cut"] + noted["chosen_cut"] + noted["rejected_cut"]
     return {"prompts": noted["prompt_cut"], "responses": responses}
-
-
-def typed(key: str, value: object) -> str:
-    """Spell an override as it is typed: with quotes for shell and Hydra where the value has more than plain words."""
-    return f"{key}={value}" if re.fullmatch(r"[\w./~-]+", str(value)) else f"\"{key}='{value}'\""
-
-
-def next_step(config: TrainConfig, run: RunDir) -> str:
-    """Return where the weights are, and the next command of the method."""
-    commands = {
-        "reverse": f"python induce.py {typed('model.name_or_path', run.path)} corpus.path=FILE expert=rules "
-        "output=FOLDER",
-        "sft": f"python train.py loss=dpo model=blank_model {typed('model.name_or_path', config.model.name_or_path)} "
-        f"{typed('model.archive', run.path)} 'datasets=[si]' datasets.si.path=FOLDER exp_name=NAME",
-    }
-    evaluate = (
-        f"python evaluate.py {typed('models.base.path', config.model.name_or_path)} "
-        f"{typed(f'models.{config.loss.name}.path', run.path)} prompts.NAME.path=FILE expert=rules output=FOLDER"
-    )
-    where = f"weights: {run.latest / 'model'}" if run.latest.exists() else "no checkpoint was written (debug=true)"
-    return f"{where}\nnext: {commands.get(config.loss.name, evaluate)}"
 
 
 if __name__ == "__main__":

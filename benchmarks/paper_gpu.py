@@ -362,7 +362,8 @@ def every_head(sizes: list[int]) -> Iterator[dict[str, Any]]:
 def whole_run(*, compile_blocks: bool) -> dict[str, Any]:
     """Count the compilations of a run: self check, reference, training, evaluation, in micro-batches of all sizes."""
     from trainers.distributed.parallelize import find_blocks
-    from trainers.kernels.attention import CHECKED_ROWS, packed_states, use_packed_attention
+    from trainers.kernels.attention import packed_states, use_packed_attention
+    from trainers.kernels.self_check import CHECKED_ROWS
 
     with paper() as compiler:
         mode = fake_mode()

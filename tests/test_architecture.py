@@ -78,17 +78,19 @@ def test_sources_are_ascii():
     assert not strange, f"write \\u escapes instead: {strange}"
 
 
-def test_functions_stay_readable():
-    """Most functions under 60 lines, none beyond 90; most files under 320, none beyond 450."""
+LONGEST_FILE, LONGEST_FUNCTION = 330, 60  # lines; the worst today are train.py and trainers/reference.py
+
+
+def test_files_and_functions_stay_readable():
     long_functions, long_files = [], []
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
-        if text.count("\n") > 450:
+        if text.count("\n") > LONGEST_FILE and "quickstart" not in path.parts:
             long_files.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
                 length = node.end_lineno - node.lineno + 1
-                if length > 90:
+                if length > LONGEST_FUNCTION:
                     long_functions.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
     assert not long_functions, long_functions
     assert not long_files, long_files

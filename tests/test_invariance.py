@@ -14,10 +14,10 @@ from trainers.data.cutters import PaddedCutter, build_cutter
 from trainers.distributed.launch import launch
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.logps import sequence_logps
-from trainers.objectives import LikelihoodObjective, build_objective
+from trainers.objectives import LikelihoodObjective, add_metrics, build_objective
 from trainers.reference import attach_reference
 from trainers.run.metrics import MetricSums
-from trainers.trainer import Trainer, add_metrics
+from trainers.trainer import Trainer
 
 ROWS = 9
 LOSSES = {

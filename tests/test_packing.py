@@ -29,17 +29,10 @@ from trainers.data.prefixes import shared_prefixes
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 from trainers.distributed.parallelize import find_blocks
 from trainers.kernels import attention
-from trainers.kernels.attention import (
-    PACKED,
-    PackedMask,
-    block_mask,
-    check_packed_attention,
-    packed_and_alone,
-    packed_states,
-    use_packed_attention,
-)
+from trainers.kernels.attention import PACKED, PackedMask, block_mask, packed_states, use_packed_attention
 from trainers.kernels.cpu_attention import attend_by_pieces, pieces_of
 from trainers.kernels.logps import sequence_logps
+from trainers.kernels.self_check import check_packed_attention, packed_and_alone
 from trainers.kernels.shortcuts import use_needed_positions
 
 # Prompt, chosen, rejected: some longer than Mistral's window of 6, some of one token, which is a target and no input.

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from config.schema import compose_config
 from config.settings import TrainConfig
 from tests.commands import metrics, run, start, without_times, write_alpaca, write_pairs
-from train import typed
+from trainers.run.next_command import typed
 from trainers.run.speed_notes import speed_notes
 
 pytestmark = pytest.mark.slow

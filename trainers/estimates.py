@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from config.settings import TrainConfig
-from trainers.data.batching import BatchLoader
+from trainers.data.batching import BatchLoader, passes_multiple
 from trainers.distributed.layout import gather_objects
 from trainers.run.metrics import peak_memory_gib
-from trainers.trainer import Trainer, passes_multiple
+from trainers.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from config.errors import UserError
 from config.settings import DPOSettings, IPOSettings, LikelihoodLossSettings, PreferenceLossSettings
 from trainers.data.packing import num_target_tokens
 from trainers.losses import dpo_loss, ipo_loss, reward_accuracy
+from trainers.run.metrics import MetricSums
 
 # A micro-batch -> log-probabilities and numbers of target tokens of its sequences, as `sequence_logps` under a model.
 LogpsOf = Callable[[TensorDict], tuple[Tensor, Tensor]]
@@ -203,3 +204,11 @@ class PreferenceObjective:
 def build_objective(settings: Any) -> Objective:
     """Return what `loss=` names, from the settings of that loss."""
     return PreferenceObjective(settings) if settings.name in LOSSES else LikelihoodObjective(settings)
+
+
+def add_metrics(sums: MetricSums, split: str, outputs: list[LossOutput], loss_sum: Tensor, num_units: float) -> None:
+    """Add the loss by its units, and every other metric by its examples."""
+    sums.add(f"loss/{split}", loss_sum, num_units)
+    for output in outputs:
+        for name, values in output.metrics.items():
+            sums.add(name.format(split=split), values.double().sum(), values.numel())

@@ -15,20 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config.errors import UserError
 from config.settings import TrainConfig
-from trainers.data.batching import BatchLoader, GlobalBatch
+from trainers.data.batching import BatchLoader, GlobalBatch, passes_multiple
 from trainers.data.packing import longest_sequence
 from trainers.distributed.layout import Layout, gather_objects, sum_over_processes
 from trainers.distributed.preemption import Preempted
 from trainers.distributed.sharding import (
     clip_grad_norm,
     forward_function,
-    local_part,
     reduce_gradients_in_backward,
     reshard,
     same_logits,
+    weights_are_finite,
 )
 from trainers.kernels.logps import autocast_dtype, sequence_logps
-from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective
+from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective, add_metrics
 from trainers.optimizers import build_optimizer, learning_rate
 from trainers.run.checkpoint import CheckpointWriter, RunProgress
 from trainers.run.metrics import MetricSums
@@ -310,37 +310,18 @@ class Trainer:
         moment = (self.progress.examples, self.progress.evaluated_at)
         if self.settings.debug or not self.progress.examples or self.saved == moment:
             return
-        self._require_finite_weights()
+        if not weights_are_finite(self.policy):
+            raise NotFiniteError(
+                f"the weights hold NaN or infinite numbers after {self.progress.examples} examples: a step has made "
+                "them, not the batch that follows. They were not saved; the newest checkpoint is the one before. Lower "
+                "lr, use model.policy_dtype=float32, or in 16 bits an eps that is not 0 there: optimizer_args.eps=1e-4"
+            )
         self.progress.log = log.state()
         self.checkpoints.save(
             policy=self.policy, optimizer=self.optimizer, progress=self.progress, unlogged=self.train_metrics.state()
         )
         self.saved = moment
 
-    def _require_finite_weights(self) -> None:
-        """Raise a NotFiniteError rather than save weights that a step has destroyed; every process must come here."""
-        finite = torch.stack([local_part(one).isfinite().all() for one in self.policy.parameters()])
-        if sum_over_processes((~finite).sum().cpu()):
-            raise NotFiniteError(
-                f"the weights hold NaN or infinite numbers after {self.progress.examples} examples: a step has made "
-                "them, not the batch that follows. They were not saved; the newest checkpoint is the one before. Lower "
-                "lr, use model.policy_dtype=float32, or in 16 bits an optimizer whose eps is not 0 there "
-                "(optimizer_args.eps=1e-4)."
-            )
-
     def _save_and_wait(self, log: MetricsLog) -> None:
         self.save(log)
         self.checkpoints.finish()
-
-
-def passes_multiple(before: int, after: int, every: int) -> bool:
-    """Tell whether a batch that carried the examples seen from `before` to `after` passed a multiple of `every`."""
-    return after // every > before // every
-
-
-def add_metrics(sums: MetricSums, split: str, outputs: list[LossOutput], loss_sum: Tensor, num_units: float) -> None:
-    """Add the loss by its units, and every other metric by its examples."""
-    sums.add(f"loss/{split}", loss_sum, num_units)
-    for output in outputs:
-        for name, values in output.metrics.items():
-            sums.add(name.format(split=split), values.double().sum(), values.numel())

@@ -11,7 +11,7 @@ import json
 import pickle
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from config.errors import UserError
 from config.paths import find_path
 from config.settings import ModelSettings
 from safer_instruct.generation.weights import (
+    _check_loading_info,
     check_weight_files,
     first_line,
     has_tokenizer,
@@ -295,27 +296,6 @@ def _check_same_architecture(config: PretrainedConfig, archive: Path, settings: 
         )
 
 
-def _check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:
-    """Refuse weights that do not cover the model exactly: transformers would fill the gaps with random numbers."""
-    problems = []
-    if info["missing_keys"]:
-        problems.append(f"{len(info['missing_keys'])} tensors are missing, such as {_names(info['missing_keys'])}")
-    if info["unexpected_keys"]:
-        strange = info["unexpected_keys"]
-        problems.append(f"{len(strange)} tensors are not part of the model, such as {_names(strange)}")
-    if info["mismatched_keys"]:
-        key, there, here = min(info["mismatched_keys"])
-        problems.append(
-            f"{len(info['mismatched_keys'])} tensors have another shape, such as {key}: {list(there)} there, "
-            f"{list(here)} in the model"
-        )
-    if problems:
-        raise UserError(
-            f"the weights of {source} do not fit the architecture of {name}: {'; '.join(problems)}. Set "
-            "model.name_or_path to the model that they were trained from."
-        )
-
-
 @contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises for broken folders into a UserError, and keep its report of keys quiet."""
@@ -332,7 +312,3 @@ def _readable_errors(name: str) -> Iterator[None]:
         raise UserError(f"{name}: the model cannot be loaded: {first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-
-
-def _names(names: Iterable[str], count: int = 3) -> str:
-    return ", ".join(sorted(names)[:count])

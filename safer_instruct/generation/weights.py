@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,3 +103,28 @@ def read_policy_pt(path: Path) -> dict[str, torch.Tensor]:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:
+    """Refuse weights that do not cover the model exactly: transformers would fill the gaps with random numbers."""
+    problems = []
+    if info["missing_keys"]:
+        problems.append(f"{len(info['missing_keys'])} tensors are missing, such as {_names(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        strange = info["unexpected_keys"]
+        problems.append(f"{len(strange)} tensors are not part of the model, such as {_names(strange)}")
+    if info["mismatched_keys"]:
+        key, there, here = min(info["mismatched_keys"])
+        problems.append(
+            f"{len(info['mismatched_keys'])} tensors have another shape, such as {key}: {list(there)} there, "
+            f"{list(here)} in the model"
+        )
+    if problems:
+        raise UserError(
+            f"the weights of {source} do not fit the architecture of {name}: {'; '.join(problems)}. Set "
+            "model.name_or_path to the model that they were trained from."
+        )
+
+
+def _names(names: Iterable[str], count: int = 3) -> str:
+    return ", ".join(sorted(names)[:count])

@@ -190,3 +190,8 @@ class BatchLoader:
     def _collate(self, part: Part) -> TensorDict:
         batch = self.cutter.collate(self.store, part, self.columns)
         return batch.pin_memory() if self._device.type == "cuda" else batch
+
+
+def passes_multiple(before: int, after: int, every: int) -> bool:
+    """Tell whether a batch that carried the examples seen from `before` to `after` passed a multiple of `every`."""
+    return after // every > before // every

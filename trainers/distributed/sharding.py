@@ -178,3 +178,9 @@ def clip_grad_norm(
     if scale < 1 and math.isfinite(norm):
         torch._foreach_mul_(gradients, scale)
     return norm, loss
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Tell whether no process holds a NaN or an infinite number in its part of the weights; all must come here."""
+    finite = torch.stack([local_part(parameter).isfinite().all() for parameter in model.parameters()])
+    return not sum_over_processes((~finite).sum().cpu())

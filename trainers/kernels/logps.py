@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from config.errors import UserError
 from trainers.data.packing import is_packed
-from trainers.kernels.attention import PROBE_ERRORS, packed_states
+from trainers.kernels.attention import packed_states
+from trainers.kernels.self_check import PROBE_ERRORS
 from trainers.kernels.shortcuts import embed, gradient_so_far
 
 # Held at once. On a CPU 256 MiB of float32. On a GPU 2 GiB of bfloat16, which hold all rows of a micro-batch of 8,192

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainers.kernels.attention import PROBE_ERRORS, PackedMask
+from trainers.kernels.attention import PackedMask
+from trainers.kernels.self_check import PROBE_ERRORS
 
 
 def gradient_so_far(weight: Tensor) -> Tensor | None:
