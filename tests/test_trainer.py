@@ -40,7 +40,8 @@ def test_a_dpo_run_from_end_to_end(tmp_path):
     evaluations = [row for row in rows if "loss/eval" in row]
     assert len(training) == 4 * 6  # 22 rows in batches of 4: the rest of 2 is a batch, too
     assert training[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
-    assert training[0]["rewards_train/accuracies"] == 0.5
+    # Ties up to rounding: the reference was computed in batches of other shapes. Exact ties: tests/test_losses.py.
+    assert abs(training[0]["rewards_train/margins"]) < 1e-5
     assert evaluations[0]["loss/eval"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(evaluations[0]["rewards_eval/margins"]) < 1e-5
     assert training[-1]["loss/train"] < 0.5  # it has learned its rows by heart
