@@ -33,7 +33,7 @@ from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
 from trainers.distributed.parallelize import parallelize, place_model
 from trainers.objectives import LikelihoodObjective
-from trainers.run.metrics import MetricsLog
+from trainers.run.metrics_log import MetricsLog
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 

@@ -141,6 +141,7 @@ def _control(device: torch.device) -> float:
     """Return the error of a pair whose responses are packed as one: the rejected one sees the chosen one."""
     from tests.test_packing import microbatch, store_of
     from tests.tiny_models import tiny_model
+    from trainers.data.layout import PackedLayout
     from trainers.kernels.attention import use_packed_attention
     from trainers.kernels.logps import sequence_logps
 
@@ -150,8 +151,8 @@ def _control(device: torch.device) -> float:
     use_packed_attention(model)
     right, _ = sequence_logps(model, batch)
     wrong = batch.clone()
-    prompt, chosen, rejected = batch["lengths"].unbind(1)
-    wrong["lengths"] = torch.stack([prompt, chosen + rejected, torch.zeros_like(rejected)], dim=1)
+    # Inputs of a row: 20 of the prompt, 9 of each response, whose last token is none.
+    wrong["layout"] = PackedLayout(torch.tensor([[20, 18, 0]] * 4))
     found, _ = sequence_logps(model, wrong)
     return float((found - right).detach().abs().max())
 
@@ -262,7 +263,7 @@ def waits(arguments: argparse.Namespace, device: torch.device) -> Figures:
 
 def save(arguments: argparse.Namespace, device: torch.device) -> Figures:
     """Measure how long an asynchronous save keeps the training from its next step."""
-    from trainers.run.metrics import MetricsLog
+    from trainers.run.metrics_log import MetricsLog
 
     stalls: list[float] = []
 
