@@ -179,7 +179,7 @@ class DuplicatesSettings:
     """Pairs that nearly repeat an earlier one, in the order of the corpus; exact repetitions always go."""
 
     threshold: Share | None = 0.8  # Jaccard index of the word pairs of instruction + response; null: keep them
-    # memory: about 0.3 kB a pair | disk: in the output folder while the merge runs.
+    # What DuckDB may hold before it spills to the output folder: memory: 1 GB | disk: 128 MB.
     index: Annotated[str, rules.choices("memory", "disk")] = "memory"
 
 
