@@ -82,7 +82,7 @@ def _throughput(*options: str) -> tuple[str, ...]:
 
 
 SMALL = ("--width", "64", "--layers", "2", "--vocabulary", "512", "--batch-size", "4", "--steps", "2")
-DPO_1B = ("--size", "1b", "--batch-size", "256", "--steps", "3")
+DPO_1B = ("--size", "1b", "--batch-size", "256", "--steps", "3", "--max-tokens", "16384")  # of experiment=h100_dpo
 STAGES: dict[str, Stage] = {
     "card": Stage(
         _check("card"), _check("card", "--size", "256"), 40,
@@ -199,7 +199,15 @@ class Run:
         options = [*(stage.small if arguments.small else stage.command), "--device", arguments.device]
         if name == "real_model":
             options += ["--model", str(arguments.model)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+        # What a stage starts in another folder has to find the packages, too.
+        paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "HF_HUB_OFFLINE": "1",
+            "WANDB_MODE": "disabled",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         with self._log(name).open("ab") as log:
             log.write(f"--- try {attempt}: python {' '.join(options)}\n".encode())
             log.flush()
@@ -217,12 +225,13 @@ class Run:
             process.wait()
             return {}, f"killed after {limit:.0f} s; {self._log(name)} has what it printed"
         lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()
-        if status:
-            return {}, f"status {status}: {lines[-1] if lines else ''}"
         try:
-            return json.loads(lines[-1]), None
+            figures = json.loads(lines[-1])
         except (json.JSONDecodeError, IndexError):
-            return {}, f"its last line is no JSON; see {self._log(name)}"
+            last = lines[-1] if status and lines else f"its last line is no JSON; see {self._log(name)}"
+            return {}, f"status {status}: {last}"
+        # All was measured; a process that then dies on its way out (seen once on a card) is said beside it.
+        return figures | ({"status_at_exit": status} if status else {}), None
 
     def table(self) -> str:
         """Return measured against expected, a line a figure that something is expected of."""

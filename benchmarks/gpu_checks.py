@@ -96,7 +96,7 @@ def correctness(arguments: argparse.Namespace, device: torch.device) -> Figures:
 
 def _compare(name: str, length: int, segments: int, shared: int, device: torch.device) -> tuple[float, float]:
     """Return the relative error in float32, and the bfloat16 error as a multiple of the padded path's."""
-    rows = max(2, length // 120)
+    rows = max(2, length // 60)  # sequences shorter than the tiny models' tables of positions
     results: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for packing in (False, True):
@@ -126,8 +126,8 @@ def _logps_and_gradients(
     shapes = [(2 * response, response + i % 3, *([response - i % 2] * (segments - 2))) for i in range(rows)]
     with tempfile.TemporaryDirectory() as folder:
         beginnings = [(shared, 0)] * rows if shared else ()
-        batch = microbatch(store_of(Path(folder) / "rows", shapes, shared=beginnings), packing=packing)
-        batch = batch.to(device)
+        store = store_of(Path(folder) / "rows", shapes, shared=beginnings)
+        batch = microbatch(store, packing=packing, max_tokens=None if not packing else 1 << 20).to(device)
     model = tiny_model(name).to(device)
     if packing:
         use_packed_attention(model)
@@ -305,6 +305,8 @@ def isolated(arguments: argparse.Namespace, device: torch.device) -> Figures:
 
     figures: Figures = {"head_seconds": seconds_of(ours, device, 5)}
     figures["head_products_seconds"] = seconds_of(products, device, 5)
+    if device.type == "cuda":
+        figures.update(_attention_seconds(device))
 
     def work(trainer: Any, batches: list[Any]) -> None:
         parameters = list(trainer.policy.parameters())
@@ -316,6 +318,38 @@ def isolated(arguments: argparse.Namespace, device: torch.device) -> Figures:
         figures["parameters"] = sum(parameter.numel() for parameter in parameters)
 
     with_trainer(arguments, device, work)
+    return figures
+
+
+def _attention_seconds(device: torch.device) -> Figures:
+    """Time attention, forward and backward, by both kernels of a GPU on the heads of a 1B and of a 7B model."""
+    from trainers.data.layout import PackedLayout
+    from trainers.kernels import attention
+
+    pairs = torch.tensor([[20, 70, 60]] * 54)  # with a template of 30 before the first: 8,130 positions
+    prefix_lengths = torch.tensor([30] + [0] * (len(pairs) - 1))
+    packed = attention.ForwardPass(PackedLayout(pairs, prefix_lengths, torch.zeros_like(prefix_lengths)), device, None)
+    size, figures = packed.layout.num_positions, {}
+    for model, heads, key_heads, width in (("1b", 32, 8, 64), ("7b", 32, 32, 128)):
+        states = [
+            torch.randn(1, count, size, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for count in (heads, key_heads, key_heads)
+        ]
+        outputs = {}
+        for name, dtype in (("flash", torch.bfloat16), ("flex", torch.float32)):  # the dtype chooses the kernel
+            mask = attention.packed_mask(packed, None, dtype)
+            mask.dtype = torch.bfloat16
+
+            def attend(mask: Any = mask, states: list[Tensor] = states) -> Tensor:
+                return mask.kernel(*states, mask, None)
+
+            def both(attend: Any = attend) -> None:
+                attend().sum().backward()
+
+            outputs[name] = attend().detach().double()
+            figures[f"attention_{name}_{model}_seconds"] = seconds_of(both, device)
+        difference = (outputs["flash"] - outputs["flex"]).norm() / outputs["flex"].norm()
+        figures[f"attention_difference_{model}"] = float(difference)
     return figures
 
 

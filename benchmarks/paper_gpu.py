@@ -254,7 +254,8 @@ def fake_batch(mode: Any, shapes: list[tuple[int, ...]], num_shared: int) -> dic
 
     before = torch.tensor([num_shared] + [0] * (len(shapes) - 1))
     layout = PackedLayout(torch.tensor(shapes), before, torch.zeros_like(before) if num_shared else None)
-    for window in (None, WINDOW):  # now: these need values
+    layout.seen_keys()  # now: these need values
+    for window in (None, WINDOW):
         layout.blocks(window)
     targets = sum(sum(shape[1:]) + len(shape) - 1 for shape in shapes)
     sizes: dict[str, tuple[int, ...]] = {

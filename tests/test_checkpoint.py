@@ -8,7 +8,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint import staging
 from transformers import AutoModelForCausalLM
 
 from config.errors import UserError
@@ -87,6 +89,37 @@ def test_a_checkpoint_is_put_back_bit_for_bit(tmp_path, name, dtype):
                     assert torch.equal(value, other_optimizer.state[two][key]), key
 
     parallel.launch(worker, settings)
+
+
+def test_a_gpus_stager_serves_every_checkpoint(tmp_path, monkeypatch):
+    """Its buffers are kept from one checkpoint to the next, and hold what that one saves."""
+    make = staging._create_cpu_state_dict
+    monkeypatch.setattr(staging, "_create_cpu_state_dict", lambda state, pin_memory: make(state))  # no GPU, no pinning
+    settings = tiny_settings(checkpoint=CheckpointSettings(every_examples=8, keep_last=None))
+    train(tmp_path, settings, run_path=tmp_path / "plain")
+    stager, save = checkpoint.pinned_stager(), dcp.async_save
+    monkeypatch.setattr(dcp, "async_save", lambda state, **how: save(state, **{**how, "async_stager": stager}))
+    train(tmp_path, settings, run_path=tmp_path / "staged")
+    folders = sorted((tmp_path / "plain" / "checkpoints").glob("step-*"))
+    assert len(folders) >= 3
+    for folder in folders:
+        one, other = (
+            _optimizer_state(path) for path in (folder, tmp_path / "staged" / "checkpoints" / folder.name)
+        )  # fmt: skip
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _optimizer_state(folder):
+    """The tensors of a checkpoint's optimizer, by their names."""
+    metadata = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if hasattr(entry, "size")
+    }
+    dcp.load(state, checkpoint_id=folder / "state", no_dist=True)
+    return state
 
 
 def test_resolve_takes_a_run_a_checkpoint_and_a_folder(tmp_path):

@@ -1,11 +1,13 @@
 """Packed rows against padded ones: the plan, the layout, and the numbers of every architecture."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from config.errors import UserError
 from tests.test_batching import PAD, make_store
@@ -28,7 +30,7 @@ from trainers.data.packing import (
 from trainers.data.prefixes import shared_prefixes
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 from trainers.distributed.parallelize import find_blocks
-from trainers.kernels import attention
+from trainers.kernels import attention, flash_attention
 from trainers.kernels.attention import PACKED, PackedMask, block_mask, packed_states, use_packed_attention
 from trainers.kernels.cpu_attention import attend_by_pieces, pieces_of
 from trainers.kernels.logps import sequence_logps
@@ -58,9 +60,9 @@ def store_of(folder, shapes, seed=0, *, shared=()) -> TokenStore:
     return TokenStore(folder)
 
 
-def microbatch(store, *, packing):
+def microbatch(store, *, packing, max_tokens=None):
     """All rows of a store, in its order."""
-    cutter = build_cutter(packing=packing, device=torch.device("cpu"), pad_token_id=PAD)
+    cutter = build_cutter(packing=packing, device=torch.device("cpu"), pad_token_id=PAD, max_tokens=max_tokens)
     (batch,) = BatchLoader(store, cutter, batch_size=len(store)).batches()
     (one,) = batch.microbatches
     return one
@@ -299,8 +301,7 @@ def mask_of(layout, window) -> PackedMask:
     """What the kernels of a GPU get, on a CPU."""
     return PackedMask(
         attention._flex, torch.float32, None, layout.num_positions, window,
-        blocks=block_mask(layout, window, torch.device("cpu")), row_starts=layout.row_starts(),
-        longest_row=layout.longest_row,
+        blocks=block_mask(layout, window, torch.device("cpu")), seen=layout.seen_keys(),
     )  # fmt: skip
 
 
@@ -340,46 +341,85 @@ def test_block_masks_are_the_dense_ones(window, prefixes, last):
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
 
 
-def documented_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+def documented_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
     """What torch's documentation says of `varlen_attn`, sequence by sequence: (T, H, D) and starts -> (T, H, D)."""
     left, right = window_size
     assert right == 0
-    assert cu_seq_q.dtype == torch.int32
-    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert enable_gqa
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    # Larger ones would start work for positions that are not there.
+    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
     parts = []
-    assert max_q == cu_seq_q.diff().max()  # a larger one would start work for positions that are not there
-    for start, stop in itertools.pairwise(cu_seq_q.tolist()):
-        assert stop - start <= max_q == max_k
-        q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
-        distance = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
+    for queries, keys in zip(itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True):
+        q = query[slice(*queries)].transpose(0, 1)
+        k, v = (x[slice(*keys)].transpose(0, 1).repeat_interleave(2, 0) for x in (key, value))
+        distance = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])
         hidden = (distance < 0) | ((distance > left) if left >= 0 else torch.zeros(()).bool())
         scores = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
         parts.append((scores.softmax(-1) @ v).transpose(0, 1))
     return torch.cat(parts)
 
 
+NO_PREFIX = (None, None)
+PREFIXES = [
+    (torch.tensor(before), torch.tensor(holders))
+    for before, holders in (([6, 0, 0, 5], [0, 0, 2, 3]), ([6, 4, 0, 0], [0, 1, 0, 1]))
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("prefixes", [NO_PREFIX, *PREFIXES])
+@pytest.mark.parametrize("shapes", [[(4, 3), (2, 0), (1, 6), (30, 60)], [(4, 3, 5), (2, 0, 7), (1, 6, 0), (30, 60, 7)]])
 @pytest.mark.parametrize("window", [None, 3])
-def test_flash_attention_gets_the_rows_of_one_response(monkeypatch, window):
-    """What a GPU would be asked for sft and reverse, against the kernel of the CPU."""
-    monkeypatch.setattr(attention, "varlen_attn", documented_varlen_attn)
-    shapes = [(4, 3), (2, 0), (1, 6), (30, 60)]
-    layout = PackedLayout(torch.tensor(shapes))
-    total = sum(map(sum, shapes))
+def test_flash_attention_gets_the_sequences_of_the_rows(monkeypatch, window, shapes, prefixes, compiled):
+    """What a GPU would be asked for, output and gradients, against the kernel of the CPU."""
+    monkeypatch.setattr(flash_attention, "varlen_attn", documented_varlen_attn)
+    layout = PackedLayout(torch.tensor(shapes), *prefixes)
+    assert (layout.seen_keys().places is None) == (prefixes is NO_PREFIX and len(shapes[0]) == 2)
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, 4, total, 16, generator=generator)
-    key, value = (torch.randn(1, 2, total, 16, generator=generator) for _ in range(2))
-    flash = attention._varlen(query, key, value, mask_of(layout, window), 0.2)
-    rows = attend_by_pieces(query, key, value, pieces_of(layout, window, query.dtype), 0.2)
-    torch.testing.assert_close(flash, rows, rtol=1e-5, atol=1e-5)
+    states = [
+        torch.randn(1, heads, layout.num_positions, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    mask = replace(mask_of(layout, window), dtype=torch.float64)
+    flash = torch.compile(attention._flash, backend="aot_eager") if compiled else attention._flash
+    results = []
+    for output in (
+        flash(*states, mask, 0.2),
+        attend_by_pieces(*states, pieces_of(layout, window, torch.float64), 0.2),
+    ):
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        results.append([output.detach(), *(state.grad for state in states)])
+        for state in states:
+            state.grad = None
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_kernel_is_chosen_by_device_dtype_and_rows():
+def test_a_compiled_block_is_compiled_for_all_sizes(monkeypatch):
+    """Once for the first sizes, once for any: past torch's limit of recompilations a block would run uncompiled."""
+    model = packed_model("llama", shortcut=False)
+    monkeypatch.setattr(flash_attention, "varlen_attn", lambda q, k, v, *starts, **keywords: q + k.sum() + v.sum())
+    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: attention._flash)
+    monkeypatch.setattr(attention, "_to_device", lambda tensor, device: tensor)
+    compilations = CompileCounterWithBackend("aot_eager")
+    for block in model.model.layers:
+        block.compile(backend=compilations)
+    generator = torch.Generator().manual_seed(0)
+    for num_rows in (3, 8, 5, 6, 4):
+        shapes = torch.randint(2, 9, (num_rows, 3), generator=generator)
+        before = torch.tensor([5] + [0] * (num_rows - 1))
+        layout = PackedLayout(shapes, before, torch.zeros_like(before))
+        ids = torch.arange(layout.num_positions) % 32
+        packed_states(model, {"input_ids": ids, "position_ids": ids, "layout": layout}).sum().backward()
+    assert compilations.frame_count == 2
+
+
+def test_the_kernel_is_chosen_by_device_and_dtype():
     half, full = torch.bfloat16, torch.float32
-    assert attention.kernel_for("cpu", half, one_sequence=True) is attention._by_pieces
-    assert attention.kernel_for("cpu", full, one_sequence=False) is attention._by_pieces
-    assert attention.kernel_for("cuda", half, one_sequence=False) is attention._flex
-    assert attention.kernel_for("cuda", half, one_sequence=True) is attention._varlen
-    assert attention.kernel_for("cuda", full, one_sequence=True) is attention._flex  # float32 has no flash kernel
+    assert attention.kernel_for("cpu", half) is attention.kernel_for("cpu", full) is attention._by_pieces
+    assert attention.kernel_for("cuda", half) is attention._flash
+    assert attention.kernel_for("cuda", full) is attention._flex  # float32 has no flash kernel
 
 
 @pytest.mark.parametrize("name", PACKABLE)

@@ -8,11 +8,38 @@ Letters: B = rows, S = segments of a row (2: prompt and response; 3: prompt, cho
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128  # edge of a block of attention scores: the default of flex_attention, which skips empty blocks
+
+
+class SeenKeys(NamedTuple):
+    """A micro-batch as causal sequences whose keys are more than their queries: what flash attention is called with.
+
+    Consecutive places that see the same from the beginning are the queries of one sequence: a prefix, a row's prompt
+    with its first response, another response. Its keys are all that they see, in the order of their positions and the
+    queries themselves last. So a prefix stands there once for each sequence that shares it, and a prompt once for each
+    response.
+
+    Attributes:
+        query_starts: (N + 1,) int32, where the queries of each sequence start in the micro-batch, and T.
+        key_starts: (N + 1,) int32, where its keys start in `places`, and K.
+        longest: the most queries and the most keys of a sequence.
+        places: (K,) int32, the place of each key in the micro-batch; None where it is its own: nothing is shared.
+        by_place: (K,) int32, the keys in the order of their places.
+        copies: (T,) int32, how often each place is a key.
+    """
+
+    query_starts: Tensor
+    key_starts: Tensor
+    longest: tuple[int, int]
+    places: Tensor | None = None
+    by_place: Tensor | None = None
+    copies: Tensor | None = None
 
 
 class PackedLayout:
@@ -22,8 +49,6 @@ class PackedLayout:
         lengths: (B, S + 1) int64: positions of the prefix that stands before the row, of its prompt and its responses.
         prefix_rows: (B,) int64: the row before which the row's prefix stands; the row itself where it has none.
         num_positions: T.
-        one_sequence: Whether each row is one sequence that shares nothing.
-        longest_row: Positions of the longest row, without a prefix.
         longest_sequence: Positions of the longest sequence, prefix and prompt included.
         table: (4, T or more) int32. Of each position its segment, the segments that are its row's prompt and prefix
             (of a prefix: itself), and its position in its sequence. The width is at least BLOCK, and such that each of
@@ -38,13 +63,12 @@ class PackedLayout:
         before = torch.zeros_like(numbers) if prefix_lengths is None else prefix_lengths
         self.prefix_rows = numbers if prefix_rows is None else prefix_rows
         self.lengths = torch.cat([before[:, None], lengths], dim=1)
-        self.one_sequence = lengths.shape[1] == 2 and not bool(before.any())
         self.num_positions = int(self.lengths.sum())
-        self.longest_row = int(lengths.sum(1).max())
         prompt_ends = before[self.prefix_rows] + lengths[:, 0]
         self.longest_sequence = int((prompt_ends + lengths[:, 1:].amax(1)).max())
         self.table = self._table(prompt_ends)
         self._blocks: dict[int | None, Tensor] = {}
+        self._seen_keys: SeenKeys | None = None
 
     def _table(self, prompt_ends: Tensor) -> Tensor:
         rows, columns = self.lengths.shape
@@ -65,9 +89,43 @@ class PackedLayout:
         width = max(BLOCK, -(-self.num_positions // 64) * 64)
         return F.pad(table, (0, width - self.num_positions))
 
-    def row_starts(self) -> Tensor:
-        """Return where each row starts and the last one ends, prefixes apart: (B + 1,) int32."""
-        return F.pad(self.lengths[:, 1:].sum(1).cumsum(0), (1, 0)).int()
+    def seen_keys(self) -> SeenKeys:
+        """Return the micro-batch as sequences of queries and all that they see, made once."""
+        if self._seen_keys is None:
+            self._seen_keys = self._make_seen_keys()
+        return self._seen_keys
+
+    def _make_seen_keys(self) -> SeenKeys:
+        flat = self.lengths.flatten()
+        starts = (flat.cumsum(0) - flat).view_as(self.lengths)
+        # Three runs of places for each sequence: of the prefix, of the prompt, and its own. A row's sequences are its
+        # prefix, its prompt with the first response, and the other responses, (B, S, 3).
+        run_starts = torch.stack(
+            [starts[self.prefix_rows, :1].expand_as(starts), starts[:, 1:2].expand_as(starts), starts], dim=2
+        )
+        run_lengths = torch.stack(
+            [self.lengths[self.prefix_rows, :1].expand_as(starts), self.lengths[:, 1:2].expand_as(starts),
+             self.lengths], dim=2,
+        ).clone()  # fmt: skip
+        run_lengths[:, 0, :2] = 0  # a prefix and a prompt see what stands before them, not themselves twice
+        run_lengths[:, 1, 1] = 0
+        run_lengths[:, 1, 2] += self.lengths[:, 2]
+        sequences = [0, 1, *range(3, self.lengths.shape[1])]
+        run_starts, run_lengths = (runs[:, sequences].flatten(0, 1) for runs in (run_starts, run_lengths))
+        has_queries = run_lengths[:, 2] > 0
+        run_starts, run_lengths = run_starts[has_queries], run_lengths[has_queries]
+        num_queries, num_keys = run_lengths[:, 2], run_lengths.sum(1)
+        query_starts, key_starts = (F.pad(counts.cumsum(0), (1, 0)).int() for counts in (num_queries, num_keys))
+        longest = (int(num_queries.max()), int(num_keys.max()))
+        if torch.equal(num_queries, num_keys):
+            return SeenKeys(query_starts, key_starts, longest)
+        lengths = run_lengths.flatten()
+        first = run_starts.flatten() - (lengths.cumsum(0) - lengths)
+        places = torch.arange(int(lengths.sum())) + first.repeat_interleave(lengths)
+        return SeenKeys(
+            query_starts, key_starts, longest, places.int(), places.argsort(stable=True).int(),
+            places.bincount(minlength=self.num_positions).int(),
+        )  # fmt: skip
 
     def blocks(self, window: int | None) -> Tensor:
         """Return which blocks of the scores are computed, as flex_attention reads them, made once for each window.

@@ -177,7 +177,7 @@ def collate_packed(
     own_lengths = torch.cat([lengths[:, :1] - shared[:, None], lengths[:, 1:]], dim=1)
     layout = PackedLayout(input_lengths(own_lengths), shared * is_first, first_rows)
     if torch.cuda.is_available():
-        layout.blocks(None)  # here, in the thread that prefetches, rather than in the step
+        layout.seen_keys()  # here, in the thread that prefetches, rather than in the step
     return TensorDict(
         {
             **flat,

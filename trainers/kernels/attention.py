@@ -5,8 +5,8 @@ it. The layout of a micro-batch travels as the attention mask: transformers asks
 `PackedMask`, and hands it to every layer, also where a layer is run again by activation checkpointing. A forward pass
 outside of `packed_states` (generation, padded batches) is the `sdpa` of transformers.
 
-Which kernel runs follows from device, dtype and rows alone (`kernel_for`): on a GPU `flex_attention` with a block mask,
-or, where each row is one sequence by itself and 16 bits wide, torch's variable-length flash attention; elsewhere
+Which kernel runs follows from device and dtype alone (`kernel_for`): on a GPU flash attention for numbers of 16 bits
+(`trainers.kernels.flash_attention`), for others `flex_attention` with a block mask; elsewhere
 `trainers.kernels.cpu_attention`. What a kernel cannot do (soft caps, sinks, biases, dropout) is refused, and
 `check_packed_attention` compares each model with itself, unpacked.
 
@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from config.errors import UserError
-from trainers.data.layout import BLOCK, PackedLayout, visible
-from trainers.kernels.cpu_attention import Piece, attend_by_pieces, pieces_of, repeat_for_heads
+from trainers.data.layout import BLOCK, PackedLayout, SeenKeys, visible
+from trainers.kernels.cpu_attention import Piece, attend_by_pieces, pieces_of
+from trainers.kernels.flash_attention import attend_by_flash
 
 PACKED = "packed"
 ATTENTION_ARGUMENTS = {"softcap", "s_aux", "position_bias"}  # of some layers of transformers; no kernel here has them
@@ -61,8 +61,7 @@ class PackedMask:
     window: int | None
     flex: Callable[..., Any] = flex_attention
     blocks: BlockMask | None = None
-    row_starts: Tensor | None = None
-    longest_row: int = 0
+    seen: SeenKeys | None = None
     pieces: list[Piece] = field(default_factory=list)
 
 
@@ -81,11 +80,11 @@ class ForwardPass(NamedTuple):
 _current: ContextVar[ForwardPass | None] = ContextVar("packed forward pass", default=None)
 
 
-def kernel_for(device: str, dtype: torch.dtype, *, one_sequence: bool) -> Kernel:
-    """Return what computes the attention of packed rows; `one_sequence`: each row is one by itself."""
+def kernel_for(device: str, dtype: torch.dtype) -> Kernel:
+    """Return what computes the attention of packed rows."""
     if device != "cuda":
         return _by_pieces
-    return _varlen if one_sequence and dtype.itemsize == 2 else _flex
+    return _flash if dtype.itemsize == 2 else _flex
 
 
 def packed_mask(now: ForwardPass, window: int | None, dtype: torch.dtype) -> PackedMask:
@@ -93,13 +92,13 @@ def packed_mask(now: ForwardPass, window: int | None, dtype: torch.dtype) -> Pac
     layout, device, needed = now
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    kernel = kernel_for(device.type, dtype, one_sequence=layout.one_sequence)
+    kernel = kernel_for(device.type, dtype)
     mask = PackedMask(kernel, dtype, needed, layout.num_positions, window)
     if kernel is _flex:
         # Here and not in the layer, which may be compiled itself, and then takes this function in as it is.
         mask.flex, mask.blocks = _compiled_flex(), block_mask(layout, window, device)
-    elif kernel is _varlen:
-        mask.row_starts, mask.longest_row = _to_device(layout.row_starts(), device), layout.longest_row
+    elif kernel is _flash:
+        mask.seen = _on_device(layout.seen_keys(), device)
     else:
         mask.pieces = pieces_of(layout, window, dtype)
     return mask
@@ -119,6 +118,13 @@ def block_mask(layout: PackedLayout, window: int | None, device: torch.device) -
         seq_lengths=(size, size), BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=lambda b, h, query, key: visible(table, query, key, window), **tensors,
     )  # fmt: skip
+
+
+def _on_device(seen: SeenKeys, device: torch.device) -> SeenKeys:
+    """Copy the tables at once."""
+    tables = {name: table for name, table in seen._asdict().items() if isinstance(table, Tensor)}
+    parts = _to_device(torch.cat([*tables.values()]), device).split([len(table) for table in tables.values()])
+    return seen._replace(**dict(zip(tables, parts, strict=True)))
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -159,17 +165,10 @@ def _by_pieces(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scal
     return attend_by_pieces(query, key, value, mask.pieces, scale)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None) -> Tensor:
-    """Use torch's `varlen_attn`, which needs no mask where a row is one sequence."""
-    key, value = repeat_for_heads(query, key, value)
-    q, k, v = (x[0].transpose(0, 1).to(mask.dtype) for x in (query, key, value))
-    starts, longest = mask.row_starts, mask.longest_row
-    assert starts is not None
-    # Its window counts the positions before the query, ours the query's own too.
-    sees = (-1 if mask.window is None else mask.window - 1, 0)
-    output = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=sees)
-    assert isinstance(output, Tensor)  # a tuple where more than the output is asked for
-    return output[None]
+def _flash(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None) -> Tensor:
+    query, key, value = (x.to(mask.dtype) for x in (query, key, value))
+    assert mask.seen is not None
+    return attend_by_flash(query, key, value, mask.seen, mask.window, scale)
 
 
 @cache

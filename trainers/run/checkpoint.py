@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,6 +88,15 @@ def discard(folder: Path) -> None:
     shutil.rmtree(discarded)
 
 
+def pinned_stager() -> AsyncStager:
+    """Return what copies a state from a GPU into page-locked memory, at the speed of the bus.
+
+    That memory is kept for the next checkpoint: to lock it takes longer than to fill it. DCP's default on its own has
+    memory that the system may page, and its DefaultStager is good for one checkpoint alone in torch 2.11.
+    """
+    return BlockingAsyncStager(cache_staged_state_dict=True)
+
+
 class CheckpointWriter:
     """Writes the checkpoints of a run; `save` copies what is to be written and returns, a thread does the rest.
 
@@ -103,12 +112,7 @@ class CheckpointWriter:
         self._run, self._settings, self._layout, self._tokenizer = run, settings, layout, tokenizer
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._stager: AsyncStager | None = None  # DCP's own, which copies into memory that the system may page
-        if layout.device.type == "cuda":
-            # Page-locked, at the speed of the bus. The memory is kept for the next checkpoint: to lock it takes longer
-            # than to fill it.
-            pinned = StagingOptions(use_shared_memory=False, use_async_staging=False)
-            self._stager = DefaultStager(pinned)
+        self._stager = pinned_stager() if layout.device.type == "cuda" else None
         self._pending: Future[Any] | None = None
 
     def save(
