@@ -27,21 +27,22 @@ def results_of(*arguments: str) -> list[dict]:
 @pytest.mark.timeout(900)
 def test_a_whole_run_compiles_attention_at_most_three_times():
     """Self check, reference, training and evaluation, in micro-batches from 90 to 8,000 positions."""
-    alone, in_blocks = results_of("--parts", "run")
+    alone, *in_blocks = results_of("--parts", "run")
     flex = {kind: number for kind, number in alone["graphs"].items() if kind.startswith("flex")}
     assert flex == {"flex inference": 1, "flex forward": 1, "flex backward": 1}
     assert not alone["graph_breaks"]
-    assert not in_blocks["graph_breaks"]
+    assert not any(one["graph_breaks"] for one in in_blocks)
 
 
 @pytest.mark.timeout(900)
 def test_every_architecture_takes_a_step_in_every_precision():
-    """Pairs with flex_attention, single responses in 16 bits with flash attention; and nothing waits for a value."""
+    """In float32 with flex_attention, in 16 bits with flash attention; and nothing waits for a value."""
     results = results_of("--parts", "architectures")
     assert {one["precision"] for one in results} == {"float32", "bfloat16", "autocast"}
     assert len({one["architecture"] for one in results}) >= 5
     for one in results:
-        assert one["graphs"]["flex forward"] == one["graphs"]["flex backward"] <= 2
+        flex = {one["graphs"].get(f"flex {kind}", 0) for kind in ("forward", "backward")}
+        assert flex <= {1, 2} if one["precision"] == "float32" else flex == {0}
 
 
 @pytest.mark.timeout(900)
