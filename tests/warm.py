@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,6 @@ class Popen:
     ) -> None:
         assert command[0] == sys.executable
         folder = Path(tempfile.mkdtemp())
-        weakref.finalize(self, shutil.rmtree, folder)
         self.outputs = [folder / "stdout", folder / "stderr"]
         for path in self.outputs:
             path.touch()
@@ -59,6 +58,7 @@ class Popen:
         self.process = fork_server().Process(target=_run, args=arguments)
         self.process.start()
         self.pid: int = self.process.pid or 0
+        weakref.finalize(self, _discard, self.process, folder)
 
     @property
     def returncode(self) -> int | None:
@@ -100,6 +100,14 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+def _discard(process: ForkServerProcess, folder: Path) -> None:
+    """End what a failed test has left running, and remove its streams."""
+    if process.is_alive():
+        process.kill()
+        process.join()
+    shutil.rmtree(folder)
 
 
 def _run(command: list[str], cwd: str, environment: dict[str, str], outputs: list[Path]) -> None:
