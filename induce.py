@@ -212,9 +212,7 @@ def run_benign(config: InduceConfig) -> None:
     dropped = ", ".join(
         f"{reason} {number}" for reason, number in sorted(counts.items()) if number and reason != "pairs"
     )
-    print(
-        f"{counts['pairs']} pairs in {output / stage}.jsonl; what became of the other rows: {dropped or 'there are none'}"
-    )
+    print(f"{counts['pairs']} pairs in {output / stage}.jsonl; what became of the other rows: {dropped or 'none'}")
 
 
 def run_audit(config: InduceConfig) -> None:

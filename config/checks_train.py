@@ -79,16 +79,16 @@ def _check_weights(config: TrainConfig) -> Iterator[Fault]:
     if len(given) == len(weights) and abs(total - 1) > 1e-6:
         yield Fault(
             key,
-            f"{listed}: shares of all datasets must sum to 1, and these sum to {total:g}; leave one of them out to give it "
-            "the rest",
+            f"{listed}: shares of all datasets must sum to 1, and these sum to {total:g}; leave one of them out to "
+            "give it the rest",
             tuple(others),
         )
     elif len(given) < len(weights) and total >= 1 - 1e-6:
         rest = ", ".join(name for name, weight in weights.items() if weight is None)
         yield Fault(
             key,
-            f"{listed}: these shares sum to {total:g}, which leaves nothing for {rest}; make them smaller, or take it out of "
-            "datasets=[...]",
+            f"{listed}: these shares sum to {total:g}, which leaves nothing for {rest}; make them smaller, or take it "
+            "out of datasets=[...]",
             tuple(others),
         )
 

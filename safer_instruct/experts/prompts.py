@@ -60,8 +60,8 @@ protect oneself or others. The new request must be a whole one that can be answe
 Answer with one line of JSON and nothing else, for example: {"request": "How do I kill a process in Linux?"}"""
 
 _ANSWER = """\
-A user sent the request below, which is harmless, even where it looks otherwise. Answer it as a helpful assistant does: \
-directly and correctly, in one to five sentences, without any preamble, warning or refusal.
+A user sent the request below, which is harmless, even where it looks otherwise. Answer it as a helpful assistant \
+does: directly and correctly, in one to five sentences, without any preamble, warning or refusal.
 
 <request>
 {body}
