@@ -33,11 +33,11 @@ _UNWILLING = _any(
 _ACTS = _any(
     "help", "assist", "aid", "provide", "give", "offer", "support", "answer", "discuss", "write", "create", "generate",
     "produce", "share", "tell", "explain", "fulfil+", "comply", "do (?:that|this|it|so|what)", "engage", "make",
-    "continue", "participate", "take part", "be (?:a )?part", "encourage", "condone", "promote", "recommend", "suggest",
-    "say", "advise", "teach", "describe", "respond", "complete", "follow", "go (?:along|there)", "talk",
-    "show", "reveal", "disclose", "supply", "endorse", "facilitate", "enable", "walk you", "guide", "instruct", "draft", "compose",
-    "proceed", "entertain", "contribute", "push", "join", "name", "list", "speculate", "insult", "mock", "accommodate",
-    "play along", "process", "carry out", "deliver", "be of",
+    "continue", "participate", "take part", "be (?:a )?part", "encourage", "condone", "promote", "recommend",
+    "suggest", "say", "advise", "teach", "describe", "respond", "complete", "follow", "go (?:along|there)", "talk",
+    "show", "reveal", "disclose", "supply", "endorse", "facilitate", "enable", "walk you", "guide", "instruct",
+    "draft", "compose", "proceed", "entertain", "contribute", "push", "join", "name", "list", "speculate", "insult",
+    "mock", "accommodate", "play along", "process", "carry out", "deliver", "be of",
 )  # fmt: skip
 _ASIDE = r"(?: \w+ly| also| just| even|,[^,.!?]{1,30},)*"
 _WE = r"\b(?:i|we)"
