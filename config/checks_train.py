@@ -54,6 +54,14 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
             f"run_dir={config.run_dir}, local_run_dir={config.local_run_dir}: one thing, set one of them",
             ("local_run_dir",),
         )
+    limit = config.early_stop.over_refusal
+    if limit is not None and not (config.sample_during_eval and config.n_eval_model_samples):
+        yield Fault(
+            "early_stop.over_refusal",
+            f"early_stop.over_refusal={limit}: refusals are counted among the samples of evaluations; write "
+            "sample_during_eval=true, and n_eval_model_samples=64 for a share that means something",
+            ("sample_during_eval", "n_eval_model_samples"),
+        )
     if not config.local_dirs:
         yield Fault(
             "local_dirs",

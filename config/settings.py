@@ -19,6 +19,7 @@ from config.training import (  # noqa: F401 - those of train.py are read from he
     CheckpointSettings,
     DatasetSettings,
     DPOSettings,
+    EarlyStopSettings,
     IPOSettings,
     LikelihoodLossSettings,
     LossSettings,
