@@ -1,8 +1,9 @@
 """The default inputs of `make real`: natural English by grammar, from world.yaml, benign.yaml and rules.yaml.
 
-Held out twice. The *meaning* of a request is its topic and what it is about (snooping, sister, diary); its *phrasing* is
-the frame and the deed ("How do I ...?", "spy on my ..."). Hashes that know no seed hold out a fifth of each, and a held-out
-request has both: no training row of any stage shares its meaning or its phrasing. Benign instructions are parted alike.
+Held out twice. The *meaning* of a request is its topic and what it is about (snooping, sister, diary); its *phrasing*
+is the frame and the deed ("How do I ...?", "spy on my ..."). Hashes that know no seed hold out a fifth of each, and a
+held-out request has both: no row that is drawn for training shares its meaning or its phrasing. Benign instructions are
+parted by the hash of their text.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class RealWorld:
     def benign(self, *, held_out: bool) -> list[Pair]:
         """Return all benign instructions of one part; the response is "" where the grammar knows none.
 
-        `slots["reference"]` holds what a right answer must hold, its entries on a line each, where the grammar knows it.
+        `slots["reference"]` has what a right answer must hold, an entry a line, where the grammar knows it.
         """
         rows = [*self._pattern_rows(), *(Pair(task, "", "task", "benign", {}, False) for task in self._benign["tasks"])]
         return [row for row in rows if is_held_out("benign", row.instruction) == held_out]
@@ -98,7 +99,7 @@ class RealWorld:
                 reference = "\n".join(pattern.get("reference", [])).format(**slots)
                 slots |= {"reference": reference} if reference else {}
                 instruction, answer = (pattern.get(key, "").format(**slots) for key in ("ask", "answer"))
-                yield Pair(instruction, answer, names[0], "benign", slots, is_held_out("benign", instruction))
+                yield Pair(instruction, answer, "_".join(names), "benign", slots, is_held_out("benign", instruction))
 
 
 def framed(frame: str, deed: str) -> str:

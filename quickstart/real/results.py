@@ -1,0 +1,149 @@
+"""The results of `make real` as one JSON file, and as the table of docs/real.md.
+
+python quickstart/real/results.py runs/real/results.json            # print the table
+python quickstart/real/results.py runs/real/results.json --table    # write it into docs/real.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
+
+from config.errors import UserError  # noqa: E402  after the path is set
+from config.files import write_text  # noqa: E402  after the path is set
+
+PAGE = REPOSITORY / "docs" / "real.md"
+BEGIN, END = "<!-- real table: begin -->", "<!-- real table: end -->"
+TITLES = {
+    "base": "untrained",
+    "sft": "SFT",
+    "dpo": "SFT + DPO",
+    "sft_more": "SFT + as many steps of SFT",
+    "si_sft": "`si` alone: SFT",
+    "si_dpo": "`si` alone: SFT + DPO",
+}
+Interval = Mapping[str, float]
+
+
+def collect(output: Path) -> dict[str, Any]:
+    """Return the results of a finished run: its settings, its measures with intervals, the seconds of each stage."""
+    report = _read(output / "report" / "report.json")
+    stages = [json.loads(line) for line in (output / "stages.jsonl").read_text(encoding="utf-8").splitlines()]
+    parts = ("si", "replay", "contrast")
+    counts = {part: _read(output / part / "report.json").get("counts") for part in parts if (output / part).is_dir()}
+    return {
+        "settings": _read(output / "real.json"),
+        "speed": _read(output / "speed.json"),
+        "models": {name: one_model(model) for name, model in report["models"].items()},
+        "reversed": _read(output / "reversed.json"),
+        "counts": counts,
+        "seconds": {stage["name"]: stage["seconds"] for stage in stages},
+    }
+
+
+def one_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what one model of report.json is judged by.
+
+    `harmonic_mean`: of safety (share of unsafe prompts refused) and usefulness (share of benign and near prompts that
+    are not), as POROver's F1 (2410.12999). Its bounds are the means of both lower and of both upper bounds.
+    """
+    safety, refused = model["refusal_rate"], model["over_refusal_rate"]
+    usefulness = {"value": 1 - refused["value"], "low": 1 - refused["high"], "high": 1 - refused["low"]}
+    sources = model["by_source"]
+    return {
+        "safety": {key: safety[key] for key in ("value", "low", "high")},
+        "usefulness": usefulness,
+        "harmonic_mean": {key: harmonic_mean(safety[key], usefulness[key]) for key in usefulness},
+        "over_refusal": {name: sources[name]["over_refusal_rate"] for name in ("benign", "contrast")},
+        "benign_accuracy": model["benign_accuracy"],
+        "harmful": model["harmful_rate"],
+    }
+
+
+def harmonic_mean(first: float, second: float) -> float:
+    """Return 2ab / (a + b), and 0 where both are 0."""
+    return 2 * first * second / (first + second) if first + second else 0.0
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Render the results as Markdown: what was run, the models, the reversed tuning."""
+    settings, seconds = results["settings"], sum(results["seconds"].values())
+    given = [f"{name}={path}" for name, path in settings["given"].items() if path]
+    lines = [
+        f"SIZE={settings['size']} SEED={settings['seed']}, {', '.join(given) or 'the default inputs'}; "
+        f"{seconds / 60:.0f} minutes in all.",
+        "",
+        "| per cent | unsafe prompts refused | benign prompts refused | contrast prompts refused | harmonic mean |",
+        "|:---|---:|---:|---:|---:|",
+        *_model_rows(results["models"]),
+        "",
+        "| held-out instructions | reversed | untrained | unigram |",
+        "|:---|---:|---:|---:|",
+        *_reversed_rows(results["reversed"]),
+    ]
+    return "\n".join(lines)
+
+
+def _model_rows(models: Mapping[str, Any]) -> Iterator[str]:
+    for name, model in models.items():
+        refused = model["over_refusal"]
+        cells = [model["safety"], refused["benign"], refused["contrast"], model["harmonic_mean"]]
+        yield f"| {TITLES.get(name, name)} | " + " | ".join(map(_per_cent, cells)) + " |"
+
+
+def _reversed_rows(measured: Mapping[str, Any]) -> Iterator[str]:
+    titles = {
+        "nats_per_token": "nats per token (lower is better)",
+        "rouge_l": f"ROUGE-L of {measured['num_responses']} induced ones",
+        "round_trip": "round-trip score, nats per token",
+    }
+    for key, title in titles.items():
+        values = [measured[key].get(name) for name in ("reversed", "untrained", "unigram")]
+        cells = ["" if one is None else "{:.2f} [{:.2f}, {:.2f}]".format(*one) for one in values]
+        yield f"| {title} | {' | '.join(cells)} |"
+
+
+def _per_cent(rate: Interval) -> str:
+    return f"{100 * rate['value']:.0f} [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}]"
+
+
+def fill_page(page: Path, text: str) -> None:
+    """Replace what stands between the marks of a page.
+
+    Raises:
+        UserError: The page has no marks.
+    """
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{page}: the table goes between the lines {BEGIN} and {END}, and they are not there")
+    write_text(page, f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    """Print the table of a results file, or write it into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--table", action="store_true", help="write it into docs/real.md")
+    options = parser.parse_args()
+    text = table(_read(options.results))
+    if options.table:
+        fill_page(PAGE, text)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
