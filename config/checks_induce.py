@@ -55,7 +55,9 @@ def _check_induction(config: InduceConfig) -> Iterator[Fault]:
     candidates = f"generation.num_candidates={generation.num_candidates}"
     several = generation.num_candidates > 1
     if several and config.stage == "replay":
-        yield Fault("generation.num_candidates", f"{candidates}: stage=replay takes one answer of each prompt; leave it out")
+        yield Fault(
+            "generation.num_candidates", f"{candidates}: stage=replay takes one answer of each prompt; leave it out"
+        )
     if several and not _has_roundtrip(config) and config.stage in ("all", "induce", "filter"):
         yield Fault(
             "generation.num_candidates",

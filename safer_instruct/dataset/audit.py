@@ -85,7 +85,7 @@ def audit(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "audit"
         scratch = stack.enter_context(open_scratch(folder, duplicates.index))
         scratch.create("audited", _AUDITED, _measured(path, guard))
-        texts = ((n, f"{row['instruction']}\n{row['rejected']}") for n, (_, _, row) in enumerate(_rows(path)))
+        texts = ((n, f"{row['instruction']}\n{row['rejected']}") for n, (_, _, row) in enumerate(dataset_rows(path)))
         find_near_duplicates(texts, duplicates.threshold, scratch)
         scratch.derive("with_pairs", _NUMBERED.format(key="pair", table="audited"))
         scratch.derive("numbered", _NUMBERED.format(key="chosen", table="with_pairs"))
@@ -99,7 +99,7 @@ def audit(
     return report
 
 
-def _rows(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+def dataset_rows(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
     """Yield (place, row, its texts), empty ones as ""."""
     for n, (where, row) in enumerate(read_rows(find_path(path))):
         if n == 0:
@@ -110,7 +110,7 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
 def _measured(path: str, guard: LeakageGuard) -> Iterator[tuple[Any, ...]]:
     """Yield a row of _AUDITED for each row of the dataset."""
     labels: set[str] = set()
-    for n, (_, row, texts) in enumerate(_rows(path)):
+    for n, (_, row, texts) in enumerate(dataset_rows(path)):
         # A lone surrogate, which JSON can hold, is no UTF-8.
         label = str(row.get("label") or UNLABELLED).encode("utf-8", "backslashreplace").decode()
         if len(labels) < MAX_LABELS:
@@ -168,7 +168,7 @@ def _quantiles(scratch: Scratch, column: str) -> dict[str, float]:
 def _clean_rows(path: str, scratch: Scratch, dropped: Counter[str]) -> Iterator[tuple[str, ...]]:
     """Yield the rows in which nothing was found that must go, and count the others."""
     findings = scratch.rows("found", FINDINGS)
-    for (where, row, texts), found in zip(_rows(path), findings, strict=True):
+    for (where, row, texts), found in zip(dataset_rows(path), findings, strict=True):
         reason = next((name for name, is_found in zip(FINDINGS, found, strict=True) if is_found), None)
         if reason:
             dropped[reason] += 1

@@ -122,9 +122,7 @@ class RulesExpert:
         )
 
 
-def _written(
-    examples: Sequence[Example], write: Callable[[str], str | None]
-) -> Iterator[tuple[str, SafeResponse]]:
+def _written(examples: Sequence[Example], write: Callable[[str], str | None]) -> Iterator[tuple[str, SafeResponse]]:
     for example in examples:
         text = write(example.instruction or "")
         yield example.id, SafeResponse(text, "" if text is not None else "abstain_no_rule")
