@@ -150,6 +150,8 @@ class DatasetSettings:
     # Share of the instructions that is held out where eval_path is null.
     eval_fraction: Annotated[float, rules.interval("[0, 1)", "; 0.05 holds out 5%")] = 0.05
     max_rows: Count | None = None  # read this many usable rows from the start; null: all
+    # Share of the training rows that are this dataset's; null: with the others without one, what is left, by size.
+    weight: Annotated[float, rules.interval("(0, 1]", "; leave the dataset out to have none of it")] | None = None
     on_bad_row: BadRow = "drop"  # drop: skip the row and count it | error: stop
 
 
