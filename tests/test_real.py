@@ -181,7 +181,7 @@ class TestRun:
     @pytest.mark.parametrize(
         ("expert", "given", "checked"),
         [
-            ("rules", {}, ("reverse", "induce", "replay", "contrast", "sft", "si_dpo", "evaluate")),
+            ("rules", {}, ("reverse", "replay", "dpo", "evaluate")),
             ("local", {"corpus": "c.csv"}, ("induce", "contrast")),
         ],
     )
