@@ -221,7 +221,8 @@ class Real:
 
     def _train(self, name: str, experiment: str, *more: str) -> list[str]:
         start = ("train.py", f"experiment={experiment}", f"model.name_or_path={self.settings.model}")
-        return [*start, f"seed={self.settings.seed}", f"run_dir={self.output}/{name}", *more]
+        # The examples decide, so that every run takes the same steps however many rows its data came to.
+        return [*start, f"seed={self.settings.seed}", f"run_dir={self.output}/{name}", "n_epochs=null", *more]
 
     def _si(self) -> list[str]:
         """Return the settings of `si`; no evaluation prompt is trained on, whoever made the dataset."""
