@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,17 @@ class TestRun:
         assert "induce" not in stages
         assert "datasets.si.path=mine" in stages["sft"]
 
+    @pytest.mark.parametrize("num_pairs", [7, 8])
+    def test_an_induction_that_made_too_few_pairs_ends_the_run_with_what_may_help(self, tmp_path, num_pairs):
+        (tmp_path / "si").mkdir()
+        (tmp_path / "si" / "si.jsonl").write_text("{}\n" * num_pairs)
+        real = run.Real(tmp_path, run.Settings(0, "tiny", "quickstart/model", "alpaca", "rules", inputs.Given()))
+        if num_pairs == 8:
+            real.require_pairs()
+        else:
+            with pytest.raises(UserError, match=r"^7 pairs came out .* at least 8 .*larger SIZE"):
+                real.require_pairs()
+
     def test_a_missing_model_is_named_with_the_command_that_makes_it(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         settings = run.Settings(0, "small", run.MODEL, "chat", "rules", inputs.Given())
@@ -215,11 +227,12 @@ class TestRun:
 
     def test_the_estimate_is_the_sum_of_what_is_left(self):
         speed = {"train_seconds_per_token": 0.01, "generate_seconds_per_token": 0.03}
-        stages = estimate.estimate(speed, SMALL)
+        size = replace(SMALL, sft=384)
+        stages = estimate.estimate(speed, size)
         commands = planned(Path("x"))
         assert stages.keys() <= commands.keys()
-        assert stages["sft"] == pytest.approx(10 + SMALL.sft * 85 * 0.01)
-        text = estimate.render_estimate(speed, SMALL, done=set(stages) - {"sft"})
+        assert stages["sft"] == pytest.approx(10 + 384 * 85 * 0.01)
+        text = estimate.render_estimate(speed, size, done=set(stages) - {"sft"})
         assert "(100 tokens trained or 33 written in a second) will take about 6 minutes: sft 5.6" in text
 
 

@@ -53,7 +53,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(reverse=8, held_out=4, corpus=8, replay=8, contrast=8, sft=8, dpo=8, prompts=4),  # that it runs
-    "small": Size(reverse=320, held_out=200, corpus=256, replay=160, contrast=96, sft=384, dpo=160, prompts=60),
+    "small": Size(reverse=640, held_out=200, corpus=320, replay=160, contrast=96, sft=320, dpo=160, prompts=60),
     "full": Size(reverse=2000, held_out=200, corpus=2000, replay=2000, contrast=1000, sft=2000, dpo=2000, prompts=300),
 }
 
@@ -197,11 +197,11 @@ def _rows(path: str, columns: tuple[str, ...], name: str) -> Iterator[Row]:
 
 
 def _parted(
-    rows: list[dict[str, str]], rng: random.Random, name: str, path: str, most: tuple[int, int]
+    rows: Iterable[Row], rng: random.Random, name: str, path: str, most: tuple[int, int]
 ) -> tuple[list[Row], list[Row]]:
     """Draw at most so many different instructions (to train on, held out); a third at most is held out."""
-    rng.shuffle(rows)
     different = list({_asked(row): row for row in rows}.values())
+    rng.shuffle(different)
     _require(len(different), name, path, "different instructions", least=3 * LEAST)
     num_held_out = min(most[1], len(different) // 3)
     return different[num_held_out:][: most[0]], different[:num_held_out]

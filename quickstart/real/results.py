@@ -37,13 +37,13 @@ def collect(output: Path) -> dict[str, Any]:
     report = _read(output / "report" / "report.json")
     stages = [json.loads(line) for line in (output / "stages.jsonl").read_text(encoding="utf-8").splitlines()]
     parts = ("si", "replay", "contrast")
-    counts = {part: _read(output / part / "report.json").get("counts") for part in parts if (output / part).is_dir()}
+    made = {part: _read(output / part / "report.json") for part in parts if (output / part).is_dir()}
     return {
         "settings": _read(output / "real.json"),
         "speed": _read(output / "speed.json"),
         "models": {name: one_model(model) for name, model in report["models"].items()},
         "reversed": _read(output / "reversed.json"),
-        "counts": counts,
+        "pairs": {part: report.get("counts", {"kept": report.get("num_rows")}) for part, report in made.items()},
         "seconds": {stage["name"]: stage["seconds"] for stage in stages},
     }
 

@@ -1,6 +1,6 @@
 """The whole method on a real pretrained model, by the real entrypoints: one command a stage, each echoed.
 
-    make real                                                        # default inputs, about an hour on two cores
+    make real                                                        # default inputs, made for an hour on two cores
     make real SIZE=full DATA=alpaca.json CORPUS=unsafe.csv PROMPTS=test_set.csv BENIGN=tasks.jsonl
     python quickstart/real/run.py --size tiny                        # eight rows a stage: does it run?
 
@@ -33,6 +33,7 @@ from quickstart.stages import Stages, move_other_aside  # noqa: E402  after the 
 MODEL, RULES = "models/smollm2", "quickstart/real/rules.yaml"
 GIVEN = ("data", "corpus", "pairs", "prompts", "benign")
 SETS = ("unsafe", "benign", "contrast")
+LEAST_PAIRS = 8
 Command = tuple[str, list[str]]
 
 
@@ -117,6 +118,8 @@ class Real:
             status = self.stages.run(name, command)
             if status != 0:
                 return status
+            if name == "induce":
+                self.require_pairs()
             if name == "speed":
                 done = {record["name"] for record in self.stages.records()}
                 print(render_estimate(json.loads(speed.read_text(encoding="utf-8")), self.size, done), flush=True)
@@ -127,6 +130,21 @@ class Real:
         print(f"{self.output / 'results.json'}: all numbers; {report.with_suffix('.html')}: plots and samples")
         print(f"done after {(time.monotonic() - started) / 60:.0f} minutes", flush=True)
         return 0
+
+    def require_pairs(self) -> None:
+        """Stop where the induction made too few pairs for the stages behind it.
+
+        Raises:
+            UserError: With what may help.
+        """
+        with Path(self.si, "si.jsonl").open(encoding="utf-8") as file:
+            num_pairs = sum(1 for _ in file)
+        if num_pairs < LEAST_PAIRS:
+            raise UserError(
+                f"{num_pairs} pairs came out of the induction, and at least {LEAST_PAIRS} are needed "
+                f"({self.si}/README.md counts what was dropped, and why): give more DATA and CORPUS with a larger SIZE, "
+                "or PAIRS of your own"
+            )
 
     def commands(self) -> Iterator[Command]:
         """Yield name and command of each stage, in order."""
@@ -168,7 +186,7 @@ class Real:
         corpus = self.settings.given.corpus or f"{self.inputs}/corpus.jsonl"
         return [
             *("induce.py", *self._model(), f"model.archive={self.output}/reverse", f"corpus.path={corpus}"),
-            *(f"corpus.max_rows={self.size.corpus}", *self._expert(), "generation.temperature=0.7"),
+            *(f"corpus.max_rows={self.size.corpus}", *self._expert(), "generation.temperature=0.3"),
             *(f"generation.seed={self.settings.seed}", "generation.max_new_tokens=40", f"output={self.output}/si"),
             # Two requests that differ in one word are near duplicates, and both are wanted here.
             *("duplicates.threshold=null", f"exclude={self.inputs}/prompts/unsafe.jsonl", "exclude_similarity=null"),
