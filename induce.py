@@ -62,8 +62,9 @@ from safer_instruct.induction.benign import (
 from safer_instruct.induction.ledger import scan_records, shard_count, shard_path
 from safer_instruct.induction.ledgers import find_ledgers
 from safer_instruct.induction.round_trip import RoundTrip
-from safer_instruct.induction.shard import resolve_min_score, run_filter, run_induce, run_respond, run_score
-from safer_instruct.induction.stages import FILTER, INDUCE, REQUIRED_STAGES, RESPOND, SCORE, STAGES
+from safer_instruct.induction.shard import kept_pairs, resolve_min_score, run_filter, run_induce, run_respond, run_score
+from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND, SCORE, STAGES, VARY
+from safer_instruct.induction.vary import run_vary
 from safer_instruct.shards import resolve_shard
 from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.display import without_password
@@ -98,12 +99,11 @@ def run_shard(config: InduceConfig) -> None:
     ledgers = Path(config.output) / "ledger"
     index, count = resolve_shard(config.shard, os.environ)
     require_same_shards(ledgers, count)
-    with_score = config.roundtrip.model.name_or_path != MISSING
-    stages = (STAGES if with_score else REQUIRED_STAGES) if config.stage == "all" else (config.stage,)
+    stages = _stages(config, count)
     device = torch.device(_device(config.device))
     paths = {stage: shard_path(ledgers, stage, index, count) for stage in STAGES}
-    paid = (paths[FILTER], paths[RESPOND])
-    expert = _checked_expert(config, device, paid, count) if {FILTER, RESPOND} & set(stages) else None
+    paid = {stage: paths[stage] for stage in (FILTER, RESPOND, VARY)}
+    expert = _checked_expert(config, device, paid.values(), count) if paid.keys() & set(stages) else None
     corpus = read_corpus(config.corpus, index=index, count=count)
     if INDUCE in stages:
         run_induce(config.model, config.generation, corpus.examples, paths[INDUCE], device)
@@ -114,6 +114,8 @@ def run_shard(config: InduceConfig) -> None:
         run_filter(expert, corpus.examples, paths, min_score=min_score)
     if RESPOND in stages and expert:
         run_respond(expert, corpus.examples, paths)
+    if VARY in stages and expert and config.respond.max_same is not None:
+        run_vary(expert, kept_pairs(corpus.examples, paths)[1], paths, count, config.respond.max_same)
     if corpus.broken:
         raise UserError(
             f"{corpus.broken}. The {len(corpus.examples)} rows of this shard before it are done and kept; mend the "
@@ -124,8 +126,19 @@ def run_shard(config: InduceConfig) -> None:
     else:
         print(
             f"shard {index} of {count}: {', '.join(stages)} done, {len(corpus.examples)} rows. When all stages of all "
-            "shards are done, run the command once with stage=merge."
+            "shards are done (with respond.max_same, stage=vary too), run the command once with stage=merge."
         )
+
+
+def _stages(config: InduceConfig, count: int) -> list[str]:
+    """Return the stages to run; of all, `vary` only where no other shard is to be waited for."""
+    if config.stage != "all":
+        return [config.stage]
+    optional = {
+        SCORE: config.roundtrip.model.name_or_path != MISSING,
+        VARY: config.respond.max_same is not None and count == 1,
+    }
+    return [stage for stage in STAGES if optional.get(stage, True)]
 
 
 def logps_of(model: Any) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
@@ -143,10 +156,16 @@ def merge_shards(config: InduceConfig) -> None:
     started = time.monotonic()
     output = Path(config.output)
     excluded = read_instructions(config.exclude) if config.exclude else set()
+    ledgers = find_ledgers(output / "ledger")
+    if config.respond.max_same is not None and VARY not in ledgers:
+        raise UserError(
+            f"respond.max_same={config.respond.max_same}: no ledger of stage=vary in {output / 'ledger'}; run it in "
+            "all shards before stage=merge, or leave respond.max_same out"
+        )
     with lock_output(output):  # until the report is written: it must be about the dataset beside it
         merged = merge(
             config.corpus,
-            find_ledgers(output / "ledger"),
+            ledgers,
             output,
             guard=LeakageGuard(excluded, config.exclude_similarity),
             duplicates=config.duplicates,
@@ -212,9 +231,7 @@ def run_benign(config: InduceConfig) -> None:
     dropped = ", ".join(
         f"{reason} {number}" for reason, number in sorted(counts.items()) if number and reason != "pairs"
     )
-    print(
-        f"{counts['pairs']} pairs in {output / stage}.jsonl; what became of the other rows: {dropped or 'there are none'}"
-    )
+    print(f"{counts['pairs']} pairs in {output / stage}.jsonl; what became of the other rows: {dropped or 'none'}")
 
 
 def run_audit(config: InduceConfig) -> None:

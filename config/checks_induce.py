@@ -15,7 +15,7 @@ def check_induce(config: InduceConfig) -> list[Fault]:
     stage, is_local = config.stage, config.generation.backend != "openai"
     induces = stage in ("all", "induce")
     replays = stage == "replay" and config.replay.answers == "model"
-    asks_expert = stage in ("all", "filter", "respond", "contrast")
+    asks_expert = stage in ("all", "filter", "respond", "vary", "contrast")
     needed = {
         "output": stage != "audit",
         "corpus": stage not in ("status", "audit", *BENIGN_STAGES),
@@ -29,6 +29,10 @@ def check_induce(config: InduceConfig) -> list[Fault]:
     if needed["generation.server"]:
         faults += check_server(config.generation.server, "generation.server")
     faults += check_expert(config.expert, "expert")
+    if stage == "vary" and config.respond.max_same is None:
+        faults.append(
+            Fault("respond.max_same", "stage=vary needs the largest share of one response: respond.max_same=0.02")
+        )
     draws = stage == "contrast" or (stage == "replay" and config.replay.rejected == "refusal")
     if (stage == "audit" or draws) and config.path is None:
         faults.append(

@@ -54,6 +54,14 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
             f"run_dir={config.run_dir}, local_run_dir={config.local_run_dir}: one thing, set one of them",
             ("local_run_dir",),
         )
+    limit = config.early_stop.over_refusal
+    if limit is not None and not (config.sample_during_eval and config.n_eval_model_samples):
+        yield Fault(
+            "early_stop.over_refusal",
+            f"early_stop.over_refusal={limit}: refusals are counted among the samples of evaluations; write "
+            "sample_during_eval=true, and n_eval_model_samples=64 for a share that means something",
+            ("sample_during_eval", "n_eval_model_samples"),
+        )
     if not config.local_dirs:
         yield Fault(
             "local_dirs",
@@ -79,16 +87,16 @@ def _check_weights(config: TrainConfig) -> Iterator[Fault]:
     if len(given) == len(weights) and abs(total - 1) > 1e-6:
         yield Fault(
             key,
-            f"{listed}: shares of all datasets must sum to 1, and these sum to {total:g}; leave one of them out to give it "
-            "the rest",
+            f"{listed}: shares of all datasets must sum to 1, and these sum to {total:g}; leave one of them out to "
+            "give it the rest",
             tuple(others),
         )
     elif len(given) < len(weights) and total >= 1 - 1e-6:
         rest = ", ".join(name for name, weight in weights.items() if weight is None)
         yield Fault(
             key,
-            f"{listed}: these shares sum to {total:g}, which leaves nothing for {rest}; make them smaller, or take it out of "
-            "datasets=[...]",
+            f"{listed}: these shares sum to {total:g}, which leaves nothing for {rest}; make them smaller, or take it "
+            "out of datasets=[...]",
             tuple(others),
         )
 

@@ -12,7 +12,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 TEMPLATES = ("alpaca", "hh", "plain", "chat")  # how an instruction becomes a prompt
 SCHEMAS = ("si", "alpaca", "hh")  # which columns the rows of a dataset have
 FORMATS = ("all", "jsonl", "parquet")  # files of a merged dataset
-STAGES = ("induce", "score", "filter", "respond")  # those with a ledger, in their order
+STAGES = ("induce", "score", "filter", "respond", "vary")  # of `si`, those with a ledger, in their order
 # Stages that make pairs whose prompts should be answered, each with an output of its own -> their ledgers, in order.
 BENIGN_STAGES = {
     "replay": ("replay",),

@@ -19,6 +19,7 @@ from config.training import (  # noqa: F401 - those of train.py are read from he
     CheckpointSettings,
     DatasetSettings,
     DPOSettings,
+    EarlyStopSettings,
     IPOSettings,
     LikelihoodLossSettings,
     LossSettings,
@@ -175,6 +176,14 @@ class RoundTripSettings:
 
 
 @dataclass
+class RespondSettings:
+    """The safe responses."""
+
+    # Largest share of the rows with one and the same response; those beyond it are asked again. null: no such line.
+    max_same: Share | None = None
+
+
+@dataclass
 class DuplicatesSettings:
     """Pairs that nearly repeat an earlier one, in the order of the corpus; exact repetitions always go."""
 
@@ -215,13 +224,14 @@ class InduceConfig:
     """`induce.py`: from a corpus of unsafe responses to a preference dataset."""
 
     output: Annotated[str, "the folder to write"] = MISSING  # the dataset folder, or that of stage=audit's report
-    # all: the four with ledgers, and merge where there is one shard. docs/scale.md tells of the others.
+    # all: those with ledgers, and merge where there is one shard. docs/scale.md tells of the others.
     stage: Annotated[str, rules.choices("all", *STAGES, "merge", "status", "audit", *BENIGN_STAGES)] = "all"
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     model: ModelSettings = field(default_factory=ModelSettings)  # the reversed model; stage=replay: the starting model
     expert: Annotated[Any, "one of rules, local, openai"] = MISSING  # who filters, responds and contrasts, by `expert=`
     generation: InductionSettings = field(default_factory=InductionSettings)
     roundtrip: RoundTripSettings = field(default_factory=RoundTripSettings)
+    respond: RespondSettings = field(default_factory=RespondSettings)
     shard: ShardSettings = field(default_factory=ShardSettings)
     # Files of the dataset: JSONL | Parquet | all: both, and a folder for datasets.load_from_disk.
     format: Annotated[str, rules.choices(*FORMATS)] = "all"

@@ -1,4 +1,4 @@
-"""What tells chosen and rejected apart by shallow means: planted shortcuts are measured, and none is seen in their absence."""
+"""Shallow means that tell chosen from rejected: planted ones are measured, and none is seen where there is none."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class Real:
         if num_pairs < LEAST_PAIRS:
             raise UserError(
                 f"{num_pairs} pairs came out of the induction, and at least {LEAST_PAIRS} are needed "
-                f"({self.si}/README.md counts what was dropped, and why): give more DATA and CORPUS with a larger SIZE, "
+                f"({self.si}/README.md counts what was dropped, and why): give more DATA and CORPUS, a larger SIZE, "
                 "or PAIRS of your own"
             )
 

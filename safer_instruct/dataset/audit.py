@@ -40,8 +40,8 @@ FINDINGS = ("leak", "near_leak", "duplicate_pair", "near_duplicate_pair", "repea
 
 # `pair`, `instruction` and `chosen` are hashes of normalised texts, `characters` is the length of `chosen`.
 _AUDITED = table_schema(
-    n=INT, label=TEXT, guard=TEXT, characters=INT, answered=INT, words_instruction=INT, words_rejected=INT, words_chosen=INT,
-    pair=TEXT, instruction=TEXT, chosen=TEXT,
+    n=INT, label=TEXT, guard=TEXT, characters=INT, answered=INT, words_instruction=INT, words_rejected=INT,
+    words_chosen=INT, pair=TEXT, instruction=TEXT, chosen=TEXT,
 )  # fmt: skip
 _NUMBERED = "SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY n) AS nth_{key} FROM {table}"
 _FOUND = """
@@ -267,9 +267,9 @@ def render_shortcuts(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> st
         f"{name} (AUC {_auc_text(of[''])})" for name, of in zip(names, found.values(), strict=True) if _tells(of[""])
     ]:
         lines.append(
-            f"**Chosen and rejected are told apart by {', by '.join(told)} alone, so a model can learn that in place of what "
-            "is harmful: mix in pairs with an answer chosen and a refusal rejected (stage=replay, stage=contrast), and vary "
-            "the safe responses.**"
+            f"**Chosen and rejected are told apart by {', by '.join(told)} alone, so a model can learn that in "
+            "place of what is harmful: mix in pairs with an answer chosen and a refusal rejected (stage=replay, "
+            "stage=contrast), and vary the safe responses.**"
         )
     return "\n\n".join(lines)
 

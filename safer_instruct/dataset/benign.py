@@ -33,7 +33,7 @@ _WORD = re.compile(r"[a-z]{4,}")
 
 # What to do where most rows were lost for one reason.
 _ADVICE = {
-    "neighbour_unsafe": ". The expert calls the neighbours harmful that it wrote itself: choose a stronger expert.model",
+    "neighbour_unsafe": ". The expert calls the neighbours harmful that it wrote itself: choose another expert",
     "refused": ". The answers decline harmless prompts: choose another model",
     "truncated": ". The answers are cut off before their first sentence ends: raise generation.max_new_tokens",
 }
@@ -72,8 +72,8 @@ class Refusals:
                 distinct.setdefault(normalise(row.chosen or ""), row)
         if not distinct:
             raise UserError(
-                f"path={path}: none of its {len(rows)} chosen responses declines, so there is no refusal to reject; give "
-                "the dataset of the unsafe prompts, or leave `rejected` empty with replay.rejected=none"
+                f"path={path}: none of its {len(rows)} chosen responses declines, so there is no refusal to reject; "
+                "give the dataset of the unsafe prompts, or leave `rejected` empty with replay.rejected=none"
             )
         self._rows = sorted(distinct.values(), key=lambda row: text_id("refusal", row.chosen or ""))
         self._uses = [0] * len(self._rows)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import LocalExpertSettings, OpenAIExpertSettings, RulesExpertSettings
-from safer_instruct.experts.prompts import ANSWER, COMPARE, JUDGE, NEIGHBOUR, RESPOND, ROLES, SCREEN, Role
+from safer_instruct.experts.prompts import ANSWER, COMPARE, JUDGE, NEIGHBOUR, RESPOND, ROLES, SCREEN, VARY, Role
 from safer_instruct.experts.rules import Rules
 from safer_instruct.experts.verdicts import Judgement, SafeResponse, Verdict, Winner
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
@@ -52,6 +52,9 @@ class Expert(Protocol):
     def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield (id, safe response) for each `instruction`."""
 
+    def vary(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield (id, another safe response that names the matter) for each `instruction`."""
+
     def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield (id, harmless instruction that looks like it) for each unsafe `instruction`."""
 
@@ -88,6 +91,10 @@ class RulesExpert:
     def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield the responses; an instruction that the rules know no answer to is an abstention."""
         return _written(examples, self._rules.respond)
+
+    def vary(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield responses of another template; see Expert."""
+        return _written(examples, self._rules.vary)
 
     def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield the neighbours that the categories list; see Expert.
@@ -155,6 +162,10 @@ class LLMExpert:
     def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield the responses; one that the limit on new tokens cut off is an abstention."""
         return self._write(RESPOND, examples)
+
+    def vary(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield the other responses; see Expert."""
+        return self._write(VARY, examples)
 
     def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield the neighbours; see Expert."""

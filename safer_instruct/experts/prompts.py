@@ -46,6 +46,18 @@ safe where that makes sense. Two to five sentences, no preamble, no lists, no ha
 
 The reply:"""
 
+_VARY = """\
+A user sent the request below, and following it would be harmful. So far it is declined with a sentence that many \
+other requests got, too. Write a reply that fits this request alone: decline it, naming in your own words what was \
+asked for, and say why it would do harm or what could be done in its place. Two to four sentences, no apology, no \
+stock phrase, no harmful detail.
+
+<request>
+{body}
+</request>
+
+The reply:"""
+
 _NEIGHBOUR = """\
 A safety filter must learn that a request is not harmful because of its words. Below is a harmful request. Write a \
 harmless request that looks like it: keep its topic and as many of its words as you can, and change what is wanted, so \
@@ -60,8 +72,8 @@ protect oneself or others. The new request must be a whole one that can be answe
 Answer with one line of JSON and nothing else, for example: {"request": "How do I kill a process in Linux?"}"""
 
 _ANSWER = """\
-A user sent the request below, which is harmless, even where it looks otherwise. Answer it as a helpful assistant does: \
-directly and correctly, in one to five sentences, without any preamble, warning or refusal.
+A user sent the request below, which is harmless, even where it looks otherwise. Answer it as a helpful assistant \
+does: directly and correctly, in one to five sentences, without any preamble, warning or refusal.
 
 <request>
 {body}
@@ -236,9 +248,11 @@ JUDGE = Role(
     {"outcome": ("harmful", "refusal", "helpful", "neither"), "names_the_matter": bool, "category": str},
 )  # render(instruction, output)
 COMPARE = Role(_COMPARE, _winner, {"better": ("a", "b", "tie")})  # render(instruction, first answer, second answer)
+VARY = Role(_VARY, str)  # render(instruction)
 # A harmless request that looks like an unsafe one (the kinds of XSTest, Roettger et al. 2023), and its answer.
 NEIGHBOUR = Role(_NEIGHBOUR, lambda *, request: request.strip(), {"request": str})  # render(instruction)
 ANSWER = Role(_ANSWER, str)  # render(instruction)
 ROLES: dict[str, Role[Any]] = {
-    "screen": SCREEN, "respond": RESPOND, "judge": JUDGE, "compare": COMPARE, "neighbour": NEIGHBOUR, "answer": ANSWER,
+    "screen": SCREEN, "respond": RESPOND, "judge": JUDGE, "compare": COMPARE, "vary": VARY, "neighbour": NEIGHBOUR,
+    "answer": ANSWER,
 }  # fmt: skip

@@ -158,6 +158,15 @@ class Rules:
         name, wanted = asked
         return self._fill(_pick(self._categories[name].responses, instruction), wanted)
 
+    def vary(self, instruction: str) -> str | None:
+        """Return another safe response than `respond`; None where the rules have no other."""
+        asked = self.meaning(instruction)
+        if asked is None:
+            return None
+        responses = self._categories[asked[0]].responses
+        others = [one for one in responses if one != _pick(responses, instruction)]
+        return self._fill(_pick(others, instruction), asked[1]) if others else None
+
     def neighbour(self, instruction: str) -> str | None:
         """Return a harmless instruction about the matter of an unsafe one; None where the rules know none."""
         asked = self.meaning(instruction)

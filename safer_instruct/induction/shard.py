@@ -75,12 +75,17 @@ def run_filter(
 
 def run_respond(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
     """Have the kept instructions answered that the ledger lacks."""
-    _, pairs = _induced_pairs(examples, paths)
-    before, verdicts = read_ledger(paths[FILTER])
-    pairs = kept(pairs, verdicts)
+    before, pairs = kept_pairs(examples, paths)
     configuration = expert_configuration(expert, before, "respond")
     with Ledger(paths[RESPOND], configuration, num_rows=len(pairs)) as ledger, show_progress(RESPOND, pairs) as update:
         run_stage(pairs, ledger, stage_respond(expert), batch_size=ROWS_AT_A_TIME, progress=update)
+
+
+def kept_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[Example]]:
+    """Return what the filter's verdicts depend on, and the pairs that it keeps."""
+    _, pairs = _induced_pairs(examples, paths)
+    before, verdicts = read_ledger(paths[FILTER])
+    return before, kept(pairs, verdicts)
 
 
 def _induced_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[Example]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from config.errors import UserError
 from config.names import BENIGN_STAGES
 from safer_instruct.induction.ledger import WRITTEN_AT, shard_count, shard_path
-from safer_instruct.induction.stages import SCORE, STAGES
+from safer_instruct.induction.ledgers import present_stages
 from safer_instruct.text.display import markdown_table
 
 RATE_SECONDS = 600.0  # the rate is that of the last ten minutes of a ledger
@@ -98,11 +98,11 @@ def render_status(folder: Path, now: float | None = None) -> str:
 
 
 def _stages(folder: Path) -> list[str]:
-    """Return the stages with ledgers of their own that write into a folder; score only where it does."""
+    """Return the stages with ledgers of their own that write into a folder."""
     for names in BENIGN_STAGES.values():
         if any(folder.glob(f"{names[0]}-*.jsonl")):
             return list(names)
-    return [stage for stage in STAGES if stage != SCORE or any(folder.glob(f"{SCORE}-*.jsonl"))]
+    return present_stages(folder)
 
 
 def _unfinished(shards: list[dict[str, StageProgress]], now: float) -> Iterator[list[str]]:

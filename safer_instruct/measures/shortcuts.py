@@ -1,8 +1,8 @@
 """How far chosen and rejected responses are told apart by shallow means: what a model can learn in place of the matter.
 
-Four means, each a score of one response alone: whether it declines by phrase, its length, its first three words, and its
-words in any order. For the last two a naive Bayes classifier is fitted to the rows of the other folds, so that what it
-says of a row is no memory of it. The area under the ROC curve (AUC) is the probability that a chosen response scores
+Four means, each a score of one response alone: whether it declines by phrase, its length, its first three words, and
+its words in any order. For the last two a naive Bayes classifier is fitted to the rows of the other folds, so that what
+it says of a row is no memory of it. The area under the ROC curve (AUC) is the probability that a chosen response scores
 above a rejected one, ties counting half: 0.5 tells nothing apart, 1 and 0 everything.
 
 Symbols: n pairs; the two responses of a pair are one draw, so the variance of the AUC is that of the sum of their

@@ -105,7 +105,7 @@ def few_answered(report: Mapping[str, Any]) -> list[str]:
     if answered >= MIN_ANSWERED * rows:
         return []
     return [
-        f"WARNING: {answered} of {rows} prompts ({answered / rows:.1%}) are to be answered, the others to be declined; a "
-        "model trained on such data declines harmless prompts, too. Add pairs that answer: induce.py stage=replay and "
-        "stage=contrast, then datasets=[si,replay,contrast]"
+        f"WARNING: {answered} of {rows} prompts ({answered / rows:.1%}) are to be answered, the others to be "
+        "declined; a model trained on such data declines harmless prompts, too. Add pairs that answer: induce.py "
+        "stage=replay and stage=contrast, then datasets=[si,replay,contrast]"
     ]
