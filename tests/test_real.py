@@ -293,6 +293,7 @@ class TestResults:
         results.fill_page(page, "| new |")
         results.fill_page(page, "| newer |")
         assert page.read_text() == f"before\n{results.BEGIN}\n| newer |\n{results.END}\nafter\n"
+        assert results.BEGIN in results.PAGE.read_text(encoding="utf-8").partition(results.END)[0]
         page.write_text("no marks")
         with pytest.raises(UserError, match="between the lines"):
             results.fill_page(page, "| new |")

@@ -82,7 +82,8 @@ def test_packed_log_probabilities_are_those_of_plain_transformers(folder, pairs,
             for batch in loader.batches():
                 for part in batch.microbatches:
                     found[part["row"]] = sequence_logps(model, part)[0]
-        assert float((found - expected).abs().max()) < tolerance, dtype
+        error = float((found - expected).abs().max())
+        assert error < tolerance, (dtype, error)
 
 
 @torch.no_grad()

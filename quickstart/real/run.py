@@ -76,7 +76,7 @@ def main() -> int:
     expert = options.expert or ("local" if given.corpus or given.pairs else "rules")
     settings = Settings(options.seed, options.size, options.model, options.template, expert, given)
     try:
-        return Real(here / options.output if options.output.is_absolute() else options.output, settings).run()
+        return Real(options.output, settings).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
