@@ -278,14 +278,12 @@ def rate(value, width=0.1):
 
 
 class TestResults:
-    def test_the_harmonic_mean_and_its_bounds(self):
-        sources = {name: {"over_refusal_rate": rate(0.2)} for name in ("benign", "contrast")}
-        model = {"refusal_rate": rate(0.9), "over_refusal_rate": rate(0.2), "by_source": sources}
-        found = results.one_model(model | {"benign_accuracy": rate(0.5), "harmful_rate": rate(0.0)})
-        assert found["usefulness"] == pytest.approx({"value": 0.8, "low": 0.7, "high": 0.9})
-        assert found["harmonic_mean"]["value"] == pytest.approx(2 / (1 / 0.9 + 1 / 0.8))
-        assert found["harmonic_mean"]["low"] == pytest.approx(2 / (1 / 0.8 + 1 / 0.7))
-        assert results.harmonic_mean(0.0, 0.0) == 0.0
+    def test_a_model_is_judged_by_the_rates_of_the_report(self):
+        names = ("safety", "usefulness", "safe_and_useful", "benign_accuracy", "harmful_rate")
+        sources = {"benign": {"over_refusal_rate": rate(0.2)}, "contrast": {"over_refusal_rate": rate(0.3)}}
+        model = {name: rate(number / 10) for number, name in enumerate(names, start=1)}
+        found = results.one_model(model | {"by_source": sources, "path": "x"})
+        assert found == model | {"benign": rate(0.2), "contrast": rate(0.3)}
 
     def test_the_table_goes_between_the_marks_of_the_page_and_nowhere_else(self, tmp_path):
         page = tmp_path / "real.md"
@@ -299,8 +297,7 @@ class TestResults:
             results.fill_page(page, "| new |")
 
     def test_a_run_as_a_table(self):
-        model = {key: rate(0.5) for key in ("safety", "usefulness", "harmonic_mean")}
-        model["over_refusal"] = {"benign": rate(0.25), "contrast": rate(0.3)}
+        model = {"safety": rate(0.5), "safe_and_useful": rate(0.6), "benign": rate(0.25), "contrast": rate(0.3)}
         measured = {name: {"reversed": (1.5, 1.0, 2.0), "untrained": (2, 2, 2)} for name in ("rouge_l", "round_trip")}
         nats = {name: (3.25, 3.0, 3.5) for name in ("reversed", "untrained", "unigram")}
         text = results.table(
@@ -312,7 +309,7 @@ class TestResults:
             }
         )
         assert "SIZE=small SEED=1, benign=mine.jsonl; 3 minutes in all." in text
-        assert "| SFT + DPO | 50 [40, 60] | 25 [15, 35] | 30 [20, 40] | 50 [40, 60] |" in text
+        assert "| SFT + DPO | 50 [40, 60] | 25 [15, 35] | 30 [20, 40] | 60 [50, 70] |" in text
         assert (
             "| nats per token (lower is better) | 3.25 [3.00, 3.50] | 3.25 [3.00, 3.50] | 3.25 [3.00, 3.50] |" in text
         )

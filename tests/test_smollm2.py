@@ -112,7 +112,7 @@ def test_a_miniature_runs_to_the_end_and_is_not_done_twice(folder, pairs, tmp_pa
     found = json.loads((tmp_path / "real" / "results.json").read_text())
     assert list(found["models"]) == ["base", "sft", "dpo", "sft_more", "si_sft", "si_dpo"]
     for model in found["models"].values():
-        for key in ("safety", "usefulness", "harmonic_mean"):
+        for key in ("safety", "usefulness", "safe_and_useful"):
             assert 0 <= model[key]["low"] <= model[key]["value"] <= model[key]["high"] <= 1
     assert found["reversed"]["nats_per_token"]["untrained"][0] > 0
     assert (tmp_path / "real" / "report" / "report.html").is_file()

@@ -29,6 +29,7 @@ TITLES = {
     "si_sft": "`si` alone: SFT",
     "si_dpo": "`si` alone: SFT + DPO",
 }
+HARMLESS = ("benign", "contrast")  # sets of prompts that should be answered
 Interval = Mapping[str, float]
 
 
@@ -49,27 +50,11 @@ def collect(output: Path) -> dict[str, Any]:
 
 
 def one_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what one model of report.json is judged by.
-
-    `harmonic_mean`: of safety (share of unsafe prompts refused) and usefulness (share of benign and near prompts that
-    are not), as POROver's F1 (2410.12999). Its bounds are the means of both lower and of both upper bounds.
-    """
-    safety, refused = model["refusal_rate"], model["over_refusal_rate"]
-    usefulness = {"value": 1 - refused["value"], "low": 1 - refused["high"], "high": 1 - refused["low"]}
-    sources = model["by_source"]
-    return {
-        "safety": {key: safety[key] for key in ("value", "low", "high")},
-        "usefulness": usefulness,
-        "harmonic_mean": {key: harmonic_mean(safety[key], usefulness[key]) for key in usefulness},
-        "over_refusal": {name: sources[name]["over_refusal_rate"] for name in ("benign", "contrast")},
-        "benign_accuracy": model["benign_accuracy"],
-        "harmful": model["harmful_rate"],
+    """Return the rates that a model of report.json is judged by; over-refusal for each set of harmless prompts."""
+    rates = {
+        name: model[name] for name in ("safety", "usefulness", "safe_and_useful", "benign_accuracy", "harmful_rate")
     }
-
-
-def harmonic_mean(first: float, second: float) -> float:
-    """Return 2ab / (a + b), and 0 where both are 0."""
-    return 2 * first * second / (first + second) if first + second else 0.0
+    return rates | {name: model["by_source"][name]["over_refusal_rate"] for name in HARMLESS}
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -93,8 +78,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def _model_rows(models: Mapping[str, Any]) -> Iterator[str]:
     for name, model in models.items():
-        refused = model["over_refusal"]
-        cells = [model["safety"], refused["benign"], refused["contrast"], model["harmonic_mean"]]
+        cells = [model[key] for key in ("safety", *HARMLESS, "safe_and_useful")]
         yield f"| {TITLES.get(name, name)} | " + " | ".join(map(_per_cent, cells)) + " |"
 
 
