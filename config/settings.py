@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from config import rules
+from config.benign import BenignSettings, ContrastSettings, ReplaySettings
 from config.names import BENIGN_STAGES, FORMATS, STAGES
 from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
 from config.training import (  # noqa: F401 - those of train.py are read from here, too
@@ -190,33 +191,6 @@ class DuplicatesSettings:
     threshold: Share | None = 0.8  # Jaccard index of the word pairs of instruction + response; null: keep them
     # What DuckDB may hold before it spills to the output folder: memory: 1 GB | disk: 128 MB.
     index: Annotated[str, rules.choices("memory", "disk")] = "memory"
-
-
-@dataclass
-class BenignSettings:
-    """`stage=replay`: the harmless instructions."""
-
-    path: DataPath = MISSING  # any file of instructions: column `instruction`, perhaps `input` and `output`
-    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
-    max_rows: Count | None = None  # use this many prompts from the start; null: all
-
-
-@dataclass
-class ReplaySettings:
-    """`stage=replay`: what is chosen and rejected on harmless prompts."""
-
-    # model: the starting model's own answer, so that nothing else of it moves | file: the column `output`.
-    answers: Annotated[str, rules.choices("model", "file")] = "model"
-    # refusal: one of the dataset's own, of the same topic where it can be | none: nothing (SFT alone).
-    rejected: Annotated[str, rules.choices("refusal", "none")] = "refusal"
-    template: Template = "alpaca"  # how the model is asked
-
-
-@dataclass
-class ContrastSettings:
-    """`stage=contrast`: harmless neighbours of unsafe instructions."""
-
-    num_rows: Count | None = 1000  # unsafe instructions that get one, drawn by a hash; null: all
 
 
 @dataclass
