@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config.errors import UserError
-from config.settings import GenerationSettings
+from config.pair_losses import Rows
+from config.settings import AnswerLossSettings, GenerationSettings, ld_alpha_of
 from preference_datasets import Loss, TrainEval, build_stores, describe
 from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
@@ -44,6 +45,7 @@ from safer_instruct.provenance import git_state, package_versions
 from trainers.data.batching import BatchLoader
 from trainers.data.cache import usable_dir
 from trainers.data.cutters import build_cutter
+from trainers.data.mismatched import with_mismatched
 from trainers.data.token_store import TokenStore, sequence_lengths
 from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
@@ -53,7 +55,7 @@ from trainers.dry_run import print_estimate
 from trainers.kernels.attention import PACKED, use_packed_attention
 from trainers.kernels.logps import autocast_dtype, check_head
 from trainers.kernels.self_check import check_packed_attention, packed_and_alone
-from trainers.objectives import LOSSES, build_objective
+from trainers.objectives import build_objective
 from trainers.optimizers import warmup_note
 from trainers.reference import attach_reference, weights_key
 from trainers.run.next_command import next_command
@@ -61,6 +63,10 @@ from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
 from trainers.run.speed_notes import speed_notes
 from trainers.trainer import Trainer
+
+ENCODED_FOR: dict[Rows, Loss] = {
+    "responses": "likelihood", "reversed": "reverse", "pairs": "preference", "answers": "answers",
+}  # fmt: skip
 
 
 def main(config: TrainConfig) -> None:
@@ -197,9 +203,7 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
     """Return the token stores of all datasets, for the kind of rows that the loss reads."""
-    kind: Loss = "reverse" if config.loss.name == "reverse" else "likelihood"
-    if config.loss.name in LOSSES:
-        kind = "preference"
+    kind: Loss = ENCODED_FOR[config.loss.rows]
     build = partial(
         build_stores, config.datasets, loss=kind, tokenizer=tokenizer, max_length=config.max_length,
         max_prompt_length=config.max_prompt_length, cache_dir=cache_dir, n_eval_examples=config.n_eval_examples,
@@ -208,6 +212,8 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
     stores = layout.main_first(build)
     if layout.is_main:
         print(describe(stores.report), file=sys.stderr, flush=True)
+    if isinstance(config.loss, AnswerLossSettings) and config.loss.mismatched:
+        return replace(stores, train=with_mismatched(stores.train), eval=with_mismatched(stores.eval))
     return stores
 
 
@@ -264,7 +270,7 @@ def attach_references(
         reference, weights = load_model(config, layout, dtype=dtype, is_trained=False)
     attach_reference(
         reference, loaders, layout=layout, cache_dir=cache_dir, weights=weights, compute_dtype=compute_dtype,
-        autocast=autocast_dtype(config.model.autocast),
+        autocast=autocast_dtype(config.model.autocast), ld_alpha=ld_alpha_of(config.loss),
     )  # fmt: skip
     return weights
 

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from config.checks import check_device, check_lengths
-from config.rules import MISSING, Fault, check_values, suggest
-from config.settings import LOSSES, LossSettings, TrainConfig, TrainerSettings
+from config.checks_loss import check_loss, check_rows
+from config.rules import MISSING, Fault, check_values
+from config.settings import TrainConfig, TrainerSettings
 
 
 def check_train(config: TrainConfig) -> list[Fault]:
     """Return all faults of a training command; torch, which takes seconds to import, is asked last."""
     faults = [
         *check_values(config),
-        *_check_loss(config.loss),
+        *check_loss(config.loss),
+        *check_rows(config),
         *_check_run(config),
         *_check_trainer(config),
         *_check_batches(config),
     ]
     return faults or [*check_device(config.device), *_check_optimizer(config)]
-
-
-def _check_loss(loss: Any) -> Iterator[Fault]:
-    if loss == MISSING:
-        return
-    if not isinstance(loss, LossSettings):
-        yield Fault("loss", "loss: its YAML file names no settings; `defaults:` begins with /schema/loss/NAME@_here_")
-        return
-    kind = LOSSES.get(loss.name)
-    if kind is None:
-        known = f"{suggest(loss.name, LOSSES)} Losses: {', '.join(LOSSES)}"
-        yield Fault("loss.name", f"loss.name={loss.name}: there is no such loss{known}")
-    elif not isinstance(loss, kind):
-        yield Fault("loss.name", f"loss.name={loss.name}: the other keys are another loss's; write loss={loss.name}")
 
 
 def _check_run(config: TrainConfig) -> Iterator[Fault]:

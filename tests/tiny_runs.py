@@ -16,7 +16,7 @@ from trainers.distributed.layout import Layout
 from trainers.distributed.parallelize import parallelize, place_model
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.logps import check_head
-from trainers.objectives import LOSSES, build_objective
+from trainers.objectives import build_objective
 from trainers.reference import attach_reference, weights_key
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
@@ -94,7 +94,7 @@ def tiny_trainer(
 
     `model`: made anew for the meta device where it is sharded, so a name of `tests/tiny_models.py` there.
     """
-    segments = 3 if settings.loss.name in LOSSES else 2
+    segments = 3 if settings.loss.rows in ("pairs", "answers") else 2
 
     def stored(num_rows: int, seed: int = 0) -> TokenStore:
         return layout.main_first(lambda: random_store(folder, num_rows=num_rows, segments=segments, seed=seed))
