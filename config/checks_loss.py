@@ -40,23 +40,21 @@ def check_loss(loss: Any) -> Iterator[Fault]:
 def _mixture_complaints(loss: MixtureSettings) -> list[str]:
     """Return what is wrong with names, keys and values of the parts, of which Hydra knows nothing."""
     if len(loss.parts) < 2:
-        return [
-            f"loss.parts={loss.parts}: name two losses or more, such as loss.parts={{dpo:{{weight:0.8}},slic:{{}}}}"
-        ]
+        example = "loss.parts.dpo.weight=0.8 loss.parts.slic.weight=0.2"
+        return [f"loss.parts={loss.parts}: name two losses or more, such as {example}"]
     complaints = [complaint for name, keys in loss.parts.items() for complaint in _part_complaints(name, keys)]
     if complaints:
         return complaints
     parts = [part_settings(name, keys)[1] for name, keys in loss.parts.items()]
-    alphas = {part.ld_alpha for part in parts if isinstance(part, Modified)}
-    return ["loss.parts: ld_alpha must be the same in all parts that have it"] if len(alphas) > 1 else []
+    alphas = {part.ld_alpha if isinstance(part, Modified) else None for part in parts}
+    return ["loss.parts: ld_alpha must be the same in all parts, one forward pass weighs the tokens"][: len(alphas) - 1]
 
 
 def _part_complaints(name: str, keys: Any) -> list[str]:
     where = f"loss.parts.{name}"
     if name not in PARTS:
-        why = (
-            f"{name} reads {LOSSES[name].rows}" if name in LOSSES else f"there is no loss {name}{suggest(name, PARTS)}"
-        )
+        of_other_rows = f"{name} reads {LOSSES[name].rows}." if name in LOSSES else ""
+        why = of_other_rows or f"there is no loss {name}{suggest(name, PARTS)}"
         return [f"{where}: the parts of a mixture are losses on pairs, and {why} Choices: {', '.join(PARTS)}"]
     if not isinstance(keys, dict):
         return [f"{where}={keys}: must be the keys of {name}: {where}={{weight:0.5}}"]
@@ -65,9 +63,8 @@ def _part_complaints(name: str, keys: Any) -> list[str]:
     complaints = []
     for key, value in keys.items():
         if key not in defaults:
-            complaints.append(
-                f"{where}.{key}={value}: there is no key {key}{suggest(key, defaults)} Keys: {[*defaults]}"
-            )
+            known = f"{suggest(key, defaults)} Keys: {', '.join(defaults)}"
+            complaints.append(f"{where}.{key}={value}: {name} has no key {key}{known}")
         elif not _is_like(value, defaults[key]):
             complaints.append(f"{where}.{key}={value}: must be a value such as {defaults[key]}")
         elif key == "weight" and not value > 0:

@@ -72,8 +72,8 @@ class BatchLoader:
 
     Attributes:
         store, cutter: As given.
-        columns: Per-row values (N, ...) by name, first those of the store; every micro-batch gets those of its rows. To be
-            set before `batches`.
+        columns: Per-row values (N, ...) by name; every micro-batch gets those of its rows. To be set before `batches`; the
+            store's own are there from the beginning.
         total_examples: Rows of the whole run, repeats included.
         steps: Global batches of the whole run.
     """

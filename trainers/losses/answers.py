@@ -24,8 +24,8 @@ def kto_loss(answers: Answers, settings: KTOSettings) -> Tensor:
 
     v = lambda_D sigmoid(beta (r - z0)) for a good answer, lambda_U sigmoid(beta (z0 - r)) for a bad one.
     """
-    gains = torch.where(answers.is_good, 1.0, -1.0) * (answers.ratios - answers.divergence)
-    return weights(answers, settings) * torch.sigmoid(-settings.beta * gains)
+    moved = answers.ratios - answers.divergence
+    return weights(answers, settings) * torch.sigmoid(settings.beta * torch.where(answers.is_good, -moved, moved))
 
 
 def apo_zero_unpaired_loss(answers: Answers, settings: APOZeroUnpairedSettings) -> Tensor:
@@ -33,5 +33,5 @@ def apo_zero_unpaired_loss(answers: Answers, settings: APOZeroUnpairedSettings) 
 
     D'Oosterlinck et al. 2024: equation 7 answer by answer, each with its weight.
     """
-    signs = torch.where(answers.is_good, 1.0, -1.0)
-    return weights(answers, settings) * torch.sigmoid(-settings.beta * signs * answers.ratios)
+    moved = answers.ratios
+    return weights(answers, settings) * torch.sigmoid(settings.beta * torch.where(answers.is_good, -moved, moved))
