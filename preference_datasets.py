@@ -23,6 +23,7 @@ import xxhash
 from tqdm import tqdm
 
 from config.errors import UserError
+from config.pair_losses import Rows
 from config.paths import find_path
 from config.settings import DatasetSettings
 from safer_instruct.text.chat import Turn, special_token_texts
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 __all__ = ["LoadedExamples", "TrainEval", "build_stores", "describe", "load_examples", "prompt_token_ids"]
 
 Loss = Literal["likelihood", "reverse", "preference", "answers"]
+# What a loss learns from -> how its rows are encoded.
+ENCODED_FOR: dict[Rows, Loss] = {
+    "responses": "likelihood", "reversed": "reverse", "pairs": "preference", "answers": "answers",
+}  # fmt: skip
 ROWS_AT_ONCE = 1024
 
 

@@ -36,9 +36,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config.errors import UserError
-from config.pair_losses import Rows
-from config.settings import AnswerLossSettings, GenerationSettings, ld_alpha_of
-from preference_datasets import Loss, TrainEval, build_stores, describe
+from config.settings import AnswerLossSettings, GenerationSettings
+from preference_datasets import ENCODED_FOR, TrainEval, build_stores, describe
 from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
@@ -55,6 +54,7 @@ from trainers.dry_run import print_estimate
 from trainers.kernels.attention import PACKED, use_packed_attention
 from trainers.kernels.logps import autocast_dtype, check_head
 from trainers.kernels.self_check import check_packed_attention, packed_and_alone
+from trainers.losses.lengths import ld_alpha_of
 from trainers.objectives import build_objective
 from trainers.optimizers import warmup_note
 from trainers.reference import attach_reference, weights_key
@@ -63,10 +63,6 @@ from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
 from trainers.run.speed_notes import speed_notes
 from trainers.trainer import Trainer
-
-ENCODED_FOR: dict[Rows, Loss] = {
-    "responses": "likelihood", "reversed": "reverse", "pairs": "preference", "answers": "answers",
-}  # fmt: skip
 
 
 def main(config: TrainConfig) -> None:
@@ -203,9 +199,8 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
     """Return the token stores of all datasets, for the kind of rows that the loss reads."""
-    kind: Loss = ENCODED_FOR[config.loss.rows]
     build = partial(
-        build_stores, config.datasets, loss=kind, tokenizer=tokenizer, max_length=config.max_length,
+        build_stores, config.datasets, loss=ENCODED_FOR[config.loss.rows], tokenizer=tokenizer, max_length=config.max_length,
         max_prompt_length=config.max_prompt_length, cache_dir=cache_dir, n_eval_examples=config.n_eval_examples,
         batch_size=config.batch_size,
     )  # fmt: skip

@@ -27,7 +27,6 @@ from config.pair_losses import (
     NotNegative,
     ORPOSettings,
     Positive,
-    PreferenceLossSettings,
     RobustSettings,
     Rows,
     RPOSettings,
@@ -129,9 +128,3 @@ def part_settings(name: str, keys: Mapping[str, Any] | None) -> tuple[float, Los
     """Return weight and settings of a part of a mixture, whose keys are known to be right."""
     own = {key: value for key, value in (keys or {}).items() if key != "weight"}
     return float((keys or {}).get("weight", 1.0)), LOSSES[name](**own)
-
-
-def ld_alpha_of(settings: LossSettings) -> float | None:
-    """Return what a token counts beyond the length of the shorter response: one number for all parts of a mixture."""
-    own = [part.ld_alpha for _, part in weighted_parts(settings) if isinstance(part, PreferenceLossSettings)]
-    return own[0] if own else None

@@ -267,4 +267,5 @@ class AlphaPOSettings(SimPOSettings):
     """`loss=alphapo`: SimPO with a bent reward (Gupta et al. 2025)."""
 
     name: str = "alphapo"
-    alpha: float = 0.25  # how the reward is bent; towards 0 it is SimPO's
+    # How the reward is bent; towards 0 it is SimPO's.
+    alpha: Annotated[float, lambda value: "" if value else "must not be 0; write loss=simpo"] = 0.25

@@ -23,7 +23,6 @@ from config.losses import (  # noqa: F401 - the settings of train.py are read fr
     MixtureSettings,
     ReverseSettings,
     SFTSettings,
-    ld_alpha_of,
     part_settings,
     weighted_parts,
 )

@@ -56,7 +56,7 @@ OVERRIDES = [
     ("~lr", "lr cannot be removed"),
     ("hydra.swep.dir=x", "there is no key hydra.swep.dir"),
     ("loss.bta=1", "there is no key loss.bta; did you mean loss.beta? Keys of loss: name, beta"),
-    ("loss=dppo", "loss=dppo: loss has no choice 'dppo'; did you mean dpo? Choices: dpo, ipo, reverse, sft"),
+    ("loss=srf", "loss=srf: loss has no choice 'srf'; did you mean sft? Choices: alphapo, aot, apo_down, apo_zero"),
     ("model=tinny", "did you mean tiny?"),
     ("trainer=TensorParallelTrainer", "Choices: BasicTrainer, FSDPTrainer"),
     ("datasets=[si,alpca]", "datasets=[si,alpca]: datasets has no choice 'alpca'; did you mean alpaca?"),
@@ -156,12 +156,13 @@ def test_all_mistakes_of_a_command_are_listed(mistakes):
 
 def test_a_key_of_another_loss_is_an_error(mistakes):
     (line,) = mistakes("loss=sft", "loss.beta=0.1")
-    assert line == "loss.beta=0.1: loss=sft has no key loss.beta; it belongs to loss=dpo, loss=ipo"
+    assert line.startswith("loss.beta=0.1: loss=sft has no key loss.beta; it belongs to loss=alphapo, loss=aot, ")
 
 
 def test_a_key_that_a_loss_does_not_read_is_an_error(mistakes):
     (line,) = mistakes("loss=ipo", "loss.label_smoothing=0.3")
-    assert line == "loss.label_smoothing=0.3: loss=ipo has no key loss.label_smoothing; it belongs to loss=dpo"
+    owners = ", ".join(f"loss={name}" for name in ("aot", "cdpo", "dpo", "exo_pair", "robust", "rpo"))
+    assert line == f"loss.label_smoothing=0.3: loss=ipo has no key loss.label_smoothing; it belongs to {owners}"
 
 
 OF_DPO = "defaults: [/schema/loss/dpo@_here_, _self_]\n"
@@ -170,15 +171,15 @@ OF_DPO = "defaults: [/schema/loss/dpo@_here_, _self_]\n"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"{OF_DPO}name: dppo\n", "loss.name=dppo: there is no such loss; did you mean dpo?"),
+        (f"{OF_DPO}name: sftt\n", "loss.name=sftt: there is no such loss; did you mean sft?"),
         (f"{OF_DPO}name: ipo\n", "loss.name=ipo: the other keys are another loss's; write loss=ipo"),
         ("name: dpo\nbeta: 0.1\n", "its YAML file names no settings"),
     ],
 )  # fmt: skip
 def test_a_loss_file_whose_name_is_no_loss(mistakes, tmp_path, content, message):
     (tmp_path / "mine" / "loss").mkdir(parents=True)
-    (tmp_path / "mine" / "loss" / "slic.yaml").write_text(content)
-    (line,) = mistakes("--config-dir", str(tmp_path / "mine"), "loss=slic")
+    (tmp_path / "mine" / "loss" / "new.yaml").write_text(content)
+    (line,) = mistakes("--config-dir", str(tmp_path / "mine"), "loss=new")
     assert message in line
 
 
@@ -214,7 +215,7 @@ def test_missing_values_are_listed_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     _, *lines = errors_of(["model=alpaca7b"], monkeypatch, capsys)
     assert [line.split()[1] for line in lines] == ["loss", "exp_name", "model.name_or_path", "datasets.si.path"]
-    assert "Choices: dpo, ipo, reverse, sft" in lines[0]
+    assert "Choices: alphapo, aot, " in lines[0]
 
 
 def test_no_arguments_at_all(tmp_path, monkeypatch, capsys):
@@ -340,6 +341,6 @@ def test_help(monkeypatch, capsys):
         run_entrypoint("config", TrainConfig, check_train, train.main)
     assert not left.value.code
     out = capsys.readouterr().out
-    assert "loss=dpo|ipo|reverse|sft" in out
+    assert "|cpo|discopop|dpo|dpo_norm|" in out
     assert "experiment=" in out
     assert "max_prompt_length: 256" in out

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config.settings import LOSSES as SETTINGS
-from config.settings import DPOSettings, IPOSettings, MixtureSettings, TrainConfig, ld_alpha_of
+from config.settings import DPOSettings, IPOSettings, MixtureSettings, TrainConfig
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, segments_of, tiny_settings
 from trainers.data.batching import BatchLoader
@@ -15,6 +15,7 @@ from trainers.data.cutters import PaddedCutter, build_cutter
 from trainers.distributed.launch import launch
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.logps import sequence_logps
+from trainers.losses.lengths import ld_alpha_of
 from trainers.objectives import LikelihoodObjective, build_objective
 from trainers.objectives.output import add_metrics
 from trainers.reference import attach_reference

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from config.settings import AnswerLossSettings, DPOSettings, LossSettings, TrainConfig, WandbSettings, ld_alpha_of
+from config.settings import AnswerLossSettings, DPOSettings, LossSettings, TrainConfig, WandbSettings
 from tests.tiny_models import VOCABULARY, tiny_model
 from trainers.data.batching import BatchLoader
 from trainers.data.cutters import Cutter, build_cutter
@@ -16,6 +16,7 @@ from trainers.distributed.layout import Layout
 from trainers.distributed.parallelize import parallelize, place_model
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.logps import check_head
+from trainers.losses.lengths import ld_alpha_of
 from trainers.objectives import build_objective
 from trainers.reference import attach_reference, weights_key
 from trainers.run.run_dir import RunDir

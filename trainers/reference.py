@@ -65,9 +65,7 @@ def reference_logps(
     compute_dtype: str | None = None,
     ld_alpha: float | None = None,
 ) -> Tensor:
-    """Return the log-probabilities of the C responses of each row, in nats: (N, C) float64, memory-mapped.
-
-    Chosen and rejected, or an answer and another row's. Rows that training does not visit have NaN.
+    """Return log-probabilities of the C responses of a row, in nats: (N, C) float64, memory-mapped; NaN in other rows.
 
     Every process must come here.
 
@@ -83,10 +81,9 @@ def reference_logps(
         compute_dtype: what a sharded model computes in, where that is not its own dtype.
         ld_alpha: as the objective weighs tokens, see `response_logps`.
     """
-    rows = rows.unique()
-    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast}"
-    kind += "" if ld_alpha is None else f" {ld_alpha}"
-    shape = (len(store), store.num_segments - 1)
+    rows, shape = rows.unique(), (len(store), store.num_segments - 1)
+    weighed = "" if ld_alpha is None else f" {ld_alpha}"
+    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast}{weighed}"
     directory = cache_dir / "reference"
     key = _cache_key(f"{weights} {store.select(rows).content} {kind}", layout.device)
     by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from config.settings import LossSettings, PreferenceLossSettings, weighted_parts
 from trainers.data.packing import is_packed
 from trainers.losses.responses import LogpsOf
 
@@ -42,3 +43,9 @@ def response_logps(logps_of: LogpsOf, batch: TensorDict, ld_alpha: float | None)
     public = num_tokens.amin(-1)[:, None, None]
     shared, _ = logps_of(batch.copy().set("response_mask", counted & (counted.cumsum(-1) <= public)))
     return shared + ld_alpha * (logps - shared), logps, num_tokens
+
+
+def ld_alpha_of(settings: LossSettings) -> float | None:
+    """Return what a token counts beyond the length of the shorter response: one number for all parts of a mixture."""
+    own = [part.ld_alpha for _, part in weighted_parts(settings) if isinstance(part, PreferenceLossSettings)]
+    return own[0] if own else None

@@ -9,8 +9,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from config.settings import LossSettings, PairLossSettings, PreferenceLossSettings, ld_alpha_of, weighted_parts
+from config.settings import LossSettings, PairLossSettings, PreferenceLossSettings, weighted_parts
 from trainers.losses import PAIR_LOSSES
+from trainers.losses.lengths import ld_alpha_of
 from trainers.losses.responses import LogpsOf, Pairs, nats_per_token, pair_weights, reward_accuracy
 from trainers.objectives.output import LossOutput, refuse_start, reward_tolerance
 from trainers.objectives.passes import ForwardPasses, Responses
