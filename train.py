@@ -200,9 +200,9 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
     """Return the token stores of all datasets, for the kind of rows that the loss reads."""
     build = partial(
-        build_stores, config.datasets, loss=ENCODED_FOR[config.loss.rows], tokenizer=tokenizer, max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length, cache_dir=cache_dir, n_eval_examples=config.n_eval_examples,
-        batch_size=config.batch_size,
+        build_stores, config.datasets, loss=ENCODED_FOR[config.loss.rows], tokenizer=tokenizer,
+        max_length=config.max_length, max_prompt_length=config.max_prompt_length, cache_dir=cache_dir,
+        n_eval_examples=config.n_eval_examples, batch_size=config.batch_size,
     )  # fmt: skip
     stores = layout.main_first(build)
     if layout.is_main:

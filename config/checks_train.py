@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from config.checks import check_device, check_lengths
 from config.checks_loss import check_loss, check_rows
@@ -105,11 +106,31 @@ def _check_batches(config: TrainConfig) -> Iterator[Fault]:
 
 
 def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
-    """Build the optimizer over a parameter of no use: torch alone knows which arguments it takes."""
+    """Build the optimizers over a matrix of no use: torch alone knows which arguments they take."""
+    if config.optimizer == "Muon" and config.fallback_optimizer is None:
+        yield Fault(
+            "fallback_optimizer",
+            "optimizer=Muon steps matrices alone, and a model has vectors (norms, biases) and embeddings, too; write "
+            "fallback_optimizer=AdamW for those",
+            ("optimizer",),
+        )
+    if config.optimizer != "Muon" and config.fallback_optimizer is not None:
+        yield Fault(
+            "fallback_optimizer",
+            f"fallback_optimizer={config.fallback_optimizer}: optimizer={config.optimizer} steps all parameters; leave "
+            "it out, or write optimizer=Muon",
+            ("optimizer",),
+        )
+    yield from _refused(config.optimizer, config.optimizer_args, "optimizer")
+    if config.fallback_optimizer is not None:
+        yield from _refused(config.fallback_optimizer, config.fallback_args, "fallback_optimizer")
+
+
+def _refused(name: str, arguments: dict[str, Any], key: str) -> Iterator[Fault]:
     import torch
 
     try:
-        vars(torch.optim)[config.optimizer]([torch.nn.Parameter(torch.zeros(1))], lr=1e-3, **config.optimizer_args)
+        vars(torch.optim)[name]([torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3, **arguments)
     except (TypeError, ValueError) as error:
-        message = f"optimizer_args={config.optimizer_args} do not fit optimizer={config.optimizer}: {error}"
-        yield Fault("optimizer_args", message, ("optimizer",))
+        args_key = "optimizer_args" if key == "optimizer" else "fallback_args"
+        yield Fault(args_key, f"{args_key}={arguments} do not fit {key}={name}: {error}", (key,))

@@ -14,7 +14,7 @@ SCHEMAS = ("si", "alpaca", "hh", "unpaired")  # which columns the rows of a data
 FORMATS = ("all", "jsonl", "parquet")  # files of a merged dataset
 STAGES = ("induce", "score", "filter", "respond")  # those with a ledger, in their order
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-SCHEDULERS = ("constant", "linear", "cosine")
+SCHEDULERS = ("constant", "linear", "cosine", "wsd")
 # The classes of torch.optim that step once for each dense gradient. A copy, because importing torch takes seconds.
 OPTIMIZERS = (
     "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop",

@@ -119,12 +119,19 @@ class TrainConfig:
     n_eval_examples: Count | None = 256  # held-out examples of one evaluation; null: all
     optimizer: Annotated[str, rules.choices(*OPTIMIZERS)] = "RMSprop"  # class of torch.optim
     optimizer_args: dict[str, Any] = field(default_factory=dict)  # its other arguments: betas, eps, weight_decay, ...
+    # Optimizer of what `optimizer` cannot step: Muon leaves vectors, embeddings and head; null: there is no such thing.
+    fallback_optimizer: Annotated[str, rules.choices("AdamW", "Adam", "RMSprop", "SGD")] | None = None
+    fallback_args: dict[str, Any] = field(default_factory=dict)  # its other arguments; its learning rate is lr, too
+    # What weight_decay of the two is for: all parameters | all but vectors, which are norms and biases.
+    weight_decay_on: Annotated[str, rules.choices("all", "matrices")] = "all"
     lr: Annotated[float, rules.above(0)] = 5e-7  # learning rate after the warm-up
-    # Course of the learning rate after the warm-up; linear and cosine end at 0.
+    # Course of the learning rate after the warm-up; all but constant end at 0, wsd by a line in its last steps.
     lr_scheduler: Annotated[str, rules.choices(*SCHEDULERS)] = "constant"
     warmup_steps: Annotated[int, rules.at_least(0)] = 150  # optimizer steps of the warm-up
     # Share of all steps that warms up, in place of warmup_steps; null: warmup_steps counts.
     warmup_ratio: Annotated[float, rules.interval("[0, 1)", "; 0.03 warms up over 3% of the steps")] | None = None
+    # lr_scheduler=wsd: share of all steps in which the learning rate falls.
+    decay_ratio: Annotated[float, rules.interval("(0, 1]")] = 0.1
     max_grad_norm: Annotated[float, rules.above(0)] = 10.0  # a longer gradient is scaled down to this norm
     # What the backward pass recomputes: nothing (false) | all but matrix products (selective) | whole blocks (true).
     activation_checkpointing: Annotated[bool | str, rules.choices("none", "selective", "full", True, False)] = False

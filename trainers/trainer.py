@@ -29,7 +29,7 @@ from trainers.distributed.sharding import (
 )
 from trainers.kernels.logps import autocast_dtype, sequence_logps
 from trainers.objectives.output import TOLERANCE_PER_TOKEN, LossOutput, Objective, add_metrics
-from trainers.optimizers import build_optimizer, learning_rate
+from trainers.optimizers import build_optimizer, learning_rate, tables_of
 from trainers.run.checkpoint import CheckpointWriter, RunProgress
 from trainers.run.metrics import MetricSums
 from trainers.run.metrics_log import MetricsLog
@@ -79,7 +79,7 @@ class Trainer:
         autocast = autocast_dtype(settings.model.autocast)
         self.logps_of = forward_function(self.policy, sequence_logps, autocast=autocast, add_to_grad=True)
         self.checkpoints = CheckpointWriter(self.run, settings.checkpoint, layout, self.tokenizer)
-        self.optimizer = build_optimizer(self.policy.parameters(), settings)
+        self.optimizer = build_optimizer(self.policy.parameters(), settings, tables_of(self.policy))
         self.train_metrics = MetricSums()
         self.last_log = time.monotonic()
         self.progress = self._restore(dict(self.identity or {}))

@@ -72,8 +72,8 @@ class BatchLoader:
 
     Attributes:
         store, cutter: As given.
-        columns: Per-row values (N, ...) by name, of which a micro-batch gets those of its rows: the store's, and what is
-            added before `batches`.
+        columns: Per-row values (N, ...) by name, of which a micro-batch gets those of its rows: those of the store and
+            what is added before `batches`.
         total_examples: Rows of the whole run, repeats included.
         steps: Global batches of the whole run.
     """
