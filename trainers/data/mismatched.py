@@ -69,5 +69,6 @@ def with_mismatched(store: TokenStore) -> TokenStore:
         partners = torch.where(same, (partners + 1) % len(store), partners)
     raise UserError(
         f"loss=kto: all {len(store)} rows of a split have the same prompt, and the loss compares with answers to "
-        "others; add rows, or write loss=apo_zero_unpaired, which does not"
+        "others; add rows, hold out more of them (datasets.NAME.eval_fraction) or none, or write "
+        "loss=apo_zero_unpaired, which does not compare"
     )
