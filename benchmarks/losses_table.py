@@ -103,7 +103,7 @@ def main() -> None:
         figures[name] = {**row_of(run), "divergence": divergence, "answer_tokens": length}
         one = figures[name]
         accuracy = "-" if one["accuracy"] != one["accuracy"] else f"{one['accuracy']:.3f}"
-        print(f"| `{name}` | {accuracy} | {one['margin']:.3f} | {divergence:.2f} | {length:.1f} |", flush=True)
+        print(f"| `{name}` | {accuracy} | {one['margin']:.3f} | {divergence:.3f} | {length:.1f} |", flush=True)
     (folder / "figures.json").write_text(json.dumps({"steps": arguments.steps, "losses": figures}, indent=1))
 
 

@@ -155,6 +155,15 @@ def test_judged_answers_are_read(tmp_path, tokenizer):
     assert stores.report["datasets"]["d"]["dropped"] == {"not_judged": 2}
 
 
+def test_judged_answers_of_some_labels(tmp_path, tokenizer):
+    rows = [{"instruction": f"List {i} fruits", "response": "apple", "good": 1, "label": "ab"[i % 2]} for i in range(4)]
+    path = write(tmp_path / "answers.jsonl", rows)
+    settings = DatasetSettings(path=path, schema="unpaired", template="plain", eval_fraction=0, labels=["a"])
+    stores = build(tmp_path, tokenizer, settings)
+    assert len(stores.train) == 2
+    assert stores.report["datasets"]["d"]["dropped"] == {"other_label": 2}
+
+
 def test_a_pair_is_two_answers_on_request(tmp_path, tokenizer):
     rows = [{"instruction": f"List {i} fruits", "chosen": f"apple {i}", "rejected": "none"} for i in range(4)]
     settings = DatasetSettings(

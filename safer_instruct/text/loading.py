@@ -55,7 +55,8 @@ def _parse_unpaired(row: Row) -> dict[str, Any]:
     if judgement not in JUDGEMENTS:
         raise BadRow("not_judged")
     side = "chosen" if JUDGEMENTS[judgement] else "rejected"
-    return {"instruction": row["instruction"], "input": row.get("input"), side: row["response"]}
+    fields = {name: row.get(name) for name in ("instruction", "input", "label")}
+    return {**fields, side: row["response"]}
 
 
 class Schema(NamedTuple):
@@ -77,7 +78,7 @@ SCHEMAS = {
     "alpaca": Schema(("instruction", "output"), ("instruction", "input", "output"), _parse_alpaca),
     "hh": Schema(("chosen",), ("chosen", "rejected", "label"), _parse_hh),
     "unpaired": Schema(
-        ("instruction", "response", "good"), ("instruction", "input", "response", "good"), _parse_unpaired
+        ("instruction", "response", "good"), ("instruction", "input", "response", "good", "label"), _parse_unpaired
     ),
 }
 
