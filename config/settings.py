@@ -13,21 +13,28 @@ from typing import Annotated, Any
 
 from config import rules
 from config.benign import BenignSettings, ContrastSettings, ReplaySettings
-from config.names import BENIGN_STAGES, FORMATS, STAGES
-from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
-from config.training import (  # noqa: F401 - those of train.py are read from here, too
+from config.losses import (  # noqa: F401 - the settings of train.py are read from here, too
     LOSSES,
-    CheckpointSettings,
-    DatasetSettings,
+    AnswerLossSettings,
     DPOSettings,
-    EarlyStopSettings,
     IPOSettings,
+    KTOSettings,
     LikelihoodLossSettings,
     LossSettings,
-    ModelSettings,
-    PreferenceLossSettings,
+    MixtureSettings,
     ReverseSettings,
     SFTSettings,
+    part_settings,
+    weighted_parts,
+)
+from config.names import BENIGN_STAGES, FORMATS, STAGES
+from config.pair_losses import MarginLossSettings, PairLossSettings, PreferenceLossSettings  # noqa: F401
+from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
+from config.training import (  # noqa: F401
+    CheckpointSettings,
+    DatasetSettings,
+    EarlyStopSettings,
+    ModelSettings,
     TrainConfig,
     TrainerSettings,
     WandbSettings,
