@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # One line of a build log is worth more than ten of a warning about pip's own version.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-without-reverse test lint format clean help
+.PHONY: demo demo-without-reverse test lint format reference docs clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -20,6 +20,10 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/installed-docs: requirements-docs.txt $(VENV)/installed
+	$(PIP) -r requirements-docs.txt
 	@touch $@
 
 demo: $(VENV)/installed  ## the whole method on this machine: reverse, induce, SFT, DPO, evaluate (SEED=0, CORPUS=your own responses)
@@ -41,5 +45,11 @@ format: $(VENV)/installed-dev  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+reference: $(VENV)/installed  ## docs/configuration.md, from the settings in config/
+	$(BIN)/python -m scripts.config_reference
+
+docs: reference $(VENV)/installed-docs  ## the documentation as a site in site/; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 clean:  ## remove runs and caches, keep the virtual environment
-	rm -rf runs .cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs site .cache .pytest_cache .mypy_cache .ruff_cache
