@@ -1,7 +1,6 @@
 """Write docs/configuration.md: every group and key of the command line, from `config/` itself. Imports no torch.
 
-    python -m scripts.config_reference           # write the page
-    python -m scripts.config_reference --check   # exit with status 1 if the page is not what it would write
+    python -m scripts.config_reference      # or: make reference
 
 A key's meaning is the comment of its field, its default the field's, and what values it may have is asked of the rules
 in its annotation. tests/test_config_reference.py fails when the page is stale.
@@ -14,7 +13,6 @@ import functools
 import inspect
 import math
 import re
-import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
@@ -53,18 +51,6 @@ and keys that do not fit each other are all reported at once, before anything is
 defaults, `--cfg job` the config of a command. `NAME` stands for a name of yours. A default of *must be set* has to be
 given, by the command or by the group's file.
 """
-
-
-def main() -> int:
-    """Write the page, or with `--check` say whether it is stale."""
-    page = render_page()
-    if sys.argv[1:] == ["--check"]:
-        stale = not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page
-        if stale:
-            print(f"{PAGE} is stale: python -m scripts.config_reference")
-        return int(stale)
-    PAGE.write_text(page, encoding="utf-8")
-    return 0
 
 
 def render_page() -> str:
@@ -126,8 +112,8 @@ def _inner(key: str, hint: Any) -> list[tuple[str, str, type]]:
     """Return (heading, prefix, settings) of each dataclass that a key holds, or may hold by the group's choice."""
     if key in CHOSEN:
         return [(choice.replace("expert", key), f"{key}.", kind) for choice, kind in CHOSEN[key].items()]
-    if get_origin(hint) is dict and is_dataclass(kind := get_args(hint)[1]):
-        return [(f"{key}.NAME", f"{key}.NAME.", kind)]
+    if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
+        return [(f"{key}.NAME", f"{key}.NAME.", get_args(hint)[1])]
     return [(key, f"{key}.", cast("type", hint))] if is_dataclass(hint) else []
 
 
@@ -213,4 +199,4 @@ def _anchor(heading: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    PAGE.write_text(render_page(), encoding="utf-8")
