@@ -2,6 +2,7 @@
 
 One rule for every page: a block of ```bash runs here, in the order of its page and in an empty folder, unless its
 first line is `# needs: ...`. A paragraph that is the name of a file in code and a colon writes the block behind it.
+The pages of docs/stages are one story: they run in the order of the navigation, in one folder.
 """
 
 from __future__ import annotations
@@ -80,19 +81,19 @@ def overrides_in(words: list[str]) -> tuple[str, list[str]] | None:
     return None
 
 
-def documented_commands() -> list[tuple[str, str, list[str]]]:
-    """(page, "train.py", arguments) of each line of a block that starts an entrypoint."""
+def documented_commands(*, running: bool) -> list[tuple[str, str, list[str]]]:
+    """(page, "train.py", arguments) of each line that starts an entrypoint, in blocks that run here or do not."""
     return [
         (name_of(page), *found)
         for page in PAGES
         for block in blocks(page)
-        if block.language == "bash"
+        if block.language == "bash" and running == (not needs(block))
         for words in lines_of(block)
         if (found := overrides_in(words))
     ]
 
 
-COMMANDS = documented_commands()
+COMMANDS = documented_commands(running=False)
 
 
 def test_the_pages_show_all_three_entrypoints_and_both_published_commands():
@@ -107,24 +108,38 @@ def test_the_pages_show_all_three_entrypoints_and_both_published_commands():
     [(entrypoint, arguments) for _, entrypoint, arguments in COMMANDS],
     ids=[f"{page} {' '.join(arguments)}"[:90] for page, _, arguments in COMMANDS],
 )
-def test_a_documented_command_composes(entrypoint, arguments):
-    if "--config-dir" in arguments or {"--help", "--hydra-help"} & set(arguments):
-        pytest.skip("run with its page")  # its groups are files of the page
+def test_a_command_that_does_not_run_here_composes(entrypoint, arguments):
     name, config_class, _, _ = ENTRYPOINTS[entrypoint]
-    words = [word for word in arguments if word not in ("-m", "--cfg", "job")]
-    configs = compose_configs(name, words, multirun="-m" in arguments)
-    swept = [word for word in words if re.fullmatch(r"[\w.]+=[^\[{']*,.*", word)]
-    assert (len(configs) > 1) == ("-m" in arguments), swept
+    configs = compose_configs(name, [word for word in arguments if word != "-m"], multirun="-m" in arguments)
+    assert (len(configs) > 1) == ("-m" in arguments)
     assert all(isinstance(config, config_class) for config in configs)
 
 
-RUNNING = [page for page in PAGES if any(b.language == "bash" and not needs(b) for b in blocks(page))]
+def navigation(entry: object) -> list[str]:
+    """The pages of the site in their order, as mkdocs.yml names them."""
+    if isinstance(entry, str):
+        return [entry]
+    inner = entry.values() if isinstance(entry, dict) else entry
+    return [page for one in inner for page in navigation(one)]
 
 
-@pytest.mark.parametrize("page", RUNNING, ids=name_of)
-def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch):
+NAVIGATION = navigation(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+
+
+def stories() -> dict[str, list[Path]]:
+    """The pages with commands that run: each by itself, those of the stages one behind the other."""
+    runs = [page for page in PAGES if any(block.language == "bash" and not needs(block) for block in blocks(page))]
+    stages = [DOCS / name for name in NAVIGATION if name.startswith("stages/")]
+    return {"docs/stages": stages} | {name_of(page): [page] for page in runs if page not in stages}
+
+
+STORIES = stories()
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_the_commands_of_a_page_run(story, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for block in blocks(page):
+    for block in [block for page in STORIES[story] for block in blocks(page)]:
         if block.file:
             path = tmp_path / block.file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,14 +204,9 @@ def code(page: Path) -> list[str]:
 
 
 def test_every_page_is_in_the_navigation():
-    def pages(entry: object) -> list[str]:
-        if isinstance(entry, str):
-            return [entry]
-        inner = entry.values() if isinstance(entry, dict) else entry
-        return [page for one in inner for page in pages(one)]
-
-    nav = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    assert sorted(pages(nav)) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    assert set(NAVIGATION) == pages, "name the page under `nav` of mkdocs.yml"
+    assert len(NAVIGATION) == len(pages)
 
 
 def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
