@@ -183,7 +183,9 @@ def test_files_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     assert not [target for target in links if not (page.parent / target).exists()]
-    named = re.findall(r"`((?:config|scripts|trainers|safer_instruct|quickstart|benchmarks|tests|docs)/[\w./-]*\w)`", text)
+    named = re.findall(
+        r"`((?:config|scripts|trainers|safer_instruct|quickstart|benchmarks|tests|docs)/[\w./-]*\w)`", text
+    )
     modules = re.findall(r"python -m ((?:benchmarks|scripts)\.\w+)", text)
     missing = [name for name in named if not (REPOSITORY / name).exists() and "NAME" not in name]
     missing += [name for name in modules if not (REPOSITORY / (name.replace(".", "/") + ".py")).exists()]
@@ -221,3 +223,16 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     dpo = (tmp_path / "site" / "stages" / "dpo.html").read_text(encoding="utf-8")
     assert dpo.count("<math") >= 2
     assert "arithmatex" not in dpo
+
+
+def test_messages_that_the_questions_quote_are_those_of_the_code():
+    text = (DOCS / "faq.md").read_text(encoding="utf-8")
+    leads = re.findall(r"^\*\*(.+?)\*\*", text, re.MULTILINE)
+    quoted = {span for lead in leads for span in re.findall(r"`(.+?)`", lead) if " " in span}
+    quoted -= {"no matches found: datasets=[si]"}  # the shell's
+    folders = ("config", "trainers", "safer_instruct")
+    sources = [*REPOSITORY.glob("*.py"), *(path for one in folders for path in (REPOSITORY / one).rglob("*.py"))]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in sources))
+    assert len(quoted) > 4
+    keys = [span.removeprefix("dropped: ") for span in quoted]  # of counts, shown with blanks
+    assert not [key for key in keys if key not in code and key.replace(" ", "_") not in code]
