@@ -49,7 +49,7 @@ reference: $(VENV)/installed  ## docs/configuration.md, from the settings in con
 	$(BIN)/python -m scripts.config_reference
 
 docs: reference $(VENV)/installed-docs  ## the documentation as a site in site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove runs and caches, keep the virtual environment
 	rm -rf runs site .cache .pytest_cache .mypy_cache .ruff_cache
