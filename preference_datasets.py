@@ -23,6 +23,7 @@ import xxhash
 from tqdm import tqdm
 
 from config.errors import UserError
+from config.pair_losses import Rows
 from config.paths import find_path
 from config.settings import DatasetSettings
 from safer_instruct.text.chat import Turn, special_token_texts
@@ -41,7 +42,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedExamples", "TrainEval", "build_stores", "describe", "load_examples", "prompt_token_ids"]
 
-Loss = Literal["likelihood", "reverse", "preference"]
+Loss = Literal["likelihood", "reverse", "preference", "answers"]
+# What a loss learns from -> how its rows are encoded.
+ENCODED_FOR: dict[Rows, Loss] = {
+    "responses": "likelihood", "reversed": "reverse", "pairs": "preference", "answers": "answers",
+}  # fmt: skip
 ROWS_AT_ONCE = 1024
 
 
@@ -69,7 +74,8 @@ def build_stores(
 
     Args:
         datasets: Settings by name.
-        loss: likelihood (prompt -> chosen), reverse (chosen -> instruction), or preference (chosen over rejected).
+        loss: likelihood (prompt -> chosen), reverse (chosen -> instruction), preference (chosen over rejected), or
+            answers (prompt -> one response, which is good or bad).
         tokenizer: A fast tokenizer.
         max_length: Tokens of prompt + response; a longer response loses its end.
         max_prompt_length: Tokens of the prompt; a longer one loses the end of its body.
@@ -206,7 +212,7 @@ class _DatasetWriter:
     ) -> None:
         self._settings, self._loss, self._tokenizer, self._encoder = settings, loss, tokenizer, encoder
         self._log, self._writers = log, writers
-        self._pairs = loss == "preference"
+        self._pairs = loss == "preference" or (loss == "answers" and settings.split_pairs)
         self._special = special_token_texts(tokenizer)
         # A reversed model answers no chat: its prompt is the published one, and EOS ends what it writes.
         self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
@@ -262,7 +268,8 @@ class _DatasetWriter:
     def _usable(self, loaded: Iterable[Example], split: str | None) -> Iterator[Example]:
         for example in loaded:
             instruction = _hash(instruction_key(str(example.instruction), example.input))
-            texts = (example.instruction, example.input, example.chosen, example.rejected if self._pairs else None)
+            rejected = example.rejected if self._loss in ("preference", "answers") else None
+            texts = (example.instruction, example.input, example.chosen, rejected)
             if instruction in self._excluded:
                 self._drop("excluded", example)
             elif split is None and instruction in self._in_eval_files:
@@ -279,11 +286,13 @@ class _DatasetWriter:
 
     def _texts(self, example: Example) -> tuple[Prompt, tuple[str, ...]]:
         """Render the prompt and what follows it: the one target, or chosen and rejected."""
-        instruction, chosen, template = str(example.instruction), str(example.chosen), self._settings.template
+        instruction, chosen, template = str(example.instruction), example.chosen or "", self._settings.template
         if self._loss == "reverse":
             return render_reversed(chosen), (reversed_target(instruction, example.input),)
         prompt = render_prompt(template, instruction, example.input, self._tokenizer)
-        responses = (chosen,) if self._loss == "likelihood" else (chosen, str(example.rejected))
+        responses: tuple[str, ...] = (chosen,)
+        if self._loss != "likelihood":
+            responses = tuple(text for text in (example.chosen, example.rejected) if text is not None)
         return prompt, tuple(self._turn.lead + response + self._turn.close for response in responses)
 
     def _split(self, example: Example) -> str:
@@ -292,7 +301,12 @@ class _DatasetWriter:
         return "eval" if held_out(str(example.instruction), self._settings.eval_fraction) else "train"
 
     def _append(self, example: Example, row: EncodedRow, split: str) -> None:
-        self._writers[split].append(example.id, (row.prompt, *row.responses))
+        if self._loss == "answers":  # chosen first, where there are both
+            for number, response in enumerate(row.responses):
+                is_good = example.chosen is not None and number == 0
+                self._writers[split].append(example.id, (row.prompt, response), is_good=is_good)
+        else:
+            self._writers[split].append(example.id, (row.prompt, *row.responses))
         self._log.counts[split] += 1
         if row.prompt_cut:
             self._log.note("prompt_cut", example)
@@ -300,7 +314,7 @@ class _DatasetWriter:
         for name, cut in zip(names, row.responses_cut, strict=True):
             if cut:
                 self._log.note(name, example)
-        if str(example.chosen).startswith(str(example.instruction)):
+        if (example.chosen or "").startswith(str(example.instruction)):
             self._log.note("chosen_begins_with_its_instruction", example)
         if row.straddled:
             self._log.note("boundary_merge", example)

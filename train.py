@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config.errors import UserError
-from config.settings import GenerationSettings
-from preference_datasets import Loss, TrainEval, build_stores, describe
+from config.settings import AnswerLossSettings, GenerationSettings
+from preference_datasets import ENCODED_FOR, TrainEval, build_stores, describe
 from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
 from trainers.data.batching import BatchLoader
 from trainers.data.cache import usable_dir
 from trainers.data.cutters import build_cutter
+from trainers.data.mismatched import with_mismatched
 from trainers.data.token_store import TokenStore, sequence_lengths
 from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
@@ -53,7 +54,8 @@ from trainers.dry_run import print_estimate
 from trainers.kernels.attention import PACKED, use_packed_attention
 from trainers.kernels.logps import autocast_dtype, check_head
 from trainers.kernels.self_check import check_packed_attention, packed_and_alone
-from trainers.objectives import LOSSES, build_objective
+from trainers.losses.lengths import ld_alpha_of
+from trainers.objectives import build_objective
 from trainers.optimizers import warmup_note
 from trainers.reference import attach_reference, weights_key
 from trainers.run.next_command import next_command
@@ -197,17 +199,16 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
     """Return the token stores of all datasets, for the kind of rows that the loss reads."""
-    kind: Loss = "reverse" if config.loss.name == "reverse" else "likelihood"
-    if config.loss.name in LOSSES:
-        kind = "preference"
     build = partial(
-        build_stores, config.datasets, loss=kind, tokenizer=tokenizer, max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length, cache_dir=cache_dir, n_eval_examples=config.n_eval_examples,
-        batch_size=config.batch_size,
+        build_stores, config.datasets, loss=ENCODED_FOR[config.loss.rows], tokenizer=tokenizer,
+        max_length=config.max_length, max_prompt_length=config.max_prompt_length, cache_dir=cache_dir,
+        n_eval_examples=config.n_eval_examples, batch_size=config.batch_size,
     )  # fmt: skip
     stores = layout.main_first(build)
     if layout.is_main:
         print(describe(stores.report), file=sys.stderr, flush=True)
+    if isinstance(config.loss, AnswerLossSettings) and config.loss.mismatched:
+        return replace(stores, train=with_mismatched(stores.train), eval=with_mismatched(stores.eval))
     return stores
 
 
@@ -264,7 +265,7 @@ def attach_references(
         reference, weights = load_model(config, layout, dtype=dtype, is_trained=False)
     attach_reference(
         reference, loaders, layout=layout, cache_dir=cache_dir, weights=weights, compute_dtype=compute_dtype,
-        autocast=autocast_dtype(config.model.autocast),
+        autocast=autocast_dtype(config.model.autocast), ld_alpha=ld_alpha_of(config.loss),
     )  # fmt: skip
     return weights
 

@@ -7,34 +7,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from config.checks import check_device, check_lengths
-from config.rules import MISSING, Fault, check_values, suggest
-from config.settings import LOSSES, LossSettings, TrainConfig, TrainerSettings
+from config.checks_loss import check_loss, check_rows
+from config.rules import MISSING, Fault, check_values
+from config.settings import TrainConfig, TrainerSettings
 
 
 def check_train(config: TrainConfig) -> list[Fault]:
     """Return all faults of a training command; torch, which takes seconds to import, is asked last."""
     faults = [
         *check_values(config),
-        *_check_loss(config.loss),
+        *check_loss(config.loss),
+        *check_rows(config),
         *_check_run(config),
         *_check_trainer(config),
         *_check_batches(config),
     ]
     return faults or [*check_device(config.device), *_check_optimizer(config)]
-
-
-def _check_loss(loss: Any) -> Iterator[Fault]:
-    if loss == MISSING:
-        return
-    if not isinstance(loss, LossSettings):
-        yield Fault("loss", "loss: its YAML file names no settings; `defaults:` begins with /schema/loss/NAME@_here_")
-        return
-    kind = LOSSES.get(loss.name)
-    if kind is None:
-        known = f"{suggest(loss.name, LOSSES)} Losses: {', '.join(LOSSES)}"
-        yield Fault("loss.name", f"loss.name={loss.name}: there is no such loss{known}")
-    elif not isinstance(loss, kind):
-        yield Fault("loss.name", f"loss.name={loss.name}: the other keys are another loss's; write loss={loss.name}")
 
 
 def _check_run(config: TrainConfig) -> Iterator[Fault]:
@@ -118,11 +106,31 @@ def _check_batches(config: TrainConfig) -> Iterator[Fault]:
 
 
 def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
-    """Build the optimizer over a parameter of no use: torch alone knows which arguments it takes."""
+    """Build the optimizers over a matrix of no use: torch alone knows which arguments they take."""
+    if config.optimizer == "Muon" and config.fallback_optimizer is None:
+        yield Fault(
+            "fallback_optimizer",
+            "optimizer=Muon steps matrices alone, and a model has vectors (norms, biases) and embeddings, too; write "
+            "fallback_optimizer=AdamW for those",
+            ("optimizer",),
+        )
+    if config.optimizer != "Muon" and config.fallback_optimizer is not None:
+        yield Fault(
+            "fallback_optimizer",
+            f"fallback_optimizer={config.fallback_optimizer}: optimizer={config.optimizer} steps all parameters; leave "
+            "it out, or write optimizer=Muon",
+            ("optimizer",),
+        )
+    yield from _refused(config.optimizer, config.optimizer_args, "optimizer")
+    if config.fallback_optimizer is not None:
+        yield from _refused(config.fallback_optimizer, config.fallback_args, "fallback_optimizer")
+
+
+def _refused(name: str, arguments: dict[str, Any], key: str) -> Iterator[Fault]:
     import torch
 
     try:
-        vars(torch.optim)[config.optimizer]([torch.nn.Parameter(torch.zeros(1))], lr=1e-3, **config.optimizer_args)
+        vars(torch.optim)[name]([torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3, **arguments)
     except (TypeError, ValueError) as error:
-        message = f"optimizer_args={config.optimizer_args} do not fit optimizer={config.optimizer}: {error}"
-        yield Fault("optimizer_args", message, ("optimizer",))
+        args_key = "optimizer_args" if key == "optimizer" else "fallback_args"
+        yield Fault(args_key, f"{args_key}={arguments} do not fit {key}={name}: {error}", (key,))

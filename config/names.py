@@ -10,11 +10,11 @@ from typing import Literal, get_args
 Kind = Literal["unsafe", "benign", "near"]  # of an evaluation prompt; near: benign, but it looks unsafe
 KINDS: tuple[str, ...] = get_args(Kind)
 TEMPLATES = ("alpaca", "hh", "plain", "chat")  # how an instruction becomes a prompt
-SCHEMAS = ("si", "alpaca", "hh")  # which columns the rows of a dataset have
+SCHEMAS = ("si", "alpaca", "hh", "unpaired")  # which columns the rows of a dataset have
 FORMATS = ("all", "jsonl", "parquet")  # files of a merged dataset
 STAGES = ("induce", "score", "filter", "respond")  # those with a ledger, in their order
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-SCHEDULERS = ("constant", "linear", "cosine")
+SCHEDULERS = ("constant", "linear", "cosine", "wsd")
 # The classes of torch.optim that step once for each dense gradient. A copy, because importing torch takes seconds.
 OPTIMIZERS = (
     "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop",

@@ -12,20 +12,27 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from config import rules
-from config.names import FORMATS, STAGES
-from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
-from config.training import (  # noqa: F401 - those of train.py are read from here, too
+from config.losses import (  # noqa: F401 - the settings of train.py are read from here, too
     LOSSES,
-    CheckpointSettings,
-    DatasetSettings,
+    AnswerLossSettings,
     DPOSettings,
     IPOSettings,
+    KTOSettings,
     LikelihoodLossSettings,
     LossSettings,
-    ModelSettings,
-    PreferenceLossSettings,
+    MixtureSettings,
     ReverseSettings,
     SFTSettings,
+    part_settings,
+    weighted_parts,
+)
+from config.names import FORMATS, STAGES
+from config.pair_losses import MarginLossSettings, PairLossSettings, PreferenceLossSettings  # noqa: F401
+from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
+from config.training import (  # noqa: F401
+    CheckpointSettings,
+    DatasetSettings,
+    ModelSettings,
     TrainConfig,
     TrainerSettings,
     WandbSettings,

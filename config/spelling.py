@@ -13,6 +13,8 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 
 # `prompts=NAME` with a name and nothing else. The published test set names its sources in the column `label`.
 PRESETS: dict[str, dict[Any, Any]] = {"prompts": {"published": {"kind": "unsafe", "source_column": "label"}}}
+# Dictionaries of groups whose dataclass the command line chooses, so that no annotation tells of them: `loss=mixture`.
+CHOSEN = ("loss.parts",)
 
 
 class FreeKey(NamedTuple):
@@ -31,6 +33,9 @@ class FreeKey(NamedTuple):
 
 def free_key(kind: Any, key: str) -> FreeKey | None:
     """Split a key of the settings dataclass `kind`; None if it passes no dictionary with free names."""
+    for root in CHOSEN:
+        if key == root or key.startswith(f"{root}."):
+            return FreeKey(root, key.removeprefix(root).split(".")[1:], Any)
     parts = key.split(".")
     for depth, part in enumerate(parts, start=1):
         kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None

@@ -1,4 +1,4 @@
-"""Settings of `train.py`: the model, the loss, the data and the run. The losses have a dataclass each.
+"""Settings of `train.py`: the model, the data and the run. The losses have files of their own.
 
 Read them from `config.settings`, which has those of the other entrypoints, too. The comment of a field says what it
 does, its unit, and what null means; a comment that needs more room stands in the lines above.
@@ -34,67 +34,6 @@ class ModelSettings:
     attn_implementation: Annotated[str, rules.choices("sdpa", "eager", "flash_attention_2")] = "sdpa"
     trust_remote_code: bool = False  # run code that comes with the weights
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of template=chat: {enable_thinking: false}
-
-
-@dataclass
-class LossSettings:
-    """What every loss has."""
-
-    name: str = MISSING  # the loss, as in `loss=NAME`
-
-
-@dataclass
-class LikelihoodLossSettings(LossSettings):
-    """Maximum likelihood of the target given the prompt."""
-
-    # What the loss is a mean over: sequences, each the sum of its tokens (DPO repo) | all target tokens (Alpaca).
-    reduction: Annotated[str, rules.choices("sequence_sum", "token_mean")] = "sequence_sum"
-
-
-@dataclass
-class SFTSettings(LikelihoodLossSettings):
-    """`loss=sft`: supervised fine-tuning on the chosen, or only, response."""
-
-    name: str = "sft"
-
-
-@dataclass
-class ReverseSettings(LikelihoodLossSettings):
-    """`loss=reverse`: the instruction given the response (Safer-Instruct, section 3.1)."""
-
-    name: str = "reverse"
-    reduction: Annotated[str, rules.choices("sequence_sum", "token_mean")] = "token_mean"
-
-
-@dataclass
-class PreferenceLossSettings(LossSettings):
-    """A loss on the log-ratios of chosen and rejected to a reference."""
-
-    beta: Annotated[float, rules.above(0)] = 0.1  # temperature of the implicit reward; tau of IPO
-    reference_free: bool = False  # a uniform reference: its log-ratio is 0, in loss and rewards alike
-    average_logps: bool = False  # divide log-probabilities by the response length in tokens (the IPO authors' form)
-    nll_weight: Annotated[float, rules.at_least(0)] = 0.0  # adds this x (nats per token of chosen), Pang et al. 2024
-
-
-@dataclass
-class DPOSettings(PreferenceLossSettings):
-    """`loss=dpo`: direct preference optimisation (Rafailov et al. 2023, equation 7)."""
-
-    name: str = "dpo"
-    # Probability that a preference is flipped (conservative DPO); 0: every preference is believed.
-    label_smoothing: Annotated[float, rules.interval("[0, 0.5)", "; at 0.5 both responses count the same")] = 0.0
-
-
-@dataclass
-class IPOSettings(PreferenceLossSettings):
-    """`loss=ipo`: identity preference optimisation (Azar et al. 2023, equation 17)."""
-
-    name: str = "ipo"
-
-
-LOSSES: dict[str, type[LossSettings]] = {
-    "sft": SFTSettings, "reverse": ReverseSettings, "dpo": DPOSettings, "ipo": IPOSettings,
-}  # fmt: skip
 
 
 @dataclass
@@ -141,9 +80,10 @@ class DatasetSettings:
 
     path: DataPath = MISSING  # a file, a folder of several, or a folder made by induce.py
     # Which columns the rows have.
-    schema: Annotated[str, rules.choices(*SCHEMAS), "how its rows read: si | alpaca | hh"] = MISSING
+    schema: Annotated[str, rules.choices(*SCHEMAS), "how its rows read: si | alpaca | hh | unpaired"] = MISSING
     template: Template = "alpaca"  # how an instruction becomes a prompt
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
+    split_pairs: bool = False  # losses on single answers: chosen is a good answer, rejected a bad one
     labels: list[str] | None = None  # keep only rows with one of these labels; null: keep all
     exclude: ExistingPath | None = None  # file whose instructions must not be trained on (the published test_set.csv)
     eval_path: ExistingPath | None = None  # evaluation file; null: rows are held out by the hash of their instruction
@@ -179,12 +119,19 @@ class TrainConfig:
     n_eval_examples: Count | None = 256  # held-out examples of one evaluation; null: all
     optimizer: Annotated[str, rules.choices(*OPTIMIZERS)] = "RMSprop"  # class of torch.optim
     optimizer_args: dict[str, Any] = field(default_factory=dict)  # its other arguments: betas, eps, weight_decay, ...
+    # Optimizer of what `optimizer` cannot step: Muon leaves vectors, embeddings and head; null: there is no such thing.
+    fallback_optimizer: Annotated[str, rules.choices("AdamW", "Adam", "RMSprop", "SGD")] | None = None
+    fallback_args: dict[str, Any] = field(default_factory=dict)  # its other arguments; its learning rate is lr, too
+    # What weight_decay of the two is for: all parameters | all but vectors, which are norms and biases.
+    weight_decay_on: Annotated[str, rules.choices("all", "matrices")] = "all"
     lr: Annotated[float, rules.above(0)] = 5e-7  # learning rate after the warm-up
-    # Course of the learning rate after the warm-up; linear and cosine end at 0.
+    # Course of the learning rate after the warm-up; all but constant end at 0, wsd by a line in its last steps.
     lr_scheduler: Annotated[str, rules.choices(*SCHEDULERS)] = "constant"
     warmup_steps: Annotated[int, rules.at_least(0)] = 150  # optimizer steps of the warm-up
     # Share of all steps that warms up, in place of warmup_steps; null: warmup_steps counts.
     warmup_ratio: Annotated[float, rules.interval("[0, 1)", "; 0.03 warms up over 3% of the steps")] | None = None
+    # lr_scheduler=wsd: share of all steps in which the learning rate falls.
+    decay_ratio: Annotated[float, rules.interval("(0, 1]")] = 0.1
     max_grad_norm: Annotated[float, rules.above(0)] = 10.0  # a longer gradient is scaled down to this norm
     # What the backward pass recomputes: nothing (false) | all but matrix products (selective) | whole blocks (true).
     activation_checkpointing: Annotated[bool | str, rules.choices("none", "selective", "full", True, False)] = False

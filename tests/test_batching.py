@@ -220,6 +220,7 @@ class BrokenStore:
 
     def __init__(self, store: TokenStore) -> None:
         self.lengths: Tensor = store.lengths
+        self.columns: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -25,7 +25,7 @@ from config.checks_induce import check_induce
 from config.checks_train import check_train
 from config.paths import REPOSITORY
 from config.schema import compose_configs, run_entrypoint
-from config.settings import EvaluateConfig, InduceConfig, TrainConfig
+from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
@@ -186,7 +186,7 @@ def test_files_that_a_page_names_exist(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     assert not [target for target in links if not (page.parent / target).exists()]
     named = re.findall(
-        r"`((?:config|scripts|trainers|safer_instruct|quickstart|benchmarks|tests|docs)/[\w./-]*\w)`", text
+        r"`((?:config|scripts|trainers|safer_instruct|quickstart|benchmarks|tests|docs)/[\w./-]*\w)`(?!:\n)", text
     )
     modules = re.findall(r"python -m ((?:benchmarks|scripts)\.\w+)", text)
     missing = [name for name in named if not (REPOSITORY / name).exists() and "NAME" not in name]
@@ -238,3 +238,9 @@ def test_messages_that_the_questions_quote_are_those_of_the_code():
     assert len(quoted) > 4
     keys = [span.removeprefix("dropped: ") for span in quoted]  # of counts, shown with blanks
     assert not [key for key in keys if key not in code and key.replace(" ", "_") not in code]
+
+
+def test_every_loss_is_on_the_page_of_losses_or_of_its_stage():
+    pages = [DOCS / "losses.md", DOCS / "stages" / "sft.md", DOCS / "stages" / "reverse.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    assert not [name for name in LOSSES if f"`{name}`" not in text and f"loss={name}" not in text]

@@ -6,32 +6,37 @@ from functools import partial
 import pytest
 import torch
 
-from config.settings import DPOSettings, IPOSettings, LikelihoodLossSettings, TrainConfig
+from config.settings import LOSSES as SETTINGS
+from config.settings import DPOSettings, IPOSettings, MixtureSettings, TrainConfig
 from tests.tiny_models import tiny_model
-from tests.tiny_runs import random_store, tiny_settings
+from tests.tiny_runs import random_store, segments_of, tiny_settings
 from trainers.data.batching import BatchLoader
 from trainers.data.cutters import PaddedCutter, build_cutter
 from trainers.distributed.launch import launch
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.logps import sequence_logps
-from trainers.objectives import LikelihoodObjective, add_metrics, build_objective
+from trainers.losses.lengths import ld_alpha_of
+from trainers.objectives import LikelihoodObjective, build_objective
+from trainers.objectives.output import add_metrics
 from trainers.reference import attach_reference
 from trainers.run.metrics import MetricSums
 from trainers.trainer import Trainer
 
 ROWS = 9
 LOSSES = {
-    "dpo": DPOSettings(name="dpo", beta=0.5, nll_weight=0.3),
-    "ipo": IPOSettings(name="ipo", average_logps=True),
-    "sft": LikelihoodLossSettings(name="sft", reduction="sequence_sum"),
-    "reverse": LikelihoodLossSettings(name="reverse", reduction="token_mean"),
+    **{name: kind() for name, kind in SETTINGS.items() if name != "mixture"},
+    "dpo and likelihood": DPOSettings(beta=0.5, nll_weight=0.3),
+    "ipo per token": IPOSettings(average_logps=True),
+    "aot unpaired": SETTINGS["aot"](form="unpaired"),
+    "wpo": DPOSettings(wpo=True),
+    "ld": DPOSettings(ld_alpha=0.4, average_logps=True, f_divergence="js"),
+    "mixture": MixtureSettings(parts={"dpo": {"weight": 0.8}, "aot": {"weight": 0.3}, "bco_pair": {}, "simpo": {}}),
 }
 
 
 def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=False, packing=False):
     """Gradient (flat) and metrics of one global batch of all rows, cut and ordered as told."""
-    is_preference = build_objective(loss).needs_reference
-    store = random_store(folder, num_rows=ROWS, segments=3 if is_preference else 2, seed=5)
+    store = random_store(folder, num_rows=ROWS, segments=segments_of(loss), judged=loss.rows == "answers", seed=5)
     if reverse_rows:
         store = store.select(torch.arange(ROWS).flip(0))
     cutter = build_cutter(
@@ -44,11 +49,13 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
     def worker(layout):
         model = tiny_model()
         objective = build_objective(loss)
-        if is_preference:  # another model's, so that there is something to prefer
+        if objective.needs_reference:  # another model's, so that there is something to prefer
             other = tiny_model(seed=1)
             if packing:
                 use_packed_attention(other)
-            attach_reference(other, [loader], layout=layout, cache_dir=folder / "cache", weights="seed 1")
+            attach_reference(
+                other, [loader], layout=layout, cache_dir=folder / "cache", weights="seed 1", ld_alpha=ld_alpha_of(loss)
+            )
         # The step's own method on a bare trainer: what is tested is its sum over micro-batches.
         trainer = Trainer.__new__(Trainer)
         if packing:
@@ -70,8 +77,12 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
     return result
 
 
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_micro_batches_and_order_change_nothing(tmp_path, loss):
+CUT_ALL_WAYS = ("dpo and likelihood", "reverse", "aot", "kto")  # one of each kind; the others two ways
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_micro_batches_and_order_change_nothing(tmp_path, name):
+    loss = LOSSES[name]
     whole = step(tmp_path, loss, seed=0, num_microbatches=1)
     assert whole["sizes"] == [ROWS]
     cuts = {
@@ -91,14 +102,16 @@ def test_micro_batches_and_order_change_nothing(tmp_path, loss):
             "reverse_rows": True,
         },
     }
-    for name, cut in cuts.items():
+    if name not in CUT_ALL_WAYS:
+        cuts = {way: cuts[way] for way in ("four, uneven", "packed, by tokens")}
+    for way, cut in cuts.items():
         other = step(tmp_path, loss, **cut)
-        assert (other["sizes"] == [ROWS]) == (name == "packed"), name
+        assert (other["sizes"] == [ROWS]) == (way == "packed"), way
         difference = (other["gradient"] - whole["gradient"]).norm() / whole["gradient"].norm()
-        assert difference < 2e-6, (name, difference)  # float32 sums in another order
+        assert difference < 2e-6, (way, difference)  # float32 sums in another order
         assert other["metrics"].keys() == whole["metrics"].keys()
         for metric, value in whole["metrics"].items():
-            assert other["metrics"][metric] == pytest.approx(value, rel=1e-6, abs=1e-6), (name, metric)
+            assert other["metrics"][metric] == pytest.approx(value, rel=1e-6, abs=1e-6), (way, metric)
 
 
 def test_a_mean_of_means_would_fail_this(tmp_path):

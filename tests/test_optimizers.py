@@ -1,19 +1,34 @@
 """Clipping and the optimizer's step: their values against plain torch, and the traffic of a parameter, counted."""
 
 import math
+import shutil
+from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch._inductor import config as inductor_config
 from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from config.errors import UserError
 from config.settings import TrainConfig
+from tests.tiny_models import tiny_model
+from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed import sharding
 from trainers.distributed.launch import launch
-from trainers.optimizers import RMSprop, build_optimizer, learning_rate, rmsprop_pass, warmup_note
+from trainers.optimizers import (
+    RMSprop,
+    TwoOptimizers,
+    build_optimizer,
+    learning_rate,
+    rmsprop_pass,
+    tables_of,
+    warmup_note,
+)
+from trainers.run.run_dir import RunDir
 
 SIZE = 1000 * 1000
 BYTES_OF_CLIP, BYTES_OF_STEP = 4, 20  # of a float32 parameter; together at most 24
@@ -153,3 +168,82 @@ def test_a_warm_up_that_the_run_does_not_outlast_is_said():
     assert "2% of lr" in warmup_note(3, settings)  # 3 / 151
     assert learning_rate(2, 3, settings) == pytest.approx(settings.lr * 3 / 151)
     assert warmup_note(151, settings) == warmup_note(3, TrainConfig(exp_name="x", warmup_ratio=0.1)) == ""
+
+
+MUON = {"optimizer": "Muon", "fallback_optimizer": "AdamW", "lr": 1e-2}
+
+
+def test_muon_steps_matrices_and_its_fallback_the_rest():
+    """After a few steps every parameter is where torch's own Muon or AdamW over it alone has put it."""
+    settings = TrainConfig(exp_name="x", **MUON, optimizer_args={"momentum": 0.9}, fallback_args={"eps": 1e-6})
+    ours, theirs = tiny_model(), tiny_model()
+    optimizer = build_optimizer(ours.parameters(), settings, tables_of(ours))
+    assert isinstance(optimizer, TwoOptimizers)
+    tables = {id(one) for one in tables_of(theirs)}
+    alone = []
+    for parameter in theirs.parameters():
+        if parameter.ndim == 2 and id(parameter) not in tables:
+            alone.append(torch.optim.Muon([parameter], lr=1e-2, momentum=0.9))
+        else:
+            alone.append(torch.optim.AdamW([parameter], lr=1e-2, eps=1e-6))
+    assert {type(one).__name__ for one in alone} == {"Muon", "AdamW"}
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = two.grad = torch.randn(one.shape, generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        for other in alone:
+            other.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            other.step()
+        optimizer.step()
+        if step == 1:  # a checkpoint replaces groups and state
+            optimizer.load_state_dict(optimizer.state_dict())
+    for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_without_a_fallback_is_refused():
+    model = tiny_model()
+    with pytest.raises(UserError, match="write fallback_optimizer=AdamW"):
+        build_optimizer(model.parameters(), TrainConfig(exp_name="x", optimizer="Muon"), tables_of(model))
+
+
+def test_norms_and_biases_do_not_decay():
+    """Without a gradient AdamW moves a parameter by its decay alone."""
+    settings = TrainConfig(exp_name="x", optimizer="AdamW", lr=0.1, optimizer_args={"weight_decay": 0.5})
+    for weight_decay_on, decayed in (("all", 0.95), ("matrices", 1.0)):
+        settings.weight_decay_on = weight_decay_on
+        vector, matrix = (torch.nn.Parameter(torch.ones(shape)) for shape in ((3,), (3, 3)))
+        optimizer = build_optimizer([vector, matrix], settings)
+        for parameter in (vector, matrix):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        torch.testing.assert_close(vector.data, torch.full((3,), decayed))
+        torch.testing.assert_close(matrix.data, torch.full((3, 3), 0.95))
+
+
+def test_warm_up_stable_decay():
+    settings = TrainConfig(exp_name="x", lr=2.0, warmup_steps=2, lr_scheduler="wsd", decay_ratio=0.4)
+    rates = [learning_rate(update, 10, settings) for update in range(11)]
+    assert rates == pytest.approx([2 / 3, 4 / 3, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5, 0.0])
+
+
+def test_muon_trains_saves_and_goes_on(tmp_path):
+    """A run that was cut in its middle ends as one that was not."""
+    settings = tiny_settings(**MUON, n_epochs=2)
+
+    def train(name):
+        def worker(layout):
+            with RunDir.open(tmp_path / name, config=asdict(settings), manifest={}) as run:
+                tiny_trainer(tmp_path, layout, run, settings).train()
+
+        launch(worker, settings)
+        return load_file(tmp_path / name / "LATEST" / "model" / "model.safetensors")
+
+    whole, cut = train("whole"), train("cut")
+    run = tmp_path / "cut"
+    newest, *_ = sorted((run / "checkpoints").glob("step-*"), key=lambda folder: -int(folder.name.split("-")[1]))
+    shutil.rmtree(newest)
+    again = train("cut")
+    assert all(torch.equal(whole[name], cut[name]) and torch.equal(whole[name], again[name]) for name in whole)

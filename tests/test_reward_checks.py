@@ -137,6 +137,16 @@ def test_beta_is_the_one_of_the_run(folders, tmp_path):
     assert run(tmp_path, "rewards.beta=0.25")["rewards"] == of_run  # the same, typed: no contradiction
 
 
+@pytest.mark.parametrize(
+    ("name", "average_logps", "reference_free"),
+    [("simpo", True, True), ("dpo_norm", True, False), ("cpo", False, True), ("bco_pair", False, False)],
+)
+def test_a_loss_without_the_keys_has_its_own_scale(folders, tmp_path, name, average_logps, reference_free):
+    (tmp_path / "dpo" / "config.yaml").write_text(yaml.safe_dump({"loss": {"name": name, "beta": 0.5}, "datasets": {}}))
+    one = run(tmp_path, "rewards.beta=null")["rewards"]["models"]["dpo"]
+    assert (one["average_logps"], one["reference_free"]) == (average_logps, reference_free)
+
+
 def test_each_model_has_the_beta_of_its_run(folders, tmp_path):
     as_run(tmp_path, "dpo", beta=0.25)
     as_run(tmp_path, "reference", beta=1.0)  # the same weights as the reference, and a run of its own

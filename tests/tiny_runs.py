@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from config.settings import DPOSettings, TrainConfig, WandbSettings
+from config.settings import AnswerLossSettings, DPOSettings, LossSettings, TrainConfig, WandbSettings
 from tests.tiny_models import VOCABULARY, tiny_model
 from trainers.data.batching import BatchLoader
 from trainers.data.cutters import Cutter, build_cutter
@@ -16,22 +16,28 @@ from trainers.distributed.layout import Layout
 from trainers.distributed.parallelize import parallelize, place_model
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.logps import check_head
-from trainers.objectives import LOSSES, build_objective
+from trainers.losses.lengths import ld_alpha_of
+from trainers.objectives import build_objective
 from trainers.reference import attach_reference, weights_key
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
 
-def random_store(folder: Path, *, num_rows: int, segments: int, seed: int = 0) -> TokenStore:
+def segments_of(loss: LossSettings) -> int:
+    """Prompt and response, or two responses."""
+    return 3 if loss.rows == "pairs" or (isinstance(loss, AnswerLossSettings) and loss.mismatched) else 2
+
+
+def random_store(folder: Path, *, num_rows: int, segments: int, seed: int = 0, judged: bool = False) -> TokenStore:
     """Rows of a prompt of 1 to 6 tokens and responses of 1 to 8, written where there is no such store yet."""
-    path = folder / f"store-{num_rows}-{segments}-{seed}"
+    path = folder / f"store-{num_rows}-{segments}-{seed}-{judged}"
     if not (path / "meta.json").exists():
         generator = torch.Generator().manual_seed(seed)
         with TokenStoreWriter(path, key=path.name, num_segments=segments) as writer:
             for i in range(num_rows):
                 lengths = [int(torch.randint(1, 7 if s == 0 else 9, (), generator=generator)) for s in range(segments)]
                 rows = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-                writer.append(f"row-{i}", rows)
+                writer.append(f"row-{i}", rows, is_good=i % 3 > 0 if judged else None)
             writer.finish({})
     return TokenStore(path)
 
@@ -94,10 +100,10 @@ def tiny_trainer(
 
     `model`: made anew for the meta device where it is sharded, so a name of `tests/tiny_models.py` there.
     """
-    segments = 3 if settings.loss.name in LOSSES else 2
+    rows: dict[str, Any] = {"segments": segments_of(settings.loss), "judged": settings.loss.rows == "answers"}
 
     def stored(num_rows: int, seed: int = 0) -> TokenStore:
-        return layout.main_first(lambda: random_store(folder, num_rows=num_rows, segments=segments, seed=seed))
+        return layout.main_first(lambda: random_store(folder, num_rows=num_rows, seed=seed, **rows))
 
     loaders = (
         train_loader(stored(num_rows), settings, layout),
@@ -121,7 +127,10 @@ def tiny_trainer(
     model = place_model(full if layout.is_main else None, skeleton, prepare, layout)
     objective = build_objective(settings.loss)
     if objective.needs_reference:
-        attach_reference(model, loaders, layout=layout, cache_dir=folder / "cache", weights=weights)
+        attach_reference(
+            model, loaders, layout=layout, cache_dir=folder / "cache", weights=weights,
+            ld_alpha=ld_alpha_of(settings.loss),
+        )  # fmt: skip
         identity = {"initial weights": weights, **(identity or {})}
     return Trainer(
         policy=model, objective=objective, train_loader=loaders[0], eval_loader=loaders[1], settings=settings,

@@ -1,11 +1,12 @@
-"""The optimizer by its name in `torch.optim`, and the learning rate as a function of the update."""
+"""The optimizer by its name, what of a model it steps and decays, and the learning rate as a function of the update."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,43 +56,95 @@ def rmsprop_pass(parameter: Tensor, gradient: Tensor, average: Tensor, lr: Tenso
     parameter.sub_(lr * gradient / (average.sqrt() + eps))
 
 
+class TwoOptimizers(torch.optim.Optimizer):
+    """Two optimizers over different parameters, as one with the groups and the state of both.
+
+    Checkpoints, learning rates and layouts see one optimizer, whose groups say in `part` which of the two steps them.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        """Take both, each over its own parameters."""
+        groups = [{**group, "part": number} for number, part in enumerate(parts) for group in part.param_groups]
+        super().__init__(groups, {})
+        self._parts = parts
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here evaluates the loss again
+        """Let each of the two step its groups."""
+        for number, part in enumerate(self._parts):
+            part.param_groups = [group for group in self.param_groups if group["part"] == number]
+            part.state = self.state  # anew each time: loading a checkpoint replaces both
+            part.step()
+
+
 def optimizer_names() -> list[str]:
     """Return the classes of `torch.optim` that step once per gradient (LBFGS wants to evaluate the loss by itself)."""
     classes = inspect.getmembers(torch.optim, inspect.isclass)
-    return [
-        name
-        for name, kind in classes
-        if issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
-    ]
+    others = ("Optimizer", "LBFGS", "SparseAdam")
+    return [name for name, kind in classes if issubclass(kind, torch.optim.Optimizer) and name not in others]
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], settings: TrainConfig, tables: Collection[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """Return the optimizer of the settings over these parameters, with a step of one pass where there is one.
 
     Arguments that choose torch's implementation (`optimizer_args.foreach=true`) are obeyed.
 
+    Args:
+        parameters: To be trained.
+        settings: Names and arguments.
+        tables: Those matrices that hold a row a token (embeddings, head), which Muon leaves to its fallback: what it
+            does to a matrix as a whole makes no sense of them.
+
     Raises:
-        UserError: for a name that `torch.optim` lacks (the nearest is suggested), or arguments that it refuses.
+        UserError: for a name that `torch.optim` lacks (the nearest is suggested), arguments that it refuses, or
+            parameters that no optimizer steps.
     """
-    parameters = list(parameters)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     names = optimizer_names()
     if settings.optimizer not in names:
         near = difflib.get_close_matches(settings.optimizer, names, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"optimizer={settings.optimizer} is not in torch.optim; {hint}It has {', '.join(names)}.")
-    arguments = dict(settings.optimizer_args)
-    kind = getattr(torch.optim, settings.optimizer)  # a name of the list above
-    if settings.optimizer in FUSED and not CHOOSE_THE_STEP & arguments.keys():
+    if settings.optimizer != "Muon":
+        return _one_optimizer(settings.optimizer, parameters, settings, settings.optimizer_args)
+    left = {id(parameter) for parameter in tables} | {id(one) for one in parameters if one.ndim != 2}
+    others = [parameter for parameter in parameters if id(parameter) in left]
+    muon = _one_optimizer("Muon", [one for one in parameters if id(one) not in left], settings, settings.optimizer_args)
+    if not others:
+        return muon
+    if settings.fallback_optimizer is None:
+        raise UserError("optimizer=Muon steps matrices alone; write fallback_optimizer=AdamW for the other parameters")
+    return TwoOptimizers(muon, _one_optimizer(settings.fallback_optimizer, others, settings, settings.fallback_args))
+
+
+def tables_of(policy: Any) -> list[nn.Parameter]:
+    """Return the matrices of a causal LM that hold a row a token."""
+    return [module.weight for module in (policy.get_input_embeddings(), policy.get_output_embeddings())]
+
+
+def _one_optimizer(
+    name: str, parameters: list[nn.Parameter], settings: TrainConfig, given: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    arguments = dict(given)
+    kind = getattr(torch.optim, name)  # a name of `optimizer_names`
+    if name in FUSED and not CHOOSE_THE_STEP & arguments.keys():
         arguments["fused"] = True
-    elif settings.optimizer == "RMSprop" and arguments.keys() <= {"alpha", "eps"} and parameters[0].is_cuda:
+    elif name == "RMSprop" and arguments.keys() <= {"alpha", "eps"} and parameters[0].is_cuda:
         kind = RMSprop
     try:
-        return kind(parameters, lr=settings.lr, **arguments)
+        return kind(decay_groups(parameters, settings.weight_decay_on), lr=settings.lr, **arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"optimizer={settings.optimizer} refuses lr={settings.lr} optimizer_args={dict(settings.optimizer_args)}: "
-            f"{error}"
-        ) from error
+        raise UserError(f"optimizer={name} refuses lr={settings.lr} and arguments {dict(given)}: {error}") from error
+
+
+def decay_groups(parameters: list[nn.Parameter], weight_decay_on: str) -> list[Any]:
+    """Return parameters, or groups of them of which the second, of vectors, has no weight decay."""
+    if weight_decay_on == "all":
+        return parameters
+    groups = [[one for one in parameters if one.ndim >= 2], [one for one in parameters if one.ndim < 2]]
+    return [group for group in ({"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}) if group["params"]]
 
 
 def num_warmup_steps(num_updates: int, settings: TrainConfig) -> int:
@@ -117,7 +170,8 @@ def learning_rate(update: int, num_updates: int, settings: TrainConfig) -> float
     """Return the learning rate of one update, counted from 0, of a run of `num_updates`.
 
     It rises as (update + 1) / (warm-up + 1), the DPO repo's way, then stays, or falls to 0 at the end of the run as a
-    line or half a cosine. A pure function, so that a resumed run has nothing to restore.
+    line or half a cosine; wsd (warm-up, stable, decay) stays and falls as a line in the last `decay_ratio` of all
+    updates. A pure function, so that a resumed run has nothing to restore.
     """
     warmup = num_warmup_steps(num_updates, settings)
     if update < warmup:
@@ -125,6 +179,8 @@ def learning_rate(update: int, num_updates: int, settings: TrainConfig) -> float
     progress = (update - warmup) / max(1, num_updates - warmup)
     if settings.lr_scheduler == "linear":
         return settings.lr * max(0.0, 1 - progress)
+    if settings.lr_scheduler == "wsd":
+        return settings.lr * min(1.0, (num_updates - update) / (settings.decay_ratio * num_updates))
     if settings.lr_scheduler == "cosine":
         return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return settings.lr

@@ -12,6 +12,7 @@ file is the same whatever their number.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from trainers.data.token_store import TokenStore, sequence_lengths
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import forward_function, reshard
 from trainers.kernels.logps import sequence_logps
+from trainers.losses.lengths import response_logps
 
 CODE_VERSION = 2  # raise it with any change of logps.py that moves a result by more than rounding
 LOGPS = "logps.f64"
@@ -61,14 +63,15 @@ def reference_logps(
     cutter: Cutter,
     autocast: torch.dtype | None = None,
     compute_dtype: str | None = None,
+    ld_alpha: float | None = None,
 ) -> Tensor:
-    """Return the log-probabilities of chosen and rejected, in nats: (N, 2) float64, memory-mapped; NaN in other rows.
+    """Return log-probabilities of the C responses of a row, in nats: (N, C) float64, memory-mapped; NaN in other rows.
 
     Every process must come here.
 
     Args:
         model: the reference; computed through the same `sequence_logps` as the policy, in the model's dtype.
-        store: N rows of prompt, chosen, rejected.
+        store: N rows of a prompt and C responses.
         rows: the rows that training will visit.
         layout: of the model.
         cache_dir: where caches lie; the file is `reference/<key>/logps.f64`.
@@ -76,18 +79,20 @@ def reference_logps(
         cutter: makes the micro-batches; of the policy's kind.
         autocast: as the policy has its matrix products.
         compute_dtype: what a sharded model computes in, where that is not its own dtype.
+        ld_alpha: as the objective weighs tokens, see `response_logps`.
     """
-    rows = rows.unique()
-    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast}"
+    rows, shape = rows.unique(), (len(store), store.num_segments - 1)
+    weighed = "" if ld_alpha is None else f" {ld_alpha}"
+    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast}{weighed}"
     directory = cache_dir / "reference"
     key = _cache_key(f"{weights} {store.select(rows).content} {kind}", layout.device)
     by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]
     loader = BatchLoader(store.select(by_length), cutter, batch_size=256, device=layout.device)
 
     def compute() -> np.ndarray:
-        result = np.full((len(store), 2), np.nan)
-        for places, logps in _logps_of_rows(model, loader, layout, autocast):
-            result[by_length[places].numpy()] = logps.numpy()
+        result = np.full(shape, np.nan)
+        for places, logps in _logps_of_rows(model, loader, layout, autocast, ld_alpha):
+            result[by_length[places].numpy()] = logps.view(-1, shape[1]).numpy()
         return result
 
     def build(folder: Path) -> None:
@@ -104,9 +109,9 @@ def reference_logps(
     else:
         while layout.on_main(lambda: "") == "compute":
             compute()
-    file = _on_every_file_system(directory, key, len(store), layout) / LOGPS
+    file = _on_every_file_system(directory, key, math.prod(shape), layout) / LOGPS
     # A private map: its pages are shared with the other processes that read the file.
-    return torch.from_file(str(file), shared=False, size=2 * len(store), dtype=torch.float64).view(len(store), 2)
+    return torch.from_file(str(file), shared=False, size=math.prod(shape), dtype=torch.float64).view(shape)
 
 
 def _cache_key(identity: str, device: torch.device) -> str:
@@ -120,13 +125,13 @@ def _raise(error: UserError) -> NoReturn:
     raise error
 
 
-def _on_every_file_system(directory: Path, key: str, num_rows: int, layout: Layout) -> Path:
+def _on_every_file_system(directory: Path, key: str, size: int, layout: Layout) -> Path:
     """Copy rank 0's entry to where a process does not see it (the disks of other nodes), and return its path."""
     entry = directory / key
     if not all(gather_objects(entry.is_dir())):
-        values = torch.empty(2 * num_rows, dtype=torch.float64)
+        values = torch.empty(size, dtype=torch.float64)
         if layout.is_main:
-            values = torch.from_file(str(entry / LOGPS), shared=False, size=2 * num_rows, dtype=torch.float64)
+            values = torch.from_file(str(entry / LOGPS), shared=False, size=size, dtype=torch.float64)
         dist.broadcast(values, src=0)
         build_once(directory, key, lambda folder: values.numpy().tofile(folder / LOGPS))
     return entry
@@ -134,10 +139,11 @@ def _on_every_file_system(directory: Path, key: str, num_rows: int, layout: Layo
 
 @torch.no_grad()
 def _logps_of_rows(
-    model: Any, loader: BatchLoader, layout: Layout, autocast: torch.dtype | None
+    model: Any, loader: BatchLoader, layout: Layout, autocast: torch.dtype | None, ld_alpha: float | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return (row numbers (B,), log-probabilities (B, 2)) of each micro-batch, on the host; nothing but in rank 0."""
-    logps_of = forward_function(model, sequence_logps, autocast=autocast)
+    """Return (row numbers (B,), log-probabilities (B, C)) of each micro-batch, on the host; nothing but in rank 0."""
+    forward = forward_function(model, sequence_logps, autocast=autocast)
+    logps_of = partial(response_logps, forward, ld_alpha=ld_alpha)
     was_training = model.training
     model.eval()
     found: list[tuple[Tensor, Tensor]] = []
@@ -168,8 +174,9 @@ def attach_reference(
     weights: str,
     autocast: torch.dtype | None = None,
     compute_dtype: str | None = None,
+    ld_alpha: float | None = None,
 ) -> None:
-    """Give each loader the columns that a preference objective reads.
+    """Give each loader the column `reference_logps`, (N, C), that a preference objective reads.
 
     `model` must have the run's initial weights, see above; the trainer compares `weights`, their key, with that of the
     run's start.
@@ -178,5 +185,6 @@ def attach_reference(
         logps = reference_logps(
             model, loader.store, loader.rows_visited(), layout=layout, cache_dir=cache_dir, weights=weights,
             cutter=loader.cutter.forward_only(layout.device), autocast=autocast, compute_dtype=compute_dtype,
+            ld_alpha=ld_alpha,
         )  # fmt: skip
-        loader.columns = {"reference_chosen_logps": logps[:, 0], "reference_rejected_logps": logps[:, 1]}
+        loader.columns["reference_logps"] = logps

@@ -28,8 +28,8 @@ from trainers.distributed.sharding import (
     weights_are_finite,
 )
 from trainers.kernels.logps import autocast_dtype, sequence_logps
-from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective, add_metrics
-from trainers.optimizers import build_optimizer, learning_rate
+from trainers.objectives.output import TOLERANCE_PER_TOKEN, LossOutput, Objective, add_metrics
+from trainers.optimizers import build_optimizer, learning_rate, tables_of
 from trainers.run.checkpoint import CheckpointWriter, RunProgress
 from trainers.run.metrics import MetricSums
 from trainers.run.metrics_log import MetricsLog
@@ -79,10 +79,11 @@ class Trainer:
         autocast = autocast_dtype(settings.model.autocast)
         self.logps_of = forward_function(self.policy, sequence_logps, autocast=autocast, add_to_grad=True)
         self.checkpoints = CheckpointWriter(self.run, settings.checkpoint, layout, self.tokenizer)
-        self.optimizer = build_optimizer(self.policy.parameters(), settings)
+        self.optimizer = build_optimizer(self.policy.parameters(), settings, tables_of(self.policy))
         self.train_metrics = MetricSums()
         self.last_log = time.monotonic()
         self.progress = self._restore(dict(self.identity or {}))
+        self.objective.state = self.progress.objective
         self.saved = (self.progress.examples, self.progress.evaluated_at)  # what the newest checkpoint has seen
         self.speed = Speed(self.policy, layout)
 
@@ -205,6 +206,7 @@ class Trainer:
             what the objective said of each pass of this process (see `LossOutput.detached`), and the sum of the losses.
         """
         outputs = []
+        self.objective.begin_batch(self.logps_of, batch.passes, self.layout.device)
         for number, (microbatch, counts) in enumerate(batch.passes, start=1):
             # Summed over the processes once, in the last pass: not a reduce-scatter for each micro-batch.
             reduce = self.settings.trainer.reduce_every_microbatch or number == len(batch.passes)
@@ -291,6 +293,7 @@ class Trainer:
             if agreed.stop:
                 raise Preempted
             outputs = []
+            self.objective.begin_batch(self.logps_of, batch.passes, self.layout.device)
             for microbatch, counts in batch.passes:
                 output = self.objective(self.logps_of, microbatch.to(self.layout.device, non_blocking=True))
                 outputs.append(output.detached(counts=counts))

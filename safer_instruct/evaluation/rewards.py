@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
-from config.settings import RewardSettings
+from config.settings import LOSSES, PairLossSettings, PreferenceLossSettings, RewardSettings
 from safer_instruct.evaluation.respondents import Respondent
 from safer_instruct.measures.reward_checks import check_rewards
 from safer_instruct.report.training_runs import find_training_overlap, run_config
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SCALE_KEYS = ("beta", "average_logps", "reference_free")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def reward_scales(respondents: Mapping[str, Respondent], settings: RewardSetting
             continue
         model = f"models.{name}.path={respondent.path}"
         loss = run_config(respondent.path).get("loss", {})
-        trained = {key: loss[key] for key in ("beta", "average_logps", "reference_free") if key in loss}
+        trained = {**_fixed(loss), **{key: loss[key] for key in SCALE_KEYS if key in loss}}
         errors += [
             f"rewards.{key}={value}: {model} was trained with loss.{key}={trained[key]}, as its config.yaml says; "
             f"leave rewards.{key} out"
@@ -63,6 +65,14 @@ def reward_scales(respondents: Mapping[str, Respondent], settings: RewardSetting
     if errors:
         raise UserError("\n".join(errors))
     return scales
+
+
+def _fixed(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a loss on pairs says of its scale by being what it is, where its keys do not."""
+    kind = LOSSES.get(loss.get("name", ""))
+    if kind is None or not issubclass(kind, PairLossSettings) or issubclass(kind, PreferenceLossSettings):
+        return {}
+    return {"average_logps": kind.normalised, "reference_free": not kind.reads_reference}
 
 
 def count_trained_on(respondents: Mapping[str, Respondent], pairs: Mapping[str, Sequence[str]]) -> dict[str, int]:

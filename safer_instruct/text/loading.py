@@ -16,6 +16,7 @@ from safer_instruct.text.readers import read_rows, require_columns
 from safer_instruct.text.row_log import RowLog
 
 MAX_ID_CHARACTERS = 32  # a longer id of a file's own is hashed
+JUDGEMENTS = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}  # of an answer
 FREE_COLUMNS = frozenset({"id", "label", "provenance"})  # no schema needs to read them: they say nothing to a model
 
 
@@ -48,6 +49,16 @@ def _parse_hh(row: Row) -> dict[str, Any]:
     }
 
 
+def _parse_unpaired(row: Row) -> dict[str, Any]:
+    """Put an answer where its judgement says: a good one is a chosen response, a bad one a rejected one."""
+    judgement = str(row["good"]).strip().casefold()
+    if judgement not in JUDGEMENTS:
+        raise BadRow("not_judged")
+    side = "chosen" if JUDGEMENTS[judgement] else "rejected"
+    fields = {name: row.get(name) for name in ("instruction", "input", "label")}
+    return {**fields, side: row["response"]}
+
+
 class Schema(NamedTuple):
     """How the columns of a row become an Example.
 
@@ -66,6 +77,9 @@ SCHEMAS = {
     "si": Schema(("instruction", "chosen"), ("instruction", "input", "chosen", "rejected", "label"), _parse_si),
     "alpaca": Schema(("instruction", "output"), ("instruction", "input", "output"), _parse_alpaca),
     "hh": Schema(("chosen",), ("chosen", "rejected", "label"), _parse_hh),
+    "unpaired": Schema(
+        ("instruction", "response", "good"), ("instruction", "input", "response", "good", "label"), _parse_unpaired
+    ),
 }
 
 
@@ -82,8 +96,9 @@ class LoadedExamples:
         if settings.schema not in SCHEMAS:
             raise UserError(f"datasets.{log.name}.schema={settings.schema}: the schemas are {', '.join(SCHEMAS)}")
         self._schema = SCHEMAS[settings.schema]
+        self._unpaired = settings.schema == "unpaired"
         if pairs and settings.schema == "alpaca":
-            raise UserError(f"datasets=[{log.name}]: schema=alpaca has no rejected responses; dpo and ipo need pairs")
+            raise UserError(f"datasets=[{log.name}]: schema=alpaca has no rejected responses, and this needs pairs")
         self._needed = [*self._schema.needed, *(["rejected"] if pairs else [])]
         self._needed += ["label"] if settings.labels is not None else []
         self._known = {*self._schema.read, *FREE_COLUMNS}
@@ -144,7 +159,9 @@ class LoadedExamples:
         """Return the reason to drop the row; None if it is usable."""
         if self._labels is not None and example.label not in self._labels:
             return "other_label"
-        needed = ("instruction", "chosen", "rejected") if self._pairs else ("instruction", "chosen")
+        needed = ["instruction", *(["chosen", "rejected"] if self._pairs else ["chosen"])]
+        if self._unpaired:  # it has one of the two
+            needed = ["instruction", "rejected" if example.chosen is None else "chosen"]
         values = {"instruction": example.instruction, "chosen": example.chosen, "rejected": example.rejected}
         for name in needed:
             if not values[name]:

@@ -72,7 +72,8 @@ class BatchLoader:
 
     Attributes:
         store, cutter: As given.
-        columns: Per-row values (N, ...) by name; every micro-batch gets those of its rows. To be set before `batches`.
+        columns: Per-row values (N, ...) by name, of which a micro-batch gets those of its rows: those of the store and
+            what is added before `batches`.
         total_examples: Rows of the whole run, repeats included.
         steps: Global batches of the whole run.
     """
@@ -95,7 +96,7 @@ class BatchLoader:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"{batch_size=} must be positive, and 0 <= {rank=} < {world_size=}")
         self.store, self.cutter = store, cutter
-        self.columns: dict[str, Tensor] = {}
+        self.columns: dict[str, Tensor] = dict(store.columns)
         self._batch_size, self._seed = batch_size, seed
         self._rank, self._world_size, self._device = rank, world_size, device
         limits = [num_examples, None if num_epochs is None else num_epochs * len(store)]
@@ -141,7 +142,8 @@ class BatchLoader:
     def excerpt(self, rows: Tensor) -> BatchLoader:
         """Return a loader of a single global batch, of these rows (B,), cut as in this one; its store has no others."""
         one = copy.copy(self)
-        one.store, one.columns = self.store.select(rows), {}
+        one.store = self.store.select(rows)
+        one.columns = dict(one.store.columns)
         one.total_examples = one._batch_size = len(rows)
         one._seed, one.steps = None, 1
         return one

@@ -1,7 +1,8 @@
 """Tokenised rows on disk, read through memory maps: resident memory does not grow with the number of rows.
 
 A store is a directory: `tokens.bin` (int32, all rows one behind the other), `offsets.bin` (int64, where each row
-starts), `lengths.bin` (int32, N x S), `ids.bin` (N fixed-width names) and `meta.json`.
+starts), `lengths.bin` (int32, N x S), `ids.bin` (N fixed-width names) and `meta.json`; of judged answers also
+`is_good.bin` (N bytes).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class TokenStore:
         content: Hash of the rows themselves (ids, lengths, tokens): what a run that goes on must find unchanged.
         meta: What the writer recorded: counts of rows used, dropped and cut. Never text.
         lengths: (N, S) int32, tokens of each segment.
+        columns: Per-row values (N,) by name: `is_good` (bool) of judged answers; none of other rows.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -45,6 +47,9 @@ class TokenStore:
         self._offsets = _map(directory / "offsets.bin", np.int64)
         self._ids = np.memmap(directory / "ids.bin", f"S{ID_BYTES}", "r") if len(self._offsets) else np.empty(0, "S1")
         self.lengths = _map(directory / "lengths.bin", np.int32).view(-1, self.num_segments)
+        self.columns: dict[str, Tensor] = {}
+        if (directory / "is_good.bin").exists():
+            self.columns["is_good"] = _map(directory / "is_good.bin", np.uint8).bool()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -66,16 +71,17 @@ class TokenStore:
         place = i if self._index is None else int(self._index[i])
         return self._ids[place].decode()
 
-    def select(self, rows: Tensor) -> TokenStore:
+    def select(self, rows: Tensor) -> Self:
         """Return a store of these rows, in this order, over the same maps; its key and content tell the selection.
 
         Args:
             rows: (M,) int64 row numbers of this store.
         """
-        chosen = TokenStore.__new__(TokenStore)
+        chosen = type(self).__new__(type(self))
         chosen.__dict__.update(self.__dict__)
         chosen._index = rows if self._index is None else self._index[rows]
         chosen.lengths = self.lengths[rows]
+        chosen.columns = {name: values[rows] for name, values in self.columns.items()}
         places = rows.numpy().tobytes()
         chosen.key = xxh3_128_hexdigest(self.key.encode() + places)
         chosen.content = xxh3_128_hexdigest(self.content.encode() + places)
@@ -112,14 +118,21 @@ class TokenStoreWriter:
         for file in self._files.values():
             file.close()
 
-    def append(self, id: str, segments: Sequence[Sequence[int]]) -> None:
-        """Add a row of S segments, lists of token ids; its name `id` has at most ID_BYTES bytes in UTF-8."""
+    def append(self, id: str, segments: Sequence[Sequence[int]], *, is_good: bool | None = None) -> None:
+        """Add a row of S segments, lists of token ids; its name `id` has at most ID_BYTES bytes in UTF-8.
+
+        `is_good` tells how an answer was judged: of all rows of a store, or of none.
+        """
         name = id.encode()
         if len(segments) != self._num_segments or not 0 < len(name) <= ID_BYTES:
             raise ValueError(f"a row has {self._num_segments} segments and an id of 1 to {ID_BYTES} bytes")
         lengths = [len(segment) for segment in segments]
         tokens = b"".join(np.asarray(segment, np.int32).tobytes() for segment in segments)
         content = {"ids": name.ljust(ID_BYTES, b"\0"), "lengths": np.asarray(lengths, np.int32).tobytes()}
+        if is_good is not None:
+            content["is_good"] = bytes([is_good])
+            if "is_good" not in self._files:
+                self._files["is_good"] = (self._directory / "is_good.bin").open("wb")
         for file, data in {**content, "tokens": tokens}.items():
             self._files[file].write(data)
             self._content.update(data)

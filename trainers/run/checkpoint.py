@@ -55,6 +55,7 @@ class RunProgress:
     evaluated_at: int = -1  # examples seen at the last evaluation; -1: none yet
     evaluation: dict[str, float] = field(default_factory=dict)  # what it measured
     identity: dict[str, str] = field(default_factory=dict)  # what a resumed run must agree on: keys of data, weights
+    objective: dict[str, float] = field(default_factory=dict)  # what it keeps from batch to batch
     log: dict[str, Any] = field(default_factory=dict)  # state of the metrics log: lengths of its files, wandb id
 
 

@@ -1,0 +1,106 @@
+"""What can be wrong with the loss of a training command, and with its data for that loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from config.rules import MISSING, Fault, check_values, suggest
+from config.settings import (
+    LOSSES,
+    DatasetSettings,
+    LossSettings,
+    MixtureSettings,
+    PairLossSettings,
+    TrainConfig,
+    part_settings,
+)
+from config.settings import PreferenceLossSettings as Modified
+
+PARTS = [name for name, kind in LOSSES.items() if issubclass(kind, PairLossSettings)]
+
+
+def check_loss(loss: Any) -> Iterator[Fault]:
+    """Find out whether the settings are of the loss that they name."""
+    if loss == MISSING:
+        return
+    if not isinstance(loss, LossSettings):
+        yield Fault("loss", "loss: its YAML file names no settings; `defaults:` begins with /schema/loss/NAME@_here_")
+        return
+    kind = LOSSES.get(loss.name)
+    if kind is None:
+        known = f"{suggest(loss.name, LOSSES)} Losses: {', '.join(LOSSES)}"
+        yield Fault("loss.name", f"loss.name={loss.name}: there is no such loss{known}")
+    elif not isinstance(loss, kind):
+        yield Fault("loss.name", f"loss.name={loss.name}: the other keys are another loss's; write loss={loss.name}")
+    elif isinstance(loss, MixtureSettings):
+        yield from (Fault("loss.parts", message) for message in _mixture_complaints(loss))
+
+
+def _mixture_complaints(loss: MixtureSettings) -> list[str]:
+    """Return what is wrong with names, keys and values of the parts, of which Hydra knows nothing."""
+    if len(loss.parts) < 2:
+        example = "loss.parts.dpo.weight=0.8 loss.parts.slic.weight=0.2"
+        return [f"loss.parts={loss.parts}: name two losses or more, such as {example}"]
+    complaints = [complaint for name, keys in loss.parts.items() for complaint in _part_complaints(name, keys)]
+    if complaints:
+        return complaints
+    parts = [part_settings(name, keys)[1] for name, keys in loss.parts.items()]
+    alphas = {part.ld_alpha if isinstance(part, Modified) else None for part in parts}
+    return ["loss.parts: ld_alpha must be the same in all parts, one forward pass weighs the tokens"][: len(alphas) - 1]
+
+
+def _part_complaints(name: str, keys: Any) -> list[str]:
+    where = f"loss.parts.{name}"
+    if name not in PARTS:
+        of_other_rows = f"{name} reads {LOSSES[name].rows}." if name in LOSSES else ""
+        why = of_other_rows or f"there is no loss {name}{suggest(name, PARTS)}"
+        return [f"{where}: the parts of a mixture are losses on pairs, and {why} Choices: {', '.join(PARTS)}"]
+    if not isinstance(keys, dict):
+        return [f"{where}={keys}: must be the keys of {name}: {where}={{weight:0.5}}"]
+    defaults = {**vars(LOSSES[name]()), "weight": 1.0}
+    del defaults["name"]
+    complaints = []
+    for key, value in keys.items():
+        if key not in defaults:
+            known = f"{suggest(key, defaults)} Keys: {', '.join(defaults)}"
+            complaints.append(f"{where}.{key}={value}: {name} has no key {key}{known}")
+        elif not _is_like(value, defaults[key]):
+            complaints.append(f"{where}.{key}={value}: must be a value such as {defaults[key]}")
+        elif key == "weight" and not value > 0:
+            complaints.append(f"{where}.weight={value}: must be above 0")
+    return complaints or [fault.message for fault in check_values(part_settings(name, keys)[1], f"{where}.")]
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Say whether a value is of the type of a default; null stands for a number."""
+    if isinstance(default, str | bool):
+        return type(value) is type(default)
+    return (isinstance(value, int | float) and not isinstance(value, bool)) or (value is None and default is None)
+
+
+def check_rows(config: TrainConfig) -> Iterator[Fault]:
+    """Find out whether each dataset has rows that the loss learns from."""
+    if isinstance(config.loss, LossSettings):
+        for name, dataset in config.datasets.items():
+            yield from _check_rows(f"datasets.{name}", dataset, config.loss)
+
+
+def _check_rows(key: str, dataset: DatasetSettings, loss: LossSettings) -> Iterator[Fault]:
+    asked, others = f"loss={loss.name}", (f"{key}.schema", f"{key}.split_pairs", "loss")
+    if loss.rows == "answers" and dataset.schema not in ("unpaired", MISSING) and not dataset.split_pairs:
+        message = (
+            f"{key}.schema={dataset.schema}: {asked} learns from single answers that are good or bad; write "
+            f"{key}.split_pairs=true to take a pair as one of each, or {key}.schema=unpaired for rows of instruction, "
+            "response and good"
+        )
+        yield Fault(f"{key}.schema", message, others)
+    elif loss.rows != "answers" and dataset.schema == "unpaired":
+        message = (
+            f"{key}.schema=unpaired: its rows are single answers, from which {asked} does not learn; write loss=kto or "
+            "loss=apo_zero_unpaired"
+        )
+        yield Fault(f"{key}.schema", message, others)
+    elif dataset.split_pairs and (loss.rows != "answers" or dataset.schema == "unpaired"):
+        message = f"{key}.split_pairs=true: it makes single answers of pairs for losses such as kto; leave it out"
+        yield Fault(f"{key}.split_pairs", message, others)

@@ -1,0 +1,130 @@
+"""Settings of the other losses (likelihood, single answers, mixtures), and the table of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from config import rules
+from config.pair_losses import (
+    AlphaPOSettings,
+    AOTSettings,
+    APODownSettings,
+    APOZeroSettings,
+    BCOPairSettings,
+    CDPOSettings,
+    CPOSettings,
+    DiscoPOPSettings,
+    DPONormSettings,
+    DPOPSettings,
+    DPOSettings,
+    EXOPairSettings,
+    HingeSettings,
+    IPOSettings,
+    LossSettings,
+    NCAPairSettings,
+    NotNegative,
+    ORPOSettings,
+    Positive,
+    RobustSettings,
+    Rows,
+    RPOSettings,
+    SimPOSettings,
+    SLiCSettings,
+    SPPOHardSettings,
+)
+
+
+@dataclass
+class LikelihoodLossSettings(LossSettings):
+    """Maximum likelihood of the target given the prompt."""
+
+    # What the loss is a mean over: sequences, each the sum of its tokens (DPO repo) | all target tokens (Alpaca).
+    reduction: Annotated[str, rules.choices("sequence_sum", "token_mean")] = "sequence_sum"
+
+
+@dataclass
+class SFTSettings(LikelihoodLossSettings):
+    """`loss=sft`: supervised fine-tuning on the chosen, or only, response."""
+
+    name: str = "sft"
+
+
+@dataclass
+class ReverseSettings(LikelihoodLossSettings):
+    """`loss=reverse`: the instruction given the response (Safer-Instruct, section 3.1)."""
+
+    rows: ClassVar[Rows] = "reversed"
+
+    name: str = "reverse"
+    reduction: Annotated[str, rules.choices("sequence_sum", "token_mean")] = "token_mean"
+
+
+@dataclass
+class AnswerLossSettings(LossSettings):
+    """A loss on single answers that are good or bad."""
+
+    rows: ClassVar[Rows] = "answers"
+    reads_reference: ClassVar[bool] = True
+    mismatched: ClassVar[bool] = False  # reads how the policy has moved on answers to other prompts
+
+    beta: Positive = 0.1  # temperature of the implicit reward
+    good_weight: NotNegative = 1.0  # of good answers, lambda_D
+    bad_weight: NotNegative = 1.0  # of bad answers, lambda_U
+
+
+@dataclass
+class KTOSettings(AnswerLossSettings):
+    """`loss=kto`: Kahneman-Tversky optimisation (Ethayarajh et al. 2024, equation 8)."""
+
+    mismatched: ClassVar[bool] = True
+
+    name: str = "kto"
+
+
+@dataclass
+class APOZeroUnpairedSettings(AnswerLossSettings):
+    """`loss=apo_zero_unpaired`: apo_zero on single answers (D'Oosterlinck et al. 2024)."""
+
+    name: str = "apo_zero_unpaired"
+
+
+@dataclass
+class MixtureSettings(LossSettings):
+    """`loss=mixture`: a weighted sum of several losses on pairs."""
+
+    rows: ClassVar[Rows] = "pairs"
+
+    name: str = "mixture"
+    # Loss -> its keys, and the weight of it (1 where none is given): {dpo: {weight: 0.8, beta: 0.2}, slic: {}}.
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the log-probabilities of a reference are read."""
+        return any(part.needs_reference for _, part in weighted_parts(self))
+
+
+LOSSES: dict[str, type[LossSettings]] = {
+    "sft": SFTSettings, "reverse": ReverseSettings, "dpo": DPOSettings, "cdpo": CDPOSettings, "rpo": RPOSettings,
+    "robust": RobustSettings, "ipo": IPOSettings, "hinge": HingeSettings, "exo_pair": EXOPairSettings,
+    "discopop": DiscoPOPSettings, "nca_pair": NCAPairSettings, "sppo_hard": SPPOHardSettings,
+    "apo_zero": APOZeroSettings, "apo_down": APODownSettings, "dpop": DPOPSettings, "dpo_norm": DPONormSettings,
+    "bco_pair": BCOPairSettings, "aot": AOTSettings, "slic": SLiCSettings, "cpo": CPOSettings, "orpo": ORPOSettings,
+    "simpo": SimPOSettings, "alphapo": AlphaPOSettings, "kto": KTOSettings,
+    "apo_zero_unpaired": APOZeroUnpairedSettings, "mixture": MixtureSettings,
+}  # fmt: skip
+
+
+def weighted_parts(settings: LossSettings) -> list[tuple[float, Any]]:
+    """Return the losses on pairs that a loss is the sum of, each with its weight: of all but mixture itself, with 1."""
+    if not isinstance(settings, MixtureSettings):
+        return [(1.0, settings)]
+    return [part_settings(name, keys) for name, keys in settings.parts.items()]
+
+
+def part_settings(name: str, keys: Mapping[str, Any] | None) -> tuple[float, LossSettings]:
+    """Return weight and settings of a part of a mixture, whose keys are known to be right."""
+    own = {key: value for key, value in (keys or {}).items() if key != "weight"}
+    return float((keys or {}).get("weight", 1.0)), LOSSES[name](**own)

@@ -1,0 +1,60 @@
+"""Losses that look at a whole global batch, or keep a mean, in two processes and over a restart."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from config.settings import LOSSES, DPOSettings, TrainerSettings
+from tests.test_parallel import losses, start, weights
+from tests.tiny_runs import tiny_settings
+
+CASES = {
+    "aot": LOSSES["aot"](),
+    "bco_pair": LOSSES["bco_pair"](beta=0.5),
+    "kto": LOSSES["kto"](beta=0.5, good_weight=1.3),
+    "ld": DPOSettings(ld_alpha=0.3),
+}
+
+
+def settings_of(name: str, accumulation: int, processes: int, **changes):
+    """46 rows in batches of 5: the last one of the epoch has 1 row, fewer than processes."""
+    settings = tiny_settings(
+        loss=CASES[name], batch_size=5, eval_batch_size=5, optimizer="AdamW", lr=1e-3, eval_every=30,
+        gradient_accumulation_steps=accumulation,
+        trainer=TrainerSettings(
+            name="BasicTrainer" if processes == 1 else "FSDPTrainer", num_processes=processes if processes > 1 else None
+        ),
+    )  # fmt: skip
+    return replace(settings, **changes)
+
+
+@pytest.mark.parametrize(("name", "accumulation"), [("aot", 3), ("bco_pair", 1), ("kto", 1), ("kto", 3), ("ld", 1)])
+def test_two_processes_are_one(tmp_path, name, accumulation):
+    for processes in (1, 2):
+        start(tmp_path, f"of {processes}", settings_of(name, accumulation, processes))
+    one, two = tmp_path / "of 1", tmp_path / "of 2"
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert (weights(two) - weights(one)).abs().mean() < 1e-6
+
+
+def test_the_running_mean_is_part_of_a_checkpoint(tmp_path):
+    """A run that begins again from its middle ends as one that did not, and its mean has seen as many rewards."""
+
+    def progress(run):
+        return json.loads((run / "LATEST" / "state" / "progress.json").read_text())["objective"]
+
+    settings = settings_of("bco_pair", 1, 1, n_epochs=2)
+    start(tmp_path, "whole", settings)
+    start(tmp_path, "cut", settings)
+    run = tmp_path / "cut"
+    steps = sorted((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    for folder in steps[1:]:
+        folder.rename(tmp_path / folder.name)
+    (run / "LATEST").unlink()
+    (run / "LATEST").symlink_to(steps[0].relative_to(run))
+    start(tmp_path, "cut", settings)
+    assert progress(tmp_path / "whole") == progress(run)
+    assert progress(run)["rewards"] == 2 * 2 * 46
+    assert torch.equal(weights(run), weights(tmp_path / "whole"))

@@ -1,0 +1,51 @@
+"""LD-DPO: log-probabilities in which the tokens beyond the length of the shorter response count less.
+
+Letters: B = pairs, T = positions of a padded row.
+"""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from config.settings import LossSettings, PreferenceLossSettings, weighted_parts
+from trainers.data.packing import is_packed
+from trainers.losses.responses import LogpsOf
+
+
+def response_logps(logps_of: LogpsOf, batch: TensorDict, ld_alpha: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities as a loss weighs them, plain ones, and numbers of target tokens: each (B, 2).
+
+    With l = the length of the shorter response of a pair, the first are
+
+        sum over t <= l of log pi(y_t|...) + alpha x (sum over t > l)          (Liu et al. 2024, equation 9)
+
+    Args:
+        logps_of: Of the model.
+        batch: A micro-batch of rows with two responses.
+        ld_alpha: None: both are the plain sums, and nothing more is computed.
+    """
+    if ld_alpha is None:
+        logps, num_tokens = logps_of(batch)
+        return logps, logps, num_tokens
+    if is_packed(batch):
+        # A sum is made for each number in `num_targets`: here each response is two of them.
+        num_tokens = batch["num_targets"]
+        public = num_tokens.amin(-1, keepdim=True).expand_as(num_tokens)
+        parts = torch.stack([public, num_tokens - public], dim=-1)
+        sums = logps_of(batch.copy().set("num_targets", parts.flatten(1)))[0].view_as(parts)
+        return sums[..., 0] + ld_alpha * sums[..., 1], sums.sum(-1), num_tokens
+    # Padded rows are run twice: packed ones are the fast path.
+    logps, num_tokens = logps_of(batch)
+    counted = batch["response_mask"].clone()
+    counted[..., 0] = False  # has nothing before it and is no target
+    public = num_tokens.amin(-1)[:, None, None]
+    shared, _ = logps_of(batch.copy().set("response_mask", counted & (counted.cumsum(-1) <= public)))
+    return shared + ld_alpha * (logps - shared), logps, num_tokens
+
+
+def ld_alpha_of(settings: LossSettings) -> float | None:
+    """Return what a token counts beyond the length of the shorter response: one number for all parts of a mixture."""
+    own = [part.ld_alpha for _, part in weighted_parts(settings) if isinstance(part, PreferenceLossSettings)]
+    return own[0] if own else None

@@ -1,0 +1,78 @@
+"""What a loss sees of a micro-batch, and the quantities that several losses are made of.
+
+Letters: B = pairs, or single answers. Everything is in nats and in the dtype that the log-probabilities have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+# A micro-batch -> log-probabilities and numbers of target tokens of its sequences, as `sequence_logps` under a model.
+LogpsOf = Callable[[TensorDict], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """B pairs, column 0 chosen and column 1 rejected.
+
+    Attributes:
+        policy: (B, 2) log pi(y|x), sums over the response; means per token for a loss that asks for these.
+        reference: (B, 2), likewise of the reference; zeros for a loss without one.
+        baseline: The mean of all rewards so far, of a loss that asks for it.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    baseline: float = 0.0
+
+    @property
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """Log-ratios of chosen and rejected to the reference, each (B,)."""
+        chosen, rejected = (self.policy - self.reference).unbind(-1)
+        return chosen, rejected
+
+
+@dataclass(frozen=True)
+class Answers:
+    """B single answers.
+
+    Attributes:
+        ratios: (B,) log pi(y|x)/ref(y|x).
+        is_good: (B,) bool.
+        divergence: What the policy has moved on answers to other prompts: a scalar of 0 or more, without gradient.
+    """
+
+    ratios: Tensor
+    is_good: Tensor
+    divergence: Tensor
+
+
+def reward_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """Return 1 where chosen is rewarded more than rejected, 0 where less, 1/2 at a tie; (B,), dtype of the rewards.
+
+    Before the first step policy and reference are one model and every pair is a tie: an accuracy of 0.5, as a coin.
+    """
+    return 0.5 * (1 + torch.sign(chosen_rewards - rejected_rewards))
+
+
+def nats_per_token(logps: Tensor, num_tokens: Tensor) -> Tensor:
+    """Return the mean negative log-probability of a token of each sequence; 0 where there are no target tokens."""
+    return -logps / num_tokens.clamp(min=1)
+
+
+def pair_weights(policy: Tensor, num_tokens: Tensor) -> Tensor:
+    """Return how probable the policy finds both responses of each pair: (B,) in 0..1, without gradient.
+
+    w(x, y_w) w(x, y_l) with w(x, y) = exp(mean over tokens of log pi) (Zhou et al. 2024, WPO, equation 2), without the
+    alignment of its section 3.2, which divides by sums over the vocabulary.
+
+    Args:
+        policy: (B, 2) sums of log-probabilities.
+        num_tokens: (B, 2).
+    """
+    return (-nats_per_token(policy.detach(), num_tokens)).sum(-1).exp()

@@ -1,0 +1,79 @@
+"""Losses on single answers that are good or bad; a row may hold another row's answer beside its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from config.settings import AnswerLossSettings
+from trainers.losses import ANSWER_LOSSES
+from trainers.losses.responses import Answers, LogpsOf
+from trainers.objectives.output import LossOutput, refuse_start, reward_tolerance
+from trainers.objectives.passes import ForwardPasses, Responses
+
+
+class AnswerObjective:
+    """The mean over single answers of one of ANSWER_LOSSES, against cached reference log-probabilities.
+
+    z0, how far the policy has moved on answers to other prompts, is max(0, mean over the global batch of
+    log pi/ref (another row's answer | prompt)), without gradient (Ethayarajh et al. 2024, section 4.1).
+    """
+
+    needs_reference = True
+
+    def __init__(self, settings: AnswerLossSettings) -> None:
+        """Take the group `loss`, whose rows are answers."""
+        self.settings, self.state = settings, dict[str, float]()
+        self.passes = ForwardPasses(needs_reference=True)
+        self._whole: Responses | None = None
+
+    def begin_batch(self, logps_of: LogpsOf, passes: Sequence[tuple[TensorDict, bool]], device: torch.device) -> None:
+        """Look at the whole batch where the loss reads z0."""
+        if self.settings.mismatched:
+            self._whole = self.passes.whole_batch(logps_of, passes, device)
+
+    def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
+        """Run the own answer and another row's in one forward pass: B rows -> log-probabilities (B, 1 or 2)."""
+        own = self.passes(logps_of, batch)
+        ratios, is_good = own.policy - own.reference, batch["is_good"]
+        divergence = torch.zeros_like(ratios[0, 0])
+        if self.settings.mismatched:
+            whole = self._whole or own.detached()
+            divergence = (whole.policy - whole.reference)[:, 1].mean().clamp(min=0)
+        losses = ANSWER_LOSSES[self.settings.name](Answers(ratios[:, 0], is_good, divergence), self.settings)
+        rewards = self.settings.beta * ratios.detach()[:, 0]
+        metrics = {
+            "rewards_{split}/signed": torch.where(is_good, rewards, -rewards),
+            "preference_loss_{split}": losses.detach(),
+        }
+        if self.settings.mismatched:
+            metrics["kl_{split}"] = ratios.detach()[:, 1]
+        return LossOutput(losses.sum(), metrics, self._by_side(is_good, rewards, own.plain[:, 0].detach()))
+
+    def _by_side(self, is_good: Tensor, rewards: Tensor, logps: Tensor) -> dict[str, Tensor]:
+        return {
+            "rewards_{split}/chosen": rewards[is_good],
+            "rewards_{split}/rejected": rewards[~is_good],
+            "logps_{split}/chosen": logps[is_good],
+            "logps_{split}/rejected": logps[~is_good],
+        }
+
+    def num_units(self, batch: TensorDict) -> int:
+        """Count answers."""
+        return len(batch["row"])
+
+    def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
+        """Require rewards of 0: before the first step the policy is the reference.
+
+        Raises:
+            UserError: with the largest reward, the tolerance, and what may have gone wrong.
+        """
+        tolerance = reward_tolerance(self.settings.beta, num_tokens, dtype)
+        largest = output.metrics["rewards_{split}/signed"].abs().max().item()
+        if not largest <= tolerance:  # a NaN fails, too
+            loss = output.metrics["preference_loss_{split}"].mean().item()
+            weights = (self.settings.good_weight, self.settings.bad_weight)
+            refuse_start(self.settings.name, dtype, tolerance, largest, sum(weights) / 4, loss)
