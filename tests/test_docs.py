@@ -7,6 +7,7 @@ The pages of docs/stages are one story: they run in the order of the navigation,
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -155,7 +156,8 @@ def run_command_line(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "make":
         return  # its target exists, and CI makes it
     if words[:2] == ["python", "-m"]:
-        done = subprocess.run([sys.executable, *words[1:]], cwd=REPOSITORY, capture_output=True, check=False)
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run([sys.executable, *words[1:]], env=environment, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
         return
     assert found, f"no rule how to run {words}: begin the block with `# needs: ...`"
