@@ -190,7 +190,7 @@ def test_a_step_that_is_not_finite(tmp_path, on_non_finite):
             trainer = kept["trainer"] = tiny_trainer(tmp_path, layout, run, settings)
             third = next(trainer.train_loader.batches(8)).rows
             kept["row"] = int(third[1])
-            trainer.train_loader.columns["reference_rejected_logps"][kept["row"]] = math.nan
+            trainer.train_loader.columns["reference_logps"][kept["row"], 1] = math.nan
             trainer.train()
 
     if on_non_finite == "skip":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from tensordict import TensorDict
@@ -78,7 +78,9 @@ def reward_tolerance(beta: float, num_tokens: int, dtype: torch.dtype) -> float:
     return max(1e-5 if dtype == torch.float32 else 0.0, beta * TOLERANCE_PER_TOKEN[dtype] * num_tokens)
 
 
-def refuse_start(name: str, dtype: torch.dtype, tolerance: float, largest: float, expected: float, loss: float) -> None:
+def refuse_start(
+    name: str, dtype: torch.dtype, tolerance: float, largest: float, expected: float, loss: float
+) -> NoReturn:
     """Raise the UserError of a run whose policy is not its reference before the first step."""
     raise UserError(
         f"before the first step the policy is the reference, so every reward must be 0 (at most {tolerance:.1g} "
