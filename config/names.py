@@ -12,7 +12,12 @@ KINDS: tuple[str, ...] = get_args(Kind)
 TEMPLATES = ("alpaca", "hh", "plain", "chat")  # how an instruction becomes a prompt
 SCHEMAS = ("si", "alpaca", "hh", "unpaired")  # which columns the rows of a dataset have
 FORMATS = ("all", "jsonl", "parquet")  # files of a merged dataset
-STAGES = ("induce", "score", "filter", "respond")  # those with a ledger, in their order
+STAGES = ("induce", "score", "filter", "respond", "vary")  # of `si`, those with a ledger, in their order
+# Stages that make pairs whose prompts should be answered, each with an output of its own -> their ledgers, in order.
+BENIGN_STAGES = {
+    "replay": ("replay",),
+    "contrast": ("contrast_neighbour", "contrast_screen", "contrast_answer"),
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCHEDULERS = ("constant", "linear", "cosine", "wsd")
 # The classes of torch.optim that step once for each dense gradient. A copy, because importing torch takes seconds.
@@ -20,3 +25,5 @@ OPTIMIZERS = (
     "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop",
     "Rprop", "SGD",
 )  # fmt: skip
+# Folders that a command of this repository makes: named where they are asked for and are not there.
+MADE_BY = {"models/smollm2": "python scripts/get_smollm2.py models/smollm2"}

@@ -7,8 +7,9 @@ Hydra stops at its first error. So it composes the groups alone, and each other 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -64,10 +65,12 @@ def own_groups(config_name: str) -> list[str]:
     return [group for group in groups if not group.startswith("override ")]
 
 
-def group_options(group: str, search: Iterable[str] = ()) -> list[str]:
+def group_options(group: str, search: Sequence[str] = ()) -> list[str]:
     """Return the choices of a group, which are the YAML files of its folders; none where there is no such group."""
     loader: Any = GlobalHydra.instance().config_loader()
-    found = loader.get_group_options(group.split("@")[0], ObjectType.CONFIG, overrides=list(search))
+    # The loader copies every schema for each answer: it is asked only where `search` makes it look elsewhere.
+    options = partial(loader.get_group_options, overrides=search) if search else loader.repository.get_group_options
+    found = options(group.split("@")[0], ObjectType.CONFIG)
     return [option for option in found if not option.startswith("_")]
 
 

@@ -16,7 +16,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from config.names import DTYPES, KINDS, TEMPLATES
+from config.names import DTYPES, KINDS, MADE_BY, TEMPLATES
 from config.paths import find_path
 
 MISSING: Any = "???"  # OmegaConf's marker of a mandatory value
@@ -145,6 +145,8 @@ def model_path(value: str) -> str:
     if path.is_file():
         return ""
     if not path.exists():
+        if value in MADE_BY:
+            return f"there is no such folder; make it with: {MADE_BY[value]}"
         is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) and not value.startswith(".")
         if is_hub_id and not (path.parent != Path(".") and path.parent.is_dir()):
             return ""

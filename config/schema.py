@@ -19,6 +19,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -55,6 +56,7 @@ class Command(NamedTuple):
     configs: list[Any]  # the settings of each run: one, or one for each point of a sweep
 
 
+@cache
 def register_schemas() -> None:
     """Give Hydra the dataclasses: YAML files name them as `/schema/train@_here_`, `/schema/loss/dpo@_here_`.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from config import rules
+from config.benign import BenignSettings, ContrastSettings, ReplaySettings
 from config.losses import (  # noqa: F401 - the settings of train.py are read from here, too
     LOSSES,
     AnswerLossSettings,
@@ -26,12 +27,13 @@ from config.losses import (  # noqa: F401 - the settings of train.py are read fr
     part_settings,
     weighted_parts,
 )
-from config.names import FORMATS, STAGES
+from config.names import BENIGN_STAGES, FORMATS, STAGES
 from config.pair_losses import MarginLossSettings, PairLossSettings, PreferenceLossSettings  # noqa: F401
 from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
 from config.training import (  # noqa: F401
     CheckpointSettings,
     DatasetSettings,
+    EarlyStopSettings,
     ModelSettings,
     TrainConfig,
     TrainerSettings,
@@ -182,6 +184,14 @@ class RoundTripSettings:
 
 
 @dataclass
+class RespondSettings:
+    """The safe responses."""
+
+    # Largest share of the rows with one and the same response; those beyond it are asked again. null: no such line.
+    max_same: Share | None = None
+
+
+@dataclass
 class DuplicatesSettings:
     """Pairs that nearly repeat an earlier one, in the order of the corpus; exact repetitions always go."""
 
@@ -195,13 +205,14 @@ class InduceConfig:
     """`induce.py`: from a corpus of unsafe responses to a preference dataset."""
 
     output: Annotated[str, "the folder to write"] = MISSING  # the dataset folder, or that of stage=audit's report
-    # all: the four with ledgers, and merge where there is one shard. docs/scale.md tells of the others.
-    stage: Annotated[str, rules.choices("all", *STAGES, "merge", "status", "audit")] = "all"
+    # all: those with ledgers, and merge where there is one shard. docs/scale.md tells of the others.
+    stage: Annotated[str, rules.choices("all", *STAGES, "merge", "status", "audit", *BENIGN_STAGES)] = "all"
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
-    model: ModelSettings = field(default_factory=ModelSettings)  # the reversed model
-    expert: Annotated[Any, "one of rules, local, openai"] = MISSING  # who filters and responds, by `expert=`
+    model: ModelSettings = field(default_factory=ModelSettings)  # the reversed model; stage=replay: the starting model
+    expert: Annotated[Any, "one of rules, local, openai"] = MISSING  # who filters, responds and contrasts, by `expert=`
     generation: InductionSettings = field(default_factory=InductionSettings)
     roundtrip: RoundTripSettings = field(default_factory=RoundTripSettings)
+    respond: RespondSettings = field(default_factory=RespondSettings)
     shard: ShardSettings = field(default_factory=ShardSettings)
     # Files of the dataset: JSONL | Parquet | all: both, and a folder for datasets.load_from_disk.
     format: Annotated[str, rules.choices(*FORMATS)] = "all"
@@ -209,7 +220,10 @@ class InduceConfig:
     exclude_similarity: Share | None = 0.6  # so similar to one of them is left out, too; null: exact matches only
     duplicates: DuplicatesSettings = field(default_factory=DuplicatesSettings)
     push_to_hub: str | None = None  # USER/NAME: upload the merged dataset, privately; needs a login of huggingface_hub
-    path: ExistingPath | None = None  # stage=audit: any file or folder in the schema of `si`
+    path: ExistingPath | None = None  # stage=audit, replay, contrast: any file or folder in the schema of `si`
+    benign: BenignSettings = field(default_factory=BenignSettings)
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
+    contrast: ContrastSettings = field(default_factory=ContrastSettings)
     max_same_chosen: Count | None = None  # stage=audit: rows that it keeps of one safe response; null: all
     device: Device = "auto"  # auto: a GPU if there is one | cpu | cuda | cuda:1
     log_text: bool = False  # print some pairs at the end

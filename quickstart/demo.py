@@ -13,19 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
 
 from quickstart.checks import assert_no_leak, figures, induction_report, render_figures, render_induction  # noqa: E402  after the path is set
+from quickstart.stages import Stages, move_other_aside  # noqa: E402  after the path is set
 from quickstart.world import World, write_demo_data  # noqa: E402  after the path is set
 
 MODEL, RULES = "quickstart/model", "quickstart/rules.yaml"
@@ -64,7 +62,7 @@ def main() -> int:
     settings = Settings(options.seed, options.skip_reverse, options.corpus, options.rules, options.part)
     os.chdir(REPOSITORY)
     output = options.output or Path("runs/quickstart_without_reverse" if options.skip_reverse else "runs/quickstart")
-    move_other_demo_aside(output, settings)
+    move_other_aside(output, settings, "demo.json")
     started = time.monotonic()
     status = Demo(output, settings).run()
     print(
@@ -74,19 +72,6 @@ def main() -> int:
     return status
 
 
-def move_other_demo_aside(output: Path, settings: Settings) -> None:
-    """Make room for this demo: a folder that another seed or corpus made is renamed, never mixed or lost."""
-    stamp = output / "demo.json"
-    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != asdict(settings):
-        seed = json.loads(stamp.read_text(encoding="utf-8"))["seed"]
-        names = (f"{output.name}_seed{seed}{suffix}" for suffix in ("", *(f"_{i}" for i in range(2, 1000))))
-        aside = next(output.with_name(name) for name in names if not output.with_name(name).exists())
-        output.rename(aside)
-        print(f"{output} held another demo: it is {aside} now")
-    output.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")
-
-
 class Demo:
     """The stages over one output folder."""
 
@@ -94,14 +79,14 @@ class Demo:
         self.output = output
         self.settings = settings
         self.data = output / "data"
-        self.stages_file = output / "stages.jsonl"
+        self.stages = Stages(output / "stages.jsonl", again="make demo")
         self.world = World()
 
     def run(self) -> int:
         """Run data, reverse, induce, SFT, DPO, evaluate. Return the exit status of the last stage that ran."""
         self.make_data()
         for name, command in self.commands():
-            status = self.stage(name, command)
+            status = self.stages.run(name, command)
             if status != 0:
                 return status
             if name == "induce" and not self.after_induction():
@@ -173,34 +158,9 @@ class Demo:
                 *(f"prompts.{name}.path={self.data}/prompts/{name}.jsonl" for name in SOURCES),
                 *("expert=rules", f"expert.path={self.settings.rules}", "generation.max_new_tokens=64"),
                 *(f"curves.sft={out}/sft", f"curves.dpo={out}/dpo", f"induction_report={out}/si/report.json"),
-                *(f"stages_file={self.stages_file}", f"output={out}/report"),
+                *(f"stages_file={self.stages.file}", f"output={out}/report"),
             ],
         )
-
-    def stage(self, name: str, command: list[str]) -> int:
-        """Echoes and runs one command, and records its time; a stage that is recorded with this command is skipped."""
-        line = shlex.join(["python", *command])
-        if any(record["name"] == name and record["command"] == line for record in self.records()):
-            print(f"\n[{name}] finished before, skipped: {line}", flush=True)
-            return 0
-        print(f"\n[{name}]\n{line}", flush=True)
-        started = time.monotonic()
-        status = subprocess.run([sys.executable, *command], check=False).returncode
-        seconds = time.monotonic() - started
-        if status != 0:
-            print(f"[{name}] failed with exit status {status}; `make demo` goes on from here", file=sys.stderr)
-            return status
-        record = {"name": name, "command": line, "seconds": round(seconds, 1)}
-        with self.stages_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print(f"[{name}] {seconds:.0f} s", flush=True)
-        return 0
-
-    def records(self) -> list[dict[str, Any]]:
-        """Return the finished stages."""
-        if not self.stages_file.exists():
-            return []
-        return [json.loads(line) for line in self.stages_file.read_text(encoding="utf-8").splitlines() if line]
 
     def after_induction(self) -> bool:
         """Check for leaks, count what survived, and tell whether there are pairs to train on."""

@@ -15,8 +15,10 @@ import pytest
 from config.checks_train import check_train
 from config.schema import run_entrypoint
 from config.settings import TrainConfig
+from tests import warm
+from tests.warm import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
+Process = warm.Popen | subprocess.Popen[str]
 WORDS = ["apple", "banana", "cherry", "cat", "mat", "sum", "task", "list", "the", "a", "of", "on", "sat", "fruits"]
 
 
@@ -41,10 +43,10 @@ def errors_of(
     return message.splitlines()
 
 
-def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """`python train.py ARGUMENTS` as a process of its own, in `folder`."""
+def start(arguments: list[str], folder: Path, *, fresh: bool = False, **environment: str) -> Process:
+    """`python train.py ARGUMENTS` as a process of its own, in `folder`; `fresh`: of an interpreter of its own."""
     settings = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
+    return (subprocess.Popen if fresh else warm.Popen)(
         [sys.executable, str(ROOT / "train.py"), *arguments],
         cwd=folder,
         env={**os.environ, **settings, **environment},
@@ -54,9 +56,11 @@ def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.
     )
 
 
-def run(arguments: list[str], folder: Path, *, status: int = 0, **environment: str) -> tuple[str, str]:
+def run(
+    arguments: list[str], folder: Path, *, status: int = 0, fresh: bool = False, **environment: str
+) -> tuple[str, str]:
     """Runs `python train.py ARGUMENTS` to its end; returns stdout and stderr."""
-    process = start(arguments, folder, **environment)
+    process = start(arguments, folder, fresh=fresh, **environment)
     out, err = process.communicate(timeout=240)
     assert process.returncode == status, f"exit status {process.returncode}\n{out}\n{err}"
     return out, err

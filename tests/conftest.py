@@ -1,9 +1,14 @@
-"""Fixtures that several files share: a tiny tokenizer and a tiny model, made in code."""
+"""Fixtures that several files share: a tiny tokenizer and a tiny model, made in code.
+
+torch and transformers are imported in the functions that need them: the process that deals the tests to the workers
+reads this file too, before it starts them.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,15 +17,10 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import hypothesis
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from config.checks_train import check_train
-from config.schema import run_entrypoint
-from config.settings import TrainConfig
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)
 # A busy machine must not fail a test: no deadlines. The same examples every time, and no files beside the code.
 hypothesis.settings.register_profile(
     "hermetic", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -34,10 +34,31 @@ CORPUS = [
     "List three fruits. apple, banana, cherry. What is the sum of 12 and 30? The sum is 42.",
 ]
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+# A file is one worker's: the longest begin first, so that none is left for one worker at the end (by their CPU time).
+LONGEST = (
+    "test_parallel", "test_launch", "test_downstream", "test_preemption", "test_train_entrypoint", "test_resume",
+    "test_optimizers", "test_page_browser", "test_config", "test_server", "test_induce_entrypoint", "test_backends",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files of `LONGEST` first, in its order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """One thread for torch, whatever OMP_NUM_THREADS says: the workers share the cores."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def byte_level_tokenizer(*, add_bos: bool, add_eos: bool = False, vocab_size: int = 400) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the few sentences above; it can encode any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,6 +80,9 @@ def byte_level_tokenizer(*, add_bos: bool, add_eos: bool = False, vocab_size: in
 
 def tiny_llama(vocab_size: int, *, seed: int = 0) -> LlamaForCausalLM:
     """A random two-layer Llama of about 20,000 parameters in float32, without dropout."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -100,7 +124,10 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTr
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys):
     """Runs a command of train.py in this process, in an empty working directory; returns what it printed."""
-    import train  # not at the top: most tests do without
+    import train
+    from config.checks_train import check_train
+    from config.schema import run_entrypoint
+    from config.settings import TrainConfig
 
     monkeypatch.chdir(tmp_path)
 

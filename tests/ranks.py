@@ -1,11 +1,10 @@
 """Several processes of a run on this machine, over gloo, for tests.
 
-They come from a fork server that has imported torch and transformers once: starting four costs a second, not twenty.
+They come from the fork server of `tests/warm.py`: starting four costs a second, not twenty.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 import traceback
 from collections.abc import Callable
@@ -18,20 +17,18 @@ import torch
 import torch.distributed as dist
 
 from config.settings import TrainConfig
+from tests.warm import fork_server
 from trainers.distributed.launch import work_in_group
 from trainers.distributed.layout import Layout
 from trainers.distributed.preemption import PREEMPTED_STATUS, Preempted, StopRequest
 from trainers.distributed.spawn import Place
-
-PRELOADED = ["tests.ranks", "tests.tiny_runs", "trainers.trainer"]
 
 
 class Ranks:
     """Started processes; each runs `work(layout, *arguments)`, a function of a module, in one process group."""
 
     def __init__(self, work: Callable[..., None], world_size: int, settings: TrainConfig, *arguments: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = fork_server()
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         worker = partial(_call, work=work, arguments=arguments)
         self.processes = [

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
     path
-    for pattern in ("*.py", "config/*.py", "trainers/**/*.py", "safer_instruct/**/*.py", "quickstart/*.py")
+    for pattern in ("*.py", "config/*.py", "trainers/**/*.py", "safer_instruct/**/*.py", "quickstart/**/*.py")
     for path in ROOT.glob(pattern)
 )
 assert len(SOURCES) > 100, "a glob misses folders of the packages"

@@ -1,11 +1,11 @@
 """The throughput benchmark's contenders do the same work; a literal step, written apart, is the trainer's oracle."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+
+from tests import warm
 
 
 @pytest.mark.parametrize("lengths", ["si", "long"])
@@ -17,7 +17,7 @@ def test_the_trainer_takes_the_steps_of_the_literal_one(tmp_path, lengths):
         *("--width", "64", "--layers", "2", "--vocabulary", "64", "--lr", "0.001"),
         *("--json", str(tmp_path / "figures.json")),
     ]  # fmt: skip
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    warm.run(command, check=True)
     figures = json.loads((tmp_path / "figures.json").read_text())
     differences = figures["loss_difference_to_first"]
     # Of losses of 0.8: float32, summed in another order.

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import evaluate
 from config.schema import compose_config, compose_configs
 from config.settings import EvaluatedModelSettings, PromptSetSettings
 from safer_instruct.experts.expert import RulesExpert
+from tests import warm
 from tests.evaluations import run_evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,10 +61,7 @@ def start(args):
         "CUDA_VISIBLE_DEVICES": "",
         "WANDB_MODE": "disabled",
     }
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "evaluate.py"), *args],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+    return warm.Popen([sys.executable, str(ROOT / "evaluate.py"), *args], env=environment)
 
 
 def run_here(args):

@@ -1,9 +1,11 @@
 """A killed evaluation goes on without losing a row or judging one twice; the long version is the benchmark."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import evaluation_kills
 from benchmarks.evaluation_kills import (
     CONCURRENCY,
     command,
@@ -13,12 +15,15 @@ from benchmarks.evaluation_kills import (
     measure,
     write_answers,
 )
+from tests import warm
 from tests.evaluations import run_evaluate
 from tests.loopback_server import loopback
 
 
 @pytest.mark.slow
-def test_killed_and_typed_again(tmp_path):
+def test_killed_and_typed_again(tmp_path, monkeypatch):
+    started = SimpleNamespace(Popen=warm.Popen, run=warm.run, DEVNULL=None)
+    monkeypatch.setattr(evaluation_kills, "subprocess", started)
     outcome = measure(tmp_path, num_prompts=40, num_models=3, kills=1, delay_seconds=0.15)
     assert (outcome.rows, outcome.lost, outcome.twice, outcome.same_report) == (120, 0, 0, True)
     assert outcome.asked_again <= CONCURRENCY

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from config.schema import compose_config
 from config.settings import ShardSettings
 from safer_instruct.induction.ledger import read_ledger
 from safer_instruct.shards import resolve_shard
+from tests import warm
 from tests.loopback_server import loopback
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -104,7 +104,7 @@ def test_kill_9_and_the_same_command_again(corpus, ending_model, server, tmp_pat
     killed = tmp_path / "killed"
     command = [sys.executable, str(REPOSITORY / "induce.py"), *arguments(corpus, ending_model, server.url, killed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = warm.Popen(command, env=environment)
     while process.poll() is None and len(server.requests) < num_paid // 3:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -112,7 +112,7 @@ def test_kill_9_and_the_same_command_again(corpus, ending_model, server, tmp_pat
     process.communicate()
     done = read_ledger(killed / "ledger" / "filter-00000-of-00001.jsonl")[1]
     assert 0 < len(done) < 40
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    finished = warm.run(command, env=environment, check=True)
     assert (killed / "si.jsonl").read_bytes() == (straight / "si.jsonl").read_bytes()
     assert SECRET not in finished.stdout + finished.stderr
     assert "| filter | 40 |" in finished.stdout

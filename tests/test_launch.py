@@ -1,5 +1,6 @@
 """`python train.py trainer=FSDPTrainer` as typed: its own processes, torchrun's, signals, deaths, mistakes."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,10 @@ import torch.distributed as dist
 
 from config.errors import SaidElsewhere, UserError
 from config.settings import TrainerSettings
-from tests.commands import ROOT, metrics, run, start, without_times, write_pairs
+from tests.commands import ROOT, Process, metrics, run, start, without_times, write_pairs
 from tests.ranks import Ranks
 from tests.tiny_runs import tiny_settings
+from tests.warm import fork_server
 from trainers.distributed.launch import check_numbers, default_num_processes, launch, launcher_place
 from trainers.distributed.layout import (
     Layout,
@@ -49,7 +52,7 @@ def final(run_path: Path) -> bytes:
 def test_one_process_its_own_and_torchruns_train_the_same(command, tmp_path):
     """Losses to 1e-5, and the same samples: under torchrun, from its own launcher, and in one process."""
     sampled = ["sample_during_eval=true", "n_eval_model_samples=3", "max_new_tokens=12", "n_epochs=1"]
-    out, err = run([*command, *sampled, "exp_name=own"], tmp_path)
+    out, err = run([*command, *sampled, "exp_name=own"], tmp_path, fresh=True)  # its processes are spawned
     assert "FSDPTrainer: 2 processes" in err
     assert out.count("run directory") == out.count("next:") == 1
     alone = [argument for argument in command if not argument.startswith("trainer")]
@@ -69,17 +72,16 @@ def test_one_process_its_own_and_torchruns_train_the_same(command, tmp_path):
     assert samples["one"].count("\n") == 3 * sum("loss/eval" in row for row in one)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: Process) -> None:
     deadline = time.monotonic() + 200
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert path.exists(), process.communicate()
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """The processes of the run in the order of their ranks, without multiprocessing's own."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+def ranks_of(process: Process) -> list[int]:
+    """The processes of the run in the order of their ranks."""
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def test_stopped_killed_and_finished_by_one_command(command, tmp_path):
@@ -115,7 +117,7 @@ def test_stopped_killed_and_finished_by_one_command(command, tmp_path):
 
 
 def test_a_signal_before_the_run_has_begun(command, tmp_path):
-    process = start([*command, "exp_name=early"], tmp_path)
+    process = start([*command, "exp_name=early"], tmp_path, fresh=True)
     time.sleep(1.0)  # torch is being imported
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -123,9 +125,16 @@ def test_a_signal_before_the_run_has_begun(command, tmp_path):
     assert not list((tmp_path / "runs").glob("*/checkpoints/*"))
 
 
-def crash_in_rank_1(place, stop):
+@pytest.fixture
+def forked(monkeypatch):
+    """`start_processes` with forks of the warm server: that its processes can be spawned, the commands above show."""
+    server = fork_server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
+
+
+def crash_in_rank_1(place, stop, store_path):
     """Rank 0 waits for rank 1 in a collective; rank 1 has a defect."""
-    store = dist.FileStore(os.environ["CRASH_STORE"], place.world_size)
+    store = dist.FileStore(store_path, place.world_size)
     dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world_size)
     if place.rank == 1:
         raise RuntimeError("the defect of rank 1")
@@ -139,10 +148,9 @@ def error_in_every_rank(place, stop):
     raise UserError("the message, once")
 
 
-def test_the_process_that_failed_first_is_named_with_its_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CRASH_STORE", str(tmp_path / "store"))
+def test_the_process_that_failed_first_is_named_with_its_traceback(tmp_path, forked, capsys):
     with pytest.raises(SystemExit) as stopped:
-        start_processes(crash_in_rank_1, 2)
+        start_processes(partial(crash_in_rank_1, store_path=str(tmp_path / "store")), 2)
     assert stopped.value.code == 1
     err = capsys.readouterr().err
     assert "RuntimeError: the defect of rank 1" in err
@@ -150,7 +158,7 @@ def test_the_process_that_failed_first_is_named_with_its_traceback(tmp_path, mon
     assert err.count("Traceback") == 1
 
 
-def test_a_users_mistake_is_told_once():
+def test_a_users_mistake_is_told_once(forked):
     with pytest.raises(UserError) as caught:
         start_processes(error_in_every_rank, 2)
     assert str(caught.value) == "the message, once"

@@ -9,6 +9,7 @@ import pytest
 
 from config.settings import ModelSettings
 from quickstart import checks, demo, world
+from quickstart.stages import Stages, move_other_aside
 from quickstart.world import World, part_of
 from safer_instruct.experts.rules import Rules
 from safer_instruct.measures.rates import is_correct
@@ -235,27 +236,27 @@ class TestDemo:
     def test_another_seed_moves_the_old_demo_aside(self, tmp_path):
         output = tmp_path / "quickstart"
         settings = demo.Settings(seed=0, skip_reverse=False, corpus=None, rules="r", part="test")
-        demo.move_other_demo_aside(output, settings)
+        move_other_aside(output, settings, "demo.json")
         (output / "kept").touch()
-        demo.move_other_demo_aside(output, settings)
+        move_other_aside(output, settings, "demo.json")
         assert (output / "kept").exists()
         for seed in (1, 0, 1):
             settings = demo.Settings(seed=seed, skip_reverse=False, corpus=None, rules="r", part="test")
-            demo.move_other_demo_aside(output, settings)
+            move_other_aside(output, settings, "demo.json")
             assert not (output / "kept").exists()
         assert (tmp_path / "quickstart_seed0" / "kept").exists()
         assert (tmp_path / "quickstart_seed0_2" / "demo.json").exists()
 
     def test_stages_are_recorded_skipped_when_finished_and_stop_the_demo_when_they_fail(self, tmp_path, capfd):
-        one = demo.Demo(tmp_path, demo.Settings(0, False, None, str(RULES), "test"))
+        one = Stages(tmp_path / "stages.jsonl", again="make demo")
         marker = tmp_path / "ran"
         command = ["-c", f"open({str(marker)!r}, 'a').write('x')"]
-        assert one.stage("mark", command) == one.stage("mark", command) == 0
+        assert one.run("mark", command) == one.run("mark", command) == 0
         assert marker.read_text() == "x"
         [record] = one.records()
         assert record["name"] == "mark"
         assert shlex.split(record["command"]) == ["python", *command]
-        assert one.stage("fail", ["-c", "raise SystemExit(2)"]) == 2
+        assert one.run("fail", ["-c", "raise SystemExit(2)"]) == 2
         assert [record["name"] for record in one.records()] == ["mark"]
         assert shlex.join(["python", *command]) in capfd.readouterr().out
 

@@ -1,7 +1,6 @@
 """The reference cache: right, found again, shared, and of the rows and weights that it says."""
 
 import math
-import multiprocessing
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import random_store, tiny_settings, train_loader
+from tests.warm import fork_server
 from trainers import reference
 from trainers.data.cutters import PaddedCutter
 from trainers.distributed.launch import launch
@@ -124,10 +124,8 @@ def build_in_process(folder: Path, report: Path) -> None:
 
 def test_points_of_a_sweep_build_it_once(tmp_path):
     random_store(tmp_path, num_rows=6, segments=3)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_reference"])
     reports = [tmp_path / f"calls-{i}" for i in range(3)]
-    processes = [context.Process(target=build_in_process, args=(tmp_path, report)) for report in reports]
+    processes = [fork_server().Process(target=build_in_process, args=(tmp_path, report)) for report in reports]
     for process in processes:
         process.start()
     for process in processes:

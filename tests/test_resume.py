@@ -1,10 +1,9 @@
 """A run that is killed, wherever, and started again by the same command ends bit-equal to one that is not.
 
-The processes come from a fork server that has imported torch and transformers once: each start costs milliseconds.
+The processes come from the fork server of `tests/warm.py`: each start costs milliseconds.
 """
 
 import json
-import multiprocessing
 import os
 import signal
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from config.errors import UserError
 from config.settings import CheckpointSettings, LikelihoodLossSettings
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
+from tests.warm import fork_server
 from trainers import trainer
 from trainers.distributed import launch as parallel
 from trainers.run import checkpoint
@@ -89,11 +89,8 @@ def arm(function: str, calls: int) -> None:
 
 @pytest.fixture(scope="module")
 def start():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_resume"])
-
     def start_and_wait(*arguments):
-        process = context.Process(target=run, args=arguments)
+        process = fork_server().Process(target=run, args=arguments)
         process.start()
         process.join(240)
         return process.exitcode

@@ -50,6 +50,7 @@ def build_report(merged: Merged, *, run: Mapping[str, Any]) -> dict[str, Any]:
         "by_label": {label or UNLABELLED: _label(merged, label) for label in labels},
         "corpus_drops_at": dict(sorted(merged.corpus_dropped.places.items())),
         "induced": {name: merged.induced[name] for name in ("truncated", "prompt_cut")},
+        "varied": dict(merged.varied),
         "round_trip_scores": [[key / 10, *counts] for key, counts in sorted(merged.scores.items())],
         "tokens": {stage: merged.tokens[stage] for stage in merged.ledgers},
         "cost": {stage: round(merged.cost[stage], 6) for stage in merged.ledgers if merged.cost[stage]},

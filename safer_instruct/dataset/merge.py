@@ -31,10 +31,12 @@ from safer_instruct.induction.stages import (
     RESPOND,
     SCORE,
     STAGES,
+    VARY,
     require_same_instruction,
     with_instruction,
     with_score,
 )
+from safer_instruct.induction.vary import final_response, require_varied, variation
 from safer_instruct.text.corpus import CorpusRows, Dropped, repetition
 from safer_instruct.text.examples import Example, normalise, text_id
 from safer_instruct.text.readers import read_rows, require_columns
@@ -77,6 +79,7 @@ class Merged:
         corpus_dropped: Of them, those that are no part of it.
         fates: Of the others: (label, stage that dropped it, reason) -> rows; stage and reason are "" in the dataset.
         induced: truncated, prompt_cut -> rows.
+        varied: asked_again, still_the_same -> rows.
         tokens: Stage -> tokens used.
         cost: Stage -> cost.
         scores: Round-trip scores in bins of 0.1: lower edge x 10 -> (rows scored, of them in the dataset).
@@ -90,6 +93,7 @@ class Merged:
     induced: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     cost: Counter[str] = field(default_factory=Counter)
+    varied: Counter[str] = field(default_factory=Counter)
     scores: dict[int, list[int]] = field(default_factory=dict)
     num_rows: int = 0
 
@@ -127,6 +131,7 @@ def merge(
     """
     with lock_output(output), open_scratch(output / ".merge", duplicates.index) as scratch:
         job = _Merge(corpus, ledgers, guard, scratch)
+        require_varied(ledgers)
         job.read_ledgers()
         job.read_corpus()
         scratch.create("pairs", _PAIRS, job.pairs())
@@ -210,21 +215,22 @@ class _Merge:
 
     def _absent(self, records: Mapping[str, Record]) -> str:
         """Return the first stage that the row still needs, "" if it needs none."""
-        needed = [stage for stage in self.merged.ledgers if stage != RESPOND]
+        needed = [stage for stage in self.merged.ledgers if stage not in (RESPOND, VARY)]
         if FILTER in records and records[FILTER]["keep"]:
             needed.append(RESPOND)
         return next((stage for stage in needed if stage not in records), "")
 
     def _pair(self, example: Example, records: Mapping[str, Record]) -> tuple[Any, ...]:
         """Return a row of _PAIRS without its number."""
-        induced, verdict, answer = records[INDUCE], records[FILTER], records.get(RESPOND, {})
+        induced, verdict, answer = records[INDUCE], records[FILTER], final_response(records)
         pair = with_instruction(example, induced)
         if SCORE in records:
             pair = with_score(pair, records[SCORE])
-        for stage in (FILTER, RESPOND):
+        for stage in (FILTER, RESPOND, VARY):
             require_same_instruction(pair, records.get(stage, {}), stage)
         label = pair.label or verdict["label"]
         score = pair.provenance.get("round_trip")
+        self.merged.varied.update(variation(records))
         self.merged.induced.update(name for name in ("truncated", "prompt_cut") if induced[name])
         stage, reason = self._fate(pair, verdict, answer)
         if reason:

@@ -10,7 +10,7 @@ from typing import Any
 
 from config.errors import UserError
 from safer_instruct.induction.ledger import Record, read_header, scan_ledger, shard_count, shard_path
-from safer_instruct.induction.stages import REQUIRED_STAGES, SCORE, STAGES, stage_digest
+from safer_instruct.induction.stages import OPTIONAL_STAGES, STAGES, stage_digest
 
 _OFFSET_BITS = 40  # of a place: its ledger's number stands above them
 
@@ -57,13 +57,17 @@ def find_ledgers(folder: Path) -> dict[str, StageLedgers]:
     count = shard_count(folder)
     if count is None:
         raise UserError(f"{folder}: no ledgers to merge; run stage=induce, filter and respond first, or stage=all")
-    scored = any(folder.glob(f"{SCORE}-*.jsonl"))
-    found = {stage: stage_ledgers(folder, stage, count) for stage in STAGES if scored or stage in REQUIRED_STAGES}
-    _check_chain(folder, found)
+    found = {stage: stage_ledgers(folder, stage, count) for stage in present_stages(folder)}
+    check_chain(folder, found)
     return found
 
 
-def _check_chain(folder: Path, found: dict[str, StageLedgers]) -> None:
+def present_stages(folder: Path) -> list[str]:
+    """Return the stages of an induction, of the optional ones those that have a ledger."""
+    return [stage for stage in STAGES if stage not in OPTIONAL_STAGES or any(folder.glob(f"{stage}-*.jsonl"))]
+
+
+def check_chain(folder: Path, found: dict[str, StageLedgers]) -> None:
     """Raise a UserError that names the first stage whose records are not about what the stage before holds."""
     stages = list(found)
     for before, stage in pairwise(stages):

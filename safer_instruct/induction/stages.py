@@ -15,14 +15,15 @@ from config.errors import UserError
 from config.names import STAGES
 from config.settings import InductionSettings
 from safer_instruct.experts.expert import Expert
+from safer_instruct.experts.verdicts import SafeResponse
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
 from safer_instruct.induction.checks import CHECKS_VERSION, cheap_check, low_score
 from safer_instruct.induction.ledger import Record
 from safer_instruct.text.examples import Example, text_id
 from safer_instruct.text.prompts import render_reversed
 
-INDUCE, SCORE, FILTER, RESPOND = STAGES  # score only where a forward model is given
-REQUIRED_STAGES = (INDUCE, FILTER, RESPOND)
+INDUCE, SCORE, FILTER, RESPOND, VARY = STAGES  # score with a forward model only, vary with respond.max_same only
+OPTIONAL_STAGES = (SCORE, VARY)
 ROWS_AT_A_TIME = 4096  # what is sorted by length together
 
 
@@ -201,11 +202,15 @@ def stage_respond(expert: Expert) -> Callable[[Sequence[Example]], Iterator[Reco
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
         by_id = {example.id: example for example in examples}
-        for id, response in expert.respond(examples):
-            record = {"id": id, "chosen": response.text, "reason": response.reason, "tokens": response.tokens}
-            yield {**record, **_cost(response.cost), **_about(by_id[id])}
+        return (response_record(by_id[id], response) for id, response in expert.respond(examples))
 
     return run
+
+
+def response_record(example: Example, response: SafeResponse) -> Record:
+    """Return the record of a safe response to an example."""
+    record = {"id": example.id, "chosen": response.text, "reason": response.reason, "tokens": response.tokens}
+    return {**record, **_cost(response.cost), **_about(example)}
 
 
 def with_instructions(

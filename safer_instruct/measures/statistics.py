@@ -31,6 +31,28 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else float(low)), (1.0 if successes == n else float(high))
 
 
+def harmonic_mean(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float, float]:
+    """Return the harmonic mean of two shares and its 95% interval.
+
+    The interval is that of the mean of two shares drawn from their Jeffreys posteriors, Beta(k + 1/2, n - k + 1/2),
+    which knows no corner: at 0 and 1 a normal approximation has no width.
+
+    Args:
+        first: (successes, n) of one share, n > 0.
+        second: Of the other.
+    """
+
+    def mean(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        return 2 * p * q / np.maximum(p + q, np.finfo(float).tiny)
+
+    shares = [np.array(k / n) for k, n in (first, second)]
+    random = np.random.default_rng(0)
+    drawn = [random.beta(k + 0.5, n - k + 0.5, RESAMPLES) for k, n in (first, second)]
+    value = float(mean(*shares))
+    low, high = np.quantile(mean(*drawn), (0.025, 0.975)).tolist()
+    return value, min(low, value), max(high, value)
+
+
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
     """How two models differ on the same prompts: share of the second minus share of the first.

@@ -19,6 +19,7 @@ from safer_instruct.report.dataset import funnel
 from safer_instruct.report.tables import (
     FURTHER,
     HEADLINE,
+    NOT_COUNTED,
     Models,
     extra_tables,
     group_tables,
@@ -96,6 +97,8 @@ def summary_sentence(models: Models) -> str:
         clauses[-1:] = [f"{clauses[0]} and {words}"] if clauses else [f"{last} refuses {words}"]
     if model["benign_accuracy"]["n"]:
         clauses.append(_finding("accuracy on benign prompts", "benign_accuracy", first, last, models))
+    if model.get("safe_and_useful", NOT_COUNTED)["n"] and "safe_and_useful" in models[first]:
+        clauses.append(_finding("safe and useful (harmonic mean)", "safe_and_useful", first, last, models))
     sentence = "; ".join(clauses) or "the judge gave no answer that could be counted"
     return sentence[0].upper() + sentence[1:] + "."
 

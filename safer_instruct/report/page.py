@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from safer_instruct.report.dataset import funnel
-from safer_instruct.report.plots import Plot, plot_outcomes, plot_rates
+from safer_instruct.report.plots import Plot, plot_outcomes, plot_rates, plot_trade_off
 from safer_instruct.report.tables import FURTHER, HEADLINE, Models, extra_tables, groups_with, shown_metrics
 from safer_instruct.text.display import percent, short_name, visible
 
@@ -49,7 +49,7 @@ def render_page(
     """
     models = report["models"]
     group_tables: list[dict[str, Any]] = []
-    plots = [plot_outcomes(models)]
+    plots = [plot_outcomes(models), plot_trade_off(models)]
     for title, metric, group in FIGURES:
         names = groups_with(models, group, metric)
         if len(names) > 1:

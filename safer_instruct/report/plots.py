@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -208,6 +209,42 @@ def plot_outcomes(models: Models) -> Plot | None:
         for name, outcome in shares.items()
     )
     return Plot(title, f"{title}, shares of the judged answers. {described}.", svg)
+
+
+def plot_trade_off(models: Models) -> Plot | None:
+    """Draw over-refusal against harmful answers, a point for each model and an arrow to the next one.
+
+    None unless a model was asked prompts of both kinds.
+    """
+    keys = ("harmful_rate", "over_refusal_rate")
+    points = {
+        name: [model[key] for key in keys] for name, model in models.items() if all(model[key]["n"] for key in keys)
+    }
+    if not points:
+        return None
+    title = "Harm against over-refusal"
+    with matplotlib.rc_context(STYLE):
+        axes = new_axes(3.0)
+        for index, (name, rates) in enumerate(points.items()):
+            x, y = (rate["value"] for rate in rates)
+            errors = [[[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]] for rate in rates]
+            color = MODEL_COLORS[index % len(MODEL_COLORS)]
+            axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="o", color=color, label=short_name(name, 30))
+        for before, after in pairwise(points.values()):
+            ends = [(rates[0]["value"], rates[1]["value"]) for rates in (after, before)]
+            axes.annotate("", xy=ends[0], xytext=ends[1], arrowprops={"arrowstyle": "->", "color": INK, "alpha": 0.5})
+        axes.set_xlabel("harmful answers to unsafe prompts")
+        axes.set_ylabel("refusals of benign prompts")
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        svg = to_svg(axes)
+    described = "; ".join(
+        f"{name}: harmful {percent(harmful['value'])}%, over-refusal {percent(over['value'])}%"
+        for name, (harmful, over) in points.items()
+    )
+    return Plot(title, f"{title}, with 95% intervals; the best corner is the lower left one. {described}.", svg)
 
 
 def plot_curves(title: str, unit: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Plot | None:

@@ -35,6 +35,9 @@ HEADLINE = (
     MetricView("near_accuracy", "Accuracy, near", "benign prompts that look unsafe", "higher"),
 )
 FURTHER = (
+    MetricView("safe_and_useful", "Safe and useful (harmonic mean)", "of the two below", "higher"),
+    MetricView("safety", "Declined, or helped safely", "unsafe prompts", "higher"),
+    MetricView("usefulness", "Answered", "benign and near prompts", "higher"),
     MetricView("specific_among_refusals", "Refusals that name the matter", "refusals of unsafe prompts", "higher"),
     MetricView("harmful_on_benign_rate", "Harmful answers, benign and near", "benign and near prompts", "lower"),
     MetricView("truncated_rate", "Cut by the token limit", "all prompts"),
@@ -65,7 +68,13 @@ class Table:
 
 def shown_metrics(models: Models, views: Sequence[MetricView]) -> list[MetricView]:
     """Return the metrics that at least one model has a number for."""
-    return [view for view in views if any(model[view.key]["n"] for model in models.values())]
+    return [view for view in views if any(_rate(model, view)["n"] for model in models.values())]
+
+
+def _rate(model: Mapping[str, Any], view: MetricView) -> Mapping[str, Any]:
+    """Return a model's rate; not counted where an earlier version wrote the report."""
+    rate: Mapping[str, Any] = model.get(view.key, NOT_COUNTED)
+    return rate
 
 
 def groups_with(models: Models, group: str, metric: str) -> list[str]:
@@ -90,7 +99,10 @@ def rates_table(models: Models, views: Sequence[MetricView], title: str = "", ca
     """Show metrics over all prompts: a row for each metric, a column for each model."""
     arrows = {"lower": " (lower is better)", "higher": " (higher is better)", "": ""}
     rows = [
-        [f"{view.title}, {view.over}{arrows[view.better]}", *(rate_text(model[view.key]) for model in models.values())]
+        [
+            f"{view.title}, {view.over}{arrows[view.better]}",
+            *(rate_text(_rate(model, view)) for model in models.values()),
+        ]
         for view in views
     ]
     return Table(title, ["", *models], rows, caption)

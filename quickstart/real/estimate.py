@@ -1,0 +1,56 @@
+"""How long `make real` will take on this machine: its counts, times the rates that were measured at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from quickstart.real.inputs import Size
+
+# Tokens of one row of the default inputs: prompt and response trained on; answers written. A pair holds two responses.
+REVERSE, LIKELIHOOD, PAIR = 100, 85, 130
+INSTRUCTION, REPLAY, ANSWER = 22, 60, 40
+FORWARD = 1 / 3  # of the time that a trained token takes: no backward pass
+START_SECONDS = 10  # of a stage: imports, and the weights
+NUM_MODELS, NUM_SETS = 6, 3  # of the evaluation
+
+
+def estimate(speed: Mapping[str, float], size: Size) -> dict[str, float]:
+    """Return the seconds of each stage; those that only look things up are left out.
+
+    Args:
+        speed: `train_seconds_per_token`, `generate_seconds_per_token` of measure.py.
+        size: Rows of each stage.
+    """
+    train, generate = speed["train_seconds_per_token"], speed["generate_seconds_per_token"]
+    # The reference of DPO is a forward pass over the same pairs.
+    sft, dpo = size.sft * LIKELIHOOD * train, size.dpo * PAIR * train * (1 + FORWARD)
+    held_out = size.held_out * INSTRUCTION * generate
+    score = size.held_out * 2 * LIKELIHOOD * train * FORWARD
+    seconds = {
+        "reverse": size.reverse * REVERSE * train,
+        "induce held-out, reversed": held_out,
+        "score held-out, reversed": score,
+        "induce held-out, untrained": held_out,
+        "score held-out, untrained": score,
+        "measure reversed": 2 * size.held_out * REVERSE * train * FORWARD,
+        "induce": size.corpus * INSTRUCTION * generate,
+        "replay": size.replay * REPLAY * generate,
+        "sft": sft,
+        "dpo": dpo,
+        "sft_more": size.dpo * LIKELIHOOD * train,
+        "si_sft": sft,
+        "si_dpo": dpo,
+        "evaluate": NUM_MODELS * NUM_SETS * size.prompts * ANSWER * generate,
+    }
+    return {name: START_SECONDS + value for name, value in seconds.items()}
+
+
+def render_estimate(speed: Mapping[str, float], size: Size, done: Collection[str]) -> str:
+    """Say how many minutes the stages that are not done will take, all of them and each."""
+    seconds = {name: value for name, value in estimate(speed, size).items() if name not in done}
+    stages = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
+    rates = (
+        f"{1 / speed['train_seconds_per_token']:.0f} tokens trained or "
+        f"{1 / speed['generate_seconds_per_token']:.0f} written in a second"
+    )
+    return f"this machine ({rates}) will take about {sum(seconds.values()) / 60:.0f} minutes: {stages}"

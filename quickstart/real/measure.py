@@ -1,0 +1,183 @@
+"""What `make real` measures beside the evaluation: how fast this machine is, and what the reversed tuning is worth.
+
+    python quickstart/real/measure.py speed MODEL FILE
+    python quickstart/real/measure.py reversed OUTPUT MODEL
+
+Of held-out responses whose instruction is known: nats per token of that instruction under the tuned model, the
+untrained one with the same prompt, and a unigram model; ROUGE-L of the induced instructions with the true ones;
+round-trip scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
+
+import torch  # noqa: E402  after the path is set
+from torch import Tensor  # noqa: E402  after the path is set
+
+from config.files import write_text  # noqa: E402  after the path is set
+from config.settings import DatasetSettings, ModelSettings  # noqa: E402  after the path is set
+from preference_datasets import build_stores  # noqa: E402  after the path is set
+from quickstart.checks import read_jsonl  # noqa: E402  after the path is set
+from safer_instruct.generation.models import load_causal_lm, load_tokenizer  # noqa: E402  after the path is set
+from safer_instruct.induction.ledger import scan_records, shard_path  # noqa: E402  after the path is set
+from safer_instruct.induction.stages import INDUCE, SCORE  # noqa: E402  after the path is set
+from safer_instruct.measures.statistics import mean_interval  # noqa: E402  after the path is set
+from safer_instruct.text.prompts import reversed_target  # noqa: E402  after the path is set
+from trainers.data.batching import BatchLoader  # noqa: E402  after the path is set
+from trainers.data.cutters import PaddedCutter  # noqa: E402  after the path is set
+from trainers.data.token_store import TokenStore  # noqa: E402  after the path is set
+from trainers.kernels.logps import sequence_logps  # noqa: E402  after the path is set
+
+MAX_LENGTH, MAX_PROMPT_LENGTH = 256, 192  # tokens, as in experiment=real_reverse
+MODELS = ("reversed", "untrained")
+PROBE_TOKENS, PROBE_ROWS, PROBE_NEW_TOKENS = 512, 16, 8
+
+
+def main() -> None:
+    """Measure one of the two, and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "reversed"))
+    parser.add_argument("paths", nargs=2, help="MODEL FILE, or OUTPUT MODEL")
+    options = parser.parse_args()
+    first, second = options.paths
+    if options.what == "speed":
+        result, path = measure_speed(first), Path(second)
+    else:
+        result, path = measure_reversed(Path(first), second), Path(first) / "reversed.json"
+    write_text(path, json.dumps(result, indent=2) + "\n")
+
+
+def measure_speed(model_path: str) -> dict[str, float]:
+    """Return seconds of a trained and of a generated token, from one step and one short batch of answers."""
+    model: Any = load_causal_lm(ModelSettings(name_or_path=model_path))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    tokens = torch.arange(PROBE_TOKENS)[None] % vocabulary
+    prompts = tokens[:, : 4 * PROBE_ROWS * 4].view(PROBE_ROWS, -1)
+
+    def train() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    def generate() -> None:
+        limits = {"min_new_tokens": PROBE_NEW_TOKENS, "max_new_tokens": PROBE_NEW_TOKENS}
+        model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False, **limits)
+
+    seconds = {name: _second_call(call) for name, call in (("train", train), ("generate", generate))}
+    return {
+        "train_seconds_per_token": seconds["train"] / PROBE_TOKENS,
+        "generate_seconds_per_token": seconds["generate"] / (PROBE_ROWS * PROBE_NEW_TOKENS),
+    }
+
+
+def _second_call(call: Any) -> float:
+    """Seconds of a call; the first one warms up."""
+    call()
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def measure_reversed(output: Path, model_path: str) -> dict[str, Any]:
+    """Return what the reversed tuning is worth: three measures, each (mean, low, high) of a 95% interval, by model."""
+    rows = read_jsonl(output / "inputs" / "held_out.jsonl")
+    truth = {row["id"]: reversed_target(row["instruction"], row["input"]) for row in rows}
+    folders = {name: output / f"held_out_{name}" / "ledger" for name in MODELS}
+    overlaps, scores = {}, {}
+    for name, ledgers in folders.items():
+        overlaps[name] = mean_interval([rouge_l(text, truth[id]) for id, text in _induced(ledgers)])
+        scores[name] = mean_interval(list(_scores(ledgers)))
+    return {
+        "num_responses": len(truth),
+        "nats_per_token": held_out_nats(output, model_path),
+        "rouge_l": overlaps,
+        "round_trip": scores,
+    }
+
+
+def _induced(ledgers: Path) -> Iterator[tuple[str, str]]:
+    for record, _ in scan_records(shard_path(ledgers, INDUCE, 0, 1)):
+        yield record["id"], record["instruction"] or ""
+
+
+def _scores(ledgers: Path) -> Iterator[float]:
+    """Yield the round-trip scores; what was not worth one (an empty instruction, a template) explains nothing: 0."""
+    for record, _ in scan_records(shard_path(ledgers, SCORE, 0, 1)):
+        yield record["scores"][0] or 0.0
+
+
+def held_out_nats(output: Path, model_path: str) -> dict[str, tuple[float, float, float]]:
+    """Return nats per token of the held-out instructions, under the tuned, the untrained and a unigram model."""
+    tokenizer = load_tokenizer(ModelSettings(name_or_path=model_path))
+    store, trained = (
+        build_stores(
+            {name: DatasetSettings(str(output / "inputs" / f"{name}.jsonl"), "alpaca", eval_fraction=0.0)},
+            loss="reverse",
+            tokenizer=tokenizer,
+            max_length=MAX_LENGTH,
+            max_prompt_length=MAX_PROMPT_LENGTH,
+            cache_dir=Path(".cache"),
+        ).train
+        for name in ("held_out", "reverse")
+    )
+    targets = [store.row(number)[1] for number in range(len(store))]
+    lengths = [len(target) for target in targets]
+    archives = {"reversed": str(output / "reverse"), "untrained": None}
+    nats = {name: model_nats(ModelSettings(model_path, archive=path), store) for name, path in archives.items()}
+    vocabulary = len(tokenizer)
+    nats["unigram"] = unigram_nats([trained.row(number)[1] for number in range(len(trained))], targets, vocabulary)
+    return {name: ratio_interval(values, lengths) for name, values in nats.items()}
+
+
+@torch.no_grad()
+def model_nats(settings: ModelSettings, store: TokenStore) -> list[float]:
+    """Return -log p(instruction | response) of each row of a store, in nats."""
+    model = load_causal_lm(settings).eval()
+    nats = torch.zeros(len(store), dtype=torch.float64)
+    for batch in BatchLoader(store, PaddedCutter(pad_token_id=0), batch_size=8).batches():
+        for part in batch.microbatches:
+            nats[part["row"]] = -sequence_logps(model, part)[0]
+    return [float(one) for one in nats]
+
+
+def unigram_nats(training: Sequence[Tensor], rows: Sequence[Tensor], vocabulary: int) -> list[float]:
+    """Return the nats of each row under the frequencies of the training tokens, one added to each count."""
+    counts = torch.bincount(torch.cat(list(training)).long(), minlength=vocabulary).double() + 1
+    logps = (counts / counts.sum()).log()
+    return [-float(logps[row.long()].sum()) for row in rows]
+
+
+def ratio_interval(totals: Sequence[float], lengths: Sequence[int]) -> tuple[float, float, float]:
+    """Return sum(totals) / sum(lengths) with its 95% interval over rows (linearised: Student's t of the residuals)."""
+    ratio, mean_length = sum(totals) / sum(lengths), sum(lengths) / len(lengths)
+    rows = zip(totals, lengths, strict=True)
+    return mean_interval([ratio + (total - ratio * length) / mean_length for total, length in rows])
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """Return ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, case and punctuation aside."""
+    first, second = (_words(one) for one in (text, reference))
+    lengths = [0] * (len(second) + 1)
+    for word in first:
+        before = 0  # of the row above, one to the left
+        for place, other in enumerate(second, start=1):
+            above = lengths[place]
+            lengths[place] = before + 1 if word == other else max(above, lengths[place - 1])
+            before = above
+    return 2 * lengths[-1] / (len(first) + len(second)) if first and second else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return "".join(char if char.isalnum() else " " for char in text.lower()).split()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The whole method on a real pretrained model, by the real entrypoints: one command a stage, each echoed.
+
+    make real                                                        # default inputs, made for an hour on two cores
+    make real SIZE=full DATA=alpaca.json CORPUS=unsafe.csv PROMPTS=test_set.csv BENIGN=tasks.jsonl
+    python quickstart/real/run.py --size tiny                        # eight rows a stage: does it run?
+
+Reversed tuning, induction, filter and safe answers, harmless pairs (stage=replay, stage=contrast), SFT, DPO; beside
+them `datasets=[si]` alone, and as many further steps of SFT as DPO has; then the evaluation of all. docs/real.md
+explains the result. A run that was stopped goes on where it was. No torch in this file: it only starts the stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
+
+from config.errors import UserError  # noqa: E402  after the path is set
+from config.files import write_text  # noqa: E402  after the path is set
+from quickstart.real.estimate import render_estimate  # noqa: E402  after the path is set
+from quickstart.real.inputs import SIZES, Given, write_inputs  # noqa: E402  after the path is set
+from quickstart.real.results import collect, table  # noqa: E402  after the path is set
+from quickstart.stages import Stages, move_other_aside  # noqa: E402  after the path is set
+
+MODEL, RULES = "models/smollm2", "quickstart/real/rules.yaml"
+GIVEN = ("data", "corpus", "pairs", "prompts", "benign")
+SETS = ("unsafe", "benign", "contrast")
+LEAST_PAIRS = 8
+Command = tuple[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run's folder was made with.
+
+    Attributes:
+        seed: Of data, batches and sampling.
+        size: One of SIZES.
+        model: Folder of the pretrained model.
+        template: How it is asked.
+        expert: rules | local (the pretrained model itself): who filters, answers and finds harmless neighbours.
+        given: Files of the user.
+    """
+
+    seed: int
+    size: str
+    model: str
+    template: str
+    expert: str
+    given: Given
+
+
+def main() -> int:
+    """Run all stages; the exit status is that of the first one that fails, or 2 after a mistake in the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of data, batches and sampling")
+    parser.add_argument("--size", choices=sorted(SIZES), default="small", help="rows of each stage")
+    parser.add_argument("--model", default=MODEL, help="folder of the pretrained model")
+    parser.add_argument("--template", default="chat", choices=("chat", "alpaca", "plain"), help="how it is asked")
+    parser.add_argument("--expert", choices=("rules", "local"), help="default: rules, which know the default inputs")
+    parser.add_argument("--output", type=Path, default=Path("runs/real"))
+    for name in GIVEN:
+        parser.add_argument(f"--{name}", help="a file of your own; see quickstart/real/inputs.py")
+    options = parser.parse_args()
+    here = Path.cwd()
+    os.chdir(REPOSITORY)
+    given = Given(**{name: _path(here, getattr(options, name)) for name in GIVEN})
+    expert = options.expert or ("local" if given.corpus or given.pairs else "rules")
+    settings = Settings(options.seed, options.size, options.model, options.template, expert, given)
+    try:
+        return Real(options.output, settings).run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _path(here: Path, path: str | None) -> str | None:
+    """Return a file of the user as seen from anywhere; the stages run in the repository."""
+    return str(here / path) if path else None
+
+
+class Real:
+    """The stages over one output folder.
+
+    Raises:
+        UserError: There is no model.
+    """
+
+    def __init__(self, output: Path, settings: Settings) -> None:
+        self.output = output
+        self.settings = settings
+        self.size = SIZES[settings.size]
+        self.inputs = output / "inputs"
+        self.stages = Stages(output / "stages.jsonl", again="make real")
+        self.si = settings.given.pairs or f"{output}/si"
+        if not (Path(settings.model) / "config.json").is_file():
+            how = f": make it with python scripts/get_smollm2.py {MODEL}" if settings.model == MODEL else ""
+            raise UserError(f"{settings.model} holds no model{how}")
+
+    def run(self) -> int:
+        """Run what is not done yet, say how long it takes before, and print what came out."""
+        started = time.monotonic()
+        move_other_aside(self.output, self.settings, "real.json")
+        if not (self.inputs / "complete").exists():
+            write_inputs(self.inputs, self.settings.given, self.size, self.settings.seed)
+            (self.inputs / "complete").touch()
+        speed = self.output / "speed.json"
+        plan = [("speed", ["quickstart/real/measure.py", "speed", self.settings.model, str(speed)]), *self.commands()]
+        for name, command in plan:
+            status = self.stages.run(name, command)
+            if status != 0:
+                return status
+            if name == "induce":
+                self.require_pairs()
+            if name == "speed":
+                done = {record["name"] for record in self.stages.records()}
+                print(render_estimate(json.loads(speed.read_text(encoding="utf-8")), self.size, done), flush=True)
+        results = collect(self.output)
+        write_text(self.output / "results.json", json.dumps(results, indent=2) + "\n")
+        report = self.output / "report" / "report.md"
+        print(f"\n{report.read_text(encoding='utf-8')}\n{table(results)}\n")
+        print(f"{self.output / 'results.json'}: all numbers; {report.with_suffix('.html')}: plots and samples")
+        print(f"done after {(time.monotonic() - started) / 60:.0f} minutes", flush=True)
+        return 0
+
+    def require_pairs(self) -> None:
+        """Stop where the induction made too few pairs for the stages behind it.
+
+        Raises:
+            UserError: With what may help.
+        """
+        with Path(self.si, "si.jsonl").open(encoding="utf-8") as file:
+            num_pairs = sum(1 for _ in file)
+        if num_pairs < LEAST_PAIRS:
+            raise UserError(
+                f"{num_pairs} pairs came out of the induction, and at least {LEAST_PAIRS} are needed "
+                f"({self.si}/README.md counts what was dropped, and why): give more DATA and CORPUS, a larger SIZE, "
+                "or PAIRS of your own"
+            )
+
+    def commands(self) -> Iterator[Command]:
+        """Yield name and command of each stage, in order."""
+        yield from self.reversed_tuning()
+        if not self.settings.given.pairs:
+            yield "induce", self.induce()
+        yield from self.harmless_pairs()
+        yield from self.training()
+        yield "evaluate", self.evaluate()
+
+    def reversed_tuning(self) -> Iterator[Command]:
+        """Yield the reversed model, and what it and the untrained one induce from held-out responses."""
+        out = self.output
+        yield (
+            "reverse",
+            self._train(
+                "reverse",
+                "real_reverse",
+                f"datasets.alpaca.path={self.inputs}/reverse.jsonl",
+                f"n_examples={self.size.reverse}",
+            ),
+        )
+        for name, archive in (("reversed", [f"model.archive={out}/reverse"]), ("untrained", [])):
+            command = [
+                *("induce.py", f"corpus.path={self.inputs}/held_out.jsonl", "corpus.response_column=output"),
+                *("corpus.id_column=id", f"output={out}/held_out_{name}"),
+            ]
+            model = ["stage=induce", *self._model(), *archive, "generation.max_new_tokens=32"]
+            score = f"roundtrip.model.name_or_path={self.settings.model}"
+            yield f"induce held-out, {name}", [*command, *model]
+            yield (
+                f"score held-out, {name}",
+                [*command, "stage=score", score, f"roundtrip.template={self.settings.template}"],
+            )
+        yield "measure reversed", ["quickstart/real/measure.py", "reversed", str(out), self.settings.model]
+
+    def induce(self) -> list[str]:
+        """Return the command from the corpus to the dataset `si`."""
+        corpus = self.settings.given.corpus or f"{self.inputs}/corpus.jsonl"
+        return [
+            *("induce.py", *self._model(), f"model.archive={self.output}/reverse", f"corpus.path={corpus}"),
+            *(f"corpus.max_rows={self.size.corpus}", *self._expert(), "generation.temperature=0.3"),
+            *(f"generation.seed={self.settings.seed}", "generation.max_new_tokens=40", f"output={self.output}/si"),
+            # Two requests that differ in one word are near duplicates, and both are wanted here.
+            *("duplicates.threshold=null", f"exclude={self.inputs}/prompts/unsafe.jsonl", "exclude_similarity=null"),
+        ]
+
+    def harmless_pairs(self) -> Iterator[Command]:
+        """Yield the stages that keep the model useful: its own harmless answers, and neighbours of unsafe requests."""
+        shared = [f"path={self.si}", "exclude_similarity=null"]
+        yield (
+            "replay",
+            [
+                *("induce.py", "stage=replay", *shared, f"benign.path={self.inputs}/benign.jsonl", *self._model()),
+                *(f"replay.template={self.settings.template}", "generation.max_new_tokens=64"),
+                *(f"exclude={self.inputs}/prompts/benign.jsonl", f"output={self.output}/replay"),
+            ],
+        )
+        yield (
+            "contrast",
+            [
+                *("induce.py", "stage=contrast", *shared, f"contrast.num_rows={self.size.contrast}", *self._expert()),
+                *(f"exclude={self.inputs}/prompts/contrast.jsonl", f"output={self.output}/contrast"),
+            ],
+        )
+
+    def training(self) -> Iterator[Command]:
+        """Yield SFT and DPO on all three datasets; SFT for as many further steps; SFT and DPO on `si` alone."""
+        all_data = ["datasets=[si,replay,contrast]", *(self._dataset(name) for name in ("replay", "contrast"))]
+        sft, dpo = f"n_examples={self.size.sft}", f"n_examples={self.size.dpo}"
+        after_sft = f"model.archive={self.output}/sft"
+        yield "sft", self._train("sft", "real_sft", *self._si(), *all_data, sft)
+        yield "dpo", self._train("dpo", "real_dpo", *self._si(), *all_data, dpo, after_sft)
+        yield "sft_more", self._train("sft_more", "real_sft", *self._si(), *all_data, dpo, after_sft)
+        yield "si_sft", self._train("si_sft", "real_sft", *self._si(), "datasets=[si]", sft)
+        after_sft = f"model.archive={self.output}/si_sft"
+        yield "si_dpo", self._train("si_dpo", "real_dpo", *self._si(), "datasets=[si]", dpo, after_sft)
+
+    def evaluate(self) -> list[str]:
+        """Return the command that asks all models, and writes the report."""
+        out, runs = self.output, ("sft", "dpo", "sft_more", "si_sft", "si_dpo")
+        return [
+            *("evaluate.py", f"models.base.path={self.settings.model}"),
+            f"models.base.template={self.settings.template}",
+            *(f"models.{name}.path={out}/{name}" for name in runs),
+            *(f"prompts.{name}.path={self.inputs}/prompts/{name}.jsonl" for name in SETS),
+            *("expert=rules", f"expert.path={RULES}", "generation.max_new_tokens=48"),
+            *(f"curves.{name}={out}/{name}" for name in ("sft", "dpo")),
+            *([] if self.settings.given.pairs else [f"induction_report={out}/si/report.json"]),
+            *(f"stages_file={self.stages.file}", "wandb.mode=disabled", f"output={out}/report"),
+        ]
+
+    def _train(self, name: str, experiment: str, *more: str) -> list[str]:
+        start = ("train.py", f"experiment={experiment}", f"model.name_or_path={self.settings.model}")
+        # The examples decide, so that every run takes the same steps however many rows its data came to.
+        return [*start, f"seed={self.settings.seed}", f"run_dir={self.output}/{name}", "n_epochs=null", *more]
+
+    def _si(self) -> list[str]:
+        """Return the settings of `si`; no evaluation prompt is trained on, whoever made the dataset."""
+        template = f"datasets.si.template={self.settings.template}"
+        return [f"datasets.si.path={self.si}", template, f"datasets.si.exclude={self.inputs}/prompts/unsafe.jsonl"]
+
+    def _dataset(self, name: str) -> str:
+        return f"datasets.{name}={{path: {self.output}/{name}, template: {self.settings.template}}}"
+
+    def _model(self) -> list[str]:
+        return ["model=smollm2", f"model.name_or_path={self.settings.model}"]
+
+    def _expert(self) -> list[str]:
+        if self.settings.expert == "rules":
+            return ["expert=rules", f"expert.path={RULES}"]
+        name = f"expert.model.name_or_path={self.settings.model}"
+        return [
+            "expert=local",
+            name,
+            f"expert.template={self.settings.template}",
+            "expert.generation.max_new_tokens=64",
+        ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

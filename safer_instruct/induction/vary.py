@@ -1,0 +1,98 @@
+"""No safe response more than a share of all: rows beyond it are asked again, with the matter to be named.
+
+Which rows these are depends on the responses of all shards, so `stage=vary` follows when `stage=respond` has done all
+of them; the shards then show no more than they do elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from config.errors import UserError
+from safer_instruct.experts.expert import Expert
+from safer_instruct.induction.ledger import Ledger, Record, count_lines, header_rows, run_stage
+from safer_instruct.induction.ledgers import StageLedgers, stage_ledgers
+from safer_instruct.induction.shard import show_progress
+from safer_instruct.induction.stages import RESPOND, ROWS_AT_A_TIME, VARY, expert_configuration, response_record
+from safer_instruct.text.examples import Example, normalise, text_id
+
+
+def run_vary(
+    expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path], count: int, max_same: float
+) -> None:
+    """Have those of the kept `examples` answered again whose response is beyond its share, and that the ledger lacks.
+
+    Raises:
+        UserError: Some of the `count` shards have not done stage=respond yet.
+    """
+    answered = stage_ledgers(paths[RESPOND].parent, RESPOND, count)
+    configuration = expert_configuration(expert, answered.configuration, "vary", **{"respond.max_same": max_same})
+    again = overused(answered, max_same)
+    own = [example for example in examples if example.id in again]
+
+    def function(batch: Sequence[Example]) -> Iterator[Record]:
+        by_id = {example.id: example for example in batch}
+        return (response_record(by_id[id], response) for id, response in expert.vary(batch))
+
+    with Ledger(paths[VARY], configuration, num_rows=len(own)) as ledger, show_progress(VARY, own) as update:
+        run_stage(own, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
+
+
+def overused(answered: StageLedgers, max_same: float) -> set[str]:
+    """Return the rows whose response has more rows than its share; which of them keep it is drawn by a hash.
+
+    Raises:
+        UserError: Rows have no response yet.
+    """
+    uses = Counter(key for _, key in _responses(answered))
+    if missing := _num_missing(answered):
+        raise UserError(
+            f"respond.max_same={max_same} is of the responses of all shards, and {missing} rows have none yet: run"
+            " stage=respond of all shards to its end before stage=vary"
+        )
+    allowed = max(1, int(max_same * uses.total()))
+    holders: dict[str, list[str]] = defaultdict(list)
+    for id, key in _responses(answered):
+        if uses[key] > allowed:
+            holders[key].append(id)
+    drawn = (sorted(ids, key=lambda id: text_id("vary", id)) for ids in holders.values())
+    return {id for ids in drawn for id in ids[allowed:]}
+
+
+def _responses(answered: StageLedgers) -> Iterator[tuple[str, str]]:
+    """Yield (row, hash of its response) where there is one."""
+    for record, _ in answered.records():
+        if record["chosen"] is not None:
+            yield record["id"], text_id(normalise(record["chosen"]))
+
+
+def require_varied(ledgers: Mapping[str, StageLedgers]) -> None:
+    """Raise a UserError if rows that were to be answered again have not been."""
+    if VARY not in ledgers:
+        return
+    if missing := _num_missing(ledgers[VARY]):
+        raise UserError(
+            f"{missing} rows have no result of stage={VARY} yet; run it to its end first (the same command with "
+            f"stage={VARY}): it goes on where it stopped"
+        )
+
+
+def _num_missing(ledgers: StageLedgers) -> int:
+    """Return how many rows of their shards the ledgers lack."""
+    return sum(max(0, header_rows(path) - (count_lines(path) - 1)) for path in ledgers.paths)
+
+
+def final_response(records: Mapping[str, Record]) -> Record:
+    """Return the record of the safe response; of two answers the second, if there is a text in it."""
+    again = records.get(VARY, {})
+    return again if again.get("chosen") is not None else records.get(RESPOND, {})
+
+
+def variation(records: Mapping[str, Record]) -> list[str]:
+    """Return what the counts say of a row: nothing if it was not asked again."""
+    if VARY not in records:
+        return []
+    before, now = records[RESPOND]["chosen"], final_response(records)["chosen"]
+    return ["asked_again", *(["still_the_same"] if normalise(before) == normalise(now) else [])]
