@@ -24,7 +24,8 @@ def run(here, tmp_path, tiny_model_folder):
     pairs = write_pairs(tmp_path / "pairs.jsonl", 40)
     here(
         "loss=dpo", "model=blank_model", f"model.name_or_path={tiny_model_folder}", f"datasets.si.path={pairs}",
-        "datasets.si.eval_fraction=0", "exp_name=a", "batch_size=8", "warmup_steps=0", "checkpoint.every_examples=8", "minimum_log_interval_secs=0",
+        "datasets.si.eval_fraction=0", "exp_name=a", "batch_size=8", "warmup_steps=0", "checkpoint.every_examples=8",
+        "minimum_log_interval_secs=0",
     )  # fmt: skip
     return tmp_path / "runs" / "a"
 
