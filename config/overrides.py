@@ -155,7 +155,10 @@ class Reader:
         if free is not None:
             # A name that resembles a choice of the group is left for the error it is, unless a `+` insists on it.
             similar = nearest(free.names[0], group_options(free.root, self._search)) if free.names else None
-            spelled = spell(override, free) if similar is None or text[0] == "+" else None
+            if similar is None or text[0] == "+":
+                spelled = spell(override, free)
+            elif similar == free.names[0] and free.is_inner:  # columns of a chosen dataset: Hydra adds them by `++`
+                spelled = f"++{text}"
         return Word(key, text, spelled or text.lstrip("+"), False)
 
     def _is_choice(self, group: str, text: str, value: Any, options: list[str]) -> bool:

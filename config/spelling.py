@@ -24,6 +24,12 @@ class FreeKey(NamedTuple):
     names: list[str]  # what follows it
     entry: Any  # type of its values
 
+    @property
+    def is_inner(self) -> bool:
+        """Whether the key goes on into a dictionary of the entry: `datasets.si.columns.instruction`."""
+        hints = get_type_hints(self.entry) if is_dataclass(self.entry) and len(self.names) > 2 else {}
+        return get_origin(hints.get(self.names[-2])) is dict if hints else False
+
 
 def free_key(kind: Any, key: str) -> FreeKey | None:
     """Split a key of the settings dataclass `kind`; None if it passes no dictionary with free names."""
@@ -42,7 +48,8 @@ def spell(override: Override, free: FreeKey) -> str | None:
     """Return the override as Hydra takes it; None if it names no entry, which is an error."""
     value, names = override.value(), free.names
     if is_dataclass(free.entry) and len(names) > 1:
-        names = [".".join(names[:-1]), names[-1]]  # a name may hold dots: v1.5
+        depth = 2 if free.is_inner else 1
+        names = [".".join(names[:-depth]), *names[-depth:]]  # a name may hold dots: v1.5
     elif is_dataclass(free.entry) and names:
         value = _entry(value)
     elif is_dataclass(free.entry) and isinstance(value, dict):

@@ -148,6 +148,26 @@ def test_a_dataset_of_ones_own_needs_no_file():
     assert config.datasets == {"mine": DatasetSettings(path="x", schema="alpaca")}
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "where"),
+    [
+        ("config", "loss=sft model=tiny datasets.si.path=a exp_name=a datasets.si.columns.chosen=good", "datasets.si"),
+        (
+            "config",
+            "loss=sft model=tiny datasets.own.path=a exp_name=a datasets.own.columns.chosen=good",
+            "datasets.own",
+        ),
+        ("evaluate", "output=a prompts.v1.5.path=a prompts.v1.5.columns.chosen=good", "prompts.v1.5"),
+        ("induce", "output=a corpus.path=a corpus.columns.chosen=good", "corpus"),
+    ],
+)
+def test_columns_are_renamed_on_the_command_line(name, words, where):
+    group, _, entry = where.partition(".")
+    settings = getattr(compose_config(name, words.split()), group)
+    assert (settings[entry] if entry else settings).columns == {"chosen": "good"}
+    assert (settings[entry] if entry else settings).path == "a"
+
+
 def test_optimizer_arguments_are_free():
     arguments = ["loss=sft", "model=tiny", "optimizer=AdamW"]
     for form in (["optimizer_args.betas=[0.9,0.98]", "optimizer_args.weight_decay=0.1"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import os
 import shutil
 import stat
@@ -34,21 +36,32 @@ def agent_command(sweep: dict, point: dict[str, object]) -> list[str]:
     return command
 
 
+def sweep_points(parameters: dict[str, dict]) -> list[dict[str, object]]:
+    """Every point of a grid; of a search, the corners of what it searches."""
+    values = [spec.get("values") or [spec["min"], spec["max"]] for spec in parameters.values()]
+    return [dict(zip(parameters, point, strict=True)) for point in itertools.product(*values)]
+
+
 @pytest.mark.parametrize("file", sorted((SCRIPTS / "sweeps").glob("*.yaml")), ids=lambda file: file.name)
 def test_commands_of_a_wandb_agent_compose(file, monkeypatch):
     for name, value in {"MODEL": "/models/alpaca", "SFT_RUN": "runs/si_sft", "SI_DATA": "/data/si"}.items():
         monkeypatch.setenv(name, value)
     sweep = yaml.safe_load(file.read_text())
+    points = sweep_points(sweep["parameters"])
+    assert len(points) > 2
     names = set()
-    for beta in sweep["parameters"]["loss.beta"]["values"]:
-        command = agent_command(sweep, {"loss.beta": beta, "seed": 0})
+    for point in points:
+        command = agent_command(sweep, point)
         assert command[:4] == ["/usr/bin/env", "python", "-u", "train.py"]
         config = compose_config("config", command[4:])
-        assert config.loss.beta == beta
+        for key, value in point.items():
+            assert operator.attrgetter("loss.name" if key == "loss" else key)(config) == value
         assert (config.model.name_or_path, config.model.archive) == ("/models/alpaca", "runs/si_sft")
         assert config.datasets["si"].path == "/data/si"
         names.add(config.exp_name)
-    assert names == {"si_dpo_beta_0.05_seed_0", "si_dpo_beta_0.1_seed_0", "si_dpo_beta_0.5_seed_0"}
+    assert len(names) == len(points), "two points of the sweep would share a run directory"
+    if file.name == "dpo_beta.yaml":
+        assert names == {"si_dpo_beta_0.05_seed_0", "si_dpo_beta_0.1_seed_0", "si_dpo_beta_0.5_seed_0"}
 
 
 def shell_scripts() -> list[Path]:
@@ -157,6 +170,22 @@ def test_induce_array_leaves_the_shard_to_the_array_variables(fake_srun):
     assert (config.corpus.path, config.output, config.model.name_or_path) == ("unsafe.jsonl", "data/si", "runs/reverse")
     assert config.expert.model == "a-model"
     assert (config.shard.index, config.shard.count) == (None, None)
+
+
+def test_evaluate_array_leaves_the_share_to_the_array_variables_and_then_reads_all(fake_srun):
+    variables = {
+        "ARGS": "models.dpo.path=runs/si_dpo prompts.si.path=test.csv prompts.si.kind=unsafe", "OUTPUT": "runs/report",
+        "EXPERT": "expert=openai expert.model=a-model",
+    }  # fmt: skip
+    done = batch("evaluate_array.sbatch", fake_srun, SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_TASK_COUNT="8", **variables)
+    assert done.returncode == 0, done.stderr
+    task = compose_config("evaluate", overrides_of(done.stdout.splitlines(), "evaluate.py"))
+    assert (task.models["dpo"].path, task.output, task.expert.model) == ("runs/si_dpo", "runs/report", "a-model")
+    assert (task.shard.index, task.shard.count) == (None, None)
+    done = batch("evaluate_array.sbatch", fake_srun, SHARD="shard.index=0 shard.count=1", **variables)
+    report = compose_config("evaluate", overrides_of(done.stdout.splitlines(), "evaluate.py"))
+    assert (report.shard.index, report.shard.count) == (0, 1)
+    assert batch("evaluate_array.sbatch", fake_srun).returncode != 0
 
 
 def test_reproduce_prints_commands_that_compose(tmp_path):

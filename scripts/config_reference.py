@@ -1,0 +1,202 @@
+"""Write docs/configuration.md: every group and key of the command line, from `config/` itself. Imports no torch.
+
+    python -m scripts.config_reference      # or: make reference
+
+A key's meaning is the comment of its field, its default the field's, and what values it may have is asked of the rules
+in its annotation. tests/test_config_reference.py fails when the page is stale.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import math
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
+
+from config import settings
+from config.rules import MISSING, Rule
+from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
+
+CONFIG = Path(settings.__file__).parent
+PAGE = CONFIG.parent / "docs" / "configuration.md"
+PROGRAMS: dict[str, type] = {"train.py": TrainConfig, "induce.py": InduceConfig, "evaluate.py": EvaluateConfig}
+# Keys whose type is that of the group's choice: dotted key -> {heading of the choice: settings}.
+EXPERTS: dict[str, type] = {
+    "expert=rules": settings.RulesExpertSettings,
+    "expert=local": settings.LocalExpertSettings,
+    "expert=openai": settings.OpenAIExpertSettings,
+}
+CHOSEN: dict[str, dict[str, type]] = {
+    "loss": {f"loss={name}": kind for name, kind in LOSSES.items()},
+    "expert": EXPERTS,
+    "second_expert": EXPERTS,
+}
+TYPES: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "text", Any: "", type(None): "null"}
+INTRODUCTION = """\
+# Configuration reference
+
+<!-- Written by `python -m scripts.config_reference` from config/. Do not edit: edit the comments there. -->
+
+Each key is typed on the command line as it stands here: `python train.py lr=1e-6 model.policy_dtype=bfloat16`.
+`GROUP=NAME` takes a file of `config/GROUP/`, whose keys can be overridden behind it. Unknown keys, values out of range
+and keys that do not fit each other are all reported at once, before anything is loaded. `--help` prints the groups and
+defaults, `--cfg job` the config of a command. `NAME` stands for a name of yours. A default of *must be set* has to be
+given, by the command or by the group's file.
+"""
+
+
+def render_page() -> str:
+    """Return the whole page as Markdown."""
+    parts = [
+        INTRODUCTION,
+        "## Groups\n",
+        *map(_render_group, sorted(path for path in CONFIG.iterdir() if path.is_dir())),
+    ]
+    sections: dict[type, str] = {}  # settings -> heading of the section that lists their keys
+    for program, kind in PROGRAMS.items():
+        parts += [f"## {program}\n", f"{_sentence(kind)}\n", *_sections(kind, "", sections)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _render_group(folder: Path) -> str:
+    """Return the table of a group's files, each with the comment at its top; nothing for a folder without any."""
+    files = sorted(folder.glob("*.yaml"))
+    rows = [f"| `{folder.name}={file.stem}` | {_cell(_head_comment(file))} |" for file in files]
+    return "\n".join([f"### {folder.name}=NAME\n", "| choice | what it is |", "|---|---|", *rows, ""]) if rows else ""
+
+
+def _head_comment(file: Path) -> str:
+    """Return the comment that a YAML file begins with, without directives and example commands."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith(("# @", "#   ")):
+            lines.append(line.lstrip("# "))
+    return " ".join(lines)
+
+
+def _sections(kind: type, prefix: str, done: dict[type, str]) -> Iterator[str]:
+    """Yield the table of a dataclass's keys, then those of the dataclasses in it, each of them once a page."""
+    rows, later = [], []
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        key, hint = prefix + field.name, hints[field.name]
+        inner = _inner(key, hint)
+        if not inner or key in CHOSEN:
+            rows.append(
+                f"| `{key}` | {_cell(_type(hint))} | {_default(field)} | {_cell(_comments(kind)[field.name])} |"
+            )
+        for heading, inner_prefix, inner_kind in inner:
+            if inner_kind not in done:
+                done[inner_kind] = heading
+                later.append((heading, inner_prefix, inner_kind))
+            place = done[inner_kind]
+            label = f"`{heading}`" if "=" in heading else f"`{heading}.*`"
+            rows.append(f"| {label} | | | see [{place}](#{_anchor(place)}) |")
+    yield "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows, ""])
+    for heading, inner_prefix, inner_kind in later:
+        yield f"### {heading}\n\n{_sentence(inner_kind)}\n"
+        yield from _sections(inner_kind, inner_prefix, done)
+
+
+def _inner(key: str, hint: Any) -> list[tuple[str, str, type]]:
+    """Return (heading, prefix, settings) of each dataclass that a key holds, or may hold by the group's choice."""
+    if key in CHOSEN:
+        return [(choice.replace("expert", key), f"{key}.", kind) for choice, kind in CHOSEN[key].items()]
+    if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
+        return [(f"{key}.NAME", f"{key}.NAME.", get_args(hint)[1])]
+    return [(key, f"{key}.", cast("type", hint))] if is_dataclass(hint) else []
+
+
+def _type(hint: Any) -> str:
+    """Return a type in words, with what its rules demand: `int (1 or more)`."""
+    if get_origin(hint) is Annotated:
+        kind, *notes = get_args(hint)
+        demand = "; ".join(filter(None, (_demand(note, kind) for note in notes if callable(note))))
+        _, choices, names = demand.partition("Choices: ")
+        return names.replace(", ", " | ") if choices else f"{_type(kind)} ({demand})" if demand else _type(kind)
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_type(part) for part in get_args(hint))
+    if get_origin(hint) is list:
+        return f"list of {_type(get_args(hint)[0])}"
+    return "mapping" if get_origin(hint) is dict else TYPES[hint]
+
+
+def _demand(rule: Rule, kind: Any) -> str:
+    """Return what a rule demands, in the words with which it complains of a value that no rule accepts."""
+    if "<locals>" not in rule.__qualname__:
+        return "a path"  # the rules that look at the disk are no closures
+    complaint = rule(-math.inf if kind in (int, float) else "\0")
+    told = re.match(r"(?:must (?:be|lie in) |no such choice\. )([^;]+)", complaint)
+    return told[1].removesuffix(", and finite") if told else ""
+
+
+def _default(field: Field[Any]) -> str:
+    """Return a field's default as it is typed on the command line."""
+    value = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
+    if value is NO_DEFAULT or value == MISSING:
+        return "*must be set*"
+    if is_dataclass(value) or field.name in CHOSEN:
+        return "null"
+    written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return _cell(f"`{written}`")
+
+
+@functools.cache
+def _comments(kind: type) -> dict[str, str]:
+    """Return the comment of each field of a dataclass, inherited ones included; "" where there is none."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not is_dataclass(base):
+            continue
+        lines = textwrap.dedent(inspect.getsource(base)).splitlines()
+        body = ast.parse("\n".join(lines)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement in body.body:
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                own = _comment(lines, statement)
+                found[statement.target.id] = own or found.get(statement.target.id, "")
+    return found
+
+
+def _comment(lines: list[str], statement: ast.AnnAssign) -> str:
+    """Return the comment behind a statement, or else the lines of comment above it."""
+    assert statement.end_lineno
+    behind = lines[statement.end_lineno - 1].encode()[statement.end_col_offset :].decode().strip()
+    if behind.startswith("#"):
+        return behind.lstrip("# ")
+    above: list[str] = []
+    for line in reversed(lines[: statement.lineno - 1]):
+        if not line.strip().startswith("#"):
+            break
+        above.insert(0, line.strip().lstrip("# "))
+    return " ".join(above)
+
+
+def _sentence(kind: type) -> str:
+    """Return the docstring of settings as one paragraph."""
+    return " ".join(inspect.cleandoc(kind.__doc__ or "").split())
+
+
+def _cell(text: str) -> str:
+    """Return a text that breaks no table; outside of code `<` would begin a tag."""
+    parts = text.replace("|", "\\|").split("`")
+    return "`".join(part.replace("<", "&lt;") if number % 2 == 0 else part for number, part in enumerate(parts))
+
+
+def _anchor(heading: str) -> str:
+    """Return the anchor of a heading, as Python-Markdown and GitHub make it of these few characters."""
+    return re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render_page(), encoding="utf-8")

@@ -1,0 +1,151 @@
+"""What every training run below a folder is doing: state, progress, last loss, checkpoint, host, and what to type next.
+
+    python -m scripts.runs               # the runs below runs/
+    python -m scripts.runs FOLDER ...
+
+It reads files alone and takes no lock, so that no run is disturbed, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safer_instruct.text.display import markdown_table
+
+QUIET_SECONDS = 900.0  # a run on another host that has written nothing for longer is taken for stopped
+HOLDER = re.compile(r"process (\d+) on (\S+)")  # as RunDir writes it into .lock.holder
+HEADER = ("run", "state", "examples", "of", "loss", "checkpoint", "host")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of one run.
+
+    Attributes:
+        path: Its folder.
+        state: running | finished | stopped.
+        examples: Seen so far, by the newest row of metrics.jsonl or the newest checkpoint.
+        total: Of the whole run; None before it has read its data.
+        loss: The last one logged, with its name; "" if none was.
+        checkpoint_at: When the newest checkpoint was written, in seconds since the epoch; None without one.
+        host: Where it runs, or ran last; "" if unknown.
+        command: What made it.
+    """
+
+    path: Path
+    state: str
+    examples: int
+    total: int | None
+    loss: str
+    checkpoint_at: float | None
+    host: str
+    command: str
+
+
+def main() -> int:
+    """Print the table of all runs, and the commands that go on with those that stopped."""
+    folders = [Path(folder) for folder in sys.argv[1:] or ["runs"]]
+    now = time.time()
+    found = [read_status(path, now) for folder in folders for path in run_folders(folder)]
+    if not found:
+        print(f"no run of train.py below {', '.join(map(str, folders))}", file=sys.stderr)
+        return 2
+    print(markdown_table(HEADER, [_row(status, now) for status in found], left=(0, 1, 4, 5, 6)))
+    stopped = [status for status in found if status.state == "stopped" and status.command]
+    if stopped:
+        print("\nto go on with what stopped:")
+        print("\n".join(f"  {status.command}" for status in stopped))
+    return 0
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Return the folders of runs below a folder, points of sweeps included, by name."""
+    found = (manifest.parent for manifest in folder.rglob("manifest.json"))
+    return sorted(path for path in found if (path / "config.yaml").is_file())
+
+
+def read_status(path: Path, now: float) -> Status:
+    """Read what a run has left so far, `now` in seconds since the epoch."""
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    row = _last_row(path / "metrics.jsonl")
+    newest = max(path.glob("checkpoints/step-*"), key=lambda step: int(step.name[5:]), default=None)
+    progress = {} if newest is None else json.loads((newest / "state" / "progress.json").read_text(encoding="utf-8"))
+    total = _total_examples(config, manifest)
+    saved = progress.get("examples", 0)
+    is_finished = total is not None and saved >= total and progress["evaluated_at"] == saved
+    process, host = _holder(path)
+    is_running = not is_finished and _is_running(path, process, host, now)
+    return Status(
+        path=path,
+        state="finished" if is_finished else "running" if is_running else "stopped",
+        examples=max(saved, int(row.get("counters/examples", 0))),
+        total=total,
+        loss=next((f"{name} {row[name]:.4g}" for name in ("loss/train", "loss/eval") if name in row), ""),
+        checkpoint_at=None if newest is None else (newest / "state" / "progress.json").stat().st_mtime,
+        host=host,
+        command=shlex.join(manifest.get("command", [])),
+    )
+
+
+def _total_examples(config: dict[str, Any], manifest: dict[str, Any]) -> int | None:
+    """Return the examples of the whole run: epochs over its rows, or `n_examples` where that is less."""
+    rows = manifest.get("data", {}).get("train", {}).get("rows")
+    limits = [config["n_examples"], None if rows is None or not config["n_epochs"] else rows * config["n_epochs"]]
+    return min((limit for limit in limits if limit is not None), default=None) if rows is not None else None
+
+
+def _last_row(metrics: Path) -> dict[str, Any]:
+    """Return the newest whole row; a run may be writing the line behind it."""
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return json.loads(whole[-1]) if whole else {}
+
+
+def _holder(path: Path) -> tuple[int, str]:
+    """Return process and host that took the run's lock last; (0, "") if none has."""
+    holder = path / ".lock.holder"
+    told = HOLDER.match(holder.read_text(encoding="utf-8")) if holder.exists() else None
+    return (int(told[1]), told[2]) if told else (0, "")
+
+
+def _is_running(path: Path, process: int, host: str, now: float) -> bool:
+    """Say whether the run's process lives: asked of this host, or judged by how new its files are."""
+    if host == socket.gethostname():
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # somebody else's
+            return True
+        return True
+    files = [file for file in (path / "metrics.jsonl", path / ".lock.holder") if file.exists()]
+    return bool(host) and max(file.stat().st_mtime for file in files) > now - QUIET_SECONDS
+
+
+def _row(status: Status, now: float) -> tuple[object, ...]:
+    age = "none" if status.checkpoint_at is None else f"{_duration(now - status.checkpoint_at)} ago"
+    total = "" if status.total is None else status.total
+    return str(status.path), status.state, status.examples, total, status.loss, age, status.host
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
