@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import staging
 from transformers import AutoModelForCausalLM
 
 from config.errors import UserError
+from config.run_keys import differing_keys
 from config.settings import CheckpointSettings
 from safer_instruct.generation.models import resolve_archive
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
@@ -23,9 +24,10 @@ from trainers.distributed.layout import Layout
 from trainers.kernels.shortcuts import use_fast_norms
 from trainers.optimizers import build_optimizer
 from trainers.run import checkpoint
-from trainers.run.checkpoint import CheckpointWriter, RunProgress
+from trainers.run.checkpoint import CheckpointWriter
 from trainers.run.resume import load_checkpoint, load_weights
-from trainers.run.run_dir import RunDir, differing_keys
+from trainers.run.run_dir import RunDir
+from trainers.run.saved import RunProgress, best_checkpoint, saved_checkpoints
 
 IDS = torch.arange(3, 15)[None]
 
@@ -175,10 +177,10 @@ def test_accuracies_are_best_when_large(tmp_path):
         state = tmp_path / "checkpoints" / f"step-{step}" / "state"
         state.mkdir(parents=True)
         (state / "progress.json").write_text(json.dumps(asdict(progress)))
-    folders = checkpoint.saved_checkpoints(tmp_path)
+    folders = saved_checkpoints(tmp_path)
     # The later of two equals; step-20 carries the figures of another step.
-    assert checkpoint.best_checkpoint(folders, "rewards_eval/accuracies").name == "step-12"
-    assert checkpoint.best_checkpoint(folders, "loss/eval") is None
+    assert best_checkpoint(folders, "rewards_eval/accuracies").name == "step-12"
+    assert best_checkpoint(folders, "loss/eval") is None
 
 
 def test_a_best_that_is_not_measured_is_refused(tmp_path):
@@ -199,7 +201,7 @@ class FullDisk:
         return self.original(*args, **kwargs)
 
 
-@pytest.mark.parametrize("writer", ["_save_model", "_save_policy_pt", "fsync_tree", "_point"])
+@pytest.mark.parametrize("writer", ["_save_model", "_save_policy_pt", "fsync_tree", "point"])
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch, writer):
     settings = tiny_settings(checkpoint=CheckpointSettings(policy_pt=True))
     monkeypatch.setattr(checkpoint, writer, FullDisk(vars(checkpoint)[writer], allowed=1))
@@ -257,7 +259,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     train(tmp_path, settings)
     path = tmp_path / "run" / "LATEST" / damage
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"checkpoints/step-22 cannot be read .* delete that folder"):
+    with pytest.raises(UserError, match=r"checkpoints/step-22 cannot be used .* delete that folder"):
         train(tmp_path, settings)
 
 
@@ -265,7 +267,7 @@ def test_a_missing_shard_is_named(tmp_path):
     settings = tiny_settings()
     train(tmp_path, settings)
     (tmp_path / "run" / "LATEST" / "state" / "__0_0.distcp").unlink()
-    with pytest.raises(UserError, match=r"step-22 cannot be read \(.*__0_0\.distcp.*\); delete that folder"):
+    with pytest.raises(UserError, match=r"step-22 cannot be used \(.*__0_0\.distcp.*\); delete that folder"):
         train(tmp_path, settings)
 
 

@@ -1,0 +1,105 @@
+"""What a folder that we wrote must hold: `checksums.json`, written last, names each file with its size and its hash.
+
+One rule for checkpoints, token stores, reference caches, datasets and reports. Sizes are looked at when a folder is
+opened, contents when they are read; whoever reads says what to do about a damage. A file that is not named, such as
+a note that somebody put beside the others, is nobody's business here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from xxhash import xxh3_128
+
+from config.errors import UserError
+from config.files import write_text
+
+CHECKSUMS = "checksums.json"
+CHUNK_BYTES = 1 << 20  # stays in a core's cache between reading and hashing
+
+
+def everything(name: str) -> bool:
+    """Choose every file (see `find_damage`)."""
+    return True
+
+
+def nothing(name: str) -> bool:
+    """Choose no file (see `find_damage`)."""
+    return False
+
+
+def write_checksums(folder: Path, *, owner: str, files: Iterable[Path] | None = None) -> None:
+    """Write the record of a folder whose files are complete.
+
+    Args:
+        folder: The folder.
+        owner: What the folder was made for; whoever opens it knows that, so that no other's can take its place.
+        files: The files in it that the record vouches for; None: all of them, at any depth.
+    """
+    chosen = sorted(path for path in (folder.rglob("*") if files is None else files) if path.is_file())
+    record = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, hash_prefix(path)]
+        for path in chosen
+        if path != folder / CHECKSUMS
+    }
+    write_text(folder / CHECKSUMS, json.dumps({"owner": owner, "files": record}, indent=1) + "\n")
+
+
+def find_damage(
+    folder: Path,
+    *,
+    owner: str | None,
+    contents: Callable[[str], bool] = everything,
+    part: tuple[int, int] = (0, 1),
+) -> str:
+    """Return what is wrong with a folder, in half a sentence; "" if it is as it was written.
+
+    Args:
+        folder: One that `write_checksums` has completed.
+        owner: What it must have been made for; None: not known to the reader.
+        contents: Tells by a file's name below the folder whether it is hashed; sizes are compared in any case.
+        part: (i, n): hash every n-th file from the i-th on; n processes have them all.
+    """
+    try:
+        record = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        files = sorted(record["files"].items())
+        if owner not in (None, record["owner"]):
+            return f"it was made for {record['owner']!r}, not for {owner!r}"
+        for name, (size, _) in files:
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, {size} were written"
+        hashed = [(name, digest) for name, (_, digest) in files if contents(name)]
+        for name, digest in hashed[part[0] :: part[1]]:
+            if hash_prefix(folder / name) != digest:
+                return f"the content of {name} is not what was written"
+    except OSError as error:
+        return f"{error.filename or folder}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{CHECKSUMS} cannot be read"
+    return ""
+
+
+def require_untouched(folder: Path, *, contents: Callable[[str], bool] = everything) -> None:
+    """Refuse a folder, written for people to use and to pass on, whose files have changed since; any other passes.
+
+    Raises:
+        UserError: Naming the file.
+    """
+    damage = find_damage(folder, owner=None, contents=contents) if (folder / CHECKSUMS).exists() else ""
+    if damage:
+        raise UserError(
+            f"{folder}: {damage}. Copy or make it again; if the change is meant, delete {folder / CHECKSUMS}"
+        )
+
+
+def hash_prefix(path: Path, size: int | None = None) -> str:
+    """Return the xxh3-128 of a file's first `size` bytes (None: all), as 32 hex digits."""
+    digest, left = xxh3_128(), path.stat().st_size if size is None else size
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(min(left, CHUNK_BYTES)):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
