@@ -1,4 +1,4 @@
-"""What a folder that we wrote must hold: `checksums.json`, written last, names each file with its size and its hash.
+"""What a folder that we wrote must hold: `checksums.xxh3.json`, written last, has size and hash of each file.
 
 One rule for checkpoints, token stores, reference caches, datasets and reports. Sizes are looked at when a folder is
 opened, contents when they are read; whoever reads says what to do about a damage. A file that is not named, such as
@@ -16,18 +16,13 @@ from xxhash import xxh3_128
 from config.errors import UserError
 from config.files import write_text
 
-CHECKSUMS = "checksums.json"
+CHECKSUMS = "checksums.xxh3.json"
 CHUNK_BYTES = 1 << 20  # stays in a core's cache between reading and hashing
 
 
 def everything(name: str) -> bool:
     """Choose every file (see `find_damage`)."""
     return True
-
-
-def nothing(name: str) -> bool:
-    """Choose no file (see `find_damage`)."""
-    return False
 
 
 def write_checksums(folder: Path, *, owner: str, files: Iterable[Path] | None = None) -> None:
@@ -51,6 +46,7 @@ def find_damage(
     folder: Path,
     *,
     owner: str | None,
+    files: Callable[[str], bool] = everything,
     contents: Callable[[str], bool] = everything,
     part: tuple[int, int] = (0, 1),
 ) -> str:
@@ -59,19 +55,20 @@ def find_damage(
     Args:
         folder: One that `write_checksums` has completed.
         owner: What it must have been made for; None: not known to the reader.
-        contents: Tells by a file's name below the folder whether it is hashed; sizes are compared in any case.
+        files: Tells by a file's name below the folder whether it matters: whether it is there, and its size.
+        contents: Tells of those whether they are hashed, too.
         part: (i, n): hash every n-th file from the i-th on; n processes have them all.
     """
     try:
         record = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        files = sorted(record["files"].items())
+        found = sorted((name, size, digest) for name, (size, digest) in record["files"].items() if files(name))
         if owner not in (None, record["owner"]):
             return f"it was made for {record['owner']!r}, not for {owner!r}"
-        for name, (size, _) in files:
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, {size} were written"
-        hashed = [(name, digest) for name, (_, digest) in files if contents(name)]
+        for name, size, _ in found:
+            size_now = (folder / name).stat().st_size
+            if size_now != size:
+                return f"{name} has {size_now} bytes, {size} were written"
+        hashed = [(name, digest) for name, _, digest in found if contents(name)]
         for name, digest in hashed[part[0] :: part[1]]:
             if hash_prefix(folder / name) != digest:
                 return f"the content of {name} is not what was written"
@@ -82,13 +79,27 @@ def find_damage(
     return ""
 
 
-def require_untouched(folder: Path, *, contents: Callable[[str], bool] = everything) -> None:
-    """Refuse a folder, written for people to use and to pass on, whose files have changed since; any other passes.
+def require_untouched(path: Path, *, owner: str | None = None, contents: Callable[[str], bool] = everything) -> None:
+    """Refuse a file or folder that is not what a record beside or above it says; without a record it passes.
+
+    Args:
+        path: What is about to be read; it may be part of a folder of ours, or anybody's.
+        owner: As in `find_damage`.
+        contents: As in `find_damage`.
 
     Raises:
-        UserError: Naming the file.
+        UserError: Naming the file that has changed.
     """
-    damage = find_damage(folder, owner=None, contents=contents) if (folder / CHECKSUMS).exists() else ""
+    path = path.absolute()
+    folder = next((one for one in (path, *path.parents[:2]) if (one / CHECKSUMS).is_file()), None)
+    if folder is None:
+        return
+    below = path.relative_to(folder).as_posix()
+
+    def matters(name: str) -> bool:
+        return below in (".", name) or name.startswith(f"{below}/")
+
+    damage = find_damage(folder, owner=owner, files=matters, contents=contents)
     if damage:
         raise UserError(
             f"{folder}: {damage}. Copy or make it again; if the change is meant, delete {folder / CHECKSUMS}"

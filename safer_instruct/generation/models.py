@@ -42,6 +42,7 @@ from safer_instruct.generation.weights import (
     first_line,
     has_tokenizer,
     read_policy_pt,
+    require_as_saved,
     resolve_archive,
 )
 
@@ -128,6 +129,8 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     }
     source = _source(settings.name_or_path)
     archive = resolve_archive(settings.archive) if settings.archive else None
+    if isinstance(weights := archive or source, Path):
+        require_as_saved(weights)
     with _readable_errors(str(archive or settings.name_or_path)):
         if archive is not None and archive.is_file():
             state = read_policy_pt(archive)
@@ -210,7 +213,9 @@ def _source(name: str) -> Path | str:
             f"policy.pt is given as model.archive={name}."
         )
     if path.is_dir():
-        return resolve_archive(name)
+        folder = resolve_archive(name)
+        require_as_saved(folder, weights=False)
+        return folder
     if isinstance(huggingface_hub.try_to_load_from_cache(_hub_id(name), "config.json"), str):
         return name
     if not constants.HF_HUB_OFFLINE:

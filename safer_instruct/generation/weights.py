@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 
+from config.checksums import require_untouched
 from config.errors import UserError
 from config.paths import find_path
+from config.run_keys import checkpoint_owner
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
 def resolve_archive(path: str) -> Path:
@@ -33,7 +39,8 @@ def resolve_archive(path: str) -> Path:
     if found.is_file():
         return found
     # Without LATEST: a run that was killed between the two renames of its first checkpoint.
-    newest = sorted(found.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))[-1:]
+    saved = [path for path in found.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    newest = sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))[-1:]
     for folder in (found / "LATEST" / "model", *(path / "model" for path in newest), found / "model", found):
         if (folder / "config.json").is_file():
             return folder
@@ -46,6 +53,26 @@ def resolve_archive(path: str) -> Path:
     )
 
 
+def require_as_saved(path: Path, *, weights: bool = True) -> None:
+    """Refuse a model of a run of train.py that is not what the run has saved there; any other model passes.
+
+    Args:
+        path: A model folder or a `policy.pt`.
+        weights: Hash the weights, too, which reads them all.
+
+    Raises:
+        UserError: Naming the file that has changed, or that the checkpoint is another run's.
+    """
+    checkpoint = path.resolve().parent
+    config, owner = checkpoint.parent.parent / "config.yaml", None
+    if checkpoint.parent.name == "checkpoints" and config.is_file():
+        try:
+            owner = checkpoint_owner(yaml.safe_load(config.read_text(encoding="utf-8")), checkpoint.name)
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{config} cannot be read ({type(error).__name__}); copy the run again") from error
+    require_untouched(path, owner=owner, contents=lambda name: weights or not name.endswith(WEIGHT_SUFFIXES))
+
+
 def check_weight_files(folder: Path) -> None:
     """Open every safetensors file of a folder, which checks header and length, and look for missing shards.
 
@@ -54,7 +81,10 @@ def check_weight_files(folder: Path) -> None:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{index}: damaged ({type(error).__name__}). Copy it again.") from error
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}.")

@@ -4,7 +4,7 @@
       model/         weights (safetensors) and tokenizer, as `from_pretrained`, vLLM or lm_eval read them
       state/         optimizer (torch.distributed.checkpoint, each process its shards), progress.json, rank<r>.json
       policy.pt      the DPO repo's format, if `checkpoint.policy_pt`
-      checksums.json size and hash of every file, and whose the checkpoint is
+      checksums.xxh3.json   size and hash of every file, and whose the checkpoint is
     LATEST -> checkpoints/step-<examples>
     BEST -> checkpoints/step-<examples>        if `checkpoint.keep_best`
 
