@@ -19,6 +19,11 @@ from config.errors import UserError
 from config.paths import find_path
 from config.run_keys import checkpoint_owner
 
+# Entries of config.json that two models of one architecture may differ in.
+FREE_CONFIG_KEYS = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
+    "eos_token_id", "pad_token_id", "max_position_embeddings", "task_specific_params", "model_type",
+}  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
@@ -54,31 +59,38 @@ def resolve_archive(path: str) -> Path:
 
 
 def require_as_saved(path: Path, *, weights: bool = True) -> None:
-    """Refuse a model of a run of train.py that is not what the run has saved there; any other model passes.
+    """Refuse a file or folder of a run's checkpoint that is not what the run has saved there; any other passes.
 
     Args:
-        path: A model folder or a `policy.pt`.
+        path: A model folder, a `policy.pt`, or any file of a checkpoint.
         weights: Hash the weights, too, which reads them all.
 
     Raises:
         UserError: Naming the file that has changed, or that the checkpoint is another run's.
     """
-    checkpoint = path.resolve().parent
-    config, owner = checkpoint.parent.parent / "config.yaml", None
-    if checkpoint.parent.name == "checkpoints" and config.is_file():
+    real = path.resolve()
+    checkpoint = next((folder for folder in real.parents[:2] if folder.parent.name == "checkpoints"), None)
+    owner = None
+    if checkpoint is not None and (config := checkpoint.parents[1] / "config.yaml").is_file():
         try:
             owner = checkpoint_owner(yaml.safe_load(config.read_text(encoding="utf-8")), checkpoint.name)
-        except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{config} cannot be read ({type(error).__name__}); copy the run again") from error
-    require_untouched(path, owner=owner, contents=lambda name: weights or not name.endswith(WEIGHT_SUFFIXES))
+    require_untouched(real, owner=owner, contents=lambda name: weights or not name.endswith(WEIGHT_SUFFIXES))
 
 
 def check_weight_files(folder: Path) -> None:
     """Open every safetensors file of a folder, which checks header and length, and look for missing shards.
 
     Raises:
-        UserError: naming the file that is missing, damaged or truncated.
+        UserError: naming the file that is missing, damaged or truncated, or the adapter that lies beside the weights.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter (adapter_config.json), which transformers adds to the weights beside it where "
+            "peft is installed, and leaves out where it is not. If the weights are merged already, move "
+            "adapter_config.json away; if not, merge it (merge_and_unload and save_pretrained of peft)."
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -96,6 +108,33 @@ def check_weight_files(folder: Path) -> None:
             raise UserError(
                 f"{file}: damaged or truncated ({file.stat().st_size} bytes; {first_line(error)}). Copy it again."
             ) from error
+
+
+def check_same_architecture(own: Mapping[str, Any], other: Mapping[str, Any], archive: Path, name: str) -> None:
+    """Compare the config of a model with that of an archive: equal shapes alone would hide another rope or head count.
+
+    Args:
+        own: The config.json of the model.
+        other: That of the archive.
+        archive: Where that is.
+        name: What the model is called.
+
+    Raises:
+        UserError: Naming what differs.
+    """
+    if own["model_type"] != other["model_type"]:
+        raise UserError(
+            f"archive {archive} is of another architecture: it is a {other['model_type']} model, and {name} is a "
+            f"{own['model_type']} model. Set model.name_or_path to the model that it was trained from."
+        )
+    ignored = {key for key in own if "drop" in key} | FREE_CONFIG_KEYS
+    differing = [key for key in sorted(own.keys() & other.keys() - ignored) if own[key] != other[key]]
+    if differing:
+        listed = "; ".join(f"{key}: {other[key]} there, {own[key]} here" for key in differing[:5])
+        raise UserError(
+            f"archive {archive} is of another architecture than {name}: {listed}. Set model.name_or_path to the model "
+            "that it was trained from."
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:

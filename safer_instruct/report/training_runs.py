@@ -17,6 +17,7 @@ from config.errors import UserError
 from config.paths import find_path
 from config.run_keys import flatten
 from config.settings import DatasetSettings
+from safer_instruct.generation.weights import require_as_saved
 from safer_instruct.text.examples import held_out
 from safer_instruct.text.exclusion import exclude_file, instruction_key, read_instruction_keys
 from safer_instruct.text.loading import LoadedExamples, RowLog
@@ -148,12 +149,10 @@ def _require_logged(folder: Path, name: str) -> None:
     progress = folder / "LATEST" / "state" / "progress.json"
     if not progress.is_file():
         return
-    try:
-        size, digest = json.loads(progress.read_text(encoding="utf-8"))["log"].get("files", {}).get(name, (0, ""))
-        is_whole = not size or (os.path.getsize(folder / name) >= size and hash_prefix(folder / name, size) == digest)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{progress} cannot be read: the checkpoint is damaged; copy the run again") from None
-    if not is_whole:
+    require_as_saved(progress)
+    files = json.loads(progress.read_text(encoding="utf-8"))["log"].get("files", {})
+    size, digest = files.get(name, (0, ""))
+    if size and (os.path.getsize(folder / name) < size or hash_prefix(folder / name, size) != digest):
         raise UserError(
             f"{folder / name}: its first {size} bytes are not those that the newest checkpoint has seen; copy the run "
             "again, or leave it out of compare=[...]"
