@@ -29,7 +29,7 @@ def test_nothing_damaged_is_used(subjects, tmp_path, kind):
     possible = cases(subject)
     for case in chance.sample(possible, min(NUM_DAMAGES, len(possible))):
         folder = damaged(subject, case, tmp_path / "copy", chance)
-        with suppress(UserError):
+        with suppress(*(() if "cache" in kind or "store" in kind else (UserError,))):  # those are built again
             assert subject.read(folder) == expected, case
 
 
@@ -52,4 +52,4 @@ def test_another_entry_under_an_entrys_name_is_built_again(subjects, tmp_path, c
         subject = subjects[kind]
         expected, others = subject.read(subject.folder), shutil.copytree(subject.other, tmp_path / kind)
         assert subject.read(others) == expected
-        assert "is damaged (it was made for " not in capsys.readouterr().err.replace(expected.__repr__(), "")
+        assert "is damaged (it was made for " in capsys.readouterr().err
