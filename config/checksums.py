@@ -73,7 +73,7 @@ def find_damage(
             if hash_prefix(folder / name) != digest:
                 return f"the content of {name} is not what was written"
     except OSError as error:
-        return f"{error.filename or folder}: {error.strerror}"
+        return f"{str(error.filename).removeprefix(f'{folder}/')}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{CHECKSUMS} cannot be read"
     return ""
