@@ -50,7 +50,7 @@ def find_damage(
     contents: Callable[[str], bool] = everything,
     part: tuple[int, int] = (0, 1),
 ) -> str:
-    """Return what is wrong with a folder, in half a sentence; "" if it is as it was written.
+    """Return what is wrong with a folder, in half a sentence fit for a terminal; "" if it is as it was written.
 
     Args:
         folder: One that `write_checksums` has completed.
@@ -67,13 +67,14 @@ def find_damage(
         for name, size, _ in found:
             size_now = (folder / name).stat().st_size
             if size_now != size:
-                return f"{name} has {size_now} bytes, {size} were written"
+                return f"{name!r} has {size_now} bytes, {size} were written"
         hashed = [(name, digest) for name, _, digest in found if contents(name)]
         for name, digest in hashed[part[0] :: part[1]]:
             if hash_prefix(folder / name) != digest:
-                return f"the content of {name} is not what was written"
+                return f"the content of {name!r} is not what was written"
     except OSError as error:
-        return f"{str(error.filename).removeprefix(f'{folder}/')}: {error.strerror}"
+        name = str(error.filename).removeprefix(f"{folder}/")
+        return f"{name!r}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{CHECKSUMS} cannot be read"
     return ""
