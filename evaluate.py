@@ -29,12 +29,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config.errors import UserError
-from config.settings import DatasetSettings
 from safer_instruct.evaluation.answers import WHOLE, Advance
 from safer_instruct.evaluation.downstream import encode_choice
 from safer_instruct.evaluation.publish import compare_finished, write_report
 from safer_instruct.evaluation.respondents import Respondent
-from safer_instruct.evaluation.rewards import count_trained_on, describe_rewards
+from safer_instruct.evaluation.rewards import count_trained_on, describe_rewards, join_labels, pairs_settings
 from safer_instruct.evaluation.steps import Evaluation, ask_all, build_parts, judge_all, prepare, timed
 from safer_instruct.measures.rates import summarize
 from safer_instruct.report.tables import HEADLINE, extra_tables, shown_metrics
@@ -138,11 +137,11 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation, progress: Advan
     from trainers.data.cache import usable_dir
 
     settings, reference = config.rewards, str(config.rewards.reference)
-    pairs = DatasetSettings(str(settings.path), "si", exclude="", eval_fraction=0.0)
-    labels: dict[str, str] = {}
+    pairs = pairs_settings(str(settings.path))
+    labels: dict[str, list[str]] = {}
     ids: dict[str, list[str]] = {}
     for example in load_examples(pairs, "pairs", pairs=True):
-        labels[example.id] = example.label
+        labels.setdefault(example.id, []).append(example.label)
         ids.setdefault(instruction_key(str(example.instruction), example.input), []).append(example.id)
     trained_on = count_trained_on(evaluation.respondents, ids)
     logps: dict[str, torch.Tensor] = {}
@@ -169,7 +168,7 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation, progress: Advan
         name: scale.margins(logps[name], logps[reference], num_tokens)
         for name, scale in evaluation.reward_scales.items()
     }
-    labels_of_rows = [labels.get(store.ids(row), "") for row in range(len(store))]
+    labels_of_rows = join_labels(map(store.ids, range(len(store))), labels)
     return describe_rewards(margins, labels_of_rows, evaluation.reward_scales, trained_on, settings)
 
 

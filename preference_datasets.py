@@ -113,7 +113,11 @@ def build_stores(
             f"the training split has {len(train)} rows, fewer than batch_size={batch_size}: one batch an epoch"
         )
     if not len(held):
-        notes.append("no row is held out: there is nothing to evaluate on")
+        name, settings = next(iter(datasets.items()))
+        notes.append(
+            f"no row is held out (datasets.{name}.eval_fraction={settings.eval_fraction:g}, {len(train)} rows): there "
+            f"is nothing to evaluate on; a larger eval_fraction, or datasets.{name}.eval_path=FILE, changes that"
+        )
     report |= {"num_train": len(train), "num_eval": len(held), "notes": notes}
     # Not part of the cached report: the same contents may lie under other names now.
     report["files"] = {name: _training_files(settings) for name, settings in datasets.items()}

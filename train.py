@@ -62,6 +62,7 @@ from trainers.run.early_stop import is_over
 from trainers.run.next_command import next_command
 from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
+from trainers.run.saved import repair_links
 from trainers.run.speed_notes import speed_notes
 from trainers.trainer import Trainer
 
@@ -136,6 +137,7 @@ def open_run(config: TrainConfig, manifest: Mapping[str, Any], layout: Layout) -
     path = Path(config.run_dir or "")
     opened = layout.main_only(lambda: RunDir.open(path, config=asdict(config), manifest=manifest))
     with opened or RunDir(path, None) as run:
+        layout.on_main(lambda: repair_links(run, config.checkpoint))
         yield run
 
 

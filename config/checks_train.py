@@ -29,7 +29,7 @@ def check_train(config: TrainConfig) -> list[Fault]:
 def _check_run(config: TrainConfig) -> Iterator[Fault]:
     if not config.datasets:
         yield Fault("datasets", "no dataset: choose some with datasets=[si] (si, alpaca, hh)")
-    is_folder_name = re.fullmatch(r"[\w.,=+-][\w.,=+ -]*", config.exp_name) and ".." not in config.exp_name
+    is_folder_name = re.fullmatch(r"[\w.,=+-][\w.,=+ -]*", config.exp_name) and config.exp_name.strip(".")
     if config.exp_name != MISSING and not is_folder_name:
         yield Fault(
             "exp_name",

@@ -19,7 +19,8 @@ ENTRYPOINTS = {"train.py", "induce.py", "evaluate.py"}
 
 PARALLEL = {
     "trainers/distributed/launch.py", "trainers/distributed/layout.py", "trainers/distributed/parallelize.py",
-    "trainers/distributed/sharding.py", "trainers/run/checkpoint.py", "trainers/run/resume.py", "trainers/reference.py",
+    "trainers/distributed/sharding.py", "trainers/run/checkpoint.py", "trainers/run/data_only.py",
+    "trainers/run/resume.py", "trainers/reference.py",
 }  # fmt: skip
 # library -> the only files that may import it
 HOMES = {

@@ -1,9 +1,13 @@
 """What a checkpoint holds, who can read it, and what is left when writing one fails."""
 
 import errno
+import io
 import json
 import os
+import pickle
+import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,9 +15,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint import staging
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from transformers import AutoModelForCausalLM
 
+from config.checksums import CHECKSUMS, write_checksums
 from config.errors import UserError
+from config.run_keys import differing_keys
 from config.settings import CheckpointSettings
 from safer_instruct.generation.models import resolve_archive
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
@@ -23,9 +31,10 @@ from trainers.distributed.layout import Layout
 from trainers.kernels.shortcuts import use_fast_norms
 from trainers.optimizers import build_optimizer
 from trainers.run import checkpoint
-from trainers.run.checkpoint import CheckpointWriter, RunProgress
+from trainers.run.checkpoint import CheckpointWriter
 from trainers.run.resume import load_checkpoint, load_weights
-from trainers.run.run_dir import RunDir, differing_keys
+from trainers.run.run_dir import RunDir
+from trainers.run.saved import RunProgress, best_checkpoint, discard, repair_links, saved_checkpoints
 
 IDS = torch.arange(3, 15)[None]
 
@@ -175,10 +184,10 @@ def test_accuracies_are_best_when_large(tmp_path):
         state = tmp_path / "checkpoints" / f"step-{step}" / "state"
         state.mkdir(parents=True)
         (state / "progress.json").write_text(json.dumps(asdict(progress)))
-    folders = checkpoint.saved_checkpoints(tmp_path)
+    folders = saved_checkpoints(tmp_path)
     # The later of two equals; step-20 carries the figures of another step.
-    assert checkpoint.best_checkpoint(folders, "rewards_eval/accuracies").name == "step-12"
-    assert checkpoint.best_checkpoint(folders, "loss/eval") is None
+    assert best_checkpoint(folders, "rewards_eval/accuracies").name == "step-12"
+    assert best_checkpoint(folders, "loss/eval") is None
 
 
 def test_a_best_that_is_not_measured_is_refused(tmp_path):
@@ -199,7 +208,7 @@ class FullDisk:
         return self.original(*args, **kwargs)
 
 
-@pytest.mark.parametrize("writer", ["_save_model", "_save_policy_pt", "fsync_tree", "_point"])
+@pytest.mark.parametrize("writer", ["_save_model", "_save_policy_pt", "fsync_tree", "point"])
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch, writer):
     settings = tiny_settings(checkpoint=CheckpointSettings(policy_pt=True))
     monkeypatch.setattr(checkpoint, writer, FullDisk(vars(checkpoint)[writer], allowed=1))
@@ -257,7 +266,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     train(tmp_path, settings)
     path = tmp_path / "run" / "LATEST" / damage
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"checkpoints/step-22 cannot be read .* delete that folder"):
+    with pytest.raises(UserError, match=r"checkpoints/step-22 cannot be used .* delete that folder"):
         train(tmp_path, settings)
 
 
@@ -265,8 +274,125 @@ def test_a_missing_shard_is_named(tmp_path):
     settings = tiny_settings()
     train(tmp_path, settings)
     (tmp_path / "run" / "LATEST" / "state" / "__0_0.distcp").unlink()
-    with pytest.raises(UserError, match=r"step-22 cannot be read \(.*__0_0\.distcp.*\); delete that folder"):
+    with pytest.raises(UserError, match=r"step-22 cannot be used \(.*__0_0\.distcp.*\); delete that folder"):
         train(tmp_path, settings)
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return open, (str(self.canary), "w")
+
+
+def index_with(payload, state):
+    """DCP's index, whose free field holds the payload."""
+    metadata = pickle.loads((state / ".metadata").read_bytes())
+    metadata.planner_data = payload
+    (state / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def value_with(payload, state):
+    """A value of the optimizer's (its learning rate) that is the payload, where the index says that it is."""
+    metadata = pickle.loads((state / ".metadata").read_bytes())
+    index = next(one for one in metadata.storage_data if one.fqn.endswith(".lr"))
+    info, buffer = metadata.storage_data[index], io.BytesIO()
+    torch.save(payload, buffer)
+    shard = state / info.relative_path
+    info.offset, info.length = shard.stat().st_size, len(buffer.getvalue())
+    shard.write_bytes(shard.read_bytes() + buffer.getvalue())
+    (state / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("attack", [index_with, value_with])
+def test_a_run_from_elsewhere_runs_no_code(tmp_path, attack):
+    """Its checksums are right: whoever made it made these, too."""
+    settings = tiny_settings()
+    train(tmp_path, settings)
+    run = tmp_path / "run"
+    step = (run / "LATEST").resolve()
+    attack(Payload(tmp_path / "canary"), step / "state")
+    owner = json.loads((step / CHECKSUMS).read_text())["owner"]
+    write_checksums(step, owner=owner)
+    with pytest.raises(UserError, match="step-22 cannot be used"):
+        train(tmp_path, settings)
+    assert not (tmp_path / "canary").exists()
+    with suppress(CheckpointException):
+        _load_state_dict_from_keys(checkpoint_id=step / "state")  # the payload works: DCP's own reader runs it
+    assert (tmp_path / "canary").exists()
+
+
+def test_links_are_pointed_anew_on_every_start(tmp_path):
+    """As a process leaves them that is killed between a checkpoint and its links."""
+    settings = tiny_settings(checkpoint=CheckpointSettings(keep_best="loss/eval", keep_last=None))
+    train(tmp_path, settings)
+    run = RunDir(tmp_path / "run", None)
+    kept = [os.readlink(link) for link in (run.latest, run.best)]
+    for stale in ("checkpoints/step-8", "checkpoints/step-4", None):
+        for link in (run.latest, run.best):
+            link.unlink()
+            if stale is not None:
+                link.symlink_to(stale)
+        repair_links(run, settings.checkpoint)
+        assert [os.readlink(link) for link in (run.latest, run.best)] == kept
+
+
+def test_a_latest_that_is_no_link_is_refused(tmp_path):
+    train(tmp_path, tiny_settings())
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")  # follows links, as cp -rL does
+    with pytest.raises(UserError, match=r"copy/LATEST is no link: .* Delete it"):
+        repair_links(RunDir(copy, None), CheckpointSettings())
+    shutil.rmtree(copy / "LATEST")
+    repair_links(RunDir(copy, None), CheckpointSettings())
+    assert os.readlink(copy / "LATEST") == "checkpoints/step-22"
+
+
+def test_strange_names_among_the_checkpoints_are_left_alone(tmp_path):
+    settings = tiny_settings(checkpoint=CheckpointSettings(every_examples=4, keep_last=1))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("step-old", "step-\u00b2", "step-", "notes"):
+        (checkpoints / name).mkdir(parents=True)
+    (checkpoints / "step-99").write_text("a file")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "weights").write_text("")
+    (checkpoints / ".step-3.discarded.partial").symlink_to(elsewhere)
+    train(tmp_path, settings)
+    assert saved_checkpoints(tmp_path / "run") == [checkpoints / "step-22"]
+    assert resolve_archive(str(tmp_path / "run")).parent.resolve() == (checkpoints / "step-22").resolve()
+    assert {"step-old", "step-\u00b2", "step-", "notes", "step-99"} < {path.name for path in checkpoints.iterdir()}
+    assert (elsewhere / "weights").exists()  # the link is gone, not what it pointed to
+
+
+def test_a_checkpoint_that_is_a_link_retires(tmp_path):
+    settings = tiny_settings(checkpoint=CheckpointSettings(keep_last=None))
+    train(tmp_path, settings)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-8").rename(tmp_path / "moved")
+    (checkpoints / "step-8").symlink_to(tmp_path / "moved")
+    train(tmp_path, replace(settings, n_epochs=1, checkpoint=CheckpointSettings(keep_last=1)))
+    discard(checkpoints / "step-8")
+    assert (tmp_path / "moved" / "model").is_dir()
+    assert not (checkpoints / "step-8").exists()
+
+
+def test_an_empty_folder_in_place_of_a_checkpoint_is_named(tmp_path):
+    settings = tiny_settings()
+    train(tmp_path, settings)
+    (tmp_path / "run" / "checkpoints" / "step-40").mkdir()
+    with pytest.raises(UserError, match=r"step-40 cannot be used .* delete that folder"):
+        train(tmp_path, settings)
+
+
+def test_files_have_the_permissions_of_all_others(tmp_path):
+    train(tmp_path, tiny_settings())
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {oct(path.stat().st_mode) for path in files if path.name != ".lock"} == {
+        oct((tmp_path / "run" / "config.yaml").stat().st_mode)
+    }
 
 
 def test_a_second_process_in_the_same_run_dir_is_told_who_has_it(tmp_path):

@@ -100,6 +100,8 @@ VALUES = [
     ("n_examples", 0, "n_examples=0: must be 1 or more"),
     ("device", "gpu", "device=gpu: must be auto, cpu or cuda"),
     ("exp_name", "a/b", "exp_name='a/b': it names a folder"),
+    ("exp_name", ".", "exp_name='.': it names a folder"),
+    ("exp_name", "..", "exp_name='..': it names a folder"),
     ("datasets.si.path", "pears.jsonl", "did you mean pairs.jsonl?"),
     ("datasets.si.eval_fraction", 1.0, "datasets.si.eval_fraction=1.0: must lie in [0, 1)"),
     ("datasets.si.template", "alpacca", "did you mean alpaca?"),

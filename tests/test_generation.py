@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config.errors import UserError
 from config.settings import THOUGHT_TAGS, GenerationSettings
@@ -182,6 +182,21 @@ def test_generation_config_of_the_model_is_respected(model, tokenizer) -> None:
             assert banned not in " ".join(texts).split()
     finally:
         model.generation_config.suppress_tokens = before
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_steers_a_choice_is_not_read_from_generation_config(model, tokenizer, temperature) -> None:
+    """The values of Qwen's folders, and worse: the texts are those of the weights."""
+    settings = GenerationSettings(max_new_tokens=30, temperature=temperature)
+    expected = [g.text for g in HFGenerator(model, tokenizer, settings).generate(some_requests(6))]
+    before = model.generation_config
+    steered = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "top_k": 1, "do_sample": True, "temperature": 0.1}
+    model.generation_config = GenerationConfig(**steered, guidance_scale=3.0, num_return_sequences=2)
+    try:
+        assert [g.text for g in HFGenerator(model, tokenizer, settings).generate(some_requests(6))] == expected
+        assert model.generation_config.repetition_penalty == 5.0  # what is saved with the model
+    finally:
+        model.generation_config = before
 
 
 def test_training_mode_is_given_back(model, tokenizer) -> None:

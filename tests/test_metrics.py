@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from config.errors import UserError
 from config.settings import TrainConfig, WandbSettings
 from trainers.distributed.launch import launch
 from trainers.run.metrics import MetricSums
@@ -67,6 +68,25 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path):
     assert [row["counters/examples"] for row in rows] == [1, 2]
     samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
     assert samples == [{"counters/examples": 1, "output": "a"}]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+def test_a_log_that_is_not_what_the_checkpoint_has_seen_is_refused(tmp_path, damage):
+    run, log = open_log(tmp_path)
+    with run, log:
+        log.write({"counters/examples": 1, "loss/train": 0.5})
+        state = json.loads(json.dumps(log.state()))
+    content = run.metrics.read_bytes()
+    damages = {"flip": content.replace(b"0.5", b"0.7"), "cut": content[:-3], "empty": b"", "gone": None}
+    run.metrics.unlink() if damages[damage] is None else run.metrics.write_bytes(damages[damage])
+    if damage == "gone":
+        run, log = open_log(tmp_path, state)
+        with run, log:
+            log.write({"counters/examples": 2})
+        assert run.metrics.read_text() == '{"counters/examples": 2}\n'
+        return
+    with pytest.raises(UserError, match=r"metrics.jsonl: its first \d+ bytes are not those .* delete it"):
+        open_log(tmp_path, state)
 
 
 def test_a_run_without_checkpoint_begins_its_log_anew(tmp_path):

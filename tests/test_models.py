@@ -16,6 +16,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, L
 from config.errors import UserError
 from config.settings import ModelSettings
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, model_fingerprint, resolve_archive
+from safer_instruct.text.chat import special_token_texts
 from tests.conftest import byte_level_tokenizer, tiny_llama
 
 
@@ -251,6 +252,41 @@ def test_tokenizer_larger_than_the_vocabulary(folder, tmp_path):
     larger = len(byte_level_tokenizer(add_bos=True, vocab_size=420))
     with pytest.raises(UserError, match=rf"{larger} tokens, but the model .* has embeddings for \d+"):
         load_tokenizer(ModelSettings(name_or_path=str(folder), tokenizer_name_or_path=str(tmp_path / "larger")))
+
+
+def test_a_special_token_without_an_embedding_is_of_no_use(folder):
+    """As Gemma's for images; rows that hold it are dropped, as those with any other special token."""
+    tokenizer = byte_level_tokenizer(add_bos=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    loaded = load_tokenizer(ModelSettings(name_or_path=str(folder)))
+    assert loaded.convert_tokens_to_ids("<image>") == len(loaded) - 1
+    assert "<image>" in special_token_texts(loaded)
+    tokenizer.pad_token = "<image>"
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(ModelSettings(name_or_path=str(folder))).pad_token_id == 2  # EOS, which has an embedding
+    tokenizer.eos_token = "<image>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="do not belong together"):
+        load_tokenizer(ModelSettings(name_or_path=str(folder)))
+    plain = byte_level_tokenizer(add_bos=True)
+    plain.add_tokens(["word"])  # not special: a text may hold it
+    plain.save_pretrained(folder)
+    with pytest.raises(UserError, match="do not belong together"):
+        load_tokenizer(ModelSettings(name_or_path=str(folder)))
+
+
+def test_an_adapter_beside_weights_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    message = refuse(ModelSettings(name_or_path=str(folder)))
+    assert "holds an adapter (adapter_config.json)" in message
+    assert "move adapter_config.json away" in message
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": config["vocab_size"]}))
+    assert "the model cannot be loaded" in refuse(ModelSettings(name_or_path=str(folder)))
 
 
 def test_tokenizer_that_is_not_there(folder):

@@ -71,7 +71,7 @@ def straight(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tmp_path, straight, moment):
     settings = settings_with_saves()
-    number, rank = (signal.SIGTERM, 1) if moment == "step" else (signal.SIGUSR1, 0)
+    number, rank = {"step": (signal.SIGTERM, 1), "evaluation": (signal.SIGINT, 0)}.get(moment, (signal.SIGUSR1, 0))
     arguments = (tmp_path, "run", settings, moment, number, rank)
     assert Ranks(train_with_signal, 2, settings, *arguments).join() == [PREEMPTED_STATUS] * 2
     assert not (tmp_path / "not stopped").exists()
@@ -104,6 +104,20 @@ def test_a_second_signal_ends_the_process_at_once():
 def test_signals_can_be_answered_before_torch_is_imported():
     code = "import sys, trainers.distributed.preemption; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_ctrl_c_is_answered_and_ignored_where_the_shell_has_it_so(capfd):
+    stop = StopRequest()
+    with stop.on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+    assert "with a checkpoint; Ctrl-C again ends at once" in capfd.readouterr().err
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a job behind `&` in a script
+    try:
+        with StopRequest().on_signals():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_handlers_are_put_back():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from config.checksums import CHECKSUMS, write_checksums
 from config.errors import UserError
 from config.settings import CheckpointSettings, LikelihoodLossSettings
 from tests.tiny_models import tiny_model
@@ -148,6 +149,7 @@ def test_what_the_state_is_for(tmp_path, start, lost):
         checkpoint.dcp.save(
             {"optimizer": checkpoint.get_optimizer_state_dict(model, optimizer)}, checkpoint_id=state, no_dist=True
         )
+    write_checksums(state.parent, owner=json.loads((state.parent / CHECKSUMS).read_text())["owner"])
     assert start(tmp_path, "sft", "killed", None) == 0
     assert final_weights(tmp_path / "killed") != final_weights(tmp_path / "straight")
 

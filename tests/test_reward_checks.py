@@ -101,6 +101,21 @@ def test_margins_are_those_of_a_plain_forward_pass(folders, tmp_path, tokenizer)
     assert "please steal" not in text + (tmp_path / "out" / "report.html").read_text()
 
 
+def test_labels_are_those_of_the_rows_whatever_their_ids(folders, tmp_path):
+    """Two rows of one id with other texts, one of which is dropped; two rows of equal texts with other labels."""
+    rows = [
+        {"id": "x", "instruction": "a </s> b", "chosen": "no", "rejected": "yes", "label": "dropped"},  # special token
+        {"id": "x", "instruction": "one", "chosen": "no", "rejected": "yes", "label": "first"},
+        {"id": "x", "instruction": "two", "chosen": "no no", "rejected": "yes", "label": "second"},
+        {"id": "y", "instruction": "two", "chosen": "no no", "rejected": "yes", "label": "third"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    by_label = run(tmp_path)["rewards"]["models"]["dpo"]["by_label"]
+    assert {label: found["n"] for label, found in by_label.items()} == {"first": 1, "second": 1, "third": 1}
+    assert by_label["second"]["margin"]["mean"] == by_label["third"]["margin"]["mean"]
+    assert by_label["first"]["margin"]["mean"] != by_label["second"]["margin"]["mean"]
+
+
 def test_a_model_against_itself_is_tied_everywhere(folders, tmp_path):
     found = run(tmp_path, f"models.dpo.path={tmp_path}/reference")["rewards"]["models"]["dpo"]
     assert (found["ties"], found["accuracy"]["n"], found["calibration_error"]) == (5, 0, 0.0)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from config.errors import UserError
 from trainers.data.batching import BatchLoader
-from trainers.data.cache import build_once
+from trainers.data.cache import build_once, is_whole
 from trainers.data.cutters import Cutter
 from trainers.data.token_store import TokenStore, sequence_lengths
 from trainers.distributed.layout import Layout, gather_objects
@@ -128,7 +128,7 @@ def _raise(error: UserError) -> NoReturn:
 def _on_every_file_system(directory: Path, key: str, size: int, layout: Layout) -> Path:
     """Copy rank 0's entry to where a process does not see it (the disks of other nodes), and return its path."""
     entry = directory / key
-    if not all(gather_objects(entry.is_dir())):
+    if not all(gather_objects(is_whole(entry))):
         values = torch.empty(size, dtype=torch.float64)
         if layout.is_main:
             values = torch.from_file(str(entry / LOGPS), shared=False, size=size, dtype=torch.float64)

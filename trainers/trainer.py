@@ -30,13 +30,14 @@ from trainers.distributed.sharding import (
 from trainers.kernels.logps import autocast_dtype, sequence_logps
 from trainers.objectives.output import TOLERANCE_PER_TOKEN, LossOutput, Objective, add_metrics
 from trainers.optimizers import build_optimizer, learning_rate, tables_of
-from trainers.run.checkpoint import CheckpointWriter, RunProgress
+from trainers.run.checkpoint import CheckpointWriter
 from trainers.run.early_stop import is_over, refusal_rates
 from trainers.run.metrics import MetricSums
 from trainers.run.metrics_log import MetricsLog
 from trainers.run.progress_line import ProgressLine
 from trainers.run.resume import load_checkpoint
 from trainers.run.run_dir import RunDir
+from trainers.run.saved import RunProgress
 from trainers.run.speed import Speed
 
 Sampler = Callable[[PreTrainedModel], list[dict[str, Any]]]  # -> rows for `samples.jsonl`

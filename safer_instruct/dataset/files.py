@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
+from config.checksums import CHECKSUMS, write_checksums
 from config.files import replacing
 
 COLUMNS = ("id", "instruction", "rejected", "chosen", "label", "provenance")
@@ -95,7 +96,10 @@ def write_dataset(output: Path, format: str, batches: Iterable[pyarrow.RecordBat
             num_rows += batch.num_rows
             for write in writers:
                 write(batch)
+        (output / CHECKSUMS).unlink(missing_ok=True)  # an earlier merge's would refuse what follows
         for name in _OPENERS.keys() - set(FILES[format]):
             shutil.rmtree(output / name, ignore_errors=True)
             (output / name).unlink(missing_ok=True)
+    parts = [output / name for name in FILES[format]]
+    write_checksums(output, owner="dataset", files=[file for part in parts for file in (part, *part.rglob("*"))])
     return num_rows

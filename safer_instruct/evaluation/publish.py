@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from config.checksums import write_checksums
 from config.files import write_text
 from config.settings import EvaluateConfig
 from safer_instruct.evaluation.rewards import trained_on_notes
@@ -115,7 +116,9 @@ def _write_files(
     write_text(output / "report.md", render_markdown(report))
     page = render_page(report, pick_samples(samples(), config.samples_per_set), curves)
     write_text(output / "report.html", page)
-    write_json(output / "report.json", report)  # last: whoever finds it finds the others
+    write_json(output / "report.json", report)
+    # Last: whoever finds it finds the others.
+    write_checksums(output, owner="evaluation", files=[output / "report.json", output / "samples.jsonl"])
     if report["models"] and report["prompts"]:
         print(headline_text(report["models"]))
     print(f"\n{report['summary']}\n\nreport: {output / 'report.html'}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
-from config.settings import LOSSES, PairLossSettings, PreferenceLossSettings, RewardSettings
+from config.settings import LOSSES, DatasetSettings, PairLossSettings, PreferenceLossSettings, RewardSettings
 from safer_instruct.evaluation.respondents import Respondent
 from safer_instruct.measures.reward_checks import check_rewards
 from safer_instruct.report.training_runs import find_training_overlap, run_config
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALE_KEYS = ("beta", "average_logps", "reference_free")
+NO_COLUMN = "\0"  # no file has a column of this name
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,26 @@ def _fixed(loss: Mapping[str, Any]) -> dict[str, Any]:
     if kind is None or not issubclass(kind, PairLossSettings) or issubclass(kind, PreferenceLossSettings):
         return {}
     return {"average_logps": kind.normalised, "reference_free": not kind.reads_reference}
+
+
+def pairs_settings(path: str) -> DatasetSettings:
+    """Return how the pairs of a file are read: all of them, none held out.
+
+    Two rows of a file may have one id; so a row goes by the hash of its texts here.
+    """
+    return DatasetSettings(path, "si", exclude="", eval_fraction=0.0, columns={"id": NO_COLUMN})
+
+
+def join_labels(ids: Iterable[str], labels: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the label of each row that was encoded.
+
+    Args:
+        ids: Of these rows, in the order of the file.
+        labels: Those of all rows with an id, in the same order. Rows with one id have equal texts, so that they were
+            all encoded or all dropped.
+    """
+    queues = {id: iter(of_id) for id, of_id in labels.items()}
+    return [next(queues[id]) for id in ids]
 
 
 def count_trained_on(respondents: Mapping[str, Respondent], pairs: Mapping[str, Sequence[str]]) -> dict[str, int]:

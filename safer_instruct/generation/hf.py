@@ -33,15 +33,17 @@ COUNTING_ENTRIES = (
     "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
     "min_length", "min_new_tokens",
 )  # fmt: skip
+# All that is read of it: which tokens a model may write, and when. Penalties on repetition, guidance and the like would
+# make another policy of the weights than the one that was trained.
+READ_ENTRIES = ("suppress_tokens", "bad_words_ids", *COUNTING_ENTRIES)
 
 
 class HFGenerator:
     """Batched generation with a causal LM of transformers.
 
     Requests are sorted by length, longest first, and batched under a budget of padded positions
-    (`settings.max_batch_tokens`); prompts are padded on the left; rows that met their end leave the batch. The
-    model's generation_config.json is respected (`suppress_tokens`, further end tokens, ...), except for its sampling
-    parameters, which are ours.
+    (`settings.max_batch_tokens`); prompts are padded on the left; rows that met their end leave the batch. Of the
+    model's generation_config.json the further end tokens and READ_ENTRIES count; how a token is chosen is ours.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class HFGenerator:
         self.window = Window(tokenizer, context=context, max_new_tokens=settings.max_new_tokens, name=name)
         self.end_tokens = _end_tokens(model, tokenizer)
         configured = model.generation_config.to_dict()
+        self._read = GenerationConfig(**{name: configured[name] for name in READ_ENTRIES if configured.get(name)})
         counts = any(configured.get(name) for name in COUNTING_ENTRIES)
         self._round_tokens = settings.max_new_tokens if counts else ROUND_TOKENS
         # Some families have special tokens as tags of a thought, which decoding would leave out.
@@ -124,11 +127,13 @@ class HFGenerator:
             start += num_rows
 
     def _generate_batch(self, ids: Sequence[str], prompts: Sequence[list[int]]) -> Iterator[Generation]:
-        was_training = self.model.training
+        was_training, configured = self.model.training, self.model.generation_config
         self.model.eval()
+        self.model.generation_config = self._read  # from where transformers fills in what a call leaves open
         try:
             new_tokens = self._decode(ids, prompts)
         finally:
+            self.model.generation_config = configured
             self.model.train(was_training)
         for id, prompt, tokens in zip(ids, prompts, new_tokens, strict=True):
             ended = tokens[-1] in self.end_tokens
@@ -189,7 +194,7 @@ class HFGenerator:
         return new_tokens
 
     def _generation_config(self, num_tokens: int) -> GenerationConfig:
-        # What is None here is filled from the model's own generation_config.json by transformers.
+        # What is None here is filled in by transformers, from `_read`.
         return GenerationConfig(
             do_sample=False,  # sampling is done by _RowSampler, whose scores leave one token
             num_beams=1,

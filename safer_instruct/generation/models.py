@@ -38,12 +38,15 @@ from config.paths import find_path
 from config.settings import ModelSettings
 from safer_instruct.generation.weights import (
     _check_loading_info,
+    check_same_architecture,
     check_weight_files,
     first_line,
     has_tokenizer,
     read_policy_pt,
+    require_as_saved,
     resolve_archive,
 )
+from safer_instruct.text.chat import special_token_texts
 
 DTYPES = {
     "float32": torch.float32,
@@ -51,11 +54,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# Entries of config.json that two models of one architecture may differ in.
-FREE_CONFIG_KEYS = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
-    "eos_token_id", "pad_token_id", "max_position_embeddings", "task_specific_params", "model_type",
-}  # fmt: skip
 PROBE_SECONDS = 10
 
 
@@ -63,7 +61,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model: with a padding token (EOS where it has none of its own), and never truncating.
 
     Raises:
-        UserError: no tokenizer there, one without EOS, or one with more tokens than the model has embeddings.
+        UserError: no tokenizer there, one without EOS, or one whose tokens have no embeddings in the model.
     """
     name = settings.tokenizer_name_or_path or settings.name_or_path
     folder = find_path(name)
@@ -75,22 +73,33 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
             f"{name} holds no tokenizer that can be read ({first_line(error)}). It needs tokenizer.json (or "
             "tokenizer.model and sentencepiece installed); model.tokenizer_name_or_path=FOLDER takes it from elsewhere."
         ) from error
-    vocabulary = _load_config(settings).get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model {settings.name_or_path} has "
-            f"embeddings for {vocabulary}: they do not belong together. model.tokenizer_name_or_path must be its own."
-        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no EOS token (eos_token), which must end every response.")
+    vocabulary = _load_config(settings).get_text_config().vocab_size
+    _require_embeddings(tokenizer, vocabulary, settings)
     _set_in_template(tokenizer, settings.chat_template_kwargs)
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = int(1e12)  # limits are ours: max_length, max_prompt_length
     return tokenizer
+
+
+def _require_embeddings(tokenizer: PreTrainedTokenizerBase, vocabulary: int, settings: ModelSettings) -> None:
+    """Refuse tokens without an embedding, but for special ones of no use: rows that hold a special token are dropped.
+
+    Multimodal families have such a token for their images.
+    """
+    beyond = {text for text, number in tokenizer.get_vocab().items() if number >= vocabulary}
+    of_no_use = set(special_token_texts(tokenizer)) - {tokenizer.eos_token, tokenizer.bos_token}
+    if beyond - of_no_use:
+        raise UserError(
+            f"the tokenizer of {settings.tokenizer_name_or_path or settings.name_or_path} has {len(tokenizer)} tokens, "
+            f"but the model {settings.name_or_path} has embeddings for {vocabulary}: they do not belong together. "
+            "model.tokenizer_name_or_path must be its own."
+        )
 
 
 def _set_in_template(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
@@ -128,12 +137,16 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     }
     source = _source(settings.name_or_path)
     archive = resolve_archive(settings.archive) if settings.archive else None
+    if isinstance(weights := archive or source, Path):
+        require_as_saved(weights)
     with _readable_errors(str(archive or settings.name_or_path)):
         if archive is not None and archive.is_file():
             state = read_policy_pt(archive)
             with torch.device("meta"):
                 kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code))
-            model, info = kind.from_pretrained(None, state_dict=state, **options)
+            model, info = kind.from_pretrained(
+                None, state_dict=state, trust_remote_code=settings.trust_remote_code, **options
+            )
         else:
             folder = archive or source
             if isinstance(folder, Path):
@@ -210,7 +223,9 @@ def _source(name: str) -> Path | str:
             f"policy.pt is given as model.archive={name}."
         )
     if path.is_dir():
-        return resolve_archive(name)
+        folder = resolve_archive(name)
+        require_as_saved(folder, weights=False)
+        return folder
     if isinstance(huggingface_hub.try_to_load_from_cache(_hub_id(name), "config.json"), str):
         return name
     if not constants.HF_HUB_OFFLINE:
@@ -273,27 +288,13 @@ def _switch_dropout_off(config: PretrainedConfig) -> None:
 
 
 def _check_same_architecture(config: PretrainedConfig, archive: Path, settings: ModelSettings) -> None:
-    """Compare an archive's config.json with the model's: equal shapes alone would hide another rope or head count."""
-    name = settings.name_or_path
     try:
         # Without the flag, transformers would ask on a terminal whether to run code that the archive brings.
         found = AutoConfig.from_pretrained(archive, trust_remote_code=settings.trust_remote_code)
         own, other = config.to_dict(), found.to_dict()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"archive {archive}: its config.json cannot be used ({first_line(error)}).") from error
-    if own["model_type"] != other["model_type"]:
-        raise UserError(
-            f"archive {archive} is of another architecture: it is a {other['model_type']} model, and {name} is a "
-            f"{own['model_type']} model. Set model.name_or_path to the model that it was trained from."
-        )
-    ignored = {key for key in own if "drop" in key} | FREE_CONFIG_KEYS
-    differing = [key for key in sorted(own.keys() & other.keys() - ignored) if own[key] != other[key]]
-    if differing:
-        listed = "; ".join(f"{key}: {other[key]} there, {own[key]} here" for key in differing[:5])
-        raise UserError(
-            f"archive {archive} is of another architecture than {name}: {listed}. Set model.name_or_path to the model "
-            "that it was trained from."
-        )
+    check_same_architecture(own, other, archive, settings.name_or_path)
 
 
 @contextmanager
@@ -308,7 +309,7 @@ def _readable_errors(name: str) -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{name}: refused, a pickled weight file is damaged or holds more than tensors.") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError, KeyError, AssertionError) as error:
         raise UserError(f"{name}: the model cannot be loaded: {first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)

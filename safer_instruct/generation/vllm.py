@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from config.errors import UserError
 from config.settings import BackendSettings, ModelSettings
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
-from safer_instruct.generation.models import load_tokenizer, resolve_archive
+from safer_instruct.generation.models import load_tokenizer
+from safer_instruct.generation.weights import require_as_saved, resolve_archive
 from safer_instruct.generation.window import Window
 from safer_instruct.text.encoding import Unusable
 
@@ -38,6 +39,7 @@ class VLLMGenerator:
                 f"model.archive={model.archive}: vLLM reads model folders, not policy.pt files; save one with "
                 "train.py, or use generation=hf"
             )
+        require_as_saved(source)
         self.name = name
         self.fingerprint = fingerprint
         self._settings = settings

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 
+from config.checksums import require_untouched
 from config.errors import UserError
 from config.paths import find_path
+from config.run_keys import checkpoint_owner
+
+# Entries of config.json that two models of one architecture may differ in.
+FREE_CONFIG_KEYS = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
+    "eos_token_id", "pad_token_id", "max_position_embeddings", "task_specific_params", "model_type",
+}  # fmt: skip
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
 def resolve_archive(path: str) -> Path:
@@ -33,7 +44,8 @@ def resolve_archive(path: str) -> Path:
     if found.is_file():
         return found
     # Without LATEST: a run that was killed between the two renames of its first checkpoint.
-    newest = sorted(found.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))[-1:]
+    saved = [path for path in found.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    newest = sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))[-1:]
     for folder in (found / "LATEST" / "model", *(path / "model" for path in newest), found / "model", found):
         if (folder / "config.json").is_file():
             return folder
@@ -46,15 +58,45 @@ def resolve_archive(path: str) -> Path:
     )
 
 
+def require_as_saved(path: Path, *, weights: bool = True) -> None:
+    """Refuse a file or folder of a run's checkpoint that is not what the run has saved there; any other passes.
+
+    Args:
+        path: A model folder, a `policy.pt`, or any file of a checkpoint.
+        weights: Hash the weights, too, which reads them all.
+
+    Raises:
+        UserError: Naming the file that has changed, or that the checkpoint is another run's.
+    """
+    real = path.resolve()
+    checkpoint = next((folder for folder in real.parents[:2] if folder.parent.name == "checkpoints"), None)
+    owner = None
+    if checkpoint is not None and (config := checkpoint.parents[1] / "config.yaml").is_file():
+        try:
+            owner = checkpoint_owner(yaml.safe_load(config.read_text(encoding="utf-8")), checkpoint.name)
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{config} cannot be read ({type(error).__name__}); copy the run again") from error
+    require_untouched(real, owner=owner, contents=lambda name: weights or not name.endswith(WEIGHT_SUFFIXES))
+
+
 def check_weight_files(folder: Path) -> None:
     """Open every safetensors file of a folder, which checks header and length, and look for missing shards.
 
     Raises:
-        UserError: naming the file that is missing, damaged or truncated.
+        UserError: naming the file that is missing, damaged or truncated, or the adapter that lies beside the weights.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter (adapter_config.json), which transformers adds to the weights beside it where "
+            "peft is installed, and leaves out where it is not. If the weights are merged already, move "
+            "adapter_config.json away; if not, merge it (merge_and_unload and save_pretrained of peft)."
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{index}: damaged ({type(error).__name__}). Copy it again.") from error
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}.")
@@ -66,6 +108,33 @@ def check_weight_files(folder: Path) -> None:
             raise UserError(
                 f"{file}: damaged or truncated ({file.stat().st_size} bytes; {first_line(error)}). Copy it again."
             ) from error
+
+
+def check_same_architecture(own: Mapping[str, Any], other: Mapping[str, Any], archive: Path, name: str) -> None:
+    """Compare the config of a model with that of an archive: equal shapes alone would hide another rope or head count.
+
+    Args:
+        own: The config.json of the model.
+        other: That of the archive.
+        archive: Where that is.
+        name: What the model is called.
+
+    Raises:
+        UserError: Naming what differs.
+    """
+    if own["model_type"] != other["model_type"]:
+        raise UserError(
+            f"archive {archive} is of another architecture: it is a {other['model_type']} model, and {name} is a "
+            f"{own['model_type']} model. Set model.name_or_path to the model that it was trained from."
+        )
+    ignored = {key for key in own if "drop" in key} | FREE_CONFIG_KEYS
+    differing = [key for key in sorted(own.keys() & other.keys() - ignored) if own[key] != other[key]]
+    if differing:
+        listed = "; ".join(f"{key}: {other[key]} there, {own[key]} here" for key in differing[:5])
+        raise UserError(
+            f"archive {archive} is of another architecture than {name}: {listed}. Set model.name_or_path to the model "
+            "that it was trained from."
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:

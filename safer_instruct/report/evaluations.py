@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+from config.checksums import require_untouched
 from config.errors import UserError
 from config.files import replacing
 from config.paths import find_path
@@ -90,6 +91,7 @@ def _rename(evaluation: FinishedEvaluation, name: str, repeated: Iterable[str]) 
 
 
 def _read_evaluation(folder: Path) -> FinishedEvaluation:
+    require_untouched(folder)
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         judged: dict[str, list[JudgedOutput]] = {name: [] for name in report["models"]}

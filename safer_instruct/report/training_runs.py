@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 
 import yaml
 
+from config.checksums import hash_prefix
 from config.errors import UserError
 from config.paths import find_path
+from config.run_keys import flatten
 from config.settings import DatasetSettings
+from safer_instruct.generation.weights import require_as_saved
 from safer_instruct.text.examples import held_out
 from safer_instruct.text.exclusion import exclude_file, instruction_key, read_instruction_keys
 from safer_instruct.text.loading import LoadedExamples, RowLog
@@ -128,23 +132,31 @@ def read_training_run(name: str, folder: Path) -> TrainingRun:
     """Read a run from its `config.yaml` and `metrics.jsonl`.
 
     Raises:
-        UserError: There is no metric in it yet, or a file in it cannot be read.
+        UserError: There is no metric in it yet, or a file in it cannot be read, or has lost what it had.
     """
+    _require_logged(folder, "metrics.jsonl")
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     metrics: dict[str, float] = {}
     for row in read_metrics(folder / "metrics.jsonl"):
         metrics.update({key: float(value) for key, value in row.items() if isinstance(value, int | float)})
     if not metrics:
         raise UserError(f"{folder} is a run without a metric yet: let it train, or leave it out of compare=[...]")
-    return TrainingRun(name, str(folder), dict(_flatten(config)), metrics)
+    return TrainingRun(name, str(folder), dict(flatten(config)), metrics)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _require_logged(folder: Path, name: str) -> None:
+    """Raise a UserError unless a log of the run begins with what its newest checkpoint has seen of it."""
+    progress = folder / "LATEST" / "state" / "progress.json"
+    if not progress.is_file():
+        return
+    require_as_saved(progress)
+    files = json.loads(progress.read_text(encoding="utf-8"))["log"].get("files", {})
+    size, digest = files.get(name, (0, ""))
+    if size and (os.path.getsize(folder / name) < size or hash_prefix(folder / name, size) != digest):
+        raise UserError(
+            f"{folder / name}: its first {size} bytes are not those that the newest checkpoint has seen; copy the run "
+            "again, or leave it out of compare=[...]"
+        )
 
 
 def compare_training_runs(runs: Sequence[TrainingRun], sort_by: str | None) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pyarrow
 
+from config.checksums import CHECKSUMS, require_untouched
 from config.errors import UserError
 from safer_instruct.text.display import visible
 from safer_instruct.text.formats import MAX_TEXT_CHARACTERS, BadLine, Row, read_file, refuse
 
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".arrow")
 DATASET_FILES = ("si.jsonl", "si.parquet")  # what induce.py calls its dataset: the rest of such a folder is not data
-NOT_DATA = frozenset({"report.json", "manifest.json", "dataset_info.json", "state.json", "test_set.csv"})
+NOT_DATA = frozenset({"report.json", "manifest.json", "dataset_info.json", "state.json", "test_set.csv", CHECKSUMS})
 # How the name of a split begins.
 HELD_OUT_SPLIT = re.compile(r"(test|validation|valid|val|dev|evaluation|eval)(?![a-z])", re.IGNORECASE)
 TRAIN_SPLIT = re.compile(r"train(?![a-z])", re.IGNORECASE)
@@ -139,10 +140,13 @@ def read_rows(
         (where, row) pairs; `where` is "file:line" (the line that the row starts on), for Parquet and arrow the row.
 
     Raises:
-        UserError: missing path (at once); empty file, broken JSON or CSV, bytes that are not UTF-8 (while reading).
+        UserError: missing path, a file of ours that has changed since (at once); empty file, broken JSON or CSV,
+            bytes that are not UTF-8 (while reading).
     """
     path = Path(path)
     files = data_files(path, training=training)
+    for file in files:
+        require_untouched(file)
     rows: Iterable[tuple[str, Row | BadLine]] = chain.from_iterable(map(read_file, files))
     if path.is_dir() and _is_datasets_folder(path):
         rows = _read_datasets_folder(path, splits_left_out(path) if training else ())

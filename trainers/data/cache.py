@@ -1,7 +1,9 @@
 """Things that are built once and shared by every run that needs them: the token store, the reference cache.
 
 An entry is a directory named by a hash of all that it depends on. It appears by one rename, so it is there complete or
-not at all, whatever kills its builder; runs that start together wait for the first of them.
+not at all, whatever kills its builder; runs that start together wait for the first of them. Its contents are hashed
+once by each process that opens it, and an entry that is not what was written (a disk that fails, a copy cut short) is
+built again.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 import xxhash
 from filelock import FileLock, Timeout
 
+from config.checksums import find_damage, write_checksums
 from config.errors import UserError
 from config.files import sync
 
@@ -24,7 +27,7 @@ TEMPORARY = ".tmp-"
 
 
 def build_once(directory: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the entry `directory/key`, built by `build` unless it is there.
+    """Return the entry `directory/key`, built by `build` unless it is there and whole.
 
     Args:
         directory: The cache; made where it does not exist.
@@ -36,34 +39,56 @@ def build_once(directory: Path, key: str, build: Callable[[Path], None]) -> Path
         The complete entry, never to be written to.
 
     Raises:
-        UserError: The disk is full. Whatever else `build` raises passes through.
+        UserError: The disk is full, or the folder is another user's. Whatever else `build` raises passes through.
     """
     entry = directory / key
-    if entry.is_dir():
+    if is_whole(entry):
         return entry
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / f"{key}.lock")
     try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / f"{key}.lock")
         lock.acquire(timeout=0)
     except Timeout:
         print(f"another process is building {entry}; waiting for it", file=sys.stderr, flush=True)
         lock.acquire()
+    except PermissionError as error:
+        raise _not_writable(directory, error) from error
     try:
-        if not entry.is_dir():
+        if not is_whole(entry):
             _build(entry, build)
     finally:
         lock.release()
     return entry
 
 
+def is_whole(entry: Path) -> bool:
+    """Return whether an entry is there, made for its own key, and as it was written to the last bit."""
+    return entry.is_dir() and not find_damage(entry, owner=entry.name)
+
+
+def _not_writable(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{directory} cannot be written to ({error.strerror}), it may be another user's; name another folder first in "
+        "local_dirs=[...]"
+    )
+
+
 def _build(entry: Path, build: Callable[[Path], None]) -> None:
     """Build beside the entry and rename; the caller holds the lock, so any temporary there is a dead process's."""
-    for stale in entry.parent.glob(f"{entry.name}{TEMPORARY}*"):
-        shutil.rmtree(stale)
-    temporary = entry.with_name(f"{entry.name}{TEMPORARY}{os.getpid()}")
-    temporary.mkdir()
+    try:
+        if entry.is_dir():
+            damage = find_damage(entry, owner=entry.name)
+            print(f"note: {entry} is damaged ({damage}); it is built again", file=sys.stderr, flush=True)
+            entry.rename(entry.with_name(f"{entry.name}{TEMPORARY}damaged-{os.getpid()}"))  # deleted below
+        for stale in entry.parent.glob(f"{entry.name}{TEMPORARY}*"):
+            shutil.rmtree(stale)
+        temporary = entry.with_name(f"{entry.name}{TEMPORARY}{os.getpid()}")
+        temporary.mkdir()
+    except PermissionError as error:
+        raise _not_writable(entry.parent, error) from error
     try:
         build(temporary)
+        write_checksums(temporary, owner=entry.name)
         for path in temporary.rglob("*"):
             sync(path)
         sync(temporary)

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM or SIGUSR1 ends a run at its next step boundary, with a checkpoint.
+"""Stopping on request: SIGTERM, SIGUSR1 or Ctrl-C ends a run at its next step boundary, with a checkpoint.
 
 Slurm sends SIGTERM before it takes a job's nodes away, and whatever `sbatch --signal` names before the time is up. The
 first signal asks; a second one, more than a second later, exits at once. (Less than that apart, they are one request
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later. scripts/slurm/train.sbatch requeues on it
 SAME_REQUEST_SECONDS = 1.0
 
@@ -34,8 +34,13 @@ def exit_on_signals() -> None:
         _say(f"{signal.Signals(number).name} before the run had begun; the same command begins it")
         os._exit(PREEMPTED_STATUS)
 
-    for number in SIGNALS:
+    for number in _heard_signals():
         signal.signal(number, leave)
+
+
+def _heard_signals() -> list[signal.Signals]:
+    """Return the signals to answer: those that are not ignored, as shells have it for Ctrl-C and jobs behind `&`."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopRequest:
@@ -59,6 +64,8 @@ class StopRequest:
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
+            if number == signal.SIGINT:
+                _say("stopping after this step, with a checkpoint; Ctrl-C again ends at once")
         elif now - self._asked_at > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 
@@ -68,7 +75,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.ask) for number in SIGNALS}
+        before = {number: signal.signal(number, self.ask) for number in _heard_signals()}
         try:
             yield
         finally:

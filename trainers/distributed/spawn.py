@@ -141,9 +141,9 @@ def _report(child: _Child) -> tuple[str, str]:
 
 def _child(work: Callable[[Place, StopRequest], None], place: Place, stop_flag: Any, report: Connection) -> None:
     """Do the work in a process of its own, and tell the parent how it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent answers it
     for number in SIGNALS:  # the parent's handlers are not inherited; until the work has its own:
         signal.signal(number, lambda number, frame: os._exit(PREEMPTED_STATUS))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent answers it
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which an abrupt end would leave behind
     parent = multiprocessing.parent_process()
     assert parent is not None

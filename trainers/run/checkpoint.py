@@ -4,11 +4,12 @@
       model/         weights (safetensors) and tokenizer, as `from_pretrained`, vLLM or lm_eval read them
       state/         optimizer (torch.distributed.checkpoint, each process its shards), progress.json, rank<r>.json
       policy.pt      the DPO repo's format, if `checkpoint.policy_pt`
+      checksums.xxh3.json   size and hash of every file, and whose the checkpoint is
     LATEST -> checkpoints/step-<examples>
     BEST -> checkpoints/step-<examples>        if `checkpoint.keep_best`
 
 The weights are kept once, in `model/`, in their own dtype: what is resumed is what is published, bit for bit.
-`state/` is read back only from a run's own directory, never from a `model.archive`: DCP's index is a pickle.
+`state/` is read back only from a run's own directory, never from a `model.archive`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,45 +35,17 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from config.checksums import write_checksums
 from config.errors import SaidElsewhere, UserError
-from config.files import replacing, sync
+from config.files import sync
 from config.settings import CheckpointSettings
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import full_parameters
 from trainers.run.rng import random_state
 from trainers.run.run_dir import RunDir
+from trainers.run.saved import RunProgress, best_checkpoint, discard, point, saved_checkpoints
 
 Unlogged = dict[str, tuple[float, float]]  # metric -> (sum, count)
-
-
-@dataclass
-class RunProgress:
-    """Where a run stands, besides weights, optimizer and random numbers. All of it is JSON."""
-
-    examples: int = 0  # seen so far; with the seed, this is the position in the data
-    updates: int = 0  # optimizer steps taken
-    skipped: int = 0  # steps left out because they were not finite
-    evaluated_at: int = -1  # examples seen at the last evaluation; -1: none yet
-    evaluation: dict[str, float] = field(default_factory=dict)  # what it measured
-    identity: dict[str, str] = field(default_factory=dict)  # what a resumed run must agree on: keys of data, weights
-    objective: dict[str, float] = field(default_factory=dict)  # what it keeps from batch to batch
-    log: dict[str, Any] = field(default_factory=dict)  # state of the metrics log: lengths of its files, wandb id
-
-
-def step_of(folder: Path) -> int:
-    """Return the examples seen, of a folder `step-<examples>`."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def saved_checkpoints(run_path: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    folders = (run_path / "checkpoints").glob("step-*")
-    return sorted((folder for folder in folders if folder.name[5:].isdigit()), key=step_of)
-
-
-def read_progress(folder: Path) -> RunProgress:
-    """Read where the run stood at a checkpoint."""
-    return RunProgress(**json.loads((folder / "state" / "progress.json").read_text(encoding="utf-8")))
 
 
 def fsync_tree(folder: Path) -> None:
@@ -80,13 +53,6 @@ def fsync_tree(folder: Path) -> None:
     for parent, _, files in os.walk(folder):
         for name in [*files, "."]:
             sync(Path(parent) / name)
-
-
-def discard(folder: Path) -> None:
-    """Delete a checkpoint so that no crash in between leaves a part of it that looks whole."""
-    discarded = folder.with_name(f".{folder.name}.discarded.partial")
-    folder.rename(discarded)
-    shutil.rmtree(discarded)
 
 
 def pinned_stager() -> AsyncStager:
@@ -206,11 +172,13 @@ class CheckpointWriter:
                     (partial / "state" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
             finally:
                 shards.result()  # nobody writes below `partial` any more, whatever went wrong here
+            _readable_like(partial / "state" / "progress.json", partial)
+            write_checksums(partial, owner=self._run.owner(final))
             fsync_tree(partial)
             if final.exists():  # a run that went back to an earlier checkpoint has come here again
                 discard(final)
             partial.rename(final)
-            _point(self._run.latest, final)
+            point(self._run.latest, final)
         except (OSError, SafetensorError, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._failure(final, error) from error
@@ -234,30 +202,13 @@ class CheckpointWriter:
         """Point BEST at the best checkpoint, and delete those that neither `keep_last` nor `keep_best` keeps."""
         folders = saved_checkpoints(self._run.path)
         keep = set(folders if self._settings.keep_last is None else folders[-self._settings.keep_last :])
-        if self._settings.keep_best is not None:
-            best = best_checkpoint(folders, self._settings.keep_best)
-            if best is not None:
-                _point(self._run.best, best)
-                keep.add(best)
+        best = best_checkpoint(folders, self._settings.keep_best)
+        if best is not None:
+            point(self._run.best, best)
+            keep.add(best)
         for folder in folders:
             if folder not in keep:
                 discard(folder)
-
-
-def lower_is_better(metric: str) -> bool:
-    """Return whether a metric is best when small, as losses are; rewards, accuracies, log-probabilities are not."""
-    return "loss" in metric or metric.startswith("nll")
-
-
-def best_checkpoint(folders: list[Path], metric: str) -> Path | None:
-    """Return the checkpoint whose own evaluation was best, the later of equals; None if none was taken at one."""
-    scores = {}
-    for folder in folders:
-        progress = read_progress(folder)
-        if progress.evaluated_at == progress.examples and metric in progress.evaluation:
-            value = progress.evaluation[metric]
-            scores[folder] = (-value if lower_is_better(metric) else value, progress.examples)
-    return max(scores, key=lambda folder: scores[folder], default=None)
 
 
 def reason(error: BaseException) -> str:
@@ -293,15 +244,14 @@ def _save_model(
         tokenizer.save_pretrained(folder)
 
 
+def _readable_like(example: Path, folder: Path) -> None:
+    """Give all files of a folder the permissions of one: safetensors makes its own readable to their owner alone."""
+    mode = example.stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def _save_policy_pt(path: Path, weights: dict[str, Tensor], examples: int) -> None:
     with path.open("wb") as file:  # an open file, so that a full disk is an OSError
         torch.save({"step_idx": examples, "state": weights, "metrics": {}}, file)
-
-
-def _point(link: Path, target: Path) -> None:
-    """Make a link of the run directory name a checkpoint; a reader sees the old or the new one."""
-    with replacing(link) as partial:
-        partial.unlink(missing_ok=True)  # of a process that was killed here
-        partial.symlink_to(target.relative_to(link.parent))
-    for folder in (target.parent, link.parent):
-        sync(folder)

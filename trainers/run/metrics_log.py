@@ -5,6 +5,7 @@ The x-axis is `counters/examples`, so that runs with different batch sizes lie o
 
 from __future__ import annotations
 
+import errno
 import json
 import netrc
 import os
@@ -12,9 +13,12 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 from urllib.parse import urlparse
 
+from xxhash import xxh3_128
+
+from config.checksums import hash_prefix
 from config.errors import UserError
 from config.settings import TrainConfig, WandbSettings
 from trainers.distributed.preemption import Preempted
@@ -57,17 +61,18 @@ class MetricsLog:
         """Open them where `state` (of the checkpoint that is resumed, or empty) left off: later rows are dropped.
 
         One that is not active, as in every process but the first, writes nothing.
+
+        Raises:
+            UserError: A file is not what the checkpoint has seen.
         """
         self._active = active
         self._wandb: Any = None
         self._wandb_id: str | None = None
         if not active:
             return
-        for path, key in ((run.metrics, "metrics_bytes"), (run.samples, "samples_bytes")):
-            truncate(path, state.get(key, 0))
         self._settings = settings
-        self._metrics = run.metrics.open("a", encoding="utf-8")
-        self._samples = run.samples.open("a", encoding="utf-8")
+        self._metrics = _JsonLines(run.metrics, state.get("files", {}))
+        self._samples = _JsonLines(run.samples, state.get("files", {}))
         mode = "disabled" if settings.debug else wandb_mode(settings.wandb)
         if mode != "disabled":
             self._wandb = _start_wandb(run, settings, config, mode, state.get("wandb_id"))
@@ -77,7 +82,7 @@ class MetricsLog:
         """Write a row of metrics, `counters/examples` among them. A crash of this process does not lose it."""
         if not self._active:
             return
-        _append(self._metrics, values)
+        self._metrics.append(values)
         self._tell_wandb(lambda run: run.log(dict(values)))
 
     def write_samples(self, rows: list[dict[str, Any]], examples: int) -> None:
@@ -85,7 +90,7 @@ class MetricsLog:
         if not self._active:
             return
         for row in rows:
-            _append(self._samples, {"counters/examples": examples, **row})
+            self._samples.append({"counters/examples": examples, **row})
         if self._wandb is not None and self._settings.log_text and rows:
             import wandb
 
@@ -97,10 +102,8 @@ class MetricsLog:
         """Return what a checkpoint must know to continue after this row; make the rows so far durable."""
         if not self._active:
             return {}
-        for file in (self._metrics, self._samples):
-            os.fsync(file.fileno())
-        lengths = {"metrics_bytes": self._metrics.tell(), "samples_bytes": self._samples.tell()}
-        return lengths if self._wandb_id is None else {**lengths, "wandb_id": self._wandb_id}
+        files = {lines.path.name: lines.state() for lines in (self._metrics, self._samples)}
+        return {"files": files} if self._wandb_id is None else {"files": files, "wandb_id": self._wandb_id}
 
     def _tell_wandb(self, call: Callable[[Any], object]) -> None:
         """Call the wandb run; if that fails, go on without it: the rows are in `metrics.jsonl`.
@@ -114,7 +117,7 @@ class MetricsLog:
         except Exception as error:  # whatever its pipes, sockets and threads raise: none of it is the training's
             print(
                 f"note: wandb failed ({type(error).__name__}) and is left out from here on; all rows are in "
-                f"{self._metrics.name}", file=sys.stderr, flush=True,
+                f"{self._metrics.path}", file=sys.stderr, flush=True,
             )  # fmt: skip
             self._wandb = None
 
@@ -135,15 +138,47 @@ class MetricsLog:
         self._tell_wandb(lambda run: run.finish(exit_code=0 if error is None else 1))
 
 
-def _append(file: TextIO, row: Mapping[str, Any]) -> None:
-    try:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-    except OSError as error:
-        raise UserError(
-            f"could not write to {file.name} ({error.strerror}); make room and type the command again: it goes on "
-            "from the newest checkpoint."
-        ) from error
+class _JsonLines:
+    """A file of JSON lines that grows, and the hash of all that is in it."""
+
+    def __init__(self, path: Path, seen: Mapping[str, tuple[int, str]]) -> None:
+        """Cut the file back to what a checkpoint has `seen` of it, (bytes, xxh3) by name; one that is gone stays gone.
+
+        Raises:
+            UserError: It does not begin with that.
+        """
+        self.path = path
+        size, digest = seen.get(path.name, (0, ""))
+        if size and path.exists() and (path.stat().st_size < size or hash_prefix(path, size) != digest):
+            raise UserError(
+                f"{path}: its first {size} bytes are not those that the newest checkpoint has seen. Put the file back "
+                "from a copy, or delete it: it then begins where the run goes on, and the weights are the same."
+            )
+        truncate(path, size)
+        self._digest = xxh3_128(path.read_bytes() if path.exists() else b"")
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; a crash of this process does not lose it."""
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(
+                f"could not write to {self.path} ({error.strerror}); make room and type the command again: it goes on "
+                "from the newest checkpoint."
+            ) from error
+        self._digest.update(line)
+
+    def state(self) -> tuple[int, str]:
+        """Return length and hash, after making the rows so far durable."""
+        os.fsync(self._file.fileno())
+        return self._file.tell(), self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def _start_wandb(run: RunDir, settings: TrainConfig, config: Mapping[str, Any], mode: str, run_id: str | None) -> Any:

@@ -6,28 +6,48 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import PreTrainedModel
 
+from config.checksums import everything, find_damage
 from config.errors import UserError
-from trainers.distributed.layout import Layout
+from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import fill_model, full_state
-from trainers.run.checkpoint import RunProgress, Unlogged, plain_class, read_progress, reason, saved_checkpoints
+from trainers.run.checkpoint import Unlogged, plain_class, reason
+from trainers.run.data_only import load_data_only
 from trainers.run.rng import set_random_state
 from trainers.run.run_dir import RunDir
+from trainers.run.saved import RunProgress, read_progress, saved_checkpoints, unusable
+
+PROGRESS = "state/progress.json"
 
 
 def is_finished(run: RunDir, total_examples: int, *, data: str) -> bool:
-    """Return whether the newest checkpoint is the end of a run over the data with this key: seen whole, evaluated."""
+    """Return whether the newest checkpoint is the end of a run over the data with this key: seen whole, evaluated.
+
+    Raises:
+        UserError: It is damaged, or another run's.
+    """
     newest = saved_checkpoints(run.path)[-1:]
     if not newest:
         return False
+    _require_whole(run, newest[0], {PROGRESS})
     progress = read_progress(newest[0])
     at_end = progress.examples >= total_examples and progress.evaluated_at == progress.examples
-    return at_end and progress.identity.get("data") == data
+    if not at_end or progress.identity.get("data") != data:
+        return False
+    _require_whole(run, newest[0], None)  # nothing else will read what is about to be called finished
+    return True
+
+
+def _require_whole(run: RunDir, folder: Path, files: set[str] | None) -> None:
+    """Raise a UserError unless a checkpoint is this run's, and the contents of `files` (None: all) what was saved."""
+    contents = everything if files is None else files.__contains__
+    damage = find_damage(folder, owner=run.owner(folder), contents=contents)
+    if damage:
+        raise unusable(folder, damage)
 
 
 def load_checkpoint(
@@ -39,29 +59,39 @@ def load_checkpoint(
     generators of additional processes stay as they are; sums that were not logged yet go to rank 0.
 
     Raises:
-        UserError: if a part of it is missing or does not fit the model.
+        UserError: if a part of it is missing, damaged or another run's, or does not fit the model.
     """
-    newest = layout.on_main(lambda: saved_checkpoints(run.path)[-1:])
-    if not newest:
+    newest = layout.on_main(lambda: _newest(run))
+    if newest is None:
         return None
-    state = newest[0] / "state"
+    # Each process hashes its part of the files: one alone would take as long as all of them take to read.
+    damages = gather_objects(find_damage(newest, owner=None, part=(layout.rank, layout.world_size)))
+    if any(damages):
+        raise unusable(newest, next(filter(None, damages)))
+    state = newest / "state"
     try:
-        progress = read_progress(newest[0])
+        progress = read_progress(newest)
         ranks = [json.loads((state / f"rank{rank}.json").read_text()) for rank in range(len([*state.glob("rank*")]))]
-        load_weights(policy, newest[0] / "model", layout)
+        load_weights(policy, newest / "model", layout)
         optimizer_state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
-        dcp.load(optimizer_state, checkpoint_id=state)
+        load_data_only(optimizer_state, state)
     except UserError:  # the weights can be read, and do not fit
         raise
     except (OSError, ValueError, TypeError, SafetensorError, CheckpointException) as error:
-        raise UserError(
-            f"checkpoint {newest[0]} cannot be read ({reason(error)}); delete that folder to go on from the one before "
-            "it."
-        ) from error
+        raise unusable(newest, reason(error)) from error
     set_optimizer_state_dict(policy, optimizer, optimizer_state["optimizer"])
     if layout.rank < len(ranks):
         set_random_state(ranks[layout.rank]["random"])
     return progress, _own_part([rank["unlogged"] for rank in ranks], layout)
+
+
+def _newest(run: RunDir) -> Path | None:
+    """Return the newest checkpoint, None without one; a UserError if it is another run's, or its sizes are wrong."""
+    newest = saved_checkpoints(run.path)[-1:]
+    if not newest:
+        return None
+    _require_whole(run, newest[0], set())
+    return newest[0]
 
 
 def _own_part(unlogged: list[Unlogged], layout: Layout) -> Unlogged:
@@ -91,8 +121,9 @@ def load_weights(policy: PreTrainedModel, folder: Path, layout: Layout) -> None:
 def _read_weights(policy: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         stored, report = plain_class(policy).from_pretrained(
-            folder, config=policy.config, dtype=policy.dtype, local_files_only=True, output_loading_info=True
-        )
+            folder, config=policy.config, dtype=policy.dtype, local_files_only=True, output_loading_info=True,
+            trust_remote_code=False,
+        )  # fmt: skip
     except RuntimeError as error:  # a tensor of another shape
         raise UserError(f"the weights in {folder} do not fit the model: {error}") from error
     problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}

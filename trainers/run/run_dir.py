@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,36 +18,15 @@ from filelock import FileLock, Timeout
 
 from config.errors import UserError
 from config.files import write_text
-
-# Keys that leave the trained weights as they are: a command may change them and still go on with the run.
-FREE_KEYS = (
-    "exp_name", "run_dir", "local_run_dir", "local_dirs", "device", "fsdp_port", "debug", "dry_run", "log_text",
-    "minimum_log_interval_secs", "on_non_finite", "wandb", "checkpoint",
-    # Up to rounding: how the same batches are cut and laid out.
-    "trainer", "gradient_accumulation_steps", "max_tokens_per_microbatch", "activation_checkpointing",
-)  # fmt: skip
+from config.run_keys import checkpoint_owner, differing_keys
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a nested config as ("loss.beta", 0.1), the way they are typed."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def differing_keys(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Return one line for each key that would change the result: "loss.beta: 0.1 there, 0.5 now"."""
-    before, now = dict(flatten(stored)), dict(flatten(given))
-    lines = []
-    for key in sorted(before.keys() | now.keys()):
-        if key.split(".")[0] in FREE_KEYS:
-            continue
-        there, here = before.get(key, "(absent)"), now.get(key, "(absent)")
-        if there != here:
-            lines.append(f"{key}: {there} there, {here} now")
-    return lines
+def remove(path: Path) -> None:
+    """Delete a folder, a file, or a link (not what it points to)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 class RunDir:
@@ -60,7 +39,7 @@ class RunDir:
         metrics, samples: files of JSON lines.
     """
 
-    def __init__(self, path: Path, lock: FileLock | None) -> None:
+    def __init__(self, path: Path, lock: FileLock | None, config: Mapping[str, Any] | None = None) -> None:
         """Use `open`, or `RunDir(path, None)` in a process beside the one that has opened it."""
         self.path = path
         self.checkpoints = path / "checkpoints"
@@ -68,7 +47,7 @@ class RunDir:
         self.best = path / "BEST"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
-        self._lock = lock
+        self._lock, self._config = lock, config or {}
 
     @classmethod
     def open(cls, path: Path, *, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Self:
@@ -83,7 +62,7 @@ class RunDir:
             lock = cls._acquire(path)
         except OSError as error:
             raise UserError(f"run_dir {path} cannot be written to ({error.strerror}); choose another.") from error
-        run = cls(path, lock)
+        run = cls(path, lock, config)
         try:
             run._check_config(config)
             write_text(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False), durable=True)
@@ -119,9 +98,14 @@ class RunDir:
         stored = self.path / "config.yaml"
         if not stored.exists() or not self.has_results():
             return  # nothing that this command could continue by mistake
-        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-        # Through YAML once, as the stored one was: tuples and the like compare as what they are read back as.
-        lines = differing_keys(before or {}, yaml.safe_load(yaml.safe_dump(dict(config))))
+        try:
+            before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
+            lines = differing_keys(before, config)
+        except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{stored} cannot be read, so nobody knows whether this is the run that this command began. Put the "
+                "file back from a copy, delete it if the command is the same, or choose another exp_name."
+            ) from error
         if lines:
             raise UserError(
                 f"run_dir {self.path} holds a run of another config:\n  " + "\n  ".join(lines) + "\nGive this run its "
@@ -136,7 +120,11 @@ class RunDir:
     def _remove_partials(self) -> None:
         """Remove what a killed process was writing. No other process can be writing: the lock is ours."""
         for partial in self.checkpoints.glob(".*.partial"):
-            shutil.rmtree(partial)
+            remove(partial)
+
+    def owner(self, checkpoint: Path) -> str:
+        """Return whose a checkpoint of this run is, in the process that has opened it."""
+        return checkpoint_owner(self._config, checkpoint.name)
 
     def close(self) -> None:
         """Give the directory back."""

@@ -1,0 +1,117 @@
+"""What a folder that we wrote must hold: `checksums.xxh3.json`, written last, has size and hash of each file.
+
+One rule for checkpoints, token stores, reference caches, datasets and reports. Sizes are looked at when a folder is
+opened, contents when they are read; whoever reads says what to do about a damage. A file that is not named, such as
+a note that somebody put beside the others, is nobody's business here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from xxhash import xxh3_128
+
+from config.errors import UserError
+from config.files import write_text
+
+CHECKSUMS = "checksums.xxh3.json"
+CHUNK_BYTES = 1 << 20  # stays in a core's cache between reading and hashing
+
+
+def everything(name: str) -> bool:
+    """Choose every file (see `find_damage`)."""
+    return True
+
+
+def write_checksums(folder: Path, *, owner: str, files: Iterable[Path] | None = None) -> None:
+    """Write the record of a folder whose files are complete.
+
+    Args:
+        folder: The folder.
+        owner: What the folder was made for; whoever opens it knows that, so that no other's can take its place.
+        files: The files in it that the record vouches for; None: all of them, at any depth.
+    """
+    chosen = sorted(path for path in (folder.rglob("*") if files is None else files) if path.is_file())
+    record = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, hash_prefix(path)]
+        for path in chosen
+        if path != folder / CHECKSUMS
+    }
+    write_text(folder / CHECKSUMS, json.dumps({"owner": owner, "files": record}, indent=1) + "\n")
+
+
+def find_damage(
+    folder: Path,
+    *,
+    owner: str | None,
+    files: Callable[[str], bool] = everything,
+    contents: Callable[[str], bool] = everything,
+    part: tuple[int, int] = (0, 1),
+) -> str:
+    """Return what is wrong with a folder, in half a sentence fit for a terminal; "" if it is as it was written.
+
+    Args:
+        folder: One that `write_checksums` has completed.
+        owner: What it must have been made for; None: not known to the reader.
+        files: Tells by a file's name below the folder whether it matters: whether it is there, and its size.
+        contents: Tells of those whether they are hashed, too.
+        part: (i, n): hash every n-th file from the i-th on; n processes have them all.
+    """
+    try:
+        record = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        found = sorted((name, size, digest) for name, (size, digest) in record["files"].items() if files(name))
+        if owner not in (None, record["owner"]):
+            return f"it was made for {record['owner']!r}, not for {owner!r}"
+        for name, size, _ in found:
+            size_now = (folder / name).stat().st_size
+            if size_now != size:
+                return f"{name!r} has {size_now} bytes, {size} were written"
+        hashed = [(name, digest) for name, _, digest in found if contents(name)]
+        for name, digest in hashed[part[0] :: part[1]]:
+            if hash_prefix(folder / name) != digest:
+                return f"the content of {name!r} is not what was written"
+    except OSError as error:
+        name = str(error.filename).removeprefix(f"{folder}/")
+        return f"{name!r}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{CHECKSUMS} cannot be read"
+    return ""
+
+
+def require_untouched(path: Path, *, owner: str | None = None, contents: Callable[[str], bool] = everything) -> None:
+    """Refuse a file or folder that is not what a record beside or above it says; without a record it passes.
+
+    Args:
+        path: What is about to be read; it may be part of a folder of ours, or anybody's.
+        owner: As in `find_damage`.
+        contents: As in `find_damage`.
+
+    Raises:
+        UserError: Naming the file that has changed.
+    """
+    path = path.absolute()
+    folder = next((one for one in (path, *path.parents[:2]) if (one / CHECKSUMS).is_file()), None)
+    if folder is None:
+        return
+    below = path.relative_to(folder).as_posix()
+
+    def matters(name: str) -> bool:
+        return below in (".", name) or name.startswith(f"{below}/")
+
+    damage = find_damage(folder, owner=owner, files=matters, contents=contents)
+    if damage:
+        raise UserError(
+            f"{folder}: {damage}. Copy or make it again; if the change is meant, delete {folder / CHECKSUMS}"
+        )
+
+
+def hash_prefix(path: Path, size: int | None = None) -> str:
+    """Return the xxh3-128 of a file's first `size` bytes (None: all), as 32 hex digits."""
+    digest, left = xxh3_128(), path.stat().st_size if size is None else size
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(min(left, CHUNK_BYTES)):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""What a run has saved: its checkpoints, where it stood at each of them, and the links to the newest and the best."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config.errors import UserError
+from config.files import replacing, sync
+from config.settings import CheckpointSettings
+from trainers.run.run_dir import RunDir, remove
+
+
+@dataclass
+class RunProgress:
+    """Where a run stands, besides weights, optimizer and random numbers. All of it is JSON."""
+
+    examples: int = 0  # seen so far; with the seed, this is the position in the data
+    updates: int = 0  # optimizer steps taken
+    skipped: int = 0  # steps left out because they were not finite
+    evaluated_at: int = -1  # examples seen at the last evaluation; -1: none yet
+    evaluation: dict[str, float] = field(default_factory=dict)  # what it measured
+    identity: dict[str, str] = field(default_factory=dict)  # what a resumed run must agree on: keys of data, weights
+    objective: dict[str, float] = field(default_factory=dict)  # what it keeps from batch to batch
+    log: dict[str, Any] = field(default_factory=dict)  # state of the metrics log: lengths of its files, wandb id
+
+
+def step_of(folder: Path) -> int:
+    """Return the examples seen, of a folder `step-<examples>`."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def saved_checkpoints(run_path: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first; what has another name than they have is somebody else's."""
+    folders = (run_path / "checkpoints").glob("step-*")
+    return sorted((one for one in folders if re.fullmatch("step-[0-9]+", one.name) and one.is_dir()), key=step_of)
+
+
+def unusable(folder: Path, damage: str) -> UserError:
+    """Return the error for a checkpoint that is not what was saved there, with the way out."""
+    return UserError(
+        f"checkpoint {folder} cannot be used ({damage}); delete that folder to go on from the one before it (from the "
+        "beginning, if there is none)."
+    )
+
+
+def read_progress(folder: Path) -> RunProgress:
+    """Read where the run stood at a checkpoint.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        return RunProgress(**json.loads((folder / "state" / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise unusable(folder, "state/progress.json cannot be read") from error
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint so that no crash in between leaves a part of it that looks whole."""
+    discarded = folder.with_name(f".{folder.name}.discarded.partial")
+    folder.rename(discarded)
+    remove(discarded)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return whether a metric is best when small, as losses are; rewards, accuracies, log-probabilities are not."""
+    return "loss" in metric or metric.startswith("nll")
+
+
+def best_checkpoint(folders: list[Path], metric: str | None) -> Path | None:
+    """Return the checkpoint whose own evaluation was best, the later of equals; None if none was taken at one."""
+    if metric is None:
+        return None
+    scores = {}
+    for folder in folders:
+        progress = read_progress(folder)
+        if progress.evaluated_at == progress.examples and metric in progress.evaluation:
+            value = progress.evaluation[metric]
+            scores[folder] = (-value if lower_is_better(metric) else value, progress.examples)
+    return max(scores, key=lambda folder: scores[folder], default=None)
+
+
+def repair_links(run: RunDir, settings: CheckpointSettings) -> None:
+    """Point LATEST and BEST where they belong; call it under the run's lock.
+
+    A process that is killed between a checkpoint and its links leaves older ones behind.
+
+    Raises:
+        UserError: One of them is no link: a copy of the run has followed it, and would show these weights for ever.
+    """
+    for link in (run.latest, run.best):
+        if link.exists() and not link.is_symlink():
+            raise UserError(
+                f"{link} is no link: a copy of this run has put old weights in its place. Delete it, it is made anew "
+                f"from {run.checkpoints}; `cp -a` keeps links."
+            )
+    folders = saved_checkpoints(run.path)
+    targets = {run.latest: folders[-1] if folders else None, run.best: best_checkpoint(folders, settings.keep_best)}
+    for link, target in targets.items():
+        if target is not None:
+            point(link, target)
+        elif link.is_symlink() and not link.exists():
+            link.unlink()
+
+
+def point(link: Path, target: Path) -> None:
+    """Make a link of the run directory name a checkpoint; a reader sees the old or the new one."""
+    with replacing(link) as partial:
+        partial.unlink(missing_ok=True)  # of a process that was killed here
+        partial.symlink_to(target.relative_to(link.parent))
+    for folder in (target.parent, link.parent):
+        sync(folder)
