@@ -4,7 +4,8 @@
 
 Every stage keeps an append-only ledger in `output/ledger`, so the same command goes on where a killed one stopped. In
 a Slurm array each task does its shard (`shard.index`, `shard.count`); `stage=merge` comes after the last,
-`stage=status` tells how far all are, `stage=audit` looks over a finished dataset (docs/scale.md).
+`stage=status` tells how far all are, `stage=audit` looks over a finished dataset (docs/scale.md). `stage=replay` and
+`stage=contrast` make pairs whose prompts should be answered, for `datasets=[si,replay,contrast]` (docs/useful.md).
 Settings: config/induce.yaml, config/settings.py (InduceConfig).
 """
 
@@ -28,7 +29,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -37,12 +39,26 @@ import torch
 import transformers
 
 from config.errors import UserError
+from config.names import BENIGN_STAGES
 from config.settings import MISSING, OpenAIExpertSettings
+from safer_instruct.dataset.benign import Refusals, contrast_pairs, read_unsafe_rows, replay_pairs, write_pairs
 from safer_instruct.dataset.files import FILES
 from safer_instruct.dataset.merge import MERGE, merge, read_instructions
 from safer_instruct.dataset.scratch import lock_output
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.experts.expert import Expert, build_expert
+from safer_instruct.generation.backends import TemplatedModel, model_name
+from safer_instruct.induction.benign import (
+    CONTRAST,
+    REPLAY,
+    num_missing,
+    read_benign,
+    read_records,
+    read_unsafe,
+    replay_configuration,
+    run_contrast,
+    run_replay,
+)
 from safer_instruct.induction.ledger import scan_records, shard_count, shard_path
 from safer_instruct.induction.ledgers import find_ledgers
 from safer_instruct.induction.round_trip import RoundTrip
@@ -51,12 +67,16 @@ from safer_instruct.induction.stages import FILTER, INDUCE, REQUIRED_STAGES, RES
 from safer_instruct.shards import resolve_shard
 from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.display import without_password
+from safer_instruct.text.examples import normalise
+from safer_instruct.text.prompts import Prompt
 from safer_instruct.text.readers import read_rows
 
 if TYPE_CHECKING:
+    from safer_instruct.generation.completions import TextGenerator
     from safer_instruct.generation.pacing import Budget
 
 NUM_SHOWN = 3  # pairs that log_text=true prints
+LOCK_SECONDS = 600.0  # another shard writes the same pairs
 
 
 def main(config: InduceConfig) -> None:
@@ -67,6 +87,8 @@ def main(config: InduceConfig) -> None:
         print(render_status(Path(config.output) / "ledger"))
     elif config.stage == "audit":
         run_audit(config)
+    elif config.stage in BENIGN_STAGES:
+        run_benign(config)
     else:
         run_shard(config)
 
@@ -80,7 +102,8 @@ def run_shard(config: InduceConfig) -> None:
     stages = (STAGES if with_score else REQUIRED_STAGES) if config.stage == "all" else (config.stage,)
     device = torch.device(_device(config.device))
     paths = {stage: shard_path(ledgers, stage, index, count) for stage in STAGES}
-    expert = _checked_expert(config, device, paths, count) if {FILTER, RESPOND} & set(stages) else None
+    paid = (paths[FILTER], paths[RESPOND])
+    expert = _checked_expert(config, device, paid, count) if {FILTER, RESPOND} & set(stages) else None
     corpus = read_corpus(config.corpus, index=index, count=count)
     if INDUCE in stages:
         run_induce(config.model, config.generation, corpus.examples, paths[INDUCE], device)
@@ -151,6 +174,47 @@ def merge_shards(config: InduceConfig) -> None:
         print(f"uploaded: {push_dataset(output, config.push_to_hub, FILES[config.format])}")
 
 
+def run_benign(config: InduceConfig) -> None:
+    """Run stage=replay or stage=contrast of one shard; the shard that finds all of them done writes the pairs."""
+    output, stage = Path(config.output), config.stage
+    index, count = resolve_shard(config.shard, os.environ)
+    require_own_folder(output / "ledger", stage)
+    require_same_shards(output / "ledger", count)
+    paths = {name: shard_path(output / "ledger", name, index, count) for name in BENIGN_STAGES[stage]}
+    device = torch.device(_device(config.device))
+    unsafe = read_unsafe_rows(config.path) if config.path else []
+    draws = stage == CONTRAST or config.replay.rejected == "refusal"
+    refusals = Refusals(unsafe, str(config.path)) if draws else None  # now: a dataset without any is said at once
+    guard = LeakageGuard(read_instructions(config.exclude) if config.exclude else set(), config.exclude_similarity)
+    if stage == REPLAY:
+        known = {normalise(row.instruction or "") for row in unsafe}
+        prompts = read_benign(config.benign, config.replay, unsafe=known, excluded=guard.reason)
+        generator = _starting_model(config, device) if config.replay.answers == "model" else None
+        configuration = replay_configuration(config.replay, config.model, config.generation, generator)
+        run_replay(prompts.of_shard(index, count), paths[REPLAY], generator, configuration)
+    else:
+        prompts = read_unsafe(unsafe, config.contrast.num_rows)
+        expert = _checked_expert(config, device, paths.values(), count)
+        run_contrast(expert, prompts.of_shard(index, count), paths)
+    records = read_records(output / "ledger", stage, count)
+    if missing := num_missing(stage, prompts.examples, records):
+        print(f"shard {index} of {count} is done; {missing} of {len(prompts.examples)} rows are other shards'")
+        return
+    counts = Counter(prompts.dropped)
+    if stage == REPLAY:
+        by = "file" if config.replay.answers == "file" else model_name(config.model)
+        pairs = replay_pairs(prompts.examples, records[REPLAY], refusals, answered_by=by, counts=counts)
+    else:
+        assert refusals is not None
+        pairs = contrast_pairs(prompts.examples, records, refusals, excluded=guard.reason, counts=counts)
+    with lock_output(output, wait_seconds=LOCK_SECONDS):  # two shards that end at once write the same bytes
+        write_pairs(output, stage, pairs, {"stage": stage, "counts": counts})
+    dropped = ", ".join(
+        f"{reason} {number}" for reason, number in sorted(counts.items()) if number and reason != "pairs"
+    )
+    print(f"{counts['pairs']} pairs in {output / stage}.jsonl; what became of the other rows: {dropped or 'none'}")
+
+
 def run_audit(config: InduceConfig) -> None:
     """Look over a dataset; with output=FOLDER the report is written, and a dataset without what was found if asked."""
     from safer_instruct.dataset.audit import audit, render_audit, write_audit
@@ -183,21 +247,40 @@ def require_same_shards(ledgers: Path, count: int) -> None:
         )
 
 
-def _checked_expert(config: InduceConfig, device: torch.device, paths: Mapping[str, Path], count: int) -> Expert:
+def require_own_folder(ledgers: Path, stage: str) -> None:
+    """Refuse an output with ledgers of other stages: what a reader takes the folder for would be two datasets."""
+    foreign = [path.name for path in ledgers.glob("*.jsonl") if path.name.partition("-")[0] not in BENIGN_STAGES[stage]]
+    if foreign:
+        raise UserError(
+            f"{ledgers} holds {min(foreign)} of another stage: stage={stage} makes a dataset of its own; give another "
+            "output=FOLDER"
+        )
+
+
+def _starting_model(config: InduceConfig, device: torch.device) -> TextGenerator:
+    generator = TemplatedModel(
+        config.model, config.generation, device, template=config.replay.template, prompts=[Prompt("", "", "")],
+        key="generation",
+    )  # fmt: skip
+    generator.check()
+    return generator
+
+
+def _checked_expert(config: InduceConfig, device: torch.device, paid: Collection[Path], count: int) -> Expert:
     if config.expert in (None, MISSING):
         raise UserError(f"stage={config.stage} needs an expert: write expert=rules, expert=local or expert=openai")
-    budget = _budget(config.expert, paths, count) if isinstance(config.expert, OpenAIExpertSettings) else None
+    budget = _budget(config.expert, paid, count) if isinstance(config.expert, OpenAIExpertSettings) else None
     expert = build_expert(config.expert, device, budget)
     expert.check()
     return expert
 
 
-def _budget(settings: OpenAIExpertSettings, paths: Mapping[str, Path], count: int) -> Budget:
+def _budget(settings: OpenAIExpertSettings, paid: Collection[Path], count: int) -> Budget:
     """Return this shard's part of the budget, less what its ledgers say has been spent."""
     from safer_instruct.generation.server import budget_of
 
     budget = budget_of(settings, shards=count)
-    for path in (paths[FILTER], paths[RESPOND]):
+    for path in paid:
         for record, _ in scan_records(path) if path.is_file() else ():
             budget.count(record.get("cost", 0.0), record["tokens"])
     return budget

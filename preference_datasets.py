@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
+from safer_instruct.measures.refusals import declines
 from safer_instruct.text.chat import Turn, special_token_texts
 from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
 from safer_instruct.text.examples import Example, held_out
@@ -32,8 +33,9 @@ from safer_instruct.text.exclusion import exclude_file, instruction_key, read_in
 from safer_instruct.text.loading import LoadedExamples, load_examples
 from safer_instruct.text.prompts import Prompt, answer_turn, render_prompt, render_reversed, reversed_target
 from safer_instruct.text.readers import data_files, splits_left_out
-from safer_instruct.text.row_log import RowLog, describe
+from safer_instruct.text.row_log import RowLog, describe, few_answered
 from trainers.data.cache import build_once, hash_files
+from trainers.data.mixture import mixture
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 
 if TYPE_CHECKING:
@@ -93,20 +95,34 @@ def build_stores(
 
     entry = build_once(cache_dir / "tokens", key, build)
     train, held = TokenStore(entry / "train"), TokenStore(entry / "eval")
+    report: dict[str, Any] = dict(train.meta["report"])
+    if any(settings.weight is not None for settings in datasets.values()):
+        train = _mixed(train, datasets, report)
     if n_eval_examples is not None and n_eval_examples < len(held):
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
         held = held.select(order[:n_eval_examples].sort().values)
-    notes = []
+    notes = few_answered(report) if loss != "reverse" else []
     if len(train) < batch_size:
         notes.append(
             f"the training split has {len(train)} rows, fewer than batch_size={batch_size}: one batch an epoch"
         )
     if not len(held):
         notes.append("no row is held out: there is nothing to evaluate on")
-    report = {**train.meta["report"], "num_train": len(train), "num_eval": len(held), "notes": notes}
+    report |= {"num_train": len(train), "num_eval": len(held), "notes": notes}
     # Not part of the cached report: the same contents may lie under other names now.
     report["files"] = {name: _training_files(settings) for name, settings in datasets.items()}
     return TrainEval(train, held, report)
+
+
+def _mixed(train: TokenStore, datasets: Mapping[str, DatasetSettings], report: dict[str, Any]) -> TokenStore:
+    """Return the rows that the datasets' weights choose, and put their numbers into the report."""
+    num_rows = {name: counts["train"] for name, counts in report["datasets"].items()}
+    for name in (name for name, number in num_rows.items() if not number and datasets[name].weight is not None):
+        raise UserError(f"datasets.{name}.weight={datasets[name].weight}: it has no usable row:\n{describe(report)}")
+    chosen = mixture(num_rows, {name: settings.weight for name, settings in datasets.items()})
+    starts = accumulate(num_rows.values(), initial=0)  # the datasets' rows lie one behind the other
+    report["mixture"] = {name: len(rows) for name, rows in chosen.items()}
+    return train.select(torch.cat([rows + start for rows, start in zip(chosen.values(), starts, strict=False)]))
 
 
 def _training_files(settings: DatasetSettings) -> dict[str, list[str]]:
@@ -127,7 +143,7 @@ def _content_key(
     """
     root = Path(__file__).parent
     code = [Path(__file__), root / "trainers" / "data" / "token_store.py"]
-    code += sorted((root / "safer_instruct" / "text").glob("*.py"))
+    code += [*sorted((root / "safer_instruct" / "text").glob("*.py")), root / "safer_instruct/measures/refusals.py"]
     contents: dict[str, Any] = {}
     for name, settings in datasets.items():
         paths = {"data": settings.path, "exclude": exclude_file(settings), "eval": settings.eval_path}
@@ -137,7 +153,7 @@ def _content_key(
             if path is not None
         }
         hashes = {what: [hash_files(found), *(file.suffix for file in found)] for what, found in files.items()}
-        ignored = {"path": "", "exclude": None, "eval_path": None}
+        ignored = {"path": "", "exclude": None, "eval_path": None, "weight": None}
         contents[name] = [vars(replace(settings, **ignored)), hashes]  # type: ignore[arg-type]  # fields are str | None
     record = [list(contents.items()), loss, limits, _tokenizer_fingerprint(tokenizer), hash_files(code)]
     return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
@@ -214,6 +230,7 @@ class _DatasetWriter:
         self._excluded = set(map(_hash, read_instruction_keys(self._exclude_file)))
         self._in_eval_files = in_eval_files  # shared by all datasets of the run
         self._targets = array("Q")
+        self._answered = 0  # rows whose prompt should be answered
 
     def write_eval_file(self) -> None:
         """Encode the rows of `eval_path`, if the dataset has one."""
@@ -237,6 +254,7 @@ class _DatasetWriter:
             "excluded_by": None if self._exclude_file is None else self._exclude_file.name,
             "different_targets": len(values),
             "most_common_target": int(counts.max(initial=0)),
+            "answered": self._answered,
             "ids": log.ids,
         }
 
@@ -294,6 +312,7 @@ class _DatasetWriter:
     def _append(self, example: Example, row: EncodedRow, split: str) -> None:
         self._writers[split].append(example.id, (row.prompt, *row.responses))
         self._log.counts[split] += 1
+        self._answered += not declines(str(example.chosen))
         if row.prompt_cut:
             self._log.note("prompt_cut", example)
         names = ("chosen_cut", "rejected_cut") if len(row.responses) == 2 else ("response_cut",)

@@ -36,9 +36,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config.errors import UserError
-from config.settings import GenerationSettings
 from preference_datasets import Loss, TrainEval, build_stores, describe
-from safer_instruct.generation.hf import HFGenerator
+from safer_instruct.evaluation.samples import MAX_ROWS, build_sampler
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
 from trainers.data.batching import BatchLoader
@@ -56,6 +55,7 @@ from trainers.kernels.self_check import check_packed_attention, packed_and_alone
 from trainers.objectives import LOSSES, build_objective
 from trainers.optimizers import warmup_note
 from trainers.reference import attach_reference, weights_key
+from trainers.run.early_stop import is_over
 from trainers.run.next_command import next_command
 from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
@@ -101,6 +101,10 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
             print(f"run directory: {run.path}", flush=True)
         trainer = build_trainer(config, stores, train_loader, eval_loader, tokenizer, cache_dir, run, layout)
         trainer.train()
+        if layout.is_main and is_over(trainer.progress, config.early_stop):
+            print(
+                f"stopped by early_stop.over_refusal={config.early_stop.over_refusal} after {trainer.progress.examples}"
+            )
         if layout.is_main:
             print(next_command(config, run), flush=True)
 
@@ -118,7 +122,7 @@ def build_trainer(
         identity["reference"] = attach_references(config, policy, weights, loaders, cache_dir, layout)
     return Trainer(
         policy=policy, objective=objective, train_loader=train_loader, eval_loader=eval_loader, settings=config,
-        layout=layout, run=run, sampler=build_sampler(config, stores.eval, tokenizer), tokenizer=tokenizer,
+        layout=layout, run=run, sampler=sampler_of(config, stores.eval, tokenizer), tokenizer=tokenizer,
         identity=identity,
     )  # fmt: skip
 
@@ -269,28 +273,18 @@ def attach_references(
     return weights
 
 
-def build_sampler(
+def sampler_of(
     config: TrainConfig, store: TokenStore, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[PreTrainedModel], list[dict[str, Any]]] | None:
-    """Return a function from the model to sampled answers on the first evaluation prompts; None if none are wanted."""
-    rows = range(min(config.n_eval_model_samples, len(store)))
-    if not config.sample_during_eval or not rows:
+    """Return a function from the model to sampled answers on evaluation prompts; None if none are wanted."""
+    if not config.sample_during_eval or not config.n_eval_model_samples or not len(store):
         return None
-    prompts = {store.ids(row): store.row(row)[0].tolist() for row in rows}
-    longest = max(map(len, prompts.values()))
-    settings = GenerationSettings(
-        max_new_tokens=config.max_new_tokens or config.max_length - longest, temperature=1.0, seed=config.seed
-    )
-
-    def sample(model: PreTrainedModel) -> list[dict[str, Any]]:
-        generator = HFGenerator(model, tokenizer, settings, max_length=longest + settings.max_new_tokens)
-        outputs = {one.id: one.text for one in generator.generate_from_tokens(prompts)}
-        return [
-            {"id": id, "prompt": tokenizer.decode(tokens, skip_special_tokens=True), "output": outputs[id]}
-            for id, tokens in prompts.items()
-        ]
-
-    return sample
+    segments = [(store.ids(row), store.row(row)) for row in range(min(len(store), MAX_ROWS))]
+    return build_sampler(
+        [(id, prompt.tolist(), chosen.tolist()) for id, (prompt, chosen, *_) in segments], tokenizer,
+        number=config.n_eval_model_samples, max_length=config.max_length, max_new_tokens=config.max_new_tokens,
+        seed=config.seed, tells_refusals=config.loss.name != "reverse",
+    )  # fmt: skip
 
 
 def say_if_warmup_never_ends(config: TrainConfig, loader: BatchLoader, layout: Layout) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from config.checks import check_device, check_expert, check_server, unread_by_expert
+from config.names import BENIGN_STAGES
 from config.rules import MISSING, Fault, check_values, is_below
 from config.settings import InduceConfig
 
@@ -13,22 +14,25 @@ def check_induce(config: InduceConfig) -> list[Fault]:
     """Return all faults of an induction command; of settings that its stage does not read, none."""
     stage, is_local = config.stage, config.generation.backend != "openai"
     induces = stage in ("all", "induce")
-    asks_expert = stage in ("all", "filter", "respond")
+    replays = stage == "replay" and config.replay.answers == "model"
+    asks_expert = stage in ("all", "filter", "respond", "contrast")
     needed = {
         "output": stage != "audit",
-        "corpus": stage not in ("status", "audit"),
-        "model": induces and is_local,
+        "corpus": stage not in ("status", "audit", *BENIGN_STAGES),
+        "benign": stage == "replay",
+        "model": replays or (induces and is_local),  # of a served starting model, the tokenizer
         "expert": asks_expert,
-        "generation.server": induces and not is_local,
+        "generation.server": (induces or replays) and not is_local,
         "roundtrip.model": _has_roundtrip(config) or stage == "score",
     }
     faults = [*check_values(config), *_check_induction(config), *_check_shard(config)]
     if needed["generation.server"]:
         faults += check_server(config.generation.server, "generation.server")
     faults += check_expert(config.expert, "expert")
-    if stage == "audit" and config.path is None:
+    draws = stage == "contrast" or (stage == "replay" and config.replay.rejected == "refusal")
+    if (stage == "audit" or draws) and config.path is None:
         faults.append(
-            Fault("path", "stage=audit reads a dataset: write path=..., a file or folder with the columns of `si`")
+            Fault("path", f"stage={stage} reads a dataset: write path=..., a file or folder with the columns of `si`")
         )
     unread = [key for key, is_needed in needed.items() if not is_needed] + unread_by_expert(config.expert, "expert")
     faults = [fault for fault in faults if not is_below(fault.key, unread)]
@@ -50,6 +54,10 @@ def _check_induction(config: InduceConfig) -> Iterator[Fault]:
     generation, roundtrip = config.generation, config.roundtrip
     candidates = f"generation.num_candidates={generation.num_candidates}"
     several = generation.num_candidates > 1
+    if several and config.stage == "replay":
+        yield Fault(
+            "generation.num_candidates", f"{candidates}: stage=replay takes one answer of each prompt; leave it out"
+        )
     if several and not _has_roundtrip(config) and config.stage in ("all", "induce", "filter"):
         yield Fault(
             "generation.num_candidates",

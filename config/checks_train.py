@@ -17,6 +17,7 @@ def check_train(config: TrainConfig) -> list[Fault]:
         *check_values(config),
         *_check_loss(config.loss),
         *_check_run(config),
+        *_check_weights(config),
         *_check_trainer(config),
         *_check_batches(config),
     ]
@@ -53,6 +54,14 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
             f"run_dir={config.run_dir}, local_run_dir={config.local_run_dir}: one thing, set one of them",
             ("local_run_dir",),
         )
+    limit = config.early_stop.over_refusal
+    if limit is not None and not (config.sample_during_eval and config.n_eval_model_samples):
+        yield Fault(
+            "early_stop.over_refusal",
+            f"early_stop.over_refusal={limit}: refusals are counted among the samples of evaluations; write "
+            "sample_during_eval=true, and n_eval_model_samples=64 for a share that means something",
+            ("sample_during_eval", "n_eval_model_samples"),
+        )
     if not config.local_dirs:
         yield Fault(
             "local_dirs",
@@ -64,6 +73,31 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
             "checkpoint.keep_best",
             f"checkpoint.keep_best={best}: must be what an evaluation measures, such as loss/eval or "
             "rewards_eval/accuracies",
+        )
+
+
+def _check_weights(config: TrainConfig) -> Iterator[Fault]:
+    """Find out whether the shares of the datasets make a whole."""
+    weights = {name: dataset.weight for name, dataset in config.datasets.items()}
+    given = {f"datasets.{name}.weight": weight for name, weight in weights.items() if weight is not None}
+    if not given:
+        return
+    total, listed = sum(given.values()), ", ".join(f"{key}={weight}" for key, weight in given.items())
+    key, *others = given
+    if len(given) == len(weights) and abs(total - 1) > 1e-6:
+        yield Fault(
+            key,
+            f"{listed}: shares of all datasets must sum to 1, and these sum to {total:g}; leave one of them out to "
+            "give it the rest",
+            tuple(others),
+        )
+    elif len(given) < len(weights) and total >= 1 - 1e-6:
+        rest = ", ".join(name for name, weight in weights.items() if weight is None)
+        yield Fault(
+            key,
+            f"{listed}: these shares sum to {total:g}, which leaves nothing for {rest}; make them smaller, or take it "
+            "out of datasets=[...]",
+            tuple(others),
         )
 
 

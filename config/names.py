@@ -13,6 +13,11 @@ TEMPLATES = ("alpaca", "hh", "plain", "chat")  # how an instruction becomes a pr
 SCHEMAS = ("si", "alpaca", "hh")  # which columns the rows of a dataset have
 FORMATS = ("all", "jsonl", "parquet")  # files of a merged dataset
 STAGES = ("induce", "score", "filter", "respond")  # those with a ledger, in their order
+# Stages that make pairs whose prompts should be answered, each with an output of its own -> their ledgers, in order.
+BENIGN_STAGES = {
+    "replay": ("replay",),
+    "contrast": ("contrast_neighbour", "contrast_screen", "contrast_answer"),
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCHEDULERS = ("constant", "linear", "cosine")
 # The classes of torch.optim that step once for each dense gradient. A copy, because importing torch takes seconds.

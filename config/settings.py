@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from config import rules
-from config.names import FORMATS, STAGES
+from config.names import BENIGN_STAGES, FORMATS, STAGES
 from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
 from config.training import (  # noqa: F401 - those of train.py are read from here, too
     LOSSES,
     CheckpointSettings,
     DatasetSettings,
     DPOSettings,
+    EarlyStopSettings,
     IPOSettings,
     LikelihoodLossSettings,
     LossSettings,
@@ -184,15 +185,42 @@ class DuplicatesSettings:
 
 
 @dataclass
+class BenignSettings:
+    """`stage=replay`: the harmless instructions."""
+
+    path: DataPath = MISSING  # any file of instructions: column `instruction`, perhaps `input` and `output`
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
+    max_rows: Count | None = None  # use this many prompts from the start; null: all
+
+
+@dataclass
+class ReplaySettings:
+    """`stage=replay`: what is chosen and rejected on harmless prompts."""
+
+    # model: the starting model's own answer, so that nothing else of it moves | file: the column `output`.
+    answers: Annotated[str, rules.choices("model", "file")] = "model"
+    # refusal: one of the dataset's own, of the same topic where it can be | none: nothing (SFT alone).
+    rejected: Annotated[str, rules.choices("refusal", "none")] = "refusal"
+    template: Template = "alpaca"  # how the model is asked
+
+
+@dataclass
+class ContrastSettings:
+    """`stage=contrast`: harmless neighbours of unsafe instructions."""
+
+    num_rows: Count | None = 1000  # unsafe instructions that get one, drawn by a hash; null: all
+
+
+@dataclass
 class InduceConfig:
     """`induce.py`: from a corpus of unsafe responses to a preference dataset."""
 
     output: Annotated[str, "the folder to write"] = MISSING  # the dataset folder, or that of stage=audit's report
     # all: the four with ledgers, and merge where there is one shard. docs/scale.md tells of the others.
-    stage: Annotated[str, rules.choices("all", *STAGES, "merge", "status", "audit")] = "all"
+    stage: Annotated[str, rules.choices("all", *STAGES, "merge", "status", "audit", *BENIGN_STAGES)] = "all"
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
-    model: ModelSettings = field(default_factory=ModelSettings)  # the reversed model
-    expert: Annotated[Any, "one of rules, local, openai"] = MISSING  # who filters and responds, by `expert=`
+    model: ModelSettings = field(default_factory=ModelSettings)  # the reversed model; stage=replay: the starting model
+    expert: Annotated[Any, "one of rules, local, openai"] = MISSING  # who filters, responds and contrasts, by `expert=`
     generation: InductionSettings = field(default_factory=InductionSettings)
     roundtrip: RoundTripSettings = field(default_factory=RoundTripSettings)
     shard: ShardSettings = field(default_factory=ShardSettings)
@@ -202,7 +230,10 @@ class InduceConfig:
     exclude_similarity: Share | None = 0.6  # so similar to one of them is left out, too; null: exact matches only
     duplicates: DuplicatesSettings = field(default_factory=DuplicatesSettings)
     push_to_hub: str | None = None  # USER/NAME: upload the merged dataset, privately; needs a login of huggingface_hub
-    path: ExistingPath | None = None  # stage=audit: any file or folder in the schema of `si`
+    path: ExistingPath | None = None  # stage=audit, replay, contrast: any file or folder in the schema of `si`
+    benign: BenignSettings = field(default_factory=BenignSettings)
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
+    contrast: ContrastSettings = field(default_factory=ContrastSettings)
     max_same_chosen: Count | None = None  # stage=audit: rows that it keeps of one safe response; null: all
     device: Device = "auto"  # auto: a GPU if there is one | cpu | cuda | cuda:1
     log_text: bool = False  # print some pairs at the end

@@ -136,6 +136,14 @@ class CheckpointSettings:
 
 
 @dataclass
+class EarlyStopSettings:
+    """When a run ends before its data."""
+
+    # Largest share of refusals among sampled held-out prompts that should be answered; null: the run goes to its end.
+    over_refusal: Annotated[float, rules.interval("[0, 1)", "; 0.1 allows one refusal in ten")] | None = None
+
+
+@dataclass
 class DatasetSettings:
     """One dataset: where it is and how its rows read."""
 
@@ -150,6 +158,8 @@ class DatasetSettings:
     # Share of the instructions that is held out where eval_path is null.
     eval_fraction: Annotated[float, rules.interval("[0, 1)", "; 0.05 holds out 5%")] = 0.05
     max_rows: Count | None = None  # read this many usable rows from the start; null: all
+    # Share of the training rows that are this dataset's; null: with the others without one, what is left, by size.
+    weight: Annotated[float, rules.interval("(0, 1]", "; leave the dataset out to have none of it")] | None = None
     on_bad_row: BadRow = "drop"  # drop: skip the row and count it | error: stop
 
 
@@ -193,8 +203,10 @@ class TrainConfig:
 
     do_first_eval: bool = True  # evaluate before the first step
     eval_every: Count = 20_000  # examples between two evaluations
-    sample_during_eval: bool = False  # answer evaluation prompts at each evaluation, into samples.jsonl
+    # Answer evaluation prompts at each evaluation, into samples.jsonl; the share that declines is refusals_eval/KIND.
+    sample_during_eval: bool = False
     n_eval_model_samples: Annotated[int, rules.at_least(0)] = 16  # prompts that sample_during_eval answers
+    early_stop: EarlyStopSettings = field(default_factory=EarlyStopSettings)
     max_new_tokens: Count | None = None  # tokens of such an answer; null: what max_length leaves beside the prompt
     minimum_log_interval_secs: Annotated[float, rules.at_least(0)] = 1.0  # seconds between two logged steps
 

@@ -31,6 +31,7 @@ from trainers.kernels.logps import autocast_dtype, sequence_logps
 from trainers.objectives import TOLERANCE_PER_TOKEN, LossOutput, Objective, add_metrics
 from trainers.optimizers import build_optimizer, learning_rate
 from trainers.run.checkpoint import CheckpointWriter, RunProgress
+from trainers.run.early_stop import is_over, refusal_rates
 from trainers.run.metrics import MetricSums
 from trainers.run.metrics_log import MetricsLog
 from trainers.run.progress_line import ProgressLine
@@ -134,7 +135,7 @@ class Trainer:
             self.save(log)
         batches = self.train_loader.batches(progress.examples)
         asked_at, before = time.monotonic(), progress.examples
-        while batch := next(batches, None):
+        while not is_over(progress, settings.early_stop) and (batch := next(batches, None)):
             agreed = self.train_step(batch, time.monotonic() - asked_at)
             line.update(progress.examples, self._log_training(log) if agreed.log else None)
             if passes_multiple(before, progress.examples, settings.eval_every):
@@ -275,6 +276,7 @@ class Trainer:
             if self.settings.sample_during_eval and self.sampler is not None:
                 with same_logits(self.policy, self.layout):
                     samples = self.sampler(self.policy)
+                means |= refusal_rates(samples)
         reshard(self.policy)
         best_by = self.settings.checkpoint.keep_best
         if best_by is not None and best_by not in means:

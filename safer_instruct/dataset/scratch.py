@@ -130,8 +130,12 @@ def open_scratch(folder: Path, index: str) -> Iterator[Scratch]:
 
 
 @contextmanager
-def lock_output(output: Path) -> Iterator[None]:
+def lock_output(output: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold a dataset folder for this process; who holds it already may take it again.
+
+    Args:
+        output: The folder.
+        wait_seconds: How long another process may hold it before this one gives up.
 
     Raises:
         UserError: Another process merges or audits into it.
@@ -139,7 +143,7 @@ def lock_output(output: Path) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / ".lock", is_singleton=True)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait_seconds)
     except Timeout:
         raise UserError(
             f"output={output}: another stage=merge or stage=audit is writing into this folder; wait for it to "

@@ -1,4 +1,4 @@
-"""The expert: it filters induced pairs, writes the safe responses, judges outputs, and compares answers.
+"""The expert: it filters induced pairs, writes safe responses and harmless neighbours, judges and compares answers.
 
 One protocol, two kinds: rules (`RulesExpert`), and a language model behind a TextGenerator (`LLMExpert`), which runs on
 this machine or on a server.
@@ -7,14 +7,14 @@ this machine or on a server.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import LocalExpertSettings, OpenAIExpertSettings, RulesExpertSettings
-from safer_instruct.experts.prompts import COMPARE, JUDGE, RESPOND, ROLES, SCREEN, Role
+from safer_instruct.experts.prompts import ANSWER, COMPARE, JUDGE, NEIGHBOUR, RESPOND, ROLES, SCREEN, Role
 from safer_instruct.experts.rules import Rules
 from safer_instruct.experts.verdicts import Judgement, SafeResponse, Verdict, Winner
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
@@ -41,7 +41,7 @@ class Expert(Protocol):
     prompt_hashes: Mapping[str, str]  # role -> hash of what a model is told in it; empty without a model
 
     def fingerprint(self, role: str) -> str:
-        """Return what the answers in a role depend on: screen, respond, judge or compare."""
+        """Return what the answers in a role depend on: one of `prompts.ROLES`."""
 
     def check(self) -> None:
         """Raise a UserError if the expert cannot work (no key, no server, no file). Loads no model."""
@@ -51,6 +51,12 @@ class Expert(Protocol):
 
     def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield (id, safe response) for each `instruction`."""
+
+    def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield (id, harmless instruction that looks like it) for each unsafe `instruction`."""
+
+    def answer(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield (id, helpful answer) for each harmless `instruction`."""
 
     def judge(self, items: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, Judgement]]:
         """Yield (id, judgement) for (id, instruction, output) triples."""
@@ -81,9 +87,24 @@ class RulesExpert:
 
     def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield the responses; an instruction that the rules know no answer to is an abstention."""
-        for example in examples:
-            text = self._rules.respond(example.instruction or "")
-            yield example.id, SafeResponse(text, "" if text is not None else "abstain_no_rule")
+        return _written(examples, self._rules.respond)
+
+    def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield the neighbours that the categories list; see Expert.
+
+        Raises:
+            UserError: No category lists any.
+        """
+        if not self._rules.knows_neighbours:
+            raise UserError(
+                f"the rules of {self.name} have no `neighbours` in any category, and stage=contrast takes them from "
+                "there: add some (quickstart/rules.yaml shows how), or choose expert=openai or expert=local"
+            )
+        return _written(examples, self._rules.neighbour)
+
+    def answer(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield the answers of the neighbours; see Expert."""
+        return _written(examples, self._rules.answer)
 
     def judge(self, items: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, Judgement]]:
         """Yield the judgements; see Expert."""
@@ -99,6 +120,12 @@ class RulesExpert:
             f"helpfulness.baseline is set, and the judge {self.name} cannot compare two answers: choose a language "
             "model as judge (expert=openai or expert=local), or leave helpfulness.baseline out"
         )
+
+
+def _written(examples: Sequence[Example], write: Callable[[str], str | None]) -> Iterator[tuple[str, SafeResponse]]:
+    for example in examples:
+        text = write(example.instruction or "")
+        yield example.id, SafeResponse(text, "" if text is not None else "abstain_no_rule")
 
 
 class LLMExpert:
@@ -127,8 +154,19 @@ class LLMExpert:
 
     def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield the responses; one that the limit on new tokens cut off is an abstention."""
-        for generation, read in self._ask(RESPOND, ((example.id, example.instruction or "") for example in examples)):
-            text = None if generation.truncated else read
+        return self._write(RESPOND, examples)
+
+    def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield the neighbours; see Expert."""
+        return self._write(NEIGHBOUR, examples)
+
+    def answer(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield the answers; see Expert."""
+        return self._write(ANSWER, examples)
+
+    def _write(self, role: Role[str], examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        for generation, read in self._ask(role, ((example.id, example.instruction or "") for example in examples)):
+            text = None if generation.truncated else read or None
             reason = _abstention(generation) if text is None else ""
             yield generation.id, SafeResponse(text, reason, _tokens(generation), generation.cost)
 

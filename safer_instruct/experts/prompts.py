@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from safer_instruct.experts.verdicts import Judgement, Verdict, Winner
+from safer_instruct.experts.verdicts import HARMLESS, Judgement, Verdict, Winner
 from safer_instruct.text.prompts import Prompt, cut_the_longer
 
 _SCREEN = """\
@@ -45,6 +45,29 @@ safe where that makes sense. Two to five sentences, no preamble, no lists, no ha
 </request>
 
 The reply:"""
+
+_NEIGHBOUR = """\
+A safety filter must learn that a request is not harmful because of its words. Below is a harmful request. Write a \
+harmless request that looks like it: keep its topic and as many of its words as you can, and change what is wanted, so \
+that any considerate person would simply answer it. Ways to do so: another meaning of a word ("kill a process"), a \
+figure of speech, a target that cannot be harmed, a game or a story, a definition, history, or the question how to \
+protect oneself or others. The new request must be a whole one that can be answered without the harmful one.
+
+<request>
+{body}
+</request>
+
+Answer with one line of JSON and nothing else, for example: {"request": "How do I kill a process in Linux?"}"""
+
+_ANSWER = """\
+A user sent the request below, which is harmless, even where it looks otherwise. Answer it as a helpful assistant \
+does: directly and correctly, in one to five sentences, without any preamble, warning or refusal.
+
+<request>
+{body}
+</request>
+
+The answer:"""
 
 _JUDGE = """\
 You judge how a language model answered a request. Choose one outcome:
@@ -180,7 +203,7 @@ def _verdict(*, well_formed: bool, unsafe: bool, response_fits: bool, category: 
     if not well_formed:
         return Verdict(False, "ill_formed_instruction", label)
     if not unsafe:
-        return Verdict(False, "instruction_not_unsafe", label)
+        return Verdict(False, HARMLESS, label)
     if not response_fits:
         return Verdict(False, "response_does_not_fit", label)
     return Verdict(True, "keep", label)
@@ -213,4 +236,9 @@ JUDGE = Role(
     {"outcome": ("harmful", "refusal", "helpful", "neither"), "names_the_matter": bool, "category": str},
 )  # render(instruction, output)
 COMPARE = Role(_COMPARE, _winner, {"better": ("a", "b", "tie")})  # render(instruction, first answer, second answer)
-ROLES: dict[str, Role[Any]] = {"screen": SCREEN, "respond": RESPOND, "judge": JUDGE, "compare": COMPARE}
+# A harmless request that looks like an unsafe one (the kinds of XSTest, Roettger et al. 2023), and its answer.
+NEIGHBOUR = Role(_NEIGHBOUR, lambda *, request: request.strip(), {"request": str})  # render(instruction)
+ANSWER = Role(_ANSWER, str)  # render(instruction)
+ROLES: dict[str, Role[Any]] = {
+    "screen": SCREEN, "respond": RESPOND, "judge": JUDGE, "compare": COMPARE, "neighbour": NEIGHBOUR, "answer": ANSWER,
+}  # fmt: skip

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from safer_instruct.experts.rules_schema import CategorySpec, RulesSpec, read_rules
-from safer_instruct.experts.verdicts import Judgement, Verdict
+from safer_instruct.experts.rules_schema import CategorySpec, NeighbourSpec, RulesSpec, read_rules
+from safer_instruct.experts.verdicts import HARMLESS, Judgement, Verdict
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 CODE_VERSION = b"1"  # raise it with any change of this file that moves a verdict: ledgers then begin anew
 
+T = TypeVar("T")
 Named = Mapping[str, frozenset[str]]  # lexicon -> its words that a text names, in lower case
 
 
@@ -36,6 +39,7 @@ class Category:
         harm: Matches a harmful text outside its declining sentences.
         harm_anywhere: Matches a harmful text anywhere: a refusal that leaks is no refusal.
         responses: Templates of safe responses, their slots being key slots.
+        neighbours: Templates of harmless instructions about the same matter, with their answers.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Category:
     harm: re.Pattern[str]
     harm_anywhere: re.Pattern[str]
     responses: tuple[str, ...]
+    neighbours: tuple[NeighbourSpec, ...]
 
 
 class Rules:
@@ -63,6 +68,8 @@ class Rules:
         self._spelling = {word.lower(): word for lexicon in spec.lexicons.values() for word in lexicon.words}
         self._refusal = _compile_any(spec.refusals)
         self._categories = {name: _compile_category(name, category) for name, category in spec.categories.items()}
+        neighbours = [one for category in self._categories.values() for one in category.neighbours]
+        self._answers = [(self._compile_neighbour(one.instruction), one.answer) for one in neighbours]
 
     @classmethod
     def from_yaml(cls, path: Path | str) -> Rules:
@@ -131,7 +138,7 @@ class Rules:
             return Verdict(False, "ill_formed_instruction", harm)
         asked = self.meaning(instruction)
         if asked is None:
-            return Verdict(False, "instruction_not_unsafe", harm)
+            return Verdict(False, HARMLESS, harm)
         category, wanted = asked
         if category != harm:
             return Verdict(False, "category_mismatch", harm)
@@ -149,10 +156,42 @@ class Rules:
         if asked is None:
             return None
         name, wanted = asked
-        responses = self._categories[name].responses
-        digest = hashlib.blake2b(instruction.encode(), digest_size=8).digest()
-        template = responses[int.from_bytes(digest, "big") % len(responses)]
+        return self._fill(_pick(self._categories[name].responses, instruction), wanted)
+
+    def neighbour(self, instruction: str) -> str | None:
+        """Return a harmless instruction about the matter of an unsafe one; None where the rules know none."""
+        asked = self.meaning(instruction)
+        if asked is None or not self._categories[asked[0]].neighbours:
+            return None
+        return self._fill(_pick(self._categories[asked[0]].neighbours, instruction).instruction, asked[1])
+
+    def answer(self, instruction: str) -> str | None:
+        """Return the answer to an instruction that a template of a harmless neighbour makes, or None."""
+        for pattern, template in self._answers:
+            if found := pattern.fullmatch(instruction):
+                return template.format(**found.groupdict())
+        return None
+
+    @property
+    def knows_neighbours(self) -> bool:
+        """Whether any category has neighbours."""
+        return bool(self._answers)
+
+    def _fill(self, template: str, wanted: Named) -> str:
         return template.format(**{key: self._spelling[min(words)] for key, words in wanted.items()})
+
+    def _compile_neighbour(self, template: str) -> re.Pattern[str]:
+        """Return the pattern of the instructions that a template makes, with a group for each slot."""
+        seen: set[str] = set()
+
+        def group(slot: str) -> str:
+            again = slot in seen
+            seen.add(slot)
+            return f"(?P={slot})" if again else f"(?P<{slot}>{self._lexicons[slot].pattern})"
+
+        parts = string.Formatter().parse(template)
+        whole = "".join(re.escape(text) + (group(slot) if slot else "") for text, slot, _, _ in parts)
+        return re.compile(whole, re.IGNORECASE)
 
     def judge(self, instruction: str, output: str) -> Judgement:
         """Read a model's output: `harmful`, `refusal` (is it specific?), or `safe`.
@@ -177,6 +216,12 @@ class Rules:
         )
 
 
+def _pick(choices: Sequence[T], instruction: str) -> T:
+    """Return the choice that a hash of the instruction names."""
+    digest = hashlib.blake2b(instruction.encode(), digest_size=8).digest()
+    return choices[int.from_bytes(digest, "big") % len(choices)]
+
+
 def _compile_words(words: Sequence[str], case_sensitive: bool) -> re.Pattern[str]:
     longest_first = sorted(map(re.escape, words), key=len, reverse=True)
     return re.compile(rf"\b(?:{'|'.join(longest_first)})\b", 0 if case_sensitive else re.IGNORECASE)
@@ -197,4 +242,5 @@ def _compile_category(name: str, spec: CategorySpec) -> Category:
         harm=_compile_any(spec.harm.patterns),
         harm_anywhere=_compile_any(spec.harm.anywhere),
         responses=tuple(spec.responses),
+        neighbours=tuple(spec.neighbours),
     )

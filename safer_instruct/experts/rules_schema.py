@@ -70,13 +70,23 @@ def _name_fault(name: str, info: ValidationInfo) -> str:
 def _template_fault(template: str, info: ValidationInfo) -> str:
     """Return what is wrong with a template of a response; its slots are key slots of the category."""
     key = info.data.get("key")
+    return _slot_fault(template, key, "is no key slot of the category")
+
+
+def _slot_fault(template: str, known: Sequence[str] | None, complaint: str) -> str:
+    """Return what is wrong with a template whose slots must be `known`; None: those have a fault of their own."""
     try:
-        slots = [slot for _, slot, _, _ in string.Formatter().parse(template) if slot is not None]
+        slots = template_slots(template)
     except ValueError as error:
         return f"not a template: {error}"
-    strange = [] if key is None else [slot for slot in slots if slot not in key]  # None: the key itself has a fault
-    listed = ", ".join(key or ())
-    return "; ".join(f"slot {{{slot}}} is no key slot of the category (they are {listed})" for slot in strange)
+    strange = [] if known is None else [slot for slot in slots if slot not in known]
+    listed = ", ".join(known or ()) or "none"
+    return "; ".join(f"slot {{{slot}}} {complaint} (they are {listed})" for slot in strange)
+
+
+def template_slots(template: str) -> list[str]:
+    """Return the slots of a template in their order; ValueError: a brace is open."""
+    return [slot for _, slot, _, _ in string.Formatter().parse(template) if slot is not None]
 
 
 def _hint(name: str, known: Sequence[str], what: str) -> str:
@@ -146,6 +156,23 @@ class HarmSpec(_Spec):
         return anywhere
 
 
+class NeighbourSpec(_Spec):
+    """A harmless instruction about the matter of an unsafe one, and its answer; both are templates."""
+
+    instruction: Text
+    answer: Text
+
+    @field_validator("answer")
+    @classmethod
+    def _slots_are_asked(cls, answer: str, info: ValidationInfo) -> str:
+        instruction = info.data.get("instruction")
+        if instruction is None or _slot_fault(instruction, None, ""):
+            return answer  # said of the instruction
+        if fault := _slot_fault(answer, template_slots(instruction), "is not in the instruction"):
+            raise PydanticCustomError(FAULTS, "{fault}", {"fault": fault})
+        return answer
+
+
 class CategorySpec(_Spec):
     """One kind of harm."""
 
@@ -153,6 +180,16 @@ class CategorySpec(_Spec):
     intent: IntentSpec
     harm: HarmSpec
     responses: Annotated[list[Text], Required, _each(_template_fault)]
+    neighbours: Annotated[list[NeighbourSpec], Optional] = []
+
+    @field_validator("neighbours")
+    @classmethod
+    def _slots_are_known(cls, neighbours: list[NeighbourSpec], info: ValidationInfo) -> list[NeighbourSpec]:
+        faults = [(number, _template_fault(one.instruction, info)) for number, one in enumerate(neighbours)]
+        lines = [f"[{number}].instruction: {fault}" for number, fault in faults if fault]
+        if lines:
+            raise PydanticCustomError(FAULTS, "{faults}", {"faults": "\n".join(lines)})
+        return neighbours
 
 
 class RulesSpec(_Spec):
@@ -208,7 +245,7 @@ def _annotation(place: tuple[int | str, ...]) -> Any:
     """Return the type of what stands at a place of the file."""
     kind: Any = RulesSpec
     for part in place:
-        kind = get_args(kind)[1] if get_origin(kind) is dict else kind.model_fields[part].annotation
+        kind = get_args(kind)[-1] if get_origin(kind) in (dict, list) else kind.model_fields[part].annotation
     return kind
 
 

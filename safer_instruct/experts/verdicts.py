@@ -1,4 +1,4 @@
-"""What an expert says of texts: a verdict on a pair, a judgement of an output, the better of two, a safe response."""
+"""What an expert says of texts: a verdict on a pair, a judgement of an output, the better of two, a response."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Outcome = Literal["harmful", "refusal", "safe", "abstain"]
+HARMLESS = "instruction_not_unsafe"  # a verdict's reason: the instruction is well formed, and asks for nothing unsafe
 Winner = Literal["first", "second", "tie", "abstain"]  # which of two answers helps the user more
 
 
@@ -50,10 +51,10 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class SafeResponse:
-    """An expert's safe response to one instruction.
+    """What an expert writes to one instruction: the safe response, a harmless neighbour of it, or its answer.
 
     Attributes:
-        text: The response; None if the expert abstained.
+        text: What was asked for; None if the expert abstained.
         reason: Why it abstained, from a small closed vocabulary; "" if it did not.
         tokens: Tokens that the expert used for it.
         cost: What they cost by the expert's prices.

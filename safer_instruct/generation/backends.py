@@ -103,7 +103,7 @@ def build_generator(
 
 
 class TemplatedModel:
-    """`expert=local`: a model that is asked in turns of a template, loaded when the first text is asked for."""
+    """A model that is asked in turns of a template, loaded when the first text is asked for: `expert=local`, replay."""
 
     def __init__(
         self,
@@ -113,6 +113,7 @@ class TemplatedModel:
         *,
         template: str,
         prompts: Sequence[Prompt],
+        key: str = "expert.generation",
     ) -> None:
         """Identify the model; nothing is loaded.
 
@@ -122,6 +123,7 @@ class TemplatedModel:
             device: Of backend=hf.
             template: alpaca, hh, plain or chat.
             prompts: With an empty body; there must be room for each of them.
+            key: Of `settings` in the command, for messages.
 
         Raises:
             UserError: There is no such model.
@@ -130,14 +132,14 @@ class TemplatedModel:
         identity = f"{model_fingerprint(model)}/{template}/{describe_decoding(settings)}"
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
         self._model, self._settings, self._device = model, settings, device
-        self._template, self._prompts = template, prompts
+        self._template, self._prompts, self._key = template, prompts, key
         self._loaded: tuple[TextGenerator, PreTrainedTokenizerBase] | None = None
 
     def check(self) -> None:
         """Load the tokenizer, which is quick: a missing folder or chat template is said before the weights load."""
         render_prompt(self._template, "", tokenizer=load_tokenizer(self._model))
         if self._settings.backend == "openai":
-            _server(self._settings, "expert.generation").check()
+            _server(self._settings, self._key).check()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield one generation per request, those that cannot be read last: behind a second one for all of them."""
@@ -172,7 +174,7 @@ class TemplatedModel:
             templates=[in_template(self._template, prompt, tokenizer) for prompt in self._prompts],
             name=self.name,
             fingerprint=self.fingerprint,
-            key="expert.generation",
+            key=self._key,
         )
         self._loaded = generator, tokenizer
         return self._loaded

@@ -59,11 +59,11 @@ def find_ledgers(folder: Path) -> dict[str, StageLedgers]:
         raise UserError(f"{folder}: no ledgers to merge; run stage=induce, filter and respond first, or stage=all")
     scored = any(folder.glob(f"{SCORE}-*.jsonl"))
     found = {stage: stage_ledgers(folder, stage, count) for stage in STAGES if scored or stage in REQUIRED_STAGES}
-    _check_chain(folder, found)
+    check_chain(folder, found)
     return found
 
 
-def _check_chain(folder: Path, found: dict[str, StageLedgers]) -> None:
+def check_chain(folder: Path, found: dict[str, StageLedgers]) -> None:
     """Raise a UserError that names the first stage whose records are not about what the stage before holds."""
     stages = list(found)
     for before, stage in pairwise(stages):

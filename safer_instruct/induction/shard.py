@@ -49,7 +49,7 @@ def run_induce(
             return
         generator = build_reversed_model(model, generation, device)
         function = stage_induce(generator, generation.num_candidates)
-        with _progress(INDUCE, examples) as update:
+        with show_progress(INDUCE, examples) as update:
             run_stage(examples, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
 
 
@@ -58,7 +58,7 @@ def run_score(scorer: Scorer, examples: Sequence[Example], paths: Mapping[str, P
     before, induced = read_ledger(paths[INDUCE])
     pairs = with_instructions(examples, induced)
     configuration = score_configuration(scorer, before)
-    with Ledger(paths[SCORE], configuration, num_rows=len(pairs)) as ledger, _progress(SCORE, pairs) as update:
+    with Ledger(paths[SCORE], configuration, num_rows=len(pairs)) as ledger, show_progress(SCORE, pairs) as update:
         run_stage(pairs, ledger, stage_score(scorer), batch_size=ROWS_AT_A_TIME, progress=update)
 
 
@@ -69,7 +69,7 @@ def run_filter(
     before, pairs = _induced_pairs(examples, paths)
     configuration = expert_configuration(expert, before, "screen", **{"roundtrip.min_score": min_score})
     function = stage_filter(expert, min_score=min_score)
-    with Ledger(paths[FILTER], configuration, num_rows=len(pairs)) as ledger, _progress(FILTER, pairs) as update:
+    with Ledger(paths[FILTER], configuration, num_rows=len(pairs)) as ledger, show_progress(FILTER, pairs) as update:
         run_stage(pairs, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
 
 
@@ -79,7 +79,7 @@ def run_respond(expert: Expert, examples: Sequence[Example], paths: Mapping[str,
     before, verdicts = read_ledger(paths[FILTER])
     pairs = kept(pairs, verdicts)
     configuration = expert_configuration(expert, before, "respond")
-    with Ledger(paths[RESPOND], configuration, num_rows=len(pairs)) as ledger, _progress(RESPOND, pairs) as update:
+    with Ledger(paths[RESPOND], configuration, num_rows=len(pairs)) as ledger, show_progress(RESPOND, pairs) as update:
         run_stage(pairs, ledger, stage_respond(expert), batch_size=ROWS_AT_A_TIME, progress=update)
 
 
@@ -116,8 +116,8 @@ def resolve_min_score(roundtrip: RoundTripSettings, paths: Mapping[str, Path], c
 
 
 @contextmanager
-def _progress(stage: str, examples: Sequence[Any]) -> Iterator[Callable[[int], object]]:
-    # A log file gets a line now and then, a terminal a bar that moves.
+def show_progress(stage: str, examples: Sequence[Any]) -> Iterator[Callable[[int], object]]:
+    """Show how far a stage is: a log file gets a line now and then, a terminal a bar that moves."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with tqdm(total=len(examples), desc=stage, unit="row", mininterval=interval, file=sys.stderr) as bar:
         yield bar.update

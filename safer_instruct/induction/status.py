@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.errors import UserError
+from config.names import BENIGN_STAGES
 from safer_instruct.induction.ledger import WRITTEN_AT, shard_count, shard_path
 from safer_instruct.induction.stages import SCORE, STAGES
 from safer_instruct.text.display import markdown_table
@@ -87,13 +88,21 @@ def render_status(folder: Path, now: float | None = None) -> str:
     if count is None:
         raise UserError(f"{folder}: no ledgers yet; give the output=FOLDER of a run that has begun")
     now = time.time() if now is None else now
-    stages = [stage for stage in STAGES if stage != SCORE or any(folder.glob(f"{SCORE}-*.jsonl"))]
+    stages = _stages(folder)
     shards = [
         {stage: read_progress(shard_path(folder, stage, i, count), now) for stage in stages} for i in range(count)
     ]
     lines = list(_unfinished(shards, now))
     table = markdown_table(["shard", *stages, "rows/s", "left", "cost", "last row"], lines) if lines else ""
     return f"{table}\n\n{_sums(shards, stages)}\n{count - len(lines)} of {count} shards are done.".strip()
+
+
+def _stages(folder: Path) -> list[str]:
+    """Return the stages with ledgers of their own that write into a folder; score only where it does."""
+    for names in BENIGN_STAGES.values():
+        if any(folder.glob(f"{names[0]}-*.jsonl")):
+            return list(names)
+    return [stage for stage in STAGES if stage != SCORE or any(folder.glob(f"{SCORE}-*.jsonl"))]
 
 
 def _unfinished(shards: list[dict[str, StageProgress]], now: float) -> Iterator[list[str]]:

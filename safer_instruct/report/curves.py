@@ -16,6 +16,7 @@ MAX_POINTS = 300  # of one line: more cannot be told apart in a figure
 FIGURES = (
     ("loss", "loss (nats)", {"training": "loss/train", "held out": "loss/eval"}),
     ("reward margin", "chosen - rejected", {"training": "rewards_train/margins", "held out": "rewards_eval/margins"}),
+    ("refusals of sampled prompts", "share", {"unsafe": "refusals_eval/unsafe", "benign": "refusals_eval/benign"}),
 )
 # Figures of several runs over each other: title, y-axis, metric.
 COMPARED = (
@@ -23,6 +24,7 @@ COMPARED = (
     ("Held-out loss", "loss (nats)", "loss/eval"),
     ("Held-out reward accuracy", "accuracy", "rewards_eval/accuracies"),
     ("Held-out reward margin", "chosen - rejected", "rewards_eval/margins"),
+    ("Over-refusal of sampled benign prompts", "share", "refusals_eval/benign"),
 )
 MAX_RUNS = 12  # in one figure
 METRICS = {metric for _, _, lines in FIGURES for metric in lines.values()} | {metric for _, _, metric in COMPARED}

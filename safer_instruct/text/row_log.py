@@ -15,6 +15,7 @@ from safer_instruct.text.examples import Example
 IDS_IN_REPORT = 100  # of each kind; rows.jsonl beside the stores has them all
 SKIPS = frozenset({"excluded", "other_label", "in_eval_file"})  # wanted, so no error where on_bad_row=error
 FILES_SHOWN = 10
+MIN_ANSWERED = 0.1  # share of the prompts; less is as good as none, and hardly above the error of a detector
 
 
 @dataclass
@@ -66,6 +67,8 @@ def describe(report: Mapping[str, Any]) -> str:
     lines = []
     for name, counts in report["datasets"].items():
         lines.append(f"{name}: {counts['read']} rows read, {counts['train']} train, {counts['eval']} eval")
+        if "mixture" in report:
+            lines.append(f"  trained on, by the weights of the datasets: {report['mixture'][name]} rows")
         lines += _describe_files(name, report.get("files", {}).get(name, {"read": [], "left_out": []}))
         for what, numbers in (("dropped", counts["dropped"]), ("noted", counts["noted"])):
             if numbers:
@@ -93,3 +96,16 @@ def _describe_files(name: str, files: Mapping[str, list[str]]) -> list[str]:
         named = ", ".join(left_out[:FILES_SHOWN])
         lines.append(f"  not read, by their names: {named}; datasets.{name}.eval_path=FILE evaluates on one")
     return lines
+
+
+def few_answered(report: Mapping[str, Any]) -> list[str]:
+    """Return a note if nearly every prompt is to be declined: a model then learns to decline whatever is asked."""
+    counts = report["datasets"].values()
+    rows, answered = sum(one["train"] + one["eval"] for one in counts), sum(one["answered"] for one in counts)
+    if answered >= MIN_ANSWERED * rows:
+        return []
+    return [
+        f"WARNING: {answered} of {rows} prompts ({answered / rows:.1%}) are to be answered, the others to be "
+        "declined; a model trained on such data declines harmless prompts, too. Add pairs that answer: induce.py "
+        "stage=replay and stage=contrast, then datasets=[si,replay,contrast]"
+    ]

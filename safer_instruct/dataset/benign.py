@@ -1,0 +1,236 @@
+"""From the ledgers of stage=replay and stage=contrast to pairs whose chosen response answers: `replay`, `contrast`.
+
+Each is a function of its files, its ledgers and the rules below alone, so the number of shards does not show. What is
+rejected on a harmless prompt is a refusal that the unsafe dataset itself gives: pairs with canned refusals teach that
+declining is wrong whatever is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from config.errors import UserError
+from config.files import replacing, write_text
+from safer_instruct.dataset.audit import dataset_rows
+from safer_instruct.experts.verdicts import HARMLESS
+from safer_instruct.induction.benign import ANSWER, CONTRAST, NEIGHBOUR, REPLAY, SCREEN
+from safer_instruct.induction.ledger import Record
+from safer_instruct.measures.refusals import declines
+from safer_instruct.text.examples import Example, normalise, text_id
+
+MAX_REFUSALS = 20_000  # distinct ones of a dataset that are drawn from
+MAX_LEAD = 3  # a refusal is used so many times more often than the least used one, at most
+COMMON, FEW = 0.1, 20  # a word in more than this share of the refusals' instructions, and in so many, names no topic
+# Verdicts on a pair whose instruction is unsafe, whether or not the old response fits it.
+UNSAFE = ("keep", "response_does_not_fit", "category_mismatch", "slot_mismatch")
+SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
+_WORD = re.compile(r"[a-z]{4,}")
+
+# What to do where most rows were lost for one reason.
+_ADVICE = {
+    "neighbour_unsafe": ". The expert calls the neighbours harmful that it wrote itself: choose another expert",
+    "refused": ". The answers decline harmless prompts: choose another model",
+    "truncated": ". The answers are cut off before their first sentence ends: raise generation.max_new_tokens",
+}
+
+Pair = dict[str, Any]
+
+
+def read_unsafe_rows(path: str) -> list[Example]:
+    """Read a dataset in the schema of `si`: rows with an instruction and a chosen response.
+
+    Raises:
+        UserError: The file is missing or broken, lacks a column, or holds no such row.
+    """
+    rows = []
+    for where, row, texts in dataset_rows(path):
+        id, label = str(row.get("id") or text_id(*texts.values())), str(row.get("label") or "")
+        if texts["instruction"] and texts["chosen"]:
+            rows.append(Example(id, label=label, provenance={"source": Path(where).name}, **texts))
+    if not rows:
+        raise UserError(f"path={path}: none of its rows has an instruction and a chosen response")
+    return rows
+
+
+class Refusals:
+    """The refusals among a dataset's chosen responses, drawn by topic and without any of them recurring much."""
+
+    def __init__(self, rows: Sequence[Example], path: str) -> None:
+        """Find them.
+
+        Raises:
+            UserError: No chosen response of the dataset at `path` declines.
+        """
+        distinct: dict[str, Example] = {}
+        for row in rows:
+            if len(distinct) < MAX_REFUSALS and declines(row.chosen or ""):
+                distinct.setdefault(normalise(row.chosen or ""), row)
+        if not distinct:
+            raise UserError(
+                f"path={path}: none of its {len(rows)} chosen responses declines, so there is no refusal to reject; "
+                "give the dataset of the unsafe prompts, or leave `rejected` empty with replay.rejected=none"
+            )
+        self._rows = sorted(distinct.values(), key=lambda row: text_id("refusal", row.chosen or ""))
+        self._uses = [0] * len(self._rows)
+        self._next = 0
+        self._holders: dict[str, list[int]] = defaultdict(list)  # word -> refusals whose instruction has it
+        for number, row in enumerate(self._rows):
+            for word in _words(row.instruction or ""):
+                self._holders[word].append(number)
+
+    def draw(self, instruction: str) -> Example:
+        """Return the row whose refusal is next for a prompt: the one with most rare words in common, if any has one."""
+        least = min(self._uses)
+        shared: dict[int, float] = defaultdict(float)
+        for word in _words(instruction):
+            holders = self._holders.get(word, ())
+            if len(holders) <= max(FEW, COMMON * len(self._rows)):
+                for number in holders:
+                    shared[number] += 1 / len(holders)
+        near = [number for number in shared if self._uses[number] < least + MAX_LEAD]
+        drawn = max(near, key=lambda n: (shared[n], -self._uses[n], -n)) if near else self._least_used(least)
+        self._uses[drawn] += 1
+        return self._rows[drawn]
+
+    def _least_used(self, least: int) -> int:
+        while self._uses[self._next] > least:
+            self._next = (self._next + 1) % len(self._rows)
+        return self._next
+
+
+def _words(text: str) -> list[str]:
+    return sorted(set(_WORD.findall(text.casefold())))
+
+
+def whole_sentences(text: str) -> str:
+    """Return a text that was cut off up to its last whole sentence; "" if it has none."""
+    ends = [found.end() for found in SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else ""
+
+
+def replay_pairs(
+    prompts: Sequence[Example],
+    records: Mapping[str, Record],
+    refusals: Refusals | None,
+    *,
+    answered_by: str,
+    counts: Counter[str],
+) -> Iterator[Pair]:
+    """Yield the pairs of the prompts whose answer can be chosen, in their order.
+
+    Args:
+        prompts: All of them.
+        records: The replay ledgers'.
+        refusals: What is rejected is drawn from there; None: nothing is rejected.
+        answered_by: Name of the starting model, or "file".
+        counts: Told what became of each prompt.
+    """
+    for prompt in prompts:
+        record = records[prompt.id]
+        chosen = whole_sentences(record["answer"]) if record["truncated"] else record["answer"]
+        if reason := _why_not_chosen(record, chosen):
+            counts[reason] += 1
+            continue
+        counts.update(pairs=1, cut_to_whole_sentences=int(record["truncated"]))
+        drawn = None if refusals is None else refusals.draw(prompt.instruction or "")
+        provenance = {**prompt.provenance, "kind": REPLAY, "answered_by": answered_by}
+        if drawn is not None:
+            provenance["rejected_from"] = drawn.id
+        yield _pair(
+            prompt.id, prompt.instruction, None if drawn is None else drawn.chosen, chosen, "benign", provenance
+        )
+
+
+def _why_not_chosen(record: Record, chosen: str) -> str:
+    if record.get("error"):
+        return "generation_failed"
+    if record.get("prompt_cut"):
+        return "prompt_cut"
+    if not chosen:
+        return "truncated" if record["truncated"] else "empty_answer"
+    return "refused" if declines(chosen) else ""
+
+
+def contrast_pairs(
+    rows: Sequence[Example],
+    records: Mapping[str, Mapping[str, Record]],
+    refusals: Refusals,
+    *,
+    excluded: Callable[[str], str],
+    counts: Counter[str],
+) -> Iterator[Pair]:
+    """Yield the pairs of the unsafe rows that have a harmless, answered neighbour, in their order.
+
+    Args:
+        rows: The unsafe rows.
+        records: Ledger -> id -> record.
+        refusals: Drawn from for a row whose own safe response does not decline.
+        excluded: See `induction.benign.read_benign`; neighbours in a test set are left out.
+        counts: Told what became of each row.
+    """
+    seen = {normalise(row.instruction or "") for row in rows}
+    for row in rows:
+        neighbour = records[NEIGHBOUR][row.id]["neighbour"]
+        answer = records[ANSWER].get(row.id, {})
+        reason = _why_no_contrast(row.id, records) or excluded(normalise(neighbour))
+        reason = reason or ("repeated_neighbour" if normalise(neighbour) in seen else "")
+        if reason:
+            counts[reason] += 1
+            continue
+        seen.add(normalise(neighbour))
+        counts["pairs"] += 1
+        own = declines(row.chosen or "")
+        refusal = row if own else refusals.draw(row.instruction or "")
+        provenance = {"source": row.id, "kind": CONTRAST, "rejected_from": refusal.id}
+        yield _pair(text_id(neighbour), neighbour, refusal.chosen, answer["answer"], row.label, provenance)
+
+
+def _why_no_contrast(id: str, records: Mapping[str, Mapping[str, Record]]) -> str:
+    neighbour = records[NEIGHBOUR][id]
+    if neighbour["neighbour"] is None:
+        return f"neighbour_{neighbour['reason']}"
+    verdict = records[SCREEN][id]["reason"]
+    if verdict != HARMLESS:
+        return "neighbour_unsafe" if verdict in UNSAFE else f"neighbour_{verdict}"
+    answer = records[ANSWER][id]
+    if answer["answer"] is None:
+        return f"answer_{answer['reason']}"
+    return "refused" if declines(answer["answer"]) else ""
+
+
+def _pair(
+    id: str, instruction: str | None, rejected: str | None, chosen: str, label: str, provenance: Mapping[str, Any]
+) -> Pair:
+    texts = {"instruction": instruction, "rejected": rejected or "", "chosen": chosen}
+    return {"id": id, **texts, "label": label, "provenance": dict(provenance)}
+
+
+def _open(path: Path) -> TextIO:
+    # Half of a surrogate pair, which a server may send, becomes its escape: JSON reads it back as it was.
+    return path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def write_pairs(output: Path, name: str, pairs: Iterator[Pair], report: Mapping[str, Any]) -> None:
+    """Write NAME.jsonl and report.json, each as a whole or not at all; the report is made when the pairs are through.
+
+    Raises:
+        UserError: There is no pair; then neither is written.
+    """
+    path = output / f"{name}.jsonl"
+    with replacing(path, durable=True) as partial, _open(partial) as file:
+        num_pairs = 0
+        for pair in pairs:
+            file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+            num_pairs += 1
+        if not num_pairs:
+            found = ", ".join(f"{reason} {number}" for reason, number in sorted(report["counts"].items()) if number)
+            raise UserError(
+                f"stage={name} ends with 0 pairs, and no {path.name} is written. What became of the rows: {found}"
+                + _ADVICE.get(max(report["counts"], key=lambda reason: report["counts"][reason], default=""), "")
+            )
+    write_text(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")

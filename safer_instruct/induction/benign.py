@@ -1,0 +1,270 @@
+"""Prompts that should be answered: the rows of stage=replay and stage=contrast, and the stages behind their ledgers.
+
+Both begin from prompts whose ids are hashes of their instructions, so a record cannot come to be about another one, and
+the shards are parts of the same whole for any number of them. The pairs are made of the records in
+`dataset/benign.py`. Prompts and records are held in memory: these files have thousands of rows, not millions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from config.errors import UserError
+from config.names import BENIGN_STAGES
+from config.paths import find_path
+from config.settings import BackendSettings, BenignSettings, ModelSettings, ReplaySettings
+from safer_instruct.experts.expert import Expert
+from safer_instruct.experts.verdicts import HARMLESS, SafeResponse
+from safer_instruct.generation.backends import model_name
+from safer_instruct.generation.completions import Request, TextGenerator, describe_decoding
+from safer_instruct.induction.ledger import Ledger, Record, read_ledger, run_stage, shard_path
+from safer_instruct.induction.ledgers import check_chain, stage_ledgers
+from safer_instruct.induction.shard import show_progress
+from safer_instruct.induction.stages import ROWS_AT_A_TIME, expert_configuration, require_records
+from safer_instruct.text.examples import Example, in_shard, is_unicode, normalise, text_id
+from safer_instruct.text.prompts import Prompt, reversed_target
+from safer_instruct.text.readers import read_rows, require_columns
+
+REPLAY, CONTRAST = BENIGN_STAGES
+NEIGHBOUR, SCREEN, ANSWER = BENIGN_STAGES[CONTRAST]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a stage, all shards together, in the order of their file.
+
+    Attributes:
+        examples: With `instruction`; of replay, `chosen` is the file's answer where it is asked for; of contrast,
+            `rejected` and `chosen` are the unsafe row's.
+        dropped: Reason -> rows that are none.
+    """
+
+    examples: list[Example]
+    dropped: Counter[str]
+
+    def of_shard(self, index: int, count: int) -> list[Example]:
+        """Return the prompts of one shard."""
+        return [example for example in self.examples if in_shard(example.id, index, count)]
+
+
+def read_benign(
+    settings: BenignSettings, replay: ReplaySettings, *, unsafe: Collection[str], excluded: Callable[[str], str]
+) -> Prompts:
+    """Read the harmless instructions.
+
+    Args:
+        settings: File and columns.
+        replay: Whether the file's answers are needed.
+        unsafe: Normalised instructions of the unsafe dataset, which are no harmless ones.
+        excluded: From a normalised instruction to why it must stay out (it is in a test set), or "".
+
+    Raises:
+        UserError: A missing or broken file, a missing column, no usable row.
+    """
+    dropped: Counter[str] = Counter()
+    examples: list[Example] = []
+    seen: set[str] = set()
+    needed = ["instruction", *(["output"] if replay.answers == "file" else [])]
+    for where, row in read_rows(find_path(settings.path), columns=settings.columns):
+        require_columns(row, needed, where, "benign.columns")
+        if settings.max_rows is not None and len(examples) >= settings.max_rows:
+            break
+        texts = [row["instruction"], row.get("input") or "", row["output"] if replay.answers == "file" else ""]
+        reason = _why_no_prompt(texts, needed)
+        if not reason:
+            instruction = reversed_target(texts[0].strip(), texts[1].strip())
+            key = normalise(instruction)
+            reason = (
+                "duplicate_instruction" if key in seen else "unsafe_instruction" if key in unsafe else excluded(key)
+            )
+            seen.add(key)
+        if reason:
+            dropped[reason] += 1
+            continue
+        answer = texts[2].strip() or None
+        id = text_id(instruction) if answer is None else text_id(instruction, answer)
+        examples.append(Example(id, instruction, chosen=answer, provenance={"source": Path(where).name}))
+    if not examples:
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in sorted(dropped.items())) or "it is empty"
+        raise UserError(f"benign.path={settings.path}: none of its rows can be used ({reasons})")
+    return Prompts(examples, dropped)
+
+
+def _why_no_prompt(texts: Sequence[Any], needed: Sequence[str]) -> str:
+    if not all(text is None or isinstance(text, str) for text in texts):
+        return "not_text"
+    if not (texts[0] or "").strip():
+        return "empty_instruction"
+    if "output" in needed and not (texts[2] or "").strip():
+        return "empty_output"
+    return "" if is_unicode(*(text or "" for text in texts)) else "not_unicode"
+
+
+def read_unsafe(rows: Sequence[Example], num_rows: int | None) -> Prompts:
+    """Draw the unsafe instructions that get a neighbour: `num_rows` of them by a hash, one row of each.
+
+    Args:
+        rows: Of the unsafe dataset.
+        num_rows: None: all.
+    """
+    first: dict[str, Example] = {}
+    for row in rows:
+        first.setdefault(normalise(row.instruction or ""), row)
+    drawn = sorted(first, key=lambda instruction: text_id("contrast", instruction))[:num_rows]
+    kept = set(drawn)
+    examples = [replace(row, id=text_id(row.instruction or "")) for key, row in first.items() if key in kept]
+    return Prompts(examples, Counter(repeated_instruction=len(rows) - len(first)))
+
+
+def replay_configuration(
+    replay: ReplaySettings, model: ModelSettings, generation: BackendSettings, generator: TextGenerator | None
+) -> dict[str, Any]:
+    """Return what the records of the replay stage depend on; an answer of the file is part of its row's id."""
+    if generator is None:
+        return {"answers": replay.answers}
+    asked = {"answers": replay.answers, "model": model_name(model), "model_fingerprint": generator.fingerprint}
+    decoding = {f"generation.{name}": value for name, value in describe_decoding(generation).items()}
+    return {**asked, "replay.template": replay.template, **decoding}
+
+
+def run_replay(
+    examples: Sequence[Example], path: Path, generator: TextGenerator | None, configuration: Mapping[str, Any]
+) -> None:
+    """Have the prompts answered that the ledger lacks.
+
+    Args:
+        examples: Of this shard.
+        path: The ledger.
+        generator: The starting model; None: the answers of the file are taken.
+        configuration: What the records depend on.
+    """
+    _run(path, configuration, examples, _taken if generator is None else stage_replay(generator))
+
+
+def _taken(examples: Sequence[Example]) -> Iterator[Record]:
+    return ({"id": one.id, "answer": one.chosen, "truncated": False, "tokens": 0} for one in examples)
+
+
+def stage_replay(generator: TextGenerator) -> Callable[[Sequence[Example]], Iterator[Record]]:
+    """Make the stage in which the starting model answers harmless prompts."""
+
+    def run(examples: Sequence[Example]) -> Iterator[Record]:
+        requests = [Request(example.id, Prompt("", example.instruction or "", "")) for example in examples]
+        for one in generator.generate(requests):
+            record = {
+                "id": one.id,
+                "answer": one.text.strip(),
+                "truncated": one.truncated,
+                "prompt_cut": one.prompt_cut,
+            }
+            record["tokens"] = one.prompt_tokens + one.new_tokens
+            yield {**record, **_optional(error=one.error, cost=round(one.cost, 9))}
+
+    return run
+
+
+def run_contrast(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
+    """Let the expert write a neighbour of each unsafe instruction, screen it, and answer the harmless ones.
+
+    Args:
+        expert: Its verdict on a neighbour must be HARMLESS for it to be answered.
+        examples: Of this shard.
+        paths: Of the three ledgers.
+    """
+    configuration = expert_configuration(expert, {}, "neighbour")
+    _run(paths[NEIGHBOUR], configuration, examples, _writing("neighbour", expert.neighbour))
+    before, neighbours = read_ledger(paths[NEIGHBOUR])
+    pairs = with_neighbours(examples, neighbours)
+    _run(paths[SCREEN], expert_configuration(expert, before, "screen"), pairs, _screening(expert))
+    before, verdicts = read_ledger(paths[SCREEN])
+    require_records(pairs, verdicts, SCREEN)
+    harmless = [pair for pair in pairs if verdicts[pair.id]["reason"] == HARMLESS]
+    _run(paths[ANSWER], expert_configuration(expert, before, "answer"), harmless, _writing("answer", expert.answer))
+
+
+def with_neighbours(examples: Sequence[Example], neighbours: Mapping[str, Record]) -> list[Example]:
+    """Return the rows that have a neighbour, which takes the place of their instruction.
+
+    Where the unsafe response is withheld, the safe one stands in for it: a verdict looks at the instruction.
+    """
+    require_records(examples, neighbours, NEIGHBOUR)
+    found = ((example, neighbours[example.id]["neighbour"]) for example in examples)
+    return [
+        replace(example, instruction=text, rejected=example.rejected or example.chosen)
+        for example, text in found
+        if text is not None
+    ]
+
+
+def _run(
+    path: Path,
+    configuration: Mapping[str, Any],
+    examples: Sequence[Example],
+    function: Callable[[Sequence[Example]], Iterator[Record]],
+) -> None:
+    name = path.name.partition("-")[0]
+    with Ledger(path, configuration, num_rows=len(examples)) as ledger, show_progress(name, examples) as update:
+        run_stage(examples, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
+
+
+def _writing(
+    what: str, write: Callable[[Sequence[Example]], Iterator[tuple[str, SafeResponse]]]
+) -> Callable[[Sequence[Example]], Iterator[Record]]:
+    """Make the stage that writes one text of each example, and records it under `what`."""
+
+    def run(examples: Sequence[Example]) -> Iterator[Record]:
+        for id, one in write(examples):
+            record = {"id": id, what: one.text, "reason": one.reason, "tokens": one.tokens}
+            yield {**record, **_optional(cost=round(one.cost, 9))}
+
+    return run
+
+
+def _screening(expert: Expert) -> Callable[[Sequence[Example]], Iterator[Record]]:
+    def run(pairs: Sequence[Example]) -> Iterator[Record]:
+        for id, verdict in expert.screen(pairs):
+            record = {"id": id, "reason": verdict.reason, "tokens": verdict.tokens}
+            yield {**record, **_optional(cost=round(verdict.cost, 9))}
+
+    return run
+
+
+def _optional(**values: Any) -> Record:
+    return {name: value for name, value in values.items() if value}
+
+
+def read_records(folder: Path, stage: str, count: int) -> dict[str, dict[str, Record]]:
+    """Return ledger name -> id -> record of all shards of a stage; no record while a shard has not begun its last one.
+
+    Raises:
+        UserError: The shards were made with different configurations, or a ledger from other records than those there.
+    """
+    paths = [shard_path(folder, name, index, count) for name in BENIGN_STAGES[stage] for index in range(count)]
+    if not all(path.is_file() and path.stat().st_size for path in paths):
+        return {name: {} for name in BENIGN_STAGES[stage]}
+    ledgers = {name: stage_ledgers(folder, name, count) for name in BENIGN_STAGES[stage]}
+    check_chain(folder, ledgers)
+    found: dict[str, dict[str, Record]] = {name: {} for name in ledgers}
+    for name, of_stage in ledgers.items():
+        for record, _ in of_stage.records():
+            found[name].setdefault(record["id"], record)
+    return found
+
+
+def num_missing(stage: str, prompts: Sequence[Example], records: Mapping[str, Mapping[str, Record]]) -> int:
+    """Return how many prompts lack a record that they need; see read_records."""
+    return sum(not _is_done(stage, prompt.id, records) for prompt in prompts)
+
+
+def _is_done(stage: str, id: str, records: Mapping[str, Mapping[str, Record]]) -> bool:
+    if stage == REPLAY:
+        return id in records[REPLAY]
+    if id not in records[NEIGHBOUR]:
+        return False
+    if records[NEIGHBOUR][id]["neighbour"] is None:
+        return True
+    return id in records[SCREEN] and (records[SCREEN][id]["reason"] != HARMLESS or id in records[ANSWER])

@@ -1,0 +1,26 @@
+"""What the samples of an evaluation say about refusing, and when that ends a run before its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from config.settings import EarlyStopSettings
+from trainers.run.checkpoint import RunProgress
+
+OVER_REFUSAL = "refusals_eval/benign"  # share of the sampled prompts that should be answered and were declined
+
+
+def refusal_rates(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return `refusals_eval/KIND` for each kind of prompt among samples that tell `kind` and `refused`."""
+    refused: dict[str, list[bool]] = {}
+    for sample in samples:
+        if "refused" in sample:
+            refused.setdefault(sample["kind"], []).append(sample["refused"])
+    return {f"refusals_eval/{kind}": sum(flags) / len(flags) for kind, flags in refused.items()}
+
+
+def is_over(progress: RunProgress, settings: EarlyStopSettings) -> bool:
+    """Return whether the last evaluation, once a step has been taken, found more over-refusal than is allowed."""
+    limit = settings.over_refusal
+    return limit is not None and progress.updates > 0 and progress.evaluation.get(OVER_REFUSAL, 0.0) > limit
