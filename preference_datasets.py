@@ -30,6 +30,7 @@ from safer_instruct.text.chat import Turn, special_token_texts
 from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
 from safer_instruct.text.examples import Example, held_out
 from safer_instruct.text.exclusion import exclude_file, instruction_key, read_instruction_keys
+from safer_instruct.text.formats import data_suffix
 from safer_instruct.text.loading import LoadedExamples, load_examples
 from safer_instruct.text.prompts import Prompt, answer_turn, render_prompt, render_reversed, reversed_target
 from safer_instruct.text.readers import data_files, splits_left_out
@@ -152,7 +153,7 @@ def _content_key(
             for what, path in paths.items()
             if path is not None
         }
-        hashes = {what: [hash_files(found), *(file.suffix for file in found)] for what, found in files.items()}
+        hashes = {what: [hash_files(found), *(data_suffix(file) for file in found)] for what, found in files.items()}
         ignored = {"path": "", "exclude": None, "eval_path": None, "weight": None}
         contents[name] = [vars(replace(settings, **ignored)), hashes]  # type: ignore[arg-type]  # fields are str | None
     record = [list(contents.items()), loss, limits, _tokenizer_fingerprint(tokenizer), hash_files(code)]
