@@ -97,7 +97,7 @@ def test_a_corpus_that_cannot_be_read(config, name, content, columns, message) -
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.jsonl", f'{{"response": "a"}}\n{{"response": "b"}}\n{{"response": "{SECRET}\n', "c.jsonl:3: broken JSON"),
+        ("c.jsonl", f'{{"response": "a"}}\n{{"response": "b"}}\n{{"response": "{SECRET}', "c.jsonl:3: broken JSON"),
         ("c.csv", f'response,label\na,y\nb,y\n"{SECRET},y\nz,y\n', "c.csv:4: broken CSV quoting"),
     ],
 )
