@@ -60,11 +60,11 @@ def read_transcript(text: Any, column: str) -> Messages:
     r"""Read Anthropic's "\n\nHuman: ... \n\nAssistant: ..." transcript.
 
     Raises:
-        BadRow: It does not begin with the human's turn.
+        BadRow: It does not begin with the human's turn, or holds none of the assistant's.
     """
-    if not isinstance(text, str) or not text.startswith(HUMAN):
-        raise BadRow("broken_transcript", column, r'a dialogue that begins with "\n\nHuman:"')
-    _, *parts = _SPEAKER.split(text)
+    _, *parts = _SPEAKER.split(text) if isinstance(text, str) and text.startswith(HUMAN) else [""]
+    if ASSISTANT not in parts:
+        raise BadRow("broken_transcript", column, r'a dialogue from "\n\nHuman:" to "\n\nAssistant:"')
     roles = {HUMAN: "user", ASSISTANT: "assistant"}
     return tuple(Message(roles[mark], said) for mark, said in zip(parts[::2], parts[1::2], strict=True))
 
@@ -93,6 +93,21 @@ def split_last(messages: Messages, column: str) -> tuple[Messages, str]:
     if messages[-1].role != "assistant":
         raise BadRow("no_answer", column, "a conversation that ends with the assistant's message")
     return messages[:-1], messages[-1].content
+
+
+def split_pair(chosen: Messages, rejected: Messages | None) -> tuple[Messages, str, str | None]:
+    """Part two conversations into what both ask, the chosen answer and the rejected one.
+
+    Raises:
+        BadRow: They ask different things, or one of them does not end with the assistant's message.
+    """
+    asked, answer = split_last(chosen, "chosen")
+    if rejected is None:
+        return asked, answer, None
+    asked_too, other = split_last(rejected, "rejected")
+    if asked_too != asked:
+        raise BadRow("prompts_differ", "rejected", "what chosen holds up to its last answer")
+    return asked, answer, other
 
 
 def ending_with_answer(messages: Messages) -> Messages:
