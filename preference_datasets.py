@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
@@ -28,13 +28,14 @@ from config.settings import DatasetSettings
 from safer_instruct.measures.refusals import declines
 from safer_instruct.text.chat import Turn, special_token_texts
 from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
-from safer_instruct.text.examples import Example, held_out
-from safer_instruct.text.exclusion import exclude_file, instruction_key, read_instruction_keys
+from safer_instruct.text.examples import Example, held_out, text_id
+from safer_instruct.text.exclusion import exclude_file, read_instruction_keys, turn_keys
 from safer_instruct.text.formats import data_suffix
 from safer_instruct.text.loading import LoadedExamples, load_examples
-from safer_instruct.text.prompts import Prompt, answer_turn, render_prompt, render_reversed, reversed_target
+from safer_instruct.text.prompts import Prompt, Unusable, answer_turn, render_prompt, render_reversed, reversed_target
 from safer_instruct.text.readers import data_files, splits_left_out
 from safer_instruct.text.row_log import RowLog, describe, few_answered
+from safer_instruct.text.turns import each_answer, join_answers
 from trainers.data.cache import build_once, hash_files
 from trainers.data.mixture import mixture
 from trainers.data.token_store import TokenStore, TokenStoreWriter
@@ -67,6 +68,7 @@ def build_stores(
     cache_dir: Path,
     n_eval_examples: int | None = None,
     batch_size: int = 1,
+    all_answers: bool = False,
 ) -> TrainEval:
     """Encode the datasets, one behind the other, or find them in the cache.
 
@@ -79,6 +81,7 @@ def build_stores(
         cache_dir: Shared by all runs; entries are keyed by content, so stale ones are never read.
         n_eval_examples: Evaluate on a fixed random subset of this many held-out rows; None for all.
         batch_size: A training split that is smaller gets a note.
+        all_answers: Of loss=likelihood: all answers of a conversation are targets, not its last one alone.
 
     Returns:
         The stores; `eval` may have no rows.
@@ -89,10 +92,10 @@ def build_stores(
     encoder = Encoder(tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
     if not datasets:
         raise UserError("datasets=[]: name at least one dataset")
-    key = _content_key(datasets, loss, tokenizer, (max_length, max_prompt_length))
+    key = _content_key(datasets, f"{loss}{'-all' * all_answers}", tokenizer, (max_length, max_prompt_length))
 
     def build(directory: Path) -> None:
-        _write_stores(directory, key, datasets, loss, tokenizer, encoder)
+        _write_stores(directory, key, datasets, loss, tokenizer, encoder, all_answers=all_answers)
 
     entry = build_once(cache_dir / "tokens", key, build)
     train, held = TokenStore(entry / "train"), TokenStore(entry / "eval")
@@ -133,7 +136,7 @@ def _training_files(settings: DatasetSettings) -> dict[str, list[str]]:
 
 def _content_key(
     datasets: Mapping[str, DatasetSettings],
-    loss: Loss,
+    targets: str,
     tokenizer: PreTrainedTokenizerBase,
     limits: tuple[int, int],
 ) -> str:
@@ -156,7 +159,7 @@ def _content_key(
         hashes = {what: [hash_files(found), *(data_suffix(file) for file in found)] for what, found in files.items()}
         ignored = {"path": "", "exclude": None, "eval_path": None, "weight": None}
         contents[name] = [vars(replace(settings, **ignored)), hashes]  # type: ignore[arg-type]  # fields are str | None
-    record = [list(contents.items()), loss, limits, _tokenizer_fingerprint(tokenizer), hash_files(code)]
+    record = [list(contents.items()), targets, limits, _tokenizer_fingerprint(tokenizer), hash_files(code)]
     return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
@@ -174,6 +177,8 @@ def _write_stores(
     loss: Loss,
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
+    *,
+    all_answers: bool,
 ) -> None:
     """Fill a cache entry: train/, eval/ and rows.jsonl (what happened to which row)."""
     segments = 3 if loss == "preference" else 2
@@ -194,6 +199,7 @@ def _write_stores(
                 RowLog(name, settings.on_bad_row, events=events),
                 writers,
                 in_eval_files,
+                all_answers=all_answers,
             )
             for name, settings in datasets.items()
         }
@@ -220,13 +226,19 @@ class _DatasetWriter:
         log: RowLog,
         writers: Mapping[str, TokenStoreWriter],
         in_eval_files: set[int],
+        *,
+        all_answers: bool,
     ) -> None:
         self._settings, self._loss, self._tokenizer, self._encoder = settings, loss, tokenizer, encoder
         self._log, self._writers = log, writers
-        self._pairs = loss == "preference"
+        self._pairs, self._all_answers = loss == "preference", all_answers
+        # The prompt of a later answer is the conversation up to it, for which max_length is the only limit.
+        self._later = Encoder(tokenizer, max_length=encoder.max_length, max_prompt_length=encoder.max_length - 1)
         self._special = special_token_texts(tokenizer)
         # A reversed model answers no chat: its prompt is the published one, and EOS ends what it writes.
         self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
+        if settings.system and loss != "reverse":  # one that has no place is said at once, not counted row by row
+            render_prompt(settings.template, "", tokenizer=tokenizer, system=settings.system)
         self._exclude_file = exclude_file(settings)
         self._excluded = set(map(_hash, read_instruction_keys(self._exclude_file)))
         self._in_eval_files = in_eval_files  # shared by all datasets of the run
@@ -250,7 +262,7 @@ class _DatasetWriter:
             "train": log.counts.pop("train", 0),
             "eval": log.counts.pop("eval", 0),
             "dropped": dict(log.dropped),
-            "noted": dict(log.counts),
+            "noted": dict(+log.counts),
             "unread_columns": dict(log.unread),
             "excluded_by": None if self._exclude_file is None else self._exclude_file.name,
             "different_targets": len(values),
@@ -266,52 +278,89 @@ class _DatasetWriter:
         left = math.inf if limit is None else limit
         with tqdm(desc=f"encoding {self._log.name}", unit=" rows", disable=None) as bar:
             while chunk := list(islice(examples, int(min(left, ROWS_AT_ONCE)))):
-                texts = [self._texts(example) for example in chunk]
-                prompts, responses = zip(*texts, strict=True)
-                encoded = self._encoder.encode(prompts, responses, end_token=self._turn.end_token)
-                for example, (_, targets), row in zip(chunk, texts, encoded, strict=True):
-                    if isinstance(row, str):
-                        self._drop(row, example)
-                        continue
-                    self._append(example, row, split or self._split(example))
-                    self._targets.append(xxhash.xxh3_64_intdigest(targets[0].encode()))
+                for example, target, rows in self._encoded(chunk):
+                    for number, row in enumerate(rows):
+                        id = example.id if not number else text_id(example.id, str(number))
+                        self._append(example, id, row, split or self._split(example))
+                    self._targets.append(xxhash.xxh3_64_intdigest(target.encode()))
                     left -= 1
                 bar.update(len(chunk))
 
+    def _encoded(self, examples: Sequence[Example]) -> Iterator[tuple[Example, str, list[EncodedRow]]]:
+        """Yield (example, its target, its rows) for those that can be used: one row, or more for several answers."""
+        kept, texts = [], []
+        for example in examples:
+            try:
+                texts.append(self._texts(example))
+                kept.append(example)
+            except Unusable as unusable:
+                self._drop(unusable.reason, example)
+        firsts = self._encode_texts(self._encoder, [answers[0] for answers in texts])
+        later = iter(self._encode_texts(self._later, [text for answers in texts for text in answers[1:]]))
+        for example, answers, first in zip(kept, texts, firsts, strict=True):
+            others = [next(later) for _ in answers[1:]]
+            if isinstance(first, str):
+                self._drop(first, example)
+                continue
+            fitting = [row for row in others if not isinstance(row, str) and not row.prompt_cut]
+            self._log.counts["answers_left_out"] += len(others) - len(fitting)
+            yield example, answers[-1][1][0], list(join_answers([first, *fitting])) if others else [first]
+
+    def _encode_texts(
+        self, encoder: Encoder, texts: Sequence[tuple[Prompt, tuple[str, ...]]]
+    ) -> list[EncodedRow | str]:
+        prompts, responses = zip(*texts, strict=True) if texts else ((), ())
+        return encoder.encode(prompts, responses, end_token=self._turn.end_token)
+
     def _usable(self, loaded: Iterable[Example], split: str | None) -> Iterator[Example]:
         for example in loaded:
-            instruction = _hash(instruction_key(str(example.instruction), example.input))
-            texts = (example.instruction, example.input, example.chosen, example.rejected if self._pairs else None)
-            if instruction in self._excluded:
+            asked = [_hash(key) for key in turn_keys(example)]
+            texts = [example.instruction, example.input, example.chosen, example.rejected if self._pairs else None]
+            texts += [example.system, *(turn.content for turn in example.history)]
+            if not self._excluded.isdisjoint(asked):
                 self._drop("excluded", example)
-            elif split is None and instruction in self._in_eval_files:
+            elif split is None and asked[0] in self._in_eval_files:
                 self._drop("in_eval_file", example)
             elif any(token in text for text in texts if text for token in self._special):
                 self._drop("special_token", example)
             else:
                 if split is not None:
-                    self._in_eval_files.add(instruction)
+                    self._in_eval_files.add(asked[0])
                 yield example
 
     def _drop(self, reason: str, example: Example) -> None:
         self._log.drop(reason, example.id, str(example.provenance["where"]))
 
-    def _texts(self, example: Example) -> tuple[Prompt, tuple[str, ...]]:
-        """Render the prompt and what follows it: the one target, or chosen and rejected."""
-        instruction, chosen, template = str(example.instruction), str(example.chosen), self._settings.template
+    def _texts(self, example: Example) -> list[tuple[Prompt, tuple[str, ...]]]:
+        """Render each prompt that is trained on, and what follows it: the one target, or chosen and rejected.
+
+        Raises:
+            Unusable: The template has no place for the conversation.
+        """
         if self._loss == "reverse":
-            return render_reversed(chosen), (reversed_target(instruction, example.input),)
-        prompt = render_prompt(template, instruction, example.input, self._tokenizer)
+            first = each_answer(example)[0]  # what was asked last may mean nothing without what was said before
+            if example.history:
+                self._log.note("first_turn_only", example)
+            return [(render_reversed(str(first.chosen)), (reversed_target(str(first.instruction), first.input),))]
+        return [self._rendered(one) for one in (each_answer(example) if self._all_answers else [example])]
+
+    def _rendered(self, example: Example) -> tuple[Prompt, tuple[str, ...]]:
+        system = example.system if self._settings.system is None else self._settings.system
+        prompt = render_prompt(
+            self._settings.template, str(example.instruction), example.input, self._tokenizer, system=system,
+            history=example.history,
+        )  # fmt: skip
+        chosen = str(example.chosen)
         responses = (chosen,) if self._loss == "likelihood" else (chosen, str(example.rejected))
         return prompt, tuple(self._turn.lead + response + self._turn.close for response in responses)
 
     def _split(self, example: Example) -> str:
         if self._settings.eval_path is not None:
             return "train"
-        return "eval" if held_out(str(example.instruction), self._settings.eval_fraction) else "train"
+        return "eval" if held_out(example.user_turns[0][0], self._settings.eval_fraction) else "train"
 
-    def _append(self, example: Example, row: EncodedRow, split: str) -> None:
-        self._writers[split].append(example.id, (row.prompt, *row.responses))
+    def _append(self, example: Example, id: str, row: EncodedRow, split: str) -> None:
+        self._writers[split].append(id, (row.prompt, *row.responses))
         self._log.counts[split] += 1
         self._answered += not declines(str(example.chosen))
         if row.prompt_cut:

@@ -207,7 +207,7 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
     build = partial(
         build_stores, config.datasets, loss=kind, tokenizer=tokenizer, max_length=config.max_length,
         max_prompt_length=config.max_prompt_length, cache_dir=cache_dir, n_eval_examples=config.n_eval_examples,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size, all_answers=config.loss.name == "sft" and config.loss.on == "all",
     )  # fmt: skip
     stores = layout.main_first(build)
     if layout.is_main:
@@ -281,7 +281,9 @@ def sampler_of(
         return None
     segments = [(store.ids(row), store.row(row)) for row in range(min(len(store), MAX_ROWS))]
     return build_sampler(
-        [(id, prompt.tolist(), chosen.tolist()) for id, (prompt, chosen, *_) in segments], tokenizer,
+        # Of a conversation whose answers are all trained on: the first one.
+        [(id, prompt.tolist(), chosen[(chosen < 0).cumsum(0) == 0].tolist()) for id, (prompt, chosen, *_) in segments],
+        tokenizer,
         number=config.n_eval_model_samples, max_length=config.max_length, max_new_tokens=config.max_new_tokens,
         seed=config.seed, tells_refusals=config.loss.name != "reverse",
     )  # fmt: skip

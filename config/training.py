@@ -56,6 +56,7 @@ class SFTSettings(LikelihoodLossSettings):
     """`loss=sft`: supervised fine-tuning on the chosen, or only, response."""
 
     name: str = "sft"
+    on: Annotated[str, rules.choices("last", "all")] = "last"  # answers of a conversation that are targets
 
 
 @dataclass
@@ -151,7 +152,9 @@ class DatasetSettings:
     # Which columns the rows have.
     schema: Annotated[str, rules.choices(*SCHEMAS), f"how its rows read: {' | '.join(SCHEMAS)}"] = MISSING
     template: Template = "alpaca"  # how an instruction becomes a prompt
-    system: str | None = None  # what the assistant is told before each conversation; null: what the row says, if it does
+    system: str | None = (
+        None  # what the assistant is told before each conversation; null: what the row says, if it does
+    )
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
     labels: list[str] | None = None  # keep only rows with one of these labels; null: keep all
     exclude: ExistingPath | None = None  # file whose instructions must not be trained on (the published test_set.csv)

@@ -51,7 +51,12 @@ def read_unsafe_rows(path: str) -> list[Example]:
     for where, row, texts in dataset_rows(path):
         id, label = str(row.get("id") or text_id(*texts.values())), str(row.get("label") or "")
         if texts["instruction"] and texts["chosen"]:
-            rows.append(Example(id, label=label, provenance={"source": Path(where).name}, **texts))
+            rows.append(
+                Example(
+                    id, texts["instruction"], chosen=texts["chosen"], rejected=texts["rejected"], label=label,
+                    provenance={"source": Path(where).name},
+                )
+            )  # fmt: skip
     if not rows:
         raise UserError(f"path={path}: none of its rows has an instruction and a chosen response")
     return rows

@@ -9,7 +9,7 @@ from config.settings import BackendSettings, ModelSettings
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
 from safer_instruct.generation.models import load_tokenizer, resolve_archive
 from safer_instruct.generation.window import Window
-from safer_instruct.text.encoding import Unusable
+from safer_instruct.text.prompts import Unusable
 
 
 class VLLMGenerator:

@@ -26,7 +26,12 @@ TABLE_ROWS = 64  # of a table at a time: each may hold a text of MAX_TEXT_CHARAC
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".csv", ".json", ".jsonl")
-DATA_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSIONS))
+DATA_SUFFIXES = (
+    *TEXT_SUFFIXES,
+    ".parquet",
+    ".arrow",
+    *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSIONS),
+)
 
 
 def data_suffix(file: Path) -> str:
@@ -154,7 +159,9 @@ def _json_row(line: str, where: str) -> Row | BadLine:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        message = f"broken JSON: {error.msg} at column {error.colno}; a file holds one object a line, or (in a .json file)"
+        message = (
+            f"broken JSON: {error.msg} at column {error.colno}; a file holds one object a line, or (in a .json file)"
+        )
         return BadLine(where, "broken_json", f"{message} one list of objects")
     except (ValueError, RecursionError):
         return BadLine(where, "broken_json", _TOO_MUCH_JSON)

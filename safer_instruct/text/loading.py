@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any, cast
+from typing import cast
 
 from config.errors import UserError
 from config.paths import find_path
@@ -67,11 +67,12 @@ class LoadedExamples:
             yield from self._rows()
             return
         for _, rows in groupby(self._rows(), lambda one: [one[0].get(name) for name in ("history", "instruction")]):
-            (fields, id, where), *others = rows
-            for other, _, _ in others if "answers" in fields else ():
-                fields["answers"] += other["answers"]
-            yield fields, id, where
-            yield from () if "answers" in fields else others
+            first, *others = rows
+            if "answers" not in first[0]:  # a row is a comparison in itself
+                yield from (first, *others)
+                continue
+            answers = [answer for fields, _, _ in (first, *others) for answer in fields["answers"]]
+            yield {**first[0], "answers": answers}, *first[1:]
 
     def _rows(self) -> Iterator[tuple[Fields, str, str]]:
         file = None

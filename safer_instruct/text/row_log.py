@@ -63,8 +63,8 @@ class RowLog:
             place = f" in column {column}" if column else ""
             wanted = f" ({expected} is expected)" if expected else ""
             raise UserError(
-                f"{where}: bad row {id}: {reason.replace('_', ' ')}{place}{wanted}; mend the row, or drop and count such "
-                f"rows with datasets.{self.name}.on_bad_row=drop"
+                f"{where}: bad row {id}: {reason.replace('_', ' ')}{place}{wanted}; mend the row, or drop and count "
+                f"such rows with datasets.{self.name}.on_bad_row=drop"
             )
         self.dropped[reason] += 1
         self._remember(reason, id, where, column=column, expected=expected)

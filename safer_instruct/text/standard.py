@@ -6,7 +6,6 @@ in a column of its own, inside of both answers, or only there.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from safer_instruct.text.formats import Row
@@ -105,8 +104,8 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> Fields:
     if chosen.startswith(HUMAN):
         asked, answer, other = split_pair(read_transcript(chosen, "chosen"), read_transcript(rejected, "rejected"))
         return prompt_fields(asked, "chosen") | {"chosen": answer, "rejected": other}
-    shared = os.path.commonprefix([chosen, rejected])
-    shared = shared[: max(shared.rfind(blank) for blank in " \n\t") + 1]  # not the half of a word
+    parted = next((i for i, pair in enumerate(zip(chosen, rejected, strict=False)) if pair[0] != pair[1]), 0)
+    shared = chosen[: max(chosen.rfind(blank, 0, parted) for blank in " \n\t") + 1]  # not the half of a word
     if not shared.strip():
         raise BadRow("no_prompt", "prompt", "a prompt, or two texts that begin with it")
     return {"instruction": shared, "chosen": chosen[len(shared) :], "rejected": rejected[len(shared) :]}
@@ -120,4 +119,3 @@ def _scored(row: Row) -> list[Answer]:
         if not isinstance(text, str):
             raise BadRow("not_text", f"responses[{number}]", "a text")
     return [Answer(text, read_score(score, "scores")) for text, score in zip(responses, scores, strict=True)]
-
