@@ -25,7 +25,6 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.measures.refusals import declines
 from safer_instruct.text.chat import Turn, special_token_texts
 from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
 from safer_instruct.text.examples import Example, held_out, text_id
@@ -34,6 +33,7 @@ from safer_instruct.text.formats import data_suffix
 from safer_instruct.text.loading import LoadedExamples, load_examples
 from safer_instruct.text.prompts import Prompt, Unusable, answer_turn, render_prompt, render_reversed, reversed_target
 from safer_instruct.text.readers import data_files, splits_left_out
+from safer_instruct.text.refusals import declines
 from safer_instruct.text.row_log import RowLog, describe, few_answered
 from safer_instruct.text.turns import each_answer, join_answers
 from trainers.data.cache import build_once, hash_files
@@ -147,7 +147,7 @@ def _content_key(
     """
     root = Path(__file__).parent
     code = [Path(__file__), root / "trainers" / "data" / "token_store.py"]
-    code += [*sorted((root / "safer_instruct" / "text").glob("*.py")), root / "safer_instruct/measures/refusals.py"]
+    code += sorted((root / "safer_instruct" / "text").glob("*.py"))
     contents: dict[str, Any] = {}
     for name, settings in datasets.items():
         paths = {"data": settings.path, "exclude": exclude_file(settings), "eval": settings.eval_path}

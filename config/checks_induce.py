@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from config.checks import check_device, check_expert, check_server, unread_by_expert
 from config.names import BENIGN_STAGES
 from config.rules import MISSING, Fault, check_values, is_below
-from config.settings import InduceConfig
+from config.settings import JUDGES, InduceConfig
 
 
 def check_induce(config: InduceConfig) -> list[Fault]:
@@ -29,6 +29,9 @@ def check_induce(config: InduceConfig) -> list[Fault]:
     if needed["generation.server"]:
         faults += check_server(config.generation.server, "generation.server")
     faults += check_expert(config.expert, "expert")
+    if asks_expert and isinstance(config.expert, JUDGES):
+        message = f"expert={config.expert.name} judges answers and writes none; write expert=openai, local or rules"
+        faults.append(Fault("expert", message))
     draws = stage == "contrast" or (stage == "replay" and config.replay.rejected == "refusal")
     if (stage == "audit" or draws) and config.path is None:
         faults.append(

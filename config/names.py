@@ -14,6 +14,7 @@ SCHEMAS = (  # which columns the rows of a dataset have
     "si", "alpaca", "hh", "shp", "se", "sharegpt", "dolly", "ultrafeedback", "beavertails", "helpsteer", "custom",
 )  # fmt: skip
 PAIRINGS = ("best_worst", "all")  # which of several answers to a prompt make pairs
+GUARDS = ("llama_guard", "wildguard", "shieldgemma", "harmbench")  # classifiers with a question form of their own
 FORMATS = ("all", "jsonl", "parquet")  # files of a merged dataset
 STAGES = ("induce", "score", "filter", "respond")  # those with a ledger, in their order
 # Stages that make pairs whose prompts should be answered, each with an output of its own -> their ledgers, in order.

@@ -67,6 +67,9 @@ def register_schemas() -> None:
         "expert/rules": settings.RulesExpertSettings,
         "expert/local": settings.LocalExpertSettings,
         "expert/openai": settings.OpenAIExpertSettings,
+        "expert/guard": settings.GuardExpertSettings,
+        "expert/strongreject": settings.StrongRejectSettings,
+        "expert/refusals": settings.RefusalsExpertSettings,
         **{f"loss/{name}": kind for name, kind in LOSSES.items()},
     }
     for name, node in nodes.items():

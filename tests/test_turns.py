@@ -35,8 +35,8 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System 
 # Writes earlier answers without the thought that it puts before the last one, as Qwen 3's template does.
 THINKS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think>\n\n"
-    "</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "<think>\n\n</think>\n\n{% endif %}"
+    "</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>"
+    "assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
 TALK = [("user", "Hi, the cat?"), ("assistant", "the mat :)"), ("user", "What is 12?"), ("assistant", "A sum.")]

@@ -153,6 +153,16 @@ def _put_round(frames: Sequence[str], texts: Sequence[str], *, has_system: bool)
     return Prompt("".join(pieces[: 2 * body + 1]), texts[body], "".join(pieces[2 * body + 2 :]))
 
 
+def render_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Render a whole conversation, its answer included, by the chat template of a model that is to judge it.
+
+    Raises:
+        UserError: The tokenizer has no chat template, or it does not show each message once.
+    """
+    frames = chat_frames(tokenizer, [message.role for message in messages])
+    return _put_round(frames, [message.content for message in messages], has_system=False)
+
+
 def _hh_frames(roles: Sequence[str], _: PreTrainedTokenizerBase | None) -> list[str]:
     marks = {"user": HUMAN, "assistant": ASSISTANT}
     return [*(marks[role] + " " for role in roles), ASSISTANT]
