@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
@@ -25,17 +25,16 @@ from tqdm import tqdm
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.text.chat import Turn, special_token_texts
+from safer_instruct.text.chat import special_token_texts
 from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
+from safer_instruct.text.example_encoder import ExampleEncoder
 from safer_instruct.text.examples import Example, held_out, text_id
 from safer_instruct.text.exclusion import exclude_file, read_instruction_keys, turn_keys
 from safer_instruct.text.formats import data_suffix
 from safer_instruct.text.loading import LoadedExamples, load_examples
-from safer_instruct.text.prompts import Prompt, Unusable, answer_turn, render_prompt, render_reversed, reversed_target
 from safer_instruct.text.readers import data_files, splits_left_out
 from safer_instruct.text.refusals import declines
 from safer_instruct.text.row_log import RowLog, describe, few_answered
-from safer_instruct.text.turns import each_answer, join_answers
 from trainers.data.cache import build_once, hash_files
 from trainers.data.mixture import mixture
 from trainers.data.token_store import TokenStore, TokenStoreWriter
@@ -229,16 +228,10 @@ class _DatasetWriter:
         *,
         all_answers: bool,
     ) -> None:
-        self._settings, self._loss, self._tokenizer, self._encoder = settings, loss, tokenizer, encoder
-        self._log, self._writers = log, writers
-        self._pairs, self._all_answers = loss == "preference", all_answers
-        # The prompt of a later answer is the conversation up to it, for which max_length is the only limit.
-        self._later = Encoder(tokenizer, max_length=encoder.max_length, max_prompt_length=encoder.max_length - 1)
+        self._settings, self._log, self._writers = settings, log, writers
+        self._pairs = loss == "preference"
         self._special = special_token_texts(tokenizer)
-        # A reversed model answers no chat: its prompt is the published one, and EOS ends what it writes.
-        self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
-        if settings.system and loss != "reverse":  # one that has no place is said at once, not counted row by row
-            render_prompt(settings.template, "", tokenizer=tokenizer, system=settings.system)
+        self._rows = ExampleEncoder(settings, loss, tokenizer, encoder, log, all_answers=all_answers)
         self._exclude_file = exclude_file(settings)
         self._excluded = set(map(_hash, read_instruction_keys(self._exclude_file)))
         self._in_eval_files = in_eval_files  # shared by all datasets of the run
@@ -278,7 +271,7 @@ class _DatasetWriter:
         left = math.inf if limit is None else limit
         with tqdm(desc=f"encoding {self._log.name}", unit=" rows", disable=None) as bar:
             while chunk := list(islice(examples, int(min(left, ROWS_AT_ONCE)))):
-                for example, target, rows in self._encoded(chunk):
+                for example, target, rows in self._rows.encode(chunk):
                     for number, row in enumerate(rows):
                         id = example.id if not number else text_id(example.id, str(number))
                         self._append(example, id, row, split or self._split(example))
@@ -286,73 +279,21 @@ class _DatasetWriter:
                     left -= 1
                 bar.update(len(chunk))
 
-    def _encoded(self, examples: Sequence[Example]) -> Iterator[tuple[Example, str, list[EncodedRow]]]:
-        """Yield (example, its target, its rows) for those that can be used: one row, or more for several answers."""
-        kept, texts = [], []
-        for example in examples:
-            try:
-                texts.append(self._texts(example))
-                kept.append(example)
-            except Unusable as unusable:
-                self._drop(unusable.reason, example)
-        firsts = self._encode_texts(self._encoder, [answers[0] for answers in texts])
-        later = iter(self._encode_texts(self._later, [text for answers in texts for text in answers[1:]]))
-        for example, answers, first in zip(kept, texts, firsts, strict=True):
-            others = [next(later) for _ in answers[1:]]
-            if isinstance(first, str):
-                self._drop(first, example)
-                continue
-            fitting = [row for row in others if not isinstance(row, str) and not row.prompt_cut]
-            self._log.counts["answers_left_out"] += len(others) - len(fitting)
-            yield example, answers[-1][1][0], list(join_answers([first, *fitting])) if others else [first]
-
-    def _encode_texts(
-        self, encoder: Encoder, texts: Sequence[tuple[Prompt, tuple[str, ...]]]
-    ) -> list[EncodedRow | str]:
-        prompts, responses = zip(*texts, strict=True) if texts else ((), ())
-        return encoder.encode(prompts, responses, end_token=self._turn.end_token)
-
     def _usable(self, loaded: Iterable[Example], split: str | None) -> Iterator[Example]:
         for example in loaded:
             asked = [_hash(key) for key in turn_keys(example)]
             texts = [example.instruction, example.input, example.chosen, example.rejected if self._pairs else None]
             texts += [example.system, *(turn.content for turn in example.history)]
             if not self._excluded.isdisjoint(asked):
-                self._drop("excluded", example)
+                self._log.drop_example("excluded", example)
             elif split is None and asked[0] in self._in_eval_files:
-                self._drop("in_eval_file", example)
+                self._log.drop_example("in_eval_file", example)
             elif any(token in text for text in texts if text for token in self._special):
-                self._drop("special_token", example)
+                self._log.drop_example("special_token", example)
             else:
                 if split is not None:
                     self._in_eval_files.add(asked[0])
                 yield example
-
-    def _drop(self, reason: str, example: Example) -> None:
-        self._log.drop(reason, example.id, str(example.provenance["where"]))
-
-    def _texts(self, example: Example) -> list[tuple[Prompt, tuple[str, ...]]]:
-        """Render each prompt that is trained on, and what follows it: the one target, or chosen and rejected.
-
-        Raises:
-            Unusable: The template has no place for the conversation.
-        """
-        if self._loss == "reverse":
-            first = each_answer(example)[0]  # what was asked last may mean nothing without what was said before
-            if example.history:
-                self._log.note("first_turn_only", example)
-            return [(render_reversed(str(first.chosen)), (reversed_target(str(first.instruction), first.input),))]
-        return [self._rendered(one) for one in (each_answer(example) if self._all_answers else [example])]
-
-    def _rendered(self, example: Example) -> tuple[Prompt, tuple[str, ...]]:
-        system = example.system if self._settings.system is None else self._settings.system
-        prompt = render_prompt(
-            self._settings.template, str(example.instruction), example.input, self._tokenizer, system=system,
-            history=example.history,
-        )  # fmt: skip
-        chosen = str(example.chosen)
-        responses = (chosen,) if self._loss == "likelihood" else (chosen, str(example.rejected))
-        return prompt, tuple(self._turn.lead + response + self._turn.close for response in responses)
 
     def _split(self, example: Example) -> str:
         if self._settings.eval_path is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from config.checks import check_device, check_expert, check_server, unread_by_expert
+from config.judges import JUDGES
 from config.names import BENIGN_STAGES
 from config.rules import MISSING, Fault, check_values, is_below
-from config.settings import JUDGES, InduceConfig
+from config.settings import InduceConfig
 
 
 def check_induce(config: InduceConfig) -> list[Fault]:

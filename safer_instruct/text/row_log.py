@@ -69,6 +69,10 @@ class RowLog:
         self.dropped[reason] += 1
         self._remember(reason, id, where, column=column, expected=expected)
 
+    def drop_example(self, reason: str, example: Example) -> None:
+        """Count a row that goes though it could be read."""
+        self.drop(reason, example.id, str(example.provenance["where"]))
+
     def _remember(self, kind: str, id: str, where: str, **details: str) -> None:
         ids = self.ids.setdefault(kind, [])
         if len(ids) < IDS_IN_REPORT:
