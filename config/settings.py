@@ -34,12 +34,9 @@ from config.training import (  # noqa: F401 - those of train.py are read from he
 
 # "OPENING CLOSING" of what families of reasoning models think aloud: DeepSeek R1 and Qwen 3, Mistral, Cohere, Seed.
 THOUGHT_TAGS = (
-    "<think> </think>",
-    "<thinking> </thinking>",
-    "[THINK] [/THINK]",
-    "<|START_THINKING|> <|END_THINKING|>",
+    "<think> </think>", "<thinking> </thinking>", "[THINK] [/THINK]", "<|START_THINKING|> <|END_THINKING|>",
     "<seed:think> </seed:think>",
-)
+)  # fmt: skip
 ThoughtTag = Annotated[
     str,
     rules.matches(r"\S+ \S+", "must be an opening and a closing tag with a space between, such as '<think> </think>'"),
@@ -250,6 +247,7 @@ class PromptSetSettings:
     kinds: dict[str, PromptKind] = field(default_factory=dict)  # what the file's column `kind` says -> one of the three
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
     max_rows: Count | None = None  # read this many prompts from the start; null: all
+    hand_labels: dict[str, str] = field(default_factory=dict)  # responses=csv: model -> column of what people say of it
 
 
 @dataclass
