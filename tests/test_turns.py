@@ -292,3 +292,25 @@ def test_a_conversation_is_split_and_excluded_by_its_turns(tmp_path: Path) -> No
     store = store_of(tmp_path, tokenizer, all_answers=False, talks=[TALK, *kept], exclude=str(tmp_path / "test.jsonl"))
     assert len(store) == 2
     assert store.meta["report"]["datasets"]["talks"]["dropped"] == {"excluded": 1}
+
+
+def test_a_run_on_all_answers_from_the_command_line(here: Any, tmp_path: Path) -> None:
+    """Training, evaluation and sampling read rows whose responses hold given tokens."""
+    tokenizer = with_chat(byte_level_tokenizer(add_bos=True))
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    talks = write(tmp_path / "talks.jsonl", [[*TALK[:1], ("assistant", f"the {i}"), *TALK[2:]] for i in range(6)])
+    held = write(tmp_path / "held.jsonl", [[("user", "Where?"), *TALK[1:]]])
+    said = here(
+        "loss=sft", "loss.on=all", "model=blank_model", f"model.name_or_path={tmp_path / 'model'}",
+        "datasets=[sharegpt]",
+        f"datasets.sharegpt.path={talks}", f"datasets.sharegpt.eval_path={held}", "exp_name=a", "batch_size=3",
+        "eval_batch_size=1", "sample_during_eval=true", "n_eval_model_samples=1", "max_new_tokens=2", "device=cpu",
+        "wandb.enabled=false", "lr=1e-3", "warmup_steps=0",
+    )  # fmt: skip
+    assert "7 rows read, 6 train, 1 eval" in said
+    metrics = [json.loads(line) for line in (tmp_path / "runs" / "a" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss/eval"] for row in metrics if "loss/eval" in row]
+    assert losses[-1] < losses[0]
+    (sample, *_) = (tmp_path / "runs" / "a" / "samples.jsonl").read_text().splitlines()
+    assert json.loads(sample)["prompt"] == "user\nWhere?\nassistant\n"
