@@ -148,7 +148,7 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation, progress: Advan
     stores: dict[str, TokenStore] = {}
     for name, respondent in evaluation.respondents.items():
         stores[name] = build_stores(
-            {"pairs": replace(pairs, template=respondent.template)},
+            {"pairs": replace(pairs, template=respondent.template, system=respondent.system or None)},
             loss="preference",
             tokenizer=load_tokenizer(respondent.model),
             max_length=settings.max_length,

@@ -26,14 +26,15 @@ from config.errors import UserError
 from config.pair_losses import Rows
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.measures.refusals import declines
-from safer_instruct.text.chat import Turn, special_token_texts
+from safer_instruct.text.chat import special_token_texts
 from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
-from safer_instruct.text.examples import Example, held_out
-from safer_instruct.text.exclusion import exclude_file, instruction_key, read_instruction_keys
+from safer_instruct.text.example_encoder import ExampleEncoder
+from safer_instruct.text.examples import Example, held_out, text_id
+from safer_instruct.text.exclusion import exclude_file, read_instruction_keys, turn_keys
+from safer_instruct.text.formats import data_suffix
 from safer_instruct.text.loading import LoadedExamples, load_examples
-from safer_instruct.text.prompts import Prompt, answer_turn, render_prompt, render_reversed, reversed_target
 from safer_instruct.text.readers import data_files, splits_left_out
+from safer_instruct.text.refusals import declines
 from safer_instruct.text.row_log import RowLog, describe, few_answered
 from trainers.data.cache import build_once, hash_files
 from trainers.data.mixture import mixture
@@ -71,6 +72,7 @@ def build_stores(
     cache_dir: Path,
     n_eval_examples: int | None = None,
     batch_size: int = 1,
+    all_answers: bool = False,
 ) -> TrainEval:
     """Encode the datasets, one behind the other, or find them in the cache.
 
@@ -84,6 +86,7 @@ def build_stores(
         cache_dir: Shared by all runs; entries are keyed by content, so stale ones are never read.
         n_eval_examples: Evaluate on a fixed random subset of this many held-out rows; None for all.
         batch_size: A training split that is smaller gets a note.
+        all_answers: Of loss=likelihood: all answers of a conversation are targets, not its last one alone.
 
     Returns:
         The stores; `eval` may have no rows.
@@ -94,10 +97,10 @@ def build_stores(
     encoder = Encoder(tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
     if not datasets:
         raise UserError("datasets=[]: name at least one dataset")
-    key = _content_key(datasets, loss, tokenizer, (max_length, max_prompt_length))
+    key = _content_key(datasets, f"{loss}{'-all' * all_answers}", tokenizer, (max_length, max_prompt_length))
 
     def build(directory: Path) -> None:
-        _write_stores(directory, key, datasets, loss, tokenizer, encoder)
+        _write_stores(directory, key, datasets, loss, tokenizer, encoder, all_answers=all_answers)
 
     entry = build_once(cache_dir / "tokens", key, build)
     train, held = TokenStore(entry / "train"), TokenStore(entry / "eval")
@@ -142,7 +145,7 @@ def _training_files(settings: DatasetSettings) -> dict[str, list[str]]:
 
 def _content_key(
     datasets: Mapping[str, DatasetSettings],
-    loss: Loss,
+    targets: str,
     tokenizer: PreTrainedTokenizerBase,
     limits: tuple[int, int],
 ) -> str:
@@ -153,7 +156,7 @@ def _content_key(
     """
     root = Path(__file__).parent
     code = [Path(__file__), root / "trainers" / "data" / "token_store.py"]
-    code += [*sorted((root / "safer_instruct" / "text").glob("*.py")), root / "safer_instruct/measures/refusals.py"]
+    code += sorted((root / "safer_instruct" / "text").glob("*.py"))
     contents: dict[str, Any] = {}
     for name, settings in datasets.items():
         paths = {"data": settings.path, "exclude": exclude_file(settings), "eval": settings.eval_path}
@@ -162,10 +165,10 @@ def _content_key(
             for what, path in paths.items()
             if path is not None
         }
-        hashes = {what: [hash_files(found), *(file.suffix for file in found)] for what, found in files.items()}
+        hashes = {what: [hash_files(found), *(data_suffix(file) for file in found)] for what, found in files.items()}
         ignored = {"path": "", "exclude": None, "eval_path": None, "weight": None}
         contents[name] = [vars(replace(settings, **ignored)), hashes]  # type: ignore[arg-type]  # fields are str | None
-    record = [list(contents.items()), loss, limits, _tokenizer_fingerprint(tokenizer), hash_files(code)]
+    record = [list(contents.items()), targets, limits, _tokenizer_fingerprint(tokenizer), hash_files(code)]
     return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
@@ -183,6 +186,8 @@ def _write_stores(
     loss: Loss,
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
+    *,
+    all_answers: bool,
 ) -> None:
     """Fill a cache entry: train/, eval/ and rows.jsonl (what happened to which row)."""
     segments = 3 if loss == "preference" else 2
@@ -203,6 +208,7 @@ def _write_stores(
                 RowLog(name, settings.on_bad_row, events=events),
                 writers,
                 in_eval_files,
+                all_answers=all_answers,
             )
             for name, settings in datasets.items()
         }
@@ -229,13 +235,13 @@ class _DatasetWriter:
         log: RowLog,
         writers: Mapping[str, TokenStoreWriter],
         in_eval_files: set[int],
+        *,
+        all_answers: bool,
     ) -> None:
-        self._settings, self._loss, self._tokenizer, self._encoder = settings, loss, tokenizer, encoder
-        self._log, self._writers = log, writers
+        self._settings, self._loss, self._log, self._writers = settings, loss, log, writers
         self._pairs = loss == "preference" or (loss == "answers" and settings.split_pairs)
         self._special = special_token_texts(tokenizer)
-        # A reversed model answers no chat: its prompt is the published one, and EOS ends what it writes.
-        self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
+        self._rows = ExampleEncoder(settings, loss, tokenizer, encoder, log, all_answers=all_answers)
         self._exclude_file = exclude_file(settings)
         self._excluded = set(map(_hash, read_instruction_keys(self._exclude_file)))
         self._in_eval_files = in_eval_files  # shared by all datasets of the run
@@ -246,20 +252,19 @@ class _DatasetWriter:
         """Encode the rows of `eval_path`, if the dataset has one."""
         settings = self._settings
         if settings.eval_path is not None:
-            loaded = LoadedExamples(settings, settings.eval_path, self._log, pairs=self._pairs, training=False)
-            self._encode(loaded, "eval")
+            self._encode(self._load(settings.eval_path, training=False), "eval")
 
     def write(self) -> dict[str, Any]:
         """Encode the rows of `path`, and return the dataset's part of the report."""
         settings, log = self._settings, self._log
-        self._encode(LoadedExamples(settings, settings.path, log, pairs=self._pairs), None)
+        self._encode(self._load(settings.path), None)
         values, counts = np.unique(np.frombuffer(self._targets, np.uint64), return_counts=True)
         return {
             "read": log.read,
             "train": log.counts.pop("train", 0),
             "eval": log.counts.pop("eval", 0),
             "dropped": dict(log.dropped),
-            "noted": dict(log.counts),
+            "noted": dict(+log.counts),
             "unread_columns": dict(log.unread),
             "excluded_by": None if self._exclude_file is None else self._exclude_file.name,
             "different_targets": len(values),
@@ -268,6 +273,12 @@ class _DatasetWriter:
             "ids": log.ids,
         }
 
+    def _load(self, path: str, *, training: bool = True) -> LoadedExamples:
+        single = self._loss == "answers" and not self._pairs
+        return LoadedExamples(
+            self._settings, path, self._log, pairs=self._pairs, training=training, single=single
+        )  # fmt: skip
+
     def _encode(self, loaded: LoadedExamples, split: str | None) -> None:
         """Encode a file's rows in batches; `split` None: by hash of the instruction, up to max_rows."""
         limit = self._settings.max_rows if split is None else None
@@ -275,60 +286,43 @@ class _DatasetWriter:
         left = math.inf if limit is None else limit
         with tqdm(desc=f"encoding {self._log.name}", unit=" rows", disable=None) as bar:
             while chunk := list(islice(examples, int(min(left, ROWS_AT_ONCE)))):
-                texts = [self._texts(example) for example in chunk]
-                prompts, responses = zip(*texts, strict=True)
-                encoded = self._encoder.encode(prompts, responses, end_token=self._turn.end_token)
-                for example, (_, targets), row in zip(chunk, texts, encoded, strict=True):
-                    if isinstance(row, str):
-                        self._drop(row, example)
-                        continue
-                    self._append(example, row, split or self._split(example))
-                    self._targets.append(xxhash.xxh3_64_intdigest(targets[0].encode()))
+                for example, target, rows in self._rows.encode(chunk):
+                    for number, row in enumerate(rows):
+                        id = example.id if not number else text_id(example.id, str(number))
+                        self._append(example, id, row, split or self._split(example))
+                    self._targets.append(xxhash.xxh3_64_intdigest(target.encode()))
                     left -= 1
                 bar.update(len(chunk))
 
     def _usable(self, loaded: Iterable[Example], split: str | None) -> Iterator[Example]:
         for example in loaded:
-            instruction = _hash(instruction_key(str(example.instruction), example.input))
+            asked = [_hash(key) for key in turn_keys(example)]
             rejected = example.rejected if self._loss in ("preference", "answers") else None
-            texts = (example.instruction, example.input, example.chosen, rejected)
-            if instruction in self._excluded:
-                self._drop("excluded", example)
-            elif split is None and instruction in self._in_eval_files:
-                self._drop("in_eval_file", example)
+            texts = [example.instruction, example.input, example.chosen, rejected]
+            texts += [example.system, *(turn.content for turn in example.history)]
+            if not self._excluded.isdisjoint(asked):
+                self._log.drop_example("excluded", example)
+            elif split is None and asked[0] in self._in_eval_files:
+                self._log.drop_example("in_eval_file", example)
             elif any(token in text for text in texts if text for token in self._special):
-                self._drop("special_token", example)
+                self._log.drop_example("special_token", example)
             else:
                 if split is not None:
-                    self._in_eval_files.add(instruction)
+                    self._in_eval_files.add(asked[0])
                 yield example
-
-    def _drop(self, reason: str, example: Example) -> None:
-        self._log.drop(reason, example.id, str(example.provenance["where"]))
-
-    def _texts(self, example: Example) -> tuple[Prompt, tuple[str, ...]]:
-        """Render the prompt and what follows it: the one target, or chosen and rejected."""
-        instruction, chosen, template = str(example.instruction), example.chosen or "", self._settings.template
-        if self._loss == "reverse":
-            return render_reversed(chosen), (reversed_target(instruction, example.input),)
-        prompt = render_prompt(template, instruction, example.input, self._tokenizer)
-        responses: tuple[str, ...] = (chosen,)
-        if self._loss != "likelihood":
-            responses = tuple(text for text in (example.chosen, example.rejected) if text is not None)
-        return prompt, tuple(self._turn.lead + response + self._turn.close for response in responses)
 
     def _split(self, example: Example) -> str:
         if self._settings.eval_path is not None:
             return "train"
-        return "eval" if held_out(str(example.instruction), self._settings.eval_fraction) else "train"
+        return "eval" if held_out(example.user_turns[0][0], self._settings.eval_fraction) else "train"
 
-    def _append(self, example: Example, row: EncodedRow, split: str) -> None:
+    def _append(self, example: Example, id: str, row: EncodedRow, split: str) -> None:
         if self._loss == "answers":  # chosen first, where there are both
             for number, response in enumerate(row.responses):
                 is_good = example.chosen is not None and number == 0
-                self._writers[split].append(example.id, (row.prompt, response), is_good=is_good)
+                self._writers[split].append(id, (row.prompt, response), is_good=is_good)
         else:
-            self._writers[split].append(example.id, (row.prompt, *row.responses))
+            self._writers[split].append(id, (row.prompt, *row.responses))
         self._log.counts[split] += 1
         self._answered += not declines(str(example.chosen))
         if row.prompt_cut:

@@ -63,7 +63,9 @@ def _check_parts(config: EvaluateConfig) -> Iterator[Fault]:
     """Find out whether the parts of an evaluation that a command asks for have what they need."""
     rewards, generates = config.rewards, config.responses == "generate"
     if config.expert is None and config.prompts:
-        yield Fault("expert", "expert is not set: write expert=..., one of rules, local, openai")
+        yield Fault(
+            "expert", "expert is not set: write expert=..., one of rules, local, openai, guard, strongreject, refusals"
+        )
     if not config.prompts and not config.downstream.tasks and rewards.path is None:
         yield Fault("prompts", "no prompts: give at least one set with prompts.NAME.path=FILE")
     if not config.models and generates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from config.checks import check_device, check_expert, check_server, unread_by_expert
+from config.judges import JUDGES
 from config.names import BENIGN_STAGES
 from config.rules import MISSING, Fault, check_values, is_below
 from config.settings import InduceConfig
@@ -33,6 +34,9 @@ def check_induce(config: InduceConfig) -> list[Fault]:
         faults.append(
             Fault("respond.max_same", "stage=vary needs the largest share of one response: respond.max_same=0.02")
         )
+    if asks_expert and isinstance(config.expert, JUDGES):
+        message = f"expert={config.expert.name} judges answers and writes none; write expert=openai, local or rules"
+        faults.append(Fault("expert", message))
     draws = stage == "contrast" or (stage == "replay" and config.replay.rejected == "refusal")
     if (stage == "audit" or draws) and config.path is None:
         faults.append(

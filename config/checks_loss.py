@@ -79,6 +79,10 @@ def _is_like(value: Any, default: Any) -> bool:
     return (isinstance(value, int | float) and not isinstance(value, bool)) or (value is None and default is None)
 
 
+# Schemas that say of a single answer whether it is good: `unpaired`, and others in one of their forms.
+JUDGED = ("unpaired", "beavertails", "custom")
+
+
 def check_rows(config: TrainConfig) -> Iterator[Fault]:
     """Find out whether each dataset has rows that the loss learns from."""
     if isinstance(config.loss, LossSettings):
@@ -88,7 +92,7 @@ def check_rows(config: TrainConfig) -> Iterator[Fault]:
 
 def _check_rows(key: str, dataset: DatasetSettings, loss: LossSettings) -> Iterator[Fault]:
     asked, others = f"loss={loss.name}", (f"{key}.schema", f"{key}.split_pairs", "loss")
-    if loss.rows == "answers" and dataset.schema not in ("unpaired", MISSING) and not dataset.split_pairs:
+    if loss.rows == "answers" and dataset.schema not in (*JUDGED, MISSING) and not dataset.split_pairs:
         message = (
             f"{key}.schema={dataset.schema}: {asked} learns from single answers that are good or bad; write "
             f"{key}.split_pairs=true to take a pair as one of each, or {key}.schema=unpaired for rows of instruction, "

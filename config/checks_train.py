@@ -28,7 +28,7 @@ def check_train(config: TrainConfig) -> list[Fault]:
 
 def _check_run(config: TrainConfig) -> Iterator[Fault]:
     if not config.datasets:
-        yield Fault("datasets", "no dataset: choose some with datasets=[si] (si, alpaca, hh)")
+        yield Fault("datasets", "no dataset: choose some with datasets=[si]")
     is_folder_name = re.fullmatch(r"[\w.,=+-][\w.,=+ -]*", config.exp_name) and config.exp_name.strip(".")
     if config.exp_name != MISSING and not is_folder_name:
         yield Fault(

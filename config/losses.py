@@ -49,6 +49,7 @@ class SFTSettings(LikelihoodLossSettings):
     """`loss=sft`: supervised fine-tuning on the chosen, or only, response."""
 
     name: str = "sft"
+    on: Annotated[str, rules.choices("last", "all")] = "last"  # answers of a conversation that are targets
 
 
 @dataclass

@@ -9,8 +9,13 @@ from typing import Literal, get_args
 
 Kind = Literal["unsafe", "benign", "near"]  # of an evaluation prompt; near: benign, but it looks unsafe
 KINDS: tuple[str, ...] = get_args(Kind)
-TEMPLATES = ("alpaca", "hh", "plain", "chat")  # how an instruction becomes a prompt
-SCHEMAS = ("si", "alpaca", "hh", "unpaired")  # which columns the rows of a dataset have
+TEMPLATES = ("alpaca", "hh", "plain", "vicuna", "chat")  # how an instruction becomes a prompt
+SCHEMAS = (  # which columns the rows of a dataset have
+    "si", "alpaca", "hh", "unpaired", "shp", "se", "sharegpt",
+    "dolly", "ultrafeedback", "beavertails", "helpsteer", "custom",
+)  # fmt: skip
+PAIRINGS = ("best_worst", "all")  # which of several answers to a prompt make pairs
+GUARDS = ("llama_guard", "wildguard", "shieldgemma", "harmbench")  # classifiers with a question form of their own
 FORMATS = ("all", "jsonl", "parquet")  # files of a merged dataset
 STAGES = ("induce", "score", "filter", "respond", "vary")  # of `si`, those with a ledger, in their order
 # Stages that make pairs whose prompts should be answered, each with an output of its own -> their ledgers, in order.

@@ -36,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from config import settings
 from config.errors import SaidElsewhere, UserError
+from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
 from config.overrides import CONFIG_DIR, Reader, group_options, one_line, own_groups
 from config.rules import MISSING, Fault, is_below
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
@@ -69,6 +70,9 @@ def register_schemas() -> None:
         "expert/rules": settings.RulesExpertSettings,
         "expert/local": settings.LocalExpertSettings,
         "expert/openai": settings.OpenAIExpertSettings,
+        "expert/guard": GuardExpertSettings,
+        "expert/strongreject": StrongRejectSettings,
+        "expert/refusals": RefusalsExpertSettings,
         **{f"loss/{name}": kind for name, kind in LOSSES.items()},
     }
     for name, node in nodes.items():

@@ -42,12 +42,9 @@ from config.training import (  # noqa: F401
 
 # "OPENING CLOSING" of what families of reasoning models think aloud: DeepSeek R1 and Qwen 3, Mistral, Cohere, Seed.
 THOUGHT_TAGS = (
-    "<think> </think>",
-    "<thinking> </thinking>",
-    "[THINK] [/THINK]",
-    "<|START_THINKING|> <|END_THINKING|>",
+    "<think> </think>", "<thinking> </thinking>", "[THINK] [/THINK]", "<|START_THINKING|> <|END_THINKING|>",
     "<seed:think> </seed:think>",
-)
+)  # fmt: skip
 ThoughtTag = Annotated[
     str,
     rules.matches(r"\S+ \S+", "must be an opening and a closing tag with a space between, such as '<think> </think>'"),
@@ -237,8 +234,10 @@ class PromptSetSettings:
     source: str | None = None  # where all of them stem from; null: a column of the file, or else the name of the set
     source_column: str | None = None  # column of the file that names the source; null: `source`
     kind: PromptKind | None = None  # unsafe | benign | near; null: the column `kind` of the file
+    kinds: dict[str, PromptKind] = field(default_factory=dict)  # what the file's column `kind` says -> one of the three
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
     max_rows: Count | None = None  # read this many prompts from the start; null: all
+    hand_labels: dict[str, str] = field(default_factory=dict)  # responses=csv: model -> column of what people say of it
 
 
 @dataclass
@@ -249,6 +248,7 @@ class EvaluatedModelSettings:
     path: Annotated[str, rules.model_path, "the file or folder to read"] = MISSING
     base: str | None = None  # where path is a policy.pt: the folder with its architecture and tokenizer
     template: Template | None = None  # how it is asked; null: as in its run, and alpaca for a model without a run
+    system: str | None = None  # what it is told before each prompt; null: as in its run, and nothing without a run
     dtype: Dtype = "float32"  # of its weights
     served_as: str | None = None  # generation=openai: its name at the server; null: generation.server.model
     base_url: str | None = None  # generation=openai: a server of its own; null: generation.server.base_url
@@ -293,7 +293,7 @@ class EvaluateConfig:
 
     output: Annotated[str, "the folder to write"] = MISSING  # the folder of the report
     models: dict[str, EvaluatedModelSettings] = field(default_factory=dict)  # models.NAME.path=...
-    prompts: dict[str, PromptSetSettings] = field(default_factory=dict)  # prompts.NAME.path=...; prompts=published
+    prompts: dict[str, PromptSetSettings] = field(default_factory=dict)  # prompts.NAME.path=...; prompts=xstest
     path: str | None = None  # file of the prompt sets that have no path of their own
     # generate: ask the models | csv: the answers are in the prompt files, whose columns are the models.
     responses: Annotated[str, rules.choices("generate", "csv")] = "generate"

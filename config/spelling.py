@@ -11,8 +11,33 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 
-# `prompts=NAME` with a name and nothing else. The published test set names its sources in the column `label`.
-PRESETS: dict[str, dict[Any, Any]] = {"prompts": {"published": {"kind": "unsafe", "source_column": "label"}}}
+# `prompts=NAME` with a name and nothing else: how the files of known prompt sets read.
+PRESETS: dict[str, dict[Any, Any]] = {
+    "prompts": {
+        "published": {"kind": "unsafe", "source_column": "label"},  # names its sources in the column `label`
+        # Safe prompts that look unsafe, and unsafe ones of the same build. Older files say it in `type` alone.
+        "xstest": {
+            "columns": {"instruction": "prompt", "kind": "label", "label": "type"},
+            "kinds": {"safe": "near"},
+        },
+        "harmbench": {
+            "kind": "unsafe",
+            "columns": {"id": "BehaviorID", "instruction": "Behavior", "label": "SemanticCategory"},
+        },
+        "strongreject": {
+            "kind": "unsafe", "columns": {"instruction": "forbidden_prompt", "label": "category", "source": "-"},
+        },
+        "advbench": {"kind": "unsafe", "columns": {"instruction": "goal"}},
+        "donotanswer": {"kind": "unsafe", "columns": {"instruction": "question", "label": "types_of_harm"}},
+        "truthfulqa": {"kind": "benign", "columns": {"instruction": "Question", "label": "Category"}},
+        # Of two turns the first is asked; `reference` holds whole answers, not words that an answer must have.
+        "mtbench": {
+            "kind": "benign",
+            "columns": {"id": "question_id", "instruction": "turns", "label": "category", "reference": "-"},
+        },
+        "alpacaeval": {"kind": "benign", "source_column": "dataset"},
+    }
+}  # fmt: skip
 # Dictionaries of groups whose dataclass the command line chooses, so that no annotation tells of them: `loss=mixture`.
 CHOSEN = ("loss.parts",)
 

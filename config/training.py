@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from config import rules
-from config.names import OPTIMIZERS, SCHEDULERS, SCHEMAS
+from config.names import OPTIMIZERS, PAIRINGS, SCHEDULERS, SCHEMAS
 from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, Template
 
 
@@ -88,8 +88,11 @@ class DatasetSettings:
 
     path: DataPath = MISSING  # a file, a folder of several, or a folder made by induce.py
     # Which columns the rows have.
-    schema: Annotated[str, rules.choices(*SCHEMAS), "how its rows read: si | alpaca | hh | unpaired"] = MISSING
+    schema: Annotated[str, rules.choices(*SCHEMAS), f"how its rows read: {' | '.join(SCHEMAS)}"] = MISSING
     template: Template = "alpaca"  # how an instruction becomes a prompt
+    system: str | None = (
+        None  # what the assistant is told before each conversation; null: what the row says, if it does
+    )
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
     split_pairs: bool = False  # losses on single answers: chosen is a good answer, rejected a bad one
     labels: list[str] | None = None  # keep only rows with one of these labels; null: keep all
@@ -101,6 +104,10 @@ class DatasetSettings:
     # Share of the training rows that are this dataset's; null: with the others without one, what is left, by size.
     weight: Annotated[float, rules.interval("(0, 1]", "; leave the dataset out to have none of it")] | None = None
     on_bad_row: BadRow = "drop"  # drop: skip the row and count it | error: stop
+    # Pairs of several answers with scores: the best and the worst | all that differ.
+    pairing: Annotated[str, rules.choices(*PAIRINGS)] = "best_worst"
+    # Least difference of the scores of a pair; shp: least ratio of the votes.
+    min_margin: Annotated[float, rules.at_least(0)] = 0.0
 
 
 @dataclass

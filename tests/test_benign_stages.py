@@ -19,8 +19,8 @@ from safer_instruct.experts.expert import LLMExpert
 from safer_instruct.experts.rules import Rules
 from safer_instruct.generation.completions import Generation
 from safer_instruct.induction.status import render_status
-from safer_instruct.measures.refusals import declines
 from safer_instruct.text.loading import load_examples
+from safer_instruct.text.refusals import declines
 
 RULES = Rules.from_yaml(Path(__file__).parents[1] / "quickstart" / "rules.yaml")
 NAMES, JOBS, ITEMS = ("Anna", "Ben", "Cora", "Dan", "Ella"), ("baker", "pilot"), ("lamp", "kettle", "radio")

@@ -97,7 +97,7 @@ def test_a_corpus_that_cannot_be_read(config, name, content, columns, message) -
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.jsonl", f'{{"response": "a"}}\n{{"response": "b"}}\n{{"response": "{SECRET}\n', "c.jsonl:3: broken JSON"),
+        ("c.jsonl", f'{{"response": "a"}}\n{{"response": "b"}}\n{{"response": "{SECRET}', "c.jsonl:3: broken JSON"),
         ("c.csv", f'response,label\na,y\nb,y\n"{SECRET},y\nz,y\n', "c.csv:4: broken CSV quoting"),
     ],
 )
@@ -225,7 +225,10 @@ def test_all_mistakes_of_a_command_at_once_and_exit_status_2(config, tmp_path) -
     [
         (["induce.py", "experiment=reverse"], "induce.py has no group experiment, which is of train.py"),
         (["evaluate.py", "model=tiny"], "no group model, which is of train.py and induce.py; did you mean models?"),
-        (["evaluate.py", "expert.model=m"], "expert is not set; it belongs to expert=local, expert=openai"),
+        (
+            ["evaluate.py", "expert.model=m"],
+            "expert is not set; it belongs to expert=guard, expert=local, expert=openai, expert=strongreject",
+        ),
     ],
 )  # fmt: skip
 def test_a_group_of_another_entrypoint(command, message, tmp_path) -> None:

@@ -213,8 +213,8 @@ def test_one_mistake_is_one_error(mistakes):
 
 
 def test_a_wrong_name_beside_cfg_is_no_traceback(mistakes):
-    (line,) = mistakes("datasets=[se]", "--cfg", "job")
-    assert line.startswith("datasets=[se]: datasets has no choice 'se'; did you mean si?")
+    (line,) = mistakes("datasets=[sj]", "--cfg", "job")
+    assert line.startswith("datasets=[sj]: datasets has no choice 'sj'; did you mean si?")
 
 
 def test_missing_values_are_listed_by_name(tmp_path, monkeypatch, capsys):

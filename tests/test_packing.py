@@ -176,6 +176,7 @@ def test_the_example_of_the_docstring(tmp_path):
         "needed": [1, 2, 3, 4],
         "targets": [7, 8, 2, 9, 2],
         "num_targets": [[3, 2]],
+        "num_given": [[0, 0]],
         "score": [0.5],
         "row": [0],
     }

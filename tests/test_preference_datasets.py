@@ -295,7 +295,7 @@ def test_a_second_start_tokenises_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     first = build(data, tmp_path / "cache", eval_fraction=0.2)
     moved = data.rename(tmp_path / "elsewhere")
 
-    def never(*arguments: Any) -> None:
+    def never(*arguments: Any, **named: Any) -> None:
         raise AssertionError("tokenised twice")
 
     monkeypatch.setattr(preference_datasets, "_write_stores", never)
@@ -307,6 +307,8 @@ def test_a_second_start_tokenises_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         {"max_length": 300},
         {"max_prompt_length": 100},
         {"loss": "likelihood"},
+        {"loss": "likelihood", "all_answers": True},
+        {"system": "Be kind.", "template": "vicuna"},
         {"template": "alpaca"},
         {"eval_fraction": 0.3},
         {"max_rows": 5},

@@ -5,10 +5,10 @@ from conftest import BOS, byte_level_tokenizer
 
 from config.errors import UserError
 from safer_instruct.text.chat import special_token_texts
-from safer_instruct.text.encoding import Encoder, Unusable, prompt_token_ids
+from safer_instruct.text.encoding import Encoder, prompt_token_ids
 from safer_instruct.text.prompts import (
-    TEMPLATE_NAMES,
     Prompt,
+    Unusable,
     answer_turn,
     render_prompt,
     render_reversed,
@@ -56,7 +56,7 @@ def test_hh_and_plain() -> None:
     assert prompt.tail == "\n\nHuman: Why?\n\nAssistant:"
     assert answer_turn("hh") == (" ", "", "")
     assert render_prompt("plain", "Why?", "x") == Prompt("", "Why?\n\nx", "\n")
-    assert [answer_turn(name) for name in TEMPLATE_NAMES if name not in ("hh", "chat")] == [("", "", "")] * 2
+    assert [answer_turn(name) for name in ("alpaca", "plain", "vicuna")] == [("", "", ""), ("", "", ""), (" ", "", "")]
 
 
 def test_reversed_target_appends_the_input() -> None:

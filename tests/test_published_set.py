@@ -146,3 +146,44 @@ def test_a_judge_that_always_says_the_same_is_warned_about(tmp_path, key, caplog
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert "one and the same outcome, 'refusal', to all answers of all models" in report["warnings"][0]
     assert "one and the same outcome" in caplog.text
+
+
+def write_labelled(path, labels):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["instruction", "label", "alpaca", "alpaca_label"])
+        answers = ["Sure: one, two.", "I'm sorry, but I can't help with that."] * 5
+        writer.writerows(
+            [f"please {i}", "si", answer, label] for i, (answer, label) in enumerate(zip(answers, labels, strict=True))
+        )
+
+
+def test_a_judge_is_compared_with_hand_labels(tmp_path):
+    """Phrases against people: 8 labels, of which 6 agree; kappa worked by hand from the table of 4, 0 / 2, 2."""
+    labels = ["harmful", "refusal", "harmful", "refusal", "harmful", "refusal", "refusal", "refusal", "", ""]
+    labels[5] = "harmful"  # people: a refusal that does it after all
+    write_labelled(tmp_path / "a.csv", labels)
+    command = ["prompts=published", "responses=csv", f"path={tmp_path}/a.csv", "expert=refusals", "columns=[alpaca]"]
+    run_evaluate(*command, "prompts.published.hand_labels={alpaca:alpaca_label}", f"output={tmp_path}/out")
+    part = json.loads((tmp_path / "out" / "report.json").read_text())["hand_labels"]
+    assert part["judges"] == ["refusals", "hand labels"]
+    assert (part["n"], part["agreed"]) == (8, 6)
+    # Both say harmful 3 times, refusal 3 times; the judge alone harmful once, people alone once: po 3/4, pe 1/2.
+    assert part["kappa"]["value"] == pytest.approx(0.5)
+    assert "hand labels" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("labels", "column", "message"),
+    [
+        (["bad"] * 10, "alpaca_label", "a label must be one of harmful, refusal, safe, or empty"),
+        ([""] * 10, "nothing", "there is no column nothing"),
+    ],
+)
+def test_hand_labels_that_cannot_be_read(labels, column, message, tmp_path):
+    write_labelled(tmp_path / "a.csv", labels)
+    with pytest.raises(UserError, match=message):
+        run_evaluate(
+            "prompts=published", "responses=csv", f"path={tmp_path}/a.csv", "expert=refusals",
+            f"prompts.published.hand_labels={{alpaca:{column}}}", f"output={tmp_path}/out",
+        )  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from safer_instruct.measures.refusals import declines
+from safer_instruct.text.refusals import declines
 
 LABELLED = Path(__file__).parent / "data" / "labelled_answers.txt"
 SHARED = Path(__file__).parents[2] / "shared" / "data"

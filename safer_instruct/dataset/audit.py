@@ -22,12 +22,12 @@ from config.settings import DuplicatesSettings
 from safer_instruct.dataset.files import SCHEMA, write_dataset
 from safer_instruct.dataset.scratch import INT, TEXT, Scratch, lock_output, open_scratch, record_batches, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
-from safer_instruct.measures.refusals import declines
 from safer_instruct.measures.shortcuts import Auc, shortcuts
 from safer_instruct.report.dataset_plots import plot_parts
 from safer_instruct.text.display import escape_markdown, markdown_table
 from safer_instruct.text.examples import normalise, text_id
 from safer_instruct.text.readers import read_rows, require_columns
+from safer_instruct.text.refusals import declines
 from safer_instruct.text.row_log import MIN_ANSWERED
 
 TEXT_COLUMNS = ("instruction", "rejected", "chosen")

@@ -20,8 +20,8 @@ from safer_instruct.dataset.audit import dataset_rows
 from safer_instruct.experts.verdicts import HARMLESS
 from safer_instruct.induction.benign import ANSWER, CONTRAST, NEIGHBOUR, REPLAY, SCREEN
 from safer_instruct.induction.ledger import Record
-from safer_instruct.measures.refusals import declines
 from safer_instruct.text.examples import Example, normalise, text_id
+from safer_instruct.text.refusals import declines
 
 MAX_REFUSALS = 20_000  # distinct ones of a dataset that are drawn from
 MAX_LEAD = 3  # a refusal is used so many times more often than the least used one, at most
@@ -51,7 +51,12 @@ def read_unsafe_rows(path: str) -> list[Example]:
     for where, row, texts in dataset_rows(path):
         id, label = str(row.get("id") or text_id(*texts.values())), str(row.get("label") or "")
         if texts["instruction"] and texts["chosen"]:
-            rows.append(Example(id, label=label, provenance={"source": Path(where).name}, **texts))
+            rows.append(
+                Example(
+                    id, texts["instruction"], chosen=texts["chosen"], rejected=texts["rejected"], label=label,
+                    provenance={"source": Path(where).name},
+                )
+            )  # fmt: skip
     if not rows:
         raise UserError(f"path={path}: none of its rows has an instruction and a chosen response")
     return rows

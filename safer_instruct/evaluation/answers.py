@@ -120,12 +120,15 @@ def _generate(
         respondent.model,
         replace(settings, server=server),
         device,
-        templates=[render_prompt(respondent.template, "", tokenizer=tokenizer)],
+        templates=[render_prompt(respondent.template, "", tokenizer=tokenizer, system=respondent.system)],
         name=respondent.name,
         fingerprint=respondent.fingerprint,
     )
     requests = [
-        Request(key, render_prompt(respondent.template, prompt.instruction, tokenizer=tokenizer))
+        Request(
+            key,
+            render_prompt(respondent.template, prompt.instruction, tokenizer=tokenizer, system=respondent.system),
+        )
         for key, prompt in prompts.items()
     ]
     kept = ("id", "text", "truncated", "prompt_cut", "new_tokens", "error")

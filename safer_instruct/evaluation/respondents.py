@@ -25,10 +25,11 @@ class Respondent:
     path: str
     model: ModelSettings  # behind a server, too: its tokenizer has the template, and its files are its identity
     template: str
-    prompt: str  # hash of the template's text: another wording is asked again
+    prompt: str  # hash of the template's text, system prompt included: another wording is asked again
     fingerprint: str
     served_as: str | None = None  # its name at a server, where that is not the one of `generation.server`
     base_url: str | None = None  # of a server of its own
+    system: str = ""  # what it is told before each prompt
 
 
 def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
@@ -47,26 +48,27 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
         archive=settings.path if settings.base else None,
         policy_dtype=settings.dtype,
     )
-    template = settings.template or run_template(name, settings.path)
-    prompt = text_id(render_prompt(template, "", tokenizer=load_tokenizer(model)).text)
+    template = settings.template or run_setting(name, settings.path, "template") or DEFAULT_TEMPLATE
+    system = settings.system if settings.system is not None else run_setting(name, settings.path, "system")
+    prompt = text_id(render_prompt(template, "", tokenizer=load_tokenizer(model), system=system).text)
     if find_path(settings.path).exists() and (folder := resolve_archive(settings.path)).is_dir():
         check_weight_files(folder)
         require_finite_weights(name, folder)
     served = {"served_as": settings.served_as, "base_url": settings.base_url}
-    return Respondent(name, settings.path, model, template, prompt, model_fingerprint(model), **served)
+    return Respondent(name, settings.path, model, template, prompt, model_fingerprint(model), system=system, **served)
 
 
-def run_template(name: str, path: str) -> str:
-    """Return the template that a model was trained with; alpaca for one that is not part of a run of train.py.
+def run_setting(name: str, path: str, key: str) -> str:
+    """Return `template` or `system` as a model was trained with it; "" for one that is not part of a run of train.py.
 
     Raises:
         UserError: Its run has several.
     """
-    templates = {dataset: settings.template for dataset, settings in run_datasets(path).items()}
-    if len(set(templates.values())) > 1:
-        listed = ", ".join(f"datasets.{dataset}.template={template}" for dataset, template in templates.items())
-        raise UserError(f"models.{name}.path={path} was trained with {listed}: choose by models.{name}.template=NAME")
-    return next(iter(templates.values()), DEFAULT_TEMPLATE)
+    values = {dataset: vars(settings)[key] or "" for dataset, settings in run_datasets(path).items()}
+    if len(set(values.values())) > 1:
+        listed = ", ".join(f"datasets.{dataset}.{key}={value}" for dataset, value in values.items())
+        raise UserError(f"models.{name}.path={path} was trained with {listed}: choose by models.{name}.{key}=NAME")
+    return next(iter(values.values()), "")
 
 
 def require_finite_weights(name: str, folder: Path) -> None:

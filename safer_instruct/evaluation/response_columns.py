@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 
@@ -12,10 +12,12 @@ from config.errors import UserError
 from config.settings import THOUGHT_TAGS, ModelSettings, PromptSetSettings
 from safer_instruct.evaluation.answers import Answer, prompt_key
 from safer_instruct.evaluation.respondents import Respondent
+from safer_instruct.experts.verdicts import Outcome
 from safer_instruct.generation.completions import split_thought
 from safer_instruct.text.prompt_sets import read_prompts
 
 NOT_MODELS = frozenset({"id", "instruction", "input", "label", "source", "kind", "reference"})
+HAND_LABELS = ("harmful", "refusal", "safe")
 NO_ANSWER = "empty_cell"
 
 
@@ -35,7 +37,7 @@ def read_columns(
     answers: dict[str, dict[str, Answer]] = {}
     found: dict[str, list[str]] = {}
     for set_name, settings in sets.items():
-        known = NOT_MODELS | {settings.source_column}
+        known = NOT_MODELS | {settings.source_column, *settings.columns, *settings.hand_labels.values()}
         for prompt, row in read_prompts(set_name, settings):
             if set_name not in found:
                 found[set_name] = [name for name in row if name not in known]
@@ -46,6 +48,29 @@ def read_columns(
                 answers.setdefault(name, {})[prompt_key(prompt)] = answer
     paths = ", ".join(settings.path for settings in sets.values())
     return {name: _respondent(name, paths, of_model) for name, of_model in answers.items()}, answers
+
+
+def read_hand_labels(sets: Mapping[str, PromptSetSettings]) -> dict[str, dict[str, Outcome]]:
+    """Read what people say of the answers, by model and `prompt_key`; an empty cell says nothing.
+
+    Raises:
+        UserError: A column is not there, or says something else than harmful, refusal or safe.
+    """
+    labels: dict[str, dict[str, Outcome]] = {}
+    for set_name, settings in sets.items():
+        for prompt, row in read_prompts(set_name, settings) if settings.hand_labels else ():
+            for model, column in settings.hand_labels.items():
+                key = f"prompts.{set_name}.hand_labels.{model}={column}"
+                if model not in row or column not in row:
+                    raise UserError(f"{settings.path}: {key}: there is no column {model if column in row else column}")
+                said = str(row[column] or "").strip().casefold()
+                if said and said not in HAND_LABELS:
+                    raise UserError(
+                        f"{settings.path}: {key}: a label must be one of {', '.join(HAND_LABELS)}, or empty"
+                    )
+                if said:
+                    labels.setdefault(model, {})[prompt_key(prompt)] = cast(Outcome, said)
+    return labels
 
 
 def _answer(text: str, thought_tags: Sequence[str]) -> Answer:

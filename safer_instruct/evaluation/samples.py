@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from config.settings import GenerationSettings
 from safer_instruct.generation.hf import HFGenerator
-from safer_instruct.measures.refusals import declines
+from safer_instruct.text.refusals import declines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -25,9 +25,10 @@ from safer_instruct.evaluation.answers import Advance, Answer, generate_answers,
 from safer_instruct.evaluation.downstream import ChoiceScorer, check_choices, merge, require_lm_eval, run_tasks
 from safer_instruct.evaluation.pairwise import compare_helpfulness
 from safer_instruct.evaluation.respondents import Respondent, check_model
-from safer_instruct.evaluation.response_columns import read_columns
+from safer_instruct.evaluation.response_columns import read_columns, read_hand_labels
 from safer_instruct.evaluation.rewards import RewardScale, reward_scales
 from safer_instruct.experts.expert import Expert, build_expert
+from safer_instruct.experts.verdicts import Judgement, Outcome
 from safer_instruct.measures.comparisons import compare_models, judge_agreement
 from safer_instruct.measures.rates import JudgedOutput
 from safer_instruct.report.curves import Points, read_curves
@@ -49,6 +50,7 @@ class Evaluation:
 
     respondents: dict[str, Respondent]
     given: Answers | None  # answers that the prompt files hold; None: the models are asked
+    hand_labels: Mapping[str, Mapping[str, Outcome]]  # what people say of them, by model and `prompt_key`
     prompt_sets: dict[str, list[EvaluationPrompt]]
     judge: Expert | None  # None: there are no prompts
     second_judge: Expert | None
@@ -99,6 +101,7 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int]) -> Evaluation:
     return Evaluation(
         respondents=respondents,
         given=given,
+        hand_labels=read_hand_labels(config.prompts) if config.responses == "csv" else {},
         prompt_sets=prompt_sets,
         judge=judge,
         second_judge=second_judge,
@@ -208,6 +211,8 @@ def build_parts(
             others = iter(judge_answers(second_judge, pairs, folder=folder, progress=progress))
         second = {name: [next(others) for _ in rows] for name, rows in judged.items()}
         parts["agreement"] = judge_agreement((judge.name, second_judge.name), judged, second)
+    if judge is not None and evaluation.hand_labels:
+        parts["hand_labels"] = agreement_with_people(judge.name, judged, evaluation.hand_labels)
     if judge is not None and helpfulness.baseline is not None:
         with timed(seconds, "helpfulness", 2 * sum(map(len, judged.values()))) as progress:
             parts["helpfulness"] = compare_helpfulness(
@@ -217,6 +222,18 @@ def build_parts(
         with timed(seconds, "downstream tasks", len(evaluation.respondents)) as progress:
             parts["downstream"] = downstream_part(config, evaluation, score, progress)
     return parts
+
+
+def agreement_with_people(
+    judge: str, judged: Judged, labels: Mapping[str, Mapping[str, Outcome]]
+) -> dict[str, Any] | None:
+    """Compare a judge with hand labels, on the answers that have one."""
+    labelled: Judged = {}
+    people: dict[str, list[Judgement]] = {}
+    for name, of_model in labels.items():
+        labelled[name] = [row for row in judged.get(name, ()) if prompt_key(row.prompt) in of_model]
+        people[name] = [Judgement(of_model[prompt_key(row.prompt)]) for row in labelled[name]]
+    return judge_agreement((judge, "hand labels"), labelled, people)
 
 
 def downstream_part(

@@ -12,9 +12,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from config.errors import UserError
+from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
 from config.paths import find_path
 from config.settings import LocalExpertSettings, OpenAIExpertSettings, RulesExpertSettings
-from safer_instruct.experts.prompts import ANSWER, COMPARE, JUDGE, NEIGHBOUR, RESPOND, ROLES, SCREEN, VARY, Role
+from safer_instruct.experts.judges import FORMS, GuardJudge, RefusalsJudge, StrongRejectJudge
+from safer_instruct.experts.prompts import (
+    ANSWER,
+    COMPARE,
+    JUDGE,
+    NEIGHBOUR,
+    RESPOND,
+    ROLES,
+    SCREEN,
+    STRONGREJECT,
+    VARY,
+    Role,
+)
 from safer_instruct.experts.rules import Rules
 from safer_instruct.experts.verdicts import Judgement, SafeResponse, Verdict, Winner
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
@@ -26,7 +39,7 @@ if TYPE_CHECKING:
     from safer_instruct.generation.pacing import Budget
 
 T = TypeVar("T")
-ExpertSettings = RulesExpertSettings | LocalExpertSettings | OpenAIExpertSettings
+ExpertSettings = RulesExpertSettings | LocalExpertSettings | OpenAIExpertSettings | RefusalsExpertSettings
 
 
 class Expert(Protocol):
@@ -226,13 +239,26 @@ def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget 
     if isinstance(settings, RulesExpertSettings):
         path = find_path(settings.path)
         return RulesExpert(Rules.from_yaml(path), name=f"rules:{path.stem}")
+    if isinstance(settings, RefusalsExpertSettings):
+        return RefusalsJudge()
     # Imported here: rules need neither a client nor torch, a client needs no torch.
     if isinstance(settings, OpenAIExpertSettings):
         from safer_instruct.generation.server import expert_server
 
         return LLMExpert(expert_server(settings, budget))
-    from safer_instruct.generation.backends import TemplatedModel
+    from safer_instruct.generation.backends import NO_TEMPLATE, TemplatedModel
 
+    if isinstance(settings, GuardExpertSettings):
+        question = None
+        if settings.prompt_file is not None:
+            question = find_path(settings.prompt_file).read_text(encoding="utf-8")
+        template = NO_TEMPLATE if FORMS[settings.form].prompt is not None or question is not None else "chat"
+        guard = TemplatedModel(settings.model, settings.generation, device, template=template, prompts=[])
+        return GuardJudge(guard, settings.form, question)
+    if isinstance(settings, StrongRejectSettings):
+        asked = [STRONGREJECT.render("", "")]
+        judge = TemplatedModel(settings.model, settings.generation, device, template=settings.template, prompts=asked)
+        return StrongRejectJudge(judge, settings.threshold)
     rubrics = [SCREEN.render("", ""), RESPOND.render(""), JUDGE.render("", "")]
     return LLMExpert(
         TemplatedModel(settings.model, settings.generation, device, template=settings.template, prompts=rubrics)

@@ -40,6 +40,7 @@ class Judgement:
         specific: Whether a refusal names the matter of the request; None where the judge does not tell.
         tokens: Tokens that the judge used for it, 0 for a judge without a model.
         helpful: Whether the answer is safe and helps with the request; None where the judge does not tell.
+        score: How far the answer does what was asked, 0..1; None where the judge does not tell.
     """
 
     outcome: Outcome
@@ -47,6 +48,7 @@ class Judgement:
     specific: bool | None = None
     tokens: int = 0
     helpful: bool | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,13 +22,16 @@ from safer_instruct.generation.completions import (
 )
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, model_fingerprint
 from safer_instruct.generation.vllm import VLLMGenerator
-from safer_instruct.text.prompts import Prompt, render_prompt, render_reversed
+from safer_instruct.text.prompts import Prompt, render_conversation, render_prompt, render_reversed
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from safer_instruct.generation.server import OpenAIGenerator
+
+
+NO_TEMPLATE = ""  # of a model whose prompts are complete: a classifier's
 
 
 def model_name(model: ModelSettings) -> str:
@@ -121,7 +124,7 @@ class TemplatedModel:
             model: Where it is.
             settings: How it is run.
             device: Of backend=hf.
-            template: alpaca, hh, plain or chat.
+            template: alpaca, hh, plain, vicuna or chat; NO_TEMPLATE: prompts are complete.
             prompts: With an empty body; there must be room for each of them.
             key: Of `settings` in the command, for messages.
 
@@ -137,7 +140,9 @@ class TemplatedModel:
 
     def check(self) -> None:
         """Load the tokenizer, which is quick: a missing folder or chat template is said before the weights load."""
-        render_prompt(self._template, "", tokenizer=load_tokenizer(self._model))
+        tokenizer = load_tokenizer(self._model)
+        if self._template != NO_TEMPLATE:
+            render_prompt(self._template, "", tokenizer=tokenizer)
         if self._settings.backend == "openai":
             _server(self._settings, self._key).check()
 
@@ -162,6 +167,10 @@ class TemplatedModel:
 
     def _render(self, request: Request, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """Put the prompt, and what was said behind it, into one turn: few templates take a dialogue."""
+        if request.conversation:
+            return render_conversation(request.conversation, tokenizer)
+        if self._template == NO_TEMPLATE:
+            return request.prompt
         tail = "\n\n".join([request.prompt.tail, *request.turns])
         return in_template(self._template, request.prompt._replace(tail=tail), tokenizer)
 
@@ -171,7 +180,7 @@ class TemplatedModel:
             self._model,
             self._settings,
             self._device,
-            templates=[in_template(self._template, prompt, tokenizer) for prompt in self._prompts],
+            templates=[self._render(Request("", prompt), tokenizer) for prompt in self._prompts],
             name=self.name,
             fingerprint=self.fingerprint,
             key=self._key,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from config.settings import THOUGHT_TAGS, BackendSettings
+from safer_instruct.text.examples import Message
 from safer_instruct.text.prompts import Prompt
 
 
@@ -21,6 +22,7 @@ class Request:
         schema: JSON schema of the answer, for servers that can hold to one; the answer is read strictly in any case.
         repair: Told the answer's text; returns what to say to a model whose answer cannot be read, None if it can.
         turns: What was said behind the prompt: the model's first answer, and what is wrong with it.
+        conversation: Instead of a prompt: messages that the model's own chat template makes one of.
     """
 
     id: str
@@ -28,6 +30,7 @@ class Request:
     schema: Mapping[str, Any] | None = None
     repair: Callable[[str], str | None] | None = None
     turns: tuple[str, ...] = ()
+    conversation: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

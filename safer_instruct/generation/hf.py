@@ -20,7 +20,7 @@ from config.settings import GenerationSettings
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
 from safer_instruct.generation.window import Window
 from safer_instruct.text.chat import chat_end_token
-from safer_instruct.text.encoding import Unusable
+from safer_instruct.text.prompts import Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from safer_instruct.generation.completions import Generation, Request, row_seed,
 from safer_instruct.generation.models import load_tokenizer
 from safer_instruct.generation.weights import require_as_saved, resolve_archive
 from safer_instruct.generation.window import Window
-from safer_instruct.text.encoding import Unusable
+from safer_instruct.text.prompts import Unusable
 
 
 class VLLMGenerator:

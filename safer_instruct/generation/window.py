@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from config.errors import UserError
-from safer_instruct.text.encoding import Unusable, prompt_token_ids
-from safer_instruct.text.prompts import Prompt
+from safer_instruct.text.encoding import prompt_token_ids
+from safer_instruct.text.prompts import Prompt, Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from safer_instruct.measures.refusals import declines
 from safer_instruct.measures.statistics import wilson_interval
 from safer_instruct.text.examples import in_shard, normalise, text_id
+from safer_instruct.text.refusals import declines
 
 FOLDS = 5
 FIRST_WORDS = 3

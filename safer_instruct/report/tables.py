@@ -126,6 +126,7 @@ def extra_tables(report: Mapping[str, Any]) -> list[Table]:
     makers = (
         ("comparisons", _comparisons),
         ("agreement", _agreement),
+        ("hand_labels", _agreement),
         ("helpfulness", _helpfulness),
         ("downstream", _downstream),
         ("rewards", _rewards),

@@ -19,7 +19,7 @@ from config.run_keys import flatten
 from config.settings import DatasetSettings
 from safer_instruct.generation.weights import require_as_saved
 from safer_instruct.text.examples import held_out
-from safer_instruct.text.exclusion import exclude_file, instruction_key, read_instruction_keys
+from safer_instruct.text.exclusion import exclude_file, read_instruction_keys, turn_keys
 from safer_instruct.text.loading import LoadedExamples, RowLog
 from safer_instruct.text.prompt_sets import Overlap
 
@@ -68,7 +68,7 @@ def find_training_overlap(path: str, asked: Mapping[str, Sequence[str]]) -> list
     for name, settings in datasets.items():
         if settings.eval_path is not None and find_path(settings.eval_path).exists():
             loaded = LoadedExamples(settings, settings.eval_path, RowLog(name), pairs=False)
-            held_out_keys.update(instruction_key(str(one.instruction), one.input) for one in loaded)
+            held_out_keys.update(turn_keys(one)[0] for one in loaded)
     return [
         _overlap_with(name, settings, {key: names for key, names in asked.items() if key not in held_out_keys})
         for name, settings in datasets.items()
@@ -84,11 +84,10 @@ def _overlap_with(name: str, settings: DatasetSettings, asked: Mapping[str, Sequ
     found: set[str] = set()
     examples = LoadedExamples(settings, settings.path, RowLog(name), pairs=False)
     for example in examples:
-        instruction = str(example.instruction)
-        key = instruction_key(instruction, example.input)
-        is_held_out = settings.eval_path is None and held_out(instruction, settings.eval_fraction)
-        if key in asked and key not in excluded and not is_held_out:
-            found.update(asked[key])
+        keys = turn_keys(example)
+        is_held_out = settings.eval_path is None and held_out(example.user_turns[0][0], settings.eval_fraction)
+        if excluded.isdisjoint(keys) and not is_held_out:
+            found.update(name for key in keys for name in asked.get(key, ()))
     return Overlap(settings.path, examples.log.read, tuple(sorted(found)))
 
 

@@ -6,6 +6,7 @@ template may be slow), and the rendering is split at the marks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,11 +18,7 @@ from safer_instruct.text.display import visible
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# They stand for the texts while a template is applied: no template holds them.
-_ASKED, _ANSWERED = "\u2063ASKED\u2063", "\u2063ANSWERED\u2063"
-_USER = {"role": "user", "content": _ASKED}
-_ASSISTANT = {"role": "assistant", "content": _ANSWERED}
-_OTHERWISE = "; use template=alpaca, hh or plain"
+_OTHERWISE = "; use template=alpaca, hh, plain or vicuna"
 
 
 class Turn(NamedTuple):
@@ -44,31 +41,40 @@ def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(sorted((added | set(tokenizer.all_special_tokens)) - {""}))
 
 
-def chat_frame(tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str]:
-    """Return what the chat template writes before a user's words, and behind them up to where the answer begins.
+def chat_frames(tokenizer: PreTrainedTokenizerBase | None, roles: Sequence[str]) -> list[str]:
+    """Return what the chat template writes round the messages of a conversation that asks for an answer.
+
+    Args:
+        tokenizer: Whose template it is.
+        roles: Of N messages; the last one is the user's.
+
+    Returns:
+        N + 1 texts: before the first message, between every two, and behind the last up to where the answer begins.
 
     Raises:
-        UserError: There is no template, it fails, or it does not show the words exactly once.
+        UserError: There is no template, it fails, or it does not show each message exactly once, in order.
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise UserError(f"template=chat: the model's tokenizer has no chat template{_OTHERWISE}")
-    head, tail = _split(_asked(tokenizer, str(tokenizer.chat_template)), _ASKED, "a user's")
+    frames = _split(_asked(tokenizer, str(tokenizer.chat_template), tuple(roles)), roles)
     # Many chat templates write the BOS token; where the tokenizer adds it too, the model would see it twice.
     bos = tokenizer.bos_token
     if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        head = head.removeprefix(bos)
-    return head, tail
+        frames[0] = frames[0].removeprefix(bos)
+    return frames
 
 
 def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
-    """Return what the chat template writes round an answer behind `chat_frame`.
+    """Return what the chat template writes round an answer behind `chat_frames`.
 
     Raises:
         UserError: The template does not show an answer where a model that is asked would write it: then no end, or a
             thought, would be trained.
     """
-    asked = _asked(tokenizer, str(tokenizer.chat_template))
-    before, behind = _split(_render(tokenizer, [_USER, _ASSISTANT]), _ANSWERED, "an assistant's")
+    user, both = ("user",), ("user", "assistant")
+    asked = _asked(tokenizer, str(tokenizer.chat_template), user)
+    head, between, behind = _split(_render(tokenizer, both), both)
+    before = head + _mark(0) + between
     if not before.startswith(asked):
         # Where they part: what stands before is of no interest.
         shared = next((i for i, pair in enumerate(zip(before, asked, strict=False)) if pair[0] != pair[1]), len(before))
@@ -79,7 +85,7 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
             f"mend the template{_OTHERWISE}"
         )
     lead = before[len(asked) :]
-    if lead.strip() and asked == _render(tokenizer, [_USER]):
+    if lead.strip() and asked == _render(tokenizer, user):
         raise UserError(
             f"template=chat: the template writes {lead!r} before an answer, but not where it asks for one "
             f"(add_generation_prompt), so a model would have to write it by itself; mend the template{_OTHERWISE}"
@@ -103,13 +109,19 @@ def chat_end_token(tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
 
 
-@lru_cache(maxsize=8)
-def _asked(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """Render a user's turn and the generation prompt; `template`, the tokenizer's, is there for the cache's key."""
-    return _render(tokenizer, [_USER], add_generation_prompt=True)
+@lru_cache(maxsize=256)  # conversations of a dataset have few shapes
+def _asked(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, ...]) -> str:
+    """Render messages and the generation prompt; `template`, the tokenizer's, is there for the cache's key."""
+    return _render(tokenizer, roles, add_generation_prompt=True)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
+def _mark(number: int) -> str:
+    """Return what stands for a message's text while a template is applied: no template holds it."""
+    return f"\u2063MESSAGE{number}\u2063"
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options: Any) -> str:
+    messages = [{"role": role, "content": _mark(number)} for number, role in enumerate(roles)]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     # A template is a program: it may fail in any way in which a computation on its own data can.
@@ -124,12 +136,25 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     ) as error:
         reason = visible(str(error).strip().split("\n")[0][:200])
         raise UserError(
-            f"template=chat: the tokenizer's chat template fails on one user's turn: {reason} "
+            f"template=chat: the tokenizer's chat template fails on {_described(roles)}: {reason} "
             f"({type(error).__name__}){_OTHERWISE}"
         ) from error
 
 
-def _split(text: str, mark: str, whose: str) -> list[str]:
-    if text.count(mark) != 1:
-        raise UserError(f"template=chat: the tokenizer's chat template does not show {whose} turn exactly once")
-    return text.split(mark)
+def _described(roles: Sequence[str]) -> str:
+    return "one user's turn" if tuple(roles) == ("user",) else f"the turns {', '.join(roles)}"
+
+
+def _split(text: str, roles: Sequence[str]) -> list[str]:
+    """Split a rendering at the marks of its messages."""
+    frames = []
+    for number, role in enumerate(roles):
+        frame, mark, text = text.partition(_mark(number))
+        if not mark or _mark(number) in text:
+            article = "an assistant's" if role == "assistant" else f"a {role}'s"
+            raise UserError(
+                f"template=chat: the tokenizer's chat template does not show {article} turn exactly once, in its place "
+                f"among {_described(roles)}"
+            )
+        frames.append(frame)
+    return [*frames, text]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from config.errors import UserError
 from safer_instruct.text.chat import special_token_texts
-from safer_instruct.text.prompts import Prompt
+from safer_instruct.text.prompts import Prompt, Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,14 +122,6 @@ class Encoder:
             responses_cut=tuple(len(ids) > room for ids in ended),
             straddled=sum(straddled for _, straddled in responses),
         )
-
-
-class Unusable(UserError):
-    """A prompt that no model can be asked; `reason` is the word for it in counts and ledgers."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int) -> list[int]:

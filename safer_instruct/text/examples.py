@@ -8,9 +8,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 ID_HEX_DIGITS = 16
+
+
+class Message(NamedTuple):
+    """One message of a conversation; its role is system, user or assistant."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,8 @@ class Example:
         label: Category of harm, "" if there is none.
         verdict: The filter's reason, from its closed vocabulary.
         provenance: What made the row: models, prompts, seeds. Never needed to train.
+        system: What the assistant was told before the conversation, "" if nothing.
+        history: The messages before `instruction`, which is the user's last; () where it is the only one.
     """
 
     id: str
@@ -36,6 +45,14 @@ class Example:
     label: str = ""
     verdict: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
+    history: tuple[Message, ...] = ()
+
+    @property
+    def user_turns(self) -> list[tuple[str, str]]:
+        """What the user says, turn by turn, each with its `input`."""
+        earlier = [(message.content, "") for message in self.history if message.role == "user"]
+        return [*earlier, (self.instruction or "", self.input)]
 
 
 def text_id(*texts: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.text.examples import normalise
+from safer_instruct.text.examples import Example, normalise
 from safer_instruct.text.prompts import reversed_target
 from safer_instruct.text.readers import read_rows, require_columns
 
@@ -17,6 +17,11 @@ PUBLISHED_TEST_SET = "test_set.csv"  # its `si` prompts are also in the publishe
 def instruction_key(instruction: str, input: str = "") -> str:
     """Return the form in which instructions are compared; Alpaca's `input` is part of the instruction."""
     return normalise(reversed_target(instruction, input))
+
+
+def turn_keys(example: Example) -> list[str]:
+    """Return the key of each of the user's turns. By the first one a conversation is split and recognised."""
+    return [instruction_key(*turn) for turn in example.user_turns]
 
 
 def exclude_file(settings: DatasetSettings) -> Path | None:

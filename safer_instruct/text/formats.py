@@ -1,14 +1,15 @@
-"""One reader for each format of a data file: its rows, with the line that each starts on."""
+"""One reader for each format of a data file, compressed or not: its rows, with the line that each starts on."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO, cast
 
 import pyarrow
 import pyarrow.parquet
@@ -21,6 +22,22 @@ MAX_TEXT_CHARACTERS = 1 << 24  # a longer one is an unclosed quote or a damaged 
 MAX_LINE_CHARACTERS = 2 * MAX_TEXT_CHARACTERS  # of JSON, where a row may hold several texts
 JSON_CHUNK_CHARACTERS = 1 << 20
 TABLE_ROWS = 64  # of a table at a time: each may hold a text of MAX_TEXT_CHARACTERS
+
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TEXT_SUFFIXES = (".csv", ".json", ".jsonl")
+DATA_SUFFIXES = (
+    *TEXT_SUFFIXES,
+    ".parquet",
+    ".arrow",
+    *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSIONS),
+)
+
+
+def data_suffix(file: Path) -> str:
+    """Return what a file's name says of its format, in lower case: ".csv", ".jsonl.gz"; "" if it is no data file."""
+    name = file.name.lower()
+    return max((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), key=len, default="")
 
 
 class BadLine(UserError):
@@ -47,22 +64,36 @@ def read_file(file: Path) -> Iterator[tuple[str, Row | BadLine]]:
         ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_table, ".arrow": _read_table,
     }  # fmt: skip
     found = False
+    suffix = data_suffix(file)
+    packed = Path(suffix).suffix in COMPRESSIONS
     try:
-        for number, row in readers[file.suffix.lower()](file):
+        for number, row in readers[suffix.rpartition(".")[0] if packed else suffix](file):
             found = True
             yield f"{file}:{number}", row
     except UnicodeDecodeError as error:
         raise UserError(f"{_first_bad_line(file)}: bytes that are not UTF-8; convert the file to UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
         reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
-        raise UserError(f"{file}: not a readable {file.suffix[1:]} file{reason}") from error
+        raise UserError(f"{file}: not a readable {suffix[1:]} file{reason}") from error
     if not found:
         raise UserError(f"{file}: the file is empty; it must hold at least one row")
 
 
+def _open_bytes(file: Path) -> BinaryIO:
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    if compression is None:
+        return file.open("rb")
+    # pyarrow has both codecs; its stream is a file in all but its declared type.
+    return io.BufferedReader(cast(io.RawIOBase, pyarrow.input_stream(str(file), compression=compression)))
+
+
+def _open_text(file: Path, newline: str | None = None) -> TextIO:
+    return io.TextIOWrapper(_open_bytes(file), encoding="utf-8-sig", newline=newline)
+
+
 def _first_bad_line(file: Path) -> str:
     """Return the place of the first line that is not UTF-8: a decoder reads ahead, so its own position is of no use."""
-    with file.open("rb") as lines:
+    with _open_bytes(file) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 line.decode("utf-8")
@@ -75,7 +106,7 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
     """Yield the rows of a CSV file with the line that each starts on (a quoted field may span lines)."""
     csv.field_size_limit(MAX_TEXT_CHARACTERS)
     line = 1
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+    with _open_text(file, newline="") as lines:
         reader = csv.reader(_without_nul(lines, file), strict=True)
         try:
             header = next(reader, [])
@@ -108,35 +139,43 @@ def _without_nul(lines: Iterable[str], file: Path) -> Iterator[str]:
         yield line
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
-    with file.open(encoding="utf-8-sig") as lines:
+def _read_jsonl(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
+    with _open_text(file) as lines:
         # readline with a limit: a file without line breaks is not read into memory as a whole.
         for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_CHARACTERS), ""), start=1):
             if len(line) == MAX_LINE_CHARACTERS:
                 raise UserError(f"{file}:{number}: a line of more than {len(line):,} characters")
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{file}:{number}: broken JSON: {error.msg} at column {error.colno}; a file holds one object "
-                        "a line, or (in a .json file) one list of objects"
-                    ) from error
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{file}:{number}: {_TOO_MUCH_JSON}") from error
-                yield number, _object(row, file, number)
+                row = _json_row(line, f"{file}:{number}")
+                if isinstance(row, BadLine) and not line.endswith("\n"):
+                    raise UserError(str(row))  # the file breaks off here: rows are missing, not just this one
+                yield number, row
 
 
 _TOO_MUCH_JSON = "JSON that is nested too deeply, or a number of too many digits"
 
 
-def _object(row: object, file: Path, line: int) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{file}:{line}: a row must be a JSON object with named fields, not a {type(row).__name__}")
-    return row
+def _json_row(line: str, where: str) -> Row | BadLine:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        message = (
+            f"broken JSON: {error.msg} at column {error.colno}; a file holds one object a line, or (in a .json file)"
+        )
+        return BadLine(where, "broken_json", f"{message} one list of objects")
+    except (ValueError, RecursionError):
+        return BadLine(where, "broken_json", _TOO_MUCH_JSON)
+    return _object(row, where)
 
 
-def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
+def _object(row: object, where: str) -> Row | BadLine:
+    if isinstance(row, dict):
+        return row
+    message = f"a row must be a JSON object with named fields, not a {type(row).__name__}"
+    return BadLine(where, "not_an_object", message)
+
+
+def _read_json(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
     """Yield the objects of a JSON list, parsed one at a time; a file that does not start with "[" is read as JSONL.
 
     Why not `ijson`: its C parser turns half of a surrogate pair into "?" without a word (here such a row is counted),
@@ -144,7 +183,7 @@ def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
     8 GB.
     """
     decoder = json.JSONDecoder()
-    with file.open(encoding="utf-8-sig") as source:
+    with _open_text(file) as source:
         text = source.read(JSON_CHUNK_CHARACTERS)
         position = _next_item(text, 0)
         if text[position : position + 1] != "[":
@@ -168,7 +207,7 @@ def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
                 line += text.count("\n", position, start)
                 raise UserError(f"{file}:{line}: {_TOO_MUCH_JSON}") from error
             line += text.count("\n", position, start)
-            yield line, _object(row, file, line)
+            yield line, _object(row, f"{file}:{line}")
             line, position = line + text.count("\n", start, end), end
 
 

@@ -1,86 +1,24 @@
-"""The rows of a dataset's files as Examples: one parser for each schema, and every row that cannot be used counted."""
+"""The rows of a dataset's files as Examples, by the schema of the dataset; every row that cannot be used is counted."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from itertools import groupby
+from typing import cast
 
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import DatasetSettings
-from safer_instruct.text.examples import Example, is_unicode, text_id
+from safer_instruct.text.examples import Example, Message, is_unicode, text_id
 from safer_instruct.text.formats import BadLine, Row
-from safer_instruct.text.prompts import ASSISTANT, HUMAN
+from safer_instruct.text.pairs import Pairing, best, make_pairs
 from safer_instruct.text.readers import read_rows, require_columns
-from safer_instruct.text.row_log import RowLog
+from safer_instruct.text.row_log import BadRow, RowLog
+from safer_instruct.text.schemas import SCHEMAS, Fields
 
 MAX_ID_CHARACTERS = 32  # a longer id of a file's own is hashed
-JUDGEMENTS = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}  # of an answer
 FREE_COLUMNS = frozenset({"id", "label", "provenance"})  # no schema needs to read them: they say nothing to a model
-
-
-class BadRow(Exception):
-    """A row that cannot be used; the message is the reason, a key of the counts."""
-
-
-def _parse_si(row: Row) -> dict[str, Any]:
-    return {name: row.get(name) for name in ("instruction", "input", "chosen", "rejected", "label")}
-
-
-def _parse_alpaca(row: Row) -> dict[str, Any]:
-    return {"instruction": row["instruction"], "input": row.get("input"), "chosen": row["output"]}
-
-
-def _parse_hh(row: Row) -> dict[str, Any]:
-    """Split two transcripts that share all but the last answer: the shared part is the prompt, and that is checked."""
-    chosen, rejected = row["chosen"], row.get("rejected")
-    end = chosen.rfind(ASSISTANT) + len(ASSISTANT) if isinstance(chosen, str) else 0
-    if end < len(ASSISTANT) or not chosen.startswith(HUMAN):
-        raise BadRow("broken_transcript")
-    if rejected is not None and not (isinstance(rejected, str) and rejected.startswith(chosen[:end])):
-        raise BadRow("prompts_differ")
-    instruction = chosen[len(HUMAN) : end - len(ASSISTANT)]
-    return {
-        "instruction": instruction,
-        "chosen": chosen[end:],
-        "rejected": None if rejected is None else rejected[end:],
-        "label": row.get("label"),
-    }
-
-
-def _parse_unpaired(row: Row) -> dict[str, Any]:
-    """Put an answer where its judgement says: a good one is a chosen response, a bad one a rejected one."""
-    judgement = str(row["good"]).strip().casefold()
-    if judgement not in JUDGEMENTS:
-        raise BadRow("not_judged")
-    side = "chosen" if JUDGEMENTS[judgement] else "rejected"
-    fields = {name: row.get(name) for name in ("instruction", "input", "label")}
-    return {**fields, side: row["response"]}
-
-
-class Schema(NamedTuple):
-    """How the columns of a row become an Example.
-
-    Attributes:
-        needed: Columns without which a file cannot be read.
-        read: All columns that `parse` looks at.
-        parse: From a row to fields of Example; raises BadRow, or KeyError for a field that is missing.
-    """
-
-    needed: tuple[str, ...]
-    read: tuple[str, ...]
-    parse: Callable[[Row], dict[str, Any]]
-
-
-SCHEMAS = {
-    "si": Schema(("instruction", "chosen"), ("instruction", "input", "chosen", "rejected", "label"), _parse_si),
-    "alpaca": Schema(("instruction", "output"), ("instruction", "input", "output"), _parse_alpaca),
-    "hh": Schema(("chosen",), ("chosen", "rejected", "label"), _parse_hh),
-    "unpaired": Schema(
-        ("instruction", "response", "good"), ("instruction", "input", "response", "good", "label"), _parse_unpaired
-    ),
-}
 
 
 class LoadedExamples:
@@ -91,20 +29,29 @@ class LoadedExamples:
     """
 
     def __init__(
-        self, settings: DatasetSettings, path: str, log: RowLog, *, pairs: bool, training: bool = True
+        self,
+        settings: DatasetSettings,
+        path: str,
+        log: RowLog,
+        *,
+        pairs: bool,
+        training: bool = True,
+        single: bool = False,
     ) -> None:
         if settings.schema not in SCHEMAS:
             raise UserError(f"datasets.{log.name}.schema={settings.schema}: the schemas are {', '.join(SCHEMAS)}")
-        self._schema = SCHEMAS[settings.schema]
-        self._unpaired = settings.schema == "unpaired"
-        if pairs and settings.schema == "alpaca":
-            raise UserError(f"datasets=[{log.name}]: schema=alpaca has no rejected responses, and this needs pairs")
-        self._needed = [*self._schema.needed, *(["rejected"] if pairs else [])]
+        self._schema = schema = SCHEMAS[settings.schema]
+        if pairs and schema.for_pairs is None:
+            raise UserError(
+                f"datasets=[{log.name}]: schema={settings.schema} has no rejected responses, and this needs pairs"
+            )
+        self._needed = [*schema.needed, *((schema.for_pairs or ()) if pairs else ())]
         self._needed += ["label"] if settings.labels is not None else []
-        self._known = {*self._schema.read, *FREE_COLUMNS}
+        self._known = None if schema.read is None else {*schema.read, *FREE_COLUMNS}
         self._labels = None if settings.labels is None else set(settings.labels)
         self._path, self._pairs, self._training = find_path(path), pairs, training
-        self._renamed = settings.columns
+        self._single = single or settings.schema == "unpaired"
+        self._settings = settings
         self.log = log
 
     @property
@@ -113,24 +60,68 @@ class LoadedExamples:
         return self.log.dropped
 
     def __iter__(self) -> Iterator[Example]:
+        for fields, id, where in self._prompts():
+            try:
+                found = self._with_answers(fields)
+            except BadRow as bad:
+                self._drop(bad, id or text_id(where), where)
+                continue
+            for number, one in enumerate(found):
+                yield from self._example(one, _numbered(id, number), where)
+
+    def _prompts(self) -> Iterator[tuple[Fields, str, str]]:
+        """Yield (fields, the row's own id, where) of each prompt: a row, or rows that are answers to the same one."""
+        if not self._schema.joined:
+            yield from self._rows()
+            return
+        for _, rows in groupby(self._rows(), lambda one: [one[0].get(name) for name in ("history", "instruction")]):
+            first, *others = rows
+            if "answers" not in first[0]:  # a row is a comparison in itself
+                yield from (first, *others)
+                continue
+            answers = [answer for fields, _, _ in (first, *others) for answer in fields["answers"]]
+            yield {**first[0], "answers": answers}, *first[1:]
+
+    def _rows(self) -> Iterator[tuple[Fields, str, str]]:
         file = None
-        rows = read_rows(self._path, columns=self._renamed, training=self._training, bad_line=self._drop_line)
+        rows = read_rows(self._path, columns=self._settings.columns, training=self._training, bad_line=self._drop_line)
         for where, row in rows:
             if where.rpartition(":")[0] != file:  # the first row of each file
                 file = where.rpartition(":")[0]
-                require_columns(row, self._needed, file, f"datasets.{self.log.name}.columns")
+                self._require_columns(row, file)
             self.log.read += 1
-            self.log.unread.update(column for column, value in row.items() if value and column not in self._known)
+            if self._known is not None:
+                self.log.unread.update(column for column, value in row.items() if value and column not in self._known)
             try:
-                example = self._example(row, where)
+                fields = self._schema.parse(row)
+            except KeyError as error:
+                self._drop(BadRow("missing_field", str(error.args[0])), _row_id(row) or text_id(where), where)
             except BadRow as bad:
-                self.log.drop(str(bad), _row_id(row, text_id(where)), where)
-                continue
-            reason = self._why_not(example)
-            if reason:
-                self.log.drop(reason, example.id, where)
+                self._drop(bad, _row_id(row) or text_id(where), where)
             else:
-                yield example
+                yield fields, _row_id(row), where
+
+    def _require_columns(self, row: Row, file: str) -> None:
+        setting = f"datasets.{self.log.name}.columns"
+        require_columns(row, self._needed, file, setting)
+        choice = self._schema.one_of
+        if choice and not any(name in row for name in choice):
+            require_columns(row, [choice[0]], f"{file}: one of {', '.join(choice)} is needed", setting)
+
+    def _with_answers(self, fields: Fields) -> list[Fields]:
+        """Return the fields of each example: for several answers those of each pair, or of the best one."""
+        answers, margin = fields.pop("answers", None), fields.pop("margin", None)
+        if answers is None:
+            if self._pairs and margin is not None and margin < self._settings.min_margin:
+                raise BadRow("small_margin")
+            return [fields]
+        if not self._pairs:
+            return [{**fields, "chosen": best(answers)}]
+        pairs = make_pairs(answers, cast(Pairing, self._settings.pairing), self._settings.min_margin)
+        return [{**fields, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+
+    def _drop(self, bad: BadRow, id: str, where: str) -> None:
+        self.log.drop(bad.reason, id, where, column=bad.column, expected=bad.expected)
 
     def _drop_line(self, line: BadLine) -> None:
         if self.log.on_bad_row == "error":
@@ -138,45 +129,60 @@ class LoadedExamples:
         self.log.read += 1
         self.log.drop(line.reason, text_id(line.where), line.where)
 
-    def _example(self, row: Row, where: str) -> Example:
-        try:
-            fields = self._schema.parse(row)
-        except KeyError as error:
-            raise BadRow("missing_field") from error
+    def _example(self, fields: Fields, id: str, where: str) -> Iterator[Example]:
+        """Yield the example of some fields, if it can be used."""
+        history: tuple[Message, ...] = fields.pop("history", ())
         if not isinstance(fields.get("label"), (list, dict, type(None))):
             fields["label"] = str(fields["label"])  # a number, true, a date: files hold labels of any type
         texts = {name: value for name, value in fields.items() if value is not None}
-        if not all(isinstance(value, str) for value in texts.values()):
-            raise BadRow("not_text")
+        wrong = next((name for name, value in texts.items() if not isinstance(value, str)), None)
+        if wrong is not None:
+            self._drop(BadRow("not_text", wrong, "a text"), id or text_id(where), where)
+            return
         stripped = {name: value.strip() for name, value in texts.items()}
-        born = text_id(*(stripped.get(name, "") for name in ("instruction", "input", "chosen", "rejected")))
-        example = Example(id=_row_id(row, born), provenance={"where": where}, **stripped)
-        if stripped != texts:
+        turns = tuple(Message(role, content.strip()) for role, content in history)
+        born = [stripped.get(name, "") for name in ("instruction", "input", "chosen", "rejected")]
+        born += [text for turn in turns for text in turn]
+        example = Example(id=id or text_id(*born), provenance={"where": where}, history=turns, **stripped)
+        if stripped != texts or turns != history:
             self.log.note("stripped", example)
-        return example
+        reason = self._why_not(example)
+        if reason:
+            self.log.drop(reason, example.id, where)
+        else:
+            yield example
 
     def _why_not(self, example: Example) -> str | None:
         """Return the reason to drop the row; None if it is usable."""
         if self._labels is not None and example.label not in self._labels:
             return "other_label"
         needed = ["instruction", *(["chosen", "rejected"] if self._pairs else ["chosen"])]
-        if self._unpaired:  # it has one of the two
-            needed = ["instruction", "rejected" if example.chosen is None else "chosen"]
+        if self._single and example.chosen is None:  # it has one of the two
+            needed = ["instruction", "rejected"]
         values = {"instruction": example.instruction, "chosen": example.chosen, "rejected": example.rejected}
         for name in needed:
             if not values[name]:
                 return f"empty_{name}"
         if self._pairs and example.chosen == example.rejected:
             return "chosen_equals_rejected"
-        return None if is_unicode(example.input, *(values[name] or "" for name in needed)) else "broken_unicode"
+        if any(not turn.content for turn in example.history):
+            return "empty_turn"
+        texts = [example.input, example.system, *(turn.content for turn in example.history)]
+        return None if is_unicode(*texts, *(values[name] or "" for name in needed)) else "broken_unicode"
 
 
-def _row_id(row: Row, otherwise: str) -> str:
-    """Return the row's own id, hashed where it is too long for the store."""
+def _numbered(id: str, number: int) -> str:
+    """Return the id of one of several examples of a row; "" where the row has none of its own."""
+    return _short(f"{id}-{number}") if id and number else id
+
+
+def _row_id(row: Row) -> str:
+    """Return the row's own id, hashed where it is too long for the store; "" if it has none."""
     own = row.get("id")
-    if own is None or own == "":
-        return otherwise
-    name = str(own)
+    return "" if own is None else _short(str(own))
+
+
+def _short(name: str) -> str:
     return name if name.isascii() and name.isprintable() and len(name) <= MAX_ID_CHARACTERS else text_id(name)
 
 

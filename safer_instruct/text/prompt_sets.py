@@ -107,12 +107,14 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
     needed += [settings.source_column] if settings.source_column else []
     require_columns(row, needed, where, f"prompts.{name}.columns")
     instruction = row["instruction"]
+    if isinstance(instruction, list) and instruction:  # turns of a conversation, of which the first is asked
+        instruction = instruction[0]
     if not isinstance(instruction, (str, type(None))):
         raise UserError(f"{where}: the instruction is no text, but a {type(instruction).__name__}")
     instruction = (instruction or "").strip()
     if not instruction:
         raise UserError(f"{where}: the instruction is empty")
-    kind = settings.kind or str(row["kind"])
+    kind = settings.kind or settings.kinds.get(str(row["kind"]), str(row["kind"]))
     if kind not in KINDS:
         known = ", ".join(KINDS)
         raise UserError(f"{where}: kind={kind!r} is unknown: write one of {known}, or set prompts.{name}.kind")

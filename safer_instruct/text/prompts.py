@@ -7,16 +7,17 @@ behind the last colon.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from config.errors import UserError
-from safer_instruct.text.chat import Turn, chat_frame, chat_turn
+from safer_instruct.text.chat import Turn, chat_frames, chat_turn
+from safer_instruct.text.examples import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHAT = "chat"
+CHAT, VICUNA, HH = "chat", "vicuna", "hh"
 
 _ALPACA = (
     "Below is an instruction that describes a task. "
@@ -30,9 +31,22 @@ _REVERSED = (
     "Below is a response to a certain instruction. "
     "Write the instruction that the response is trying to complete.\n\n### response:\n"
 )
+# github.com/lm-sys/FastChat, conversation "vicuna_v1.1".
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 # No instruction holds one of these, normalised: it is a prompt's template that has leaked into it.
 TEMPLATE_MARKS = ("### instruction", "### response", "### input", "below is a response to a certain instruction")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+class Unusable(UserError):
+    """A prompt that no model can be asked; `reason` is the word for it in counts and ledgers."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Prompt(NamedTuple):
@@ -81,34 +95,103 @@ def render_plain(instruction: str, input: str = "") -> Prompt:
 
 TEMPLATES: dict[str, Callable[[str, str], Prompt]] = {
     "alpaca": render_alpaca,
-    "hh": render_hh,
+    HH: render_hh,
     "plain": render_plain,
 }
-TEMPLATE_NAMES = (*TEMPLATES, CHAT)
+TEMPLATE_NAMES = (*TEMPLATES, VICUNA, CHAT)
 
 
 def render_prompt(
-    name: str, instruction: str, input: str = "", tokenizer: PreTrainedTokenizerBase | None = None
+    name: str,
+    instruction: str,
+    input: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    system: str = "",
+    history: Sequence[Message] = (),
 ) -> Prompt:
-    """Render the prompt that asks for a response to `instruction`.
+    """Render the prompt that asks for a response to `instruction`, the last turn of a conversation.
 
     Args:
         name: One of TEMPLATE_NAMES.
         instruction: What is asked.
         input: Alpaca's second field, "" if there is none.
-        tokenizer: Needed by `chat`, whose template it carries.
+        tokenizer: Needed by `chat`, whose template it carries, and by `vicuna`, whose answers end in its EOS.
+        system: What the assistant is told first; "" leaves it to the template.
+        history: The messages before; the user's and the assistant's.
 
     Raises:
         UserError: unknown name, or `chat` with a tokenizer that has no chat template.
+        Unusable: the template has no place for a system prompt or for earlier turns, or a chat template refuses these.
     """
-    if name == CHAT:
-        head, tail = chat_frame(tokenizer)
-        return Prompt(head, reversed_target(instruction, input), tail)
-    if name not in TEMPLATES:
+    if name not in TEMPLATE_NAMES:
         near = difflib.get_close_matches(name, TEMPLATE_NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"template={name}: the templates are {', '.join(TEMPLATE_NAMES)}{hint}")
-    return TEMPLATES[name](instruction, input)
+    if system and name in TEMPLATES:
+        raise Unusable("no_place_for_system", f"template={name} has no place for a system prompt; chat and vicuna do")
+    if history and name in TEMPLATES and name != HH:
+        raise Unusable("no_place_for_turns", f"template={name} has one turn; write template=chat, vicuna or hh")
+    if name in TEMPLATES and not history:
+        return TEMPLATES[name](instruction, input)
+    messages = [*([Message("system", system)] if system else []), *history]
+    messages.append(Message("user", reversed_target(instruction, input)))
+    roles = [message.role for message in messages]
+    try:
+        frames = _FRAMES[name](roles, tokenizer)
+    except UserError as error:
+        if len(roles) == 1:  # what cannot ask one question has nothing to do with the conversation
+            raise
+        raise Unusable("template_refuses", str(error)) from error
+    return _put_round(frames, [message.content for message in messages], has_system=bool(system))
+
+
+def _put_round(frames: Sequence[str], texts: Sequence[str], *, has_system: bool) -> Prompt:
+    """Join N texts and the N + 1 pieces round them. The body is the longest turn: it makes a prompt too long."""
+    body = max(range(has_system, len(texts)), key=lambda number: (len(texts[number]), number))
+    pieces = [part for pair in zip(frames, texts, strict=False) for part in pair] + [frames[-1]]
+    return Prompt("".join(pieces[: 2 * body + 1]), texts[body], "".join(pieces[2 * body + 2 :]))
+
+
+def render_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Render a whole conversation, its answer included, by the chat template of a model that is to judge it.
+
+    Raises:
+        UserError: The tokenizer has no chat template, or it does not show each message once.
+    """
+    frames = chat_frames(tokenizer, [message.role for message in messages])
+    return _put_round(frames, [message.content for message in messages], has_system=False)
+
+
+def _hh_frames(roles: Sequence[str], _: PreTrainedTokenizerBase | None) -> list[str]:
+    marks = {"user": HUMAN, "assistant": ASSISTANT}
+    return [*(marks[role] + " " for role in roles), ASSISTANT]
+
+
+def _vicuna_frames(roles: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Write USER and ASSISTANT turns behind the system prompt; EOS ends each answer, as in training."""
+    marks = {"system": "", "user": "USER: ", "assistant": "ASSISTANT: "}
+    frames = []
+    for before, role in zip([None, *roles[:-1]], roles, strict=True):
+        if before is None:
+            frames.append("" if role == "system" else f"{_VICUNA} {marks[role]}")
+        else:
+            frames.append((_eos(tokenizer) if before == "assistant" else " ") + marks[role])
+    return [*frames, " ASSISTANT:"]
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer is None or not tokenizer.eos_token:
+        raise UserError("template=vicuna: the tokenizer has no EOS token, by which earlier answers end")
+    return str(tokenizer.eos_token)
+
+
+# Of a conversation: its roles -> what is written before, between and behind its messages.
+_FRAMES: dict[str, Callable[[Sequence[str], PreTrainedTokenizerBase | None], list[str]]] = {
+    HH: _hh_frames,
+    VICUNA: _vicuna_frames,
+    CHAT: lambda roles, tokenizer: chat_frames(tokenizer, roles),
+}
 
 
 def answer_turn(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Turn:
@@ -118,8 +201,8 @@ def answer_turn(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
         UserError: See `chat.chat_turn`; and as `render_prompt`.
     """
     if name != CHAT:
-        return Turn(lead=" ") if name == "hh" else Turn()  # a transcript has a space behind its last colon
-    chat_frame(tokenizer)  # refuses a tokenizer without a template
+        return Turn(lead=" ") if name in (HH, VICUNA) else Turn()  # a space behind the last colon
+    chat_frames(tokenizer, ["user"])  # refuses a tokenizer without a template
     assert tokenizer is not None
     return chat_turn(tokenizer)
 

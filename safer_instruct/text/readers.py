@@ -16,9 +16,16 @@ import pyarrow
 from config.checksums import CHECKSUMS, require_untouched
 from config.errors import UserError
 from safer_instruct.text.display import visible
-from safer_instruct.text.formats import MAX_TEXT_CHARACTERS, BadLine, Row, read_file, refuse
+from safer_instruct.text.formats import (
+    DATA_SUFFIXES,
+    MAX_TEXT_CHARACTERS,
+    BadLine,
+    Row,
+    data_suffix,
+    read_file,
+    refuse,
+)
 
-DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".arrow")
 DATASET_FILES = ("si.jsonl", "si.parquet")  # what induce.py calls its dataset: the rest of such a folder is not data
 NOT_DATA = frozenset({"report.json", "manifest.json", "dataset_info.json", "state.json", "test_set.csv", CHECKSUMS})
 # How the name of a split begins.
@@ -69,7 +76,7 @@ def data_files(path: Path, *, training: bool = False) -> list[Path]:
         UserError: `path` does not exist, or holds no data file.
     """
     if path.is_file():
-        if path.suffix.lower() not in DATA_SUFFIXES:
+        if not data_suffix(path):
             raise UserError(f"{path}: a data file ends in one of {', '.join(DATA_SUFFIXES)}")
         return [path]
     if not path.is_dir():
@@ -112,7 +119,7 @@ def _folder_files(path: Path) -> list[Path]:
     return sorted(
         file
         for file in path.iterdir()
-        if file.is_file() and file.suffix.lower() in DATA_SUFFIXES
+        if file.is_file() and data_suffix(file)
         if file.name not in NOT_DATA and file.name[0] not in "._"
     )
 
@@ -126,9 +133,9 @@ def read_rows(
 ) -> Iterator[tuple[str, Row]]:
     """Stream the rows of a file or of all data files of a folder, each with the place that it came from.
 
-    Reads CSV (with a header), JSON (a list of objects), JSONL, Parquet, arrow, and a folder that `datasets` saved; a
-    folder made by induce.py yields its dataset alone. A number that is none (NaN, by which pandas means "missing") is
-    read as None.
+    Reads CSV (with a header), JSON (a list of objects), JSONL, each as it is or as .gz or .zst, Parquet, arrow, and a
+    folder that `datasets` saved; a folder made by induce.py yields its dataset alone. A number that is none (NaN, by
+    which pandas means "missing") is read as None.
 
     Args:
         path: File or folder.

@@ -18,6 +18,20 @@ FILES_SHOWN = 10
 MIN_ANSWERED = 0.1  # share of the prompts; less is as good as none, and hardly above the error of a detector
 
 
+class BadRow(Exception):
+    """A row that cannot be used.
+
+    Attributes:
+        reason: A word for the counts.
+        column: Where in the row it is wrong, "" for the row as a whole.
+        expected: What should be there, "" if the reason says it.
+    """
+
+    def __init__(self, reason: str, column: str = "", expected: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.column, self.expected = reason, column, expected
+
+
 @dataclass
 class RowLog:
     """What became of the rows of one dataset.
@@ -43,22 +57,29 @@ class RowLog:
         self.counts[kind] += 1
         self._remember(kind, example.id, str(example.provenance["where"]))
 
-    def drop(self, reason: str, id: str, where: str) -> None:
+    def drop(self, reason: str, id: str, where: str, *, column: str = "", expected: str = "") -> None:
         """Count a row that goes; raise a UserError instead where on_bad_row=error and the row is bad."""
         if self.on_bad_row == "error" and reason not in SKIPS:
+            place = f" in column {column}" if column else ""
+            wanted = f" ({expected} is expected)" if expected else ""
             raise UserError(
-                f"{where}: bad row {id}: {reason.replace('_', ' ')}; mend the row, or drop and count such rows with "
-                f"datasets.{self.name}.on_bad_row=drop"
+                f"{where}: bad row {id}: {reason.replace('_', ' ')}{place}{wanted}; mend the row, or drop and count "
+                f"such rows with datasets.{self.name}.on_bad_row=drop"
             )
         self.dropped[reason] += 1
-        self._remember(reason, id, where)
+        self._remember(reason, id, where, column=column, expected=expected)
 
-    def _remember(self, kind: str, id: str, where: str) -> None:
+    def drop_example(self, reason: str, example: Example) -> None:
+        """Count a row that goes though it could be read."""
+        self.drop(reason, example.id, str(example.provenance["where"]))
+
+    def _remember(self, kind: str, id: str, where: str, **details: str) -> None:
         ids = self.ids.setdefault(kind, [])
         if len(ids) < IDS_IN_REPORT:
             ids.append(id)
         if self.events is not None:
             record = {"dataset": self.name, "id": id, "where": where, "what": kind}
+            record |= {name: detail for name, detail in details.items() if detail}
             self.events.write(json.dumps(record) + "\n")
 
 

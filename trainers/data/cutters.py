@@ -22,7 +22,7 @@ from trainers.data.packing import (
     pack_rows,
 )
 from trainers.data.prefixes import Prefixes, no_prefixes, shared_prefixes
-from trainers.data.token_store import TokenStore, sequence_lengths
+from trainers.data.token_store import TokenStore, sequence_lengths, split_given
 
 # Positions of a padded micro-batch that keeps no activations for a backward pass: 16 pairs of 512 tokens.
 PADDED_FORWARD_TOKENS = 16_384
@@ -118,12 +118,13 @@ class PaddedCutter:
         for b, row in enumerate(rows.tolist()):
             prompt, *texts = store.row(row)
             start = len(prompt)
-            for s, text in enumerate(texts):
+            for s, stored in enumerate(texts):
+                text, is_given = split_given(stored)
                 stop = start + len(text)
                 input_ids[b, s, :start] = prompt
                 input_ids[b, s, start:stop] = text
                 attention_mask[b, s, :stop] = True
-                response_mask[b, s, start:stop] = True
+                response_mask[b, s, start:stop] = ~is_given
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask}
         if responses == 1:
             batch = {name: tensor.squeeze(1) for name, tensor in batch.items()}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainers.data.layout import PackedLayout
 from trainers.data.prefixes import Prefixes, no_prefixes
-from trainers.data.token_store import TokenStore
+from trainers.data.token_store import TokenStore, split_given
 
 
 def default_max_tokens(device: torch.device) -> int:
@@ -153,6 +153,7 @@ def collate_packed(
         needed          1  2  3  4         the positions among the sources
         targets         7  8  2  9  2
         num_targets     3, 2
+        num_given       0, 0               tokens of the responses that are no targets
 
     Args:
         store: N rows of S segments.
@@ -161,18 +162,18 @@ def collate_packed(
         prefixes: of these rows (`Prefixes.select` of a larger batch's); None: they share nothing.
 
     Returns:
-        input_ids, position_ids (T,), sources, targets (R,), needed, num_targets (B, S - 1), all int64; (B,) `row` and
-        the columns; `layout`, a `PackedLayout`, which stays on the host when the rest is moved to a device. Rows of a
-        family stand together, in the order of their first rows, and their prefix before the first of them. It has no
-        batch dimension: its tensors count different things.
+        input_ids, position_ids (T,), sources, targets (R,), needed, num_targets, num_given (B, S - 1), all int64; (B,)
+        `row` and the columns; `layout`, a `PackedLayout`, which stays on the host when the rest is moved to a device.
+        Rows of a family stand together, in the order of their first rows, and their prefix before the first of them. It
+        has no batch dimension: its tensors count different things.
     """
     families, shared = no_prefixes(len(rows)) if prefixes is None else prefixes
     order = families.argsort(stable=True)
     rows, families, shared = rows[order], families[order], shared[order]
     is_first = families.diff(prepend=torch.tensor([-1])) != 0
-    flat = _flat_rows(store, rows, shared * ~is_first)
+    flat, num_given = _flat_rows(store, rows, shared * ~is_first)
     lengths = store.lengths[rows].long()
-    targets_of = lengths[:, 1:] - (lengths[:, :1] == 0).long()
+    targets_of = (lengths[:, 1:] - (lengths[:, :1] == 0).long()).clamp(min=0) - num_given
     first_rows = is_first.nonzero().squeeze(1)[is_first.cumsum(0) - 1]
     own_lengths = torch.cat([lengths[:, :1] - shared[:, None], lengths[:, 1:]], dim=1)
     layout = PackedLayout(input_lengths(own_lengths), shared * is_first, first_rows)
@@ -182,7 +183,8 @@ def collate_packed(
         {
             **flat,
             "needed": flat["sources"].unique(),
-            "num_targets": targets_of.clamp(min=0),
+            "num_targets": targets_of,
+            "num_given": num_given,
             "layout": layout,
             **{name: column[rows] for name, column in columns.items()},
             "row": rows,
@@ -191,31 +193,40 @@ def collate_packed(
     )
 
 
-def _flat_rows(store: TokenStore, rows: Tensor, skipped_tokens: Tensor) -> dict[str, Tensor]:
-    """Put rows (B,) one behind the other, each prompt without its first `skipped_tokens` (B,): see `collate_packed`."""
+def _flat_rows(store: TokenStore, rows: Tensor, skipped_tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Put rows (B,) one behind the other, each prompt without its first `skipped_tokens` (B,): see `collate_packed`.
+
+    Also returns how many tokens of each response are given, (B, S - 1): they are inputs, and no targets.
+    """
     input_ids, position_ids, sources, targets = [], [], [], []
+    num_given = torch.zeros(len(rows), store.num_segments - 1, dtype=torch.int64)
     offset = 0
-    for row, skipped in zip(rows.tolist(), skipped_tokens.tolist(), strict=True):
+    for b, (row, skipped) in enumerate(zip(rows.tolist(), skipped_tokens.tolist(), strict=True)):
         prompt, *responses = store.row(row)
         start, last = len(prompt), min(len(prompt), 1)
         input_ids.append(prompt[skipped:])
         position_ids.append(torch.arange(skipped, start))
         offset += start - skipped
         last_of_prompt = torch.arange(offset - last, offset)
-        for response in responses:
+        for s, stored in enumerate(responses):
+            response, is_given = split_given(stored)
             num_inputs = max(len(response) - 1, 0)
             input_ids.append(response[:num_inputs])
             position_ids.append(torch.arange(start, start + num_inputs))
             # Without a prompt nothing predicts the first token, and it is no target.
-            sources += [last_of_prompt[: len(response)], torch.arange(offset, offset + num_inputs)]
-            targets.append(response[1 - last :])
+            places = torch.cat([last_of_prompt[: len(response)], torch.arange(offset, offset + num_inputs)])
+            is_target = ~is_given[1 - last :]
+            sources.append(places[is_target])
+            targets.append(response[1 - last :][is_target])
+            num_given[b, s] = is_given.sum()
             offset += num_inputs
-    return {
+    flat = {
         "input_ids": torch.cat(input_ids).long(),
         "position_ids": torch.cat(position_ids),
         "sources": torch.cat(sources),
         "targets": torch.cat(targets).long(),
     }
+    return flat, num_given
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
@@ -227,10 +238,10 @@ def num_tokens(batch: TensorDict) -> Tensor:
     """Count the tokens of all sequences, a shared prompt in each: a scalar, the same packed and padded."""
     if not is_packed(batch):
         return batch["attention_mask"].sum()
-    # A response's tokens are its targets (all but the first one of a row without prompt).
+    # A response's tokens are its targets (all but the first one of a row without prompt) and what is given.
     layout, num_responses = batch["layout"], batch["num_targets"].shape[1]
     prompts = layout.lengths[layout.prefix_rows, 0] + layout.lengths[:, 1]
-    return num_responses * prompts.sum() + batch["num_targets"].sum()
+    return num_responses * prompts.sum() + batch["num_targets"].sum() + batch["num_given"].sum()
 
 
 def num_positions(batch: TensorDict) -> int:

@@ -20,6 +20,15 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 ID_BYTES = 32
 
 
+def split_given(response: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the token ids of a response (T,), and which of them are given rather than targets, (T,) bool.
+
+    A token t between two answers of a conversation is stored as ~t: the model reads it, and is not trained to write it.
+    """
+    is_given = response < 0
+    return response.where(~is_given, ~response), is_given
+
+
 def sequence_lengths(lengths: Tensor) -> Tensor:
     """Return the tokens of each row's (longer) sequence, prompt included: (..., S) of its segments -> (...) int64."""
     return lengths[..., 0].long() + lengths[..., 1:].amax(-1)

@@ -1,0 +1,101 @@
+"""From examples to rows of tokens: how each is rendered for a loss, and what a template or a limit leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from config.settings import DatasetSettings
+from safer_instruct.text.chat import Turn
+from safer_instruct.text.encoding import EncodedRow, Encoder
+from safer_instruct.text.examples import Example
+from safer_instruct.text.prompts import (
+    Prompt,
+    Unusable,
+    answer_turn,
+    render_prompt,
+    render_reversed,
+    reversed_target,
+)
+from safer_instruct.text.row_log import RowLog
+from safer_instruct.text.turns import each_answer, join_answers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ExampleEncoder:
+    """Renders and encodes the examples of a dataset for one kind of loss; see `preference_datasets.build_stores`."""
+
+    def __init__(
+        self,
+        settings: DatasetSettings,
+        loss: str,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
+        log: RowLog,
+        *,
+        all_answers: bool,
+    ) -> None:
+        """Look at the template.
+
+        Raises:
+            UserError: It fails, or has no place for the system prompt of the settings.
+        """
+        self._settings, self._loss, self._tokenizer, self._encoder = settings, loss, tokenizer, encoder
+        self._log, self._all_answers = log, all_answers
+        # The prompt of a later answer is the conversation up to it, for which max_length is the only limit.
+        self._later = Encoder(tokenizer, max_length=encoder.max_length, max_prompt_length=encoder.max_length - 1)
+        # A reversed model answers no chat: its prompt is the published one, and EOS ends what it writes.
+        self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
+        if settings.system and loss != "reverse":  # one that has no place is said at once, not counted row by row
+            render_prompt(settings.template, "", tokenizer=tokenizer, system=settings.system)
+
+    def encode(self, examples: Sequence[Example]) -> Iterator[tuple[Example, str, list[EncodedRow]]]:
+        """Yield (example, its target, its rows) for those that can be used: one row, or more for several answers."""
+        kept, texts = [], []
+        for example in examples:
+            try:
+                texts.append(self._texts(example))
+                kept.append(example)
+            except Unusable as unusable:
+                self._log.drop_example(unusable.reason, example)
+        firsts = self._encode_texts(self._encoder, [answers[0] for answers in texts])
+        later = iter(self._encode_texts(self._later, [text for answers in texts for text in answers[1:]]))
+        for example, answers, first in zip(kept, texts, firsts, strict=True):
+            others = [next(later) for _ in answers[1:]]
+            if isinstance(first, str):
+                self._log.drop_example(first, example)
+                continue
+            fitting = [row for row in others if not isinstance(row, str) and not row.prompt_cut]
+            self._log.counts["answers_left_out"] += len(others) - len(fitting)
+            yield example, answers[-1][1][0], list(join_answers([first, *fitting])) if others else [first]
+
+    def _encode_texts(
+        self, encoder: Encoder, texts: Sequence[tuple[Prompt, tuple[str, ...]]]
+    ) -> list[EncodedRow | str]:
+        prompts, responses = zip(*texts, strict=True) if texts else ((), ())
+        return encoder.encode(prompts, responses, end_token=self._turn.end_token)
+
+    def _texts(self, example: Example) -> list[tuple[Prompt, tuple[str, ...]]]:
+        """Render each prompt that is trained on, and what follows it: the one target, or chosen and rejected.
+
+        Raises:
+            Unusable: The template has no place for the conversation.
+        """
+        if self._loss == "reverse":
+            first = each_answer(example)[0]  # what was asked last may mean nothing without what was said before
+            if example.history:
+                self._log.note("first_turn_only", example)
+            return [(render_reversed(str(first.chosen)), (reversed_target(str(first.instruction), first.input),))]
+        return [self._rendered(one) for one in (each_answer(example) if self._all_answers else [example])]
+
+    def _rendered(self, example: Example) -> tuple[Prompt, tuple[str, ...]]:
+        system = example.system if self._settings.system is None else self._settings.system
+        prompt = render_prompt(
+            self._settings.template, str(example.instruction), example.input, self._tokenizer, system=system,
+            history=example.history,
+        )  # fmt: skip
+        both = [example.chosen] if self._loss == "likelihood" else [example.chosen, example.rejected]
+        responses = [text for text in both if text is not None]  # a single answer is one of the two
+        return prompt, tuple(self._turn.lead + response + self._turn.close for response in responses)

@@ -1,0 +1,35 @@
+"""The text of an HTML fragment, as forum posts are published: paragraphs apart, tags gone, entities read."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+_BLOCKS = frozenset({"p", "div", "br", "li", "ul", "ol", "pre", "blockquote", "hr", "tr", "h1", "h2", "h3", "h4"})
+
+
+class _Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in _BLOCKS:
+            self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in _BLOCKS:
+            self.parts.append("\n")
+
+
+def html_text(fragment: str) -> str:
+    """Return what a reader sees of a fragment; a text without tags and entities stays as it is."""
+    if "<" not in fragment and "&" not in fragment:
+        return fragment
+    reader = _Reader()
+    reader.feed(fragment)
+    reader.close()
+    return re.sub(r"\n{3,}", "\n\n", "".join(reader.parts)).strip()

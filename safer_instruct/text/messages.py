@@ -1,0 +1,116 @@
+"""Conversations as files have them, read into the one form inside: messages of a system, a user and an assistant."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from safer_instruct.text.examples import Message
+from safer_instruct.text.prompts import ASSISTANT, HUMAN
+from safer_instruct.text.row_log import BadRow
+
+# What files call the three roles.
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
+    "model": "assistant", "bot": "assistant",
+}  # fmt: skip
+_SPEAKER = re.compile(f"({HUMAN}|{ASSISTANT})")
+_EXPECTED = "a list of messages, each with a role (or from) and a content (or value)"
+
+Messages = tuple[Message, ...]
+
+
+def read_messages(value: Any, column: str) -> Messages:
+    """Read a list of {"role", "content"} or of {"from", "value"}, or such a list as JSON text (a cell of a CSV file).
+
+    Raises:
+        BadRow: It is no such list, or a role is unknown.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRow("not_messages", column, _EXPECTED) from None
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise BadRow("not_messages", column, _EXPECTED)
+    return tuple(_read_message(one, f"{column}[{number}]") for number, one in enumerate(value))
+
+
+def _read_message(value: Any, column: str) -> Message:
+    if not isinstance(value, dict):
+        raise BadRow("not_messages", column, _EXPECTED)
+    role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
+    if not isinstance(role, str) or role.casefold() not in ROLES:
+        raise BadRow("unknown_role", column, "one of system, user, assistant (or human, gpt)")
+    if not isinstance(content, str):
+        raise BadRow("not_text", column, "a text as content")
+    return Message(ROLES[role.casefold()], content)
+
+
+def is_messages(value: Any) -> bool:
+    """Say whether a cell holds a conversation rather than one text."""
+    return not isinstance(value, str) and isinstance(value, Sequence)
+
+
+def read_transcript(text: Any, column: str) -> Messages:
+    r"""Read Anthropic's "\n\nHuman: ... \n\nAssistant: ..." transcript.
+
+    Raises:
+        BadRow: It does not begin with the human's turn, or holds none of the assistant's.
+    """
+    _, *parts = _SPEAKER.split(text) if isinstance(text, str) and text.startswith(HUMAN) else [""]
+    if ASSISTANT not in parts:
+        raise BadRow("broken_transcript", column, r'a dialogue from "\n\nHuman:" to "\n\nAssistant:"')
+    roles = {HUMAN: "user", ASSISTANT: "assistant"}
+    return tuple(Message(roles[mark], said) for mark, said in zip(parts[::2], parts[1::2], strict=True))
+
+
+def prompt_fields(messages: Messages, column: str) -> dict[str, Any]:
+    """Return the fields of an Example that say what was asked: `system`, `history`, `instruction`.
+
+    Raises:
+        BadRow: The last message is not the user's, or a system message is not the first.
+    """
+    system = messages[0].content if messages and messages[0].role == "system" else ""
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    if not turns or turns[-1].role != "user":
+        raise BadRow("no_user_turn", column, "a user's message before each answer")
+    if any(turn.role == "system" for turn in turns):
+        raise BadRow("late_system", column, "a system message in the first place only")
+    return {"system": system, "history": turns[:-1], "instruction": turns[-1].content}
+
+
+def split_last(messages: Messages, column: str) -> tuple[Messages, str]:
+    """Part a conversation into what was asked and the assistant's last message.
+
+    Raises:
+        BadRow: It does not end with the assistant's message.
+    """
+    if messages[-1].role != "assistant":
+        raise BadRow("no_answer", column, "a conversation that ends with the assistant's message")
+    return messages[:-1], messages[-1].content
+
+
+def split_pair(chosen: Messages, rejected: Messages | None) -> tuple[Messages, str, str | None]:
+    """Part two conversations into what both ask, the chosen answer and the rejected one.
+
+    Raises:
+        BadRow: They ask different things, or one of them does not end with the assistant's message.
+    """
+    asked, answer = split_last(chosen, "chosen")
+    if rejected is None:
+        return asked, answer, None
+    asked_too, other = split_last(rejected, "rejected")
+    if asked_too != asked:
+        raise BadRow("prompts_differ", "rejected", "what chosen holds up to its last answer")
+    return asked, answer, other
+
+
+def ending_with_answer(messages: Messages) -> Messages:
+    """Return a conversation without what the user said behind the last answer; () if there is no answer."""
+    ends = [number for number, message in enumerate(messages, start=1) if message.role == "assistant"]
+    return messages[: ends[-1]] if ends else ()

@@ -1,0 +1,225 @@
+"""The columns of known datasets: how a row of each becomes what was asked, and its answers.
+
+A parser returns fields of `Example`, and besides them perhaps `answers`, of which `text/pairs.py` makes pairs, or the
+`margin` by which chosen was preferred. The forms are those that each dataset is published in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from safer_instruct.text.examples import Message
+from safer_instruct.text.formats import Row
+from safer_instruct.text.html_text import html_text
+from safer_instruct.text.messages import (
+    Messages,
+    ending_with_answer,
+    prompt_fields,
+    read_messages,
+    read_transcript,
+    split_last,
+    split_pair,
+)
+from safer_instruct.text.pairs import Answer, read_score
+from safer_instruct.text.row_log import BadRow
+from safer_instruct.text.standard import parse_standard
+
+Fields = dict[str, Any]
+JUDGEMENTS = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}  # of an answer
+_HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
+
+
+class Schema(NamedTuple):
+    """How the columns of a row become an Example.
+
+    Attributes:
+        parse: From a row to fields; raises BadRow, or KeyError for a field that is missing.
+        needed: Columns without which a file cannot be read.
+        one_of: Columns of which there must be one: a dataset that is published in two forms.
+        for_pairs: Columns that pairs need, too; None: there are no pairs in such rows.
+        read: All columns that `parse` looks at; None: the rest of the published columns is known, and not told of.
+        joined: Rows that follow each other and ask the same are answers to one prompt.
+    """
+
+    parse: Callable[[Row], Fields]
+    needed: tuple[str, ...] = ()
+    one_of: tuple[str, ...] = ()
+    for_pairs: tuple[str, ...] | None = ()
+    read: tuple[str, ...] | None = None
+    joined: bool = False
+
+
+def _parse_si(row: Row) -> Fields:
+    return {name: row.get(name) for name in ("instruction", "input", "chosen", "rejected", "label")}
+
+
+def _parse_unpaired(row: Row) -> Fields:
+    """Put an answer where its judgement says: a good one is a chosen response, a bad one a rejected one."""
+    judgement = str(row["good"]).strip().casefold()
+    if judgement not in JUDGEMENTS:
+        raise BadRow("not_judged", "good", ", ".join(JUDGEMENTS))
+    side = "chosen" if JUDGEMENTS[judgement] else "rejected"
+    return {**{name: row.get(name) for name in ("instruction", "input", "label")}, side: row["response"]}
+
+
+def _parse_alpaca(row: Row) -> Fields:
+    return {"instruction": row["instruction"], "input": row.get("input"), "chosen": row["output"]}
+
+
+def _parse_hh(row: Row) -> Fields:
+    """Split two transcripts that share all but the last answer: the shared part is the prompt, and that is checked."""
+    rejected = row.get("rejected")
+    asked, answer, other = split_pair(
+        read_transcript(row["chosen"], "chosen"), None if rejected is None else read_transcript(rejected, "rejected")
+    )
+    return {**prompt_fields(asked, "chosen"), "chosen": answer, "rejected": other, "label": row.get("label")}
+
+
+def _parse_shp(row: Row) -> Fields:
+    """Read Stanford Human Preferences: `labels` is 1 where A is preferred; its margin is the ratio of the votes."""
+    first, second = row["human_ref_A"], row["human_ref_B"]
+    preferred = str(row["labels"])
+    if preferred not in ("0", "1"):
+        raise BadRow("no_preference", "labels", "1 or 0")
+    chosen, rejected = (first, second) if preferred == "1" else (second, first)
+    ratio = row.get("score_ratio")
+    margin = None if ratio in (None, "") else read_score(ratio, "score_ratio")
+    return {
+        "instruction": row["history"], "chosen": chosen, "rejected": rejected, "margin": margin,
+        "label": row.get("domain"),
+    }  # fmt: skip
+
+
+def _parse_se(row: Row) -> Fields:
+    """Read Stack Exchange preferences: HTML and scores of all answers, or one pair of plain texts."""
+    if "response_j" in row:
+        return {"instruction": row["question"], "chosen": row["response_j"], "rejected": row["response_k"]}
+    answers = [
+        Answer(html_text(_text(answer, "text", f"answers[{number}]")), _score(answer, "pm_score", f"answers[{number}]"))
+        for number, answer in enumerate(_list(row, "answers"))
+    ]
+    return {"instruction": html_text(_text(row, "question", "question")), "answers": answers}
+
+
+def _parse_sharegpt(row: Row) -> Fields:
+    """Read a conversation; what the user said behind the last answer belongs to no answer."""
+    column = "conversations" if "conversations" in row else "messages"
+    messages = ending_with_answer(read_messages(row[column], column))
+    if not messages:
+        raise BadRow("no_answer", column, "an assistant's message")
+    if messages[0].role == "assistant":
+        messages = messages[1:]  # a greeting, or the rest of a conversation that was cut: nothing was asked
+    if len(messages) < 2:
+        raise BadRow("no_user_turn", column, "a user's message before each answer")
+    asked, answer = split_last(messages, column)
+    return {**prompt_fields(asked, column), "chosen": answer}
+
+
+def _parse_dolly(row: Row) -> Fields:
+    fields = {"instruction": row["instruction"], "input": row.get("context"), "chosen": row["response"]}
+    return {**fields, "label": row.get("category")}
+
+
+def _parse_ultrafeedback(row: Row) -> Fields:
+    """Read four answers with scores, or the binarised form: whole conversations as chosen and rejected."""
+    if "completions" not in row:
+        fields = parse_standard(row)
+        scores = [row.get("score_chosen"), row.get("score_rejected")]
+        if None not in scores:
+            fields["margin"] = read_score(scores[0], "score_chosen") - read_score(scores[1], "score_rejected")
+        return fields
+    answers = []
+    for number, one in enumerate(_list(row, "completions")):
+        # The mean over the four aspects; `overall_score` was extracted from a text, and is wrong in places.
+        score = "fine-grained_score" if isinstance(one, dict) and one.get("fine-grained_score") else "overall_score"
+        place = f"completions[{number}]"
+        answers.append(Answer(_text(one, "response", place), _score(one, score, place)))
+    return {"instruction": row["instruction"], "answers": answers, "label": row.get("source")}
+
+
+def _parse_beavertails(row: Row) -> Fields:
+    """Read BeaverTails (one answer, safe or not) or PKU-SafeRLHF (two answers, of which one is the safer)."""
+    if "response_0" not in row:
+        safe = _flag(row, "is_safe")
+        return {"instruction": row["prompt"], ("chosen" if safe else "rejected"): row["response"]}
+    safer = str(row["safer_response_id"])
+    if safer not in ("0", "1"):
+        raise BadRow("no_preference", "safer_response_id", "0 or 1")
+    other = "1" if safer == "0" else "0"
+    return {"instruction": row["prompt"], "chosen": row[f"response_{safer}"], "rejected": row[f"response_{other}"]}
+
+
+def _parse_helpsteer(row: Row) -> Fields:
+    """Read HelpSteer 1 and 2 (a row an answer, with the score of one attribute) or 3 (two answers compared)."""
+    if "response1" in row:
+        preference = read_score(row["overall_preference"], "overall_preference")  # -3: the first is far better
+        first, second = row["response1"], row["response2"]
+        if not preference:
+            raise BadRow("equal_scores", "overall_preference")
+        chosen, rejected = (first, second) if preference < 0 else (second, first)
+        asked = prompt_fields(read_messages(row["context"], "context"), "context")
+        return {**asked, "chosen": chosen, "rejected": rejected, "margin": abs(preference), "label": row.get("domain")}
+    answer = Answer(_text(row, "response", "response"), _score(row, "score", "score"))
+    return {**prompt_fields(_helpsteer_turns(_text(row, "prompt", "prompt")), "prompt"), "answers": [answer]}
+
+
+def _helpsteer_turns(prompt: str) -> Messages:
+    first, *rest = _HELPSTEER_TURN.split(prompt)
+    later = zip(rest[::2], rest[1::2], strict=True)
+    return (Message("user", first), *(Message(speaker.lower(), said) for speaker, said in later))
+
+
+def _list(row: Row, column: str) -> list[Any]:
+    value = row[column]
+    if not isinstance(value, list):
+        raise BadRow("no_answers", column, "a list of answers")
+    return value
+
+
+def _text(row: Any, name: str, column: str) -> str:
+    value = row.get(name) if isinstance(row, dict) else None
+    if not isinstance(value, str):
+        raise BadRow("not_text" if value is not None else "missing_field", column, f"a text as {name}")
+    return value
+
+
+def _score(row: Row, name: str, column: str) -> float:
+    return read_score(row.get(name), column)
+
+
+def _flag(row: Row, column: str) -> bool:
+    value = str(row[column]).strip().casefold()
+    if value not in ("true", "1", "false", "0"):
+        raise BadRow("not_judged", column, "true or false")
+    return value in ("true", "1")
+
+
+SCHEMAS = {
+    "si": Schema(
+        _parse_si, ("instruction", "chosen"), for_pairs=("rejected",),
+        read=("instruction", "input", "chosen", "rejected", "label"),
+    ),
+    "alpaca": Schema(
+        _parse_alpaca, ("instruction", "output"), for_pairs=None, read=("instruction", "input", "output")
+    ),
+    "unpaired": Schema(
+        _parse_unpaired, ("instruction", "response", "good"), for_pairs=None,
+        read=("instruction", "input", "response", "good", "label"),
+    ),
+    "hh": Schema(_parse_hh, ("chosen",), for_pairs=("rejected",), read=("chosen", "rejected", "label")),
+    "shp": Schema(_parse_shp, ("history", "human_ref_A", "human_ref_B", "labels")),
+    "se": Schema(_parse_se, ("question",), one_of=("answers", "response_j")),
+    "sharegpt": Schema(_parse_sharegpt, one_of=("conversations", "messages"), for_pairs=None),
+    "dolly": Schema(_parse_dolly, ("instruction", "response"), for_pairs=None),
+    "ultrafeedback": Schema(_parse_ultrafeedback, one_of=("completions", "chosen")),
+    "beavertails": Schema(_parse_beavertails, ("prompt",), one_of=("response", "response_0")),
+    "helpsteer": Schema(_parse_helpsteer, one_of=("response", "response1"), joined=True),
+    "custom": Schema(
+        parse_standard, one_of=("chosen", "completion", "messages", "responses"),
+        read=(
+            "prompt", "input", "system", "chosen", "rejected", "completion", "messages", "responses", "scores", "label"
+        ),
+    ),
+}  # fmt: skip
