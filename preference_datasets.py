@@ -27,10 +27,10 @@ from config.pair_losses import Rows
 from config.paths import find_path
 from config.settings import DatasetSettings
 from safer_instruct.text.chat import special_token_texts
-from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids
+from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids, tokenizer_fingerprint
 from safer_instruct.text.example_encoder import ExampleEncoder
 from safer_instruct.text.examples import Example, held_out, text_id
-from safer_instruct.text.exclusion import exclude_file, read_instruction_keys, turn_keys
+from safer_instruct.text.exclusion import exclude_file, key_hash, read_instruction_keys, turn_keys
 from safer_instruct.text.formats import data_suffix
 from safer_instruct.text.loading import LoadedExamples, load_examples
 from safer_instruct.text.readers import data_files, splits_left_out
@@ -168,15 +168,8 @@ def _content_key(
         hashes = {what: [hash_files(found), *(data_suffix(file) for file in found)] for what, found in files.items()}
         ignored = {"path": "", "exclude": None, "eval_path": None, "weight": None}
         contents[name] = [vars(replace(settings, **ignored)), hashes]  # type: ignore[arg-type]  # fields are str | None
-    record = [list(contents.items()), targets, limits, _tokenizer_fingerprint(tokenizer), hash_files(code)]
+    record = [list(contents.items()), targets, limits, tokenizer_fingerprint(tokenizer), hash_files(code)]
     return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
-
-
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    del state["truncation"], state["padding"]  # set by whoever called the tokenizer last; the encoder uses neither
-    state = [state, tokenizer.eos_token_id, tokenizer.chat_template, special_token_texts(tokenizer)]
-    return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
 
 
 def _write_stores(
@@ -243,7 +236,7 @@ class _DatasetWriter:
         self._special = special_token_texts(tokenizer)
         self._rows = ExampleEncoder(settings, loss, tokenizer, encoder, log, all_answers=all_answers)
         self._exclude_file = exclude_file(settings)
-        self._excluded = set(map(_hash, read_instruction_keys(self._exclude_file)))
+        self._excluded = set(map(key_hash, read_instruction_keys(self._exclude_file)))
         self._in_eval_files = in_eval_files  # shared by all datasets of the run
         self._targets = array("Q")
         self._answered = 0  # rows whose prompt should be answered
@@ -296,7 +289,7 @@ class _DatasetWriter:
 
     def _usable(self, loaded: Iterable[Example], split: str | None) -> Iterator[Example]:
         for example in loaded:
-            asked = [_hash(key) for key in turn_keys(example)]
+            asked = [key_hash(key) for key in turn_keys(example)]
             rejected = example.rejected if self._loss in ("preference", "answers") else None
             texts = [example.instruction, example.input, example.chosen, rejected]
             texts += [example.system, *(turn.content for turn in example.history)]
@@ -335,8 +328,3 @@ class _DatasetWriter:
             self._log.note("chosen_begins_with_its_instruction", example)
         if row.straddled:
             self._log.note("boundary_merge", example)
-
-
-def _hash(key: str) -> int:
-    """Return 8 bytes for an instruction: a set of these is small beside one of texts."""
-    return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass"))

@@ -14,9 +14,10 @@ from config.settings import CheckpointSettings, IPOSettings, LikelihoodLossSetti
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
+from trainers.objectives.output import NotFiniteError
 from trainers.optimizers import build_optimizer, learning_rate, optimizer_names
 from trainers.run.run_dir import RunDir
-from trainers.trainer import NotFiniteError, Trainer
+from trainers.trainer import Trainer
 
 
 def train(folder, settings, *, run_path=None, **arguments):

@@ -28,7 +28,7 @@ from trainers.distributed.sharding import (
     weights_are_finite,
 )
 from trainers.kernels.logps import autocast_dtype, sequence_logps
-from trainers.objectives.output import TOLERANCE_PER_TOKEN, LossOutput, Objective, add_metrics
+from trainers.objectives.output import TOLERANCE_PER_TOKEN, LossOutput, NotFiniteError, Objective, add_metrics
 from trainers.optimizers import build_optimizer, learning_rate, tables_of
 from trainers.run.checkpoint import CheckpointWriter
 from trainers.run.early_stop import is_over, refusal_rates
@@ -41,10 +41,6 @@ from trainers.run.saved import RunProgress
 from trainers.run.speed import Speed
 
 Sampler = Callable[[PreTrainedModel], list[dict[str, Any]]]  # -> rows for `samples.jsonl`
-
-
-class NotFiniteError(UserError):
-    """A step whose loss or gradient is not finite, where the run is to stop before it."""
 
 
 class Agreement(NamedTuple):

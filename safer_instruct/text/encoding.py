@@ -9,9 +9,12 @@ none, ends every response that is not cut.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import xxhash
 
 from config.errors import UserError
 from safer_instruct.text.chat import special_token_texts
@@ -199,3 +202,11 @@ class _Tokenizer:
             body = body[: min(ends[-excess - 1], len(body) - 1)] if len(ends) > excess else ""
             if not body:
                 return None, []
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash what decides how a text is encoded, and where an answer ends."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    del state["truncation"], state["padding"]  # set by whoever called the tokenizer last; the encoder uses neither
+    state = [state, tokenizer.eos_token_id, tokenizer.chat_template, special_token_texts(tokenizer)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())

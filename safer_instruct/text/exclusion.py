@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import xxhash
+
 from config.paths import find_path
 from config.settings import DatasetSettings
 from safer_instruct.text.examples import Example, normalise
@@ -43,3 +45,8 @@ def read_instruction_keys(file: Path | None) -> Iterator[str]:
     for where, row in read_rows(file) if file is not None else ():
         require_columns(row, ["instruction"], where)
         yield instruction_key(str(row["instruction"] or ""), str(row.get("input") or ""))
+
+
+def key_hash(key: str) -> int:
+    """Return 8 bytes for an instruction: a set of these is small beside one of texts."""
+    return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass"))

@@ -25,6 +25,10 @@ from trainers.run.metrics import MetricSums
 TOLERANCE_PER_TOKEN = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
+class NotFiniteError(UserError):
+    """A step whose loss or gradient is not finite, where the run is to stop before it."""
+
+
 @dataclass
 class LossOutput:
     """What an objective says about one micro-batch."""
