@@ -110,21 +110,24 @@ def build_stores(
     if n_eval_examples is not None and n_eval_examples < len(held):
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
         held = held.select(order[:n_eval_examples].sort().values)
-    notes = few_answered(report) if loss != "reverse" else []
-    if len(train) < batch_size:
-        notes.append(
-            f"the training split has {len(train)} rows, fewer than batch_size={batch_size}: one batch an epoch"
-        )
-    if not len(held):
-        name, settings = next(iter(datasets.items()))
-        notes.append(
-            f"no row is held out (datasets.{name}.eval_fraction={settings.eval_fraction:g}, {len(train)} rows): there "
-            f"is nothing to evaluate on; a larger eval_fraction, or datasets.{name}.eval_path=FILE, changes that"
-        )
+    notes = [*(few_answered(report) if loss != "reverse" else []), *_size_notes(train, held, datasets, batch_size)]
     report |= {"num_train": len(train), "num_eval": len(held), "notes": notes}
     # Not part of the cached report: the same contents may lie under other names now.
     report["files"] = {name: _training_files(settings) for name, settings in datasets.items()}
     return TrainEval(train, held, report)
+
+
+def _size_notes(
+    train: TokenStore, held: TokenStore, datasets: Mapping[str, DatasetSettings], batch_size: int
+) -> Iterator[str]:
+    if len(train) < batch_size:
+        yield f"the training split has {len(train)} rows, fewer than batch_size={batch_size}: one batch an epoch"
+    if not len(held):
+        name, settings = next(iter(datasets.items()))
+        yield (
+            f"no row is held out (datasets.{name}.eval_fraction={settings.eval_fraction:g}, {len(train)} rows): there "
+            f"is nothing to evaluate on; a larger eval_fraction, or datasets.{name}.eval_path=FILE, changes that"
+        )
 
 
 def _mixed(train: TokenStore, datasets: Mapping[str, DatasetSettings], report: dict[str, Any]) -> TokenStore:
@@ -268,15 +271,12 @@ class _DatasetWriter:
 
     def _load(self, path: str, *, training: bool = True) -> LoadedExamples:
         single = self._loss == "answers" and not self._pairs
-        return LoadedExamples(
-            self._settings, path, self._log, pairs=self._pairs, training=training, single=single
-        )  # fmt: skip
+        return LoadedExamples(self._settings, path, self._log, pairs=self._pairs, training=training, single=single)
 
     def _encode(self, loaded: LoadedExamples, split: str | None) -> None:
         """Encode a file's rows in batches; `split` None: by hash of the instruction, up to max_rows."""
-        limit = self._settings.max_rows if split is None else None
         examples = iter(self._usable(loaded, split))
-        left = math.inf if limit is None else limit
+        left = math.inf if split is not None or self._settings.max_rows is None else self._settings.max_rows
         with tqdm(desc=f"encoding {self._log.name}", unit=" rows", disable=None) as bar:
             while chunk := list(islice(examples, int(min(left, ROWS_AT_ONCE)))):
                 for example, target, rows in self._rows.encode(chunk):

@@ -90,9 +90,7 @@ class DatasetSettings:
     # Which columns the rows have.
     schema: Annotated[str, rules.choices(*SCHEMAS), f"how its rows read: {' | '.join(SCHEMAS)}"] = MISSING
     template: Template = "alpaca"  # how an instruction becomes a prompt
-    system: str | None = (
-        None  # what the assistant is told before each conversation; null: what the row says, if it does
-    )
+    system: str | None = None  # what the assistant is told before each conversation; null: what the row says
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
     split_pairs: bool = False  # losses on single answers: chosen is a good answer, rejected a bad one
     labels: list[str] | None = None  # keep only rows with one of these labels; null: keep all

@@ -7,6 +7,7 @@ reads this file too, before it starts them.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,10 @@ import pytest
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+# A shell that runs the suite behind `&` has Ctrl-C ignored, also by all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine must not fail a test: no deadlines. The same examples every time, and no files beside the code.
 hypothesis.settings.register_profile(

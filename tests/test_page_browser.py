@@ -17,7 +17,7 @@ import pytest
 from safer_instruct.experts.verdicts import Judgement
 from safer_instruct.measures.comparisons import compare_models
 from safer_instruct.measures.rates import JudgedOutput, summarize
-from safer_instruct.report.curves import plot_compared
+from safer_instruct.report.curves import COMPARED, plot_compared
 from safer_instruct.report.document import build_report
 from safer_instruct.report.evaluations import sample_row
 from safer_instruct.report.page import pick_samples, render_page
@@ -118,7 +118,7 @@ def hostile_page(url):
     )
     rows = (sample_row(name, output) for name, outputs in models.items() for output in outputs)
     curves = {name: {"loss/train": [(0.0, 2.0), (64.0, 1.0)]} for name in [*models, *texts[:6]]}
-    metrics = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins")
+    metrics = [metric for _, _, metric in COMPARED if metric != "loss/train"]
     figures = plot_compared({name: {**of_run, **{m: [] for m in metrics}} for name, of_run in curves.items()})
     return render_page(report, pick_samples(rows, 20), figures)
 

@@ -204,11 +204,11 @@ SCHEMAS = {
     "alpaca": Schema(
         _parse_alpaca, ("instruction", "output"), for_pairs=None, read=("instruction", "input", "output")
     ),
+    "hh": Schema(_parse_hh, ("chosen",), for_pairs=("rejected",), read=("chosen", "rejected", "label")),
     "unpaired": Schema(
         _parse_unpaired, ("instruction", "response", "good"), for_pairs=None,
         read=("instruction", "input", "response", "good", "label"),
     ),
-    "hh": Schema(_parse_hh, ("chosen",), for_pairs=("rejected",), read=("chosen", "rejected", "label")),
     "shp": Schema(_parse_shp, ("history", "human_ref_A", "human_ref_B", "labels")),
     "se": Schema(_parse_se, ("question",), one_of=("answers", "response_j")),
     "sharegpt": Schema(_parse_sharegpt, one_of=("conversations", "messages"), for_pairs=None),
