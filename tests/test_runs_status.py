@@ -82,7 +82,7 @@ def test_a_limit_of_examples_and_lines_that_are_being_written(run):
 def test_the_table_names_every_run_and_what_to_type(run, monkeypatch, capsys):
     half_done(run)
     holder(run, dead_process(), socket.gethostname())
-    shutil.copytree(run, run.parent / "sweep" / "loss.beta=0.1")
+    shutil.copytree(run, run.parent / "sweep" / "loss.beta=0.1", symlinks=True)
     assert [path.name for path in run_folders(run.parent)] == ["a", "loss.beta=0.1"]
     monkeypatch.setattr(sys, "argv", ["runs"])
     assert runs.main() == 0
