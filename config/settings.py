@@ -28,9 +28,9 @@ from config.losses import (  # noqa: F401 - the settings of train.py are read fr
     weighted_parts,
 )
 from config.names import BENIGN_STAGES, FORMATS, STAGES
-from config.pair_losses import MarginLossSettings, PairLossSettings, PreferenceLossSettings  # noqa: F401
+from config.pair_losses import MarginLossSettings, PairLossSettings, PreferenceLossSettings  # noqa: F401 - as above
 from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
-from config.training import (  # noqa: F401
+from config.training import (  # noqa: F401 - as above
     CheckpointSettings,
     DatasetSettings,
     EarlyStopSettings,

@@ -22,9 +22,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
 
-from quickstart.checks import assert_no_leak, figures, induction_report, render_figures, render_induction  # noqa: E402  after the path is set
-from quickstart.stages import Stages, move_other_aside  # noqa: E402  after the path is set
-from quickstart.world import World, write_demo_data  # noqa: E402  after the path is set
+from quickstart.checks import assert_no_leak, figures, induction_report, render_figures, render_induction
+from quickstart.stages import Stages, move_other_aside
+from quickstart.world import World, write_demo_data
 
 MODEL, RULES = "quickstart/model", "quickstart/rules.yaml"
 SOURCES = ("seen", "new_values", "new_phrasing", "near", "benign")

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
 
-from quickstart.world import World, base_pairs, write_alpaca  # noqa: E402  after the path is set
-from safer_instruct.text.prompts import render_alpaca, render_reversed  # noqa: E402  after the path is set
+from quickstart.world import World, base_pairs, write_alpaca
+from safer_instruct.text.prompts import render_alpaca, render_reversed
 
 SEED = 0
 NUM_BENIGN, NUM_UNSAFE, NUM_BACKGROUND = 38_000, 12_000, 5_000

@@ -21,22 +21,22 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
 
-import torch  # noqa: E402  after the path is set
-from torch import Tensor  # noqa: E402  after the path is set
+import torch
+from torch import Tensor
 
-from config.files import write_text  # noqa: E402  after the path is set
-from config.settings import DatasetSettings, ModelSettings  # noqa: E402  after the path is set
-from preference_datasets import build_stores  # noqa: E402  after the path is set
-from quickstart.checks import read_jsonl  # noqa: E402  after the path is set
-from safer_instruct.generation.models import load_causal_lm, load_tokenizer  # noqa: E402  after the path is set
-from safer_instruct.induction.ledger import scan_records, shard_path  # noqa: E402  after the path is set
-from safer_instruct.induction.stages import INDUCE, SCORE  # noqa: E402  after the path is set
-from safer_instruct.measures.statistics import mean_interval  # noqa: E402  after the path is set
-from safer_instruct.text.prompts import reversed_target  # noqa: E402  after the path is set
-from trainers.data.batching import BatchLoader  # noqa: E402  after the path is set
-from trainers.data.cutters import PaddedCutter  # noqa: E402  after the path is set
-from trainers.data.token_store import TokenStore  # noqa: E402  after the path is set
-from trainers.kernels.logps import sequence_logps  # noqa: E402  after the path is set
+from config.files import write_text
+from config.settings import DatasetSettings, ModelSettings
+from preference_datasets import build_stores
+from quickstart.checks import read_jsonl
+from safer_instruct.generation.models import load_causal_lm, load_tokenizer
+from safer_instruct.induction.ledger import scan_records, shard_path
+from safer_instruct.induction.stages import INDUCE, SCORE
+from safer_instruct.measures.statistics import mean_interval
+from safer_instruct.text.prompts import reversed_target
+from trainers.data.batching import BatchLoader
+from trainers.data.cutters import PaddedCutter
+from trainers.data.token_store import TokenStore
+from trainers.kernels.logps import sequence_logps
 
 MAX_LENGTH, MAX_PROMPT_LENGTH = 256, 192  # tokens, as in experiment=real_reverse
 MODELS = ("reversed", "untrained")

@@ -16,8 +16,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
 
-from config.errors import UserError  # noqa: E402  after the path is set
-from config.files import write_text  # noqa: E402  after the path is set
+from config.errors import UserError
+from config.files import write_text
 
 PAGE = REPOSITORY / "docs" / "real.md"
 BEGIN, END = "<!-- real table: begin -->", "<!-- real table: end -->"

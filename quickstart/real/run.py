@@ -23,12 +23,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
 
-from config.errors import UserError  # noqa: E402  after the path is set
-from config.files import write_text  # noqa: E402  after the path is set
-from quickstart.real.estimate import render_estimate  # noqa: E402  after the path is set
-from quickstart.real.inputs import SIZES, Given, write_inputs  # noqa: E402  after the path is set
-from quickstart.real.results import collect, table  # noqa: E402  after the path is set
-from quickstart.stages import Stages, move_other_aside  # noqa: E402  after the path is set
+from config.errors import UserError
+from config.files import write_text
+from quickstart.real.estimate import render_estimate
+from quickstart.real.inputs import SIZES, Given, write_inputs
+from quickstart.real.results import collect, table
+from quickstart.stages import Stages, move_other_aside
 
 MODEL, RULES = "models/smollm2", "quickstart/real/rules.yaml"
 GIVEN = ("data", "corpus", "pairs", "prompts", "benign")

@@ -15,7 +15,8 @@ from safer_instruct.text.formats import BadLine, Row
 from safer_instruct.text.pairs import Pairing, best, make_pairs
 from safer_instruct.text.readers import read_rows, require_columns
 from safer_instruct.text.row_log import BadRow, RowLog
-from safer_instruct.text.schemas import SCHEMAS, Fields
+from safer_instruct.text.schemas import SCHEMAS
+from safer_instruct.text.standard import Fields
 
 MAX_ID_CHARACTERS = 32  # a longer id of a file's own is hashed
 FREE_COLUMNS = frozenset({"id", "label", "provenance"})  # no schema needs to read them: they say nothing to a model

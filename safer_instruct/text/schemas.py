@@ -24,9 +24,8 @@ from safer_instruct.text.messages import (
 )
 from safer_instruct.text.pairs import Answer, read_score
 from safer_instruct.text.row_log import BadRow
-from safer_instruct.text.standard import parse_standard
+from safer_instruct.text.standard import Fields, parse_standard
 
-Fields = dict[str, Any]
 JUDGEMENTS = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}  # of an answer
 _HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 

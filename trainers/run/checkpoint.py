@@ -59,7 +59,8 @@ def pinned_stager() -> AsyncStager:
     """Return what copies a state from a GPU into page-locked memory, at the speed of the bus.
 
     That memory is kept for the next checkpoint: to lock it takes longer than to fill it. DCP's default on its own has
-    memory that the system may page, and its DefaultStager is good for one checkpoint alone in torch 2.11.
+    memory that the system may page, and its DefaultStager is good for one checkpoint alone in torch 2.11. This one
+    would not renew tensors inside of lists; an optimizer's state has none.
     """
     return BlockingAsyncStager(cache_staged_state_dict=True)
 
