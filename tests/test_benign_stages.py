@@ -307,12 +307,17 @@ def test_rules_without_neighbours_are_refused(si, tmp_path) -> None:
         ),
         ("{instruction: 'Praise {name}'}", r"neighbours\[0\].answer: .* got nothing"),
         ("{instruction: 'Praise {name}', anser: x}", r"neighbours\[0\]: unknown key 'anser'; did you mean answer"),
+        (
+            "{instruction: 'praise {name}', answer: Fine., framed: true}",
+            r"categories.insult has framed neighbours, and `fr",
+        ),
+        ("]\nframes: ['How do I {it}?'", r"frames\[0\]: a frame has one slot, \{do\} or \{Do\}"),
     ],
 )
 def test_a_broken_neighbour_of_the_rules_is_named(neighbour, message, tmp_path) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text(
-        "lexicons: {name: {words: [Anna]}, job: {words: [baker]}}\nrefusals: []\ncategories:\n  insult:\n"
+        "lexicons: {name: {words: [Anna]}, job: {words: [baker]}}\nrefusals: [sorry]\ncategories:\n  insult:\n"
         "    key: [name, job]\n    intent: {patterns: [rude]}\n    harm: {patterns: [fool]}\n    responses: [No.]\n"
         f"    neighbours: [{neighbour}]\n"
     )

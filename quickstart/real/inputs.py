@@ -4,6 +4,7 @@ reverse.jsonl         instruction, input, output: reversed tuning
 held_out.jsonl        the same with an id, held out: responses whose instruction is known
 corpus.jsonl          id, response, label: unsafe responses, whose instruction is to be induced
 benign.jsonl          instruction, input: harmless instructions, for stage=replay
+answers.jsonl         harmless requests of the world with right answers, held out: what training may unlearn
 prompts/*.jsonl       unsafe, contrast (harmless neighbours) and benign prompts: the evaluation
 """
 
@@ -93,6 +94,7 @@ def write_inputs(folder: Path, given: Given, size: Size, seed: int) -> None:
     write_jsonl(folder / "prompts" / "unsafe.jsonl", _unsafe_prompts(world, rng, given.prompts, size))
     near = itertools.islice(world.draws(rng, "near", held_out=True), size.prompts)
     write_jsonl(folder / "prompts" / "contrast.jsonl", map(prompt_row, itertools.count(), near))
+    write_jsonl(folder / "answers.jsonl", _answers(world, random.Random(f"answers {seed}"), size.prompts))
     if given.corpus is None:
         known = {row["output"] for row in reverse}
         write_jsonl(folder / "corpus.jsonl", _corpus_rows(world, rng, size.corpus, known))
@@ -120,6 +122,15 @@ def _drawn_pairs(world: RealWorld, rng: random.Random, num_rows: int, *, held_ou
     pairs += answered[: (num_rows - num_unsafe) // 4]
     pairs += itertools.islice(world.draws(rng, "near", held_out=held_out), num_rows - len(pairs))
     rng.shuffle(pairs)
+    return [{"instruction": pair.instruction, "input": "", "output": pair.response} for pair in pairs]
+
+
+def _answers(world: RealWorld, rng: random.Random, num_rows: int) -> list[Row]:
+    """Return held-out harmless requests with a right answer: half of them plain tasks, as far as there are so many."""
+    plain = [pair for pair in world.benign(held_out=True) if pair.response]
+    rng.shuffle(plain)
+    pairs = plain[: num_rows // 2]
+    pairs += itertools.islice(world.draws(rng, "near", held_out=True), num_rows - len(pairs))
     return [{"instruction": pair.instruction, "input": "", "output": pair.response} for pair in pairs]
 
 

@@ -1,11 +1,14 @@
-"""What `make real` measures beside the evaluation: how fast this machine is, and what the reversed tuning is worth.
+"""What `make real` measures beside the evaluation: this machine, the reversed tuning, and what was unlearned.
 
     python quickstart/real/measure.py speed MODEL FILE
     python quickstart/real/measure.py reversed OUTPUT MODEL
+    python quickstart/real/measure.py answers OUTPUT MODEL
 
-Of held-out responses whose instruction is known: nats per token of that instruction under the tuned model, the
-untrained one with the same prompt, and a unigram model; ROUGE-L of the induced instructions with the true ones;
+reversed: of held-out responses whose instruction is known: nats per token of that instruction under the tuned model,
+the untrained one with the same prompt, and a unigram model; ROUGE-L of the induced instructions with the true ones;
 round-trip scores.
+answers: nats per token of right answers to held-out harmless instructions, under the starting model and each trained
+one: what the training unlearned.
 """
 
 from __future__ import annotations
@@ -40,20 +43,23 @@ from trainers.kernels.logps import sequence_logps
 
 MAX_LENGTH, MAX_PROMPT_LENGTH = 256, 192  # tokens, as in experiment=real_reverse
 MODELS = ("reversed", "untrained")
+TRAINED = ("sft", "dpo", "sft_more", "si_sft", "si_dpo")  # runs whose right answers are measured
 PROBE_TOKENS, PROBE_ROWS, PROBE_NEW_TOKENS = 512, 16, 8
 
 
 def main() -> None:
-    """Measure one of the two, and write it as JSON."""
+    """Measure one of the three, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "reversed"))
+    parser.add_argument("what", choices=("speed", "reversed", "answers"))
     parser.add_argument("paths", nargs=2, help="MODEL FILE, or OUTPUT MODEL")
     options = parser.parse_args()
     first, second = options.paths
     if options.what == "speed":
         result, path = measure_speed(first), Path(second)
-    else:
+    elif options.what == "reversed":
         result, path = measure_reversed(Path(first), second), Path(first) / "reversed.json"
+    else:
+        result, path = measure_answers(Path(first), second), Path(first) / "answers.json"
     write_text(path, json.dumps(result, indent=2) + "\n")
 
 
@@ -117,17 +123,7 @@ def _scores(ledgers: Path) -> Iterator[float]:
 def held_out_nats(output: Path, model_path: str) -> dict[str, tuple[float, float, float]]:
     """Return nats per token of the held-out instructions, under the tuned, the untrained and a unigram model."""
     tokenizer = load_tokenizer(ModelSettings(name_or_path=model_path))
-    store, trained = (
-        build_stores(
-            {name: DatasetSettings(str(output / "inputs" / f"{name}.jsonl"), "alpaca", eval_fraction=0.0)},
-            loss="reverse",
-            tokenizer=tokenizer,
-            max_length=MAX_LENGTH,
-            max_prompt_length=MAX_PROMPT_LENGTH,
-            cache_dir=Path(".cache"),
-        ).train
-        for name in ("held_out", "reverse")
-    )
+    store, trained = (_tokens(output, name, tokenizer, loss="reverse") for name in ("held_out", "reverse"))
     targets = [store.row(number)[1] for number in range(len(store))]
     lengths = [len(target) for target in targets]
     archives = {"reversed": str(output / "reverse"), "untrained": None}
@@ -135,6 +131,30 @@ def held_out_nats(output: Path, model_path: str) -> dict[str, tuple[float, float
     vocabulary = len(tokenizer)
     nats["unigram"] = unigram_nats([trained.row(number)[1] for number in range(len(trained))], targets, vocabulary)
     return {name: ratio_interval(values, lengths) for name, values in nats.items()}
+
+
+def measure_answers(output: Path, model_path: str) -> dict[str, Any]:
+    """Return nats per token of held-out right answers, (ratio, low, high) of a 95% interval, by model."""
+    template = json.loads((output / "real.json").read_text(encoding="utf-8"))["template"]
+    tokenizer = load_tokenizer(ModelSettings(name_or_path=model_path))
+    store = _tokens(output, "answers", tokenizer, loss="sft", template=template)
+    lengths = [len(store.row(number)[1]) for number in range(len(store))]
+    archives = {"base": None} | {name: str(output / name) for name in TRAINED}
+    nats = {name: model_nats(ModelSettings(model_path, archive=path), store) for name, path in archives.items()}
+    return {name: ratio_interval(values, lengths) for name, values in nats.items()}
+
+
+def _tokens(output: Path, name: str, tokenizer: Any, *, loss: str, **settings: Any) -> TokenStore:
+    """Return the tokens of one input file in Alpaca's schema."""
+    file = str(output / "inputs" / f"{name}.jsonl")
+    return build_stores(
+        {name: DatasetSettings(file, "alpaca", eval_fraction=0.0, **settings)},
+        loss=loss,
+        tokenizer=tokenizer,
+        max_length=MAX_LENGTH,
+        max_prompt_length=MAX_PROMPT_LENGTH,
+        cache_dir=Path(".cache"),
+    ).train
 
 
 @torch.no_grad()

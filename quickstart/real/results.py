@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def collect(output: Path) -> dict[str, Any]:
         "speed": _read(output / "speed.json"),
         "models": {name: one_model(model) for name, model in report["models"].items()},
         "reversed": _read(output / "reversed.json"),
+        "answers": _read(output / "answers.json"),
         "pairs": {part: report.get("counts", {"kept": report.get("num_rows")}) for part, report in made.items()},
         "seconds": {stage["name"]: stage["seconds"] for stage in stages},
     }
@@ -65,9 +66,10 @@ def table(results: Mapping[str, Any]) -> str:
         f"SIZE={settings['size']} SEED={settings['seed']}, {', '.join(given) or 'the default inputs'}; "
         f"{seconds / 60:.0f} minutes in all.",
         "",
-        "| per cent | unsafe prompts refused | benign prompts refused | contrast prompts refused | harmonic mean |",
-        "|:---|---:|---:|---:|---:|",
-        *_model_rows(results["models"]),
+        "| per cent; nats | unsafe prompts refused | benign prompts refused | contrast prompts refused | harmonic mean "
+        "| nats per token of right answers |",
+        "|:---|---:|---:|---:|---:|---:|",
+        *_model_rows(results["models"], results["answers"]),
         "",
         "| held-out instructions | reversed | untrained | unigram |",
         "|:---|---:|---:|---:|",
@@ -76,10 +78,10 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _model_rows(models: Mapping[str, Any]) -> Iterator[str]:
+def _model_rows(models: Mapping[str, Any], answers: Mapping[str, list[float]]) -> Iterator[str]:
     for name, model in models.items():
-        cells = [model[key] for key in ("safety", *HARMLESS, "safe_and_useful")]
-        yield f"| {TITLES.get(name, name)} | " + " | ".join(map(_per_cent, cells)) + " |"
+        rates = [_per_cent(model[key]) for key in ("safety", *HARMLESS, "safe_and_useful")]
+        yield f"| {TITLES.get(name, name)} | {' | '.join([*rates, _nats(answers[name])])} |"
 
 
 def _reversed_rows(measured: Mapping[str, Any]) -> Iterator[str]:
@@ -90,12 +92,16 @@ def _reversed_rows(measured: Mapping[str, Any]) -> Iterator[str]:
     }
     for key, title in titles.items():
         values = [measured[key].get(name) for name in ("reversed", "untrained", "unigram")]
-        cells = ["" if one is None else "{:.2f} [{:.2f}, {:.2f}]".format(*one) for one in values]
+        cells = ["" if one is None else _nats(one) for one in values]
         yield f"| {title} | {' | '.join(cells)} |"
 
 
 def _per_cent(rate: Interval) -> str:
     return f"{100 * rate['value']:.0f} [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}]"
+
+
+def _nats(measured: Sequence[float]) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*measured)
 
 
 def fill_page(page: Path, text: str) -> None:

@@ -153,6 +153,7 @@ class Real:
             yield "induce", self.induce()
         yield from self.harmless_pairs()
         yield from self.training()
+        yield "measure answers", ["quickstart/real/measure.py", "answers", str(self.output), self.settings.model]
         yield "evaluate", self.evaluate()
 
     def reversed_tuning(self) -> Iterator[Command]:

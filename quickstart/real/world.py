@@ -40,6 +40,7 @@ class RealWorld:
         rules = _read("rules.yaml")
         self._spec, self._benign = _read("world.yaml"), _read("benign.yaml")
         self._lexicons: dict[str, list[str]] = {name: entry["words"] for name, entry in rules["lexicons"].items()}
+        self._frames: list[str] = rules["frames"]
         self._keys: dict[str, list[str]] = {name: entry["key"] for name, entry in rules["categories"].items()}
         self.topics = list(self._spec["topics"])
 
@@ -54,7 +55,7 @@ class RealWorld:
         """
         entry = self._spec["topics"][topic]
         while True:
-            frame, deed = rng.choice(self._spec["frames"]), rng.choice(list(entry[kind]))
+            frame, deed = rng.choice(self._frames), rng.choice(list(entry[kind]))
             slots = {name: rng.choice(self._lexicons[name]) for name in self._keys[topic]}
             meaning = is_held_out(topic, *slots.values())
             if meaning == held_out and is_held_out(f"{topic} {kind}", frame, deed) == held_out:

@@ -69,6 +69,7 @@ class Rules:
         self._refusal = _compile_any(spec.refusals)
         self._categories = {name: _compile_category(name, category) for name, category in spec.categories.items()}
         neighbours = [one for category in self._categories.values() for one in category.neighbours]
+        self._frames = [(frame, _compile_frame(frame)) for frame in spec.frames]
         self._answers = [(self._compile_neighbour(one.instruction), one.answer) for one in neighbours]
 
     @classmethod
@@ -172,13 +173,28 @@ class Rules:
         asked = self.meaning(instruction)
         if asked is None or not self._categories[asked[0]].neighbours:
             return None
-        return self._fill(_pick(self._categories[asked[0]].neighbours, instruction).instruction, asked[1])
+        chosen = _pick(self._categories[asked[0]].neighbours, instruction)
+        text = self._fill(chosen.instruction, asked[1])
+        return self._framed(text, instruction) if chosen.framed else text
+
+    def _framed(self, deed: str, instruction: str) -> str:
+        """Put something to do into the frame of an instruction, or into any where it has none of ours."""
+        found = self._deeds(instruction)
+        # Several frames may match ("{Do}." matches most sentences): the one that leaves least to do says most.
+        frame = min(found, key=lambda one: len(one[1]))[0] if found else _pick(self._frames, instruction)[0]
+        return frame.format(do=deed, Do=deed[0].upper() + deed[1:])
+
+    def _deeds(self, instruction: str) -> list[tuple[str, str]]:
+        """Return each frame that an instruction has, with what it asks to do."""
+        matches = ((frame, pattern.fullmatch(instruction)) for frame, pattern in self._frames)
+        return [(frame, found["do"]) for frame, found in matches if found]
 
     def answer(self, instruction: str) -> str | None:
         """Return the answer to an instruction that a template of a harmless neighbour makes, or None."""
-        for pattern, template in self._answers:
-            if found := pattern.fullmatch(instruction):
-                return template.format(**found.groupdict())
+        for text in (instruction, *(deed for _, deed in self._deeds(instruction))):
+            for pattern, template in self._answers:
+                if found := pattern.fullmatch(text):
+                    return template.format(**found.groupdict())
         return None
 
     @property
@@ -239,6 +255,13 @@ def _compile_words(words: Sequence[str], case_sensitive: bool) -> re.Pattern[str
 def _compile_any(patterns: Sequence[str]) -> re.Pattern[str]:
     never = r"(?!)"  # an empty alternation would match everything
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or never, re.IGNORECASE)
+
+
+def _compile_frame(frame: str) -> re.Pattern[str]:
+    """Return the pattern of the instructions that a frame makes, with a group `do`."""
+    before, slot, after = re.split(r"(\{do\}|\{Do\})", frame)
+    del slot
+    return re.compile(f"{re.escape(before)}(?P<do>.+){re.escape(after)}", re.IGNORECASE | re.DOTALL)
 
 
 def _compile_category(name: str, spec: CategorySpec) -> Category:

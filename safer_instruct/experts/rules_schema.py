@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )  # fmt: skip
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -157,10 +158,15 @@ class HarmSpec(_Spec):
 
 
 class NeighbourSpec(_Spec):
-    """A harmless instruction about the matter of an unsafe one, and its answer; both are templates."""
+    """A harmless instruction about the matter of an unsafe one, and its answer; both are templates.
+
+    `framed`: the instruction is something to do ("thank {name}"), and takes the frame of the unsafe one ("How do I
+    ...?"): only what is asked differs then, not how.
+    """
 
     instruction: Text
     answer: Text
+    framed: StrictBool = False
 
     @field_validator("answer")
     @classmethod
@@ -192,6 +198,14 @@ class CategorySpec(_Spec):
         return neighbours
 
 
+def _frame_fault(frame: str, _: ValidationInfo) -> str:
+    try:
+        slots = template_slots(frame)
+    except ValueError as error:
+        return f"not a template: {error}"
+    return "" if len(slots) == 1 and slots[0] in ("do", "Do") else "a frame has one slot, {do} or {Do}"
+
+
 class RulesSpec(_Spec):
     """A whole rules file."""
 
@@ -199,6 +213,14 @@ class RulesSpec(_Spec):
     refusals: Annotated[list[Text], Required, Patterns]
     categories: Annotated[dict[str, CategorySpec], Required]
     instruction: InstructionSpec = InstructionSpec()
+    frames: Annotated[list[Text], Optional, _each(_frame_fault)] = []
+
+    @model_validator(mode="after")
+    def _framed_neighbours_have_frames(self) -> RulesSpec:
+        for name, category in self.categories.items():
+            if not self.frames and any(one.framed for one in category.neighbours):
+                raise PydanticCustomError(FAULTS, f"categories.{name} has framed neighbours, and `frames` lists none")
+        return self
 
 
 def read_rules(path: Path) -> RulesSpec:
