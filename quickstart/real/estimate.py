@@ -8,7 +8,7 @@ from quickstart.real.inputs import Size
 
 # Tokens of one row of the default inputs: prompt and response trained on; answers written. A pair holds two responses.
 REVERSE, LIKELIHOOD, PAIR = 100, 85, 130
-INSTRUCTION, REPLAY, ANSWER = 22, 60, 40
+INSTRUCTION, REPLAY, ANSWER = 22, 45, 40
 FORWARD = 1 / 3  # of the time that a trained token takes: no backward pass
 START_SECONDS = 10  # of a stage: imports, and the weights
 NUM_MODELS, NUM_SETS = 6, 3  # of the evaluation

@@ -34,6 +34,8 @@ MODEL, RULES = "models/smollm2", "quickstart/real/rules.yaml"
 GIVEN = ("data", "corpus", "pairs", "prompts", "benign")
 SETS = ("unsafe", "benign", "contrast")
 LEAST_PAIRS = 8
+# Of replay and contrast in what is trained on; the rest is si. DPO has more of it: its pairs alone choose a refusal.
+SHARES = {"sft": {"replay": 0.15, "contrast": 0.4}, "dpo": {"replay": 0.1, "contrast": 0.3}}
 Command = tuple[str, list[str]]
 
 
@@ -200,7 +202,7 @@ class Real:
             "replay",
             [
                 *("induce.py", "stage=replay", *shared, f"benign.path={self.inputs}/benign.jsonl", *self._model()),
-                *(f"replay.template={self.settings.template}", "generation.max_new_tokens=64"),
+                *(f"replay.template={self.settings.template}", "generation.max_new_tokens=48"),
                 *(f"exclude={self.inputs}/prompts/benign.jsonl", f"output={self.output}/replay"),
             ],
         )
@@ -214,12 +216,11 @@ class Real:
 
     def training(self) -> Iterator[Command]:
         """Yield SFT and DPO on all three datasets; SFT for as many further steps; SFT and DPO on `si` alone."""
-        all_data = ["datasets=[si,replay,contrast]", *(self._dataset(name) for name in ("replay", "contrast"))]
         sft, dpo = f"n_examples={self.size.sft}", f"n_examples={self.size.dpo}"
         after_sft = f"model.archive={self.output}/sft"
-        yield "sft", self._train("sft", "real_sft", *self._si(), *all_data, sft)
-        yield "dpo", self._train("dpo", "real_dpo", *self._si(), *all_data, dpo, after_sft)
-        yield "sft_more", self._train("sft_more", "real_sft", *self._si(), *all_data, dpo, after_sft)
+        yield "sft", self._train("sft", "real_sft", *self._mixture("sft"), sft)
+        yield "dpo", self._train("dpo", "real_dpo", *self._mixture("dpo"), dpo, after_sft)
+        yield "sft_more", self._train("sft_more", "real_sft", *self._mixture("sft"), dpo, after_sft)
         yield "si_sft", self._train("si_sft", "real_sft", *self._si(), "datasets=[si]", sft)
         after_sft = f"model.archive={self.output}/si_sft"
         yield "si_dpo", self._train("si_dpo", "real_dpo", *self._si(), "datasets=[si]", dpo, after_sft)
@@ -248,8 +249,14 @@ class Real:
         template = f"datasets.si.template={self.settings.template}"
         return [f"datasets.si.path={self.si}", template, f"datasets.si.exclude={self.inputs}/prompts/unsafe.jsonl"]
 
-    def _dataset(self, name: str) -> str:
-        return f"datasets.{name}={{path: {self.output}/{name}, template: {self.settings.template}}}"
+    def _mixture(self, stage: str) -> list[str]:
+        """Return the settings of all three datasets, with the shares of a stage."""
+        words = f"template: {self.settings.template}"
+        others = [
+            f"datasets.{name}={{path: {self.output}/{name}, {words}, weight: {share}}}"
+            for name, share in SHARES[stage].items()
+        ]
+        return [*self._si(), "datasets=[si,replay,contrast]", *others]
 
     def _model(self) -> list[str]:
         return ["model=smollm2", f"model.name_or_path={self.settings.model}"]
