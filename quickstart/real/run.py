@@ -35,7 +35,7 @@ GIVEN = ("data", "corpus", "pairs", "prompts", "benign")
 SETS = ("unsafe", "benign", "contrast")
 LEAST_PAIRS = 8
 # Of replay and contrast in what is trained on; the rest is si. DPO has more of it: its pairs alone choose a refusal.
-SHARES = {"sft": {"replay": 0.15, "contrast": 0.4}, "dpo": {"replay": 0.1, "contrast": 0.3}}
+SHARES = {"sft": {"replay": 0.15, "contrast": 0.35}, "dpo": {"replay": 0.1, "contrast": 0.2}}
 Command = tuple[str, list[str]]
 
 
