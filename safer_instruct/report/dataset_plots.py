@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-from safer_instruct.report.plots import STYLE, new_axes, stack_bars, to_svg
+from safer_instruct.report.plots import new_axes, stack_bars, styled, to_svg
 
 # What is in the dataset comes first.
 FUNNEL_PARTS = (
-    ("out", "in the dataset", "#0072B2"),
-    ("filter", "dropped by the filter", "#E69F00"),
-    ("respond", "no safe response", "#CC79A7"),
-    ("merge", "repeated, excluded", "#999999"),
+    ("out", "in the dataset", "#01665E"),
+    ("filter", "dropped by the filter", "#DFC27D"),
+    ("respond", "no safe response", "#8C510A"),
+    ("merge", "repeated, excluded, rejected", "#999999"),
 )
 MAX_LABELS = 30  # of a figure: those with the most rows
 
@@ -47,7 +45,7 @@ def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str
     Returns:
         SVG.
     """
-    with matplotlib.rc_context(STYLE):
+    with styled():
         axes = new_axes(1.2 + 0.32 * max(1, len(bars)), width_inches=6.4)
         stack_bars(axes, bars, parts)
         for row, sizes in enumerate(bars.values()):
