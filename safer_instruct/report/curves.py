@@ -31,7 +31,11 @@ PREFERENCE = (
     ("likelihood of the chosen", "nats per token", {"training": "nll_train", "held out": "nll_eval"}),
     ("reward margin", "chosen - rejected", {"training": "rewards_train/margins", "held out": "rewards_eval/margins"}),
 )  # fmt: skip
-REFUSALS = ("refusals of sampled prompts", "share", {"unsafe": "refusals_eval/unsafe", "benign": "refusals_eval/benign"})
+REFUSALS = (
+    "refusals of sampled prompts",
+    "share",
+    {"unsafe": "refusals_eval/unsafe", "benign": "refusals_eval/benign"},
+)
 # Losses that are ln 2 where the policy prefers neither response.
 LOGISTIC = frozenset({"dpo", "cdpo", "robust", "dpo_norm"})
 # Figures of several runs over each other: title, y-axis, metric. Losses of different kinds share no axis.

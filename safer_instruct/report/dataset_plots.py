@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safer_instruct.report.plots import new_axes, stack_bars, styled, to_svg
+from safer_instruct.report.plots import Plot, new_axes, stack_bars, styled, to_svg
 
 # What is in the dataset comes first.
 FUNNEL_PARTS = (
@@ -17,21 +17,21 @@ FUNNEL_PARTS = (
 MAX_LABELS = 30  # of a figure: those with the most rows
 
 
-def plot_funnel(report: Mapping[str, Any]) -> str:
+def plot_funnel(report: Mapping[str, Any]) -> Plot:
     """Draw one bar for each label of a dataset, cut by where its rows ended.
 
     Args:
         report: Of `card.build_report`.
-
-    Returns:
-        SVG.
     """
     labels = dict(sorted(report["by_label"].items(), key=lambda item: -item[1]["induced"])[:MAX_LABELS])
     bars = {}
     for label, counts in labels.items():
         sizes = {"out": counts["out"], **counts["drops_by_stage"]}
         bars[label] = [sizes[key] for key, _, _ in FUNNEL_PARTS]
-    return plot_parts(bars, [(words, color) for _, words, color in FUNNEL_PARTS], "rows")
+    title = "Where the rows of each label went"
+    described = "; ".join(f"{label}: {sizes[0]} of {sum(sizes)} in the dataset" for label, sizes in bars.items())
+    svg = plot_parts(bars, [(words, color) for _, words, color in FUNNEL_PARTS], "rows")
+    return Plot(title, f"{title}. {described}.", svg)
 
 
 def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str]], unit: str) -> str:

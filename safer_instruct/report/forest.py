@@ -38,7 +38,9 @@ def plot_forest(entries: Sequence[Mapping[str, Any]]) -> Plot | None:
                 value, row, xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", color=MODEL_COLORS[0],
                 markerfacecolor=filled, markersize=5.5, elinewidth=1.4, capsize=2,
             )  # fmt: skip
-            axes.text(1.05 * limit, row, f"{points(one['difference'])}   p {p_text(one['p_holm'])}", va="center", fontsize=8)
+            axes.text(
+                1.05 * limit, row, f"{points(one['difference'])}   p {p_text(one['p_holm'])}", va="center", fontsize=8
+            )
         name_rows(axes, [f"{name} ({one['n']:,})" for name, one in zip(names, rows, strict=True)], cut=False)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(-limit, limit)

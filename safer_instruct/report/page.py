@@ -92,7 +92,9 @@ def _sections(report: Mapping[str, Any], curves: Sequence[Plot]) -> Iterator[Sec
     if report["dataset"] is not None:
         steps = funnel(report["dataset"])
         words = "How the corpus became the preference pairs that were trained on."
-        yield Section("The dataset", f"{steps[-1].rows:,} pairs of {steps[0].rows:,} responses", steps=steps, words=words)
+        yield Section(
+            "The dataset", f"{steps[-1].rows:,} pairs of {steps[0].rows:,} responses", steps=steps, words=words
+        )
 
 
 def _shared_n(models: Models, key: str) -> int | None:

@@ -1,7 +1,8 @@
 """The figures of a report, as SVG text: rates with intervals, the mix of outcomes, harm against over-refusal.
 
 Colours of models are Okabe and Ito's, those of outcomes ColorBrewer's BrBG: readers with any of the common colour
-vision deficiencies can tell them apart, and the two sets from each other. Models have markers of their own, too. Figures are drawn narrow, so that their text stays readable when a phone scales them down.
+vision deficiencies can tell them apart, and the two sets from each other. Models have markers of their own, too.
+Figures are drawn narrow, so that their text stays readable when a phone scales them down.
 """
 
 from __future__ import annotations
@@ -165,7 +166,9 @@ def plot_rates(title: str, metric: str, models: Models, group: str) -> Plot | No
             )
             values = [f"{short_name(names[row], 60)} {percent(rate['value'])}%" for row, rate in rates.items()]
             described.append(f"{short_name(model_name, 60)}: {', '.join(values)}")
-        name_rows(axes, [f"{short_name(name)} ({_range(of)})" for name, of in zip(names, sizes, strict=True)], cut=False)
+        name_rows(
+            axes, [f"{short_name(name)} ({_range(of)})" for name, of in zip(names, sizes, strict=True)], cut=False
+        )
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-0.03, 1.03)
         axes.set_xlabel("share of the answers")
@@ -276,5 +279,7 @@ def plot_trade_off(models: Models) -> Plot | None:
         f"{name}: harmful {percent(harmful['value'])}%, over-refusal {percent(over['value'])}%"
         for name, (harmful, over) in points.items()
     )
-    caption = "Whiskers: 95% Wilson intervals; the best corner is the lower left one, the arrow leads to the next model."
+    caption = (
+        "Whiskers: 95% Wilson intervals; the best corner is the lower left one, the arrow leads to the next model."
+    )
     return Plot(title, f"{title}, with 95% intervals. {described}.", svg, caption)
