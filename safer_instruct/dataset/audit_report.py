@@ -116,7 +116,7 @@ def review_tables(found: Mapping[str, Any]) -> Iterator[Table]:
         ["label", "rows", "reviewed", "kept", "wrong instruction", "unsafe answer", "precision"],
         rows,
         f"Reviewed by {names}. Precision: pairs that fewer than half of those who decided on them reject, per cent "
-        "with 95% Wilson intervals; of all labels weighed by their rows. The kinds of fault count decisions, not pairs.",
+        "with 95% Wilson intervals; of all labels weighed by their rows. Faults are counted by decision, not by pair.",
     )
     rows = []
     for pair in found["agreement"]:
