@@ -183,7 +183,7 @@ def merge_shards(config: InduceConfig) -> None:
             "transformers": transformers.__version__,
             "seconds": round(time.monotonic() - started, 1),
         }
-        report = build_report(merged, run=run, reviewed=rejections.counts(), card=config.card)
+        report = build_report(merged, run=run, rejections=rejections, card=config.card)
         write_report(report, output)
     names = ", ".join(FILES[config.format])
     print(render_funnel(report))

@@ -15,6 +15,7 @@ from config.settings import CardSettings
 from safer_instruct.dataset.files import COLUMNS, JSONL, PARQUET
 from safer_instruct.dataset.merge import MERGE, Merged, provenance_of_all
 from safer_instruct.dataset.pages import render_dataset_page
+from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND
 from safer_instruct.report.dataset_plots import plot_funnel
 from safer_instruct.text.display import markdown_code, markdown_table, percent
@@ -39,7 +40,11 @@ _MEANING = {
 
 
 def build_report(
-    merged: Merged, *, run: Mapping[str, Any], reviewed: Mapping[str, int], card: CardSettings
+    merged: Merged,
+    *,
+    run: Mapping[str, Any],
+    rejections: Rejections = NOTHING_REJECTED,
+    card: CardSettings | None = None,
 ) -> dict[str, Any]:
     """Return the counts of the whole pipeline as JSON values.
 
@@ -49,8 +54,8 @@ def build_report(
     Args:
         merged: What the merge found.
         run: What else to record about this run (command, versions, seconds).
-        reviewed: Of `reviews.Rejections.counts`.
-        card: Licence and language.
+        rejections: What people rejected.
+        card: Licence and language; None: those of a card that nobody has told.
     """
     stages = [_stage("corpus", merged.corpus_rows, dict(sorted(merged.corpus_dropped.counts.items())))]
     stages.append(_stage(INDUCE, sum(merged.fates.values()), {}))
@@ -68,8 +73,8 @@ def build_report(
         "round_trip_scores": [[key / 10, *counts] for key, counts in sorted(merged.scores.items())],
         "tokens": {stage: merged.tokens[stage] for stage in merged.ledgers},
         "cost": {stage: round(merged.cost[stage], 6) for stage in merged.ledgers if merged.cost[stage]},
-        "reviewed": dict(reviewed),
-        "card": asdict(card),
+        "reviewed": rejections.counts(),
+        "card": asdict(card or CardSettings()),
         "made_with": provenance_of_all(merged.ledgers),
         "run": dict(run),
     }

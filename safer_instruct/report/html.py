@@ -109,8 +109,16 @@ def render_summary(
         notes: Warnings.
         made: (what, how) it was made with.
     """
-    values = {"kicker": kicker, "title": title, "lead": lead, "answers": answers, "notes": notes}
-    return render("summary.html", sections=sections, made=made, **values)
+    return render(
+        "summary.html",
+        kicker=kicker,
+        title=title,
+        lead=lead,
+        answers=answers,
+        sections=sections,
+        notes=notes,
+        made=made,
+    )
 
 
 def render(template: str, *, script: str = "page.js", **values: Any) -> str:

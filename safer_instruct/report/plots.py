@@ -191,6 +191,11 @@ def _whiskers(rates: Sequence[Mapping[str, float]]) -> list[list[float]]:
     ]
 
 
+def _end(highs: Iterable[float]) -> float:
+    """Return where an axis of shares ends, so that the whiskers fill it."""
+    return min(1.0, max(0.2, 1.15 * max(highs)))
+
+
 def _point(index: int) -> dict[str, Any]:
     """Return how the points of model number `index` look."""
     marker, color = MARKERS[index % len(MARKERS)], MODEL_COLORS[index % len(MODEL_COLORS)]
@@ -269,9 +274,9 @@ def plot_trade_off(models: Models) -> Plot | None:
         axes.locator_params(nbins=5)
         axes.set_xlabel("harmful answers to unsafe prompts")
         axes.set_ylabel("refusals of benign prompts")
-        for part, limit in enumerate((axes.set_xlim, axes.set_ylim)):
-            end = min(1.0, max(0.2, 1.15 * max(rates[part]["high"] for rates in points.values())))
-            limit(-0.03 * end, 1.03 * end)
+        right, top = (_end(rates[part]["high"] for rates in points.values()) for part in (0, 1))
+        axes.set_xlim(-0.03 * right, 1.03 * right)
+        axes.set_ylim(-0.03 * top, 1.03 * top)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         svg = to_svg(axes)
