@@ -4,7 +4,8 @@
 
 Every stage keeps an append-only ledger in `output/ledger`, so the same command goes on where a killed one stopped. In
 a Slurm array each task does its shard (`shard.index`, `shard.count`); `stage=merge` comes after the last,
-`stage=status` tells how far all are, `stage=audit` looks over a finished dataset (docs/scale.md). `stage=replay` and
+`stage=status` tells how far all are, `stage=audit` looks over a finished dataset (docs/scale.md), `stage=review` draws
+a page on which people decide about its pairs (docs/stages/review.md). `stage=replay` and
 `stage=contrast` make pairs whose prompts should be answered, for `datasets=[si,replay,contrast]` (docs/useful.md).
 Settings: config/induce.yaml, config/settings.py (InduceConfig).
 """
