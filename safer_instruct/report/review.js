@@ -22,8 +22,8 @@ function show() {
   byId("work").hidden = !item;
   byId("progress").value = decided.length;
   const count = decision => decided.filter(one => one.decision === decision).length;
-  byId("counts").textContent = `${decided.length} of ${items.length}: ${count("keep")} kept, `
-    + `${count("wrong_instruction")} wrong instructions, ${count("unsafe_answer")} unsafe answers, ${count("skip")} skipped.`
+  byId("counts").textContent = `${decided.length} of ${items.length}: kept ${count("keep")}, `
+    + `wrong instruction ${count("wrong_instruction")}, unsafe answer ${count("unsafe_answer")}, skipped ${count("skip")}.`
     + (item ? "" : " All pairs are decided: export them.");
   byId("undo").disabled = !decided.length;
   if (!item) { byId("export").focus(); return; }
