@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 import induce
 from config.checks_induce import check_induce
@@ -19,6 +20,7 @@ from safer_instruct.dataset.review import write_review
 from safer_instruct.dataset.reviews import Rejections, measure_reviews, pair_hash, read_rejections, read_reviews
 from safer_instruct.measures.statistics import weighted_interval, wilson_interval
 from tests.browser import Browser, find_chromium, screenshot_folder
+from tests.test_stages import SECRET, run_all
 
 LABELS = ["theft"] * 60 + ["insult"] * 30 + ["rare"] * 3
 ROWS = [
@@ -135,6 +137,48 @@ def test_half_of_the_people_are_enough_to_reject_a_pair(tmp_path) -> None:
     with pytest.raises(UserError, match="r0 that people rejected has had other texts since"):
         rejections.rejects("r0", "another", "b", "c")
     assert not Rejections().rejects("r0", "a", "b", "c")
+
+
+def test_a_merge_leaves_out_what_people_rejected_and_the_card_tells(tmp_path) -> None:
+    _, output, _ = run_all(tmp_path, 1)
+    pairs = [json.loads(line) for line in (output / "si.jsonl").read_text().splitlines()]
+    decided = {pairs[0]["id"]: "wrong_instruction", pairs[1]["id"]: "keep"}
+    review = export(tmp_path / "ann.json", "ann", decided, pairs)
+    corpus = f"corpus.path={tmp_path / 'corpus.jsonl'}"
+    merge = ["stage=merge", corpus, f"output={output}", "duplicates.threshold=null", "format=jsonl"]
+    induce.main(compose_config("induce", [*merge, f"reviews=[{review}]", "card.license=cc-by-4.0"]))
+    assert [json.loads(line) for line in (output / "si.jsonl").read_text().splitlines()] == pairs[1:]
+    report = json.loads((output / "report.json").read_text())
+    assert report["funnel"][-1]["drops"]["rejected_by_people"] == 1
+    _, front_matter, card = (output / "README.md").read_text().split("---\n", 2)
+    told = yaml.safe_load(front_matter)
+    assert (told["license"], told["language"], told["size_categories"]) == ("cc-by-4.0", ["en"], ["n<1K"])
+    assert told["configs"] == [{"config_name": "default", "data_files": "si.jsonl"}]
+    assert "1 people looked at 2 of the pairs; the 1 that they rejected are left out." in card
+    assert SECRET not in (output / "dataset.html").read_text()
+
+
+def test_dropped_pairs_are_shown_like_kept_ones_and_a_person_who_decides_as_the_expert_agrees_with_it(tmp_path) -> None:
+    _, output, _ = run_all(tmp_path, 1)
+    kept = {json.loads(line)["id"] for line in (output / "si.jsonl").read_text().splitlines()}
+    corpus = CorpusSettings(path=str(tmp_path / "corpus.jsonl"))
+    items = items_of(write_review(str(output), corpus, ReviewSettings(rows=6, dropped=8), tmp_path / "page"))
+    halves = [item for item in items if not item["whole"]]
+    assert len(items) - len(halves) == 6
+    assert Counter(item["id"] in kept for item in halves) == {True: 8, False: 8}
+    assert {item["chosen"] for item in halves} == {""}
+    decisions = [
+        {key: item[key] for key in ("id", "pair", "label", "whole")}
+        | {"decision": "keep" if item["id"] in kept else "wrong_instruction"}
+        for item in items
+    ]
+    (tmp_path / "a.json").write_text(
+        json.dumps({"format": "safer-instruct review", "reviewer": "a", "decisions": decisions})
+    )
+    found = measure_reviews(read_reviews([str(tmp_path / "a.json")]), str(output / "si.jsonl"))
+    (agreement,) = found["agreement"]
+    assert (agreement["n"], agreement["agreed"], agreement["kappa"]["value"]) == (22, 22, 1.0)
+    assert found["total"]["precision"]["n"] == 6
 
 
 def test_files_that_are_no_reviews_of_this_dataset_are_named(dataset, tmp_path) -> None:
