@@ -79,7 +79,7 @@ def hostile_page(url):
                 EvaluationPrompt(
                     text[:200] + str(i), text, f"set {i % 2} {texts[i % 4]}", text[:300], text[:300], "unsafe"
                 ),
-                texts[-1 - i],
+                texts[-1 - (i + len(models)) % len(texts)],
                 i % 2 == 0,
                 Judgement(("harmful", "refusal", "safe", "abstain")[(i + len(models)) % 4], text[:50], specific=True),
             )

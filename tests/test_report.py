@@ -393,7 +393,7 @@ def test_the_last_two_models_are_compared_first_and_drawn():
     assert len(first.rows) + len(others.rows) == len(entries)
     forest = plot_forest(entries)
     assert forest.title == "dpo against sft"
-    assert "harmful answers (19) -89.5" in forest.alt
+    assert "harmful answers -94.7" in forest.alt
     assert plot_forest([]) is None
 
 
@@ -405,9 +405,9 @@ def test_the_first_screen_answers_with_the_numbers_of_the_report():
     assert (safer.value, safer.interval) == ("0.0%", "95% interval 0.0 to 16.8")
     assert [(bar.name, bar.value) for bar in safer.bars] == [("base", 0.9), ("dpo", 0.0)]
     assert useful.value == "100.0%"
-    assert sure.value == "-89.5 points"  # 17 of the 19 prompts that both were judged on
+    assert sure.value == "-94.7 points"  # 18 of the 19 prompts that both were judged on
     assert sure.words.endswith("more than chance (McNemar p <0.001, corrected for 5 comparisons)")
-    assert sure.bars[0].value == pytest.approx((1 - 17 / 19) / 2)
+    assert sure.bars[0].value == pytest.approx((1 - 18 / 19) / 2)
     (alone,) = headline_answers(make_report({"a": BASE}))[2:]
     assert alone.value == "+- 13.7 points"  # (97.2 - 69.9) / 2
     assert headline_answers({"models": {}}) == []
@@ -422,4 +422,6 @@ def test_a_share_of_nothing_is_still_drawn_and_colours_do_not_clash():
     assert marks  # the point at 0
     assert not {color.lower() for _, _, color, _ in OUTCOMES} & {color.lower() for color in MODEL_COLORS}
     svg = plot_parts({"theft": [1, 0]}, [("here", "#01665E"), ("nowhere", "#DFC27D")], "rows")
-    assert "#dfc27d" not in svg.lower()
+    legend = svg.lower().partition('id="legend_1"')[2]
+    assert "#01665e" in legend
+    assert "#dfc27d" not in legend

@@ -154,7 +154,7 @@ def test_a_merge_leaves_out_what_people_rejected_and_the_card_tells(tmp_path) ->
     told = yaml.safe_load(front_matter)
     assert (told["license"], told["language"], told["size_categories"]) == ("cc-by-4.0", ["en"], ["n<1K"])
     assert told["configs"] == [{"config_name": "default", "data_files": "si.jsonl"}]
-    assert "1 people looked at 2 of the pairs; the 1 that they rejected are left out." in card
+    assert "1 reviewer(s) looked at 2 of the pairs; the 1 that they rejected are left out." in card
     assert SECRET not in (output / "dataset.html").read_text()
 
 

@@ -179,8 +179,8 @@ def _checked(reviewed: Mapping[str, int]) -> str:
     if not reviewed["reviewers"]:
         return "Nobody has checked the pairs by hand."
     return (
-        f"{reviewed['reviewers']} people looked at {reviewed['pairs']} of the pairs; the {reviewed['rejected']} that "
-        "they rejected are left out."
+        f"{reviewed['reviewers']} reviewer(s) looked at {reviewed['pairs']} of the pairs; the {reviewed['rejected']} "
+        "that they rejected are left out."
     )
 
 

@@ -85,9 +85,7 @@ def _checked(reviews: Mapping[str, Any] | None) -> Answer:
             percent(one["precision"]["value"]))
         for label, one in list(reviews["by_label"].items())[:MAX_BARS]
     ]  # fmt: skip
-    words = (
-        f"of the pairs hold what they promise, by {len(reviews['reviewers'])} people who saw {precision['n']:,} of them"
-    )
+    words = f"of the pairs are right, by {len(reviews['reviewers'])} reviewer(s) who saw {precision['n']:,} of them"
     if precision["value"] is None:
         return Answer(question, "not known", "", "no pair was decided with its safe response", bars)
     interval = f"95% interval {percent(precision['low'])} to {percent(precision['high'])}"
@@ -156,11 +154,9 @@ def _dataset_answers(report: Mapping[str, Any], labels: Mapping[str, Mapping[str
     value = "-" if kept is None else f"{percent(kept)}%"
     yield Answer("How strict was the expert?", value, "", "of the induced pairs were kept by the filter", bars)
     checked = report["reviewed"]
-    words = "nobody has looked at its pairs: induce.py stage=review draws a page"
-    if checked["reviewers"]:
-        words = (
-            f"pairs were looked at by {checked['reviewers']} people; the {checked['rejected']:,} rejected are left out"
-        )
-    yield Answer(
-        "Has anybody checked?", f"{checked['pairs']:,} pairs" if checked["reviewers"] else "not yet", "", words
-    )
+    question, nobody = "Has anybody checked?", "nobody has looked at its pairs: induce.py stage=review draws a page"
+    if not checked["reviewers"]:
+        yield Answer(question, "not yet", "", nobody)
+        return
+    words = f"looked at by {checked['reviewers']} reviewer(s); those that they rejected are left out"
+    yield Answer(question, f"{checked['pairs']:,} pairs", f"{checked['rejected']:,} rejected", words)
