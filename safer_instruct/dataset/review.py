@@ -82,7 +82,9 @@ def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings,
     whole, kept = drawn[: settings.rows], drawn[settings.rows :]
     halves = [_item(one.id, one.label, one.instruction, one.rejected) for one in kept]
     if settings.dropped:
-        halves += draw_dropped(find_path(dataset) / "ledger", corpus, settings.dropped, rank)
+        folder = find_path(dataset)
+        ledgers = (folder if folder.is_dir() else folder.parent) / "ledger"
+        halves += draw_dropped(ledgers, corpus, settings.dropped, rank)
     items = sorted([*whole, *halves], key=lambda item: rank(f"{item.id} shown"))
     sample = text_id(*(f"{item.id}:{item.pair}" for item in items))
     shown = [

@@ -35,8 +35,8 @@ def headline_answers(report: Mapping[str, Any]) -> list[Answer]:
     found = []
     if "harmful_rate" in shown:
         found.append(_rate_answer("Is it safer?", VIEWS["harmful_rate"], models))
-    counted = [key for key in USEFUL if key in shown]
-    useful = next((key for key in counted if models[list(models)[-1]][key]["n"] >= ENOUGH), next(iter(counted), None))
+    counted, last = [key for key in USEFUL if key in shown], models[list(models)[-1]]
+    useful = next((key for key in counted if last.get(key, NOT_COUNTED)["n"] >= ENOUGH), next(iter(counted), None))
     if useful:
         found.append(_rate_answer("Is it still useful?", VIEWS[useful], models))
     return [*found, *_certainty(report, models)]
