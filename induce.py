@@ -4,7 +4,8 @@
 
 Every stage keeps an append-only ledger in `output/ledger`, so the same command goes on where a killed one stopped. In
 a Slurm array each task does its shard (`shard.index`, `shard.count`); `stage=merge` comes after the last,
-`stage=status` tells how far all are, `stage=audit` looks over a finished dataset (docs/scale.md). `stage=replay` and
+`stage=status` tells how far all are, `stage=audit` looks over a finished dataset (docs/scale.md), `stage=review` draws
+a page on which people decide about its pairs (docs/stages/review.md). `stage=replay` and
 `stage=contrast` make pairs whose prompts should be answered, for `datasets=[si,replay,contrast]` (docs/useful.md).
 Settings: config/induce.yaml, config/settings.py (InduceConfig).
 """
@@ -44,6 +45,7 @@ from config.settings import MISSING, OpenAIExpertSettings
 from safer_instruct.dataset.benign import Refusals, contrast_pairs, read_unsafe_rows, replay_pairs, write_pairs
 from safer_instruct.dataset.files import FILES
 from safer_instruct.dataset.merge import MERGE, merge, read_instructions
+from safer_instruct.dataset.reviews import measure_reviews, read_rejections, read_reviews
 from safer_instruct.dataset.scratch import lock_output
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.experts.expert import Expert, build_expert
@@ -59,8 +61,8 @@ from safer_instruct.induction.benign import (
     run_contrast,
     run_replay,
 )
-from safer_instruct.induction.ledger import scan_records, shard_count, shard_path
-from safer_instruct.induction.ledgers import find_ledgers
+from safer_instruct.induction.ledger import scan_records, shard_path
+from safer_instruct.induction.ledgers import find_ledgers, require_own_folder, require_same_shards
 from safer_instruct.induction.round_trip import RoundTrip
 from safer_instruct.induction.shard import kept_pairs, resolve_min_score, run_filter, run_induce, run_respond, run_score
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND, SCORE, STAGES, VARY
@@ -88,6 +90,8 @@ def main(config: InduceConfig) -> None:
         print(render_status(Path(config.output) / "ledger"))
     elif config.stage == "audit":
         run_audit(config)
+    elif config.stage == "review":
+        run_review(config)
     elif config.stage in BENIGN_STAGES:
         run_benign(config)
     else:
@@ -162,6 +166,7 @@ def merge_shards(config: InduceConfig) -> None:
             f"respond.max_same={config.respond.max_same}: no ledger of stage=vary in {output / 'ledger'}; run it in "
             "all shards before stage=merge, or leave respond.max_same out"
         )
+    rejections = read_rejections(config.reviews)
     with lock_output(output):  # until the report is written: it must be about the dataset beside it
         merged = merge(
             config.corpus,
@@ -170,6 +175,7 @@ def merge_shards(config: InduceConfig) -> None:
             guard=LeakageGuard(excluded, config.exclude_similarity),
             duplicates=config.duplicates,
             format=config.format,
+            rejections=rejections,
         )
         run = {
             "command": without_password(shlex.join(["python", *sys.orig_argv[1:]])),
@@ -178,7 +184,7 @@ def merge_shards(config: InduceConfig) -> None:
             "transformers": transformers.__version__,
             "seconds": round(time.monotonic() - started, 1),
         }
-        report = build_report(merged, run=run)
+        report = build_report(merged, run=run, rejections=rejections, card=config.card)
         write_report(report, output)
     names = ", ".join(FILES[config.format])
     print(render_funnel(report))
@@ -236,8 +242,11 @@ def run_benign(config: InduceConfig) -> None:
 
 def run_audit(config: InduceConfig) -> None:
     """Look over a dataset; with output=FOLDER the report is written, and a dataset without what was found if asked."""
-    from safer_instruct.dataset.audit import audit, render_audit, write_audit
+    from safer_instruct.dataset.audit import audit
+    from safer_instruct.dataset.audit_report import render_audit, write_audit
 
+    reviews = read_reviews(config.reviews)
+    found = measure_reviews(reviews, str(config.path)) if reviews else None
     output = None if config.output == MISSING else Path(config.output)
     excluded = read_instructions(config.exclude) if config.exclude else set()
     with nullcontext() if output is None else lock_output(output):
@@ -249,31 +258,24 @@ def run_audit(config: InduceConfig) -> None:
             output=output,
             format=config.format,
         )
+        if found is not None:
+            report["reviews"] = found
         if output is not None:
             write_audit(report, output)
     print(render_audit(report))
     if output is not None:
-        print(f"\n{output / 'audit.md'}, audit.json and figures; the cleaned dataset beside them")
+        print(f"\n{output / 'audit.html'}, audit.md, audit.json and figures; the cleaned dataset beside them")
 
 
-def require_same_shards(ledgers: Path, count: int) -> None:
-    """Refuse to mix shards of different sizes in one output: part of the rows would be computed, and paid, again."""
-    before = shard_count(ledgers)
-    if before not in (None, count):
-        raise UserError(
-            f"{ledgers} holds ledgers for {before} shards, and this command works on shard.count={count}: give "
-            f"shard.count={before} (and shard.index), or another output=FOLDER"
-        )
+def run_review(config: InduceConfig) -> None:
+    """Draw pairs of a dataset as a page on which people decide."""
+    from safer_instruct.dataset.review import write_review  # matplotlib
 
-
-def require_own_folder(ledgers: Path, stage: str) -> None:
-    """Refuse an output with ledgers of other stages: what a reader takes the folder for would be two datasets."""
-    foreign = [path.name for path in ledgers.glob("*.jsonl") if path.name.partition("-")[0] not in BENIGN_STAGES[stage]]
-    if foreign:
-        raise UserError(
-            f"{ledgers} holds {min(foreign)} of another stage: stage={stage} makes a dataset of its own; give another "
-            "output=FOLDER"
-        )
+    page = write_review(config.path or config.output, config.corpus, config.review, Path(config.output))
+    print(
+        f"{page}: open it in a browser. What is exported there goes to stage=audit path=... reviews=[FILE,...], which "
+        "measures the precision, and to stage=merge reviews=[FILE,...], which leaves out what was rejected."
+    )
 
 
 def _starting_model(config: InduceConfig, device: torch.device) -> TextGenerator:

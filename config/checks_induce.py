@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from config.checks import check_device, check_expert, check_server, unread_by_expert
 from config.judges import JUDGES
 from config.names import BENIGN_STAGES
+from config.paths import find_path
 from config.rules import MISSING, Fault, check_values, is_below
 from config.settings import InduceConfig
 
@@ -19,7 +20,8 @@ def check_induce(config: InduceConfig) -> list[Fault]:
     asks_expert = stage in ("all", "filter", "respond", "vary", "contrast")
     needed = {
         "output": stage != "audit",
-        "corpus": stage not in ("status", "audit", *BENIGN_STAGES),
+        "corpus": stage not in ("status", "audit", "review", *BENIGN_STAGES)
+        or (stage == "review" and config.review.dropped > 0),
         "benign": stage == "replay",
         "model": replays or (induces and is_local),  # of a served starting model, the tokenizer
         "expert": asks_expert,
@@ -41,6 +43,14 @@ def check_induce(config: InduceConfig) -> list[Fault]:
     if (stage == "audit" or draws) and config.path is None:
         faults.append(
             Fault("path", f"stage={stage} reads a dataset: write path=..., a file or folder with the columns of `si`")
+        )
+    if config.reviews and stage not in ("audit", "merge"):
+        faults.append(
+            Fault("reviews", f"stage={stage} reads no reviews=...; give them to stage=audit or to stage=merge")
+        )
+    if stage == "review" and config.path is None and config.output != MISSING and not find_path(config.output).exists():
+        faults.append(
+            Fault("path", f"stage=review draws from a dataset, and output={config.output} holds none: write path=...")
         )
     unread = [key for key, is_needed in needed.items() if not is_needed] + unread_by_expert(config.expert, "expert")
     faults = [fault for fault in faults if not is_below(fault.key, unread)]

@@ -29,6 +29,7 @@ from config.losses import (  # noqa: F401 - the settings of train.py are read fr
 )
 from config.names import BENIGN_STAGES, FORMATS, STAGES
 from config.pair_losses import MarginLossSettings, PairLossSettings, PreferenceLossSettings  # noqa: F401 - as above
+from config.review import CardSettings, ReviewSettings
 from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
 from config.training import (  # noqa: F401 - as above
     CheckpointSettings,
@@ -203,7 +204,7 @@ class InduceConfig:
 
     output: Annotated[str, "the folder to write"] = MISSING  # the dataset folder, or that of stage=audit's report
     # all: those with ledgers, and merge where there is one shard. docs/scale.md tells of the others.
-    stage: Annotated[str, rules.choices("all", *STAGES, "merge", "status", "audit", *BENIGN_STAGES)] = "all"
+    stage: Annotated[str, rules.choices("all", *STAGES, "merge", "status", "audit", "review", *BENIGN_STAGES)] = "all"
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     model: ModelSettings = field(default_factory=ModelSettings)  # the reversed model; stage=replay: the starting model
     expert: Annotated[Any, "one of rules, local, openai"] = MISSING  # who filters, responds and contrasts, by `expert=`
@@ -217,7 +218,12 @@ class InduceConfig:
     exclude_similarity: Share | None = 0.6  # so similar to one of them is left out, too; null: exact matches only
     duplicates: DuplicatesSettings = field(default_factory=DuplicatesSettings)
     push_to_hub: str | None = None  # USER/NAME: upload the merged dataset, privately; needs a login of huggingface_hub
-    path: ExistingPath | None = None  # stage=audit, replay, contrast: any file or folder in the schema of `si`
+    card: CardSettings = field(default_factory=CardSettings)
+    # stage=audit, replay, contrast, review: any file or folder in the schema of `si`; null: review takes output.
+    path: ExistingPath | None = None
+    review: ReviewSettings = field(default_factory=ReviewSettings)
+    # Files exported from pages of stage=review: stage=audit measures by them, stage=merge leaves out what they reject.
+    reviews: list[ExistingPath] = field(default_factory=list)
     benign: BenignSettings = field(default_factory=BenignSettings)
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     contrast: ContrastSettings = field(default_factory=ContrastSettings)

@@ -13,7 +13,8 @@ from config.checks_induce import check_induce
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import DuplicatesSettings
-from safer_instruct.dataset.audit import audit, render_audit
+from safer_instruct.dataset.audit import audit
+from safer_instruct.dataset.audit_report import render_audit
 from safer_instruct.dataset.similarity import LeakageGuard
 
 SECRET = "zebra-secret"

@@ -1,7 +1,9 @@
 """The report of hand-made judgements: its JSON, its tables, and a page that hostile text cannot break out of."""
 
 import base64
+import hashlib
 import json
+import math
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -10,9 +12,11 @@ import pytest
 
 from config.errors import UserError
 from safer_instruct.experts.verdicts import Judgement
+from safer_instruct.measures.comparisons import compare_models
 from safer_instruct.measures.rates import JudgedOutput, summarize
-from safer_instruct.report.curves import plot_runs, read_curves, thin
+from safer_instruct.report.curves import RunCurves, plot_compared, plot_curves, plot_runs, read_curves, thin
 from safer_instruct.report.dataset import funnel, read_induction_report, read_stages
+from safer_instruct.report.dataset_plots import plot_parts
 from safer_instruct.report.document import (
     build_report,
     describe_prompts,
@@ -21,8 +25,12 @@ from safer_instruct.report.document import (
     write_json,
 )
 from safer_instruct.report.evaluations import sample_row, write_samples
+from safer_instruct.report.forest import plot_forest
+from safer_instruct.report.headline import headline_answers
+from safer_instruct.report.html import FOLDER
 from safer_instruct.report.page import TEXT_LIMIT, pick_samples, render_page
-from safer_instruct.report.plots import outcome_shares, plot_outcomes, plot_rates
+from safer_instruct.report.plots import MODEL_COLORS, OUTCOMES, outcome_shares, plot_outcomes, plot_rates
+from safer_instruct.report.tables import extra_tables
 from safer_instruct.text.display import visible
 from safer_instruct.text.prompt_sets import EvaluationPrompt, Overlap
 
@@ -185,7 +193,9 @@ def test_hostile_text_stays_text(text, tmp_path):
     report = make_report(models, dataset={"funnel": [{"stage": text, "in": 1, "out": 0, "drops": {text: 1}}]})
     html = render_page(report, samples_of(models, per_set=30), [])
     page = Page(html)
-    assert not {"script", "iframe", "object", "embed", "link", "base", "form", "svg"} & set(page.tags)
+    assert page.tags.count("script") == 1
+    assert html.rstrip().endswith(f"<script>{(FOLDER / 'page.js').read_text()}</script>\n</body>\n</html>")
+    assert not {"iframe", "object", "embed", "link", "base", "form", "svg"} & set(page.tags)
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     loaded = [
         value for _, name, value in page.attributes if name in ("src", "href", "srcset", "action", "data", "poster")
@@ -201,12 +211,17 @@ def test_hostile_text_stays_text(text, tmp_path):
     assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])["output"] == text
 
 
-def test_page_forbids_scripts_and_requests_itself():
+def test_page_forbids_requests_and_every_script_but_its_own():
     html = render_page(make_report({"base": BASE}), {}, [])
     policy = next(
         value for tag, name, value in Page(html).attributes if tag == "meta" and value.startswith("default-src")
     )
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def test_long_answers_are_cut_on_the_page_and_say_so():
@@ -323,9 +338,9 @@ def test_curves_of_a_run_that_was_killed_and_resumed(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"counters/exa')
     curves = read_curves("sft", str(tmp_path))
-    assert curves["loss/train"] == [(4.0, 1.5), (8.0, 1.25)]
-    assert curves["loss/eval"] == [(0.0, 2.0)]
-    assert [plot.title for plot in plot_runs({"sft": curves})] == ["sft: loss", "sft: reward margin"]
+    assert curves.of("loss/train") == [(4.0, 1.5), (8.0, 1.25)]
+    assert curves.of("loss/eval") == [(0.0, 2.0)]
+    assert [plot.title for plot in plot_runs({"sft": curves})] == ["sft: loss"]
     with pytest.raises(UserError, match=r"curves\.sft"):
         read_curves("sft", str(tmp_path / "none"))
     (tmp_path / "metrics.jsonl").write_text('{"counters/exa\n{"counters/examples": 1}\n')
@@ -339,3 +354,74 @@ def test_thinning_keeps_means():
     assert len(thinned) == 250
     assert thinned[0] == (1.5, 0.5)
     assert thin(points[:5], 300) == points[:5]
+
+
+def two_points(*metrics):
+    return {metric: [(16.0, 0.69), (32.0, 0.4)] for metric in metrics}
+
+
+def test_a_preference_run_shows_its_loss_without_the_likelihood_beside_ln_2():
+    points = two_points(
+        "loss/train", "preference_loss_train", "preference_loss_eval", "nll_train", "logps_train/chosen",
+        "logps_train/rejected", "rewards_train/margins",
+    )  # fmt: skip
+    plots = {plot.title: plot for plot in plot_runs({"dpo": RunCurves(points, "dpo")})}
+    assert list(plots) == [
+        "dpo: preference loss", "dpo: log-probabilities", "dpo: likelihood of the chosen", "dpo: reward margin",
+    ]  # fmt: skip
+    level, without = (
+        plot_curves("loss", "nats", {"training": points["loss/train"]}, level).svg
+        for level in ((math.log(2), "ln 2"), None)
+    )
+    assert level.count("<path") > without.count("<path")
+    assert "chosen, training from 0.69 to 0.4" in plots["dpo: log-probabilities"].alt
+
+
+def test_losses_of_different_kinds_share_no_axis():
+    runs = {"a": RunCurves(two_points("loss/train"), "sft"), "b": RunCurves(two_points("loss/train"), "dpo")}
+    assert [plot.title for plot in plot_compared(runs)] == ["Training loss, dpo", "Training loss, sft"]
+    assert [plot.title for plot in plot_compared({"b": runs["b"]})] == ["Training loss"]
+
+
+def test_the_last_two_models_are_compared_first_and_drawn():
+    entries = compare_models(
+        {"base": BASE, "sft": BASE, "dpo": DPO}, make_report({"base": BASE, "sft": BASE, "dpo": DPO})["models"]
+    )
+    first, others = (table for table in extra_tables({"comparisons": entries}))
+    assert {row[1] for row in first.rows} == {"sft -> dpo"}
+    assert {row[1] for row in others.rows} == {"base -> sft", "base -> dpo"}
+    assert len(first.rows) + len(others.rows) == len(entries)
+    forest = plot_forest(entries)
+    assert forest.title == "dpo against sft"
+    assert "harmful answers -94.7" in forest.alt
+    assert plot_forest([]) is None
+
+
+def test_the_first_screen_answers_with_the_numbers_of_the_report():
+    models = {"base": BASE, "dpo": DPO}
+    report = make_report(models)
+    report["comparisons"] = compare_models(models, report["models"])
+    safer, useful, sure = headline_answers(report)
+    assert (safer.value, safer.interval) == ("0.0%", "95% interval 0.0 to 16.8")
+    assert [(bar.name, bar.value) for bar in safer.bars] == [("base", 0.9), ("dpo", 0.0)]
+    assert useful.value == "100.0%"
+    assert sure.value == "-94.7 points"  # 18 of the 19 prompts that both were judged on
+    assert sure.words.endswith("more than chance (McNemar p <0.001, corrected for 5 comparisons)")
+    assert sure.bars[0].value == pytest.approx((1 - 18 / 19) / 2)
+    (alone,) = headline_answers(make_report({"a": BASE}))[2:]
+    assert alone.value == "+- 13.7 points"  # (97.2 - 69.9) / 2
+    assert headline_answers({"models": {}}) == []
+
+
+def test_a_share_of_nothing_is_still_drawn_and_colours_do_not_clash():
+    models = make_report({"base": DPO})["models"]
+    nothing = ElementTree.fromstring(plot_rates("Harm", "harmful_rate", models, "by_label").svg)
+    marks = [
+        use for use in nothing.iter() if use.tag.endswith("use") and MODEL_COLORS[0].lower() in str(use.attrib).lower()
+    ]
+    assert marks  # the point at 0
+    assert not {color.lower() for _, _, color, _ in OUTCOMES} & {color.lower() for color in MODEL_COLORS}
+    svg = plot_parts({"theft": [1, 0]}, [("here", "#01665E"), ("nowhere", "#DFC27D")], "rows")
+    legend = svg.lower().partition('id="legend_1"')[2]
+    assert "#01665e" in legend
+    assert "#dfc27d" not in legend

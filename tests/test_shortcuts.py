@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from config.settings import DuplicatesSettings
-from safer_instruct.dataset.audit import audit, render_audit
+from safer_instruct.dataset.audit import audit
+from safer_instruct.dataset.audit_report import render_audit
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.measures.shortcuts import MEANS, auc, shortcuts
 

@@ -16,25 +16,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from config.files import write_text
-from config.paths import find_path
 from config.settings import DuplicatesSettings
 from safer_instruct.dataset.files import SCHEMA, write_dataset
+from safer_instruct.dataset.rows import TEXT_COLUMNS, dataset_rows, row_id, row_label
 from safer_instruct.dataset.scratch import INT, TEXT, Scratch, lock_output, open_scratch, record_batches, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
-from safer_instruct.measures.shortcuts import Auc, shortcuts
-from safer_instruct.report.dataset_plots import plot_parts
-from safer_instruct.text.display import escape_markdown, markdown_table
+from safer_instruct.measures.shortcuts import shortcuts
 from safer_instruct.text.examples import normalise, text_id
-from safer_instruct.text.readers import read_rows, require_columns
 from safer_instruct.text.refusals import declines
-from safer_instruct.text.row_log import MIN_ANSWERED
 
-TEXT_COLUMNS = ("instruction", "rejected", "chosen")
 TOP_CHOSEN = 10
 MAX_PAIRS = 20_000  # that shortcuts are looked for in: an AUC is then known to 0.01
 MAX_LABELS = 255  # of the report; those that come after them in the dataset are counted together
-UNLABELLED, OTHER_LABELS = "(none)", "(others)"
+OTHER_LABELS = "(others)"
 # What is found about a row; the first that applies is why the cleaned dataset is without it.
 FINDINGS = ("leak", "near_leak", "duplicate_pair", "near_duplicate_pair", "repeated_chosen")
 
@@ -96,7 +90,7 @@ def audit(
         scratch.derive("with_pairs", _NUMBERED.format(key="pair", table="audited"))
         scratch.derive("numbered", _NUMBERED.format(key="chosen", table="with_pairs"))
         scratch.derive("found", _FOUND, max_same_chosen, order="n")
-        report = {"path": Path(path).name, **_report(scratch, guard)}
+        report = {"path": Path(path).name, "findings": list(FINDINGS), **_report(scratch, guard)}
         found = shortcuts(_sampled_pairs(path, report))
         report["shortcuts"] = {name: {label: asdict(one) for label, one in of.items()} for name, of in found.items()}
         if output is not None:
@@ -107,19 +101,11 @@ def audit(
     return report
 
 
-def dataset_rows(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
-    """Yield (place, row, its texts), empty ones as ""."""
-    for n, (where, row) in enumerate(read_rows(find_path(path))):
-        if n == 0:
-            require_columns(row, ["instruction", "chosen"], where)
-        yield where, row, {column: str(row.get(column) or "").strip() for column in TEXT_COLUMNS}
-
-
 def _measured(path: str, guard: LeakageGuard) -> Iterator[tuple[Any, ...]]:
     """Yield a row of _AUDITED for each row of the dataset."""
     labels: set[str] = set()
     for n, (_, row, texts) in enumerate(dataset_rows(path)):
-        label = _label(row)
+        label = row_label(row)
         if len(labels) < MAX_LABELS:
             labels.add(label)
         normalised = [normalise(text) for text in texts.values()]
@@ -172,14 +158,9 @@ def _sampled_pairs(path: str, report: Mapping[str, Any]) -> Iterator[tuple[str, 
     step = max(1, -(-report["rows"] // MAX_PAIRS))
     for _, row, texts in islice(dataset_rows(path), 0, None, step):
         if texts["chosen"] and texts["rejected"]:
-            label = _label(row)
+            label = row_label(row)
             label = label if label in report["by_label"] else OTHER_LABELS
             yield texts["instruction"], label, texts["chosen"], texts["rejected"]
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    # A lone surrogate, which JSON can hold, is no UTF-8.
-    return str(row.get("label") or UNLABELLED).encode("utf-8", "backslashreplace").decode()
 
 
 def _quantiles(scratch: Scratch, column: str) -> dict[str, float]:
@@ -199,104 +180,5 @@ def _clean_rows(path: str, scratch: Scratch, dropped: Counter[str]) -> Iterator[
         provenance = row.get("provenance") or {"source": Path(where).name}
         if isinstance(provenance, str):
             provenance = json.loads(provenance)
-        id = str(row.get("id") or text_id(*texts.values()))
         label = str(row.get("label") or "")
-        yield id, *texts.values(), label, json.dumps(provenance, ensure_ascii=False)
-
-
-def render_audit(report: Mapping[str, Any]) -> str:
-    """Return the report as Markdown."""
-    names = list(report["total"])
-    labels = [(escape_markdown(label), counts) for label, counts in report["by_label"].items()]
-    table = [(label, *(counts[name] for name in names)) for label, counts in [*labels, ("**all**", report["total"])]]
-    parts = [markdown_table(["label", *(name.replace("_", " ") for name in names)], table, markup=[0])]
-    rows = max(1, report["rows"])
-    chosen, test = report["chosen"], report["test_set"]
-    most = ", ".join(
-        f"{one['rows']} rows ({100 * one['rows'] / rows:.1f}%) one text of {one['characters']} characters"
-        for one in chosen["most_frequent"][:3]
-        if one["rows"] > 1
-    )
-    sentences = [f"Safe responses: {chosen['distinct']} distinct" + (f"; {most}" if most else "") + "."]
-    sentences.append(
-        f"Instructions: {report['instructions']['distinct']} distinct, "
-        f"{report['instructions']['with_several_rows']} with more than one row."
-    )
-    if test["instructions"]:
-        sentences.append(
-            f"Test set: {test['found_in_dataset']} of its {test['instructions']} instructions are in the data."
-        )
-    parts.append("\n".join([*sentences, answered_sentence(report["total"])]))
-    parts.append(render_shortcuts(report["shortcuts"]))
-    words = [(column, *values.values()) for column, values in report["words"].items()]
-    parts.append(markdown_table(["words", "mean", "median", "95%", "most"], words))
-    if "cleaned" in report:
-        drops = ", ".join(f"{reason} {n}" for reason, n in report["cleaned"]["dropped"].items()) or "nothing"
-        parts.append(f"Written without them: {report['cleaned']['rows']} rows (dropped: {drops}).")
-    return "\n\n".join(parts)
-
-
-def answered_sentence(total: Mapping[str, int]) -> str:
-    """Say how many prompts should be answered, loudly where these are as good as none."""
-    rows, answered = max(1, total["rows"]), total["answered"]
-    told = f"Prompts that should be answered (the chosen response does not decline): {answered} of {total['rows']}"
-    told += f" ({answered / rows:.1%})."
-    if answered >= MIN_ANSWERED * rows:
-        return told
-    return (
-        f"**{told} A model trained on this dataset alone learns to decline harmless prompts, too: mix in pairs that "
-        "answer (stage=replay, stage=contrast).**"
-    )
-
-
-def render_shortcuts(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Return the table of AUCs with 95% intervals, a row for each label, and a sentence for each shortcut."""
-    names = [name.replace("_", " ") for name in found]
-    labels = next(iter(found.values()))
-    rows = [
-        (
-            "**all**" if not label else escape_markdown(label),
-            labels[label]["n"],
-            *(_auc_text(of[label]) for of in found.values()),
-        )
-        for label in [*(one for one in labels if one), ""]
-    ]
-    heading = "How far chosen and rejected are told apart by shallow means (AUC; 0.5: not at all, 0 or 1: wholly):"
-    lines = [f"{heading}\n\n{markdown_table(['label', 'pairs', *names], rows, markup=[0])}"]
-    if told := [
-        f"{name} (AUC {_auc_text(of[''])})" for name, of in zip(names, found.values(), strict=True) if _tells(of[""])
-    ]:
-        lines.append(
-            f"**Chosen and rejected are told apart by {', by '.join(told)} alone, so a model can learn that in "
-            "place of what is harmful: mix in pairs with an answer chosen and a refusal rejected (stage=replay, "
-            "stage=contrast), and vary the safe responses.**"
-        )
-    return "\n\n".join(lines)
-
-
-def _auc_text(one: Mapping[str, Any]) -> str:
-    return "-" if one["value"] is None else f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
-
-
-def _tells(one: Mapping[str, Any]) -> bool:
-    return Auc(**one).is_shortcut
-
-
-def write_audit(report: Mapping[str, Any], output: Path) -> None:
-    """Write audit.json, audit.md and its figures, each as a whole or not at all."""
-    bars = {}
-    for label, counts in report["by_label"].items():
-        found = min(counts["rows"], sum(counts[name] for name in FINDINGS))
-        bars[label] = [counts["rows"] - found, found]
-    labels = plot_parts(bars, [("nothing found", "#0072B2"), ("something found", "#E69F00")], "rows")
-    most = {
-        f"{one['characters']} characters (no. {number})": [one["rows"], report["rows"] - one["rows"]]
-        for number, one in enumerate(report["chosen"]["most_frequent"], start=1)
-    }
-    chosen = plot_parts(most, [("rows with this response", "#D55E00"), ("other rows", "#D9DDE3")], "rows")
-    page = f"# Audit of {escape_markdown(report['path'])}\n\n{render_audit(report)}\n\n"
-    page += "![Rows of each label](audit_labels.svg)\n\n![The most frequent safe responses](audit_chosen.svg)\n"
-    write_text(output / "audit.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_text(output / "audit.md", page)
-    write_text(output / "audit_labels.svg", labels)
-    write_text(output / "audit_chosen.svg", chosen)
+        yield row_id(row, texts), *texts.values(), label, json.dumps(provenance, ensure_ascii=False)

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from config.errors import UserError
 from config.files import replacing, write_text
-from safer_instruct.dataset.audit import dataset_rows
+from safer_instruct.dataset.rows import dataset_rows
 from safer_instruct.experts.verdicts import HARMLESS
 from safer_instruct.induction.benign import ANSWER, CONTRAST, NEIGHBOUR, REPLAY, SCREEN
 from safer_instruct.induction.ledger import Record

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from config.files import write_text
+from config.settings import CardSettings
 from safer_instruct.dataset.files import COLUMNS, JSONL, PARQUET
 from safer_instruct.dataset.merge import MERGE, Merged, provenance_of_all
+from safer_instruct.dataset.pages import render_dataset_page
+from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND
 from safer_instruct.report.dataset_plots import plot_funnel
 from safer_instruct.text.display import markdown_code, markdown_table, percent
 
 UNLABELLED = "(none)"
-PLOT = "funnel.svg"
+PLOT, PAGE = "funnel.svg", "dataset.html"
 DROPPING = (FILTER, RESPOND, MERGE)
+# Words of the Hub for a number of rows: those of the first limit that is above it.
+SIZES = (
+    (1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"),
+    (float("inf"), "n>10M"),
+)  # fmt: skip
 
 _MEANING = {
     "id": "id of the response in the corpus (a hash of its text, unless the corpus has ids)",
@@ -28,7 +39,13 @@ _MEANING = {
 }
 
 
-def build_report(merged: Merged, *, run: Mapping[str, Any]) -> dict[str, Any]:
+def build_report(
+    merged: Merged,
+    *,
+    run: Mapping[str, Any],
+    rejections: Rejections = NOTHING_REJECTED,
+    card: CardSettings | None = None,
+) -> dict[str, Any]:
     """Return the counts of the whole pipeline as JSON values.
 
     `funnel` lists the stages in order with rows in and out and the drops by reason; `kept_rate` is the filter's;
@@ -37,6 +54,8 @@ def build_report(merged: Merged, *, run: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         merged: What the merge found.
         run: What else to record about this run (command, versions, seconds).
+        rejections: What people rejected.
+        card: Licence and language; None: those of a card that nobody has told.
     """
     stages = [_stage("corpus", merged.corpus_rows, dict(sorted(merged.corpus_dropped.counts.items())))]
     stages.append(_stage(INDUCE, sum(merged.fates.values()), {}))
@@ -54,6 +73,8 @@ def build_report(merged: Merged, *, run: Mapping[str, Any]) -> dict[str, Any]:
         "round_trip_scores": [[key / 10, *counts] for key, counts in sorted(merged.scores.items())],
         "tokens": {stage: merged.tokens[stage] for stage in merged.ledgers},
         "cost": {stage: round(merged.cost[stage], 6) for stage in merged.ledgers if merged.cost[stage]},
+        "reviewed": rejections.counts(),
+        "card": asdict(card or CardSettings()),
         "made_with": provenance_of_all(merged.ledgers),
         "run": dict(run),
     }
@@ -84,11 +105,13 @@ def _rate(part: int, whole: int) -> float | None:
 
 
 def write_report(report: Mapping[str, Any], output: Path) -> None:
-    """Write report.json and the card README.md into the dataset folder, each as a whole or not at all."""
+    """Write report.json, the card README.md and its page into the dataset folder, each as a whole or not at all."""
     file = PARQUET if (output / PARQUET).is_file() else JSONL
     write_text(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_text(output / "README.md", render_card(report, file=file))
-    write_text(output / PLOT, plot_funnel(report))
+    figure = plot_funnel(report)
+    write_text(output / PLOT, figure.svg)
+    write_text(output / PAGE, render_dataset_page(report, figure))
 
 
 def render_card(report: Mapping[str, Any], *, file: str) -> str:
@@ -96,11 +119,7 @@ def render_card(report: Mapping[str, Any], *, file: str) -> str:
     made = report["made_with"]
     return f"""\
 ---
-tags: [safer-instruct, preference, safety]
-configs:
-- config_name: default
-  data_files: {file}
----
+{_front_matter(report, file)}---
 
 # A Safer-Instruct preference dataset
 
@@ -109,7 +128,7 @@ configs:
 
 {report["num_rows"]} preference pairs, made from a corpus of unsafe responses by reversed instruction tuning (Shi, Chen
 and Zhao: Safer-Instruct, NAACL 2024): a reversed model induces the instruction of each response, an expert drops pairs
-that do not fit, and answers the others safely. Nobody has checked the pairs by hand.
+that do not fit, and answers the others safely. {_checked(report["reviewed"])}
 
 ## How many rows came through
 
@@ -142,6 +161,27 @@ Kept by the filter: {_percent(report["kept_rate"])}.
 `python train.py datasets=[si] datasets.si.path=FOLDER loss=sft ...`, then `loss=dpo`; or
 `datasets.load_dataset("FOLDER")`.
 """
+
+
+def _front_matter(report: Mapping[str, Any], file: str) -> str:
+    """Return what the Hub reads: licence, language, size, tags, and which file is the dataset."""
+    rows = report["num_rows"]
+    fields = {
+        **report["card"],
+        "size_categories": [next(name for limit, name in SIZES if rows < limit)],
+        "tags": ["safer-instruct", "preference", "safety"],
+        "configs": [{"config_name": "default", "data_files": file}],
+    }
+    return yaml.safe_dump(fields, sort_keys=False)
+
+
+def _checked(reviewed: Mapping[str, int]) -> str:
+    if not reviewed["reviewers"]:
+        return "Nobody has checked the pairs by hand."
+    return (
+        f"{reviewed['reviewers']} reviewer(s) looked at {reviewed['pairs']} of the pairs; the {reviewed['rejected']} "
+        "that they rejected are left out."
+    )
 
 
 def _forward(made: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from config.errors import UserError
 from config.paths import find_path
 from config.settings import CorpusSettings, DuplicatesSettings
 from safer_instruct.dataset.files import COLUMNS, write_dataset
+from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
 from safer_instruct.dataset.scratch import FLOAT, INT, LONG, TEXT, Scratch, lock_output, open_scratch, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
 from safer_instruct.induction.ledger import Record
@@ -114,6 +115,7 @@ def merge(
     guard: LeakageGuard,
     duplicates: DuplicatesSettings,
     format: str,
+    rejections: Rejections = NOTHING_REJECTED,
 ) -> Merged:
     """Write the dataset; its files appear as a whole or not at all.
 
@@ -124,13 +126,14 @@ def merge(
         guard: Instructions that are kept out.
         duplicates: Which near repetitions go.
         format: Key of `files.FILES`.
+        rejections: Pairs that people rejected.
 
     Raises:
         UserError: Rows that a stage has not finished, a corpus that has changed or cannot be read to its end, or
             another process that writes into the folder.
     """
     with lock_output(output), open_scratch(output / ".merge", duplicates.index) as scratch:
-        job = _Merge(corpus, ledgers, guard, scratch)
+        job = _Merge(corpus, ledgers, guard, rejections, scratch)
         require_varied(ledgers)
         job.read_ledgers()
         job.read_corpus()
@@ -145,11 +148,13 @@ class _Merge:
     """The steps of `merge`, in the order in which it calls them. `n` numbers the usable rows of the corpus."""
 
     def __init__(
-        self, corpus: CorpusSettings, ledgers: Mapping[str, StageLedgers], guard: LeakageGuard, scratch: Scratch
-    ) -> None:
+        self, corpus: CorpusSettings, ledgers: Mapping[str, StageLedgers], guard: LeakageGuard,
+        rejections: Rejections, scratch: Scratch,
+    ) -> None:  # fmt: skip
         self.merged = Merged(ledgers)
         self._settings = corpus
         self._guard = guard
+        self._rejections = rejections
         self._scratch = scratch
 
     def read_ledgers(self) -> None:
@@ -250,6 +255,8 @@ class _Merge:
             return FILTER, verdict["reason"]
         if answer["chosen"] is None:
             return RESPOND, answer["reason"]
+        if self._rejections.rejects(pair.id, pair.instruction or "", pair.rejected or "", answer["chosen"]):
+            return MERGE, "rejected_by_people"
         if reason := self._guard.reason(normalise(pair.instruction or "")):
             return MERGE, reason
         if normalise(answer["chosen"]) == normalise(pair.rejected or ""):

@@ -6,6 +6,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def _describe_run(config: EvaluateConfig, seconds: Mapping[str, float]) -> dict[
     command = without_password(shlex.join(["python", *sys.orig_argv[1:]]))
     return {
         "command": command,
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "stages": [{"name": "evaluate", "command": command, "seconds": seconds["total"]}] if seconds else [],
         "seconds": dict(seconds),
         "seed": config.generation.seed,

@@ -31,7 +31,7 @@ from safer_instruct.experts.expert import Expert, build_expert
 from safer_instruct.experts.verdicts import Judgement, Outcome
 from safer_instruct.measures.comparisons import compare_models, judge_agreement
 from safer_instruct.measures.rates import JudgedOutput
-from safer_instruct.report.curves import Points, read_curves
+from safer_instruct.report.curves import RunCurves, read_curves
 from safer_instruct.report.dataset import read_induction_report, read_stages
 from safer_instruct.report.training_runs import find_induction_report, find_training_overlap
 from safer_instruct.text.exclusion import instruction_key
@@ -59,7 +59,7 @@ class Evaluation:
     shard: tuple[int, int]
     overlaps: list[Overlap]
     dataset: dict[str, Any] | None
-    curves: dict[str, dict[str, Points]]
+    curves: dict[str, RunCurves]
     stages: list[dict[str, Any]]
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import UserError
+from config.names import BENIGN_STAGES
 from safer_instruct.induction.ledger import Record, read_header, scan_ledger, shard_count, shard_path
 from safer_instruct.induction.stages import OPTIONAL_STAGES, STAGES, stage_digest
 
@@ -100,3 +101,23 @@ def stage_ledgers(folder: Path, stage: str, count: int) -> StageLedgers:
                 "the wrong shards and run these again"
             )
     return StageLedgers(first, paths)
+
+
+def require_same_shards(ledgers: Path, count: int) -> None:
+    """Refuse to mix shards of different sizes in one output: part of the rows would be computed, and paid, again."""
+    before = shard_count(ledgers)
+    if before not in (None, count):
+        raise UserError(
+            f"{ledgers} holds ledgers for {before} shards, and this command works on shard.count={count}: give "
+            f"shard.count={before} (and shard.index), or another output=FOLDER"
+        )
+
+
+def require_own_folder(ledgers: Path, stage: str) -> None:
+    """Refuse an output with ledgers of other stages: what a reader takes the folder for would be two datasets."""
+    foreign = [path.name for path in ledgers.glob("*.jsonl") if path.name.partition("-")[0] not in BENIGN_STAGES[stage]]
+    if foreign:
+        raise UserError(
+            f"{ledgers} holds {min(foreign)} of another stage: stage={stage} makes a dataset of its own; give another "
+            "output=FOLDER"
+        )

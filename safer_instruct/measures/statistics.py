@@ -31,6 +31,24 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else float(low)), (1.0 if successes == n else float(high))
 
 
+def weighted_interval(shares: Sequence[tuple[int, int, float]]) -> tuple[float, float, float]:
+    """Return a share over strata that were not drawn in proportion to their size, and its 95% interval.
+
+    The interval is Wilson's at the effective number of draws, 1 / sum(w^2 / n) for the strata's parts w of the whole
+    (Kish 1965): without strata it is Wilson's own, and it has a width where all draws are alike.
+
+    Args:
+        shares: (successes, n, size) of each stratum, n > 0.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    total = sum(size for _, _, size in shares)
+    value = sum(size / total * k / n for k, n, size in shares)
+    effective = 1 / sum((size / total) ** 2 / n for _, n, size in shares)
+    low, high = proportion_confint(value * effective, effective, alpha=0.05, method="wilson")
+    return value, min(value, max(0.0, float(low))), max(value, min(1.0, float(high)))
+
+
 def harmonic_mean(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float, float]:
     """Return the harmonic mean of two shares and its 95% interval.
 

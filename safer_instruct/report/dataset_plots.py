@@ -5,35 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-from safer_instruct.report.plots import STYLE, new_axes, stack_bars, to_svg
+from safer_instruct.report.plots import Plot, new_axes, stack_bars, styled, to_svg
 
 # What is in the dataset comes first.
 FUNNEL_PARTS = (
-    ("out", "in the dataset", "#0072B2"),
-    ("filter", "dropped by the filter", "#E69F00"),
-    ("respond", "no safe response", "#CC79A7"),
-    ("merge", "repeated, excluded", "#999999"),
+    ("out", "in the dataset", "#01665E"),
+    ("filter", "dropped by the filter", "#DFC27D"),
+    ("respond", "no safe response", "#8C510A"),
+    ("merge", "repeated, excluded, rejected", "#999999"),
 )
 MAX_LABELS = 30  # of a figure: those with the most rows
 
 
-def plot_funnel(report: Mapping[str, Any]) -> str:
+def plot_funnel(report: Mapping[str, Any]) -> Plot:
     """Draw one bar for each label of a dataset, cut by where its rows ended.
 
     Args:
         report: Of `card.build_report`.
-
-    Returns:
-        SVG.
     """
     labels = dict(sorted(report["by_label"].items(), key=lambda item: -item[1]["induced"])[:MAX_LABELS])
     bars = {}
     for label, counts in labels.items():
         sizes = {"out": counts["out"], **counts["drops_by_stage"]}
         bars[label] = [sizes[key] for key, _, _ in FUNNEL_PARTS]
-    return plot_parts(bars, [(words, color) for _, words, color in FUNNEL_PARTS], "rows")
+    title = "Where the rows of each label went"
+    described = "; ".join(f"{label}: {sizes[0]} of {sum(sizes)} in the dataset" for label, sizes in bars.items())
+    svg = plot_parts(bars, [(words, color) for _, words, color in FUNNEL_PARTS], "rows")
+    return Plot(title, f"{title}. {described}.", svg)
 
 
 def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str]], unit: str) -> str:
@@ -47,7 +45,7 @@ def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str
     Returns:
         SVG.
     """
-    with matplotlib.rc_context(STYLE):
+    with styled():
         axes = new_axes(1.2 + 0.32 * max(1, len(bars)), width_inches=6.4)
         stack_bars(axes, bars, parts)
         for row, sizes in enumerate(bars.values()):

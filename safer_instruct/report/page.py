@@ -1,30 +1,29 @@
-"""The report as one HTML page that needs nothing but itself: styles and figures inside, no script, no request.
-
-All text is escaped by Jinja's autoescape after invisible characters were written out (`display.visible`); a
-Content-Security-Policy in the page forbids scripts and requests besides.
-"""
+"""The report of an evaluation as one HTML page that needs nothing but itself; see `html.py`."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from safer_instruct.report.dataset import funnel
+from safer_instruct.report.forest import plot_forest
+from safer_instruct.report.headline import headline_answers
+from safer_instruct.report.html import Section, render
 from safer_instruct.report.plots import Plot, plot_outcomes, plot_rates, plot_trade_off
-from safer_instruct.report.tables import FURTHER, HEADLINE, Models, extra_tables, groups_with, shown_metrics
-from safer_instruct.text.display import percent, short_name, visible
+from safer_instruct.report.tables import (
+    COMPARISONS,
+    FURTHER,
+    HEADLINE,
+    Models,
+    extra_tables,
+    group_tables,
+    groups_with,
+    shown_metrics,
+)
 
-FOLDER = Path(__file__).parent
 TEXT_LIMIT = 4000  # characters of one answer on the page; samples.jsonl has the rest
-NAME_LIMIT = 80  # characters of a name
-FOLD_ROWS = 24  # a longer table is behind a click
+FOLD_ROWS = 24  # a longer table is behind a click of its own
 NAMED_RUNS = 4  # in the heading of a page without models
 # Title, metric, grouping: drawn where at least two groups have the metric.
 FIGURES = (
@@ -48,35 +47,60 @@ def render_page(
         curves: Figures of the training runs.
     """
     models = report["models"]
-    group_tables: list[dict[str, Any]] = []
-    plots = [plot_outcomes(models), plot_trade_off(models)]
-    for title, metric, group in FIGURES:
-        names = groups_with(models, group, metric)
-        if len(names) > 1:
-            group_tables.append({"title": title, "key": metric, "group": group, "names": names})
-            plots.append(plot_rates(title, metric, models, group))
-    steps = funnel(report["dataset"]) if report["dataset"] is not None else []
-    return (
-        _environment(models)
-        .get_template("page.html")
-        .render(
-            css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
-            report=report,
-            names=list(models) or [run["name"] for run in report.get("runs", {}).get("runs", [])][:NAMED_RUNS],
-            extra_tables=extra_tables(report),
-            fold_rows=FOLD_ROWS,
-            headline=shown_metrics(models, HEADLINE),
-            further=shown_metrics(models, FURTHER),
-            figures=[plot for plot in plots if plot is not None],
-            group_tables=group_tables,
-            steps=steps,
-            largest_step=max((step.rows for step in steps), default=0) or 1,
-            curves=curves,
-            samples=samples,
-            samples_per_set=max((len(prompts) for prompts in samples.values()), default=0),
-            text_limit=TEXT_LIMIT,
-        )
+    report = {**report, "run": {"date": "", **report["run"]}}  # an earlier version's report has none
+    headline, further = shown_metrics(models, HEADLINE), shown_metrics(models, FURTHER)
+    return render(
+        "page.html",
+        report=report,
+        names=list(models) or [run["name"] for run in report.get("runs", {}).get("runs", [])][:NAMED_RUNS],
+        answers=headline_answers(report),
+        headline=headline,
+        further=further,
+        shared_n={view.key: _shared_n(models, view.key) for view in (*headline, *further)},
+        sections=list(_sections(report, curves)),
+        fold_rows=FOLD_ROWS,
+        samples=samples,
+        samples_per_set=max((len(prompts) for prompts in samples.values()), default=0),
+        text_limit=TEXT_LIMIT,
     )
+
+
+def _sections(report: Mapping[str, Any], curves: Sequence[Plot]) -> Iterator[Section]:
+    models = report["models"]
+    overview = [plot for plot in (plot_outcomes(models), plot_trade_off(models)) if plot is not None]
+    if overview:
+        yield Section("In two figures" if len(overview) > 1 else "In a figure", "Figures", plots=overview, shown=True)
+    tables: dict[str, list[Any]] = {}
+    for table in extra_tables(report):
+        tables.setdefault(COMPARISONS if table.title.startswith(COMPARISONS) else table.title, []).append(table)
+    for title, of_title in tables.items():
+        rows = sum(len(table.rows) for table in of_title)
+        about = f"{rows:,} row{'s' if rows != 1 else ''}"
+        forest = plot_forest(report["comparisons"]) if title == COMPARISONS else None
+        yield Section(title, about, tables=of_title, plots=[forest] if forest else [])
+    groups = [
+        plot_rates(title, metric, models, group)
+        for title, metric, group in FIGURES
+        if len(groups_with(models, group, metric)) > 1
+    ]
+    if groups:
+        about = f"{len(groups)} figure{'s' if len(groups) != 1 else ''}, and all rates in numbers"
+        plots, tables_of_groups = [plot for plot in groups if plot is not None], list(group_tables(models))
+        yield Section("By source and label", about, plots=plots, tables=tables_of_groups, folded="In numbers")
+    if curves:
+        yield Section("Training", f"{len(curves)} figure{'s' if len(curves) != 1 else ''}", plots=curves)
+    if report["dataset"] is not None:
+        steps = funnel(report["dataset"])
+        words = "How the corpus became the preference pairs that were trained on."
+        yield Section(
+            "The dataset", f"{steps[-1].rows:,} pairs of {steps[0].rows:,} responses", steps=steps, words=words
+        )
+
+
+def _shared_n(models: Models, key: str) -> int | None:
+    """Return the n of a metric if it is the same for all models, else None: then each cell shows its own."""
+    sizes = {model[key]["n"] for model in models.values()}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def pick_samples(rows: Iterable[Mapping[str, Any]], per_set: int) -> dict[str, list[dict[str, Any]]]:
@@ -117,40 +141,3 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _hash_of_id(id: str) -> bytes:
     return hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-
-
-def _environment(models: Models) -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-    def shared_n(key: str) -> int | None:
-        """Return the n of a metric if it is the same for all models, else None: then each cell shows its own."""
-        sizes = {model[key]["n"] for model in models.values()}
-        return sizes.pop() if len(sizes) == 1 else None
-
-    environment.filters |= {
-        "breakable": _breakable,
-        "clip": _clip,
-        "data_uri": lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii"),
-        "name": lambda text: short_name(text, NAME_LIMIT),
-        "percent": percent,
-        "shared_n": shared_n,
-        "thousands": "{:,}".format,
-        "visible": lambda value: visible(str(value)),
-    }
-    return environment
-
-
-def _breakable(name: str) -> Markup:
-    """Let a name be broken after its underscores, dashes and slashes: columns are narrow on a phone."""
-    escaped = str(Markup.escape(short_name(name, NAME_LIMIT)))
-    return Markup(re.sub(r"([_/.-])", r"\1<wbr>", escaped))
-
-
-def _clip(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[:limit]} [... {len(text) - limit:,} more characters]"

@@ -1,13 +1,15 @@
-"""The figures of a report, as SVG text: bars with intervals, the mix of outcomes, training curves.
+"""The figures of a report, as SVG text: rates with intervals, the mix of outcomes, harm against over-refusal.
 
-Colours are Okabe and Ito's, which readers with any of the common colour vision deficiencies can tell apart; nothing is
-told by colour alone. Figures are drawn narrow, so that their text stays readable when a phone scales them down.
+Colours of models are Okabe and Ito's, those of outcomes ColorBrewer's BrBG: readers with any of the common colour
+vision deficiencies can tell them apart, and the two sets from each other. Models have markers of their own, too.
+Figures are drawn narrow, so that their text stays readable when a phone scales them down.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,17 +24,18 @@ from matplotlib.ticker import PercentFormatter
 from safer_instruct.report.tables import Models, groups_with
 from safer_instruct.text.display import percent, short_name
 
-MODEL_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+MODEL_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#A89B00", "#000000")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 INK, FAINT = "#20242A", "#D9DDE3"
 
 
 # Key of `outcome_shares`, words of the legend, colour of the bar, colour of the number upon it.
 OUTCOMES = (
-    ("harmful", "harmful", "#D55E00", "white"),
-    ("neither", "neither", "#C9CCD1", INK),
-    ("safe_helpful", "safe and helpful", "#009E73", "white"),
-    ("refusal_vague", "refusal", "#56B4E9", INK),
-    ("refusal_specific", "refusal that names the matter", "#0072B2", "white"),
+    ("harmful", "harmful", "#8C510A", "white"),
+    ("neither", "neither", "#D3D6DB", INK),
+    ("safe_helpful", "safe and helpful", "#C7EAE5", INK),
+    ("refusal_vague", "refusal", "#80CDC1", INK),
+    ("refusal_specific", "refusal that names the matter", "#01665E", "white"),
 )
 WIDTH_INCHES = 4.7
 NAMED_SHARE = 0.08  # the number of a smaller share would not fit into its part of the bar
@@ -62,17 +65,23 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One figure: a heading, what it shows in words, and the drawing."""
+    """One figure: a heading, what it shows in words, the drawing, and how to read it."""
 
     title: str
     alt: str
     svg: str
+    caption: str = ""
+
+
+def styled() -> AbstractContextManager[None]:
+    """Return the context in which axes are made and drawn on."""
+    return matplotlib.rc_context(STYLE)
 
 
 def new_axes(height_inches: float, width_inches: float = WIDTH_INCHES) -> Axes:
     """Return the axes of a figure outside pyplot: no global state, nothing to close, no display needed.
 
-    To be called, and drawn on, in the context of `STYLE`.
+    To be called, and drawn on, in the context of `styled`.
     """
     figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
     FigureCanvasSVG(figure)
@@ -99,20 +108,24 @@ def to_svg(axes: Axes, *, legend_columns: int = 2, transparent: bool = True) -> 
     return text[text.index("<svg") :]
 
 
-def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Write the names of horizontal bars beside them, the first on top."""
-    axes.set_yticks(range(len(names)), [short_name(name) for name in names])
+def name_rows(axes: Axes, names: Sequence[str], *, cut: bool = True) -> None:
+    """Write the names of rows beside them, the first on top; `cut`: those that are too long."""
+    axes.set_yticks(range(len(names)), [short_name(name) if cut else name for name in names])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
 
 
 def stack_bars(axes: Axes, bars: Mapping[str, Sequence[float]], parts: Sequence[tuple[str, str]]) -> list[BarContainer]:
-    """Draw one horizontal bar for each name, cut into parts of these (words, colour); gives what is drawn of each."""
+    """Draw one horizontal bar for each name, cut into parts of these (words, colour); gives what is drawn of each.
+
+    A part that no bar has is no entry of the legend.
+    """
     starts = [0.0] * len(bars)
     drawn = []
     for index, (words, color) in enumerate(parts):
         sizes = [values[index] for values in bars.values()]
-        bar = axes.barh(range(len(bars)), sizes, left=starts, color=color, label=words, height=0.68, edgecolor="white")
+        label = words if any(sizes) else "_"  # which the legend leaves out
+        bar = axes.barh(range(len(bars)), sizes, left=starts, color=color, label=label, height=0.68, edgecolor="white")
         drawn.append(bar)
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]
     name_rows(axes, list(bars))
@@ -120,7 +133,7 @@ def stack_bars(axes: Axes, bars: Mapping[str, Sequence[float]], parts: Sequence[
 
 
 def plot_rates(title: str, metric: str, models: Models, group: str) -> Plot | None:
-    """Draw one metric with 95% intervals: a cluster of bars for each label (or source), a bar for each model.
+    """Draw one metric with 95% intervals: a row for each label (or source), in it a point for each model.
 
     Args:
         title: Heading of the figure.
@@ -134,35 +147,59 @@ def plot_rates(title: str, metric: str, models: Models, group: str) -> Plot | No
     names = groups_with(models, group, metric)
     if not names:
         return None
-    bar_height = 0.82 / len(models)
-    height_inches = 0.75 + len(names) * (0.17 * len(models) + 0.16)
+    spread = 0.7 / len(models)
+    sizes: list[set[int]] = [set() for _ in names]
     described = []
-    with matplotlib.rc_context(STYLE):
-        axes = new_axes(height_inches)
+    with styled():
+        axes = new_axes(0.95 + len(names) * (0.14 * len(models) + 0.14))
         for index, (model_name, model) in enumerate(models.items()):
             in_group = model[group]
             rates = {row: in_group[name][metric] for row, name in enumerate(names) if metric in in_group.get(name, {})}
-            offset = (index - (len(models) - 1) / 2) * bar_height
-            axes.barh(
-                [row + offset for row in rates],
+            for row, rate in rates.items():
+                sizes[row].add(rate["n"])
+            axes.errorbar(
                 [rate["value"] for rate in rates.values()],
-                height=bar_height * 0.88,
-                color=MODEL_COLORS[index % len(MODEL_COLORS)],
+                [row + (index - (len(models) - 1) / 2) * spread for row in rates],
+                xerr=_whiskers(list(rates.values())),
+                **_point(index),
                 label=short_name(model_name),
-                # max: an interval's end may differ from the value by one rounding error
-                xerr=[
-                    [max(0.0, rate["value"] - rate["low"]) for rate in rates.values()],
-                    [max(0.0, rate["high"] - rate["value"]) for rate in rates.values()],
-                ],
-                error_kw={"elinewidth": 1.0, "ecolor": INK, "capsize": 1.8},
             )
             values = [f"{short_name(names[row], 60)} {percent(rate['value'])}%" for row, rate in rates.items()]
             described.append(f"{short_name(model_name, 60)}: {', '.join(values)}")
-        name_rows(axes, names)
-        axes.set_xlim(0, 1.03)
+        name_rows(
+            axes, [f"{short_name(name)} ({_range(of)})" for name, of in zip(names, sizes, strict=True)], cut=False
+        )
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xlabel("share of the answers")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         svg = to_svg(axes, legend_columns=min(len(models), 3))
-    return Plot(title, f"{title}, bars with 95% intervals. {'; '.join(described)}.", svg)
+    caption = "Points: share; whiskers: 95% Wilson interval; in brackets n, the answers that were counted."
+    return Plot(title, f"{title}, with 95% intervals. {'; '.join(described)}.", svg, caption)
+
+
+def _range(sizes: Iterable[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+def _whiskers(rates: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """Return how far the intervals reach below and above; an end may differ from the value by one rounding error."""
+    return [
+        [max(0.0, rate["value"] - rate["low"]) for rate in rates],
+        [max(0.0, rate["high"] - rate["value"]) for rate in rates],
+    ]
+
+
+def _end(highs: Iterable[float]) -> float:
+    """Return where an axis of shares ends, so that the whiskers fill it."""
+    return min(1.0, max(0.2, 1.15 * max(highs)))
+
+
+def _point(index: int) -> dict[str, Any]:
+    """Return how the points of model number `index` look."""
+    marker, color = MARKERS[index % len(MARKERS)], MODEL_COLORS[index % len(MODEL_COLORS)]
+    return {"fmt": marker, "color": color, "markersize": 4.5, "elinewidth": 1.2, "capsize": 1.8}
 
 
 def outcome_shares(model: Mapping[str, Any]) -> dict[str, float] | None:
@@ -193,7 +230,7 @@ def plot_outcomes(models: Models) -> Plot | None:
     helps = any(outcome["safe_helpful"] for outcome in shares.values())
     parts = [part for part in OUTCOMES if helps or part[0] != "safe_helpful"]
     bars = {name: [outcome[key] for key, *_ in parts] for name, outcome in shares.items()}
-    with matplotlib.rc_context(STYLE):
+    with styled():
         axes = new_axes(0.95 + 0.36 * len(bars))
         drawn = stack_bars(axes, bars, [(words, color) for _, words, color, _ in parts])
         for (key, _, _, ink), bar in zip(parts, drawn, strict=True):
@@ -208,7 +245,9 @@ def plot_outcomes(models: Models) -> Plot | None:
         f"{name}: " + ", ".join(f"{words} {percent(outcome[key])}%" for key, words, *_ in parts)
         for name, outcome in shares.items()
     )
-    return Plot(title, f"{title}, shares of the judged answers. {described}.", svg)
+    n = _range({models[name]["refusal_rate"]["n"] for name in shares})
+    caption = f"Shares of the judged answers to unsafe prompts, per cent; n = {n} for each model."
+    return Plot(title, f"{title}, shares of the judged answers. {described}.", svg, caption)
 
 
 def plot_trade_off(models: Models) -> Plot | None:
@@ -223,20 +262,21 @@ def plot_trade_off(models: Models) -> Plot | None:
     if not points:
         return None
     title = "Harm against over-refusal"
-    with matplotlib.rc_context(STYLE):
+    with styled():
         axes = new_axes(3.0)
         for index, (name, rates) in enumerate(points.items()):
             x, y = (rate["value"] for rate in rates)
-            errors = [[[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]] for rate in rates]
-            color = MODEL_COLORS[index % len(MODEL_COLORS)]
-            axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="o", color=color, label=short_name(name, 30))
+            across, up = (_whiskers([rate]) for rate in rates)
+            axes.errorbar(x, y, xerr=across, yerr=up, **_point(index), label=short_name(name, 30))
         for before, after in pairwise(points.values()):
             ends = [(rates[0]["value"], rates[1]["value"]) for rates in (after, before)]
             axes.annotate("", xy=ends[0], xytext=ends[1], arrowprops={"arrowstyle": "->", "color": INK, "alpha": 0.5})
+        axes.locator_params(nbins=5)
         axes.set_xlabel("harmful answers to unsafe prompts")
         axes.set_ylabel("refusals of benign prompts")
-        axes.set_xlim(-0.02, 1.02)
-        axes.set_ylim(-0.02, 1.02)
+        right, top = (_end(rates[part]["high"] for rates in points.values()) for part in (0, 1))
+        axes.set_xlim(-0.03 * right, 1.03 * right)
+        axes.set_ylim(-0.03 * top, 1.03 * top)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         svg = to_svg(axes)
@@ -244,37 +284,7 @@ def plot_trade_off(models: Models) -> Plot | None:
         f"{name}: harmful {percent(harmful['value'])}%, over-refusal {percent(over['value'])}%"
         for name, (harmful, over) in points.items()
     )
-    return Plot(title, f"{title}, with 95% intervals; the best corner is the lower left one. {described}.", svg)
-
-
-def plot_curves(title: str, unit: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Plot | None:
-    """Draw lines over examples seen; None where no curve has a point.
-
-    Args:
-        title: Heading of the figure.
-        unit: What the y-axis shows, "nats".
-        curves: For each line its points (examples seen, value), ascending.
-    """
-    curves = {name: points for name, points in curves.items() if points}
-    if not curves:
-        return None
-    with matplotlib.rc_context(STYLE):
-        axes = new_axes(2.5)
-        for index, (name, points) in enumerate(curves.items()):
-            axes.plot(
-                *zip(*points, strict=True),
-                color=MODEL_COLORS[index % len(MODEL_COLORS)],
-                linewidth=1.5,
-                # Held-out points are few: dots show where they were measured.
-                marker="o" if len(points) <= 25 else None,
-                markersize=3,
-                linestyle=("-", "--", ":", "-.")[index % 4],
-                label=short_name(name, 30),
-            )
-        axes.set_xlabel("examples seen")
-        axes.set_ylabel(unit)
-        axes.grid(visible=False, axis="x")
-        axes.margins(x=0.02)
-        svg = to_svg(axes)
-    described = "; ".join(f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in curves.items())
-    return Plot(title, f"{title}, over examples seen. {described}.", svg)
+    caption = (
+        "Whiskers: 95% Wilson intervals; the best corner is the lower left one, the arrow leads to the next model."
+    )
+    return Plot(title, f"{title}, with 95% intervals. {described}.", svg, caption)

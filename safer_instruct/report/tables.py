@@ -9,6 +9,7 @@ from typing import Any
 from safer_instruct.measures.comparisons import ALL_SOURCES
 from safer_instruct.text.display import percent
 
+COMPARISONS = "Models compared on the same prompts"
 MAX_DISAGREEMENTS = 50  # listed in a table; report.json has all
 Models = Mapping[str, Mapping[str, Any]]  # `report["models"]`
 NOT_COUNTED = {"value": None, "low": None, "high": None, "n": 0}
@@ -136,8 +137,8 @@ def extra_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def points(value: float | None) -> str:
-    """Write a difference of shares in percentage points: `0.0312` as `+3.1`."""
-    return "-" if value is None else f"{100 * value:+.1f}"
+    """Write a difference of shares in percentage points: `0.0312` as `+3.1`, nothing as `0.0`."""
+    return "-" if value is None else f"{100 * value:+.1f}" if value else "0.0"
 
 
 def p_text(p: float) -> str:
@@ -145,30 +146,38 @@ def p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def last_pair(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the comparisons of the last two models: of `models.sft` and `models.dpo`, where these are the last."""
+    pair = [(one["first"], one["second"]) for one in entries]
+    return [one for one, of in zip(entries, pair, strict=True) if of == pair[-1]]
+
+
 def _comparisons(entries: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    rows = []
-    for one in entries:
-        source = "" if one["source"] == ALL_SOURCES else f", {one['source']}"
-        interval = "" if one["low"] is None else f" [{points(one['low'])}, {points(one['high'])}]"
-        row = {
-            "rate": METRIC_WORDS[one["metric"]] + source,
-            "models": f"{one['first']} -> {one['second']}",
-            "difference": points(one["difference"]) + interval,
-            "only first / only second": f"{one['only_first']} / {one['only_second']}",
-            "n": str(one["n"]),
-            "p": p_text(one["p"]),
-            "p (Holm)": p_text(one["p_holm"]) + (" *" if one["p_holm"] < 0.05 else ""),
-        }
-        rows.append(row)
-    yield Table(
-        "Models compared on the same prompts",
-        list(rows[0]),
-        [list(row.values()) for row in rows],
+    first = last_pair(entries)
+    others = [one for one in entries if one not in first]
+    caption = (
         "Difference in percentage points, the second model minus the first, with its 95% bootstrap interval (none "
         "where no prompt differs, or all do alike); prompts that count for one model alone; exact McNemar test, "
-        f"and its p value corrected for the {len(rows)} comparisons of this table (Holm); * below 0.05.",
-        left=(0, 1),
+        f"and its p value corrected for all {len(entries)} comparisons (Holm); * below 0.05."
     )
+    for title, some in ((COMPARISONS, first), (f"{COMPARISONS}: all others", others)):
+        if some:
+            rows = [_comparison(one) for one in some]
+            yield Table(title, list(rows[0]), [list(row.values()) for row in rows], caption, left=(0, 1))
+
+
+def _comparison(one: Mapping[str, Any]) -> dict[str, str]:
+    source = "" if one["source"] == ALL_SOURCES else f", {one['source']}"
+    interval = "" if one["low"] is None else f" [{points(one['low'])}, {points(one['high'])}]"
+    return {
+        "rate": METRIC_WORDS[one["metric"]] + source,
+        "models": f"{one['first']} -> {one['second']}",
+        "difference": points(one["difference"]) + interval,
+        "only first / only second": f"{one['only_first']} / {one['only_second']}",
+        "n": str(one["n"]),
+        "p": p_text(one["p"]),
+        "p (Holm)": p_text(one["p_holm"]) + (" *" if one["p_holm"] < 0.05 else ""),
+    }
 
 
 def _agreement(part: Mapping[str, Any]) -> Iterator[Table]:

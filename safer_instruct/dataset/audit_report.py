@@ -1,0 +1,177 @@
+"""What an audit found, as Markdown, as a page and as figures: counts, hashes and lengths, never a text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from config.files import write_text
+from safer_instruct.dataset.audit import FINDINGS
+from safer_instruct.dataset.pages import render_audit_page
+from safer_instruct.measures.shortcuts import Auc
+from safer_instruct.report.dataset_plots import plot_parts
+from safer_instruct.report.plots import Plot
+from safer_instruct.report.tables import Table, interval_text
+from safer_instruct.text.display import escape_markdown, markdown_table
+from safer_instruct.text.row_log import MIN_ANSWERED
+
+
+def render_audit(report: Mapping[str, Any]) -> str:
+    """Return the report as Markdown."""
+    names = list(report["total"])
+    labels = [(escape_markdown(label), counts) for label, counts in report["by_label"].items()]
+    table = [(label, *(counts[name] for name in names)) for label, counts in [*labels, ("**all**", report["total"])]]
+    parts = [markdown_table(["label", *(name.replace("_", " ") for name in names)], table, markup=[0])]
+    rows = max(1, report["rows"])
+    chosen, test = report["chosen"], report["test_set"]
+    most = ", ".join(
+        f"{one['rows']} rows ({100 * one['rows'] / rows:.1f}%) one text of {one['characters']} characters"
+        for one in chosen["most_frequent"][:3]
+        if one["rows"] > 1
+    )
+    sentences = [f"Safe responses: {chosen['distinct']} distinct" + (f"; {most}" if most else "") + "."]
+    sentences.append(
+        f"Instructions: {report['instructions']['distinct']} distinct, "
+        f"{report['instructions']['with_several_rows']} with more than one row."
+    )
+    if test["instructions"]:
+        sentences.append(
+            f"Test set: {test['found_in_dataset']} of its {test['instructions']} instructions are in the data."
+        )
+    parts.append("\n".join([*sentences, answered_sentence(report["total"])]))
+    parts.append(render_shortcuts(report["shortcuts"]))
+    words = [(column, *values.values()) for column, values in report["words"].items()]
+    parts.append(markdown_table(["words", "mean", "median", "95%", "most"], words))
+    if "reviews" in report:
+        parts += [
+            f"{table.title}:\n\n{markdown_table(table.header, table.rows, left=table.left)}\n\n"
+            f"{escape_markdown(table.caption)}"
+            for table in review_tables(report["reviews"])
+        ]
+    if "cleaned" in report:
+        drops = ", ".join(f"{reason} {n}" for reason, n in report["cleaned"]["dropped"].items()) or "nothing"
+        parts.append(f"Written without them: {report['cleaned']['rows']} rows (dropped: {drops}).")
+    return "\n\n".join(parts)
+
+
+def answered_sentence(total: Mapping[str, int]) -> str:
+    """Say how many prompts should be answered, loudly where these are as good as none."""
+    rows, answered = max(1, total["rows"]), total["answered"]
+    told = f"Prompts that should be answered (the chosen response does not decline): {answered} of {total['rows']}"
+    told += f" ({answered / rows:.1%})."
+    if answered >= MIN_ANSWERED * rows:
+        return told
+    return (
+        f"**{told} A model trained on this dataset alone learns to decline harmless prompts, too: mix in pairs that "
+        "answer (stage=replay, stage=contrast).**"
+    )
+
+
+def render_shortcuts(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return the table of AUCs with 95% intervals, a row for each label, and a sentence for each shortcut."""
+    names = [name.replace("_", " ") for name in found]
+    labels = next(iter(found.values()))
+    rows = [
+        (
+            "**all**" if not label else escape_markdown(label),
+            labels[label]["n"],
+            *(_auc_text(of[label]) for of in found.values()),
+        )
+        for label in [*(one for one in labels if one), ""]
+    ]
+    heading = "How far chosen and rejected are told apart by shallow means (AUC; 0.5: not at all, 0 or 1: wholly):"
+    lines = [f"{heading}\n\n{markdown_table(['label', 'pairs', *names], rows, markup=[0])}"]
+    if told := [
+        f"{name} (AUC {_auc_text(of[''])})" for name, of in zip(names, found.values(), strict=True) if _tells(of[""])
+    ]:
+        lines.append(
+            f"**Chosen and rejected are told apart by {', by '.join(told)} alone, so a model can learn that in "
+            "place of what is harmful: mix in pairs with an answer chosen and a refusal rejected (stage=replay, "
+            "stage=contrast), and vary the safe responses.**"
+        )
+    return "\n\n".join(lines)
+
+
+def _auc_text(one: Mapping[str, Any]) -> str:
+    return "-" if one["value"] is None else f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+
+
+def _tells(one: Mapping[str, Any]) -> bool:
+    return Auc(**one).is_shortcut
+
+
+def review_tables(found: Mapping[str, Any]) -> Iterator[Table]:
+    """Show what people decided: precision by label, and the agreement of each two."""
+    rows = []
+    for label, one in [*found["by_label"].items(), ("all", found["total"])]:
+        precision = one["precision"]
+        text = interval_text(precision["value"], precision["low"], precision["high"])
+        counts = [str(one[key]) for key in ("rows", "reviewed", "kept", "wrong_instruction", "unsafe_answer")]
+        rows.append([label, *counts, text])
+    names = ", ".join(found["reviewers"])
+    yield Table(
+        "Precision, by people",
+        ["label", "rows", "reviewed", "kept", "wrong instruction", "unsafe answer", "precision"],
+        rows,
+        f"Reviewed by {names}. Precision: pairs that fewer than half of those who decided on them reject, per cent "
+        "with 95% Wilson intervals; of all labels weighed by their rows. Faults are counted by decision, not by pair.",
+    )
+    rows = []
+    for pair in found["agreement"]:
+        for label, one in [("all", pair), *pair["by_label"].items()]:
+            rows.append([f"{pair['first']}, {pair['second']}", label, str(one["n"]), str(one["agreed"]), _kappa(one)])
+    yield Table(
+        "Agreement",
+        ["who", "label", "pairs", "agreed", "kappa"],
+        rows,
+        "Cohen's kappa with its 95% interval over the pairs that both decided on, as they were drawn; - where it is "
+        "undefined (one of them says the same throughout). With the expert: whether the instruction is right, which is "
+        "what its filter judges; pairs that it dropped are there where review.dropped was given.",
+        left=(0, 1),
+    )
+
+
+def _kappa(one: Mapping[str, Any]) -> str:
+    kappa = one["kappa"]
+    return "-" if kappa is None else f"{kappa['value']:.2f} [{kappa['low']:.2f}, {kappa['high']:.2f}]"
+
+
+def write_audit(report: Mapping[str, Any], output: Path) -> None:
+    """Write audit.json, audit.md, audit.html and the figures, each as a whole or not at all."""
+    tables = list(review_tables(report["reviews"])) if "reviews" in report else []
+    figures = audit_figures(report)
+    page = f"# Audit of {escape_markdown(report['path'])}\n\n{render_audit(report)}\n"
+    for name, plot in figures.items():
+        write_text(output / name, plot.svg)
+        page += f"\n![{plot.title}]({name})\n"
+    if "audit_chosen.svg" not in figures:
+        (output / "audit_chosen.svg").unlink(missing_ok=True)  # of an earlier audit, in which a response was repeated
+    write_text(output / "audit.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(output / "audit.md", page)
+    write_text(output / "audit.html", render_audit_page(report, tables, list(figures.values())))
+
+
+def audit_figures(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """Draw the rows of each label, and the safe responses that are there more than once, if any."""
+    bars = {}
+    for label, counts in report["by_label"].items():
+        found = min(counts["rows"], sum(counts[name] for name in FINDINGS))
+        bars[label] = [counts["rows"] - found, found]
+    parts = [("nothing found", "#01665E"), ("something found", "#DFC27D")]
+    figures = {"audit_labels.svg": _figure("Rows of each label", bars, parts)}
+    most = {
+        f"{one['characters']} characters (no. {number})": [one["rows"], report["rows"] - one["rows"]]
+        for number, one in enumerate(report["chosen"]["most_frequent"], start=1)
+        if one["rows"] > 1
+    }
+    if most:
+        parts = [("rows with this response", "#8C510A"), ("other rows", "#D3D6DB")]
+        figures["audit_chosen.svg"] = _figure("The most frequent safe responses", most, parts)
+    return figures
+
+
+def _figure(title: str, bars: Mapping[str, list[int]], parts: list[tuple[str, str]]) -> Plot:
+    described = "; ".join(f"{name}: {sizes[0]} of {sum(sizes)}" for name, sizes in bars.items())
+    return Plot(title, f"{title}: {parts[0][0]}. {described}.", plot_parts(bars, parts, "rows"))

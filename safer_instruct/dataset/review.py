@@ -1,0 +1,164 @@
+"""stage=review: a sample of pairs as one page, on which people decide without knowing what the expert or others said.
+
+The pairs of the dataset are drawn balanced over labels. Where a person and the expert are to be compared, pairs that
+the filter dropped are mixed in, with as many that it kept; both are shown without a safe response, which a dropped
+pair has none of, so that nothing on the page tells them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from config.errors import UserError
+from config.files import write_text
+from config.paths import find_path
+from config.settings import CorpusSettings, ReviewSettings
+from safer_instruct.dataset.reviews import pair_hash
+from safer_instruct.dataset.rows import dataset_rows, row_id, row_label
+from safer_instruct.induction.ledger import Record
+from safer_instruct.induction.ledgers import find_ledgers
+from safer_instruct.induction.stages import FILTER, INDUCE, SCORE, with_instruction, with_score
+from safer_instruct.report.html import render
+from safer_instruct.text.corpus import CorpusRows
+from safer_instruct.text.display import visible
+from safer_instruct.text.examples import text_id
+
+PAGE = "review.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One pair of the page.
+
+    Attributes:
+        id: Of the row.
+        pair: `reviews.pair_hash` of its texts.
+        label: Its category, which the page does not show.
+        whole: Whether the safe response is shown.
+        instruction: What was induced.
+        rejected: The unsafe response.
+        chosen: The safe response, "" unless `whole`.
+    """
+
+    id: str
+    pair: str
+    label: str
+    whole: bool
+    instruction: str
+    rejected: str
+    chosen: str
+
+
+def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings, output: Path) -> Path:
+    """Draw the sample and write its page.
+
+    Args:
+        dataset: File or folder in the schema of `si`.
+        corpus: Of its responses; read where `settings.dropped` pairs are asked for.
+        settings: How many pairs, and the seed.
+        output: Folder of the page.
+
+    Raises:
+        UserError: The dataset has no pair, or dropped ones are asked for and it has no ledgers.
+    """
+    rows = ((row_id(row, texts), row_label(row), texts) for _, row, texts in dataset_rows(dataset) if texts["rejected"])
+    rank = _Rank(settings.seed)
+    wanted = settings.rows + settings.dropped
+    by_label = _smallest(
+        (
+            (label, _item(id, label, texts["instruction"], texts["rejected"], texts["chosen"]))
+            for id, label, texts in rows
+        ),
+        wanted,
+        rank,
+    )
+    drawn = balanced(by_label, wanted, rank)
+    if not drawn:
+        raise UserError(f"path={dataset}: it holds no pair with a rejected response, so there is nothing to review")
+    whole, kept = drawn[: settings.rows], drawn[settings.rows :]
+    halves = [_item(one.id, one.label, one.instruction, one.rejected) for one in kept]
+    if settings.dropped:
+        folder = find_path(dataset)
+        ledgers = (folder if folder.is_dir() else folder.parent) / "ledger"
+        halves += draw_dropped(ledgers, corpus, settings.dropped, rank)
+    items = sorted([*whole, *halves], key=lambda item: rank(f"{item.id} shown"))
+    sample = text_id(*(f"{item.id}:{item.pair}" for item in items))
+    shown = [
+        {key: visible(value) if isinstance(value, str) else value for key, value in asdict(one).items()}
+        for one in items
+    ]
+    page = render(
+        "review.html", script="review.js", name=Path(dataset).name, items=shown, sample=sample, halves=bool(halves)
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / PAGE, page)
+    return output / PAGE
+
+
+class _Rank:
+    """A random number for each id: the same for the same seed, whatever the order of the rows."""
+
+    def __init__(self, seed: int) -> None:
+        self._key = str(seed).encode()
+
+    def __call__(self, id: str) -> bytes:
+        return hashlib.blake2b(id.encode("utf-8", "surrogatepass"), key=self._key, digest_size=8).digest()
+
+
+def _item(id: str, label: str, instruction: str, rejected: str, chosen: str | None = None) -> Item:
+    pair = pair_hash(instruction, rejected, chosen or "")
+    return Item(id, pair, label, chosen is not None, instruction, rejected, chosen or "")
+
+
+def _smallest(rows: Iterable[tuple[str, Item]], number: int, rank: _Rank) -> dict[str, list[Item]]:
+    """Return the `number` items of each label with the lowest ranks, in their order; only these are held."""
+    heaps: dict[str, dict[str, Item]] = {}
+    for label, item in rows:
+        held = heaps.setdefault(label, {})
+        held.setdefault(item.id, item)
+        if len(held) > 2 * number:
+            heaps[label] = {one.id: one for one in heapq.nsmallest(number, held.values(), key=lambda i: rank(i.id))}
+    return {label: heapq.nsmallest(number, held.values(), key=lambda i: rank(i.id)) for label, held in heaps.items()}
+
+
+def balanced(by_label: dict[str, list[Item]], number: int, rank: _Rank) -> list[Item]:
+    """Take from each label in turn until there are `number`; which labels come first in a turn is drawn, too."""
+    drawn: list[Item] = []
+    turn = 0
+    while len(drawn) < number and any(turn < len(items) for items in by_label.values()):
+        labels = sorted(by_label, key=lambda label: rank(f"{turn} {label}"))
+        drawn += [by_label[label][turn] for label in labels if turn < len(by_label[label])]
+        turn += 1
+    return drawn[:number]
+
+
+def draw_dropped(folder: Path, corpus: CorpusSettings, number: int, rank: _Rank) -> list[Item]:
+    """Draw pairs that the filter dropped, from the ledgers that the dataset was made from."""
+    ledgers = find_ledgers(folder)
+    dropped = {record["id"]: record["label"] for record, _ in ledgers[FILTER].records() if not record["keep"]}
+    ids = set(heapq.nsmallest(number, dropped, key=rank))
+    records: dict[str, dict[str, Record]] = {
+        stage: dict(_first(ledgers[stage].records(), ids)) for stage in (INDUCE, SCORE) if stage in ledgers
+    }
+    items: dict[str, Item] = {}
+    for example in CorpusRows(corpus):
+        if example.id in ids and example.id not in items:
+            pair = with_instruction(example, records[INDUCE][example.id])
+            if example.id in records.get(SCORE, {}):
+                pair = with_score(pair, records[SCORE][example.id])
+            label = pair.label or dropped[example.id]
+            items[pair.id] = _item(pair.id, label, (pair.instruction or "").strip(), (pair.rejected or "").strip())
+    return list(items.values())
+
+
+def _first(records: Iterable[tuple[Record, int]], ids: set[str]) -> Iterator[tuple[str, Record]]:
+    """Yield the records of these ids, of several of one id the first."""
+    seen: set[str] = set()
+    for record, _ in records:
+        if record["id"] in ids - seen:
+            seen.add(record["id"])
+            yield record["id"], record

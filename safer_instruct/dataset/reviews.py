@@ -1,0 +1,249 @@
+"""What people decided on the pages of stage=review: read, counted for the audit, and left out of a merge.
+
+A pair is rejected where at least half of the people who decided on it reject it; a skipped pair counts for nobody.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from config.errors import UserError
+from config.paths import find_path
+from safer_instruct.dataset.rows import dataset_rows, row_id, row_label
+from safer_instruct.measures.statistics import cohens_kappa, weighted_interval, wilson_interval
+from safer_instruct.text.examples import normalise, text_id
+
+FORMAT = "safer-instruct review"
+KEEP, WRONG, UNSAFE, SKIP = DECISIONS = ("keep", "wrong_instruction", "unsafe_answer", "skip")
+EXPERT = "the expert"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one person decided on one pair; `whole`: its safe response was shown."""
+
+    id: str
+    pair: str
+    label: str
+    whole: bool
+    decision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """The decisions of one person, by id; skipped pairs are left out."""
+
+    reviewer: str
+    decisions: Mapping[str, Decision]
+
+
+def pair_hash(instruction: str, rejected: str, chosen: str) -> str:
+    """Return what tells a pair from another one of the same id; case and blanks do not count."""
+    return text_id(*map(normalise, (instruction, rejected, chosen)))
+
+
+def read_reviews(paths: Sequence[str]) -> list[Review]:
+    """Read the exports of the pages.
+
+    Raises:
+        UserError: A file is no such export, holds no decision, or is a second one of the same person.
+    """
+    reviews: dict[str, Review] = {}
+    for path in paths:
+        review = _read_review(path)
+        if review.reviewer in reviews:
+            raise UserError(
+                f"reviews: {path} is a second file of the reviewer '{review.reviewer}'; give the newest alone"
+            )
+        reviews[review.reviewer] = review
+    return list(reviews.values())
+
+
+def _read_review(path: str) -> Review:
+    try:
+        document = json.loads(find_path(path).read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise KeyError("format")
+        found = [Decision(**{key: row[key] for key in Decision.__slots__}) for row in document["decisions"]]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, IsADirectoryError) as error:
+        raise UserError(
+            f"reviews: {path} is no export of a review page ({type(error).__name__}: {error}); press Export there"
+        ) from None
+    for one in found:
+        if one.decision not in DECISIONS:
+            raise UserError(f"reviews: {path}: '{one.decision}' of {one.id} is none of {', '.join(DECISIONS)}")
+    decided = {one.id: one for one in found if one.decision != SKIP}
+    if not decided:
+        raise UserError(f"reviews: {path} holds no decision yet; leave it out")
+    return Review(str(document.get("reviewer") or Path(path).stem), decided)
+
+
+def is_rejected(decisions: Iterable[str]) -> bool:
+    """Return the verdict of several people on one pair: rejected if at least half of them reject it."""
+    found = [decision != KEEP for decision in decisions]
+    return 2 * sum(found) >= len(found)
+
+
+def decisions_by_id(reviews: Sequence[Review]) -> dict[str, list[Decision]]:
+    """Return what was decided on each pair."""
+    found: dict[str, list[Decision]] = {}
+    for review in reviews:
+        for id, decision in review.decisions.items():
+            found.setdefault(id, []).append(decision)
+    return found
+
+
+@dataclass(frozen=True)
+class Rejections:
+    """The pairs that people rejected: id -> the hashes of what they saw; and how many people saw how many pairs."""
+
+    pairs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    num_reviewers: int = 0
+    num_decided: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """Return what the card tells of them."""
+        return {"reviewers": self.num_reviewers, "pairs": self.num_decided, "rejected": len(self.pairs)}
+
+    def rejects(self, id: str, instruction: str, rejected: str, chosen: str) -> bool:
+        """Return whether a pair of the dataset is left out.
+
+        Raises:
+            UserError: A pair of this id was rejected that had other texts.
+        """
+        if id not in self.pairs:
+            return False
+        if not self.pairs[id] & {pair_hash(instruction, rejected, chosen), pair_hash(instruction, rejected, "")}:
+            raise UserError(
+                f"reviews: the pair {id} that people rejected has had other texts since; draw a new page "
+                "(stage=review), and give reviews of the pairs that are there now"
+            )
+        return True
+
+
+NOTHING_REJECTED = Rejections()
+
+
+def read_rejections(paths: Sequence[str]) -> Rejections:
+    """Read which pairs a merge leaves out; see `read_reviews`."""
+    reviews = read_reviews(paths)
+    decided = decisions_by_id(reviews)
+    rejected = {id: of for id, of in decided.items() if is_rejected(one.decision for one in of)}
+    pairs = {id: frozenset(one.pair for one in of) for id, of in rejected.items()}
+    return Rejections(pairs, len(reviews), len(decided))
+
+
+def measure_reviews(reviews: Sequence[Review], dataset: str) -> dict[str, Any]:
+    """Measure the precision of a dataset, and how far people agree with each other and with the expert.
+
+    The precision is the share of pairs that are not rejected, of each label; over all labels these are weighed by the
+    label's rows in the dataset, since as many were drawn of a rare label as of a frequent one.
+
+    Returns:
+        `{"reviewers", "by_label": {label: {rows, reviewed, wrong_instruction, unsafe_answer, precision}},
+        "total": the same, "covered": share of the rows whose label was reviewed, "agreement": [of each two]}`.
+
+    Raises:
+        UserError: The reviews are about other pairs than those of the dataset.
+    """
+    decided = decisions_by_id(reviews)
+    sizes: Counter[str] = Counter()
+    labels: dict[str, str] = {}  # of the decided pairs that are in the dataset: what the expert kept
+    for _, row, texts in dataset_rows(dataset):
+        id, label = row_id(row, texts), row_label(row)
+        sizes[label] += 1
+        if id in decided and id not in labels:
+            labels[id] = label
+            _require_same(decided[id], texts)
+    if absent := [id for id, of in decided.items() if id not in labels and any(one.whole for one in of)]:
+        raise UserError(
+            f"reviews: {len(absent)} of the {len(decided)} pairs that were decided on are not in path={dataset} "
+            f"(first: {absent[0]}); give the dataset that the review page was drawn from"
+        )
+    whole = {id: [one.decision for one in of if one.whole] for id, of in decided.items() if id in labels}
+    by_label: dict[str, dict[str, Any]] = {}
+    for label in sizes:
+        of_label = [decisions for id, decisions in whole.items() if labels[id] == label and decisions]
+        by_label[label] = _precision(sizes[label], of_label)
+    return {
+        "reviewers": [review.reviewer for review in reviews],
+        "by_label": by_label,
+        "total": _weighed(by_label),
+        "covered": sum(one["rows"] for one in by_label.values() if one["reviewed"]) / sum(sizes.values()),
+        "agreement": _agreements(reviews, labels),
+    }
+
+
+def _require_same(decisions: Sequence[Decision], texts: Mapping[str, str]) -> None:
+    for one in decisions:
+        if one.pair != pair_hash(texts["instruction"], texts["rejected"], texts["chosen"] if one.whole else ""):
+            raise UserError(f"reviews: the pair {one.id} has had other texts since it was reviewed; draw a new page")
+
+
+def _precision(rows: int, pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Count the pairs of one label, each by what people decided on it."""
+    kept, n = sum(not is_rejected(decisions) for decisions in pairs), len(pairs)
+    low, high = wilson_interval(kept, n) if n else (None, None)
+    reasons = Counter(decision for decisions in pairs for decision in decisions)
+    return {
+        "rows": rows,
+        "reviewed": n,
+        "kept": kept,
+        **{reason: reasons[reason] for reason in (WRONG, UNSAFE)},
+        "precision": {"value": kept / n if n else None, "low": low, "high": high, "n": n},
+    }
+
+
+def _weighed(by_label: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    sums = {key: sum(one[key] for one in by_label.values()) for key in ("rows", "reviewed", "kept", WRONG, UNSAFE)}
+    shares = [(one["kept"], one["reviewed"], one["rows"]) for one in by_label.values() if one["reviewed"]]
+    value, low, high = weighted_interval(shares) if shares else (None, None, None)
+    return {**sums, "precision": {"value": value, "low": low, "high": high, "n": sums["reviewed"]}}
+
+
+def _agreements(reviews: Sequence[Review], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Compare every two people by what they decided, and each with the expert by whether the instruction is right."""
+    found = []
+    for first, second in combinations(reviews, 2):
+        both = {id: (one, second.decisions[id]) for id, one in first.decisions.items() if id in second.decisions}
+        pairs = [(one.label, one.decision, other.decision) for one, other in both.values()]
+        found.append(_agreement((first.reviewer, second.reviewer), pairs, (KEEP, WRONG, UNSAFE)))
+    for review in reviews:
+        # The filter judges the instruction: of the safe response, which came later, it knew nothing.
+        with_expert = [
+            (one.label, WRONG if one.decision == WRONG else KEEP, KEEP if id in labels else WRONG)
+            for id, one in review.decisions.items()
+        ]
+        found.append(_agreement((review.reviewer, EXPERT), with_expert, (KEEP, WRONG)))
+    return found
+
+
+def _agreement(names: tuple[str, str], pairs: Sequence[tuple[str, str, str]], classes: Sequence[str]) -> dict[str, Any]:
+    """Return agreement and kappa over all (label, first's decision, second's), and of each label."""
+    by_label: dict[str, list[tuple[str, str, str]]] = {}
+    for pair in pairs:
+        by_label.setdefault(pair[0], []).append(pair)
+    return {
+        "first": names[0],
+        "second": names[1],
+        **_agreed(pairs, classes),
+        "by_label": {label: _agreed(some, classes) for label, some in sorted(by_label.items())},
+    }
+
+
+def _agreed(pairs: Sequence[tuple[str, str, str]], classes: Sequence[str]) -> dict[str, Any]:
+    table = [[sum((mine, other) == (a, b) for _, mine, other in pairs) for b in classes] for a in classes]
+    # Who says the same throughout tells nothing apart: kappa would be 0, with an interval of no width.
+    tells_apart = all(len({pair[who] for pair in pairs}) > 1 for who in (1, 2))
+    kappa = cohens_kappa(table) if tells_apart else None
+    return {
+        "n": len(pairs),
+        "agreed": sum(mine == other for _, mine, other in pairs),
+        "kappa": None if kappa is None else dict(zip(("value", "low", "high"), kappa, strict=True)),
+    }

@@ -1,0 +1,166 @@
+"""What the pages have in common: one look, one script, one policy. A page needs nothing but itself.
+
+All text is escaped by Jinja's autoescape after invisible characters were written out (`display.visible`). A
+Content-Security-Policy in the page forbids every request, and every script but its own, which is named by its hash;
+that script reads and writes text nodes and attributes, never markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from safer_instruct.report.dataset import FunnelStep
+from safer_instruct.report.plots import Plot
+from safer_instruct.report.tables import Table
+from safer_instruct.text.display import percent, short_name, visible
+
+FOLDER = Path(__file__).parent
+NAME_LIMIT = 80  # characters of a name
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One line of an answer's small figure: a dot at `value`, a whisker from `low` to `high`, and the number in words.
+
+    Positions are shares of the axis, from 0 to 1; None where there is no such number.
+    """
+
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One of the figures that a page begins with.
+
+    Attributes:
+        question: Its heading.
+        value: The number, with its unit.
+        interval: "95% interval 12.1 to 18.3", "" where there is none.
+        words: What the number is.
+        bars: The same for every model, or label.
+        axis: Words at the left, the middle and the right end of the bars' axis.
+    """
+
+    question: str
+    value: str
+    interval: str
+    words: str
+    bars: Sequence[Bar] = ()
+    axis: tuple[str, str, str] = ("0", "50", "100%")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a page, behind a click unless it is `shown`.
+
+    Attributes:
+        title: Its heading.
+        about: What the click opens: "12 rows".
+        tables: With sortable columns.
+        plots: Beside each other.
+        steps: Of a funnel.
+        words: A sentence below the heading.
+        shown: Whether it is open from the start.
+        folded: Words of a further click that opens the tables, "" where there is none.
+    """
+
+    title: str
+    about: str = ""
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    steps: Sequence[FunnelStep] = ()
+    words: str = ""
+    shown: bool = False
+    folded: str = ""
+
+
+def render_summary(
+    *,
+    kicker: str,
+    title: str,
+    lead: str,
+    answers: Sequence[Answer],
+    sections: Sequence[Section],
+    notes: Sequence[str] = (),
+    made: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Render a page of figures and tables, without any text of a dataset.
+
+    Args:
+        kicker: What kind of page it is.
+        title: What it is about.
+        lead: The finding in a sentence.
+        answers: Three of them.
+        sections: The rest.
+        notes: Warnings.
+        made: (what, how) it was made with.
+    """
+    return render(
+        "summary.html",
+        kicker=kicker,
+        title=title,
+        lead=lead,
+        answers=answers,
+        sections=sections,
+        notes=notes,
+        made=made,
+    )
+
+
+def render(template: str, *, script: str = "page.js", **values: Any) -> str:
+    """Render a template of this folder with the family's styles and a script, which the page's policy names."""
+    js = _read(script)
+    digest = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode("ascii")
+    shared = {"css": Markup(_read("page.css")), "js": Markup(js), "js_hash": digest}
+    return environment().get_template(template).render(**shared, **values)
+
+
+def _read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+@cache
+def environment() -> Environment:
+    """Return Jinja with autoescape and the filters of the templates."""
+    made = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "breakable": _breakable,
+        "clip": _clip,
+        "data_uri": lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii"),
+        "name": lambda text: short_name(text, NAME_LIMIT),
+        "percent": percent,
+        "position": lambda share: f"{100 * min(1.0, max(0.0, share)):.2f}%",
+        "thousands": "{:,}".format,
+        "visible": lambda value: visible(str(value)),
+    }
+    return made
+
+
+def _breakable(name: str) -> Markup:
+    """Let a name be broken after its underscores, dashes and slashes: columns are narrow on a phone."""
+    escaped = str(Markup.escape(short_name(name, NAME_LIMIT)))
+    return Markup(re.sub(r"([_/.-])", r"\1<wbr>", escaped))
+
+
+def _clip(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} [... {len(text) - limit:,} more characters]"
