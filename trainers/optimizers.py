@@ -147,6 +147,15 @@ def decay_groups(parameters: list[nn.Parameter], weight_decay_on: str) -> list[A
     return [group for group in ({"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}) if group["params"]]
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give all groups of an optimizer a learning rate; one that is a tensor, which a compiled step reads, stays one."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def num_warmup_steps(num_updates: int, settings: TrainConfig) -> int:
     """Count the steps of the warm-up of a run of `num_updates`."""
     if settings.warmup_ratio is not None:
