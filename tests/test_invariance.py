@@ -28,7 +28,7 @@ LOSSES = {
     "dpo and likelihood": DPOSettings(beta=0.5, nll_weight=0.3),
     "ipo per token": IPOSettings(average_logps=True),
     "aot unpaired": SETTINGS["aot"](form="unpaired"),
-    "wpo": DPOSettings(wpo=True),
+    "wpo": DPOSettings(wpo="sampled"),
     "ld": DPOSettings(ld_alpha=0.4, average_logps=True, f_divergence="js"),
     "mixture": MixtureSettings(parts={"dpo": {"weight": 0.8}, "aot": {"weight": 0.3}, "bco_pair": {}, "simpo": {}}),
 }

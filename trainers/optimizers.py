@@ -6,12 +6,14 @@ import difflib
 import inspect
 import math
 from collections.abc import Collection, Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from config.errors import UserError
+from config.names import INSTALL_TORCHAO, TORCHAO_OPTIMIZERS
 from config.settings import TrainConfig
 from trainers.distributed.sharding import local_part
 
@@ -102,7 +104,7 @@ def build_optimizer(
             parameters that no optimizer steps.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    names = optimizer_names()
+    names = [*optimizer_names(), *TORCHAO_OPTIMIZERS]
     if settings.optimizer not in names:
         near = difflib.get_close_matches(settings.optimizer, names, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -128,7 +130,7 @@ def _one_optimizer(
     name: str, parameters: list[nn.Parameter], settings: TrainConfig, given: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     arguments = dict(given)
-    kind = getattr(torch.optim, name)  # a name of `optimizer_names`
+    kind = getattr(torchao_optim() if name in TORCHAO_OPTIMIZERS else torch.optim, name)  # a known name
     if name in FUSED and not CHOOSE_THE_STEP & arguments.keys():
         arguments["fused"] = True
     elif name == "RMSprop" and arguments.keys() <= {"alpha", "eps"} and parameters[0].is_cuda:
@@ -137,6 +139,14 @@ def _one_optimizer(
         return kind(decay_groups(parameters, settings.weight_decay_on), lr=settings.lr, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer={name} refuses lr={settings.lr} and arguments {dict(given)}: {error}") from error
+
+
+def torchao_optim() -> Any:
+    """Return the module of torchao's optimizers, or raise a UserError that says how to install it."""
+    try:
+        return import_module("torchao.optim")
+    except ImportError as error:
+        raise UserError(f"optimizers of 8 bits are torchao's, which is not installed: {INSTALL_TORCHAO}") from error
 
 
 def decay_groups(parameters: list[nn.Parameter], weight_decay_on: str) -> list[Any]:
