@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from config.checks import check_device, check_lengths
 from config.checks_loss import check_loss, check_reference, check_rows
-from config.names import INSTALL_TORCHAO, TORCHAO_OPTIMIZERS
 from config.rules import MISSING, Fault, check_values
 from config.settings import TrainConfig, TrainerSettings
 
@@ -176,12 +173,8 @@ def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
 def _refused(name: str, arguments: dict[str, Any], key: str) -> Iterator[Fault]:
     import torch
 
-    if name in TORCHAO_OPTIMIZERS and find_spec("torchao") is None:
-        yield Fault(key, f"{key}={name} is torchao's, which is not installed: {INSTALL_TORCHAO}")
-        return
-    module = import_module("torchao.optim") if name in TORCHAO_OPTIMIZERS else torch.optim
     try:
-        vars(module)[name]([torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3, **arguments)
+        vars(torch.optim)[name]([torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3, **arguments)
     except (TypeError, ValueError) as error:
         args_key = "optimizer_args" if key == "optimizer" else "fallback_args"
         yield Fault(args_key, f"{args_key}={arguments} do not fit {key}={name}: {error}", (key,))

@@ -30,7 +30,5 @@ OPTIMIZERS = (
     "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop",
     "Rprop", "SGD",
 )  # fmt: skip
-TORCHAO_OPTIMIZERS = ("AdamW8bit",)  # of the package torchao, which is asked for where one of them is chosen
-INSTALL_TORCHAO = "pip install --no-deps torchao==0.18.0"
 # Folders that a command of this repository makes: named where they are asked for and are not there.
 MADE_BY = {"models/smollm2": "python scripts/get_smollm2.py models/smollm2"}

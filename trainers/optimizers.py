@@ -6,14 +6,12 @@ import difflib
 import inspect
 import math
 from collections.abc import Collection, Iterable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from config.errors import UserError
-from config.names import INSTALL_TORCHAO, TORCHAO_OPTIMIZERS
 from config.settings import TrainConfig
 from trainers.distributed.sharding import local_part
 
@@ -104,7 +102,7 @@ def build_optimizer(
             parameters that no optimizer steps.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    names = [*optimizer_names(), *TORCHAO_OPTIMIZERS]
+    names = optimizer_names()
     if settings.optimizer not in names:
         near = difflib.get_close_matches(settings.optimizer, names, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -130,7 +128,7 @@ def _one_optimizer(
     name: str, parameters: list[nn.Parameter], settings: TrainConfig, given: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     arguments = dict(given)
-    kind = getattr(torchao_optim() if name in TORCHAO_OPTIMIZERS else torch.optim, name)  # a known name
+    kind = getattr(torch.optim, name)  # a name of `optimizer_names`
     if name in FUSED and not CHOOSE_THE_STEP & arguments.keys():
         arguments["fused"] = True
     elif name == "RMSprop" and arguments.keys() <= {"alpha", "eps"} and parameters[0].is_cuda:
@@ -141,29 +139,12 @@ def _one_optimizer(
         raise UserError(f"optimizer={name} refuses lr={settings.lr} and arguments {dict(given)}: {error}") from error
 
 
-def torchao_optim() -> Any:
-    """Return the module of torchao's optimizers, or raise a UserError that says how to install it."""
-    try:
-        return import_module("torchao.optim")
-    except ImportError as error:
-        raise UserError(f"optimizers of 8 bits are torchao's, which is not installed: {INSTALL_TORCHAO}") from error
-
-
 def decay_groups(parameters: list[nn.Parameter], weight_decay_on: str) -> list[Any]:
     """Return parameters, or groups of them of which the second, of vectors, has no weight decay."""
     if weight_decay_on == "all":
         return parameters
     groups = [[one for one in parameters if one.ndim >= 2], [one for one in parameters if one.ndim < 2]]
     return [group for group in ({"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}) if group["params"]]
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give all groups of an optimizer a learning rate; one that is a tensor, which a compiled step reads, stays one."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
 
 
 def num_warmup_steps(num_updates: int, settings: TrainConfig) -> int:
