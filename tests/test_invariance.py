@@ -18,7 +18,7 @@ from trainers.kernels.logps import sequence_logps
 from trainers.losses.lengths import ld_alpha_of
 from trainers.objectives import LikelihoodObjective, build_objective
 from trainers.objectives.output import add_metrics
-from trainers.reference import attach_reference
+from trainers.reference import MovingReference, attach_reference
 from trainers.run.metrics import MetricSums
 from trainers.trainer import Trainer
 
@@ -62,6 +62,7 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
             use_packed_attention(model)
         trainer.objective, trainer.policy, trainer.layout = objective, model, layout
         trainer.settings = TrainConfig(exp_name="bare")
+        trainer.reference = MovingReference(model, trainer.settings, layout)
         trainer.logps_of = partial(sequence_logps, model)
         (batch,) = loader.batches()
         batch = replace(batch, start_examples=ROWS)  # not the first one, whose loss is known
