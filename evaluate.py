@@ -107,7 +107,8 @@ def logps_of(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probabilities of a micro-batch and its numbers of tokens, by the kernel that training uses."""
     from trainers.kernels.logps import sequence_logps
 
-    return sequence_logps(model, batch)
+    logps, num_tokens = sequence_logps(model, batch)
+    return logps, num_tokens
 
 
 def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, device: torch.device) -> list[float]:

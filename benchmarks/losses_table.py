@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from config.schema import compose_config
 from config.settings import LOSSES, GenerationSettings
 from quickstart.checks import read_jsonl
 from quickstart.world import World, replay_rows, write_jsonl
 from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.text.prompts import render_prompt
+from train import main
 
 NUM_PAIRS, NUM_PROMPTS, NEW_TOKENS = 1200, 64, 48
 # Mixtures and losses on answers need more than their name.
@@ -42,13 +42,12 @@ SHARED = [
 
 
 def train(folder: Path, name: str, steps: int, *arguments: str) -> Path:
-    """Run train.py to its end, unless it has been, and return its run directory."""
+    """Do what `train.py` does, in this process; return the run directory. A finished run is left as it is."""
     run = folder / name
-    command = [sys.executable, "train.py", f"loss={name}", f"exp_name={name}", f"run_dir={run}", *SHARED]
-    command += [f"datasets.si.path={folder / 'pairs.jsonl'}", f"local_dirs=[{folder / 'cache'}]", *arguments]
-    done = subprocess.run([*command, f"n_examples={16 * steps}"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    command = [f"loss={name}", f"exp_name={name}", f"run_dir={run}", *SHARED, f"n_examples={16 * steps}", *arguments]
+    config = compose_config("config", [*command, f"datasets.si.path={folder / 'pairs.jsonl'}"])
+    config.local_dirs = [str(folder / "cache")]
+    main(config)
     return run
 
 
@@ -80,7 +79,7 @@ def row_of(run: Path) -> dict[str, float]:
     return {"accuracy": means.get("rewards_eval/accuracies", float("nan")), "margin": good - bad}
 
 
-def main() -> None:
+def compare() -> None:
     """Print a Markdown table, and write its figures as JSON where asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
@@ -113,4 +112,4 @@ def is_compared(settings: Any) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    compare()

@@ -79,6 +79,30 @@ def _is_like(value: Any, default: Any) -> bool:
     return (isinstance(value, int | float) and not isinstance(value, bool)) or (value is None and default is None)
 
 
+def check_reference(config: TrainConfig) -> Iterator[Fault]:
+    """Find out whether there is a reference to renew."""
+    loss, reference = config.loss, config.reference
+    shown, key = f"reference.refresh_examples={reference.refresh_examples}", "reference.refresh_examples"
+    if reference.refresh_examples is None:
+        if reference.refresh_alpha != 1:
+            message = "the reference is never renewed; write reference.refresh_examples=N, too"
+            yield Fault(
+                "reference.refresh_alpha", f"reference.refresh_alpha={reference.refresh_alpha}: {message}", (key,)
+            )
+    elif isinstance(loss, LossSettings) and not loss.needs_reference:
+        yield Fault(
+            key,
+            f"{shown}: loss={loss.name} reads no reference that could be renewed; leave it out, or write loss=dpo",
+            ("loss",),
+        )
+    elif config.model.reference_dtype not in (None, config.model.policy_dtype):
+        yield Fault(
+            key,
+            f"{shown}: a renewed reference is the policy, in its dtype; leave model.reference_dtype out",
+            ("model.reference_dtype",),
+        )
+
+
 # Schemas that say of a single answer whether it is good: `unpaired`, and others in one of their forms.
 JUDGED = ("unpaired", "beavertails", "custom")
 

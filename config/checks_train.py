@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from config.checks import check_device, check_lengths
-from config.checks_loss import check_loss, check_rows
+from config.checks_loss import check_loss, check_reference, check_rows
 from config.rules import MISSING, Fault, check_values
 from config.settings import TrainConfig, TrainerSettings
 
@@ -18,6 +18,7 @@ def check_train(config: TrainConfig) -> list[Fault]:
         *check_values(config),
         *check_loss(config.loss),
         *check_rows(config),
+        *check_reference(config),
         *_check_run(config),
         *_check_weights(config),
         *_check_trainer(config),
@@ -62,6 +63,15 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
             f"checkpoint.keep_best={best}: must be what an evaluation measures, such as loss/eval or "
             "rewards_eval/accuracies",
         )
+    elif best is not None and config.ema.decay is not None and not config.ema.save:
+        yield Fault(
+            "checkpoint.keep_best",
+            f"checkpoint.keep_best={best}: with ema.save=false the average is evaluated and other weights are saved; "
+            "leave one of the two out",
+            ("ema.save",),
+        )
+    if config.ema.decay is None and not config.ema.save:
+        yield Fault("ema.save", "ema.save=False: there is no average; write ema.decay=0.999, too", ("ema.decay",))
 
 
 def _check_weights(config: TrainConfig) -> Iterator[Fault]:

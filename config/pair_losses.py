@@ -58,7 +58,9 @@ class PreferenceLossSettings(PairLossSettings):
 
     reference_free: bool = False  # a uniform reference: its log-ratio is 0, in loss and rewards alike
     average_logps: bool = False  # divide log-probabilities by the response length in tokens (the IPO authors' form)
-    wpo: bool = False  # weigh a pair by how probable the policy finds its responses (Zhou et al. 2024)
+    # Weigh a pair by how probable the policy finds its responses (Zhou et al. 2024): not at all | by their probability
+    # per token (plain) | by that over the one which a sample of the policy's has there (sampled, the paper's choice).
+    wpo: Annotated[str, rules.choices("none", "plain", "sampled")] = "none"
     # LD-DPO (Liu et al. 2024): what a token counts beyond the length of the shorter response; null: as all others.
     ld_alpha: Annotated[float, rules.interval("[0, 1]")] | None = None
 

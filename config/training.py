@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from config import rules
 from config.names import OPTIMIZERS, PAIRINGS, SCHEDULERS, SCHEMAS
-from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, Template
+from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, Share, Template
 
 
 @dataclass
@@ -75,6 +75,24 @@ class CheckpointSettings:
 
 
 @dataclass
+class EMASettings:
+    """An exponential moving average of the trained weights."""
+
+    # Share of the average that each step keeps: 0.999 averages over some 1,000 steps; null: there is none.
+    decay: Annotated[float, rules.interval("(0, 1)", "; 0.999 averages over some 1,000 steps")] | None = None
+    save: bool = True  # also save it as `model/`, as it is evaluated; false: `model/` has the policy's own weights
+
+
+@dataclass
+class ReferenceSettings:
+    """A reference that is renewed by the policy (TR-DPO, Gorbatovski et al. 2024); needs a loss that reads one."""
+
+    refresh_examples: Count | None = None  # examples from one renewal to the next; null: the initial weights stay it
+    # Share of the policy's weights in the renewed reference, the rest is the reference before; 1: the policy itself.
+    refresh_alpha: Share = 1.0
+
+
+@dataclass
 class EarlyStopSettings:
     """When a run ends before its data."""
 
@@ -119,6 +137,8 @@ class TrainConfig:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     wandb: WandbSettings = field(default_factory=WandbSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    ema: EMASettings = field(default_factory=EMASettings)
+    reference: ReferenceSettings = field(default_factory=ReferenceSettings)
 
     seed: Annotated[int, rules.at_least(0)] = 0  # order of the batches, dropout, sampling
     batch_size: Count = 4  # examples (pairs) of one optimizer step, over all processes

@@ -24,10 +24,12 @@ MIXTURES = [
 ]  # fmt: skip
 
 
-def faults(tmp_path, loss, **dataset):
+def faults(tmp_path, loss, *, changes=None, **dataset):
     data = {"path": str(write_pairs(tmp_path / "pairs.jsonl", 4)), "schema": "si", **dataset}
-    config = TrainConfig(exp_name="a", loss=loss, datasets={"si": DatasetSettings(**data)})
-    config.model.name_or_path = "hub/name"
+    changes = dict(changes or {})
+    reference_dtype = changes.pop("reference_dtype", None)
+    config = TrainConfig(exp_name="a", loss=loss, datasets={"si": DatasetSettings(**data)}, **changes)
+    config.model.name_or_path, config.model.reference_dtype = "hub/name", reference_dtype
     return [fault.message for fault in check_train(config)]
 
 

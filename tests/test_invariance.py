@@ -18,7 +18,7 @@ from trainers.kernels.logps import sequence_logps
 from trainers.losses.lengths import ld_alpha_of
 from trainers.objectives import LikelihoodObjective, build_objective
 from trainers.objectives.output import add_metrics
-from trainers.reference import attach_reference
+from trainers.reference import MovingReference, attach_reference
 from trainers.run.metrics import MetricSums
 from trainers.trainer import Trainer
 
@@ -28,7 +28,7 @@ LOSSES = {
     "dpo and likelihood": DPOSettings(beta=0.5, nll_weight=0.3),
     "ipo per token": IPOSettings(average_logps=True),
     "aot unpaired": SETTINGS["aot"](form="unpaired"),
-    "wpo": DPOSettings(wpo=True),
+    "wpo": DPOSettings(wpo="sampled"),
     "ld": DPOSettings(ld_alpha=0.4, average_logps=True, f_divergence="js"),
     "mixture": MixtureSettings(parts={"dpo": {"weight": 0.8}, "aot": {"weight": 0.3}, "bco_pair": {}, "simpo": {}}),
 }
@@ -62,6 +62,7 @@ def step(folder, loss, *, seed, num_microbatches, max_tokens=None, reverse_rows=
             use_packed_attention(model)
         trainer.objective, trainer.policy, trainer.layout = objective, model, layout
         trainer.settings = TrainConfig(exp_name="bare")
+        trainer.reference = MovingReference(model, trainer.settings, layout)
         trainer.logps_of = partial(sequence_logps, model)
         (batch,) = loader.batches()
         batch = replace(batch, start_examples=ROWS)  # not the first one, whose loss is known

@@ -40,10 +40,10 @@ def token_logps(seed: int) -> torch.Tensor:
 
 
 def says(logps):
-    """A model whose output has these log-probabilities, and zeros where only metrics look."""
+    """A model whose output has these log-probabilities, half of them as agreements, and zeros where metrics look."""
     zeros = torch.zeros_like(logps)
     output = SimpleNamespace(
-        log_probs=logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), log_sum_sq_probs=zeros
+        log_probs=logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), log_sum_sq_probs=logps / 2
     )
     return lambda **_: output
 
@@ -82,9 +82,10 @@ def theirs(policy, reference, **changes):
 def ours(settings, policy, reference):
     """The mean over pairs of our objective on the same numbers; a padded batch that says which tokens count."""
 
-    def logps_of(batch):
+    def logps_of(batch, agreements=False):
         counted = batch["response_mask"][..., 1:]
-        return (torch.stack(policy.chunk(2), 1) * counted).sum(-1).double(), counted.sum(-1)
+        sums = (torch.stack(policy.chunk(2), 1) * counted).sum(-1).double()
+        return (sums, counted.sum(-1), sums / 2) if agreements else (sums, counted.sum(-1))
 
     sums = reference
     ld_alpha = vars(settings).get("ld_alpha")
@@ -133,8 +134,7 @@ DPO_TRAINER = {
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
     ),
     "dpo ld": ({"ld_alpha": 0.4}, "sigmoid", {"ld_alpha": 0.4}),
-    # Theirs also divides by the sum of squared probabilities over the vocabulary, here 1.
-    "dpo wpo": ({"wpo": True}, "sigmoid", {"use_weighting": True}),
+    "dpo wpo": ({"wpo": "sampled"}, "sigmoid", {"use_weighting": True}),
 }  # fmt: skip
 
 

@@ -21,6 +21,13 @@ from trainers.objectives import build_objective
 from trainers.objectives.pairs import PreferenceObjective
 
 
+def log_agreements(model, ids: list[int], prompt_length: int) -> list[float]:
+    """log sum_v p(v)^2 at each token of a response: how probable two samples of it are one."""
+    with torch.no_grad():
+        probabilities = torch.softmax(model(torch.tensor([ids]), use_cache=False).logits[0].double(), dim=-1)
+    return [math.log(sum(p * p for p in probabilities[t - 1].tolist())) for t in range(prompt_length, len(ids))]
+
+
 def token_logps(model, ids: list[int], prompt_length: int) -> list[float]:
     with torch.no_grad():
         logps = torch.log_softmax(model(torch.tensor([ids]), use_cache=False).logits[0].double(), dim=-1)
@@ -39,7 +46,9 @@ def test_tokens_beyond_the_shorter_response_count_less(tmp_path, packing, ld_alp
     (batch,) = BatchLoader(store, cutter, batch_size=9).batches()
     different = 0
     for microbatch in batch.microbatches:
-        weighed, plain, num_tokens = response_logps(partial(sequence_logps, model), microbatch, ld_alpha)
+        weighed, plain, num_tokens, agreements = response_logps(
+            partial(sequence_logps, model), microbatch, ld_alpha, agreements=True
+        )
         for b, row in enumerate(microbatch["row"].tolist()):
             prompt, *responses = (segment.tolist() for segment in store.row(row))
             shorter = min(map(len, responses))
@@ -51,6 +60,9 @@ def test_tokens_beyond_the_shorter_response_count_less(tmp_path, packing, ld_alp
                 assert weighed[b, side].item() == pytest.approx(expected, abs=1e-5)
                 assert plain[b, side].item() == pytest.approx(sum(tokens), abs=1e-5)
                 assert num_tokens[b, side].item() == len(response)
+                assert agreements[b, side].item() == pytest.approx(
+                    sum(log_agreements(plain_model, prompt + response, len(prompt))), abs=1e-5
+                )
     assert different >= 4
 
 
@@ -61,13 +73,31 @@ def output_of(settings, batch=None):
 
 
 def test_wpo_weighs_the_preference_and_not_the_likelihood():
-    plain, weighted = output_of(DPOSettings(nll_weight=0.4)), output_of(DPOSettings(nll_weight=0.4, wpo=True))
+    plain, weighted = output_of(DPOSettings(nll_weight=0.4)), output_of(DPOSettings(nll_weight=0.4, wpo="plain"))
     expected = 0.0
     for i in range(PAIRS):
         logps = [weighted.metrics[f"logps_{{split}}/{side}"][i].item() for side in ("chosen", "rejected")]
         weight = math.exp(logps[0] / CHOSEN[i]) * math.exp(logps[1] / REJECTED[i])
         expected += weight * plain.metrics["preference_loss_{split}"][i].item() + 0.4 * -logps[0] / CHOSEN[i]
     assert weighted.loss_sum.item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_wpo_by_samples_weighs_by_the_probability_over_that_of_a_sample():
+    """Zhou et al. 2024, section 3.2: w = exp(1/|y| sum over t of log(pi(y_t) / sum_v pi(v)^2)), for both responses."""
+    batch, model = pair_batch(), tiny_model(dtype=torch.float64)
+    plain, weighted = output_of(DPOSettings()), output_of(DPOSettings(wpo="sampled"))
+    expected = 0.0
+    for i in range(PAIRS):
+        weight = 1.0
+        for side in (0, 1):
+            mask = batch["attention_mask"][i, side]
+            ids, prompt = batch["input_ids"][i, side][mask].tolist(), PROMPT[i]
+            logps, agreements = token_logps(model, ids, prompt), log_agreements(model, ids, prompt)
+            assert len(logps) == (CHOSEN, REJECTED)[side][i]
+            weight *= math.exp(sum(p - a for p, a in zip(logps, agreements, strict=True)) / len(logps))
+        expected += weight * plain.metrics["preference_loss_{split}"][i].item()
+    assert weighted.loss_sum.item() == pytest.approx(expected, rel=1e-10)
+    assert weighted.loss_sum.item() != pytest.approx(output_of(DPOSettings(wpo="plain")).loss_sum.item(), rel=1e-2)
 
 
 def test_a_mixture_is_the_weighted_sum_of_its_parts():

@@ -120,14 +120,17 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def checkpoint_bytes(trainer: Trainer) -> tuple[int, int]:
-    """Count the bytes of the weights (twice with `checkpoint.policy_pt`) and of the optimizer's state, after a step.
+    """Count the bytes of all weights (`model/` twice with `checkpoint.policy_pt`) and of the optimizer's state.
 
-    The tensors of all processes; tokenizer, random states and headers are some 100 kB beside them.
+    After a step: the tensors of all processes; tokenizer, random states and headers are some 100 kB beside them.
     """
     weights = {id(tensor): tensor for tensor in trainer.policy.state_dict(keep_vars=True).values()}  # tied ones once
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
     copies = 1 + trainer.settings.checkpoint.policy_pt
-    return copies * _bytes(weights.values()), _bytes(value for value in states if isinstance(value, Tensor))
+    others = [tensor for tensors in trainer.shards().values() for tensor in tensors.values()]
+    return copies * _bytes(weights.values()) + _bytes(others), _bytes(
+        value for value in states if isinstance(value, Tensor)
+    )
 
 
 def _bytes(tensors: Any) -> int:

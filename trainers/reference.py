@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -26,14 +25,17 @@ import xxhash
 from torch import Tensor
 
 from config.errors import UserError
-from trainers.data.batching import BatchLoader
+from config.settings import TrainConfig
+from trainers.data.batching import BatchLoader, GlobalBatch
 from trainers.data.cache import build_once, is_whole
 from trainers.data.cutters import Cutter
 from trainers.data.token_store import TokenStore, sequence_lengths
-from trainers.distributed.layout import Layout, gather_objects
+from trainers.distributed.following import FollowingWeights
+from trainers.distributed.layout import Layout, gather_objects, share_from_main
 from trainers.distributed.sharding import forward_function, reshard
-from trainers.kernels.logps import sequence_logps
-from trainers.losses.lengths import response_logps
+from trainers.kernels.logps import autocast_dtype, sequence_logps
+from trainers.losses.lengths import ld_alpha_of, response_logps
+from trainers.run.saved import RunProgress
 
 CODE_VERSION = 2  # raise it with any change of logps.py that moves a result by more than rounding
 LOGPS = "logps.f64"
@@ -86,18 +88,13 @@ def reference_logps(
     kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast}{weighed}"
     directory = cache_dir / "reference"
     key = _cache_key(f"{weights} {store.select(rows).content} {kind}", layout.device)
-    by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]
-    loader = BatchLoader(store.select(by_length), cutter, batch_size=256, device=layout.device)
-
-    def compute() -> np.ndarray:
-        result = np.full(shape, np.nan)
-        for places, logps in _logps_of_rows(model, loader, layout, autocast, ld_alpha):
-            result[by_length[places].numpy()] = logps.view(-1, shape[1]).numpy()
-        return result
+    compute = partial(
+        computed_logps, model, store, rows, layout=layout, cutter=cutter, autocast=autocast, ld_alpha=ld_alpha
+    )
 
     def build(folder: Path) -> None:
         layout.on_main(lambda: "compute")
-        compute().tofile(folder / LOGPS)
+        compute().numpy().tofile(folder / LOGPS)
 
     # Rank 0 alone looks for the entry and holds its lock. The others compute when it says so, until it is through.
     if layout.is_main:
@@ -112,6 +109,25 @@ def reference_logps(
     file = _on_every_file_system(directory, key, math.prod(shape), layout) / LOGPS
     # A private map: its pages are shared with the other processes that read the file.
     return torch.from_file(str(file), shared=False, size=math.prod(shape), dtype=torch.float64).view(shape)
+
+
+def computed_logps(
+    model: Any,
+    store: TokenStore,
+    rows: Tensor,
+    *,
+    layout: Layout,
+    cutter: Cutter,
+    autocast: torch.dtype | None,
+    ld_alpha: float | None,
+) -> Tensor:
+    """Compute what `reference_logps` keeps, in memory; nothing but NaN except in rank 0."""
+    by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]
+    loader = BatchLoader(store.select(by_length), cutter, batch_size=256, device=layout.device)
+    result = torch.full((len(store), store.num_segments - 1), math.nan, dtype=torch.float64)
+    for places, logps in _logps_of_rows(model, loader, layout, autocast, ld_alpha):
+        result[by_length[places]] = logps.view(-1, result.shape[1])
+    return result
 
 
 def _cache_key(identity: str, device: torch.device) -> str:
@@ -187,4 +203,75 @@ def attach_reference(
             cutter=loader.cutter.forward_only(layout.device), autocast=autocast, compute_dtype=compute_dtype,
             ld_alpha=ld_alpha,
         )  # fmt: skip
+        loader.columns["reference_logps"] = logps
+
+
+class MovingReference:
+    """The reference of a run, which the policy renews every `reference.refresh_examples` (Gorbatovski et al. 2024).
+
+    At a renewal the weights of the reference become
+
+        alpha x (the policy's) + (1 - alpha) x (the reference's before)        (TR-DPO, section 3)
+
+    and their log-probabilities of the rows up to the next one are computed, in one pass without gradients over as many
+    rows as are trained on until then. It happens just before the step that needs it, so that an evaluation or a
+    checkpoint at that moment still has the reference before. A run that goes on computes the same rows with the same
+    weights again: the same numbers. Without renewals this does nothing, and the columns of `attach_reference` stay.
+
+    Attributes:
+        progress: Of the run; its `refreshed_at` is kept here.
+    """
+
+    def __init__(self, policy: Any, settings: TrainConfig, layout: Layout) -> None:
+        """Begin with the policy's initial weights."""
+        self._policy, self._layout = policy, layout
+        self._every, self._alpha = settings.reference.refresh_examples, settings.reference.refresh_alpha
+        self._weights = None if self._every is None else FollowingWeights(policy, self._alpha)
+        self._autocast, self._ld_alpha = autocast_dtype(settings.model.autocast), ld_alpha_of(settings.loss)
+        self._evaluated_at = 0  # when the reference was renewed whose log-probabilities the evaluation loader has
+        self.progress = RunProgress()
+
+    def shards(self) -> dict[str, dict[str, Tensor]]:
+        """Return its weights, as a checkpoint keeps them."""
+        return {} if self._weights is None else {"reference": self._weights.values}
+
+    def is_policy(self, examples: int) -> bool:
+        """Tell whether, so many examples into the run, policy and reference have the same weights."""
+        return examples == self.progress.refreshed_at and (examples == 0 or self._alpha == 1)
+
+    def batches(self, loader: BatchLoader) -> Iterator[GlobalBatch]:
+        """Yield the batches that the run has not seen yet, each with the reference of its time."""
+        progress = self.progress
+        if self._weights is None or self._every is None:
+            yield from loader.batches(progress.examples)
+            return
+        while progress.examples < loader.total_examples:
+            if progress.examples - progress.refreshed_at >= self._every:
+                self._weights.update()
+                progress.refreshed_at = progress.examples
+                progress.objective.clear()  # means of rewards against the reference before
+            if progress.refreshed_at:
+                stop = progress.refreshed_at + self._every
+                rows = loader.rows_of_batches(progress.refreshed_at, stop)
+                self._compute(loader, torch.cat([rows, loader.filler()["row"]]).unique())
+            for batch in loader.batches(progress.examples):  # made ahead: with the next reference, begun anew
+                yield batch
+                if progress.examples - progress.refreshed_at >= self._every:
+                    break
+
+    def prepare_evaluation(self, loader: BatchLoader | None) -> None:
+        """Give a loader, if there is one, the log-probabilities of the present reference."""
+        if loader is not None and self._evaluated_at != self.progress.refreshed_at:
+            self._compute(loader, loader.rows_visited())
+            self._evaluated_at = self.progress.refreshed_at
+
+    def _compute(self, loader: BatchLoader, rows: Tensor) -> None:
+        assert self._weights is not None
+        with self._weights.in_place():
+            logps = computed_logps(
+                self._policy, loader.store, rows, layout=self._layout, cutter=loader.cutter.forward_only(
+                    self._layout.device
+                ), autocast=self._autocast, ld_alpha=self._ld_alpha,
+            )  # fmt: skip
+        share_from_main(logps)
         loader.columns["reference_logps"] = logps

@@ -17,6 +17,7 @@ from config.errors import UserError
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader, GlobalBatch, passes_multiple
 from trainers.data.packing import longest_sequence
+from trainers.distributed.following import WeightAverage
 from trainers.distributed.layout import Layout, gather_objects, sum_over_processes
 from trainers.distributed.preemption import Preempted
 from trainers.distributed.sharding import (
@@ -28,8 +29,16 @@ from trainers.distributed.sharding import (
     weights_are_finite,
 )
 from trainers.kernels.logps import autocast_dtype, sequence_logps
-from trainers.objectives.output import TOLERANCE_PER_TOKEN, LossOutput, NotFiniteError, Objective, add_metrics
+from trainers.objectives.output import (
+    LossOutput,
+    NotFiniteError,
+    Objective,
+    add_metrics,
+    coarsest_dtype,
+    not_finite_step,
+)
 from trainers.optimizers import build_optimizer, learning_rate, tables_of
+from trainers.reference import MovingReference
 from trainers.run.checkpoint import CheckpointWriter
 from trainers.run.early_stop import is_over, refusal_rates
 from trainers.run.metrics import MetricSums
@@ -37,7 +46,7 @@ from trainers.run.metrics_log import MetricsLog
 from trainers.run.progress_line import ProgressLine
 from trainers.run.resume import load_checkpoint
 from trainers.run.run_dir import RunDir
-from trainers.run.saved import RunProgress
+from trainers.run.saved import RunProgress, require_measured
 from trainers.run.speed import Speed
 
 Sampler = Callable[[PreTrainedModel], list[dict[str, Any]]]  # -> rows for `samples.jsonl`
@@ -78,15 +87,20 @@ class Trainer:
         self.logps_of = forward_function(self.policy, sequence_logps, autocast=autocast, add_to_grad=True)
         self.checkpoints = CheckpointWriter(self.run, settings.checkpoint, layout, self.tokenizer)
         self.optimizer = build_optimizer(self.policy.parameters(), settings, tables_of(self.policy))
+        self.ema = WeightAverage(self.policy, settings.ema)
+        self.reference = MovingReference(self.policy, settings, layout)
         self.train_metrics = MetricSums()
         self.last_log = time.monotonic()
         self.progress = self._restore(dict(self.identity or {}))
         self.objective.state = self.progress.objective
+        self.reference.progress = self.progress
         self.saved = (self.progress.examples, self.progress.evaluated_at)  # what the newest checkpoint has seen
         self.speed = Speed(self.policy, layout)
 
     def _restore(self, identity: dict[str, str]) -> RunProgress:
-        found = load_checkpoint(self.run, policy=self.policy, optimizer=self.optimizer, layout=self.layout)
+        found = load_checkpoint(
+            self.run, policy=self.policy, optimizer=self.optimizer, layout=self.layout, shards=self.shards()
+        )
         if found is None:
             return RunProgress(identity=identity)
         progress, unlogged = found
@@ -131,7 +145,7 @@ class Trainer:
         if self._evaluation_is_due():
             self._evaluate_and_log(log)
             self.save(log)
-        batches = self.train_loader.batches(progress.examples)
+        batches = self.reference.batches(self.train_loader)
         asked_at, before = time.monotonic(), progress.examples
         while not is_over(progress, settings.early_stop) and (batch := next(batches, None)):
             agreed = self.train_step(batch, time.monotonic() - asked_at)
@@ -176,6 +190,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self.ema.update()
             add_metrics(self.train_metrics, "train", outputs, loss_sum, agreed.own_units)
             self.train_metrics.add("grad_norm", grad_norm, 1.0)
             self.train_metrics.add("learning_rate", lr, 1.0)
@@ -210,20 +225,12 @@ class Trainer:
             reduce = self.settings.trainer.reduce_every_microbatch or number == len(batch.passes)
             reduce_gradients_in_backward(self.policy, reduce)
             output = self.objective(self.logps_of, microbatch.to(self.layout.device, non_blocking=True))
-            if batch.start_examples == 0 and counts:
-                self.objective.check_first_batch(output, longest_sequence(microbatch), self._coarser_dtype())
+            if counts and self.reference.is_policy(batch.start_examples):
+                dtype = coarsest_dtype(self.policy.dtype, self.settings, self.layout)
+                self.objective.check_first_batch(output, longest_sequence(microbatch), dtype)
             (output.loss_sum * float(counts) / num_units).backward()
             outputs.append(output.detached(counts=counts))
         return outputs, torch.stack([output.loss_sum for output in outputs]).sum()
-
-    def _coarser_dtype(self) -> torch.dtype:
-        """Return the dtype that rounds most, of what policy and reference are kept in and computed in."""
-        model = self.settings.model
-        compute_dtype = model.fsdp_policy_mp if self.layout.mesh is not None else None
-        in_tf32 = "float16" if self.settings.tf32 and self.layout.device.type == "cuda" else None  # as many bits
-        names = {f"torch.{name}" for name in (model.reference_dtype, compute_dtype, model.autocast, in_tf32)}
-        dtypes = [self.policy.dtype, *(dtype for dtype in TOLERANCE_PER_TOKEN if str(dtype) in names)]
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _not_finite(
         self, batch: GlobalBatch, outputs: list[LossOutput], loss: float, grad_norm: float
@@ -234,15 +241,8 @@ class Trainer:
         for microbatch, output in zip(batch.microbatches, outputs, strict=False):  # fillers have outputs, too
             own += microbatch["row"][~output.is_finite().cpu()].tolist()
         rows = [row for part in gather_objects(own) for row in part]
-        culprits = rows or batch.rows.tolist()
-        shown = ", ".join(f"{self.train_loader.store.ids(row)} (row {row})" for row in culprits[:8])
-        more = f" and {len(culprits) - 8} more" if len(culprits) > 8 else ""
-        return NotFiniteError(
-            f"the step after {self.progress.examples} examples is not finite: loss {loss:.3g}, gradient "
-            f"norm {grad_norm:.3g}; {'examples' if rows else 'one or more of the examples'} {shown}{more}. It "
-            "was not taken. Lower lr or max_grad_norm (with another exp_name), use model.policy_dtype=float32, or go "
-            "on without such steps: the same command with on_non_finite=skip."
-        )
+        named = [f"{self.train_loader.store.ids(row)} (row {row})" for row in rows or batch.rows.tolist()]
+        return not_finite_step(named, len(rows) > 0, self.progress.examples, loss, grad_norm)
 
     def _log_training(self, log: MetricsLog) -> str | None:
         """Write the means since the last row; return those that the progress line shows, None where there are none."""
@@ -269,7 +269,8 @@ class Trainer:
         means: dict[str, float] = {}
         samples: list[dict[str, Any]] = []
         self.policy.eval()
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        self.reference.prepare_evaluation(self.eval_loader)
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), self.ema.evaluated():
             if self.eval_loader is not None:
                 means = self._evaluation_means(self.eval_loader)
             if self.settings.sample_during_eval and self.sampler is not None:
@@ -277,12 +278,7 @@ class Trainer:
                     samples = self.sampler(self.policy)
                 means |= refusal_rates(samples)
         reshard(self.policy)
-        best_by = self.settings.checkpoint.keep_best
-        if best_by is not None and best_by not in means:
-            raise UserError(
-                f"checkpoint.keep_best={best_by}: an evaluation of this run does not measure it; choose one of "
-                f"{', '.join(sorted(means)) or 'none: nothing is held out'}."
-            )
+        require_measured(self.settings.checkpoint.keep_best, means)
         return means, samples
 
     def _evaluation_means(self, loader: BatchLoader) -> dict[str, float]:
@@ -320,9 +316,14 @@ class Trainer:
             )
         self.progress.log = log.state()
         self.checkpoints.save(
-            policy=self.policy, optimizer=self.optimizer, progress=self.progress, unlogged=self.train_metrics.state()
-        )
+            policy=self.policy, optimizer=self.optimizer, progress=self.progress, unlogged=self.train_metrics.state(),
+            shards=self.shards(), published=self.ema.saved,
+        )  # fmt: skip
         self.saved = moment
+
+    def shards(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of the run's state beside weights and optimizer, by what they are and by parameter."""
+        return self.ema.shards() | self.reference.shards()
 
     def _save_and_wait(self, log: MetricsLog) -> None:
         self.save(log)

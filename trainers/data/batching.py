@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import torch
 from tensordict import TensorDict
@@ -107,6 +108,11 @@ class BatchLoader:
     def rows_visited(self) -> Tensor:
         """Return the row numbers that the run visits at least once, ascending, int64."""
         return self._order(0)[: self.total_examples].sort().values
+
+    def rows_of_batches(self, start: int, stop: int) -> Tensor:
+        """Return the row numbers of the batches that begin in start..stop - 1 examples, ascending, each once, int64."""
+        rows = [rows for _, rows in takewhile(lambda batch: batch[0] < stop, self._plan(start))]
+        return torch.cat(rows).unique() if rows else torch.empty(0, dtype=torch.int64)
 
     def batches(self, start_examples: int = 0) -> Iterator[GlobalBatch]:
         """Yield the batches of the run from a position on, each made in a thread while the one before it is in use.

@@ -88,9 +88,9 @@ def forward_function(model: Any, function: Callable[..., tuple[Tensor, ...]], **
     module: Any = model  # an FSDPModule is always an nn.Module, which its type does not say
     name = function.__name__
 
-    def fresh(module: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def fresh(module: Any, *arguments: Any, **more: Any) -> tuple[Tensor, ...]:
         # FSDP puts its hooks on the outputs, and warns of views, on which they could be lost.
-        return tuple(value.clone() for value in function(module, *arguments, **options))
+        return tuple(value.clone() for value in function(module, *arguments, **options, **more))
 
     setattr(module, name, MethodType(fresh, module))
     register_fsdp_forward_method(module, name)

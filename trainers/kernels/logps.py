@@ -10,7 +10,7 @@ Letters: B = rows, S = segments of a row, T = positions, D = width, V = vocabula
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +49,9 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
 
 
 def sequence_logps(
-    model: Any, batch: Mapping[str, Any], autocast: torch.dtype | None = None, *, add_to_grad: bool = False
-) -> tuple[Tensor, Tensor]:
+    model: Any, batch: Mapping[str, Any], autocast: torch.dtype | None = None, *, add_to_grad: bool = False,
+    agreements: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Sum log p(token | all before it) over the target tokens of each sequence.
 
     Args:
@@ -64,40 +65,52 @@ def sequence_logps(
             that no weight that was cast before an optimizer step is used after it.
         add_to_grad: the backward pass, which must be `backward()`, adds the gradients of both embeddings to `.grad` by
             itself where the batch is packed; see `trainers.kernels.shortcuts`.
+        agreements: also sum log(sum over the vocabulary of p^2): how probable two samples of a token are one.
 
     Returns:
         log-probabilities and numbers of target tokens: float64 in nats, and int64. Packed: (B,) for one response a
-        row, (B, 2) for two. Padded: of the leading dimensions (...).
+        row, (B, 2) for two. Padded: of the leading dimensions (...). If asked for, agreements like log-probabilities.
     """
     with torch.autocast(batch["input_ids"].device.type, dtype=autocast, enabled=autocast is not None):
-        return _packed_logps(model, batch, add_to_grad) if is_packed(batch) else _padded_logps(model, batch)
+        run = partial(_packed_logps, add_to_grad=add_to_grad) if is_packed(batch) else _padded_logps
+        return run(model, batch, agreements)
 
 
-def _packed_logps(model: Any, batch: Mapping[str, Any], add_to_grad: bool) -> tuple[Tensor, Tensor]:
+def _packed_logps(model: Any, batch: Mapping[str, Any], agreements: bool, add_to_grad: bool) -> tuple[Tensor, ...]:
     embedded_TD = embed(model.get_input_embeddings(), batch["input_ids"]) if add_to_grad else None
     states_TD = packed_states(model, batch, embedded_TD)
     # index_select: its backward pass adds up rows without sorting their numbers, as that of states[sources] does.
     states_RD = states_TD.index_select(0, batch["sources"])
-    logps_R = token_logps(model.get_output_embeddings(), states_RD, batch["targets"], add_to_grad=add_to_grad)
+    head = model.get_output_embeddings()
+    logps_R = token_logps(head, states_RD, batch["targets"], add_to_grad=add_to_grad)
     num_targets = batch["num_targets"]
-    # Summed segment by segment: the same result each time, unlike index_add on a GPU.
-    sums = torch.segment_reduce(logps_R.double(), "sum", lengths=num_targets.flatten(), unsafe=True, initial=0.0)
     leading = num_targets.shape if num_targets.shape[1] > 1 else num_targets.shape[:1]
-    return sums.view(leading), num_targets.view(leading)
+
+    def summed(values_R: Tensor) -> Tensor:
+        # Summed segment by segment: the same result each time, unlike index_add on a GPU.
+        sums = torch.segment_reduce(values_R.double(), "sum", lengths=num_targets.flatten(), unsafe=True, initial=0.0)
+        return sums.view(leading)
+
+    more = (summed(_log_agreements(head, states_RD)),) if agreements else ()
+    return summed(logps_R), num_targets.view(leading), *more
 
 
-def _padded_logps(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _padded_logps(model: Any, batch: Mapping[str, Any], agreements: bool) -> tuple[Tensor, ...]:
     names = ("input_ids", "attention_mask", "response_mask")
     leading = batch["input_ids"].shape[:-1]
     input_ids, attention_mask, targets = (batch[name].flatten(0, -2) for name in names)
     # The state at t predicts token t + 1: the last position predicts nothing and is not run.
     states_BTD = hidden_states(model, input_ids[:, :-1], attention_mask[:, :-1])
     targets = targets[:, 1:]
-    logps_R = token_logps(model.get_output_embeddings(), states_BTD[targets], input_ids[:, 1:][targets])
-    # Placed back into rows and summed along them: the same result each time, unlike index_add on a GPU.
-    logps_BT = torch.zeros(targets.shape, dtype=torch.float64, device=logps_R.device)
-    logps_BT = logps_BT.masked_scatter(targets, logps_R.double())
-    return logps_BT.sum(-1).view(leading), targets.sum(-1).view(leading)
+    states_RD, head = states_BTD[targets], model.get_output_embeddings()
+
+    def summed(values_R: Tensor) -> Tensor:
+        # Placed back into rows and summed along them: the same result each time, unlike index_add on a GPU.
+        values_BT = values_R.new_zeros(targets.shape, dtype=torch.float64)
+        return values_BT.masked_scatter(targets, values_R.double()).sum(-1).view(leading)
+
+    more = (summed(_log_agreements(head, states_RD)),) if agreements else ()
+    return summed(token_logps(head, states_RD, input_ids[:, 1:][targets])), targets.sum(-1).view(leading), *more
 
 
 def token_logps(head: Any, states_RD: Tensor, targets_R: Tensor, *, add_to_grad: bool = False) -> Tensor:
@@ -111,6 +124,19 @@ def token_logps(head: Any, states_RD: Tensor, targets_R: Tensor, *, add_to_grad:
         states_RD, weight = (x.to(torch.get_autocast_dtype(device)) for x in (states_RD, weight))
     with torch.autocast(device, enabled=False):
         return _TokenLogps.apply(states_RD, weight, bias, targets_R, torch.is_grad_enabled(), add_to_grad)
+
+
+@torch.no_grad()
+def _log_agreements(head: Any, states_RD: Tensor) -> Tensor:
+    """Return log(sum over the vocabulary of softmax(head(states))^2) of each row, (R,): another product with it."""
+    measure = _compiled(_log_agreement) if states_RD.is_cuda else _log_agreement
+    parts = [states for states, _ in _parts(states_RD, states_RD, head.weight)]
+    return torch.cat([measure(F.linear(states, head.weight, head.bias)) for states in parts])
+
+
+def _log_agreement(logits_RV: Tensor) -> Tensor:
+    logits = _wide(logits_RV, None)
+    return (2 * logits).logsumexp(1) - 2 * logits.logsumexp(1)
 
 
 class Softmax(NamedTuple):

@@ -14,8 +14,12 @@ from trainers.data.packing import is_packed
 from trainers.losses.responses import LogpsOf
 
 
-def response_logps(logps_of: LogpsOf, batch: TensorDict, ld_alpha: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def response_logps(
+    logps_of: LogpsOf, batch: TensorDict, ld_alpha: float | None, agreements: bool = False
+) -> tuple[Tensor, ...]:
     """Return log-probabilities as a loss weighs them, plain ones, and numbers of target tokens: each (B, 2).
+
+    And, if they are asked for, the agreements of `sequence_logps`, every token counted.
 
     With l = the length of the shorter response of a pair, the first are
 
@@ -25,24 +29,28 @@ def response_logps(logps_of: LogpsOf, batch: TensorDict, ld_alpha: float | None)
         logps_of: Of the model.
         batch: A micro-batch of rows with two responses.
         ld_alpha: None: both are the plain sums, and nothing more is computed.
+        agreements: Whether they are asked for.
     """
+    asked = {"agreements": True} if agreements else {}
     if ld_alpha is None:
-        logps, num_tokens = logps_of(batch)
-        return logps, logps, num_tokens
+        logps, *rest = logps_of(batch, **asked)
+        return logps, logps, *rest
     if is_packed(batch):
         # A sum is made for each number in `num_targets`: here each response is two of them.
         num_tokens = batch["num_targets"]
         public = num_tokens.amin(-1, keepdim=True).expand_as(num_tokens)
         parts = torch.stack([public, num_tokens - public], dim=-1)
-        sums = logps_of(batch.copy().set("num_targets", parts.flatten(1)))[0].view_as(parts)
-        return sums[..., 0] + ld_alpha * sums[..., 1], sums.sum(-1), num_tokens
+        logps, _, *more = logps_of(batch.copy().set("num_targets", parts.flatten(1)), **asked)
+        sums = logps.view_as(parts)
+        whole = (values.view_as(parts).sum(-1) for values in more)
+        return sums[..., 0] + ld_alpha * sums[..., 1], sums.sum(-1), num_tokens, *whole
     # Padded rows are run twice: packed ones are the fast path.
-    logps, num_tokens = logps_of(batch)
+    logps, num_tokens, *more = logps_of(batch, **asked)
     counted = batch["response_mask"].clone()
     counted[..., 0] = False  # has nothing before it and is no target
     public = num_tokens.amin(-1)[:, None, None]
-    shared, _ = logps_of(batch.copy().set("response_mask", counted & (counted.cumsum(-1) <= public)))
-    return shared + ld_alpha * (logps - shared), logps, num_tokens
+    shared, *_ = logps_of(batch.copy().set("response_mask", counted & (counted.cumsum(-1) <= public)))
+    return shared + ld_alpha * (logps - shared), logps, num_tokens, *more
 
 
 def ld_alpha_of(settings: LossSettings) -> float | None:

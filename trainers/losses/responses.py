@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
-# A micro-batch -> log-probabilities and numbers of target tokens of its sequences, as `sequence_logps` under a model.
-LogpsOf = Callable[[TensorDict], tuple[Tensor, Tensor]]
+# A micro-batch -> log-probabilities and numbers of target tokens of its sequences, as `sequence_logps` under a model;
+# with `agreements=True` those, too.
+LogpsOf = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,17 @@ def nats_per_token(logps: Tensor, num_tokens: Tensor) -> Tensor:
     return -logps / num_tokens.clamp(min=1)
 
 
-def pair_weights(policy: Tensor, num_tokens: Tensor) -> Tensor:
-    """Return how probable the policy finds both responses of each pair: (B,) in 0..1, without gradient.
+def pair_weights(policy: Tensor, num_tokens: Tensor, agreements: Tensor | float = 0.0) -> Tensor:
+    """Return how probable the policy finds both responses of each pair: (B,), without gradient; in 0..1 if not aligned.
 
-    w(x, y_w) w(x, y_l) with w(x, y) = exp(mean over tokens of log pi) (Zhou et al. 2024, WPO, equation 2), without the
-    alignment of its section 3.2, which divides by sums over the vocabulary.
+    w(x, y_w) w(x, y_l) with w(x, y) = exp(mean over tokens of log pi) (Zhou et al. 2024, WPO, equation 2). The sampled
+    alignment of its section 3.2 divides the probability of each token by the one that a sample has on average:
+
+        w(x, y) = exp(mean over tokens t of log(pi(y_t|...) / sum over v of pi(v|...)^2))
 
     Args:
         policy: (B, 2) sums of log-probabilities.
         num_tokens: (B, 2).
+        agreements: (B, 2) sums of the logarithms of these denominators; 0: no alignment.
     """
-    return (-nats_per_token(policy.detach(), num_tokens)).sum(-1).exp()
+    return (-nats_per_token((policy - agreements).detach(), num_tokens)).sum(-1).exp()

@@ -18,6 +18,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from config.errors import UserError
+from config.settings import TrainConfig
+from trainers.distributed.layout import Layout
 from trainers.losses.responses import LogpsOf
 from trainers.run.metrics import MetricSums
 
@@ -27,6 +29,17 @@ TOLERANCE_PER_TOKEN = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 
 
 class NotFiniteError(UserError):
     """A step whose loss or gradient is not finite, where the run is to stop before it."""
+
+
+def not_finite_step(named: list[str], are_known: bool, examples: int, loss: float, grad_norm: float) -> NotFiniteError:
+    """Make the error that names the examples of such a step: those whose own losses show it, if there are any."""
+    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+    return NotFiniteError(
+        f"the step after {examples} examples is not finite: loss {loss:.3g}, gradient norm {grad_norm:.3g}; "
+        f"{'examples' if are_known else 'one or more of the examples'} {', '.join(named[:8])}{more}. It was not taken. "
+        "Lower lr or max_grad_norm (with another exp_name), use model.policy_dtype=float32, or go on without such "
+        "steps: the same command with on_non_finite=skip."
+    )
 
 
 @dataclass
@@ -80,6 +93,16 @@ class Objective(Protocol):
 def reward_tolerance(beta: float, num_tokens: int, dtype: torch.dtype) -> float:
     """Return how far a reward (beta x a log-ratio over so many tokens) may be from 0 by rounding."""
     return max(1e-5 if dtype == torch.float32 else 0.0, beta * TOLERANCE_PER_TOKEN[dtype] * num_tokens)
+
+
+def coarsest_dtype(policy_dtype: torch.dtype, settings: TrainConfig, layout: Layout) -> torch.dtype:
+    """Return the dtype that rounds most, of what policy and reference are kept in and computed in."""
+    model = settings.model
+    compute_dtype = model.fsdp_policy_mp if layout.mesh is not None else None
+    in_tf32 = "float16" if settings.tf32 and layout.device.type == "cuda" else None  # as many bits
+    names = {f"torch.{name}" for name in (model.reference_dtype, compute_dtype, model.autocast, in_tf32)}
+    dtypes = [policy_dtype, *(dtype for dtype in TOLERANCE_PER_TOKEN if str(dtype) in names)]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def refuse_start(

@@ -17,6 +17,11 @@ from trainers.objectives.output import LossOutput, refuse_start, reward_toleranc
 from trainers.objectives.passes import ForwardPasses, Responses
 
 
+def wpo_of(part: PairLossSettings) -> str:
+    """Return by what a loss weighs its pairs."""
+    return part.wpo if isinstance(part, PreferenceLossSettings) else "none"
+
+
 class PreferenceObjective:
     """The sum over the parts of a loss (one, but for `mixture`) of
 
@@ -32,7 +37,11 @@ class PreferenceObjective:
         self.needs_reference = settings.needs_reference
         # Rewards are shown on the scale of the first part that has a reference, if one has.
         self.scale = max((part for _, part in self.parts), key=lambda part: part.needs_reference)
-        self.passes = ForwardPasses(needs_reference=self.needs_reference, ld_alpha=ld_alpha_of(settings))
+        self.passes = ForwardPasses(
+            needs_reference=self.needs_reference,
+            ld_alpha=ld_alpha_of(settings),
+            agreements=any(wpo_of(part) == "sampled" for _, part in self.parts),
+        )
         self._whole: Responses | None = None
 
     def begin_batch(self, logps_of: LogpsOf, passes: Sequence[tuple[TensorDict, bool]], device: torch.device) -> None:
@@ -55,8 +64,9 @@ class PreferenceObjective:
         for weight, part in self.parts:
             losses = self._losses(part, own)
             preference = preference + weight * losses.detach()
-            if isinstance(part, PreferenceLossSettings) and part.wpo:
-                losses = pair_weights(own.plain, own.num_tokens) * losses
+            if wpo_of(part) != "none":
+                agreements = own.agreements if wpo_of(part) == "sampled" else 0.0
+                losses = pair_weights(own.plain, own.num_tokens, agreements) * losses
             total = total + weight * (losses + part.nll_weight * nll if part.nll_weight else losses)
         chosen, rejected = (self.scale.beta * ratio.detach() for ratio in self._pairs(self.scale, own).ratios)
         metrics = {

@@ -29,6 +29,7 @@ class Responses(NamedTuple):
     reference: Tensor  # (B, C) likewise; zeros where no reference is read
     plain: Tensor  # (B, C) of the policy, every token counted
     num_tokens: Tensor  # (B, C) int64
+    agreements: Tensor  # (B, C) of `sequence_logps`; zeros where none are read
 
     def detached(self) -> Responses:
         """Drop the graph."""
@@ -47,8 +48,8 @@ class Responses(NamedTuple):
 class ForwardPasses:
     """From micro-batches to `Responses`."""
 
-    def __init__(self, *, needs_reference: bool, ld_alpha: float | None = None) -> None:
-        self._needs_reference, self._ld_alpha = needs_reference, ld_alpha
+    def __init__(self, *, needs_reference: bool, ld_alpha: float | None = None, agreements: bool = False) -> None:
+        self._needs_reference, self._ld_alpha, self._agreements = needs_reference, ld_alpha, agreements
         self._ready: list[Responses] = []
 
     def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> Responses:
@@ -56,12 +57,13 @@ class ForwardPasses:
         return self._ready.pop() if self._ready else self._run(logps_of, batch)
 
     def _run(self, logps_of: LogpsOf, batch: TensorDict) -> Responses:
-        ran = response_logps(logps_of, batch, self._ld_alpha)
-        policy, plain, num_tokens = (values.view(len(batch["row"]), -1) for values in ran)
+        ran = response_logps(logps_of, batch, self._ld_alpha, self._agreements)
+        policy, plain, num_tokens, *more = (values.view(len(batch["row"]), -1) for values in ran)
         reference = torch.zeros_like(policy)
         if self._needs_reference:
             reference = batch["reference_logps"].to(policy)
-        return Responses(batch["row"], policy, reference, plain, num_tokens)
+        agreements = more[0] if more else torch.zeros_like(plain)
+        return Responses(batch["row"], policy, reference, plain, num_tokens, agreements)
 
     def whole_batch(
         self, logps_of: LogpsOf, passes: Sequence[tuple[TensorDict, bool]], device: torch.device

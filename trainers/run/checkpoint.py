@@ -2,13 +2,15 @@
 
     checkpoints/step-<examples>/
       model/         weights (safetensors) and tokenizer, as `from_pretrained`, vLLM or lm_eval read them
-      state/         optimizer (torch.distributed.checkpoint, each process its shards), progress.json, rank<r>.json
+      state/         optimizer (torch.distributed.checkpoint, each process its shards), progress.json, rank<r>.json;
+                     with `ema.decay` or a renewed reference their weights, too, and the policy's own beside an average
       policy.pt      the DPO repo's format, if `checkpoint.policy_pt`
       checksums.xxh3.json   size and hash of every file, and whose the checkpoint is
     LATEST -> checkpoints/step-<examples>
     BEST -> checkpoints/step-<examples>        if `checkpoint.keep_best`
 
-The weights are kept once, in `model/`, in their own dtype: what is resumed is what is published, bit for bit.
+The weights are kept once, in `model/`, in their own dtype: what is resumed is what is published, bit for bit. An
+average of them that is published in their place (`ema.save`) is the exception.
 `state/` is read back only from a run's own directory, never from a `model.archive`.
 """
 
@@ -18,7 +20,9 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,8 +94,12 @@ class CheckpointWriter:
         optimizer: torch.optim.Optimizer,
         progress: RunProgress,
         unlogged: Unlogged | None = None,
+        shards: Mapping[str, Mapping[str, Tensor]] | None = None,
+        published: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Begin `checkpoints/step-<examples>`; every process must come here. Waits for the one before it.
+
+        `shards` go into `state/` beside the optimizer; within `published` the policy has the weights for `model/`.
 
         Raises:
             UserError: that one could not be written: the disk is full or fails. See `wait`.
@@ -101,11 +109,12 @@ class CheckpointWriter:
         final = run.checkpoints / f"step-{progress.examples}"
         partial = final.with_name(f".{final.name}.partial")
         layout.on_main(lambda: self._begin(partial))
-        weights = full_parameters(policy, layout)
+        with published():
+            weights = full_parameters(policy, layout)
         ranks = gather_objects({"random": random_state(), "unlogged": unlogged or {}})
-        optimizer_state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
-        shards: Any = dcp.async_save(
-            optimizer_state,
+        sharded_state = {"optimizer": get_optimizer_state_dict(policy, optimizer), **(shards or {})}
+        written: Any = dcp.async_save(
+            sharded_state,
             checkpoint_id=partial / "state",
             process_group=self._group,
             async_stager=self._stager,
@@ -113,9 +122,9 @@ class CheckpointWriter:
         if layout.is_main:
             state = {"progress": asdict(progress), **{f"rank{rank}": one for rank, one in enumerate(ranks)}}
             exporter = exporter_of(policy)
-            self._pending = self._thread.submit(self._complete, partial, final, exporter, weights, state, shards)
+            self._pending = self._thread.submit(self._complete, partial, final, exporter, weights, state, written)
         else:
-            self._pending = shards
+            self._pending = written
         if not self._settings.asynchronous:
             self.wait()
 

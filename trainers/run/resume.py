@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import PreTrainedModel
@@ -51,9 +54,16 @@ def _require_whole(run: RunDir, folder: Path, files: set[str] | None) -> None:
 
 
 def load_checkpoint(
-    run: RunDir, *, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, layout: Layout
+    run: RunDir,
+    *,
+    policy: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    layout: Layout,
+    shards: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> tuple[RunProgress, Unlogged] | None:
     """Put the run's newest checkpoint into policy, optimizer and random generators; return None if there is none.
+
+    The tensors of `shards` are filled with what was saved from their like.
 
     Every process must come here. The checkpoint may be of another layout and another number of processes. The random
     generators of additional processes stay as they are; sums that were not logged yet go to rank 0.
@@ -73,13 +83,13 @@ def load_checkpoint(
         progress = read_progress(newest)
         ranks = [json.loads((state / f"rank{rank}.json").read_text()) for rank in range(len([*state.glob("rank*")]))]
         load_weights(policy, newest / "model", layout)
-        optimizer_state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
-        load_data_only(optimizer_state, state)
+        sharded_state: dict[str, Any] = {"optimizer": get_optimizer_state_dict(policy, optimizer), **(shards or {})}
+        load_data_only(sharded_state, state)
     except UserError:  # the weights can be read, and do not fit
         raise
     except (OSError, ValueError, TypeError, SafetensorError, CheckpointException) as error:
         raise unusable(newest, reason(error)) from error
-    set_optimizer_state_dict(policy, optimizer, optimizer_state["optimizer"])
+    set_optimizer_state_dict(policy, optimizer, sharded_state["optimizer"])
     if layout.rank < len(ranks):
         set_random_state(ranks[layout.rank]["random"])
     return progress, _own_part([rank["unlogged"] for rank in ranks], layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class RunProgress:
     examples: int = 0  # seen so far; with the seed, this is the position in the data
     updates: int = 0  # optimizer steps taken
     skipped: int = 0  # steps left out because they were not finite
+    refreshed_at: int = 0  # examples seen when the reference was renewed
     evaluated_at: int = -1  # examples seen at the last evaluation; -1: none yet
     evaluation: dict[str, float] = field(default_factory=dict)  # what it measured
     identity: dict[str, str] = field(default_factory=dict)  # what a resumed run must agree on: keys of data, weights
@@ -69,6 +71,15 @@ def discard(folder: Path) -> None:
 def lower_is_better(metric: str) -> bool:
     """Return whether a metric is best when small, as losses are; rewards, accuracies, log-probabilities are not."""
     return "loss" in metric or metric.startswith("nll")
+
+
+def require_measured(metric: str | None, evaluation: Mapping[str, float]) -> None:
+    """Raise a UserError if an evaluation lacks what `checkpoint.keep_best` names."""
+    if metric is not None and metric not in evaluation:
+        raise UserError(
+            f"checkpoint.keep_best={metric}: an evaluation of this run does not measure it; choose one of "
+            f"{', '.join(sorted(evaluation)) or 'none: nothing is held out'}."
+        )
 
 
 def best_checkpoint(folders: list[Path], metric: str | None) -> Path | None:
