@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from config.errors import UserError
+from config.reading import load_yaml
 
 # What should stand there, by pydantic's name of the error.
 EXPECTED = {
@@ -209,7 +210,7 @@ def read_rules(path: Path) -> RulesSpec:
             its place in the file.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"rules file not found: {path}. Set expert.path to a YAML file of rules.") from None
     except UnicodeDecodeError as error:

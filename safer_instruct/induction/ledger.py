@@ -230,30 +230,32 @@ def scan_ledger(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            parsed = _parse(line)
+            parsed = parse_line(line)
             if parsed is None:
                 if file.read(1):  # more lines behind it: no torn tail
                     raise UserError(
                         f"{path}:{number}: broken line inside the ledger; delete the line to compute its row again"
                     )
                 return
-            if number == 1 and not parsed.keys() >= _HEADER_KEYS:
+            if number == 1 and not _is_header(parsed):
                 raise UserError(f"{path}: not a ledger (its first line is no header); give another output=FOLDER")
             yield parsed, line
 
 
-_HEADER_KEYS = {"format", "configuration"}
+def _is_header(parsed: Mapping[str, Any]) -> bool:
+    is_ours = "format" in parsed and isinstance(parsed.get("configuration"), dict)
+    return is_ours and isinstance(parsed.get("rows", 0), int)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the object on a whole line, or None if the line is torn."""
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the header or the record on a whole line, or None if the line is torn or is neither."""
     if not line.endswith(b"\n"):
         return None
     try:
         parsed = json.loads(line)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of too many digits, nested too deeply
         return None
-    return parsed if isinstance(parsed, dict) and ("id" in parsed or parsed.keys() >= _HEADER_KEYS) else None
+    return parsed if isinstance(parsed, dict) and (isinstance(parsed.get("id"), str) or _is_header(parsed)) else None
 
 
 def _missing(examples: Iterable[Example], ledger: Ledger, progress: Callable[[int], object]) -> Iterator[Example]:

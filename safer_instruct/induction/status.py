@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from config.errors import UserError
 from config.names import BENIGN_STAGES
-from safer_instruct.induction.ledger import WRITTEN_AT, shard_count, shard_path
+from safer_instruct.induction.ledger import WRITTEN_AT, parse_line, shard_count, shard_path
 from safer_instruct.induction.ledgers import present_stages
 from safer_instruct.text.display import markdown_table
 
@@ -62,7 +61,7 @@ def read_progress(path: Path, now: float) -> StageProgress:
             if not line.endswith(b"\n"):
                 break
             if number == 0:
-                rows = json.loads(line).get("rows")
+                rows = (parse_line(line) or {}).get("rows")
                 continue
             done += 1
             kept += _KEEP.search(line) is not None
