@@ -35,7 +35,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from config import settings
-from config.errors import SaidElsewhere, UserError
+from config.console import open_console, visible
+from config.errors import SaidElsewhere, UserError, machine_faults
 from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
 from config.overrides import CONFIG_DIR, Reader, group_options, one_line, own_groups
 from config.rules import MISSING, Fault, is_below
@@ -185,6 +186,7 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
         command: As `read_command` returned it.
         main: The work. `run_dir` (train) or `output` differ between the points of a sweep.
     """
+    open_console()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     sys.argv[1:] = command.arguments  # the command as it was typed stays in sys.orig_argv
     failed = False
@@ -192,7 +194,8 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
     def run(composed: DictConfig) -> None:
         nonlocal failed
         try:
-            main(_place(to_dataclass(composed), _sweep_point(command.swept)))
+            with machine_faults():
+                main(_place(to_dataclass(composed), _sweep_point(command.swept)))
         except UserError as error:
             if not isinstance(error, SaidElsewhere):
                 _print_error(str(error))
@@ -240,7 +243,7 @@ def _place(config: Any, sweep_point: str) -> Any:
 
 
 def _print_error(message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: {visible(message)}", file=sys.stderr, flush=True)
 
 
 def _help(config_name: str, config_class: type[Any]) -> str:

@@ -80,6 +80,8 @@ def _slot_fault(template: str, known: Sequence[str] | None, complaint: str) -> s
         slots = template_slots(template)
     except ValueError as error:
         return f"not a template: {error}"
+    if any(spec or conversion for _, _, spec, conversion in string.Formatter().parse(template)):
+        return "a slot has no format: write {slot}, without : or !"  # a width could be 10^9
     strange = [] if known is None else [slot for slot in slots if slot not in known]
     listed = ", ".join(known or ()) or "none"
     return "; ".join(f"slot {{{slot}}} {complaint} (they are {listed})" for slot in strange)

@@ -77,13 +77,17 @@ class Ledger:
         self.sync()
         os.close(self._file)
 
+    def holds(self, id: str) -> bool:
+        """Return whether a row needs no answer any more."""
+        return id in self.records and is_final(self.records[id])
+
     def append(self, record: Record) -> None:
         """Add one record, which needs an `id` that is new. It survives this process at once, the machine after `sync`.
 
         Raises:
-            ValueError: The id is there already.
+            ValueError: The id is there already, with a final record.
         """
-        if record["id"] in self.records:
+        if self.holds(record["id"]):
             raise ValueError(f"{self.path}: row {record['id']} is in the ledger already")
         self._write([{**record, WRITTEN_AT: round(time.time(), 1)}])
         self.records[record["id"]] = record
@@ -112,6 +116,12 @@ class Ledger:
             ) from None
         except OSError:
             pass  # a file system without locks: one writer per shard is then the user's to see to
+
+
+def is_final(record: Mapping[str, Any]) -> bool:
+    """Return whether a row is not asked again: what a server refused may be answered tomorrow, or by another one."""
+    reason = str(record.get("reason") or record.get("error") or "")
+    return not reason.removeprefix("abstain_").startswith("http_")
 
 
 def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:
@@ -218,7 +228,8 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Record], int]:
             header = parsed
         else:
             parsed.pop(WRITTEN_AT, None)
-            records.setdefault(parsed["id"], parsed)
+            if parsed["id"] not in records or not is_final(records[parsed["id"]]):
+                records[parsed["id"]] = parsed
     return header, records, end
 
 
@@ -260,7 +271,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 def _missing(examples: Iterable[Example], ledger: Ledger, progress: Callable[[int], object]) -> Iterator[Example]:
     for example in examples:
-        if example.id in ledger.records:
+        if ledger.holds(example.id):
             progress(1)
         else:
             yield example

@@ -17,6 +17,7 @@ from safer_instruct.text.display import markdown_table
 RATE_SECONDS = 600.0  # the rate is that of the last ten minutes of a ledger
 QUIET_SECONDS = 120.0  # a shard that writes nothing for longer has stopped, or waits
 _COST = re.compile(rb'"cost": ([0-9.e-]+)')
+_REFUSED = re.compile(rb'"(reason|error)": "(abstain_)?http_')
 _KEEP = re.compile(rb'"keep": true')
 _TIME = re.compile(rb'"' + WRITTEN_AT.encode() + rb'": ([0-9.]+)\}$')
 
@@ -63,7 +64,7 @@ def read_progress(path: Path, now: float) -> StageProgress:
             if number == 0:
                 rows = (parse_line(line) or {}).get("rows")
                 continue
-            done += 1
+            done += _REFUSED.search(line) is None  # such a row is asked again
             kept += _KEEP.search(line) is not None
             if found := _COST.search(line):
                 cost += float(found.group(1))

@@ -85,7 +85,7 @@ class RunDir:
             lock.acquire(timeout=0)
         except Timeout:
             try:
-                who = holder.read_text(encoding="utf-8")
+                who = holder.read_text(encoding="utf-8", errors="replace")[:200]
             except FileNotFoundError:
                 who = "a process that has just started"
             raise UserError(
