@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
+import regex
 import yaml
 from pydantic import (
     AfterValidator,
@@ -58,7 +59,8 @@ def _each(fault_of: Callable[[str, ValidationInfo], str], place: str = "[{number
 def _pattern_fault(pattern: str, _: ValidationInfo) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
+        regex.compile(pattern)  # which searches for it
+    except (re.error, regex.error) as error:
         return f"not a regular expression: {error}"
     return ""
 

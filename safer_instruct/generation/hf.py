@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from config.errors import UserError
 from config.settings import GenerationSettings
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
 from safer_instruct.generation.window import Window
@@ -218,30 +217,9 @@ class HFGenerator:
 
     def _processors(self, uniforms: Tensor | None, alive: Tensor, width: int) -> LogitsProcessorList:
         if uniforms is None:
-            return LogitsProcessorList([_RefuseNaN(self.name, width)])
+            return LogitsProcessorList()
         rows = uniforms[alive.to(uniforms.device)]
-        sampler = _RowSampler(rows, width, self.settings.temperature, self.settings.top_p)
-        return LogitsProcessorList([_RefuseNaN(self.name, width), sampler])
-
-
-class _RefuseNaN(LogitsProcessor):
-    """Refuse a model whose first scores are no numbers: it would answer with the first token of its vocabulary."""
-
-    def __init__(self, name: str, prompt_width: int) -> None:
-        self.name, self.prompt_width = name, prompt_width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores (B, V) as they are.
-
-        Raises:
-            UserError: There is a NaN among those of the first new token.
-        """
-        if input_ids.shape[1] == self.prompt_width and scores.isnan().any():
-            raise UserError(
-                f"{self.name}: its scores are not numbers (NaN); its weights are damaged, or its dtype is too narrow "
-                "for them: copy or train it again, or load it in float32"
-            )
-        return scores
+        return LogitsProcessorList([_RowSampler(rows, width, self.settings.temperature, self.settings.top_p)])
 
 
 class _RowSampler(LogitsProcessor):
