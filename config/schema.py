@@ -44,6 +44,7 @@ from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
+SPIN_COUNT = "10000"  # libgomp's own is 300,000
 MAX_NAME_CHARS = 180  # a file name holds 255 bytes
 ConfigT = TypeVar("ConfigT")
 CONFIGS: dict[str, type] = {"config": TrainConfig, "induce": InduceConfig, "evaluate": EvaluateConfig}
@@ -132,6 +133,11 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
     """
     register_schemas()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks otherwise
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait for each other spin; where another process has one of the cores, they keep the other from
+        # the very thread that they wait for. With this torch, imported later, lets them sleep after a fraction of a
+        # millisecond.
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     arguments, unknown = get_args_parser().parse_known_args()
     if arguments.help:
         print(_help(config_name, config_class))

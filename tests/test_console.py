@@ -10,7 +10,7 @@ import pytest
 
 from config.console import unfailing
 from config.errors import UserError, machine_faults
-from config.schema import USER_ERROR_STATUS, run_entrypoint
+from config.schema import SPIN_COUNT, USER_ERROR_STATUS, read_command, run_entrypoint
 from config.settings import EvaluateConfig
 
 KEPT = []  # a file object that goes closes its descriptor
@@ -77,3 +77,19 @@ def test_another_error_of_the_system_is_a_defect_and_keeps_its_traceback():
     for error in (FileNotFoundError(errno.ENOENT, "gone", "a"), ConnectionResetError(errno.ECONNRESET, "reset")):
         with pytest.raises(type(error)), machine_faults():
             raise error
+
+
+@pytest.mark.parametrize(
+    ("given", "spin_count"),
+    [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing", "a number", "a policy"],
+)
+def test_waiting_threads_are_told_to_sleep_unless_the_user_says_otherwise(given, spin_count, monkeypatch, capsys):
+    """Before torch is imported, by each entrypoint: `--help` is the shortest command."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", *given)}
+    monkeypatch.setattr(os, "environ", environment | given)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
+    with pytest.raises(SystemExit):
+        read_command("evaluate", EvaluateConfig, lambda config: [])
+    assert os.environ.get("GOMP_SPINCOUNT") == spin_count
+    capsys.readouterr()
