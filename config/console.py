@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 import unicodedata
-from contextlib import suppress
 from typing import TextIO
 
 # Unicode: control, format (directions, zero widths), surrogate, private, unassigned, line and paragraph ends.
@@ -33,10 +32,11 @@ class _Unfailing(io.FileIO):
     """A descriptor that swallows what cannot be written: a reader that is gone (`| head`), a log on a full disk."""
 
     def write(self, data: io.ReadableBuffer) -> int:  # type: ignore[name-defined]
-        """Write what can be written, and say that all of it was."""
-        with suppress(OSError):
-            super().write(data)
-        return memoryview(data).nbytes
+        """Write what can be written; what cannot counts as written."""
+        try:
+            return super().write(data) or memoryview(data).nbytes
+        except OSError:
+            return memoryview(data).nbytes
 
 
 def open_console() -> None:
