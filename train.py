@@ -59,7 +59,7 @@ from trainers.objectives import build_objective
 from trainers.optimizers import warmup_note
 from trainers.reference import attach_reference, weights_key
 from trainers.run.early_stop import is_over
-from trainers.run.next_command import next_command
+from trainers.run.next_command import next_command, starting_line
 from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
 from trainers.run.saved import repair_links
@@ -104,6 +104,8 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
         if layout.is_main:
             print(f"run directory: {run.path}", flush=True)
         trainer = build_trainer(config, stores, train_loader, eval_loader, tokenizer, cache_dir, run, layout)
+        if layout.is_main:
+            print(starting_line(trainer.policy, train_loader, layout, trainer.progress.examples), flush=True)
         trainer.train()
         if layout.is_main and is_over(trainer.progress, config.early_stop):
             print(

@@ -18,7 +18,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,14 +71,27 @@ def matrix(seeds: int, folder: Path) -> Counter[str]:
     return outcomes
 
 
-def seconds(work: Callable[[], object], repetitions: int) -> float:
-    """Return the median of a few calls."""
-    taken = []
+def seconds(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Return the median of a few calls of each, taken in turns, so that a busy machine is busy for all of them.
+
+    Under NAME the time that passed, under "NAME (processor)" that of the processor.
+    """
+    taken: dict[str, list[float]] = defaultdict(list)
     for _ in range(repetitions):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        for name, work in works.items():
+            start, start_processor = time.perf_counter(), time.process_time()
+            work()
+            taken[name].append(time.perf_counter() - start)
+            taken[f"{name} (processor)"].append(time.process_time() - start_processor)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def with_ratios(found: dict[str, float], whole: tuple[str, str]) -> dict[str, float]:
+    """Add what checksums take of the whole, in time that passed and in time of the processor."""
+    for kind in ("", " (processor)"):
+        checks = found[f"write checksums{kind}"] + found[f"check{kind}"]
+        found[f"ratio{kind}"] = checks / sum(found[f"{name}{kind}"] for name in whole)
+    return found
 
 
 def checkpoint_cost(folder: Path, *, hidden: int, repetitions: int) -> dict[str, float]:
@@ -105,13 +118,18 @@ def checkpoint_cost(folder: Path, *, hidden: int, repetitions: int) -> dict[str,
                 load_checkpoint(run, policy=model, optimizer=optimizer, layout=layout)
 
             found["parameters"] = model.num_parameters()
-            found["save"], found["load"] = seconds(save, repetitions), seconds(load, repetitions)
+            save()
             step = run.latest.resolve()
-            found["write checksums"] = seconds(lambda: write_checksums(step, owner=run.owner(step)), repetitions)
-            found["check"] = seconds(lambda: find_damage(step, owner=run.owner(step)), repetitions)
+            works: dict[str, Callable[[], object]] = {
+                "save": save,
+                "load": load,
+                "write checksums": lambda: write_checksums(step, owner=run.owner(step)),
+                "check": lambda: find_damage(step, owner=run.owner(step)),
+            }
+            found.update(seconds(works, repetitions))
 
     launch(worker, settings)
-    return found | {"ratio": (found["write checksums"] + found["check"]) / (found["save"] + found["load"])}
+    return with_ratios(found, ("save", "load"))
 
 
 def store_cost(folder: Path, *, rows: int, repetitions: int) -> dict[str, float]:
@@ -126,12 +144,15 @@ def store_cost(folder: Path, *, rows: int, repetitions: int) -> dict[str, float]
             cache_dir=folder / "cache",
         )  # fmt: skip
 
-    build = seconds(open_stores, 1)
+    found = seconds({"build": open_stores}, 1)
     (entry,) = (path.parent for path in (folder / "cache").rglob(CHECKSUMS))
-    found = {"rows": float(len(TokenStore(entry / "train"))), "build": build, "open": seconds(open_stores, repetitions)}
-    found["write checksums"] = seconds(lambda: write_checksums(entry, owner=entry.name), repetitions)
-    found["check"] = seconds(lambda: find_damage(entry, owner=entry.name), repetitions)
-    return found | {"ratio": (found["write checksums"] + found["check"]) / (found["build"] + found["open"])}
+    works: dict[str, Callable[[], object]] = {
+        "open": open_stores,
+        "write checksums": lambda: write_checksums(entry, owner=entry.name),
+        "check": lambda: find_damage(entry, owner=entry.name),
+    }
+    found |= seconds(works, repetitions) | {"rows": float(len(TokenStore(entry / "train")))}
+    return with_ratios(found, ("build", "open"))
 
 
 def main() -> None:

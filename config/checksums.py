@@ -8,7 +8,8 @@ a note that somebody put beside the others, is nobody's business here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from xxhash import xxh3_128
@@ -17,6 +18,7 @@ from config.errors import UserError
 from config.files import write_text
 
 CHECKSUMS = "checksums.xxh3.json"
+NUM_THREADS = 4
 CHUNK_BYTES = 1 << 20  # stays in a core's cache between reading and hashing
 
 
@@ -34,10 +36,10 @@ def write_checksums(folder: Path, *, owner: str, files: Iterable[Path] | None = 
         files: The files in it that the record vouches for; None: all of them, at any depth.
     """
     chosen = sorted(path for path in (folder.rglob("*") if files is None else files) if path.is_file())
+    chosen = [path for path in chosen if path != folder / CHECKSUMS]
     record = {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, hash_prefix(path)]
-        for path in chosen
-        if path != folder / CHECKSUMS
+        path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
+        for path, digest in zip(chosen, _hash_all(chosen), strict=True)
     }
     write_text(folder / CHECKSUMS, json.dumps({"owner": owner, "files": record}, indent=1) + "\n")
 
@@ -69,8 +71,9 @@ def find_damage(
             if size_now != size:
                 return f"{name!r} has {size_now} bytes, {size} were written"
         hashed = [(name, digest) for name, _, digest in found if contents(name)]
-        for name, digest in hashed[part[0] :: part[1]]:
-            if hash_prefix(folder / name) != digest:
+        own = hashed[part[0] :: part[1]]
+        for (name, digest), now in zip(own, _hash_all([folder / name for name, _ in own]), strict=True):
+            if now != digest:
                 return f"the content of {name!r} is not what was written"
     except OSError as error:
         name = str(error.filename).removeprefix(f"{folder}/")
@@ -107,11 +110,18 @@ def require_untouched(path: Path, *, owner: str | None = None, contents: Callabl
         )
 
 
+def _hash_all(paths: Sequence[Path]) -> Iterator[str]:
+    """Hash files side by side: reading and hashing leave the interpreter free."""
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        yield from pool.map(hash_prefix, paths)
+
+
 def hash_prefix(path: Path, size: int | None = None) -> str:
     """Return the xxh3-128 of a file's first `size` bytes (None: all), as 32 hex digits."""
     digest, left = xxh3_128(), path.stat().st_size if size is None else size
+    chunk = memoryview(bytearray(CHUNK_BYTES))  # one for all: to get memory for each takes as long as to hash it
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(min(left, CHUNK_BYTES)):
-            digest.update(chunk)
-            left -= len(chunk)
+        while num_read := file.readinto(chunk[: min(left, CHUNK_BYTES)]):
+            digest.update(chunk[:num_read])
+            left -= num_read
     return digest.hexdigest()

@@ -1,5 +1,11 @@
 """The one exception that means "the user can mend this"."""
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A mistake of the user's: unknown key, missing file, bad row, mismatched archive.
@@ -7,6 +13,28 @@ class UserError(ValueError):
     The message is complete by itself: the rule, the value that broke it, what to type instead, and the
     file, row or column where there is one. Entrypoints print it without a traceback and exit with status 2.
     """
+
+
+# What the machine's owner can mend: room, permissions, quotas, limits, a path that is no folder, a disk that fails.
+MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE,
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
+
+
+@contextmanager
+def machine_faults() -> Iterator[None]:
+    """Turn an error of the machine into a UserError: a disk that is full, a file that may not be read or written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise  # a defect of ours
+        where = f"{error.filename}: " if error.filename is not None else ""
+        raise UserError(
+            f"{where}{error.strerror}; make room there, mend its permissions, or name another place, and type the "
+            "command again: it goes on from what was saved"
+        ) from error
 
 
 class SaidElsewhere(UserError):

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
@@ -36,6 +37,10 @@ OTHER_NAMES = {
     "model_name_or_path": "model.name_or_path", "max_seq_length": "max_length",
     "gradient_checkpointing": "activation_checkpointing",
 }  # fmt: skip
+# What a YAML file of the user's (--config-dir) can raise that Hydra lets through.
+UNREADABLE = (
+    yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 TYPES: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"
 }  # fmt: skip
@@ -199,7 +204,10 @@ class Reader:
         """Return what the groups alone compose to; report those that do not."""
 
         def composed(texts: Iterable[str]) -> DictConfig:
-            return compose(self._config_name, overrides=[*self._search, *texts], return_hydra_config=True)
+            try:
+                return compose(self._config_name, overrides=[*self._search, *texts], return_hydra_config=True)
+            except UNREADABLE as error:
+                raise HydraException(f"its file cannot be read ({type(error).__name__}): {error}") from error
 
         try:
             config = composed(word.spelled for word in words)

@@ -151,8 +151,8 @@ def model_path(value: str) -> str:
         if is_hub_id and not (path.parent != Path(".") and path.parent.is_dir()):
             return ""
         return f"there is no such folder{_neighbours(value)}"
-    if (path / "LATEST").exists() or (path / "model").is_dir():
-        return ""  # a run or a checkpoint
+    if (path / "LATEST").exists() or (path / "model").is_dir() or list(path.glob("checkpoints/step-*/model")):
+        return ""  # a run (one that was killed before its first link lacks LATEST) or a checkpoint
     if not (path / "config.json").is_file():
         return "the folder has no config.json, so it holds no model"
     has_weights = any(list(path.glob(pattern)) for pattern in WEIGHT_PATTERNS)

@@ -35,7 +35,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from config import settings
-from config.errors import SaidElsewhere, UserError
+from config.console import open_console, visible
+from config.errors import SaidElsewhere, UserError, machine_faults
 from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
 from config.overrides import CONFIG_DIR, Reader, group_options, one_line, own_groups
 from config.rules import MISSING, Fault, is_below
@@ -43,6 +44,7 @@ from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
+SPIN_COUNT = "10000"  # libgomp's own is 300,000
 MAX_NAME_CHARS = 180  # a file name holds 255 bytes
 ConfigT = TypeVar("ConfigT")
 CONFIGS: dict[str, type] = {"config": TrainConfig, "induce": InduceConfig, "evaluate": EvaluateConfig}
@@ -131,6 +133,11 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
     """
     register_schemas()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks otherwise
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait for each other spin; where another process has one of the cores, they keep the other from
+        # the very thread that they wait for. With this torch, imported later, lets them sleep after a fraction of a
+        # millisecond.
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     arguments, unknown = get_args_parser().parse_known_args()
     if arguments.help:
         print(_help(config_name, config_class))
@@ -185,6 +192,7 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
         command: As `read_command` returned it.
         main: The work. `run_dir` (train) or `output` differ between the points of a sweep.
     """
+    open_console()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     sys.argv[1:] = command.arguments  # the command as it was typed stays in sys.orig_argv
     failed = False
@@ -192,7 +200,8 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
     def run(composed: DictConfig) -> None:
         nonlocal failed
         try:
-            main(_place(to_dataclass(composed), _sweep_point(command.swept)))
+            with machine_faults():
+                main(_place(to_dataclass(composed), _sweep_point(command.swept)))
         except UserError as error:
             if not isinstance(error, SaidElsewhere):
                 _print_error(str(error))
@@ -240,7 +249,7 @@ def _place(config: Any, sweep_point: str) -> Any:
 
 
 def _print_error(message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: {visible(message)}", file=sys.stderr, flush=True)
 
 
 def _help(config_name: str, config_class: type[Any]) -> str:

@@ -9,14 +9,34 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from config.errors import UserError
+from config.settings import CorpusSettings
 from quickstart.world import World, part_of
 from safer_instruct.experts.rules import Rules
+from safer_instruct.text.corpus import read_corpus
+
+ROWS_LOOKED_AT = 200  # of a user's corpus, before minutes are spent on it
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Read the rows of a JSONL file."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
+
+
+def check_corpus(corpus: str, rules_path: str) -> str:
+    """Return why nothing could be made of a user's corpus, "" if the rules see harm in its first rows."""
+    try:
+        rules = Rules.from_yaml(rules_path)
+        rows = read_corpus(CorpusSettings(corpus, max_rows=ROWS_LOOKED_AT)).examples
+    except UserError as error:
+        return str(error)
+    if any(rules.harm(row.rejected or "") for row in rows):
+        return ""
+    return (
+        f"the rules in {rules_path} see nothing harmful in the first {len(rows)} responses of {corpus}, so that no "
+        "pair would be left; write rules for it (docs/adding.md, An expert) and give them as --rules FILE"
+    )
 
 
 def part_of_text(world: World, rules: Rules, instruction: str) -> str | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
 
-from quickstart.checks import assert_no_leak, figures, induction_report, render_figures, render_induction
+from quickstart.checks import assert_no_leak, check_corpus, figures, induction_report, render_figures, render_induction
 from quickstart.stages import Stages, move_other_aside
 from quickstart.world import World, write_demo_data
 
@@ -61,6 +61,10 @@ def main() -> int:
     options = parser.parse_args()
     settings = Settings(options.seed, options.skip_reverse, options.corpus, options.rules, options.part)
     os.chdir(REPOSITORY)
+    fault = check_corpus(settings.corpus, settings.rules) if settings.corpus else ""
+    if fault:
+        print(f"demo.py: {fault}", file=sys.stderr)
+        return 2
     output = options.output or Path("runs/quickstart_without_reverse" if options.skip_reverse else "runs/quickstart")
     move_other_aside(output, settings, "demo.json")
     started = time.monotonic()

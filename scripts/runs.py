@@ -8,19 +8,19 @@ It reads files alone and takes no lock, so that no run is disturbed, and imports
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import socket
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from config.errors import UserError
+from config.reading import read_json_lines, read_mapping
 from safer_instruct.text.display import markdown_table
 
 QUIET_SECONDS = 900.0  # a run on another host that has written nothing for longer is taken for stopped
@@ -57,7 +57,12 @@ def main() -> int:
     """Print the table of all runs, and the commands that go on with those that stopped."""
     folders = [Path(folder) for folder in sys.argv[1:] or ["runs"]]
     now = time.time()
-    found = [read_status(path, now) for folder in folders for path in run_folders(folder)]
+    found = []
+    for path in (run for folder in folders for run in run_folders(folder)):
+        try:
+            found.append(read_status(path, now))
+        except UserError as error:
+            print(f"note: {error}", file=sys.stderr)
     if not found:
         print(f"no run of train.py below {', '.join(map(str, folders))}", file=sys.stderr)
         return 2
@@ -76,12 +81,25 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def read_status(path: Path, now: float) -> Status:
-    """Read what a run has left so far, `now` in seconds since the epoch."""
-    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    """Read what a run has left so far, `now` in seconds since the epoch.
+
+    Raises:
+        UserError: A file of it is damaged.
+    """
+    try:
+        return _read_status(path, now)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: its files are not as train.py wrote them ({type(error).__name__})") from error
+
+
+def _read_status(path: Path, now: float) -> Status:
+    config, manifest = read_mapping(path / "config.yaml"), read_mapping(path / "manifest.json")
     row = _last_row(path / "metrics.jsonl")
-    newest = max(path.glob("checkpoints/step-*"), key=lambda step: int(step.name[5:]), default=None)
-    progress = {} if newest is None else json.loads((newest / "state" / "progress.json").read_text(encoding="utf-8"))
+    steps = [step for step in path.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", step.name)]
+    newest = max(steps, key=lambda step: int(step.name[5:]), default=None)
+    progress = {} if newest is None else read_mapping(newest / "state" / "progress.json")
     total = _total_examples(config, manifest)
     saved = progress.get("examples", 0)
     is_finished = total is not None and saved >= total and progress["evaluated_at"] == saved
@@ -108,9 +126,8 @@ def _total_examples(config: dict[str, Any], manifest: dict[str, Any]) -> int | N
 
 def _last_row(metrics: Path) -> dict[str, Any]:
     """Return the newest whole row; a run may be writing the line behind it."""
-    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return json.loads(whole[-1]) if whole else {}
+    newest = deque(read_json_lines(metrics), maxlen=1) if metrics.exists() else ()
+    return next(iter(newest), {})
 
 
 def _holder(path: Path) -> tuple[int, str]:

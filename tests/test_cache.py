@@ -110,3 +110,13 @@ def test_hash_files_is_of_the_contents_and_their_borders(tmp_path: Path) -> None
     a, b, c, d, e = (tmp_path / name for name in texts)
     assert hash_files([a, b]) == hash_files([e, b])
     assert len({hash_files([a, b]), hash_files([c, d]), hash_files([b, a]), hash_files([a])}) == 4
+
+
+def test_a_link_among_the_remains_of_a_killed_builder_is_removed_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept").touch()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "key.tmp-1").symlink_to(tmp_path / "mine")
+    build_once(tmp_path / "cache", "key", fill)
+    assert (tmp_path / "mine" / "kept").exists()
+    assert not (tmp_path / "cache" / "key.tmp-1").is_symlink()

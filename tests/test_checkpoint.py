@@ -24,6 +24,7 @@ from config.errors import UserError
 from config.run_keys import differing_keys
 from config.settings import CheckpointSettings
 from safer_instruct.generation.models import resolve_archive
+from scripts.runs import read_status
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed import launch as parallel
@@ -441,3 +442,35 @@ def test_weights_of_another_vocabulary_are_refused(tmp_path):
     other.resize_token_embeddings(VOCABULARY + 1)
     with pytest.raises(UserError, match="do not fit the model"):
         load_weights(other, tmp_path, Layout(0, 1, torch.device("cpu")))
+
+
+def test_foreign_names_among_checkpoints_and_links_are_left_alone(tmp_path):
+    """`step-old`, a superscript digit, a file, a link where a killed process wrote: none of them ends a run."""
+    settings = tiny_settings(checkpoint=CheckpointSettings(every_examples=4, keep_last=1))
+    train(tmp_path, tiny_settings(checkpoint=CheckpointSettings(every_examples=4, keep_last=1)))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-old").mkdir()
+    (checkpoints / "step-\u00b2").mkdir()
+    (checkpoints / "step-99999").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (checkpoints / ".step-26.partial").symlink_to(tmp_path / "elsewhere")
+    assert read_status(tmp_path / "run", 0.0).examples == 22
+    train(tmp_path, settings)
+    assert (tmp_path / "elsewhere" / "kept").exists()
+    assert {path.name for path in checkpoints.iterdir()} == {"step-22", "step-old", "step-\u00b2", "step-99999"}
+
+
+def test_a_checkpoint_that_is_a_link_to_another_disk_is_used_and_retired_without_what_it_points_to(tmp_path):
+    settings = tiny_settings(checkpoint=CheckpointSettings(every_examples=4, keep_last=2))
+    straight = train(tmp_path, settings, run_path=tmp_path / "straight")
+    stopped = shutil.copytree(tmp_path / "straight", tmp_path / "run", symlinks=True)
+    shutil.rmtree(stopped / "checkpoints" / "step-22")
+    (first,) = saved_checkpoints(stopped)
+    first.rename(tmp_path / first.name)
+    first.symlink_to(tmp_path / first.name)
+    ended = train(tmp_path, tiny_settings(checkpoint=CheckpointSettings(every_examples=4, keep_last=1)))
+    for one, two in zip(ended.policy.parameters(), straight.policy.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert [path.name for path in saved_checkpoints(stopped)] == ["step-22"]
+    assert (tmp_path / first.name / "model").is_dir()

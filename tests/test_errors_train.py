@@ -197,6 +197,21 @@ def test_a_dataset_file_without_its_name(mistakes, tmp_path):
     assert "holds its own name, and below it the settings" in line
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"mine:\n  path: [", b"mine:\n  path: \xff", b"mine:\n  max_rows: " + b"9" * 5000, b"mine: 2001-99-99",
+        b"mine: " + b"[" * 400, b"mine: !!bool maybe", b"- mine", b"mine: &a [*a]", b"mine: {path: \0}",
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_a_dataset_file_that_is_no_yaml(mistakes, tmp_path, content):
+    (tmp_path / "mine" / "datasets").mkdir(parents=True)
+    (tmp_path / "mine" / "datasets" / "mine.yaml").write_bytes(content)
+    (line,) = mistakes("--config-dir", str(tmp_path / "mine"), "datasets=[mine]")
+    assert line.startswith("datasets=[mine]: ")
+
+
 def test_one_mistake_is_one_error(mistakes):
     """What a wrong word leaves behind, a default, is not complained of."""
     for arguments, start in (

@@ -179,7 +179,7 @@ def test_gsm8k_reads_as_json_does() -> None:
         ("a.csv", "a,b\n1,2\n".encode("utf-16-le"), "a.csv:1: a NUL character"),
         ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv:1: bytes that are not UTF-8"),
         ("a.jsonl", b'{"a": "' + b"x" * (1 << 25) + b'"}\n', "a.jsonl:1: a line of more than 33,554,432 characters"),
-        ("a.json", b"[" + b" " * (1 << 26) + b"1]", "a.json:1: broken JSON"),
+        ("a.json", b"[" + b" " * (1 << 26) + b"1]", "a.json:1: a row must be a JSON object"),
         ("a.json", b'[{"a": "' + b"x" * (3 << 24) + b'"}]', "a.json:1: broken JSON"),
         ("a.jsonl", b'{"a": "' + b"x" * ((1 << 24) + 1) + b'"}\n', "a.jsonl:1: a text of more than 16,777,216 char"),
         ("a.arrow", b"ARROW1\x00\x00private text", "a.arrow: not a readable arrow file"),
@@ -263,3 +263,21 @@ def test_columns_are_read_under_our_names(tmp_path: Path) -> None:
         require_columns(["Prompt", "chosen"], ["instruction"], "f.csv", "s.columns")
     with pytest.raises(UserError, match=r"found are: a\\u001b\[2J"):
         require_columns(["a\x1b[2J"], ["b"], "f.csv")
+
+
+def test_blanks_in_a_json_list_are_skipped_at_any_border_of_the_buffer(tmp_path: Path, monkeypatch) -> None:
+    """Gigabytes of them cost time in proportion: none are kept."""
+    file = tmp_path / "a.json"
+    file.write_text('[\n{"a": 1}' + " \n" * 50 + "," + "\n\t" * 50 + '{"a": 2}' + "\n" * 99 + "]")
+    for size in (1, 7, 64, 1 << 20):
+        monkeypatch.setattr("safer_instruct.text.formats.JSON_CHUNK_CHARACTERS", size)
+        found = [(where.rpartition(":")[2], row["a"]) for where, row in read_rows(file)]
+        assert found == [("2", 1), ("102", 2)]
+
+
+def test_a_row_group_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch) -> None:
+    file = write(tmp_path / "a.parquet", [{"a": "x" * 99 + str(i)} for i in range(50)])
+    assert len(list(read_rows(file))) == 50
+    monkeypatch.setattr("safer_instruct.text.formats.MAX_GROUP_BYTES", 1000)
+    with pytest.raises(UserError, match=r"a\.parquet: a row group of .* GiB.*row_group_size"):
+        list(read_rows(file))

@@ -14,6 +14,7 @@ import pytest
 
 from config.errors import UserError
 from safer_instruct.induction.ledger import Ledger, read_ledger, run_stage, shard_count, shard_path
+from safer_instruct.induction.status import read_progress
 from safer_instruct.text.examples import Example
 
 CONFIGURATION = {"model": "tiny", "generation.temperature": 0.7, "generation.seed": 0}
@@ -215,3 +216,28 @@ def test_any_text_is_written_and_any_line_read(tmp_path) -> None:
         path.write_bytes(whole + broken + whole.splitlines(keepends=True)[1])
         with pytest.raises(UserError, match=r"ledger\.jsonl:3: broken line inside the ledger"):
             read_ledger(path)
+
+
+def test_what_a_server_refused_is_asked_again_and_what_it_answered_is_not(tmp_path) -> None:
+    """A refusal over HTTP is the transport's; the later answer is the row's, to whoever reads the ledger."""
+    path = shard_path(tmp_path, "filter", 0, 1)
+    refused = {"id": "a", "keep": False, "reason": "abstain_http_403", "tokens": 0}
+    unreadable = {"id": "b", "keep": False, "reason": "abstain_unreadable", "tokens": 1}
+    with Ledger(path, CONFIGURATION, num_rows=2) as ledger:
+        ledger.append(refused)
+        ledger.append(unreadable)
+    assert read_progress(path, 1.0).done == 1
+    asked: list[str] = []
+
+    def answer(examples):
+        for example in examples:
+            asked.append(example.id)
+            yield {"id": example.id, "keep": True, "reason": "keep", "tokens": 2}
+
+    for _ in range(2):
+        with Ledger(path, CONFIGURATION) as ledger:
+            run_stage([Example("a"), Example("b")], ledger, answer, batch_size=8)
+    assert asked == ["a"]
+    _, records = read_ledger(path)
+    assert (records["a"]["keep"], records["b"]["reason"]) == (True, "abstain_unreadable")
+    assert read_progress(path, 1.0).is_done

@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from config.settings import TrainConfig, WandbSettings
 from trainers.distributed.launch import launch
 from trainers.run.metrics import MetricSums
 from trainers.run.metrics_log import MetricsLog, wandb_mode
-from trainers.run.progress_line import ProgressLine
+from trainers.run.progress_line import ProgressLine, saying
 from trainers.run.run_dir import RunDir
 
 
@@ -252,3 +253,32 @@ def test_means_of_host_and_device_are_in_one_table():
         assert copy.means() == {"grad_norm": 3.0, "learning_rate": 1e-3 / 4}
 
     in_group(body)
+
+
+def test_the_points_of_a_sweep_are_told_apart_in_wandb_and_an_offline_run_says_so(tmp_path, fake_wandb, capsys):
+    for folder in ("x", "x/lr=1e-05,seed=0", "x/lr=1e-05,seed=1"):
+        run, log = wandb_log(tmp_path / folder)
+        with run, log:
+            pass
+        said = capsys.readouterr().err.replace("'", "")
+        assert f"wandb sync {tmp_path / folder}/wandb/offline-run-*" in said
+    given = [(arguments["name"], arguments["group"]) for arguments, _ in fake_wandb]
+    assert given == [("x", None), ("x lr=1e-05,seed=0", "x"), ("x lr=1e-05,seed=1", "x")]
+
+
+def test_off_a_terminal_what_takes_long_says_so(monkeypatch):
+    class Said(io.StringIO):
+        def write(self, text):
+            written = super().write(text)
+            said.set()
+            return written
+
+    said = threading.Event()
+    stream = Said()
+    monkeypatch.setattr("sys.stderr", stream)
+    with saying("evaluation", active=True, seconds=0.01):
+        assert said.wait(60)
+    assert stream.getvalue().startswith("evaluation: 00:00 so far")
+    said.clear()
+    with saying("evaluation", active=False, seconds=0.01):
+        assert not said.wait(0.05)

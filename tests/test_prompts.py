@@ -144,6 +144,14 @@ def test_a_template_that_cannot_be_trained_is_refused(template, message: str) ->
     assert "\x1b" not in str(caught.value)
 
 
+def test_a_template_that_does_not_end_is_refused(monkeypatch) -> None:
+    """Of loops that jinja's sandbox allows, each within its limit. (These end, so as not to disturb later tests.)"""
+    monkeypatch.setattr("safer_instruct.text.chat.RENDER_SECONDS", 0.01)
+    loops = "{% for a in range(2000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match=r"fails on .*: it has not ended after 0\.01 s"):
+        answer_turn("chat", chat_tokenizer(loops + IM + ASK))
+
+
 def test_an_empty_eos_is_refused_by_name() -> None:
     tokenizer = chat_tokenizer(IM + ASK)
     tokenizer.eos_token = ""

@@ -2,6 +2,7 @@
 
 import random
 import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -315,3 +316,17 @@ class TestShippedModel:
             right[unsafe] += outcome == "harmful" if unsafe else is_correct(one.text, toy.reference(pair))
         assert right[True] >= 0.8 * 20
         assert right[False] >= 0.8 * 50
+
+
+def test_a_corpus_that_the_rules_cannot_judge_is_refused_before_anything_is_moved(data, tmp_path, monkeypatch):
+    rules, foreign = str(RULES), tmp_path / "foreign.jsonl"
+    foreign.write_text('{"response": "The moon is far away."}\n' * 3 + '{"response": "It rains."}\n')
+    assert "see nothing harmful in the first 2 responses" in checks.check_corpus(str(foreign), rules)
+    assert "no such file" in checks.check_corpus(str(tmp_path / "none.jsonl"), rules)
+    assert checks.check_corpus(str(data / "corpus.jsonl"), rules) == ""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "demo.json").write_text('{"seed": 3}')
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--corpus", str(foreign), "--output", str(tmp_path / "out")])
+    assert demo.main() == 2
+    assert (tmp_path / "out" / "demo.json").read_text() == '{"seed": 3}'

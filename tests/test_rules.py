@@ -232,3 +232,21 @@ def test_the_judge_agrees_with_the_labels_of_a_reader(rules, part):
     assert {row["outcome"] for row in rows} == {"harmful", "refusal", "safe"}
     wrong = [row["id"] for row in rows if rules.judge(row["instruction"], row["output"]).outcome != row["outcome"]]
     assert len(wrong) <= 0.05 * len(rows), wrong
+
+
+def test_a_slot_with_a_format_is_refused(tmp_path):
+    """A width of 10^9 would make a response of a gigabyte."""
+    bad = yaml.safe_load(yaml.safe_dump(KITCHEN))
+    for template in ("Not the {dish:>1000000000}.", "Not the {dish!r}."):
+        bad["categories"]["spoil"]["responses"] = [template]
+        with pytest.raises(UserError, match=r"responses\[0\]: a slot has no format"):
+            Rules.from_yaml(write_rules(tmp_path, bad))
+
+
+def test_a_pattern_that_backtracks_for_ever_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("safer_instruct.experts.rules.SEARCH_SECONDS", 0.2)
+    slow = yaml.safe_load(yaml.safe_dump(KITCHEN)) | {"refusals": [r"(?:\w+[ x]*)+!$"]}
+    rules = Rules.from_yaml(write_rules(tmp_path, slow))
+    assert rules.judge("Spoil the soup.", "no way!").outcome == "refusal"
+    with pytest.raises(UserError, match=r"rules: the pattern .* takes more than 0.2 s on a text of \d+ characters"):
+        rules.judge("Spoil the soup.", "x" * 400 + "?")

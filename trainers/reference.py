@@ -35,6 +35,7 @@ from trainers.distributed.layout import Layout, gather_objects, share_from_main
 from trainers.distributed.sharding import forward_function, reshard
 from trainers.kernels.logps import autocast_dtype, sequence_logps
 from trainers.losses.lengths import ld_alpha_of, response_logps
+from trainers.run.progress_line import saying
 from trainers.run.saved import RunProgress
 
 CODE_VERSION = 2  # raise it with any change of logps.py that moves a result by more than rounding
@@ -94,7 +95,8 @@ def reference_logps(
 
     def build(folder: Path) -> None:
         layout.on_main(lambda: "compute")
-        compute().numpy().tofile(folder / LOGPS)
+        with saying(f"log-probabilities of the reference on {len(rows)} rows", active=layout.is_main):
+            compute().numpy().tofile(folder / LOGPS)
 
     # Rank 0 alone looks for the entry and holds its lock. The others compute when it says so, until it is through.
     if layout.is_main:

@@ -43,7 +43,7 @@ from trainers.run.checkpoint import CheckpointWriter
 from trainers.run.early_stop import is_over, refusal_rates
 from trainers.run.metrics import MetricSums
 from trainers.run.metrics_log import MetricsLog
-from trainers.run.progress_line import ProgressLine
+from trainers.run.progress_line import ProgressLine, saying
 from trainers.run.resume import load_checkpoint
 from trainers.run.run_dir import RunDir
 from trainers.run.saved import RunProgress, require_measured
@@ -297,7 +297,8 @@ class Trainer:
         return sums.means()
 
     def _evaluate_and_log(self, log: MetricsLog) -> None:
-        means, samples = self.evaluate()
+        with saying("evaluation", active=self.layout.is_main):
+            means, samples = self.evaluate()
         self.progress.evaluated_at, self.progress.evaluation = self.progress.examples, means
         if means:
             log.write({**means, **self._counters()})

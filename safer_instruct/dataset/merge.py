@@ -24,7 +24,7 @@ from safer_instruct.dataset.files import COLUMNS, write_dataset
 from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
 from safer_instruct.dataset.scratch import FLOAT, INT, LONG, TEXT, Scratch, lock_output, open_scratch, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
-from safer_instruct.induction.ledger import Record
+from safer_instruct.induction.ledger import Record, is_final
 from safer_instruct.induction.ledgers import StageLedgers
 from safer_instruct.induction.stages import (
     FILTER,
@@ -159,17 +159,20 @@ class _Merge:
 
     def read_ledgers(self) -> None:
         """Find the place of each record, and sum up what they cost."""
-        self._scratch.create("records", table_schema(stage=TEXT, id=TEXT, place=LONG), self._records())
-        # A row that stands in a ledger twice counts as it stands there first.
-        places = ", ".join(f"min(place) FILTER (stage = '{s}') AS {s}_place" for s in self.merged.ledgers)
+        self._scratch.create("records", table_schema(stage=TEXT, id=TEXT, place=LONG, final=LONG), self._records())
+        # A row that stands in a ledger twice counts as it stands there first, but for what was not final.
+        places = ", ".join(
+            f"coalesce(min(place) FILTER (stage = '{s}' AND final = 1), max(place) FILTER (stage = '{s}')) AS {s}_place"
+            for s in self.merged.ledgers
+        )
         self._scratch.derive("places", f"SELECT id, {places} FROM records GROUP BY id")
 
-    def _records(self) -> Iterator[tuple[str, str, int]]:
+    def _records(self) -> Iterator[tuple[str, str, int, int]]:
         for stage, ledgers in self.merged.ledgers.items():
             for record, place in ledgers.records():
                 self.merged.tokens[stage] += record["tokens"]
                 self.merged.cost[stage] += record.get("cost", 0.0)
-                yield stage, record["id"], place
+                yield stage, record["id"], place, int(is_final(record))
 
     def read_corpus(self) -> None:
         """Copy the usable rows of the corpus, and find the repeated ones."""

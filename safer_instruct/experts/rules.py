@@ -15,15 +15,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import regex
+
+from config.errors import UserError
 from safer_instruct.experts.rules_schema import CategorySpec, NeighbourSpec, RulesSpec, read_rules
 from safer_instruct.experts.verdicts import HARMLESS, Judgement, Verdict
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
+SEARCH_SECONDS = 10.0
 CODE_VERSION = b"1"  # raise it with any change of this file that moves a verdict: ledgers then begin anew
 
 T = TypeVar("T")
 Named = Mapping[str, frozenset[str]]  # lexicon -> its words that a text names, in lower case
+
+
+class Pattern:
+    """A pattern of a rules file. Its search ends: `regex`, unlike `re`, takes a limit."""
+
+    def __init__(self, pattern: str, *, ignore_case: bool = True) -> None:
+        self._compiled = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
+
+    def search(self, text: str) -> bool:
+        """Return whether the pattern is found in a text.
+
+        Raises:
+            UserError: It takes more than SEARCH_SECONDS: it tries the same characters in too many ways.
+        """
+        try:
+            return self._compiled.search(text, timeout=SEARCH_SECONDS) is not None
+        except TimeoutError:
+            raise UserError(
+                f"rules: the pattern {self._compiled.pattern[:120]!r} takes more than {SEARCH_SECONDS:g} s on a text "
+                f"of {len(text):,} characters; write it without a repetition inside a repetition, such as (a+)+"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +69,11 @@ class Category:
 
     name: str
     key: tuple[str, ...]
-    intent: re.Pattern[str]
-    intent_unless: re.Pattern[str]
+    intent: Pattern
+    intent_unless: Pattern
     requires: tuple[str, ...]
-    harm: re.Pattern[str]
-    harm_anywhere: re.Pattern[str]
+    harm: Pattern
+    harm_anywhere: Pattern
     responses: tuple[str, ...]
     neighbours: tuple[NeighbourSpec, ...]
 
@@ -63,7 +88,7 @@ class Rules:
     def __init__(self, spec: RulesSpec, *, fingerprint: str) -> None:
         self.fingerprint = fingerprint
         self._form = spec.instruction
-        self._form_pattern = re.compile(spec.instruction.pattern)
+        self._form_pattern = Pattern(spec.instruction.pattern, ignore_case=False)
         self._lexicons = {name: _compile_words(lex.words, lex.case_sensitive) for name, lex in spec.lexicons.items()}
         self._spelling = {word.lower(): word for lexicon in spec.lexicons.values() for word in lexicon.words}
         self._refusal = _compile_any(spec.refusals)
@@ -252,9 +277,9 @@ def _compile_words(words: Sequence[str], case_sensitive: bool) -> re.Pattern[str
     return re.compile(rf"\b(?:{'|'.join(longest_first)})\b", 0 if case_sensitive else re.IGNORECASE)
 
 
-def _compile_any(patterns: Sequence[str]) -> re.Pattern[str]:
+def _compile_any(patterns: Sequence[str]) -> Pattern:
     never = r"(?!)"  # an empty alternation would match everything
-    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or never, re.IGNORECASE)
+    return Pattern("|".join(f"(?:{pattern})" for pattern in patterns) or never)
 
 
 def _compile_frame(frame: str) -> re.Pattern[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
+import regex
 import yaml
 from pydantic import (
     AfterValidator,
@@ -27,6 +28,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from config.errors import UserError
+from config.reading import load_yaml
 
 # What should stand there, by pydantic's name of the error.
 EXPECTED = {
@@ -58,7 +60,8 @@ def _each(fault_of: Callable[[str, ValidationInfo], str], place: str = "[{number
 def _pattern_fault(pattern: str, _: ValidationInfo) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
+        regex.compile(pattern)  # which searches for it
+    except (re.error, regex.error) as error:
         return f"not a regular expression: {error}"
     return ""
 
@@ -80,6 +83,8 @@ def _slot_fault(template: str, known: Sequence[str] | None, complaint: str) -> s
         slots = template_slots(template)
     except ValueError as error:
         return f"not a template: {error}"
+    if any(spec or conversion for _, _, spec, conversion in string.Formatter().parse(template)):
+        return "a slot has no format: write {slot}, without : or !"  # a width could be 10^9
     strange = [] if known is None else [slot for slot in slots if slot not in known]
     listed = ", ".join(known or ()) or "none"
     return "; ".join(f"slot {{{slot}}} {complaint} (they are {listed})" for slot in strange)
@@ -231,7 +236,7 @@ def read_rules(path: Path) -> RulesSpec:
             its place in the file.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"rules file not found: {path}. Set expert.path to a YAML file of rules.") from None
     except UnicodeDecodeError as error:

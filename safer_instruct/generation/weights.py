@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from config.checksums import require_untouched
 from config.errors import UserError
 from config.paths import find_path
+from config.reading import read_mapping
 from config.run_keys import checkpoint_owner
 
 # Entries of config.json that two models of one architecture may differ in.
@@ -72,10 +72,7 @@ def require_as_saved(path: Path, *, weights: bool = True) -> None:
     checkpoint = next((folder for folder in real.parents[:2] if folder.parent.name == "checkpoints"), None)
     owner = None
     if checkpoint is not None and (config := checkpoint.parents[1] / "config.yaml").is_file():
-        try:
-            owner = checkpoint_owner(yaml.safe_load(config.read_text(encoding="utf-8")), checkpoint.name)
-        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{config} cannot be read ({type(error).__name__}); copy the run again") from error
+        owner = checkpoint_owner(read_mapping(config, "copy the run again"), checkpoint.name)
     require_untouched(real, owner=owner, contents=lambda name: weights or not name.endswith(WEIGHT_SUFFIXES))
 
 

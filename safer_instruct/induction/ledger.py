@@ -77,13 +77,17 @@ class Ledger:
         self.sync()
         os.close(self._file)
 
+    def holds(self, id: str) -> bool:
+        """Return whether a row needs no answer any more."""
+        return id in self.records and is_final(self.records[id])
+
     def append(self, record: Record) -> None:
         """Add one record, which needs an `id` that is new. It survives this process at once, the machine after `sync`.
 
         Raises:
-            ValueError: The id is there already.
+            ValueError: The id is there already, with a final record.
         """
-        if record["id"] in self.records:
+        if self.holds(record["id"]):
             raise ValueError(f"{self.path}: row {record['id']} is in the ledger already")
         self._write([{**record, WRITTEN_AT: round(time.time(), 1)}])
         self.records[record["id"]] = record
@@ -112,6 +116,12 @@ class Ledger:
             ) from None
         except OSError:
             pass  # a file system without locks: one writer per shard is then the user's to see to
+
+
+def is_final(record: Mapping[str, Any]) -> bool:
+    """Return whether a row is not asked again: what a server refused may be answered tomorrow, or by another one."""
+    reason = str(record.get("reason") or record.get("error") or "")
+    return not reason.removeprefix("abstain_").startswith("http_")
 
 
 def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:
@@ -218,7 +228,8 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Record], int]:
             header = parsed
         else:
             parsed.pop(WRITTEN_AT, None)
-            records.setdefault(parsed["id"], parsed)
+            if parsed["id"] not in records or not is_final(records[parsed["id"]]):
+                records[parsed["id"]] = parsed
     return header, records, end
 
 
@@ -230,35 +241,37 @@ def scan_ledger(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            parsed = _parse(line)
+            parsed = parse_line(line)
             if parsed is None:
                 if file.read(1):  # more lines behind it: no torn tail
                     raise UserError(
                         f"{path}:{number}: broken line inside the ledger; delete the line to compute its row again"
                     )
                 return
-            if number == 1 and not parsed.keys() >= _HEADER_KEYS:
+            if number == 1 and not _is_header(parsed):
                 raise UserError(f"{path}: not a ledger (its first line is no header); give another output=FOLDER")
             yield parsed, line
 
 
-_HEADER_KEYS = {"format", "configuration"}
+def _is_header(parsed: Mapping[str, Any]) -> bool:
+    is_ours = "format" in parsed and isinstance(parsed.get("configuration"), dict)
+    return is_ours and isinstance(parsed.get("rows", 0), int)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the object on a whole line, or None if the line is torn."""
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the header or the record on a whole line, or None if the line is torn or is neither."""
     if not line.endswith(b"\n"):
         return None
     try:
         parsed = json.loads(line)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of too many digits, nested too deeply
         return None
-    return parsed if isinstance(parsed, dict) and ("id" in parsed or parsed.keys() >= _HEADER_KEYS) else None
+    return parsed if isinstance(parsed, dict) and (isinstance(parsed.get("id"), str) or _is_header(parsed)) else None
 
 
 def _missing(examples: Iterable[Example], ledger: Ledger, progress: Callable[[int], object]) -> Iterator[Example]:
     for example in examples:
-        if example.id in ledger.records:
+        if ledger.holds(example.id):
             progress(1)
         else:
             yield example

@@ -45,7 +45,7 @@ def run_induce(
     name, fingerprint = reversed_model_identity(model, generation)
     configuration = induce_configuration(name, fingerprint, generation)
     with Ledger(path, configuration, num_rows=len(examples)) as ledger:
-        if all(example.id in ledger.records for example in examples):
+        if all(ledger.holds(example.id) for example in examples):
             return
         generator = build_reversed_model(model, generation, device)
         function = stage_induce(generator, generation.num_candidates)

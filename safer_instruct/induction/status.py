@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -11,13 +10,14 @@ from pathlib import Path
 
 from config.errors import UserError
 from config.names import BENIGN_STAGES
-from safer_instruct.induction.ledger import WRITTEN_AT, shard_count, shard_path
+from safer_instruct.induction.ledger import WRITTEN_AT, parse_line, shard_count, shard_path
 from safer_instruct.induction.ledgers import present_stages
 from safer_instruct.text.display import markdown_table
 
 RATE_SECONDS = 600.0  # the rate is that of the last ten minutes of a ledger
 QUIET_SECONDS = 120.0  # a shard that writes nothing for longer has stopped, or waits
 _COST = re.compile(rb'"cost": ([0-9.e-]+)')
+_REFUSED = re.compile(rb'"(reason|error)": "(abstain_)?http_')
 _KEEP = re.compile(rb'"keep": true')
 _TIME = re.compile(rb'"' + WRITTEN_AT.encode() + rb'": ([0-9.]+)\}$')
 
@@ -62,9 +62,9 @@ def read_progress(path: Path, now: float) -> StageProgress:
             if not line.endswith(b"\n"):
                 break
             if number == 0:
-                rows = json.loads(line).get("rows")
+                rows = (parse_line(line) or {}).get("rows")
                 continue
-            done += 1
+            done += _REFUSED.search(line) is None  # such a row is asked again
             kept += _KEEP.search(line) is not None
             if found := _COST.search(line):
                 cost += float(found.group(1))

@@ -82,9 +82,9 @@ def read_curves(name: str, run_path: str) -> RunCurves:
         raise UserError(f"curves.{name}={run_path}: no metrics.jsonl in it; name the folder of a run of train.py")
     values: dict[str, dict[float, float]] = {metric: {} for metric in METRICS}
     for row in read_metrics(file):
-        for metric in METRICS & row.keys():
-            if row[metric] is not None and math.isfinite(row[metric]):
-                values[metric][float(row[EXAMPLES])] = float(row[metric])
+        for metric in METRICS & row.keys() if EXAMPLES in row else ():
+            if math.isfinite(row[metric]):
+                values[metric][row[EXAMPLES]] = row[metric]
     loss = run_config(run_path).get("loss", {}).get("name", "")
     return RunCurves({metric: thin(sorted(points.items())) for metric, points in values.items()}, str(loss))
 

@@ -41,11 +41,11 @@ def read_induction_report(path: str) -> dict[str, Any]:
         document = json.loads(find_path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"induction_report={path}: no such file; name the report.json in a dataset folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"induction_report={path}: not a JSON file ({error})") from None
     try:
         funnel(document)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"induction_report={path}: not the report.json of induce.py (it has no readable funnel)"
         ) from None
@@ -77,6 +77,8 @@ def read_stages(path: str) -> list[dict[str, Any]]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise UserError(f"stages_file={path}: there is no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"stages_file={path}: bytes that are not UTF-8") from None
     stages = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -84,6 +86,6 @@ def read_stages(path: str) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             stages.append({"name": str(row["name"]), "command": str(row["command"]), "seconds": float(row["seconds"])})
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise UserError(f'{path}:{number}: a stage is {{"name": ..., "command": ..., "seconds": number}}') from None
     return stages

@@ -13,10 +13,12 @@ from config.checksums import require_untouched
 from config.errors import UserError
 from config.files import replacing
 from config.paths import find_path
+from config.reading import read_json_lines, read_mapping
 from safer_instruct.experts.verdicts import Judgement, Outcome
 from safer_instruct.measures.rates import JudgedOutput, correctness
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 
+AGAIN = "type its command again to have it written anew from its ledgers"
 OUTCOMES: dict[str, Outcome] = {name: name for name in get_args(Outcome)}
 
 
@@ -93,23 +95,22 @@ def _rename(evaluation: FinishedEvaluation, name: str, repeated: Iterable[str]) 
 def _read_evaluation(folder: Path) -> FinishedEvaluation:
     require_untouched(folder)
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = read_mapping(folder / "report.json", AGAIN)
         judged: dict[str, list[JudgedOutput]] = {name: [] for name in report["models"]}
         for model, output in read_samples(folder / "samples.jsonl"):
             judged[model].append(output)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        _contents(report)
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"compare: {folder} holds no readable report of evaluate.py ({type(error).__name__}: {error}); type its "
-            "command again to have it written anew from its ledgers"
+            f"compare: {folder} holds no readable report of evaluate.py ({type(error).__name__}: {error}); {AGAIN}"
         ) from None
     return FinishedEvaluation(report, judged)
 
 
 def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None:
-    contents = {
-        name: {key: (one["n"], one["fingerprint"]) for key, one in evaluation.report["prompts"].items()}
-        for name, evaluation in evaluations.items()
-    }
+    contents = {name: _contents(evaluation.report) for name, evaluation in evaluations.items()}
     for name, content in contents.items():
         first = next(iter(contents))
         if content != contents[first]:
@@ -121,6 +122,11 @@ def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None
                 f"models with different prompt sets cannot share a table: {'; '.join(shown)}. Evaluate both on the "
                 "same files, under the same names (prompts.NAME.path=FILE)"
             )
+
+
+def _contents(report: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    """Return rows and fingerprint of each prompt set of a report."""
+    return {key: (one["n"], str(one["fingerprint"])) for key, one in report["prompts"].items()}
 
 
 def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
@@ -154,17 +160,16 @@ def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_samples(path: Path) -> Iterator[tuple[str, JudgedOutput]]:
     """Yield the model's name and the judged output of each line of `samples.jsonl`; KeyError without a field."""
     prompts: dict[tuple[str, str], EvaluationPrompt] = {}  # one for all models: prompts are half of the text
-    with path.open(encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            key = row["set"], row["id"]
-            if key not in prompts:
-                prompts[key] = EvaluationPrompt(
-                    row["id"], row["instruction"], row["set"], row["source"], row["label"], row["kind"]
-                )
-            judgement = _judgement(row["outcome"], row["harm_label"], row["specific"], row["helpful"])
-            prompt_cut, correct = row["prompt_cut"], row["correct"]
-            output = JudgedOutput(prompts[key], row["output"], row["truncated"], judgement, prompt_cut, correct)
-            yield row["model"], output
+    for row in read_json_lines(path):
+        key = row["set"], row["id"]
+        if key not in prompts:
+            prompts[key] = EvaluationPrompt(
+                row["id"], row["instruction"], row["set"], row["source"], row["label"], row["kind"]
+            )
+        judgement = _judgement(row["outcome"], row["harm_label"], row["specific"], row["helpful"])
+        prompt_cut, correct = row["prompt_cut"], row["correct"]
+        output = JudgedOutput(prompts[key], row["output"], row["truncated"], judgement, prompt_cut, correct)
+        yield row["model"], output
 
 
 @cache

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from config.checksums import hash_prefix
 from config.errors import UserError
 from config.paths import find_path
+from config.reading import read_json_lines, read_mapping
 from config.run_keys import flatten
 from config.settings import DatasetSettings
 from safer_instruct.generation.weights import require_as_saved
@@ -26,6 +26,7 @@ from safer_instruct.text.prompt_sets import Overlap
 # Settings that name a run or its machine and say nothing about what was trained.
 NOT_COMPARED = ("exp_name", "run_dir", "local_run_dir", "local_dirs", "device", "wandb", "checkpoint")
 SHOWN_METRICS = ("loss/train", "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "counters/examples")
+_DATASET = TypeAdapter(DatasetSettings)
 
 
 def run_config(path: str) -> dict[str, Any]:
@@ -38,20 +39,25 @@ def run_config(path: str) -> dict[str, Any]:
     for candidate in (folder, *folder.resolve().parents[:3]):
         file = candidate / "config.yaml"
         if file.is_file():
-            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            config = read_mapping(file, "copy the run again")
             # The DPO repo writes a config.yaml too, with other keys: its `datasets` is a list.
-            is_ours = isinstance(config, dict) and isinstance(config.get("datasets"), dict)
-            return config if is_ours else {}
+            return config if isinstance(config.get("datasets"), dict) else {}
     return {}
 
 
 def run_datasets(path: str) -> dict[str, DatasetSettings]:
-    """Read the datasets that a model was trained on, by name; {} if it is not part of a run of train.py."""
-    known = {field.name for field in fields(DatasetSettings)}
-    return {
-        name: DatasetSettings(**{key: value for key, value in values.items() if key in known})
-        for name, values in run_config(path).get("datasets", {}).items()
-    }
+    """Read the datasets that a model was trained on, by name; {} if it is not part of a run of train.py.
+
+    Raises:
+        UserError: Its config.yaml has been changed: a value is of another type.
+    """
+    try:
+        datasets = run_config(path).get("datasets", {})
+        return {str(name): _DATASET.validate_python(values) for name, values in datasets.items()}
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"])) or "datasets"
+        raise UserError(f"config.yaml of {path}: {where}: {fault['msg']}; copy the run again") from error
 
 
 def find_training_overlap(path: str, asked: Mapping[str, Sequence[str]]) -> list[Overlap]:
@@ -96,25 +102,22 @@ def find_induction_report(paths: Sequence[str]) -> str | None:
     for path in paths:
         for settings in run_datasets(path).values():
             file = find_path(settings.path) / "report.json"
-            if file.is_file() and "funnel" in json.loads(file.read_text(encoding="utf-8")):
+            if file.is_file() and "funnel" in read_mapping(file):
                 return str(file)
     return None
 
 
-def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a metrics.jsonl; a torn last line, which a killed run can leave, is ignored.
+def read_metrics(file: Path) -> Iterator[dict[str, float]]:
+    """Yield the numbers of each row of a metrics.jsonl; see `read_json_lines`."""
+    for row in read_json_lines(file):
+        yield {key: _number(value) for key, value in row.items() if isinstance(value, int | float)}
 
-    Raises:
-        UserError: Another line is not JSON.
-    """
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                if not line.endswith("\n"):
-                    return
-                raise UserError(f"{file}:{number}: not a line of JSON") from None
+
+def _number(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int of hundreds of digits
+        return math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +137,10 @@ def read_training_run(name: str, folder: Path) -> TrainingRun:
         UserError: There is no metric in it yet, or a file in it cannot be read, or has lost what it had.
     """
     _require_logged(folder, "metrics.jsonl")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config = read_mapping(folder / "config.yaml", "copy the run again")
     metrics: dict[str, float] = {}
     for row in read_metrics(folder / "metrics.jsonl"):
-        metrics.update({key: float(value) for key, value in row.items() if isinstance(value, int | float)})
+        metrics.update(row)
     if not metrics:
         raise UserError(f"{folder} is a run without a metric yet: let it train, or leave it out of compare=[...]")
     return TrainingRun(name, str(folder), dict(flatten(config)), metrics)
@@ -149,7 +152,7 @@ def _require_logged(folder: Path, name: str) -> None:
     if not progress.is_file():
         return
     require_as_saved(progress)
-    files = json.loads(progress.read_text(encoding="utf-8"))["log"].get("files", {})
+    files = read_mapping(progress, "copy the run again")["log"].get("files", {})
     size, digest = files.get(name, (0, ""))
     if size and (os.path.getsize(folder / name) < size or hash_prefix(folder / name, size) != digest):
         raise UserError(

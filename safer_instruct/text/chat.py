@@ -6,7 +6,9 @@ template may be slow), and the rendering is split at the marks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +20,7 @@ from safer_instruct.text.display import visible
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+RENDER_SECONDS = 60.0  # of a few short messages
 _OTHERWISE = "; use template=alpaca, hh, plain or vicuna"
 
 
@@ -123,7 +126,7 @@ def _mark(number: int) -> str:
 def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options: Any) -> str:
     messages = [{"role": role, "content": _mark(number)} for number, role in enumerate(roles)]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return _within(RENDER_SECONDS, lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, **options)))
     # A template is a program: it may fail in any way in which a computation on its own data can.
     except (
         TemplateError,
@@ -131,6 +134,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options:
         AttributeError,
         LookupError,
         RecursionError,
+        TimeoutError,
         TypeError,
         ValueError,
     ) as error:
@@ -139,6 +143,29 @@ def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options:
             f"template=chat: the tokenizer's chat template fails on {_described(roles)}: {reason} "
             f"({type(error).__name__}){_OTHERWISE}"
         ) from error
+
+
+def _within(seconds: float, work: Callable[[], str]) -> str:
+    """Return what `work` returns.
+
+    Raises:
+        TimeoutError: It takes longer. Its thread cannot be stopped; it ends with the process.
+    """
+    result: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # for the thread that waits
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError:
+        if result.done():
+            raise
+        raise TimeoutError(f"it has not ended after {seconds:g} s: loops inside loops?") from None
 
 
 def _described(roles: Sequence[str]) -> str:

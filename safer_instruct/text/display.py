@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 
-# Unicode: control, format (directions, zero widths), surrogate, private, unassigned, line and paragraph ends.
-INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+from config.console import visible as visible
 
 
 def short_name(name: str, limit: int = 22) -> str:
@@ -26,23 +24,6 @@ def percent(value: float | None) -> str:
 def without_password(text: str) -> str:
     """Mask user and password of the web addresses in a text: http://***@host/v1."""
     return re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
-
-
-def visible(text: str) -> str:
-    r"""Write out every control, direction and other invisible character; newline and tab stay.
-
-    A right-to-left override becomes `\u202e`, or it would reorder what stands around it; a lone surrogate
-    is no UTF-8.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in INVISIBLE else _written_out(char) for char in text
-    )
-
-
-def _written_out(char: str) -> str:
-    return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
 
 
 def markdown_table(

@@ -21,6 +21,7 @@ Row = dict[str, Any]
 MAX_TEXT_CHARACTERS = 1 << 24  # a longer one is an unclosed quote or a damaged file, not a text
 MAX_LINE_CHARACTERS = 2 * MAX_TEXT_CHARACTERS  # of JSON, where a row may hold several texts
 JSON_CHUNK_CHARACTERS = 1 << 20
+MAX_GROUP_BYTES = 2 << 30  # of Parquet, unpacked: it is held in memory
 TABLE_ROWS = 64  # of a table at a time: each may hold a text of MAX_TEXT_CHARACTERS
 
 
@@ -201,7 +202,11 @@ def _read_json(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
                 if not chunk or len(text) - position > MAX_LINE_CHARACTERS:
                     broken = line + text.count("\n", position, error.pos)
                     raise UserError(f"{file}:{broken}: broken JSON: {error.msg}") from error
-                text, position = text[position:] + chunk, 0  # perhaps the item goes on behind the end of `text`
+                if start == len(text):  # nothing but blanks, and perhaps a comma: there may be gigabytes of them
+                    line += text.count("\n", position)
+                    text, position = text[position:].strip() + chunk, 0
+                else:
+                    text, position = text[position:] + chunk, 0  # perhaps the item goes on behind the end of `text`
                 continue
             except (ValueError, RecursionError) as error:
                 line += text.count("\n", position, start)
@@ -228,6 +233,13 @@ def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
     """Yield the batches of a Parquet file, or of an arrow file: the stream that `datasets` writes, or Feather."""
     if file.suffix.lower() == ".parquet":
         with pyarrow.parquet.ParquetFile(file) as table:
+            groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
+            largest = max((group.total_byte_size for group in groups), default=0)
+            if largest > MAX_GROUP_BYTES:
+                raise UserError(
+                    f"{file}: a row group of {largest / 2**30:.1f} GiB, which is read as a whole; write the file with "
+                    "smaller ones (row_group_size=10000)"
+                )
             yield from table.iter_batches(batch_size=TABLE_ROWS)
         return
     with pyarrow.memory_map(str(file)) as source:

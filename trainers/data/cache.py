@@ -81,7 +81,7 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
             print(f"note: {entry} is damaged ({damage}); it is built again", file=sys.stderr, flush=True)
             entry.rename(entry.with_name(f"{entry.name}{TEMPORARY}damaged-{os.getpid()}"))  # deleted below
         for stale in entry.parent.glob(f"{entry.name}{TEMPORARY}*"):
-            shutil.rmtree(stale)
+            stale.unlink() if stale.is_symlink() else shutil.rmtree(stale)
         temporary = entry.with_name(f"{entry.name}{TEMPORARY}{os.getpid()}")
         temporary.mkdir()
     except PermissionError as error:
@@ -95,7 +95,7 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
         temporary.rename(entry)
         sync(entry.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # numpy's tofile says only that a write was short
             raise UserError(
                 f"{entry.parent}: the disk is full; free some space, or name another folder first in local_dirs=[...]"
             ) from error

@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config.errors import SaidElsewhere, UserError
+from config.errors import SaidElsewhere, UserError, machine_faults
 from trainers.distributed.preemption import PREEMPTED_STATUS, SIGNALS, Preempted, StopRequest
 
 GRACE_SECONDS = 2.0  # for the other processes to say what ended them, too
@@ -150,7 +150,8 @@ def _child(work: Callable[[Place, StopRequest], None], place: Place, stop_flag: 
     threading.Thread(target=_end_with_parent, args=(parent.sentinel,), daemon=True).start()
     kind, text, status = "", "", 0
     try:
-        work(place, StopRequest(lambda: bool(stop_flag.value)))
+        with machine_faults():
+            work(place, StopRequest(lambda: bool(stop_flag.value)))
         return
     except Preempted as stopped:
         kind, text, status = "preempted", str(stopped), PREEMPTED_STATUS

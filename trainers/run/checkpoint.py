@@ -22,7 +22,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,14 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from config.checksums import write_checksums
+from config.checksums import CHECKSUMS, write_checksums
 from config.errors import SaidElsewhere, UserError
 from config.files import sync
 from config.settings import CheckpointSettings
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import full_parameters
 from trainers.run.rng import random_state
-from trainers.run.run_dir import RunDir
+from trainers.run.run_dir import RunDir, remove
 from trainers.run.saved import RunProgress, best_checkpoint, discard, point, saved_checkpoints
 
 Unlogged = dict[str, tuple[float, float]]  # metric -> (sum, count)
@@ -56,7 +56,8 @@ def fsync_tree(folder: Path) -> None:
     """Make every file below a folder, and their names, durable."""
     for parent, _, files in os.walk(folder):
         for name in [*files, "."]:
-            sync(Path(parent) / name)
+            with suppress(FileNotFoundError):  # the record of the checksums, renamed meanwhile
+                sync(Path(parent) / name)
 
 
 def pinned_stager() -> AsyncStager:
@@ -158,7 +159,8 @@ class CheckpointWriter:
 
     def _begin(self, partial: Path) -> None:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            if partial.is_symlink() or partial.exists():
+                remove(partial)
             (partial / "state").mkdir(parents=True)
         except OSError as error:
             raise self._failure(partial, error) from error
@@ -183,8 +185,12 @@ class CheckpointWriter:
             finally:
                 shards.result()  # nobody writes below `partial` any more, whatever went wrong here
             _readable_like(partial / "state" / "progress.json", partial)
-            write_checksums(partial, owner=self._run.owner(final))
-            fsync_tree(partial)
+            with ThreadPoolExecutor(max_workers=1) as pool:  # the disk is waited for while its files are hashed
+                synced = pool.submit(fsync_tree, partial)
+                write_checksums(partial, owner=self._run.owner(final))
+                synced.result()
+            for written in (partial / CHECKSUMS, partial):
+                sync(written)
             if final.exists():  # a run that went back to an earlier checkpoint has come here again
                 discard(final)
             partial.rename(final)

@@ -9,8 +9,10 @@ import errno
 import json
 import netrc
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -182,10 +184,17 @@ class _JsonLines:
 
 
 def _start_wandb(run: RunDir, settings: TrainConfig, config: Mapping[str, Any], mode: str, run_id: str | None) -> Any:
+    point = run.path.name if "=" in run.path.name else ""  # of a sweep: its points are told apart, and stay together
     started = _init_wandb(
-        settings.wandb, mode, "Use wandb.mode=offline and `wandb sync` later.", name=settings.exp_name,
+        replace(settings.wandb, group=settings.wandb.group or (settings.exp_name if point else None)), mode,
+        "Use wandb.mode=offline and `wandb sync` later.", name=f"{settings.exp_name} {point}".rstrip(),
         config=dict(config), dir=str(run.path), id=run_id, resume="allow" if mode == "online" else None,
     )  # fmt: skip
+    if mode == "offline":
+        parts = shlex.quote(str(run.path / "wandb"))
+        print(
+            f"note: wandb is offline; to send this run: wandb sync {parts}/offline-run-*", file=sys.stderr, flush=True
+        )
     started.define_metric("counters/examples")
     started.define_metric("*", step_metric="counters/examples")
     return started

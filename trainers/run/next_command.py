@@ -1,10 +1,15 @@
-"""The last lines of a run: where its weights are, and what is typed next."""
+"""The first line of a run and its last ones: what it is, where its weights are, and what is typed next."""
 
 from __future__ import annotations
 
 import re
 
+import torch
+from transformers import PreTrainedModel
+
 from config.settings import TrainConfig
+from trainers.data.batching import BatchLoader
+from trainers.distributed.layout import Layout
 from trainers.run.run_dir import RunDir
 
 
@@ -27,3 +32,13 @@ def next_command(config: TrainConfig, run: RunDir) -> str:
     )
     where = f"weights: {run.latest / 'model'}" if run.latest.exists() else "no checkpoint was written (debug=true)"
     return f"{where}\nnext: {commands.get(config.loss.name, evaluate)}"
+
+
+def starting_line(policy: PreTrainedModel, loader: BatchLoader, layout: Layout, done: int) -> str:
+    """Return what a run computes with, how long it is, and from where it goes on: `done` examples."""
+    kind = str(policy.dtype).removeprefix("torch.")
+    begin = f"goes on from step-{done}" if done else "from the beginning"
+    return (
+        f"{layout.device} ({torch.get_num_threads()} threads), {layout.world_size} process(es), weights in {kind}, "
+        f"{policy.num_parameters():,} parameters; {loader.steps} steps, {loader.total_examples} examples; {begin}"
+    )

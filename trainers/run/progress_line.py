@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
+
+
+@contextmanager
+def saying(what: str, *, active: bool, seconds: float = 30.0) -> Iterator[None]:
+    """Print now and then, off a terminal, what takes so long and for how long it has: a log file shows no bar."""
+    stream, started, done = sys.stderr, time.monotonic(), threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(seconds):
+            print(f"{what}: {tqdm.format_interval(time.monotonic() - started)} so far", file=stream, flush=True)
+
+    if active and not stream.isatty():
+        threading.Thread(target=repeat, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 class ProgressLine:

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from config.errors import UserError
 from config.files import write_text
+from config.reading import read_mapping
 from config.run_keys import checkpoint_owner, differing_keys
 
 
@@ -84,7 +85,7 @@ class RunDir:
             lock.acquire(timeout=0)
         except Timeout:
             try:
-                who = holder.read_text(encoding="utf-8")
+                who = holder.read_text(encoding="utf-8", errors="replace")[:200]
             except FileNotFoundError:
                 who = "a process that has just started"
             raise UserError(
@@ -98,14 +99,12 @@ class RunDir:
         stored = self.path / "config.yaml"
         if not stored.exists() or not self.has_results():
             return  # nothing that this command could continue by mistake
-        try:
-            before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
-            lines = differing_keys(before, config)
-        except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{stored} cannot be read, so nobody knows whether this is the run that this command began. Put the "
-                "file back from a copy, delete it if the command is the same, or choose another exp_name."
-            ) from error
+        before = read_mapping(
+            stored,
+            "nobody knows whether this is the run that this command began. Put the file back from a copy, delete it if "
+            "the command is the same, or choose another exp_name.",
+        )
+        lines = differing_keys(before, config)
         if lines:
             raise UserError(
                 f"run_dir {self.path} holds a run of another config:\n  " + "\n  ".join(lines) + "\nGive this run its "

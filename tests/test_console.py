@@ -1,0 +1,95 @@
+"""The console: what others wrote is cleaned, and a write that fails ends nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+import pytest
+
+from config.console import unfailing
+from config.errors import UserError, machine_faults
+from config.schema import SPIN_COUNT, USER_ERROR_STATUS, read_command, run_entrypoint
+from config.settings import EvaluateConfig
+
+KEPT = []  # a file object that goes closes its descriptor
+
+
+def stream_on(descriptor: int, encoding: str = "utf-8"):
+    KEPT.append(os.fdopen(descriptor, "w", encoding=encoding, closefd=False))
+    return unfailing(KEPT[-1])
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    read, write = os.pipe()
+    stream = stream_on(write)
+    print("first", file=stream, flush=True)
+    assert os.read(read, 99) == b"first\n"
+    os.close(read)
+    for _ in range(3):
+        print("x" * 100_000, file=stream, flush=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_no_error():
+    print("lost", file=stream_on(os.open("/dev/full", os.O_WRONLY)), flush=True)
+
+
+def test_an_ascii_terminal_gets_escapes():
+    read, write = os.pipe()
+    print("caf\u00e9 \ud800", file=stream_on(write, "ascii"), flush=True)
+    assert os.read(read, 99) == b"caf\\xe9 \\ud800\n"
+
+
+def failing(error: BaseException):
+    def main(config: object) -> None:
+        raise error
+
+    return main
+
+
+def run(error: BaseException, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "output=out"])
+    run_entrypoint("evaluate", EvaluateConfig, lambda config: [], failing(error))
+
+
+def test_escape_sequences_of_a_message_are_written_out(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(UserError("column \x1b[2J\u202e"), tmp_path, monkeypatch)
+    assert ended.value.code == USER_ERROR_STATUS
+    assert capsys.readouterr().err == "evaluate.py: column \\u001b[2J\\u202e\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
+def test_a_fault_of_the_machine_is_one_line(number, tmp_path, monkeypatch, capsys):
+    """Of every entrypoint, wherever it writes."""
+    with pytest.raises(SystemExit) as ended:
+        run(OSError(number, os.strerror(number), "runs/a/b"), tmp_path, monkeypatch)
+    assert ended.value.code == USER_ERROR_STATUS
+    told = capsys.readouterr().err
+    assert told.startswith(f"evaluate.py: runs/a/b: {os.strerror(number)}; make room")
+    assert told.count("\n") == 1
+
+
+def test_another_error_of_the_system_is_a_defect_and_keeps_its_traceback():
+    for error in (FileNotFoundError(errno.ENOENT, "gone", "a"), ConnectionResetError(errno.ECONNRESET, "reset")):
+        with pytest.raises(type(error)), machine_faults():
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("given", "spin_count"),
+    [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing", "a number", "a policy"],
+)
+def test_waiting_threads_are_told_to_sleep_unless_the_user_says_otherwise(given, spin_count, monkeypatch, capsys):
+    """Before torch is imported, by each entrypoint: `--help` is the shortest command."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", *given)}
+    monkeypatch.setattr(os, "environ", environment | given)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
+    with pytest.raises(SystemExit):
+        read_command("evaluate", EvaluateConfig, lambda config: [])
+    assert os.environ.get("GOMP_SPINCOUNT") == spin_count
+    capsys.readouterr()
