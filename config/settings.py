@@ -34,6 +34,7 @@ from config.training import (  # noqa: F401 - as above
     CheckpointSettings,
     DatasetSettings,
     EarlyStopSettings,
+    LoraSettings,
     ModelSettings,
     TrainConfig,
     TrainerSettings,

@@ -25,5 +25,6 @@ def next_command(config: TrainConfig, run: RunDir) -> str:
         f"python evaluate.py {typed('models.base.path', config.model.name_or_path)} "
         f"{typed(f'models.{config.loss.name}.path', run.path)} prompts.NAME.path=FILE expert=rules output=FOLDER"
     )
-    where = f"weights: {run.latest / 'model'}" if run.latest.exists() else "no checkpoint was written (debug=true)"
+    kind = "model" if (run.latest / "model").exists() else "adapter"
+    where = f"weights: {run.latest / kind}" if run.latest.exists() else "no checkpoint was written (debug=true)"
     return f"{where}\nnext: {commands.get(config.loss.name, evaluate)}"
