@@ -68,7 +68,7 @@ def _check_saving(config: TrainConfig) -> Iterator[Fault]:
     if checkpoint.policy_pt and not checkpoint.merge:
         yield Fault(
             "checkpoint.policy_pt",
-            "checkpoint.policy_pt=true: it is a whole model, and an adapter is trained; write checkpoint.merge=true, too",
+            "checkpoint.policy_pt=true is a whole model, and an adapter is trained: write checkpoint.merge=true, too",
             ("checkpoint.merge", "model.lora.r"),
         )
     if lora.quantize is not None and checkpoint.merge:

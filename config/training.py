@@ -44,9 +44,8 @@ class ModelSettings:
         str, rules.model_path, "the folder of the weights (config.json, *.safetensors), or the model's id on the hub"
     ] = MISSING
     tokenizer_name_or_path: str | None = None  # folder or id of the tokenizer; null: the model's own
-    archive: Annotated[str, rules.weights_path] | None = (
-        None  # a run, checkpoint, folder, adapter or policy.pt to start from
-    )
+    # What to start from: a run, a checkpoint, a model folder, an adapter of peft, or a policy.pt; null: name_or_path.
+    archive: Annotated[str, rules.weights_path] | None = None
     block_name: str | None = None  # class of the transformer blocks that FSDP shards; null: found in the model
     policy_dtype: Dtype = "float32"  # dtype of the trained weights
     fsdp_policy_mp: Dtype | None = None  # dtype that FSDP computes in; null: policy_dtype

@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import train
 from config.checks_lora import check_lora, check_quantized
 from config.errors import UserError
 from config.schema import compose_config
@@ -37,7 +38,6 @@ from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
 from trainers.distributed.parallelize import parallelize
 from trainers.distributed.sharding import full_parameters
-from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.flops import head_flops_per_target, training_flops_per_token
 from trainers.kernels.logps import sequence_logps
 from trainers.lora import adapter_of, add_adapter, merged, targets
@@ -108,7 +108,7 @@ def test_an_adapter_is_float32_in_a_base_of_16_bits():
 def test_targets_are_all_linear_layers_but_the_head(name):
     model = tiny_model(name)
     found = targets(model, None)
-    assert len(found) >= 4
+    assert len(found) >= 3
     assert not {"lm_head", "embed_out"} & set(found)
     for wrong in ("lm_head", "embed_tokens", "quary_proj"):
         with pytest.raises(UserError, match=f"ends in {wrong}; it has {', '.join(found)}"):
@@ -159,7 +159,6 @@ def test_packed_equals_padded(tmp_path, loss):
     for packed, padded in zip(*rows.values(), strict=True):
         for key in packed.keys() & {"loss/train", "loss/eval", "grad_norm"}:
             assert packed[key] == pytest.approx(padded[key], abs=1e-4 if key == "grad_norm" else 1e-5), key
-    assert rows[True][-1]["loss/eval"] < rows[True][0]["loss/eval"]
     torch.testing.assert_close(adapter_vector(tmp_path / "True"), adapter_vector(tmp_path / "False"), rtol=0, atol=1e-3)
 
 
@@ -190,7 +189,8 @@ def test_what_is_trained_saved_and_read_elsewhere(tmp_path):
     policy, ids = trainer.policy.eval(), padded_batch()["input_ids"]
     latest = tmp_path / "run" / "LATEST"
     plain = peft.PeftModel.from_pretrained(tiny_model(), str(latest / "adapter")).eval()
-    assert torch.equal(plain(input_ids=ids).logits, policy(input_ids=ids).logits)
+    expected = policy(input_ids=ids).logits  # whose norms round in another order
+    torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
     whole = AutoModelForCausalLM.from_pretrained(latest / "model").eval()
     difference = sequence_logps(whole, padded_batch())[0] - sequence_logps(policy, padded_batch())[0]
     assert difference.abs().max() < 1e-5
@@ -217,30 +217,43 @@ def test_recomputed_activations_give_the_same_gradients(how):
         torch.testing.assert_close(one, other)
 
 
-def sharded(layout, folder: Path, name: str, settings, model: str) -> None:
-    opened = layout.main_only(lambda: RunDir.open(folder / name, config=asdict(settings), manifest={}))
-    with opened or RunDir(folder / name, None) as run:
-        tiny_trainer(folder, layout, run, settings, model=model).train()
+SHARDED = {"dpo": "llama", "sft": "gpt_neox"}  # loss -> model
 
 
-@pytest.mark.parametrize(("loss", "model", "use_dora"), [("dpo", "llama", False), ("sft", "gpt_neox", True)])
-def test_two_processes_train_the_adapter_of_one(tmp_path, loss, model, use_dora):
-    settings = lora_settings(
-        loss, lora=replace(LORA, use_dora=use_dora), lr=3e-4, gradient_accumulation_steps=2,
-        checkpoint=CheckpointSettings(merge=True), activation_checkpointing=use_dora,
+def sharded_settings(loss: str, **changes):
+    """SFT with DoRA and activation checkpointing, DPO without."""
+    return lora_settings(
+        loss, lora=replace(LORA, use_dora=loss == "sft"), activation_checkpointing=loss == "sft", lr=3e-4, n_epochs=1,
+        gradient_accumulation_steps=2, checkpoint=CheckpointSettings(merge=True), **changes,
     )  # fmt: skip
-    one = trained(tmp_path, "one", settings, model=model)
-    settings = replace(settings, trainer=TrainerSettings(name="FSDPTrainer", num_processes=2))
-    run_ranks(sharded, 2, settings, tmp_path, "two", settings, model)
-    two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    for here, there in zip(one, two, strict=True):
-        for key in here.keys() & {"loss/train", "loss/eval"}:
-            assert there[key] == pytest.approx(here[key], abs=1e-5)
-    difference = (adapter_vector(tmp_path / "two") - adapter_vector(tmp_path / "one")).abs()
-    assert difference.mean() < 1e-5
-    whole = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "LATEST" / "model") for name in ("one", "two")]
-    logps = [sequence_logps(one.eval(), padded_batch())[0] for one in whole]
-    torch.testing.assert_close(*logps, rtol=0, atol=1e-3)
+
+
+def sharded(layout, folder: Path) -> None:
+    trainer = TrainerSettings(name="FSDPTrainer", num_processes=2)
+    for loss, model in SHARDED.items():
+        settings = sharded_settings(loss, trainer=trainer)
+        path = folder / f"two-{loss}"
+        opened = layout.main_only(lambda path=path, of=settings: RunDir.open(path, config=asdict(of), manifest={}))
+        with opened or RunDir(path, None) as run:
+            tiny_trainer(folder, layout, run, settings, model=model).train()
+
+
+def test_two_processes_train_the_adapter_of_one(tmp_path):
+    settings = sharded_settings("dpo", trainer=TrainerSettings(name="FSDPTrainer", num_processes=2))
+    run_ranks(sharded, 2, settings, tmp_path)
+    for loss, model in SHARDED.items():
+        one = trained(tmp_path, f"one-{loss}", sharded_settings(loss), model=model)
+        runs = [tmp_path / f"{name}-{loss}" for name in ("one", "two")]
+        two = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+        for here, there in zip(one, two, strict=True):
+            for key in here.keys() & {"loss/train", "loss/eval"}:
+                assert there[key] == pytest.approx(here[key], abs=1e-5)
+        difference = (adapter_vector(runs[1]) - adapter_vector(runs[0])).abs()
+        print(f"{loss}: mean {difference.mean():.1e} largest {difference.max():.1e}")
+        assert difference.mean() < 1e-5
+        merged = [load_file(run / "LATEST" / "model" / "model.safetensors") for run in runs]
+        for name, tensor in merged[0].items():
+            torch.testing.assert_close(merged[1][name], tensor, rtol=0, atol=1e-3)
 
 
 def killed_run(folder: Path, name: str, settings, kill_at: int | None) -> None:
@@ -263,14 +276,13 @@ def test_killed_and_started_again(tmp_path):
     settings = lora_settings(
         n_epochs=3, lora=replace(LORA, dropout=0.2), checkpoint=CheckpointSettings(every_examples=10, merge=True)
     )
-    statuses = []
-    for name, kills in {"straight": [None], "killed": [2, 5, 7, None]}.items():
-        for kill in kills:
-            process = fork_server().Process(target=killed_run, args=(tmp_path, name, settings, kill))
-            process.start()
-            process.join(240)
-            statuses.append(process.exitcode)
-    assert statuses == [0, -signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0]
+    process = fork_server().Process(target=killed_run, args=(tmp_path, "killed", settings, 6))
+    process.start()
+    trained(tmp_path, "straight", settings)
+    process.join(240)
+    assert process.exitcode == -signal.SIGKILL
+    assert list((tmp_path / "killed" / "checkpoints").glob("step-*"))
+    trained(tmp_path, "killed", settings)
     for file in ("adapter/adapter_model.safetensors", "model/model.safetensors", "adapter/adapter_config.json"):
         files = [tmp_path / name / "LATEST" / file for name in ("straight", "killed")]
         assert files[0].read_bytes() == files[1].read_bytes(), file
@@ -282,14 +294,16 @@ def test_killed_and_started_again(tmp_path):
 @pytest.fixture
 def words(tmp_path, tiny_model_folder):
     return [
-        "model=blank_model", f"model.name_or_path={tiny_model_folder}", "wandb.enabled=false", "max_length=64",
-        "max_prompt_length=32", f"datasets.si.path={write_pairs(tmp_path / 'pairs.jsonl', 24)}", "datasets=[si]",
+        "model=blank_model", f"model.name_or_path={tiny_model_folder}", "wandb.enabled=false",
+        f"datasets.si.path={write_pairs(tmp_path / 'pairs.jsonl', 24)}", "datasets=[si]",
         "model.lora.r=4", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0",
     ]  # fmt: skip
 
 
 def test_sft_then_dpo_then_evaluation(here, words, tmp_path, tiny_model_folder):
-    here(*words, "loss=sft", "exp_name=sft")
+    text = here(*words, "loss=sft", "exp_name=sft")
+    assert "weights: runs/sft/LATEST/adapter" in text
+    assert "model.archive=runs/sft model.lora.r=4 'datasets=[si]'" in text
     assert resolve_archive("runs/sft").name == "adapter"
     # DPO trains the adapter of SFT further: the start is its reference.
     here(*words, "loss=dpo", "exp_name=dpo", "model.archive=runs/sft", "checkpoint.merge=true")
@@ -327,13 +341,102 @@ def test_sft_then_dpo_then_evaluation(here, words, tmp_path, tiny_model_folder):
 
 def test_a_base_that_has_changed_ends_a_resumed_run(here, words, tmp_path, tiny_model_folder):
     folder = tmp_path / "base"
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    model.save_pretrained(folder)
-    words = [*words, "loss=sft", "exp_name=a", f"model.name_or_path={folder}", "n_epochs=2"]
-    words += [f"model.tokenizer_name_or_path={tiny_model_folder}"]
+    AutoModelForCausalLM.from_pretrained(tiny_model_folder).save_pretrained(folder)
+    words = [*words, "loss=sft", "exp_name=a", f"model.name_or_path={folder}", "checkpoint.every_examples=8"]
+    words += [f"model.tokenizer_name_or_path={tiny_model_folder}", "run_dir=runs/a"]
     here(*words)
+    for checkpoint in sorted(Path("runs/a/checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))[1:]:
+        shutil.rmtree(checkpoint)
     tiny_llama(400, seed=5).save_pretrained(folder)
-    for checkpoint in sorted(Path("runs/a/checkpoints").glob("step-*"))[1:]:
-        checkpoint.rename(checkpoint.with_name("away"))
-    text = here(*words)
-    assert text
+    with pytest.raises(UserError, match=r"what it stands on has changed:\n  base: \w+ at its start, \w+ now"):
+        train.main(compose_config("config", words))
+
+
+def test_an_archive_that_is_another_adapter_is_refused(here, words):
+    here(*words, "loss=sft", "exp_name=sft")
+    words = [*words, "loss=dpo", "exp_name=dpo", "model.archive=runs/sft", "run_dir=runs/dpo"]
+    for change, message in {
+        "model.lora.r=8": "model.lora.r=8, and it has 4; model.lora.alpha=16, and it has 8",
+        "model.lora.use_rslora=true": "model.lora.use_rslora=True, and it has False",
+        "model.lora.target_modules=[q_proj]": "does not fit the model and its model.lora: 24 tensors are missing",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            train.main(compose_config("config", [*words, change]))
+
+
+FAULTS = [
+    (["model.lora.alpha=32"], "model.lora.alpha=32: without a rank there is no adapter; write model.lora.r=16, too"),
+    (["model.lora.quantize=nf4"], "model.lora.quantize=nf4: without a rank there is no adapter"),
+    (["checkpoint.merge=true"], "without an adapter (model.lora.r=16) there is nothing to merge"),
+    (["model.lora.r=4", "model.lora.target_modules=[]"], "name some, or null for all of them"),
+    (["model.lora.r=4", "model.archive=policy.pt"], "a policy.pt is no base that peft could load"),
+    (["model.lora.r=4", "checkpoint.policy_pt=true"], "write checkpoint.merge=true, too"),
+    (["model.lora.r=4", "model.lora.quantize=nf4", "checkpoint.merge=true"], "is rounded to 4 bits"),
+    (["model.lora.r=4", "model.lora.quantize=nf4", "trainer=FSDPTrainer"], "weights in 4 bits are not sharded"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), FAULTS)
+def test_what_does_not_go_with_an_adapter(tmp_path, monkeypatch, words, message):
+    monkeypatch.setattr("config.checks_lora.find_spec", lambda package: package)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy.pt").write_bytes(b"")
+    config = compose_config("config", ["model=tiny", "loss=sft", "exp_name=a", *words])
+    (fault,) = check_lora(config)
+    assert message in fault.message
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("config.checks_lora.find_spec", lambda package: None)
+    words = ["model=tiny", "loss=sft", "exp_name=a", "model.lora.r=4", "model.lora.quantize=nf4"]
+    peft_is_missing, bitsandbytes_is_missing = check_lora(compose_config("config", words))
+    assert "model.lora.r=4 needs the package peft, which is not installed: pip install peft" in str(peft_is_missing)
+    assert str(bitsandbytes_is_missing).endswith("pip install bitsandbytes")
+
+
+def test_four_bits_need_a_gpu():
+    words = ["model=tiny", "loss=sft", "exp_name=a", "model.lora.r=4", "model.lora.quantize=nf4", "device=cpu"]
+    (fault,) = check_quantized(compose_config("config", words))
+    assert "4 bits need a CUDA device, and this run has none (device=cpu)" in fault.message
+    assert not list(check_quantized(compose_config("config", words[:-2])))
+
+
+def peft_folder(folder: Path, model, lora: LoraSettings = LORA, base: str = "") -> Path:
+    """A folder as peft itself writes it."""
+    config = peft.LoraConfig(r=lora.r, target_modules=["q_proj", "v_proj"])
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    stored = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**stored, "base_model_name_or_path": base or None}))
+    return folder
+
+
+def test_an_adapter_of_other_origin(tmp_path, tiny_model_folder, monkeypatch):
+    settings = ModelSettings(name_or_path=tiny_model_folder)
+    folder = peft_folder(tmp_path / "adapter", load_causal_lm(settings))
+    with_adapter = replace(settings, archive=str(folder))
+    load_causal_lm(with_adapter)
+    with pytest.raises(UserError, match="does not name the base of the adapter; give it"):
+        check_model("a", EvaluatedModelSettings(path=str(folder)))
+    assert check_model("a", EvaluatedModelSettings(path=str(folder), base=tiny_model_folder)).model == with_adapter
+    with pytest.raises(UserError, match=r"holds an adapter, not a model: write model\.name_or_path=x"):
+        load_causal_lm(ModelSettings(name_or_path=str(peft_folder(tmp_path / "named", tiny_llama(400), base="x"))))
+
+    wide = tiny_llama(400)
+    wide = type(wide)(type(wide.config)(**{**wide.config.to_dict(), "intermediate_size": 32, "hidden_size": 16}))
+    with pytest.raises(UserError, match="cannot be put into"):
+        load_causal_lm(replace(settings, archive=str(peft_folder(tmp_path / "wide", wide))))
+    wide.save_pretrained(tmp_path / "base")
+    archive = str(peft_folder(tmp_path / "wide2", wide, base=str(tmp_path / "base")))
+    with pytest.raises(UserError, match="hidden_size: 16 there, 32 here"):
+        load_causal_lm(replace(settings, archive=archive))
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: one for name, one in tensors.items() if "q_proj" in name}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="4 tensors are missing or have no place there"):
+        load_causal_lm(with_adapter)
+    (folder / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="damaged or truncated"):
+        load_causal_lm(with_adapter)
+    monkeypatch.setattr("safer_instruct.generation.adapters.find_spec", lambda package: None)
+    with pytest.raises(UserError, match="peft, which reads it, is not installed: pip install peft"):
+        load_causal_lm(with_adapter)

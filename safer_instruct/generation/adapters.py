@@ -128,7 +128,6 @@ def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrained
             f"first {min(strange)}. Give the model that it was trained on: {base_of(folder)}"
         )
     merged: PreTrainedModel = adapted.merge_and_unload()
-    del merged.peft_config
     return merged.requires_grad_(True)
 
 
