@@ -309,8 +309,8 @@ def test_sft_then_dpo_then_evaluation(here, words, tmp_path, tiny_model_folder):
     here(*words, "loss=dpo", "exp_name=dpo", "model.archive=runs/sft", "checkpoint.merge=true")
     first = json.loads(Path("runs/dpo/metrics.jsonl").read_text().splitlines()[0])
     assert first["rewards_eval/margins"] == 0.0
-    base, sft = (adapter_vector(Path("runs") / name) for name in ("sft", "dpo"))
-    assert 0 < (base - sft).abs().max() < 0.5
+    before, after = (adapter_vector(Path("runs") / name) for name in ("sft", "dpo"))
+    assert 0 < (after - before).abs().max() < 0.5
 
     # The adapter, its base named by peft's own file, and the merged model are one.
     ids = torch.arange(3, 30)[None]

@@ -42,13 +42,15 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
             tokenizer does not have.
     """
     from safer_instruct.generation.adapters import adapter_in, base_of
-    from safer_instruct.generation.models import check_weight_files, load_tokenizer, model_fingerprint, resolve_archive
+    from safer_instruct.generation.models import load_tokenizer, model_fingerprint
+    from safer_instruct.generation.weights import check_weight_files, has_tokenizer, resolve_archive
 
     adapter = adapter_in(settings.path)
     base = settings.base or (base_of(adapter) if adapter is not None else None)
     model = ModelSettings(
         name_or_path=base or settings.path,
         archive=settings.path if base else None,
+        tokenizer_name_or_path=str(adapter) if adapter is not None and has_tokenizer(adapter) else None,
         policy_dtype=settings.dtype,
     )
     template = settings.template or run_setting(name, settings.path, "template") or DEFAULT_TEMPLATE
