@@ -124,7 +124,7 @@ def build_trainer(
     objective = build_objective(config.loss)
     identity = {"data": stores.train.content}  # what a resumed run must have started from, too
     if config.model.lora.r is not None:
-        identity["base"] = layout.on_main(lambda: base_hash(base_name(split_archive(config.model)[0])))
+        identity["base"] = layout.on_main(lambda: base_hash(base_name(config.model)))
     if objective.needs_reference:
         loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
         identity["reference"] = attach_references(config, policy, weights, loaders, cache_dir, layout)
@@ -194,7 +194,7 @@ def load_model(
     loaded = layout.main_only(load)
     needs_key = build_objective(config.loss).needs_reference
     weights = layout.on_main(lambda: weights_key(loaded) if needs_key else "")
-    begin = partial(start_adapter, loaded, lora, trained, base=base_name(base), seed=config.seed)
+    begin = partial(start_adapter, loaded, lora, trained, base=base_name(config.model), seed=config.seed)
     weights += layout.on_main(begin)
     prepare = partial(
         parallelize, layout=layout, trainer=config.trainer, packing=config.packing,
@@ -210,7 +210,7 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
     model = meta_causal_lm(config.model, dtype=dtype)
     if config.packing:
         model.set_attn_implementation(PACKED)
-    add_adapter(model, config.model.lora, base="", seed=config.seed)
+    add_adapter(model, config.model.lora, base=base_name(config.model), seed=config.seed)
     return model
 
 

@@ -69,8 +69,9 @@ def split_archive(settings: ModelSettings) -> tuple[ModelSettings, Path | None]:
 
 
 def base_name(settings: ModelSettings) -> str:
-    """Return where peft finds the base of a new adapter: a folder, absolute, or an id of the hub."""
-    name = settings.archive or settings.name_or_path
+    """Return where peft finds the base of an adapter that is trained: a folder, absolute, or an id of the hub."""
+    base, _ = split_archive(settings)
+    name = base.archive or base.name_or_path
     return str(resolve_archive(name).resolve()) if find_path(name).exists() else name
 
 
