@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -39,8 +38,10 @@ from config.errors import UserError
 from config.settings import AnswerLossSettings, SFTSettings
 from preference_datasets import ENCODED_FOR, TrainEval, build_stores, describe
 from safer_instruct.evaluation.samples import MAX_ROWS, build_sampler
+from safer_instruct.generation.adapters import base_hash, base_name, check_base, split_archive
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
+from safer_instruct.text.row_log import count_cut
 from trainers.data.batching import BatchLoader
 from trainers.data.cache import usable_dir
 from trainers.data.cutters import build_cutter
@@ -54,6 +55,7 @@ from trainers.dry_run import print_estimate
 from trainers.kernels.attention import PACKED, use_packed_attention
 from trainers.kernels.logps import autocast_dtype, check_head
 from trainers.kernels.self_check import check_packed_attention, packed_and_alone
+from trainers.lora import add_adapter, start_adapter
 from trainers.losses.lengths import ld_alpha_of
 from trainers.objectives import build_objective
 from trainers.optimizers import warmup_note
@@ -123,6 +125,8 @@ def build_trainer(
     policy, weights = load_policy(config, stores, layout)
     objective = build_objective(config.loss)
     identity = {"data": stores.train.content}  # what a resumed run must have started from, too
+    if config.model.lora.r is not None:
+        identity["base"] = layout.on_main(lambda: base_hash(base_name(config.model)))
     if objective.needs_reference:
         loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
         identity["reference"] = attach_references(config, policy, weights, loaders, cache_dir, layout)
@@ -178,9 +182,12 @@ def load_model(
         compute_dtype: See `parallelize`.
         is_trained: Whether there will be backward passes, which may recompute what they need.
     """
+    lora, (base, trained) = config.model.lora, split_archive(config.model)
 
     def load() -> PreTrainedModel:
-        model = load_causal_lm(config.model, dtype=dtype)
+        model = load_causal_lm(base, dtype=dtype)
+        if trained is not None:
+            check_base(trained, model.config, base.name_or_path)
         check(model)
         if config.packing:
             use_packed_attention(model)
@@ -189,6 +196,8 @@ def load_model(
     loaded = layout.main_only(load)
     needs_key = build_objective(config.loss).needs_reference
     weights = layout.on_main(lambda: weights_key(loaded) if needs_key else "")
+    begin = partial(start_adapter, loaded, lora, trained, base=base_name(config.model), seed=config.seed)
+    weights += layout.on_main(begin)
     prepare = partial(
         parallelize, layout=layout, trainer=config.trainer, packing=config.packing,
         block_name=config.model.block_name, compute_dtype=compute_dtype,
@@ -203,6 +212,7 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
     model = meta_causal_lm(config.model, dtype=dtype)
     if config.packing:
         model.set_attn_implementation(PACKED)
+    add_adapter(model, config.model.lora, base=base_name(config.model), seed=config.seed)
     return model
 
 
@@ -312,18 +322,9 @@ def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokeni
     loaders = [loader for loader in build_loaders(config, stores, tokenizer, layout) if loader is not None]
     say_if_warmup_never_ends(config, loaders[0], layout)
     print_estimate(
-        config, layout, loaders, cut=cut_texts(stores), make_trainer=make_trainer,
+        config, layout, loaders, cut=count_cut(stores.report), make_trainer=make_trainer,
         count_parameters=lambda: skeleton(config).num_parameters(),
     )  # fmt: skip
-
-
-def cut_texts(stores: TrainEval) -> dict[str, int]:
-    """Return how many prompts and responses of all rows were too long."""
-    noted = Counter[str]()
-    for counts in stores.report["datasets"].values():
-        noted.update(counts["noted"])
-    responses = noted["response_cut"] + noted["chosen_cut"] + noted["rejected_cut"]
-    return {"prompts": noted["prompt_cut"], "responses": responses}
 
 
 if __name__ == "__main__":

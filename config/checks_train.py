@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from config.checks import check_device, check_lengths
+from config.checks_lora import check_lora, check_quantized
 from config.checks_loss import check_loss, check_reference, check_rows
 from config.rules import MISSING, Fault, check_values
 from config.settings import TrainConfig, TrainerSettings
@@ -23,8 +24,9 @@ def check_train(config: TrainConfig) -> list[Fault]:
         *_check_weights(config),
         *_check_trainer(config),
         *_check_batches(config),
+        *check_lora(config),
     ]
-    return faults or [*check_device(config.device), *_check_optimizer(config)]
+    return faults or [*check_device(config.device), *_check_optimizer(config), *check_quantized(config)]
 
 
 def _check_run(config: TrainConfig) -> Iterator[Fault]:

@@ -136,7 +136,7 @@ def existing_path(value: str) -> str:
 def weights_path(value: str) -> str:
     """Demand what `model.archive` can start from."""
     complaint = existing_path(value)
-    return complaint and f"{complaint}. Give a run, a checkpoint, a model folder, or a policy.pt"
+    return complaint and f"{complaint}. Give a run, a checkpoint, a model folder, an adapter, or a policy.pt"
 
 
 def model_path(value: str) -> str:
@@ -151,8 +151,9 @@ def model_path(value: str) -> str:
         if is_hub_id and not (path.parent != Path(".") and path.parent.is_dir()):
             return ""
         return f"there is no such folder{_neighbours(value)}"
-    if (path / "LATEST").exists() or (path / "model").is_dir() or list(path.glob("checkpoints/step-*/model")):
-        return ""  # a run (one that was killed before its first link lacks LATEST) or a checkpoint
+    names = ("LATEST", "model", "adapter", "adapter_config.json")
+    if any((path / name).exists() for name in names) or list(path.glob("checkpoints/step-*/*/*config.json")):
+        return ""  # a run (one that was killed before its first link lacks LATEST), a checkpoint or an adapter
     if not (path / "config.json").is_file():
         return "the folder has no config.json, so it holds no model"
     has_weights = any(list(path.glob(pattern)) for pattern in WEIGHT_PATTERNS)

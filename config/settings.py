@@ -36,6 +36,7 @@ from config.training import (  # noqa: F401 - as above
     DatasetSettings,
     EarlyStopSettings,
     EMASettings,
+    LoraSettings,
     ModelSettings,
     ReferenceSettings,
     TrainConfig,

@@ -15,6 +15,27 @@ from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, Existi
 
 
 @dataclass
+class LoraSettings:
+    """An adapter of low rank that is trained in place of the weights, by peft (docs/lora.md)."""
+
+    r: Count | None = None  # its rank; null: no adapter, all weights are trained
+    alpha: Count | None = None  # it is scaled by alpha / r; null: 2 r
+    dropout: Annotated[float, rules.interval("[0, 1)")] = 0.0  # of what the adapter reads
+    # Linear layers that get one, by the ends of their names: [q_proj, v_proj]; null: all but the output embedding.
+    target_modules: list[str] | None = None
+    use_rslora: bool = False  # scale by alpha / sqrt(r)
+    use_dora: bool = False  # also train the length of each row of the weights
+    # Keep the base in 4 bits, by bitsandbytes and on a GPU (QLoRA); null: in policy_dtype.
+    quantize: Annotated[str, rules.choices("nf4", "fp4")] | None = None
+
+    @property
+    def full_alpha(self) -> int:
+        """Return alpha, also where it follows from the rank."""
+        assert self.r is not None
+        return 2 * self.r if self.alpha is None else self.alpha
+
+
+@dataclass
 class ModelSettings:
     """A causal language model and the dtypes that it runs in."""
 
@@ -23,7 +44,8 @@ class ModelSettings:
         str, rules.model_path, "the folder of the weights (config.json, *.safetensors), or the model's id on the hub"
     ] = MISSING
     tokenizer_name_or_path: str | None = None  # folder or id of the tokenizer; null: the model's own
-    archive: Annotated[str, rules.weights_path] | None = None  # a run, checkpoint, folder or policy.pt to start from
+    # What to start from: a run, a checkpoint, a model folder, an adapter of peft, or a policy.pt; null: name_or_path.
+    archive: Annotated[str, rules.weights_path] | None = None
     block_name: str | None = None  # class of the transformer blocks that FSDP shards; null: found in the model
     policy_dtype: Dtype = "float32"  # dtype of the trained weights
     fsdp_policy_mp: Dtype | None = None  # dtype that FSDP computes in; null: policy_dtype
@@ -32,6 +54,7 @@ class ModelSettings:
     autocast: Annotated[str, rules.choices("bfloat16")] | None = None
     # Kernel of the attention; packing=true has one of its own and asks for sdpa.
     attn_implementation: Annotated[str, rules.choices("sdpa", "eager", "flash_attention_2")] = "sdpa"
+    lora: LoraSettings = field(default_factory=LoraSettings)  # an adapter that is trained in place of the weights
     trust_remote_code: bool = False  # run code that comes with the weights
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of template=chat: {enable_thinking: false}
 
@@ -71,6 +94,7 @@ class CheckpointSettings:
     keep_last: Count | None = None  # how many of the newest are kept; null: all
     keep_best: str | None = None  # also keep the one that is best by this metric of an evaluation, such as loss/eval
     asynchronous: bool = True  # train on while a checkpoint is written
+    merge: bool = False  # model.lora: also write the model that base and adapter make together
     policy_pt: bool = False  # also write the DPO repo's policy.pt
 
 

@@ -35,6 +35,7 @@ HOMES = {
     "matplotlib": {"safer_instruct/report/plots.py", "safer_instruct/report/dataset_plots.py"},
     "datasketch": {"safer_instruct/dataset/similarity.py"},
     "duckdb": {"safer_instruct/dataset/scratch.py"},
+    "peft": {"safer_instruct/generation/adapters.py", "trainers/lora.py"},
     "vllm": {"safer_instruct/generation/vllm.py"},
 }
 # first-party package -> what it must not import

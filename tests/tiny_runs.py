@@ -1,5 +1,6 @@
 """Runs of the trainer on random token rows of unequal length, small enough for a test."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from trainers.distributed.layout import Layout
 from trainers.distributed.parallelize import parallelize, place_model
 from trainers.kernels.attention import use_packed_attention
 from trainers.kernels.logps import check_head
+from trainers.lora import add_adapter
 from trainers.losses.lengths import ld_alpha_of
 from trainers.objectives import build_objective
 from trainers.reference import attach_reference, weights_key
@@ -114,10 +116,14 @@ def tiny_trainer(
     if settings.packing:
         use_packed_attention(full)
     weights = weights_key(full)
+    kind, shape = type(full), copy.deepcopy(full.config)
+    add_adapter(full, settings.model.lora, base="", seed=settings.seed)
 
     def skeleton() -> torch.nn.Module:
         with torch.device("meta"):
-            return type(full)(full.config)
+            meta = kind(shape)
+        add_adapter(meta, settings.model.lora, base="", seed=settings.seed)
+        return meta
 
     prepare = partial(
         parallelize, layout=layout, trainer=settings.trainer, packing=settings.packing,

@@ -14,6 +14,7 @@ from torch import Tensor
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader, passes_multiple
 from trainers.distributed.layout import gather_objects
+from trainers.lora import adapter_of
 from trainers.run.metrics import peak_memory_gib
 from trainers.trainer import Trainer
 
@@ -122,13 +123,16 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def checkpoint_bytes(trainer: Trainer) -> tuple[int, int]:
     """Count the bytes of all weights (`model/` twice with `checkpoint.policy_pt`) and of the optimizer's state.
 
-    After a step: the tensors of all processes; tokenizer, random states and headers are some 100 kB beside them.
+    After a step; of an adapter those that are trained and, with `checkpoint.merge`, the whole model. The tensors of all
+    processes; tokenizer, random states and headers are some 100 kB beside them.
     """
     weights = {id(tensor): tensor for tensor in trainer.policy.state_dict(keep_vars=True).values()}  # tied ones once
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    copies = 1 + trainer.settings.checkpoint.policy_pt
+    checkpoint, adapter = trainer.settings.checkpoint, adapter_of(trainer.policy)
+    trained = [] if adapter is None else [one for one in weights.values() if one.requires_grad]
+    whole = 0 if trained and not checkpoint.merge else _bytes(weights.values()) - _bytes(trained)
     others = [tensor for tensors in trainer.shards().values() for tensor in tensors.values()]
-    return copies * _bytes(weights.values()) + _bytes(others), _bytes(
+    return (1 + checkpoint.policy_pt) * whole + _bytes(trained) + _bytes(others), _bytes(
         value for value in states if isinstance(value, Tensor)
     )
 

@@ -41,19 +41,25 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
         UserError: No model or no tokenizer there, weights that are damaged or not finite, or a template that the
             tokenizer does not have.
     """
-    from safer_instruct.generation.models import check_weight_files, load_tokenizer, model_fingerprint, resolve_archive
+    from safer_instruct.generation.adapters import adapter_in, base_of
+    from safer_instruct.generation.models import load_tokenizer, model_fingerprint
+    from safer_instruct.generation.weights import check_weight_files, has_tokenizer, resolve_archive
 
+    adapter = adapter_in(settings.path)
+    base = settings.base or (base_of(adapter) if adapter is not None else None)
     model = ModelSettings(
-        name_or_path=settings.base or settings.path,
-        archive=settings.path if settings.base else None,
+        name_or_path=base or settings.path,
+        archive=settings.path if base else None,
+        tokenizer_name_or_path=str(adapter) if adapter is not None and has_tokenizer(adapter) else None,
         policy_dtype=settings.dtype,
     )
     template = settings.template or run_setting(name, settings.path, "template") or DEFAULT_TEMPLATE
     system = settings.system if settings.system is not None else run_setting(name, settings.path, "system")
     prompt = text_id(render_prompt(template, "", tokenizer=load_tokenizer(model), system=system).text)
-    if find_path(settings.path).exists() and (folder := resolve_archive(settings.path)).is_dir():
-        check_weight_files(folder)
-        require_finite_weights(name, folder)
+    for path in (settings.path, base if adapter is not None else None):
+        if path and find_path(path).exists() and (folder := resolve_archive(path)).is_dir():
+            check_weight_files(folder)
+            require_finite_weights(name, folder)
     served = {"served_as": settings.served_as, "base_url": settings.base_url}
     return Respondent(name, settings.path, model, template, prompt, model_fingerprint(model), system=system, **served)
 

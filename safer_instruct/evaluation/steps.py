@@ -240,13 +240,18 @@ def downstream_part(
     config: EvaluateConfig, evaluation: Evaluation, score: ChoiceScorer, progress: Advance
 ) -> dict[str, Any]:
     """Run lm_eval for each model, and compare its log-likelihoods with ours."""
-    from safer_instruct.generation.models import resolve_archive
+    from safer_instruct.generation.weights import is_adapter, resolve_archive
 
     results, checks = {}, {}
     for name, respondent in evaluation.respondents.items():
         folder = resolve_archive(respondent.path) if find_path(respondent.path).exists() else Path(respondent.path)
         if folder.is_file():
             raise UserError(f"models.{name}.path={respondent.path}: lm_eval reads model folders, not a policy.pt")
+        if is_adapter(folder):
+            raise UserError(
+                f"models.{name}.path={respondent.path}: lm_eval is given model folders, and this is an adapter; name a "
+                "run with checkpoint.merge=true"
+            )
         results[name] = run_tasks(
             respondent,
             Path(config.output) / "downstream",

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,14 @@ from transformers import (
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import ModelSettings
+from safer_instruct.generation.adapters import adapter_in, base_of, merge_adapter, quantization
 from safer_instruct.generation.weights import (
     _check_loading_info,
     check_same_architecture,
     check_weight_files,
     first_line,
     has_tokenizer,
+    is_adapter,
     read_policy_pt,
     require_as_saved,
     resolve_archive,
@@ -116,6 +119,8 @@ def _set_in_template(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, An
 def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
     """Load a causal LM on the CPU, with the weights of `archive` where that is set, and all dropout switched off.
 
+    An adapter that is the archive is merged. A base in 4 bits is on its GPU.
+
     Without dropout the policy computes what the reference does, so that DPO starts at ln 2 (ANCHORS: functional
     dropouts, such as a config's `attention_dropout`, are not `nn.Dropout` modules and stay on in training otherwise).
 
@@ -126,6 +131,9 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     Raises:
         UserError: nothing there, damaged weights, an archive that is of another architecture, or that holds code.
     """
+    if settings.archive and (adapter := adapter_in(settings.archive)) is not None:
+        base = load_causal_lm(replace(settings, archive=None), dtype=dtype)
+        return merge_adapter(base, adapter, settings.name_or_path)
     config = _load_config(settings)
     _switch_dropout_off(config)
     options = {
@@ -134,6 +142,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
         "attn_implementation": settings.attn_implementation,
         "ignore_mismatched_sizes": True,  # reported by us, with the names
         "output_loading_info": True,
+        **quantization(settings.lora.quantize, DTYPES[dtype or settings.policy_dtype]),
     }
     source = _source(settings.name_or_path)
     archive = resolve_archive(settings.archive) if settings.archive else None
@@ -224,6 +233,11 @@ def _source(name: str) -> Path | str:
         )
     if path.is_dir():
         folder = resolve_archive(name)
+        if is_adapter(folder):
+            raise UserError(
+                f"model.name_or_path={name} holds an adapter, not a model: write model.name_or_path={base_of(folder)} "
+                f"(its base) and model.archive={name}"
+            )
         require_as_saved(folder, weights=False)
         return folder
     if isinstance(huggingface_hub.try_to_load_from_cache(_hub_id(name), "config.json"), str):

@@ -8,7 +8,7 @@ from config.errors import UserError
 from config.settings import BackendSettings, ModelSettings
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
 from safer_instruct.generation.models import load_tokenizer
-from safer_instruct.generation.weights import require_as_saved, resolve_archive
+from safer_instruct.generation.weights import is_adapter, require_as_saved, resolve_archive
 from safer_instruct.generation.window import Window
 from safer_instruct.text.prompts import Unusable
 
@@ -34,10 +34,10 @@ class VLLMGenerator:
                 "on a machine with a GPU); generation=hf needs nothing more"
             ) from error
         source = resolve_archive(model.archive or model.name_or_path)
-        if source.is_file():
+        if source.is_file() or is_adapter(source):
             raise UserError(
-                f"model.archive={model.archive}: vLLM reads model folders, not policy.pt files; save one with "
-                "train.py, or use generation=hf"
+                f"model.archive={model.archive}: vLLM reads model folders, not policy.pt files or adapters; save one "
+                "with train.py (of an adapter: checkpoint.merge=true), or use generation=hf"
             )
         require_as_saved(source)
         self.name = name

@@ -31,7 +31,8 @@ def resolve_archive(path: str) -> Path:
     """Return the HF folder, or `policy.pt` file, that `path` stands for.
 
     Args:
-        path: a run (its LATEST), a checkpoint (its model/), an HF folder, or a `policy.pt`.
+        path: a run (its LATEST), a checkpoint (its model/, or else its adapter/), an HF folder, peft's folder of an
+            adapter, or a `policy.pt`.
 
     Raises:
         UserError: there is nothing there, or nothing with weights.
@@ -46,16 +47,23 @@ def resolve_archive(path: str) -> Path:
     # Without LATEST: a run that was killed between the two renames of its first checkpoint.
     saved = [path for path in found.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", path.name)]
     newest = sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))[-1:]
-    for folder in (found / "LATEST" / "model", *(path / "model" for path in newest), found / "model", found):
-        if (folder / "config.json").is_file():
+    checkpoints = (found / "LATEST", *newest, found)
+    for folder in (*(path / kind for path in checkpoints for kind in ("model", "adapter")), found):
+        if (folder / "config.json").is_file() or is_adapter(folder):
             return folder
     if (found / "policy.pt").is_file():  # the DPO repo's LATEST/policy.pt
         return found / "policy.pt"
     what = "a run without a checkpoint yet" if (found / "config.yaml").is_file() else "no model"
     raise UserError(
         f"{path} holds {what}: there is neither LATEST (a run), nor model/ (a checkpoint), nor config.json (a model "
-        "folder), nor policy.pt in it."
+        "folder), nor adapter_config.json (an adapter), nor policy.pt in it."
     )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter of peft, and not the weights of a model as well."""
+    has_weights = any(any(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
+    return (folder / "adapter_config.json").is_file() and not has_weights
 
 
 def require_as_saved(path: Path, *, weights: bool = True) -> None:
@@ -82,7 +90,7 @@ def check_weight_files(folder: Path) -> None:
     Raises:
         UserError: naming the file that is missing, damaged or truncated, or the adapter that lies beside the weights.
     """
-    if (folder / "adapter_config.json").is_file():
+    if (folder / "adapter_config.json").is_file() and not is_adapter(folder):
         raise UserError(
             f"{folder} holds an adapter (adapter_config.json), which transformers adds to the weights beside it where "
             "peft is installed, and leaves out where it is not. If the weights are merged already, move "

@@ -130,3 +130,12 @@ def few_answered(report: Mapping[str, Any]) -> list[str]:
         "declined; a model trained on such data declines harmless prompts, too. Add pairs that answer: induce.py "
         "stage=replay and stage=contrast, then datasets=[si,replay,contrast]"
     ]
+
+
+def count_cut(report: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many prompts and responses of all datasets in a report were too long."""
+    noted = Counter[str]()
+    for counts in report["datasets"].values():
+        noted.update(counts["noted"])
+    responses = noted["response_cut"] + noted["chosen_cut"] + noted["rejected_cut"]
+    return {"prompts": noted["prompt_cut"], "responses": responses}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
@@ -29,16 +29,21 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill_model(model: nn.Module, state: Mapping[str, Tensor], layout: Layout) -> None:
+def fill_model(
+    model: nn.Module, state: Mapping[str, Tensor], layout: Layout, names: Collection[str] | None = None
+) -> None:
     """Copy a full state into a model, sharded or not; one tensor at a time travels, and of it only the shards.
 
     Args:
         model: Laid out by `parallelize`; changed in place.
         state: `full_state` of the same model; read in rank 0 only.
         layout: Of the model.
+        names: Parameters that are filled, an adapter's; None: all, and the buffers.
     """
     reshard(model)
     for name, parameter in model.named_parameters():
+        if names is not None and name not in names:
+            continue
         if not isinstance(parameter, DTensor):
             parameter.copy_(state[name])
             continue
@@ -48,7 +53,7 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor], layout: Layout) ->
         full = torch.empty(parameter.shape, dtype=parameter.dtype, device=on) if source is None else source
         shard = distribute_tensor(full.detach(), mesh, placements, src_data_rank=0)
         parameter.to_local().copy_(shard.to_local())
-    for name, buffer in model.named_buffers():
+    for name, buffer in model.named_buffers() if names is None else ():
         value = buffer.contiguous()
         if layout.is_main:
             value.copy_(state[name])
@@ -56,15 +61,17 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor], layout: Layout) ->
         buffer.copy_(value)
 
 
-def full_parameters(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
-    """Return copies of all parameters and saved buffers on the host, by state-dict name; empty except in rank 0.
+def full_parameters(model: nn.Module, layout: Layout, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Return copies of parameters and saved buffers on the host, by state-dict name; empty except in rank 0.
 
-    Every process must come here. One parameter at a time is whole on the device.
+    Every process must come here. One parameter at a time is whole on the device. `names`: of those wanted; None: all.
     """
     reshard(model)
     result: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if names is not None and name not in names:
+            continue
         if id(tensor) not in copies:  # tied: one copy under both names, as `save_pretrained` expects
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             copies[id(tensor)] = _host_copy(full.detach()) if layout.is_main else full.new_empty(0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 # Dense bfloat16 FLOP/s, from the vendor's data sheets; the first name that is part of the device's. The boards named
 # NVL and PCIe have less power, and a lower clock, than those that are named by the chip alone (SXM).
@@ -49,15 +51,23 @@ def emulates_bfloat16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo"
 def training_flops_per_token(model: Any) -> float:
     """Return the FLOPs of a token in the blocks, both passes: 6 x their parameters (Kaplan et al. 2020, sec. 2.1).
 
+    Of a frozen parameter 4 x: no gradient is computed for it, only the one that goes through it to those below.
     Embeddings, the output head and the products of attention are left out, so that `mfu` is a lower bound.
     """
     embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    return 6.0 * sum(one.numel() for one in model.parameters() if id(one) not in embeddings)
+    return sum(_flops(one) for one in model.parameters() if id(one) not in embeddings)
 
 
 def head_flops_per_target(model: Any) -> float:
-    """Return the FLOPs of the output head for a target token, both passes: 6 x its parameters.
+    """Return the FLOPs of the output head for a target token, both passes: 6 x its parameters, 4 x where it is frozen.
 
     For `mfu_with_head`. The head is run on target tokens alone, so that its part counts with them, not with positions.
     """
-    return 6.0 * float(model.get_output_embeddings().weight.numel())
+    return _flops(model.get_output_embeddings().weight)
+
+
+def _flops(parameter: nn.Parameter) -> float:
+    shape = parameter.shape
+    if (quantized := getattr(parameter, "quant_state", None)) is not None:
+        shape = quantized.shape  # bitsandbytes keeps two numbers in a byte
+    return (6.0 if parameter.requires_grad else 4.0) * math.prod(shape)

@@ -129,7 +129,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x * rate
         products = grad * normed
         mean = (products @ weight_D).unsqueeze(-1).div_(-x.shape[-1])
-        grad_weight = products.flatten(0, -2).sum(0)
+        grad_weight = products.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return normed.mul_(mean).addcmul_(grad, weight_D).mul_(rate), grad_weight, None
 
 

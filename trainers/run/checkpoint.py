@@ -1,7 +1,9 @@
 """Checkpoints: a folder for other programs (`model/`) and one to resume from (`state/`), complete or absent.
 
     checkpoints/step-<examples>/
-      model/         weights (safetensors) and tokenizer, as `from_pretrained`, vLLM or lm_eval read them
+      adapter/       with `model.lora`, peft's folder, and base.json, which says what the base is
+      model/         weights (safetensors) and tokenizer, as `from_pretrained`, vLLM or lm_eval read them; with
+                     `model.lora` those of base and adapter merged, and only if `checkpoint.merge`
       state/         optimizer (torch.distributed.checkpoint, each process its shards), progress.json, rank<r>.json;
                      with `ema.decay` or a renewed reference their weights, too, and the policy's own beside an average
       policy.pt      the DPO repo's format, if `checkpoint.policy_pt`
@@ -9,8 +11,8 @@
     LATEST -> checkpoints/step-<examples>
     BEST -> checkpoints/step-<examples>        if `checkpoint.keep_best`
 
-The weights are kept once, in `model/`, in their own dtype: what is resumed is what is published, bit for bit. An
-average of them that is published in their place (`ema.save`) is the exception.
+What is trained is kept once, in `model/` or `adapter/`, in its own dtype: what is resumed is what is published, bit for
+bit. An average that is published in its place (`ema.save`) is the exception.
 `state/` is read back only from a run's own directory, never from a `model.archive`.
 """
 
@@ -45,6 +47,7 @@ from config.files import sync
 from config.settings import CheckpointSettings
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import full_parameters
+from trainers.lora import Adapter, adapter_of, merged, save_adapter
 from trainers.run.rng import random_state
 from trainers.run.run_dir import RunDir, remove
 from trainers.run.saved import RunProgress, best_checkpoint, discard, point, saved_checkpoints
@@ -110,8 +113,10 @@ class CheckpointWriter:
         final = run.checkpoints / f"step-{progress.examples}"
         partial = final.with_name(f".{final.name}.partial")
         layout.on_main(lambda: self._begin(partial))
+        adapter = adapter_of(policy)
+        only = adapter.names.values() if adapter is not None and not self._settings.merge else None
         with published():
-            weights = full_parameters(policy, layout)
+            weights = full_parameters(policy, layout, only)
         ranks = gather_objects({"random": random_state(), "unlogged": unlogged or {}})
         sharded_state = {"optimizer": get_optimizer_state_dict(policy, optimizer), **(shards or {})}
         written: Any = dcp.async_save(
@@ -122,8 +127,8 @@ class CheckpointWriter:
         )
         if layout.is_main:
             state = {"progress": asdict(progress), **{f"rank{rank}": one for rank, one in enumerate(ranks)}}
-            exporter = exporter_of(policy)
-            self._pending = self._thread.submit(self._complete, partial, final, exporter, weights, state, written)
+            parts = (exporter_of(policy), adapter, weights, state, written)
+            self._pending = self._thread.submit(self._complete, partial, final, *parts)
         else:
             self._pending = written
         if not self._settings.asynchronous:
@@ -170,6 +175,7 @@ class CheckpointWriter:
         partial: Path,
         final: Path,
         exporter: PreTrainedModel,
+        adapter: Adapter | None,
         weights: dict[str, Tensor],
         state: dict[str, Any],
         shards: Future[Any],
@@ -177,9 +183,15 @@ class CheckpointWriter:
         """Turn the copies into a complete checkpoint, in the thread of rank 0."""
         try:
             try:
-                if self._settings.policy_pt:
+                if adapter is not None:
+                    base = state["progress"]["identity"].get("base")
+                    _save_adapter(partial / "adapter", exporter, adapter, weights, base, self._tokenizer)
+                if adapter is not None and self._settings.merge:
+                    weights, adapter = merged(exporter, adapter, weights), None
+                if adapter is None and self._settings.policy_pt:
                     _save_policy_pt(partial / "policy.pt", weights, state["progress"]["examples"])
-                _save_model(partial / "model", exporter, weights, self._tokenizer)
+                if adapter is None:
+                    _save_model(partial / "model", exporter, weights, self._tokenizer)
                 for name, content in state.items():
                     (partial / "state" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
             finally:
@@ -256,6 +268,16 @@ def _save_model(
         exporter.save_pretrained(folder, state_dict=weights)
     finally:
         transformers_logging.enable_progress_bar()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _save_adapter(
+    folder: Path, exporter: PreTrainedModel, adapter: Adapter, weights: dict[str, Tensor], base_weights: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:  # fmt: skip
+    config = json.loads(exporter.config.to_json_string(use_diff=False))
+    save_adapter(folder, adapter, weights, base={"config": config, "weights": base_weights})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -7,7 +7,7 @@ import re
 import torch
 from transformers import PreTrainedModel
 
-from config.settings import TrainConfig
+from config.settings import LoraSettings, TrainConfig
 from trainers.data.batching import BatchLoader
 from trainers.distributed.layout import Layout
 from trainers.run.run_dir import RunDir
@@ -18,19 +18,33 @@ def typed(key: str, value: object) -> str:
     return f"{key}={value}" if re.fullmatch(r"[\w./~-]+", str(value)) else f"\"{key}='{value}'\""
 
 
+def lora_words(config: TrainConfig) -> str:
+    """Return what trains the adapter of a run further."""
+    words = ""
+    for name, value in vars(config.model.lora).items():
+        if isinstance(value, list):
+            words += f" 'model.lora.{name}=[{','.join(value)}]'"
+        elif value != vars(LoraSettings())[name]:
+            words += f" model.lora.{name}={value}"
+    return words
+
+
 def next_command(config: TrainConfig, run: RunDir) -> str:
     """Return where the weights are, and the next command of the method."""
+    has_model = config.model.lora.r is None or config.checkpoint.merge
+    archive = f"{typed('model.name_or_path', config.model.name_or_path)} {typed('model.archive', run.path)}"
+    reversed_model = typed("model.name_or_path", run.path) if has_model else archive
     commands = {
-        "reverse": f"python induce.py {typed('model.name_or_path', run.path)} corpus.path=FILE expert=rules "
-        "output=FOLDER",
-        "sft": f"python train.py loss=dpo model=blank_model {typed('model.name_or_path', config.model.name_or_path)} "
-        f"{typed('model.archive', run.path)} 'datasets=[si]' datasets.si.path=FOLDER exp_name=NAME",
+        "reverse": f"python induce.py {reversed_model} corpus.path=FILE expert=rules output=FOLDER",
+        "sft": f"python train.py loss=dpo model=blank_model {archive}{'' if has_model else lora_words(config)} "
+        "'datasets=[si]' datasets.si.path=FOLDER exp_name=NAME",
     }
     evaluate = (
         f"python evaluate.py {typed('models.base.path', config.model.name_or_path)} "
         f"{typed(f'models.{config.loss.name}.path', run.path)} prompts.NAME.path=FILE expert=rules output=FOLDER"
     )
-    where = f"weights: {run.latest / 'model'}" if run.latest.exists() else "no checkpoint was written (debug=true)"
+    weights = run.latest / ("model" if has_model else "adapter")
+    where = f"weights: {weights}" if run.latest.exists() else "no checkpoint was written (debug=true)"
     return f"{where}\nnext: {commands.get(config.loss.name, evaluate)}"
 
 

@@ -18,6 +18,7 @@ from config.checksums import everything, find_damage
 from config.errors import UserError
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import fill_model, full_state
+from trainers.lora import adapter_of, read_adapter
 from trainers.run.checkpoint import Unlogged, plain_class, reason
 from trainers.run.data_only import load_data_only
 from trainers.run.rng import set_random_state
@@ -82,7 +83,11 @@ def load_checkpoint(
     try:
         progress = read_progress(newest)
         ranks = [json.loads((state / f"rank{rank}.json").read_text()) for rank in range(len([*state.glob("rank*")]))]
-        load_weights(policy, newest / "model", layout)
+        if (adapter := adapter_of(policy)) is None:
+            load_weights(policy, newest / "model", layout)
+        else:  # its base is here already
+            stored = layout.main_only(lambda: read_adapter(newest / "adapter", policy))
+            fill_model(policy, stored or {}, layout, adapter.names.values())
         sharded_state: dict[str, Any] = {"optimizer": get_optimizer_state_dict(policy, optimizer), **(shards or {})}
         load_data_only(sharded_state, state)
     except UserError:  # the weights can be read, and do not fit

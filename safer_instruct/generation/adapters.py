@@ -1,0 +1,174 @@
+"""Adapters of peft as weights: found, compared with the base that they are given, and merged into it.
+
+How one is trained, and written, is `trainers/lora.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from config.checksums import hash_prefix
+from config.errors import UserError
+from config.paths import find_path
+from config.settings import ModelSettings
+from safer_instruct.generation.weights import (
+    check_same_architecture,
+    check_weight_files,
+    first_line,
+    is_adapter,
+    require_as_saved,
+    resolve_archive,
+)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+BASE = "base.json"  # of train.py: the config of the base, and the hash of its files
+
+
+def adapter_in(path: str) -> Path | None:
+    """Return the adapter's folder where a path stands for one: a run, a checkpoint or peft's folder."""
+    if not find_path(path).exists():
+        return None
+    found = resolve_archive(path)
+    return found if is_adapter(found) else None
+
+
+def split_archive(settings: ModelSettings) -> tuple[ModelSettings, Path | None]:
+    """Return the base of a policy, and the adapter that `model.lora` finds in its archive, to be trained further.
+
+    Raises:
+        UserError: That adapter is not what `model.lora` asks for; the target modules show in its tensors.
+    """
+    lora = settings.lora
+    folder = adapter_in(settings.archive) if lora.r is not None and settings.archive else None
+    if folder is None:
+        return settings, None
+    asked = {"r": lora.r, "lora_alpha": lora.full_alpha, "use_rslora": lora.use_rslora, "use_dora": lora.use_dora}
+    stored = _read_json(folder / CONFIG)
+    differing = [
+        f"model.lora.{key.removeprefix('lora_')}={value}, and it has {stored.get(key)}"
+        for key, value in asked.items()
+        if stored.get(key) != value
+    ]
+    if differing:
+        raise UserError(
+            f"model.archive={settings.archive} holds an adapter, which this run would train further as another one: "
+            f"{'; '.join(differing)}. Give its own values; or train a new one on the merged model of that run "
+            "(checkpoint.merge=true)"
+        )
+    return replace(settings, archive=None), folder
+
+
+def base_name(settings: ModelSettings) -> str:
+    """Return where peft finds the base of an adapter that is trained: a folder, absolute, or an id of the hub."""
+    base, _ = split_archive(settings)
+    name = base.archive or base.name_or_path
+    return str(resolve_archive(name).resolve()) if find_path(name).exists() else name
+
+
+def base_of(folder: Path) -> str:
+    """Return the path or name of the model that an adapter was trained on.
+
+    Raises:
+        UserError: It does not say.
+    """
+    base = _read_json(folder / CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder / CONFIG} does not name the base of the adapter; give it: base=FOLDER")
+    return str(base)
+
+
+def base_hash(name: str) -> str:
+    """Return 32 hex digits of the weight files of a model; empty for one that is no local folder. Reads them all."""
+    if not find_path(name).exists():
+        return ""
+    folder = resolve_archive(name)
+    files = [folder] if folder.is_file() else [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return xxhash.xxh3_128_hexdigest(" ".join(map(hash_prefix, sorted(files))).encode())
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrainedModel:
+    """Return the base with an adapter merged into it, which is a plain model again.
+
+    Args:
+        model: The base, on the CPU; it is used up.
+        folder: Of the adapter, peft's.
+        name: Of the base, as it was given.
+
+    Raises:
+        UserError: peft is not installed, the adapter is damaged, or it is one of another base.
+    """
+    if find_spec("peft") is None:
+        raise UserError(f"{folder} holds an adapter, and peft, which reads it, is not installed: pip install peft")
+    import peft
+
+    check_weight_files(folder)
+    require_as_saved(folder)
+    check_base(folder, model.config, name)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that are missing: said below
+            adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"the adapter {folder} cannot be put into {name}: {first_line(error)}") from error
+    strange = stored ^ set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if strange:
+        raise UserError(
+            f"the adapter {folder} does not fit {name}: {len(strange)} tensors are missing or have no place there, "
+            f"first {min(strange)}. Give the model that it was trained on: {base_of(folder)}"
+        )
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged.requires_grad_(True)
+
+
+def quantization(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what transformers' loader is told of a base in 4 bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314).
+
+    Args:
+        kind: Of its numbers; None: they are not kept in 4 bits.
+        dtype: Of the products with them.
+    """
+    if kind is None:
+        return {}
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": four_bits}
+
+
+def check_base(folder: Path, config: Any, name: str) -> None:
+    """Compare a model with what an adapter's folder says of its base.
+
+    Raises:
+        UserError: It has another architecture, or other weights.
+    """
+    own = json.loads(config.to_json_string(use_diff=False))
+    if (folder / BASE).is_file():
+        record = _read_json(folder / BASE)
+        check_same_architecture(own, record["config"], folder, name)
+        if record["weights"] and (found := base_hash(name)) not in ("", record["weights"]):
+            raise UserError(
+                f"the adapter {folder} was trained on other weights than those of {name} ({base_of(folder)}, of files "
+                f"with the hash {record['weights'][:8]}, not {found[:8]}). Give that model; if the weights are the "
+                f"same in other files, delete {folder / BASE}"
+            )
+    elif (there := find_path(base_of(folder)) / "config.json").is_file():
+        check_same_architecture(own, _read_json(there), folder, name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged ({first_line(error)}). Copy it again.") from error
