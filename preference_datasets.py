@@ -86,7 +86,7 @@ def build_stores(
         cache_dir: Shared by all runs; entries are keyed by content, so stale ones are never read.
         n_eval_examples: Evaluate on a fixed random subset of this many held-out rows; None for all.
         batch_size: A training split that is smaller gets a note.
-        all_answers: Of loss=likelihood: all answers of a conversation are targets, not its last one alone.
+        all_answers: All answers of a conversation are targets, not its last one alone; loss=reverse: all turns.
 
     Returns:
         The stores; `eval` may have no rows.
