@@ -8,6 +8,7 @@ from typing import Any
 
 from config.checks import check_device, check_lengths
 from config.checks_loss import check_loss, check_rows
+from config.paths import find_path
 from config.rules import MISSING, Fault, check_values
 from config.settings import TrainConfig, TrainerSettings
 
@@ -19,6 +20,7 @@ def check_train(config: TrainConfig) -> list[Fault]:
         *check_loss(config.loss),
         *check_rows(config),
         *_check_run(config),
+        *_check_sources(config),
         *_check_weights(config),
         *_check_trainer(config),
         *_check_batches(config),
@@ -62,6 +64,21 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
             f"checkpoint.keep_best={best}: must be what an evaluation measures, such as loss/eval or "
             "rewards_eval/accuracies",
         )
+
+
+def _check_sources(config: TrainConfig) -> Iterator[Fault]:
+    """Find out whether the keys of a dataset on the hub are those of one."""
+    for name, dataset in config.datasets.items():
+        path = find_path(dataset.path)
+        unread = ("config", "split", "revision", "streaming") if path.is_file() else ("revision",) * path.is_dir()
+        for key in unread:
+            if vars(dataset)[key]:
+                yield Fault(
+                    f"datasets.{name}.{key}",
+                    f"datasets.{name}.{key}={vars(dataset)[key]}: it is for datasets of the hub, and {dataset.path} is "
+                    f"a {'file' if path.is_file() else 'folder'} of this machine; leave it out",
+                    (f"datasets.{name}.path",),
+                )
 
 
 def _check_weights(config: TrainConfig) -> Iterator[Fault]:

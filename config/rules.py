@@ -20,6 +20,7 @@ from config.names import DTYPES, KINDS, MADE_BY, TEMPLATES
 from config.paths import find_path
 
 MISSING: Any = "???"  # OmegaConf's marker of a mandatory value
+FILE_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".arrow", ".gz", ".zst", ".txt")  # of no dataset on the hub
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 Rule = Callable[[Any], str]
@@ -159,6 +160,13 @@ def model_path(value: str) -> str:
     return "" if has_weights else "the folder has a config.json but no weights (*.safetensors)"
 
 
+def hub_path(value: str) -> str:
+    """Demand a file or folder, or what may be ORG/NAME on the hub, which is left to the loader."""
+    path = Path(value)
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value) and path.suffix.lower() not in FILE_SUFFIXES
+    return "" if is_hub_name and not path.parent.is_dir() else existing_path(value)
+
+
 def _neighbours(value: str) -> str:
     """Return `; did you mean ...?`, from the folder that the path points into."""
     path = Path(value).expanduser()
@@ -177,3 +185,4 @@ BadRow = Annotated[str, choices("drop", "error")]
 Device = Annotated[str, matches(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu or cuda")]
 ExistingPath = Annotated[str, existing_path]
 DataPath = Annotated[str, existing_path, "the file or folder to read"]
+HubPath = Annotated[str, hub_path, "the file or folder to read, or a dataset of the hub as ORG/NAME"]
