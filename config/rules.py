@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from config.names import DTYPES, KINDS, MADE_BY, TEMPLATES
-from config.paths import find_path
+from config.paths import find_path, may_be_on_hub
 
 MISSING: Any = "???"  # OmegaConf's marker of a mandatory value
-FILE_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".arrow", ".gz", ".zst", ".txt")  # of no dataset on the hub
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 Rule = Callable[[Any], str]
@@ -162,9 +161,7 @@ def model_path(value: str) -> str:
 
 def hub_path(value: str) -> str:
     """Demand a file or folder, or what may be ORG/NAME on the hub, which is left to the loader."""
-    path = Path(value)
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value) and path.suffix.lower() not in FILE_SUFFIXES
-    return "" if is_hub_name and not path.parent.is_dir() else existing_path(value)
+    return "" if may_be_on_hub(value) else existing_path(value)
 
 
 def _neighbours(value: str) -> str:

@@ -87,12 +87,12 @@ class DatasetSettings:
     """One dataset: where it is and how its rows read."""
 
     path: HubPath = MISSING  # a file, a folder of several, a folder made by induce.py, or ORG/NAME on the hub
+    # Which columns the rows have.
+    schema: Annotated[str, rules.choices(*SCHEMAS), f"how its rows read: {' | '.join(SCHEMAS)}"] = MISSING
     config: str | None = None  # on the hub: the part of the dataset to read, where it has several; null: the only one
     split: str | None = None  # on the hub: what to read; null: what is called train, else all but test, validation, ...
     revision: str | None = None  # on the hub: commit, branch or tag; null: main
     streaming: bool = False  # on the hub: read rows from the network, and keep no copy beside the token store
-    # Which columns the rows have.
-    schema: Annotated[str, rules.choices(*SCHEMAS), f"how its rows read: {' | '.join(SCHEMAS)}"] = MISSING
     template: Template = "alpaca"  # how an instruction becomes a prompt
     system: str | None = None  # what the assistant is told before each conversation; null: what the row says
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}

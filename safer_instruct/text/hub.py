@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config.errors import UserError
-from config.paths import find_path
+from config.paths import find_path, may_be_on_hub
 from config.settings import DatasetSettings
 from safer_instruct.text.display import visible
 from safer_instruct.text.formats import Row
@@ -50,7 +50,7 @@ def hub_dataset(name: str, settings: DatasetSettings) -> HubDataset | None:
     Raises:
         UserError: See `source_of`.
     """
-    by_library = settings.split or settings.config or settings.streaming or not find_path(settings.path).exists()
+    by_library = settings.split or settings.config or settings.streaming or may_be_on_hub(settings.path)
     return HubDataset(name, settings) if by_library else None
 
 
