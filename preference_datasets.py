@@ -32,8 +32,9 @@ from safer_instruct.text.example_encoder import ExampleEncoder
 from safer_instruct.text.examples import Example, held_out, text_id
 from safer_instruct.text.exclusion import exclude_file, key_hash, read_instruction_keys, turn_keys
 from safer_instruct.text.formats import data_suffix
+from safer_instruct.text.hub import source_of
 from safer_instruct.text.loading import LoadedExamples, load_examples
-from safer_instruct.text.readers import data_files, splits_left_out
+from safer_instruct.text.readers import data_files
 from safer_instruct.text.refusals import declines
 from safer_instruct.text.row_log import RowLog, describe, few_answered
 from trainers.data.cache import build_once, hash_files
@@ -86,7 +87,7 @@ def build_stores(
         cache_dir: Shared by all runs; entries are keyed by content, so stale ones are never read.
         n_eval_examples: Evaluate on a fixed random subset of this many held-out rows; None for all.
         batch_size: A training split that is smaller gets a note.
-        all_answers: Of loss=likelihood: all answers of a conversation are targets, not its last one alone.
+        all_answers: All answers of a conversation are targets, not its last one alone; loss=reverse: all turns.
 
     Returns:
         The stores; `eval` may have no rows.
@@ -113,7 +114,8 @@ def build_stores(
     notes = [*(few_answered(report) if loss != "reverse" else []), *_size_notes(train, held, datasets, batch_size)]
     report |= {"num_train": len(train), "num_eval": len(held), "notes": notes}
     # Not part of the cached report: the same contents may lie under other names now.
-    report["files"] = {name: _training_files(settings) for name, settings in datasets.items()}
+    sources = {name: source_of(name, settings) for name, settings in datasets.items()}
+    report["files"] = {name: {"read": source.read, "left_out": source.left_out} for name, source in sources.items()}
     return TrainEval(train, held, report)
 
 
@@ -141,11 +143,6 @@ def _mixed(train: TokenStore, datasets: Mapping[str, DatasetSettings], report: d
     return train.select(torch.cat([rows + start for rows, start in zip(chosen.values(), starts, strict=False)]))
 
 
-def _training_files(settings: DatasetSettings) -> dict[str, list[str]]:
-    path = find_path(settings.path)
-    return {"read": [file.name for file in data_files(path, training=True)], "left_out": splits_left_out(path)}
-
-
 def _content_key(
     datasets: Mapping[str, DatasetSettings],
     targets: str,
@@ -162,15 +159,13 @@ def _content_key(
     code += sorted((root / "safer_instruct" / "text").glob("*.py"))
     contents: dict[str, Any] = {}
     for name, settings in datasets.items():
-        paths = {"data": settings.path, "exclude": exclude_file(settings), "eval": settings.eval_path}
-        files = {
-            what: data_files(find_path(path), training=what == "data")
-            for what, path in paths.items()
-            if path is not None
-        }
+        source = source_of(name, settings)
+        beside = {"exclude": exclude_file(settings), "eval": settings.eval_path}
+        files = {what: data_files(find_path(path)) for what, path in beside.items() if path is not None}
+        files["data"] = source.files
         hashes = {what: [hash_files(found), *(data_suffix(file) for file in found)] for what, found in files.items()}
-        ignored = {"path": "", "exclude": None, "eval_path": None, "weight": None}
-        contents[name] = [vars(replace(settings, **ignored)), hashes]  # type: ignore[arg-type]  # fields are str | None
+        ignored: dict[str, Any] = {"path": "", "exclude": None, "eval_path": None, "weight": None, "streaming": False}
+        contents[name] = [vars(replace(settings, **ignored)), hashes, source.version]
     record = [list(contents.items()), targets, limits, tokenizer_fingerprint(tokenizer), hash_files(code)]
     return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 

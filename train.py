@@ -35,7 +35,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config.errors import UserError
-from config.settings import AnswerLossSettings, SFTSettings
+from config.settings import AnswerLossSettings, ReverseSettings, SFTSettings
 from preference_datasets import ENCODED_FOR, TrainEval, build_stores, describe
 from safer_instruct.evaluation.samples import MAX_ROWS, build_sampler
 from safer_instruct.generation.adapters import base_hash, base_name, check_base, split_archive
@@ -222,7 +222,7 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
         build_stores, config.datasets, loss=ENCODED_FOR[config.loss.rows], tokenizer=tokenizer,
         max_length=config.max_length, max_prompt_length=config.max_prompt_length, cache_dir=cache_dir,
         n_eval_examples=config.n_eval_examples, batch_size=config.batch_size,
-        all_answers=isinstance(config.loss, SFTSettings) and config.loss.on == "all",
+        all_answers=isinstance(config.loss, SFTSettings | ReverseSettings) and config.loss.on == "all",
     )  # fmt: skip
     stores = layout.main_first(build)
     if layout.is_main:

@@ -9,6 +9,7 @@ from typing import Any
 from config.checks import check_device, check_lengths
 from config.checks_lora import check_lora, check_quantized
 from config.checks_loss import check_loss, check_reference, check_rows
+from config.paths import find_path
 from config.rules import MISSING, Fault, check_values
 from config.settings import TrainConfig, TrainerSettings
 
@@ -21,6 +22,7 @@ def check_train(config: TrainConfig) -> list[Fault]:
         *check_rows(config),
         *check_reference(config),
         *_check_run(config),
+        *_check_sources(config),
         *_check_weights(config),
         *_check_trainer(config),
         *_check_batches(config),
@@ -74,6 +76,21 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
         )
     if config.ema.decay is None and not config.ema.save:
         yield Fault("ema.save", "ema.save=False: there is no average; write ema.decay=0.999, too", ("ema.decay",))
+
+
+def _check_sources(config: TrainConfig) -> Iterator[Fault]:
+    """Find out whether the keys of a dataset on the hub are those of one."""
+    for name, dataset in config.datasets.items():
+        path = find_path(dataset.path)
+        unread = ("config", "split", "revision", "streaming") if path.is_file() else ("revision",) * path.is_dir()
+        for key in unread:
+            if vars(dataset)[key]:
+                yield Fault(
+                    f"datasets.{name}.{key}",
+                    f"datasets.{name}.{key}={vars(dataset)[key]}: it is for datasets of the hub, and {dataset.path} is "
+                    f"a {'file' if path.is_file() else 'folder'} of this machine; leave it out",
+                    (f"datasets.{name}.path",),
+                )
 
 
 def _check_weights(config: TrainConfig) -> Iterator[Fault]:

@@ -60,6 +60,7 @@ class ReverseSettings(LikelihoodLossSettings):
 
     name: str = "reverse"
     reduction: Annotated[str, rules.choices("sequence_sum", "token_mean")] = "token_mean"
+    on: Annotated[str, rules.choices("first", "all")] = "first"  # turns of a conversation that are learnt from
 
 
 @dataclass

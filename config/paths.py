@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+FILE_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".arrow", ".gz", ".zst", ".txt")  # of no name on the hub
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -18,3 +20,9 @@ def find_path(path: str | Path) -> Path:
         return here
     shipped = REPOSITORY / here
     return shipped if shipped.exists() else here
+
+
+def may_be_on_hub(path: str) -> bool:
+    """Say whether what is no path here may be a dataset of the hub: ORG/NAME, and no typo in a folder that is there."""
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and Path(path).suffix.lower() not in FILE_SUFFIXES
+    return bool(is_name) and not find_path(path).exists() and not Path(path).parent.is_dir()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from config.names import DTYPES, KINDS, MADE_BY, TEMPLATES
-from config.paths import find_path
+from config.paths import find_path, may_be_on_hub
 
 MISSING: Any = "???"  # OmegaConf's marker of a mandatory value
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
@@ -160,6 +160,11 @@ def model_path(value: str) -> str:
     return "" if has_weights else "the folder has a config.json but no weights (*.safetensors)"
 
 
+def hub_path(value: str) -> str:
+    """Demand a file or folder, or what may be ORG/NAME on the hub, which is left to the loader."""
+    return "" if may_be_on_hub(value) else existing_path(value)
+
+
 def _neighbours(value: str) -> str:
     """Return `; did you mean ...?`, from the folder that the path points into."""
     path = Path(value).expanduser()
@@ -178,3 +183,4 @@ BadRow = Annotated[str, choices("drop", "error")]
 Device = Annotated[str, matches(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu or cuda")]
 ExistingPath = Annotated[str, existing_path]
 DataPath = Annotated[str, existing_path, "the file or folder to read"]
+HubPath = Annotated[str, hub_path, "the file or folder to read, or a dataset of the hub as ORG/NAME"]

@@ -44,10 +44,10 @@ from config.training import (  # noqa: F401 - as above
     WandbSettings,
 )
 
-# "OPENING CLOSING" of what families of reasoning models think aloud: DeepSeek R1 and Qwen 3, Mistral, Cohere, Seed.
+# "OPENING CLOSING" of what families of models think aloud: DeepSeek R1 and Qwen 3, Mistral, Cohere, Seed, GPT-OSS.
 THOUGHT_TAGS = (
     "<think> </think>", "<thinking> </thinking>", "[THINK] [/THINK]", "<|START_THINKING|> <|END_THINKING|>",
-    "<seed:think> </seed:think>",
+    "<seed:think> </seed:think>", "<|channel|> <|message|>",
 )  # fmt: skip
 ThoughtTag = Annotated[
     str,

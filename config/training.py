@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from config import rules
 from config.names import OPTIMIZERS, PAIRINGS, SCHEDULERS, SCHEMAS
-from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, Share, Template
+from config.rules import MISSING, BadRow, Count, Device, Dtype, ExistingPath, HubPath, Share, Template
 
 
 @dataclass
@@ -128,9 +128,13 @@ class EarlyStopSettings:
 class DatasetSettings:
     """One dataset: where it is and how its rows read."""
 
-    path: DataPath = MISSING  # a file, a folder of several, or a folder made by induce.py
+    path: HubPath = MISSING  # a file, a folder of several, a folder made by induce.py, or ORG/NAME on the hub
     # Which columns the rows have.
     schema: Annotated[str, rules.choices(*SCHEMAS), f"how its rows read: {' | '.join(SCHEMAS)}"] = MISSING
+    config: str | None = None  # on the hub: the part of the dataset to read, where it has several; null: the only one
+    split: str | None = None  # on the hub: what to read; null: what is called train, else all but test, validation, ...
+    revision: str | None = None  # on the hub: commit, branch or tag; null: main
+    streaming: bool = False  # on the hub: read rows from the network, and keep no copy beside the token store
     template: Template = "alpaca"  # how an instruction becomes a prompt
     system: str | None = None  # what the assistant is told before each conversation; null: what the row says
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}

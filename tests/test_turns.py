@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import sentencepiece_like
 from conftest import EOS, byte_level_tokenizer, tiny_llama
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from config.errors import UserError
@@ -49,20 +50,6 @@ def with_chat(tokenizer: PreTrainedTokenizerFast, template: str = IM) -> PreTrai
     return tokenizer
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """Llama 2's kind: a blank becomes a mark, also before the first word, bytes as a fallback, BOS before each text."""
-    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
-    texts = ["".join(chr(c) for c in range(33, 127)), "the cat sat on the mat", *(content for _, content in TALK)]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", "<s>", EOS, *alphabet], show_progress=False)
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=EOS, unk_token="<unk>")
-
-
 def unigram() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -94,7 +81,7 @@ FAMILIES = {
     "llama3": lambda: split_by(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"),
     "qwen2": lambda: split_by(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
     "merges_lines": lambda: byte_level_tokenizer(add_bos=False, vocab_size=500),
-    "llama2": sentencepiece_like,
+    "llama2": lambda: sentencepiece_like(tuple(content for _, content in TALK)),
     "unigram": unigram,
 }
 

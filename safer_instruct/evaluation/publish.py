@@ -17,6 +17,7 @@ from safer_instruct.evaluation.rewards import trained_on_notes
 from safer_instruct.evaluation.steps import Evaluation, Judged
 from safer_instruct.generation.completions import describe_decoding
 from safer_instruct.measures.comparisons import compare_models
+from safer_instruct.measures.contrasts import contrasts
 from safer_instruct.measures.rates import JudgedOutput, single_outcome, summarize
 from safer_instruct.provenance import git_state, package_versions
 from safer_instruct.report.curves import plot_compared, plot_runs, read_curves
@@ -40,7 +41,7 @@ def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
     judged = {name: rows for evaluation in evaluations.values() for name, rows in evaluation.judged.items()}
     reported = {name: one for evaluation in evaluations.values() for name, one in evaluation.report["models"].items()}
     models = {name: {**reported[name], **summarize(rows)} for name, rows in judged.items()}
-    parts: dict[str, Any] = {"comparisons": compare_models(judged, models)}
+    parts: dict[str, Any] = {"comparisons": compare_models(judged, models), "contrasts": contrasts(judged)}
     figures = plot_runs({name: read_curves(name, path) for name, path in config.curves.items()})
     if trained:
         runs = [read_training_run(name, folder) for name, folder in trained.items()]

@@ -30,6 +30,7 @@ from safer_instruct.evaluation.rewards import RewardScale, reward_scales
 from safer_instruct.experts.expert import Expert, build_expert
 from safer_instruct.experts.verdicts import Judgement, Outcome
 from safer_instruct.measures.comparisons import compare_models, judge_agreement
+from safer_instruct.measures.contrasts import contrasts
 from safer_instruct.measures.rates import JudgedOutput
 from safer_instruct.report.curves import RunCurves, read_curves
 from safer_instruct.report.dataset import read_induction_report, read_stages
@@ -204,7 +205,7 @@ def build_parts(
     """Build what the report holds beyond rates: comparisons, agreement, helpfulness, downstream tasks."""
     folder = Path(config.output) / "ledger"
     judge, second_judge, helpfulness = evaluation.judge, evaluation.second_judge, config.helpfulness
-    parts: dict[str, Any] = {"comparisons": compare_models(judged, models)}
+    parts: dict[str, Any] = {"comparisons": compare_models(judged, models), "contrasts": contrasts(judged)}
     if judge is not None and second_judge is not None:
         pairs = [(row.prompt.instruction, row.text) for rows in judged.values() for row in rows]
         with timed(seconds, "second judge", len(set(pairs))) as progress:

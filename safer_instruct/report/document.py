@@ -2,7 +2,8 @@
 
 `report.json`: `summary` (one sentence), `warnings`, `models.NAME` (`rates.summarize`), `prompts.NAME` (the sets),
 `overlap` (prompts that occur in training files), `dataset` (the report of induce.py), `run` (how it was made), and,
-where the command asked for them, `comparisons`, `agreement`, `helpfulness`, `downstream`, `rewards` and `runs`.
+where the command asked for them, `comparisons`, `contrasts`, `agreement`, `helpfulness`, `downstream`, `rewards` and
+`runs`.
 """
 
 from __future__ import annotations

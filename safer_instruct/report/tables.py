@@ -125,6 +125,7 @@ def group_tables(models: Models) -> Iterator[Table]:
 def extra_tables(report: Mapping[str, Any]) -> list[Table]:
     """Show the parts that the report has beyond its rates."""
     makers = (
+        ("contrasts", _contrasts),
         ("comparisons", _comparisons),
         ("agreement", _agreement),
         ("hand_labels", _agreement),
@@ -134,6 +135,24 @@ def extra_tables(report: Mapping[str, Any]) -> list[Table]:
         ("runs", _runs),
     )
     return [table for key, make in makers if report.get(key) for table in make(report[key])]
+
+
+def _contrasts(part: Mapping[str, Any]) -> Iterator[Table]:
+    for set_name, categories in part.items():
+        models = list(next(iter(categories.values())))
+        rows = [
+            [category, words, *(rate_text(of_models[name][key]) for name in models)]
+            for category, of_models in categories.items()
+            for key, words in (("refused", "safe, refused"), ("complied", "unsafe, complied with"))
+        ]
+        yield Table(
+            f"{set_name}: refusals of safe prompts against compliance with unsafe ones",
+            ["category", "prompts", *models],
+            rows,
+            "Per cent, with 95% Wilson intervals; complied is what is no refusal. A model that tells the two apart has "
+            "low numbers in both.",
+            left=(0, 1),
+        )
 
 
 def points(value: float | None) -> str:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDER_SECONDS = 60.0  # of a few short messages
-_OTHERWISE = "; use template=alpaca, hh, plain or vicuna"
+_MEND = "mend the chat template in the tokenizer's folder"
+_OTHERWISE = "; or use template=alpaca, hh, plain or vicuna"
+# By which templates leave a thought out: Qwen 3, GLM 4.5 and SmolLM 3; DeepSeek 3.1 and Granite 3.3.
+_SWITCHES = ("enable_thinking", "thinking")
 
 
 class Turn(NamedTuple):
@@ -71,27 +74,28 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
     """Return what the chat template writes round an answer behind `chat_frames`.
 
     Raises:
-        UserError: The template does not show an answer where a model that is asked would write it: then no end, or a
-            thought, would be trained.
+        UserError: The template does not show an answer where a model that is asked would write it, or writes nothing
+            behind it: then a thought, or no end, would be trained.
     """
-    user, both = ("user",), ("user", "assistant")
-    asked = _asked(tokenizer, str(tokenizer.chat_template), user)
-    head, between, behind = _split(_render(tokenizer, both), both)
-    before = head + _mark(0) + between
+    asked, before, behind = _round_an_answer(tokenizer)
     if not before.startswith(asked):
         # Where they part: what stands before is of no interest.
         shared = next((i for i, pair in enumerate(zip(before, asked, strict=False)) if pair[0] != pair[1]), len(before))
         raise UserError(
             f"template=chat: a model is asked with ...{asked[shared:]!r} at the end, where the same template writes "
             f"...{before[shared:]!r} before an answer, so answers would be trained in another place (inside a thought) "
-            "than they have; set what the template offers, such as model.chat_template_kwargs.enable_thinking=false, "
-            f"mend the template{_OTHERWISE}"
+            f"than they have; {_switch(tokenizer)}{_OTHERWISE}"
         )
     lead = before[len(asked) :]
-    if lead.strip() and asked == _render(tokenizer, user):
+    if lead.strip() and asked == _render(tokenizer, ("user",)):
         raise UserError(
             f"template=chat: the template writes {lead!r} before an answer, but not where it asks for one "
-            f"(add_generation_prompt), so a model would have to write it by itself; mend the template{_OTHERWISE}"
+            f"(add_generation_prompt), so a model would have to write it by itself; {_MEND}{_OTHERWISE}"
+        )
+    if not behind.strip():
+        raise UserError(
+            "template=chat: the template writes nothing behind an answer, so a model could not tell that one has "
+            f"ended; {_MEND}, {{{{ eos_token }}}} behind an assistant's content{_OTHERWISE}"
         )
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
     # Special tokens first: others, such as </think>, may stand before the end.
@@ -100,6 +104,23 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
         if found:
             return Turn(lead, behind[: found[0][0]], found[0][2])
     return Turn(lead, behind.rstrip())
+
+
+def _round_an_answer(tokenizer: PreTrainedTokenizerBase, **variables: Any) -> tuple[str, str, str]:
+    """Return what a model is asked with, what the template writes before the answer to the same, and behind it."""
+    asked = _render(tokenizer, ("user",), add_generation_prompt=True, **variables)
+    both = ("user", "assistant")
+    head, between, behind = _split(_render(tokenizer, both, **variables), both)
+    return asked, head + _mark(0) + between, behind
+
+
+def _switch(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what to type for a template to ask where it answers: a variable of its own, if one does it."""
+    for name in _SWITCHES:
+        asked, before, _ = _round_an_answer(tokenizer, **{name: False})
+        if before.startswith(asked):
+            return f"write model.chat_template_kwargs.{name}=false"
+    return _MEND
 
 
 def chat_end_token(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from config.settings import DatasetSettings
@@ -84,10 +85,14 @@ class ExampleEncoder:
             Unusable: The template has no place for the conversation.
         """
         if self._loss == "reverse":
-            first = each_answer(example)[0]  # what was asked last may mean nothing without what was said before
-            if example.history:
+            turns = each_answer(example)
+            if example.history and not self._all_answers:
                 self._log.note("first_turn_only", example)
-            return [(render_reversed(str(first.chosen)), (reversed_target(str(first.instruction), first.input),))]
+                turns = [replace(turns[0], history=())]  # a later one may mean nothing without what was said before
+            return [
+                (render_reversed(str(turn.chosen), turn.history), (reversed_target(str(turn.instruction), turn.input),))
+                for turn in turns
+            ]
         return [self._rendered(one) for one in (each_answer(example) if self._all_answers else [example])]
 
     def _rendered(self, example: Example) -> tuple[Prompt, tuple[str, ...]]:

@@ -12,8 +12,9 @@ from config.paths import find_path
 from config.settings import DatasetSettings
 from safer_instruct.text.examples import Example, Message, is_unicode, text_id
 from safer_instruct.text.formats import BadLine, Row
+from safer_instruct.text.hub import hub_dataset
 from safer_instruct.text.pairs import Pairing, best, make_pairs
-from safer_instruct.text.readers import read_rows, require_columns
+from safer_instruct.text.readers import read_rows, require_columns, usable_rows
 from safer_instruct.text.row_log import BadRow, RowLog
 from safer_instruct.text.schemas import SCHEMAS
 from safer_instruct.text.standard import Fields
@@ -53,6 +54,7 @@ class LoadedExamples:
         self._path, self._pairs, self._training = find_path(path), pairs, training
         self._single = single or settings.schema == "unpaired"
         self._settings = settings
+        self._hub = hub_dataset(log.name, settings) if path == settings.path else None
         self.log = log
 
     @property
@@ -84,8 +86,11 @@ class LoadedExamples:
             yield {**first[0], "answers": answers}, *first[1:]
 
     def _rows(self) -> Iterator[tuple[Fields, str, str]]:
-        file = None
-        rows = read_rows(self._path, columns=self._settings.columns, training=self._training, bad_line=self._drop_line)
+        file, columns = None, self._settings.columns
+        if self._hub is None:
+            rows = read_rows(self._path, columns=columns, training=self._training, bad_line=self._drop_line)
+        else:
+            rows = usable_rows(self._hub.rows(), columns, self._drop_line)
         for where, row in rows:
             if where.rpartition(":")[0] != file:  # the first row of each file
                 file = where.rpartition(":")[0]

@@ -31,6 +31,10 @@ _REVERSED = (
     "Below is a response to a certain instruction. "
     "Write the instruction that the response is trying to complete.\n\n### response:\n"
 )
+_REVERSED_LATER = (
+    "Below is a conversation, and a response to the instruction that follows it. "
+    "Write the instruction that the response is trying to complete.\n\n### conversation:\n"
+)
 # github.com/lm-sys/FastChat, conversation "vicuna_v1.1".
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -207,9 +211,16 @@ def answer_turn(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     return chat_turn(tokenizer)
 
 
-def render_reversed(response: str) -> Prompt:
-    """Render the prompt of reversed instruction tuning: it asks for the instruction (Safer-Instruct, section 3.1)."""
-    return Prompt(_REVERSED, response, "\n\n### Instruction:")
+def render_reversed(response: str, history: Sequence[Message] = ()) -> Prompt:
+    """Render the prompt of reversed instruction tuning: it asks for the instruction (Safer-Instruct, section 3.1).
+
+    With the messages that stood before it, for which the paper has no form, the instruction is the user's next turn.
+    """
+    tail = "\n\n### Instruction:"
+    if not history:
+        return Prompt(_REVERSED, response, tail)
+    conversation = "\n\n".join(f"{message.role}: {message.content}" for message in history)
+    return cut_the_longer(_REVERSED_LATER, conversation, "\n\n### response:\n", response, tail)
 
 
 def reversed_target(instruction: str, input: str = "") -> str:

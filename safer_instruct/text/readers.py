@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -100,12 +100,23 @@ def splits_left_out(path: Path) -> list[str]:
     if not path.is_dir():
         return []
     parts = sorted({file.relative_to(path).parts[0] for file in _folder_files(path)})
+    return left_out_of(parts, str(path), f"the path of one, {path / parts[0]}," if parts else "")
+
+
+def left_out_of(parts: Sequence[str], where: str, otherwise: str) -> list[str]:
+    """Return those of some files or splits that nothing may be trained on by default; see `splits_left_out`.
+
+    Args:
+        parts: All of them.
+        where: They are, for a message.
+        otherwise: What to give instead, where one of them is meant.
+    """
     train = [part for part in parts if TRAIN_SPLIT.match(part)]
     left_out = [part for part in parts if (part not in train if train else HELD_OUT_SPLIT.match(part))]
-    if parts and left_out == parts:
+    if parts and left_out == list(parts):
         raise UserError(
-            f"{path}: holds only {', '.join(parts)}, whose names say that nothing is trained on them; give the path of "
-            f"one, {path / parts[0]}, if it is meant"
+            f"{where}: holds only {', '.join(parts)}, whose names say that nothing is trained on them; give "
+            f"{otherwise} if it is meant"
         )
     return left_out
 
@@ -157,12 +168,13 @@ def read_rows(
     rows: Iterable[tuple[str, Row | BadLine]] = chain.from_iterable(map(read_file, files))
     if path.is_dir() and _is_datasets_folder(path):
         rows = _read_datasets_folder(path, splits_left_out(path) if training else ())
-    return _usable_rows(rows, columns or {}, bad_line)
+    return usable_rows(rows, columns or {}, bad_line)
 
 
-def _usable_rows(
+def usable_rows(
     rows: Iterable[tuple[str, Row | BadLine]], columns: Mapping[str, str], bad_line: Callable[[BadLine], None]
 ) -> Iterator[tuple[str, Row]]:
+    """Yield the rows that can be read, their columns under our names; see `read_rows`."""
     names = {column: name for name, column in columns.items()}
     for where, row in rows:
         if isinstance(row, BadLine):

@@ -1,0 +1,123 @@
+"""What the rows of a dataset are read from: files, or what the library `datasets` finds on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config.errors import UserError
+from config.paths import find_path, may_be_on_hub
+from config.settings import DatasetSettings
+from safer_instruct.text.display import visible
+from safer_instruct.text.formats import Row
+from safer_instruct.text.readers import data_files, left_out_of, splits_left_out
+
+
+class Source(NamedTuple):
+    """What the rows of a dataset depend on.
+
+    Attributes:
+        files: Those that are read; none of what lies on the hub.
+        version: On the hub: dataset, config and commit.
+        read: What is read, for a report.
+        left_out: Files or splits that nothing is trained on, by their names.
+    """
+
+    files: list[Path]
+    version: str
+    read: list[str]
+    left_out: list[str]
+
+
+def source_of(name: str, settings: DatasetSettings) -> Source:
+    """Return what `datasets.NAME` is read from, for training.
+
+    Raises:
+        UserError: There is no such file, folder or dataset, or no network to find it with.
+    """
+    hub = hub_dataset(name, settings)
+    if hub is not None:
+        return hub.source
+    files = data_files(find_path(settings.path), training=True)
+    return Source(files, "", [file.name for file in files], splits_left_out(find_path(settings.path)))
+
+
+def hub_dataset(name: str, settings: DatasetSettings) -> HubDataset | None:
+    """Return the dataset that the library is to read: no path here, or a folder in the form of those on the hub.
+
+    Raises:
+        UserError: See `source_of`.
+    """
+    by_library = settings.split or settings.config or settings.streaming or may_be_on_hub(settings.path)
+    return HubDataset(name, settings) if by_library else None
+
+
+class HubDataset:
+    """A dataset as `datasets` reads it. Nothing but its card and the names of its files is loaded before its rows are.
+
+    Attributes:
+        source: What its rows depend on.
+    """
+
+    def __init__(self, name: str, settings: DatasetSettings) -> None:
+        self._name, self._settings = name, settings
+        folder = find_path(settings.path)
+        self._is_folder = folder.exists()
+        try:
+            path = str(folder.resolve()) if self._is_folder else settings.path
+            self._builder = _builder(path, settings.config, settings.revision)
+        except Exception as error:  # whatever the library, its network and its file systems raise
+            raise self._refused("", error) from error
+        files: dict[str, list[str]] = self._builder.config.data_files or {}
+        names = [str(split) for split in files or self._builder.info.splits or ()]
+        left_out = [] if settings.split else left_out_of(names, settings.path, f"datasets.{name}.split=NAME")
+        self._splits = [settings.split] if settings.split else [split for split in names if split not in left_out]
+        if self._is_folder:  # the library's cache does not notice that a file has changed
+            found = [Path(file) for split in self._splits for file in files.get(split, ())]
+            self.source = Source(found, "", [file.name for file in found], left_out)
+        else:
+            version = "/".join(Path(self._builder.cache_dir).parts[-4:])
+            self.source = Source([], version, [f"{version} {split}" for split in self._splits], left_out)
+
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        """Yield ("path/split:number", row): streamed, or from the library's copy of the dataset on this disk.
+
+        A folder is streamed in any case.
+
+        Raises:
+            UserError: There is no such split, or reading breaks off.
+        """
+        for split in self._splits:
+            number = 0
+            try:
+                for number, row in enumerate(self._load(split), start=1):
+                    yield f"{self._settings.path}/{split}:{number}", dict(row)
+            except Exception as error:  # as above
+                raise self._refused(f" behind row {number} of split={split}", error) from error
+
+    def _load(self, split: str) -> Any:
+        if self._settings.streaming or self._is_folder:
+            return self._builder.as_streaming_dataset(split)
+        self._builder.download_and_prepare()
+        return self._builder.as_dataset(split).with_format(None)
+
+    def _refused(self, place: str, error: Exception) -> UserError:
+        settings, key = self._settings, f"datasets.{self._name}"
+        given = {"config": settings.config, "revision": settings.revision}
+        asked = ", ".join([repr(settings.path), *(f"{name}={value}" for name, value in given.items() if value)])
+        reason = visible(" ".join(str(error).split())[:300]) or type(error).__name__
+        hint = (
+            f"; there is no such file or folder here either. Without a network: hf download {settings.path} "
+            f"--repo-type dataset --local-dir FOLDER where there is one, then {key}.path=FOLDER {key}.split=train"
+        )
+        hint *= not self._is_folder
+        return UserError(f"{key}.path={settings.path}: load_dataset({asked}) failed{place}: {reason}{hint}")
+
+
+@lru_cache
+def _builder(path: str, config: str | None, revision: str | None) -> Any:
+    import datasets  # slow to import, and most datasets are files
+
+    return datasets.load_dataset_builder(path, config, revision=revision)
