@@ -98,9 +98,8 @@ class Trainer:
         self.speed = Speed(self.policy, layout)
 
     def _restore(self, identity: dict[str, str]) -> RunProgress:
-        found = load_checkpoint(
-            self.run, policy=self.policy, optimizer=self.optimizer, layout=self.layout, shards=self.shards()
-        )
+        policy, optimizer, shards = self.policy, self.optimizer, self.shards()
+        found = load_checkpoint(self.run, policy=policy, optimizer=optimizer, layout=self.layout, shards=shards)
         if found is None:
             return RunProgress(identity=identity)
         progress, unlogged = found
