@@ -81,10 +81,14 @@ def base_of(folder: Path) -> str:
     Raises:
         UserError: It does not say.
     """
-    base = _read_json(folder / CONFIG).get("base_model_name_or_path")
+    base = _named_base(folder)
     if not base:
         raise UserError(f"{folder / CONFIG} does not name the base of the adapter; give it: base=FOLDER")
-    return str(base)
+    return base
+
+
+def _named_base(folder: Path) -> str:
+    return str(_read_json(folder / CONFIG).get("base_model_name_or_path") or "")
 
 
 def base_hash(name: str) -> str:
@@ -126,7 +130,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrained
     if strange:
         raise UserError(
             f"the adapter {folder} does not fit {name}: {len(strange)} tensors are missing or have no place there, "
-            f"first {min(strange)}. Give the model that it was trained on: {base_of(folder)}"
+            f"first {min(strange)}. Give the model that it was trained on: {_named_base(folder) or 'it names none'}"
         )
     merged: PreTrainedModel = adapted.merge_and_unload()
     return merged.requires_grad_(True)
@@ -159,11 +163,11 @@ def check_base(folder: Path, config: Any, name: str) -> None:
         check_same_architecture(own, record["config"], folder, name)
         if record["weights"] and (found := base_hash(name)) not in ("", record["weights"]):
             raise UserError(
-                f"the adapter {folder} was trained on other weights than those of {name} ({base_of(folder)}, of files "
+                f"the adapter {folder} was trained on other weights than those of {name} ({_named_base(folder)}, of files "
                 f"with the hash {record['weights'][:8]}, not {found[:8]}). Give that model; if the weights are the "
                 f"same in other files, delete {folder / BASE}"
             )
-    elif (there := find_path(base_of(folder)) / "config.json").is_file():
+    elif (named := _named_base(folder)) and (there := find_path(named) / "config.json").is_file():
         check_same_architecture(own, _read_json(there), folder, name)
 
 
