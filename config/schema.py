@@ -38,6 +38,7 @@ from config import settings
 from config.errors import SaidElsewhere, UserError
 from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
 from config.overrides import CONFIG_DIR, Reader, group_options, one_line, own_groups
+from config.paths import program
 from config.rules import MISSING, Fault, is_below
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 
@@ -251,7 +252,7 @@ def _help(config_name: str, config_class: type[Any]) -> str:
     return "\n".join(
         [
             str(config_class.__doc__).strip(),
-            f"\nUsage: python {Path(sys.argv[0]).name} KEY=VALUE ... [-m for sweeps: KEY=A,B,C]",
+            f"\nUsage: {program(Path(sys.argv[0]).stem)} KEY=VALUE ... [-m for sweeps: KEY=A,B,C]",
             "\nGroups:",
             *groups,
             "\nKeys and defaults (??? must be set; what each means is in config/settings.py and config/training.py):",

@@ -13,7 +13,11 @@ import time
 from pathlib import Path
 
 from config.paths import REPOSITORY
-from trainers.trainer import Trainer
+from trainers.distributed.preemption import exit_on_signals
+
+exit_on_signals()  # as train.py does, before the imports that take seconds
+
+from trainers.trainer import Trainer  # noqa: E402
 
 train_step = Trainer.train_step
 

@@ -22,11 +22,11 @@ from tests.warm import ROOT
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(lacking() is not None, reason=f"no Slurm: {lacking()}"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
-# What docs/clusters.md says for a node without GPUs. A limit is signalled 30 to 60 s after the start.
+# What docs/clusters.md says for a node without GPUs. Slurm signals up to a minute early: 30 to 90 s after the start.
 NO_GPUS = ["--cpus-per-task=1"]
-LIMIT = ["--time=3", "--signal=USR1@150"]
+LIMIT = ["--time=4", "--signal=USR1@150"]
 TRAIN = [
     "loss=dpo", "model=blank_model", "datasets.si.path=pairs.jsonl", "datasets.si.eval_fraction=0.2", "batch_size=8",
     "eval_batch_size=8", "eval_every=16", "lr=1e-3", "optimizer=AdamW", "checkpoint.every_examples=1000",
@@ -79,7 +79,7 @@ def job_log(folder: Path, job: str) -> str:
 def test_stops_of_a_run_of_two_tasks(cluster: Cluster, folder, tiny_model_folder):
     """Each kind of stop: a checkpoint of the step under way, another start by itself, and the same bytes at the end."""
     train = [*TRAIN, f"model.name_or_path={tiny_model_folder}"]
-    kinds = ["requeue", "usr1", "limit", "scancel"]
+    kinds = ["requeue", "limit", "scancel"]
 
     def submit(kind: str) -> str:
         options = ["--gpus-per-node=0", "--ntasks-per-node=2", *NO_GPUS, *LIMIT[: 2 if kind == "limit" else 0]]
@@ -87,7 +87,7 @@ def test_stops_of_a_run_of_two_tasks(cluster: Cluster, folder, tiny_model_folder
         return cluster.sbatch(*words, cwd=folder, **variables(f"{HELD_STEP}:{kind}"))
 
     jobs = {kind: submit(kind) for kind in kinds}
-    stops = {"requeue": ("scontrol", "requeue"), "usr1": ("scancel", "--signal=USR1"), "scancel": ("scancel",)}
+    stops = {"requeue": ("scontrol", "requeue"), "scancel": ("scancel",)}
     for kind, job in jobs.items():
         wait_until((folder / f"held-{kind}").exists, f"{kind} to be held: {job_log(folder, job)}")
         if kind in stops:

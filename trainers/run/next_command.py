@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from config.paths import program
 from config.settings import TrainConfig
 from trainers.run.run_dir import RunDir
 
@@ -16,13 +17,14 @@ def typed(key: str, value: object) -> str:
 def next_command(config: TrainConfig, run: RunDir) -> str:
     """Return where the weights are, and the next command of the method."""
     commands = {
-        "reverse": f"python induce.py {typed('model.name_or_path', run.path)} corpus.path=FILE expert=rules "
+        "reverse": f"{program('induce')} {typed('model.name_or_path', run.path)} corpus.path=FILE expert=rules "
         "output=FOLDER",
-        "sft": f"python train.py loss=dpo model=blank_model {typed('model.name_or_path', config.model.name_or_path)} "
+        "sft": f"{program('train')} loss=dpo model=blank_model "
+        f"{typed('model.name_or_path', config.model.name_or_path)} "
         f"{typed('model.archive', run.path)} 'datasets=[si]' datasets.si.path=FOLDER exp_name=NAME",
     }
     evaluate = (
-        f"python evaluate.py {typed('models.base.path', config.model.name_or_path)} "
+        f"{program('evaluate')} {typed('models.base.path', config.model.name_or_path)} "
         f"{typed(f'models.{config.loss.name}.path', run.path)} prompts.NAME.path=FILE expert=rules output=FOLDER"
     )
     where = f"weights: {run.latest / 'model'}" if run.latest.exists() else "no checkpoint was written (debug=true)"
