@@ -12,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from config.paths import REPOSITORY, program
 from tests.commands import write_pairs
@@ -86,3 +88,17 @@ def test_the_extras_are_those_of_the_requirement_files():
     lines = [line.split("#")[0].strip() for line in (REPOSITORY / "requirements-docs.txt").read_text().splitlines()]
     assert extras["docs"] == [line for line in lines if line]
     assert extras["eval"][0] in (REPOSITORY / "requirements-dev.txt").read_text()
+
+
+def test_the_lock_has_all_that_is_required_with_hashes_and_names_no_host():
+    lock = (REPOSITORY / "requirements.lock").read_text()
+    assert not re.search(r"https?://|--(extra-)?index-url|--find-links", lock)
+    packages = re.split(r"\n(?=\S)", lock.strip())
+    locked = {}
+    for package in packages:
+        name, version = re.match(r"([\w.-]+)==([\w.]+)", package).groups()
+        assert "--hash=sha256:" in package, name
+        locked[name] = Version(version)
+    lines = [line.split("#")[0].strip() for line in (REPOSITORY / "requirements.txt").read_text().splitlines()]
+    for requirement in map(Requirement, filter(None, lines)):
+        assert locked[requirement.name] in requirement.specifier, requirement

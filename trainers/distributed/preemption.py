@@ -9,6 +9,7 @@ Nothing but the standard library is imported here, so that `train.py` can answer
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -40,6 +41,7 @@ def exit_on_signals(
     for number in _heard_signals():
         if number in numbers:
             signal.signal(number, leave)
+    atexit.register(_ignore_signals)  # what is done is done: the interpreter's last steps know no handlers
 
 
 def exit_behind_ledgers() -> None:
@@ -82,8 +84,7 @@ class StopRequest:
     def close(self) -> None:
         """Ignore all further signals, for good: all is saved, and a launcher signals those that end last."""
         self._closed = True
-        for number in _heard_signals():
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_signals()
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -97,6 +98,11 @@ class StopRequest:
         finally:
             for number, handler in before.items() if not self._closed else ():
                 signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    for number in _heard_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _say(text: str) -> None:
