@@ -133,7 +133,6 @@ def test_an_array_of_four_trials_of_which_one_is_requeued(cluster: Cluster, fold
     recipe = ["experiment=si_dpo", "model=alpaca7b", f"model.name_or_path={tiny_model_folder}", "loss.beta=0.1"]
     recipe += [f"model.archive={tiny_model_folder}", "datasets.si.path=pairs.jsonl"]
     assert final(folder / "runs" / held) == undisturbed(folder, "trial", *recipe, *common)
-    assert not list((folder / "runs").glob(".*")), "only the runs' own folders"
 
 
 @pytest.fixture
