@@ -16,13 +16,13 @@ from tests import warm
 from tests.commands import metrics, without_times, write_pairs
 from tests.conftest import tiny_llama
 from tests.loopback_server import loopback
-from tests.slurm_cluster import ENDED, Cluster, lacking, slurm, wait_until
+from tests.slurm_cluster import ENDED, PATIENCE_SECONDS, Cluster, lacking, slurm, wait_until
 from tests.warm import ROOT
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(lacking() is not None, reason=f"no Slurm: {lacking()}"),
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
 ]
 NO_GPUS = ["--cpus-per-task=1"]  # beside the options of docs/clusters.md for a node without GPUs
 TRAIN = [
@@ -66,7 +66,7 @@ def undisturbed(folder: Path, name: str, *arguments: str) -> tuple[bytes, list[d
     """What the command leaves without Slurm, and without a stop."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     command = [sys.executable, str(ROOT / "train.py"), *arguments, f"exp_name={name}"]
-    warm.run(command, cwd=folder, env=environment, check=True)
+    warm.run(command, cwd=folder, env=environment, check=True, timeout=PATIENCE_SECONDS)
     return final(folder / "runs" / name)
 
 
@@ -163,7 +163,7 @@ def test_an_array_of_four_shards_and_the_merge_behind_it(cluster: Cluster, folde
         )  # fmt: skip
         alone = [sys.executable, str(ROOT / "induce.py"), "model=blank_model", f"model.name_or_path={ending_model}"]
         alone += ["corpus.path=corpus.jsonl", "output=alone", *expert.split(), *more.split()]
-        warm.run(alone, cwd=folder, env={**os.environ, **environment}, check=True)
+        warm.run(alone, cwd=folder, env={**os.environ, **environment}, check=True, timeout=PATIENCE_SECONDS)
         assert cluster.wait_for_end(merge) == ["COMPLETED"], job_log(folder, f"{array}_*") + job_log(folder, merge)
     assert (folder / "si/si.jsonl").read_text() == (folder / "alone/si.jsonl").read_text()
     assert len((folder / "si/si.jsonl").read_text().splitlines()) > 15
