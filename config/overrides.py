@@ -40,7 +40,6 @@ OTHER_NAMES = {
 PLUGINS = {
     "slurm": ("submitit_slurm", "hydra-submitit-launcher"),
     "joblib": ("joblib", "hydra-joblib-launcher"),
-    "optuna": ("optuna", "hydra-optuna-sweeper 'sqlalchemy<2'"),
 }
 TYPES: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"

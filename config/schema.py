@@ -13,7 +13,6 @@ An entrypoint reads its command before it imports torch, and runs it after:
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -191,13 +190,10 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
     sys.argv[1:] = command.arguments  # the command as it was typed stays in sys.orig_argv
     failed, started_by = False, os.getpid()
 
-    def run(composed: DictConfig) -> float | None:
+    def run(composed: DictConfig) -> None:
         nonlocal failed
         try:
-            config = _place(to_dataclass(composed), _sweep_point(command.swept))
-            is_searched = _is_searched(config)
-            main(config)
-            return _searched_value(config) if is_searched else None
+            main(_place(to_dataclass(composed), _sweep_point(command.swept)))
         except UserError as error:
             if not isinstance(error, SaidElsewhere):
                 _print_error(str(error))
@@ -206,7 +202,6 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
             if os.getpid() != started_by:  # a launcher's process: the sweep learns of it by the exception
                 raise
             failed = True
-            return None
         except KeyboardInterrupt:
             _print_error("interrupted; the same command goes on from what was saved")
             sys.exit(INTERRUPTED_STATUS)
@@ -228,23 +223,6 @@ def run_entrypoint(
 ) -> None:
     """Read the command line in `sys.argv` and run it, in a process that has imported what `main` needs."""
     run_command(read_command(config_name, config_class, check), main)
-
-
-def _is_searched(config: Any) -> bool:
-    """Return whether a search (hydra/sweeper=optuna) chose this point, and exit if it is not said what it looks for."""
-    job = HydraConfig.get()
-    if job.mode != RunMode.MULTIRUN or not str(job.sweeper._target_).endswith("OptunaSweeper"):
-        return False
-    if not isinstance(config, TrainConfig) or config.checkpoint.keep_best is None:
-        _print_error("hydra/sweeper=optuna searches for the best checkpoint.keep_best=METRIC of train.py: set that")
-        sys.exit(USER_ERROR_STATUS)
-    return True
-
-
-def _searched_value(config: TrainConfig) -> float:
-    """Return the metric of `checkpoint.keep_best` in the last evaluation of a finished run."""
-    rows = map(json.loads, (Path(str(config.run_dir)) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return float([row[config.checkpoint.keep_best] for row in rows if config.checkpoint.keep_best in row][-1])
 
 
 def _sweep_point(swept: list[str]) -> str:

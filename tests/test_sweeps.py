@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import json
 import operator
 import os
 import shutil
@@ -17,11 +16,9 @@ import yaml
 from hydra import initialize_config_dir
 from wandb.sdk.launch.sweeps import utils as agent
 
-from config.checks_train import check_train
-from config.errors import UserError
 from config.overrides import CONFIG_DIR, Reader
 from config.paths import REPOSITORY
-from config.schema import compose_config, register_schemas, run_entrypoint
+from config.schema import compose_config, register_schemas
 from config.settings import TrainConfig
 from tests.commands import errors_of
 from trainers.distributed.preemption import PREEMPTED_STATUS
@@ -235,12 +232,11 @@ def test_scripts_are_clean_for_shellcheck():
 PLUGINS = {
     "hydra/launcher=slurm": ("hydra-submitit-launcher", "SlurmLauncher"),
     "hydra/launcher=joblib": ("hydra-joblib-launcher", "JoblibLauncher"),
-    "hydra/sweeper=optuna": ("hydra-optuna-sweeper", "OptunaSweeper"),
 }
 
 
 @pytest.mark.parametrize("choice", PLUGINS)
-def test_launchers_and_sweepers_compose_or_are_refused_with_their_package(choice, monkeypatch, capsys):
+def test_launchers_compose_or_are_refused_with_their_package(choice, monkeypatch, capsys):
     words = ["-m", choice, "loss=dpo", "model=tiny", f"datasets.si.path={__file__}", "exp_name=x", "loss.beta=0.1,0.2"]
     package, target = PLUGINS[choice]
     if find_plugin(package) is None:
@@ -254,47 +250,6 @@ def test_launchers_and_sweepers_compose_or_are_refused_with_their_package(choice
     group = choice.split("=")[0].removeprefix("hydra/")
     assert all(point.config.hydra[group]._target_.endswith(target) for point in read.points)
     assert [point.config.loss.beta for point in read.points] == [0.1, 0.2]
-
-
-def points(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
-    monkeypatch.chdir(folder)
-    common = ["loss=dpo", "model=tiny", f"datasets.si.path={__file__}", "exp_name=sweep"]
-    monkeypatch.setattr("sys.argv", ["train.py", "-m", *common, *words])
-    run_entrypoint("config", TrainConfig, check_train, write_metrics)
-    return sorted(path.name for path in (folder / "runs" / "sweep").glob("loss.beta=*"))
-
-
-def write_metrics(config: TrainConfig) -> None:
-    """A run of which only its last evaluation is left."""
-    if config.loss.beta == 0.2:
-        raise UserError("0.2 is a mistake")
-    run = Path(config.run_dir)
-    run.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text(json.dumps({"loss/eval": (config.loss.beta - 0.3) ** 2}) + "\n")
-
-
-def test_a_search_optimises_the_metric_of_keep_best(tmp_path, monkeypatch, capsys):
-    if find_plugin("hydra-optuna-sweeper") is None:
-        pytest.skip("hydra-optuna-sweeper is not installed")
-    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "loss.beta=interval(0.25,0.5)"]
-    found = points(tmp_path, monkeypatch, *search, "checkpoint.keep_best=loss/eval")
-    assert len(found) == 4
-    best = yaml.safe_load((tmp_path / "runs/sweep/optimization_results.yaml").read_text())
-    assert best["best_value"] == min((float(name.split("=")[1]) - 0.3) ** 2 for name in found)
-    with pytest.raises(SystemExit) as stopped:
-        points(tmp_path, monkeypatch, *search)
-    assert stopped.value.code == 2
-    assert "searches for the best checkpoint.keep_best=METRIC" in capsys.readouterr().err
-
-
-def test_a_mistake_in_one_of_several_processes_ends_that_point_alone(tmp_path, monkeypatch, capsys):
-    if find_plugin("hydra-joblib-launcher") is None:
-        pytest.skip("hydra-joblib-launcher is not installed")
-    with pytest.raises(SystemExit) as stopped:
-        points(tmp_path, monkeypatch, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "loss.beta=0.1,0.2,0.3")
-    assert stopped.value.code == 2
-    assert "train.py: 0.2 is a mistake" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "runs/sweep").glob("*=*")) == ["loss.beta=0.1", "loss.beta=0.3"]
 
 
 def find_plugin(package: str) -> importlib.metadata.Distribution | None:
