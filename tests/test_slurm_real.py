@@ -107,7 +107,9 @@ def test_stops_of_a_run_of_two_tasks(cluster: Cluster, folder, tiny_model_folder
     ]
     for kind, job in jobs.items():
         assert final(folder / "runs" / kind) == straight, kind
-        assert "Traceback" not in job_log(folder, job)
+        # wandb's own hook at the interpreter's end may complain of its process, which Slurm signalled, too.
+        complaint = "Exception ignored in atexit callback"
+        assert job_log(folder, job).count("Traceback") == job_log(folder, job).count(complaint)
         assert cluster.job(job)["Restarts"] == ("0" if kind == "scancel" else "1")
 
 
