@@ -11,11 +11,14 @@ that was stopped. The text of models and prompts goes into samples.jsonl and beh
 
 from __future__ import annotations
 
+from trainers.distributed.preemption import exit_behind_ledgers  # isort: skip
+
 from config.checks_evaluate import check_evaluate, with_paths
 from config.schema import read_command, run_command
 from config.settings import EvaluateConfig
 
 if __name__ == "__main__":  # before the imports that take seconds: a mistake need not wait for them
+    exit_behind_ledgers()
     command = read_command("evaluate", EvaluateConfig, check_evaluate)
 
 import os

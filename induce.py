@@ -12,6 +12,8 @@ Settings: config/induce.yaml, config/settings.py (InduceConfig).
 
 from __future__ import annotations
 
+from trainers.distributed.preemption import exit_behind_ledgers  # isort: skip
+
 from pathlib import Path
 
 from config.checks_induce import check_induce
@@ -20,6 +22,7 @@ from config.settings import InduceConfig
 from safer_instruct.induction.status import render_status
 
 if __name__ == "__main__":  # before the imports that take seconds: mistakes and stage=status need not wait for them
+    exit_behind_ledgers()
     command = read_command("induce", InduceConfig, check_induce)
     if all(config.stage == "status" for config in command.configs):
         run_command(command, lambda config: print(render_status(Path(config.output) / "ledger")))

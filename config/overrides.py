@@ -41,6 +41,11 @@ OTHER_NAMES = {
 UNREADABLE = (
     yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError,
 )  # fmt: skip
+# Choices of Hydra's own groups that a plug-in brings: the name by which it registers them, and its package.
+PLUGINS = {
+    "slurm": ("submitit_slurm", "hydra-submitit-launcher"),
+    "joblib": ("joblib", "hydra-joblib-launcher"),
+}
 TYPES: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"
 }  # fmt: skip
@@ -176,9 +181,13 @@ class Reader:
             self._fault(key, f"{text}: {here}{meant} Its groups: {', '.join(own)}")
             return False
         names = map(str, value if isinstance(value, list) else [] if value is None else [value])
+        plugins = PLUGINS if group.startswith("hydra/") else {}
+        options = [one for one in options if one not in plugins or plugins[one][0] in options]
         wrong = [name for name in names if name not in options]
         for name in wrong:
             meant = suggest(name, options, 0.5)
+            if name in plugins:
+                meant = f" without a plug-in that is not installed: pip install {plugins[name][1]}."
             if group == "model" and "/" in name:
                 meant = f"; a folder is written model=blank_model model.name_or_path={name}."
             self._fault(key, f"{text}: {group} has no choice {name!r}{meant} Choices: {', '.join(options)}")

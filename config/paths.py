@@ -9,6 +9,11 @@ FILE_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".arrow", ".gz", ".zst",
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def program(name: str) -> str:
+    """Return how the program `name` (train, induce, evaluate) is typed: from a checkout, or where it is installed."""
+    return f"python {name}.py" if (REPOSITORY / "pyproject.toml").exists() else f"safer-instruct {name}"
+
+
 def find_path(path: str | Path) -> Path:
     """Return the file or folder that `path` names: from the working directory, or else from the repository root.
 

@@ -39,6 +39,7 @@ from config.console import open_console, visible
 from config.errors import SaidElsewhere, UserError, machine_faults
 from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
 from config.overrides import CONFIG_DIR, Reader, group_options, one_line, own_groups
+from config.paths import program
 from config.rules import MISSING, Fault, is_below
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 
@@ -195,7 +196,7 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
     open_console()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     sys.argv[1:] = command.arguments  # the command as it was typed stays in sys.orig_argv
-    failed = False
+    failed, started_by = False, os.getpid()
 
     def run(composed: DictConfig) -> None:
         nonlocal failed
@@ -207,12 +208,18 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
                 _print_error(str(error))
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 sys.exit(USER_ERROR_STATUS)
+            if os.getpid() != started_by:  # a launcher's process: the sweep learns of it by the exception
+                raise
             failed = True
         except KeyboardInterrupt:
             _print_error("interrupted; the same command goes on from what was saved")
             sys.exit(INTERRUPTED_STATUS)
 
-    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=command.config_name)(run)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=command.config_name)(run)()
+    except UserError as error:  # of the first point that failed in a launcher's process
+        _print_error(str(error))
+        failed = True
     if failed:
         sys.exit(USER_ERROR_STATUS)
 
@@ -260,7 +267,7 @@ def _help(config_name: str, config_class: type[Any]) -> str:
     return "\n".join(
         [
             str(config_class.__doc__).strip(),
-            f"\nUsage: python {Path(sys.argv[0]).name} KEY=VALUE ... [-m for sweeps: KEY=A,B,C]",
+            f"\nUsage: {program(Path(sys.argv[0]).stem)} KEY=VALUE ... [-m for sweeps: KEY=A,B,C]",
             "\nGroups:",
             *groups,
             "\nKeys and defaults (??? must be set; what each means is in config/settings.py and config/training.py):",

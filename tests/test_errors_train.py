@@ -99,6 +99,7 @@ VALUES = [
     ("n_epochs", None, "n_epochs=null and n_examples=null: training would never end"),
     ("n_examples", 0, "n_examples=0: must be 1 or more"),
     ("device", "gpu", "device=gpu: must be auto, cpu or cuda"),
+    ("device", "mps", "(Apple's mps lacks float64)"),
     ("exp_name", "a/b", "exp_name='a/b': it names a folder"),
     ("exp_name", ".", "exp_name='.': it names a folder"),
     ("exp_name", "..", "exp_name='..': it names a folder"),

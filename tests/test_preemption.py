@@ -84,21 +84,66 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tmp_path, straight,
     assert same_run(tmp_path / "run", straight)
 
 
-def test_a_second_signal_ends_the_process_at_once():
+def test_a_second_ctrl_c_ends_the_process_at_once_and_no_other_signal_does():
     code = (
         "import os, signal, time\n"
         "from trainers.distributed.preemption import StopRequest\n"
         "stop = StopRequest()\n"
         "with stop.on_signals():\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"  # one request, twice
+        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT)\n"  # one request, twice
         "    assert stop\n"
         "    time.sleep(1.2)\n"
-        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "    print('still here')\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('and here')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 128 + signal.SIGUSR1
-    assert done.stdout == ""
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stdout == "still here\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_interpreter_ends_changes_no_status(number):
+    """Handlers are gone by then: a finished run that Slurm signals at its time limit would have failed."""
+    code = (
+        "import os, signal\n"
+        "from trainers.distributed.preemption import StopRequest, exit_on_signals\n"
+        "class Last:\n"
+        f"    def __del__(self, kill=os.kill, me=os.getpid()): kill(me, {int(number)})\n"
+        "exit_on_signals()\n"
+        "with StopRequest().on_signals():\n"
+        "    pass\n"
+        "import builtins; builtins.last = Last()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_who_leaves_hears_nothing_more():
+    stop, before = StopRequest(), signal.getsignal(signal.SIGTERM)
+    try:
+        with stop.on_signals():
+            stop.close()
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # also behind the context: the others end still
+    finally:
+        for number, handler in ((signal.SIGTERM, before), (signal.SIGUSR1, signal.SIG_DFL)):
+            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_programs_with_ledgers_end_with_the_status_that_asks_for_another_start():
+    code = (
+        "import os, signal\n"
+        "from trainers.distributed.preemption import exit_behind_ledgers\n"
+        "exit_behind_ledgers()\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"  # Ctrl-C has its own answer there
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == PREEMPTED_STATUS
+    assert "SIGUSR1 ends it; the same command goes on behind the last row" in done.stderr
 
 
 def test_signals_can_be_answered_before_torch_is_imported():

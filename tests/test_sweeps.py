@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import operator
 import os
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import initialize_config_dir
 from wandb.sdk.launch.sweeps import utils as agent
 
+from config.overrides import CONFIG_DIR, Reader
 from config.paths import REPOSITORY
-from config.schema import compose_config
+from config.schema import compose_config, register_schemas
+from config.settings import TrainConfig
+from tests.commands import errors_of
 from trainers.distributed.preemption import PREEMPTED_STATUS
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -65,7 +70,7 @@ def test_commands_of_a_wandb_agent_compose(file, monkeypatch):
 
 
 def shell_scripts() -> list[Path]:
-    return sorted([*SCRIPTS.glob("*.sh"), *(SCRIPTS / "slurm").glob("*.sbatch")])
+    return sorted([*SCRIPTS.glob("*.sh"), *(SCRIPTS / "slurm").iterdir()])
 
 
 @pytest.mark.parametrize("script", shell_scripts(), ids=lambda script: script.name)
@@ -79,7 +84,8 @@ def test_batch_scripts_name_no_site():
         options = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
         assert options
         assert not [line for line in options if "partition" in line or "account" in line or "--chdir" in line]
-        assert any("--requeue" in line for line in options)
+        assert {"#SBATCH --requeue", "#SBATCH --signal=USR1@120", "#SBATCH --open-mode=append"} <= set(options)
+        assert "\nsource scripts/slurm/step.sh\n" in script.read_text()
 
 
 @pytest.fixture
@@ -93,7 +99,8 @@ def fake_srun(tmp_path):
 
 
 def batch(script: str, path: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": path, "SLURM_SUBMIT_DIR": str(REPOSITORY), **variables}
+    slurm = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "7"}
+    environment = {**os.environ, "PATH": path, **slurm, **variables}
     command = ["bash", str(SCRIPTS / "slurm" / script)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -122,24 +129,24 @@ def test_train_array_runs_the_line_of_its_task(fake_srun):
 
 @pytest.fixture
 def fake_slurm(fake_srun, tmp_path):
-    """As `fake_srun`, which ends with $STATUS; `scontrol` names two hosts, and notes what it was asked to requeue."""
+    """As `fake_srun`, which ends with $STATUS; `scontrol` names two hosts, and says what it was asked to requeue."""
     folder = tmp_path / "bin"
     (folder / "srun").write_text(
         '#!/usr/bin/env bash\nprintf "%s\\n" "$MASTER_ADDR:$MASTER_PORT" "$@"\nexit "${STATUS:-0}"\n'
     )
     program = folder / "scontrol"
     program.write_text(
-        '#!/usr/bin/env bash\nif [ "$1" = show ]; then printf "node1\\nnode2\\n"; else echo "$@" >> requeued; fi\n'
+        '#!/usr/bin/env bash\nif [ "$1" = show ]; then printf "node1\\nnode2\\n"; else echo "scontrol $@"; fi\n'
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return fake_srun
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 75])
-def test_a_run_over_nodes_is_requeued_if_it_was_asked_to_stop(fake_slurm, tmp_path, status):
+def test_a_run_over_nodes_is_requeued_if_it_was_asked_to_stop(fake_slurm, status):
     script = str(SCRIPTS / "slurm" / "train.sbatch")
     arguments = ["loss=sft", "model=alpaca7b", "model.name_or_path=/models/alpaca", "exp_name=run", "batch_size=64"]
-    slurm = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    slurm = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
     done = subprocess.run(
         ["bash", script, *arguments], capture_output=True, text=True, check=False,
         env={**os.environ, "PATH": fake_slurm, "STATUS": str(status), **slurm},
@@ -150,9 +157,17 @@ def test_a_run_over_nodes_is_requeued_if_it_was_asked_to_stop(fake_slurm, tmp_pa
     assert lines[1] == "--kill-on-bad-exit=1"
     config = compose_config("config", overrides_of(lines[: len(arguments) + 6], "train.py"))
     assert (config.trainer.name, config.batch_size) == ("FSDPTrainer", 64)
-    requeued = tmp_path / "requeued"
-    assert requeued.exists() == (status == PREEMPTED_STATUS)
-    assert not requeued.exists() or requeued.read_text() == "requeue 41234\n"
+    assert ("scontrol requeue 41234" in lines) == (status == PREEMPTED_STATUS)
+    assert status == PREEMPTED_STATUS or "requeue" not in done.stdout
+
+
+def test_a_task_of_an_array_is_requeued_and_not_the_array(fake_slurm):
+    """The last task's SLURM_JOB_ID is that of the array: by it all tasks would start again."""
+    paths = {"MODEL": "/models/alpaca", "SFT_RUN": "runs/si_sft", "SI_DATA": "/data/si", "STATUS": "75"}
+    array = {"SLURM_JOB_ID": "50", "SLURM_ARRAY_JOB_ID": "50", "SLURM_ARRAY_TASK_ID": "2"}
+    done = batch("train_array.sbatch", fake_slurm, **paths, **array)
+    assert done.returncode == PREEMPTED_STATUS
+    assert done.stdout.splitlines()[-1] == "scontrol requeue 50_2"
 
 
 def test_train_array_says_which_variable_is_missing(fake_srun):
@@ -212,3 +227,33 @@ def test_scripts_are_clean_for_shellcheck():
         pytest.skip("shellcheck is not installed")
     done = subprocess.run(["shellcheck", *map(str, shell_scripts())], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+PLUGINS = {
+    "hydra/launcher=slurm": ("hydra-submitit-launcher", "SlurmLauncher"),
+    "hydra/launcher=joblib": ("hydra-joblib-launcher", "JoblibLauncher"),
+}
+
+
+@pytest.mark.parametrize("choice", PLUGINS)
+def test_launchers_compose_or_are_refused_with_their_package(choice, monkeypatch, capsys):
+    words = ["-m", choice, "loss=dpo", "model=tiny", f"datasets.si.path={__file__}", "exp_name=x", "loss.beta=0.1,0.2"]
+    package, target = PLUGINS[choice]
+    if find_plugin(package) is None:
+        (line,) = errors_of(words, monkeypatch, capsys)[1:]
+        assert f"without a plug-in that is not installed: pip install {package}" in line
+        pytest.skip(f"{package} is not installed: its refusal was tested, not what it composes to")
+    register_schemas()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        read = Reader("config", TrainConfig, words[1:], multirun=True)
+    assert not read.faults
+    group = choice.split("=")[0].removeprefix("hydra/")
+    assert all(point.config.hydra[group]._target_.endswith(target) for point in read.points)
+    assert [point.config.loss.beta for point in read.points] == [0.1, 0.2]
+
+
+def find_plugin(package: str) -> importlib.metadata.Distribution | None:
+    try:
+        return importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -200,14 +200,17 @@ def test_points_of_a_sweep_share_store_and_reference(base, pairs, tmp_path, here
     assert rewards[0] != rewards[1]
 
 
-def test_two_runs_started_at_once_share_the_cache(base, pairs, tmp_path):
-    command = ["loss=dpo", f"datasets.si.path={pairs}", "n_examples=16", *base]
-    processes = [start([*command, f"exp_name=r{seed}", f"loss.beta=0.{seed}"], tmp_path) for seed in (1, 2)]
-    results = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
+def test_sixteen_trials_started_at_once_share_the_cache(base, pairs, tmp_path):
+    command = ["loss=dpo", f"datasets.si.path={pairs}", "n_examples=8", "do_first_eval=false", *base]
+    trials = [f"r{number}" for number in range(16)]
+    processes = [start([*command, f"exp_name={name}", f"loss.beta=0.{name[1:]}1"], tmp_path) for name in trials]
+    results = [process.communicate(timeout=900) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 16, results
     assert len(entries(tmp_path / ".cache" / "tokens")) == 1
     assert len(entries(tmp_path / ".cache" / "reference")) == 2  # training rows, evaluation rows
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["r1", "r2"]
+    assert not [text for _, text in results if "built again" in text]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == set(trials)
+    assert all((tmp_path / "runs" / name / "LATEST").exists() for name in trials)
 
 
 def test_a_row_longer_than_the_models_context_is_refused(base, pairs, tmp_path, here, capsys):

@@ -30,7 +30,7 @@ class VLLMGenerator:
             import vllm
         except ImportError as error:
             raise UserError(
-                "generation=vllm needs the package vllm, which is not installed (pip install 'safer-instruct[vllm]', "
+                "generation=vllm needs the package vllm, which is not installed (pip install vllm, "
                 "on a machine with a GPU); generation=hf needs nothing more"
             ) from error
         source = resolve_archive(model.archive or model.name_or_path)

@@ -172,8 +172,9 @@ def work_in_group(
             try:
                 worker(layout)
             except Preempted:  # in all of them
-                # A launcher ends the others as soon as one is gone: let rank 0 close its logs first.
-                layout.on_main(lambda: None)
+                # A launcher ends the others as soon as one is gone: let rank 0 close its logs, then leave together.
+                layout.on_main(stop.close)
+                stop.close()
                 raise
         finally:
             dist.destroy_process_group()

@@ -7,6 +7,7 @@ import re
 import torch
 from transformers import PreTrainedModel
 
+from config.paths import program
 from config.settings import LoraSettings, TrainConfig
 from trainers.data.batching import BatchLoader
 from trainers.distributed.layout import Layout
@@ -35,12 +36,12 @@ def next_command(config: TrainConfig, run: RunDir) -> str:
     archive = f"{typed('model.name_or_path', config.model.name_or_path)} {typed('model.archive', run.path)}"
     reversed_model = typed("model.name_or_path", run.path) if has_model else archive
     commands = {
-        "reverse": f"python induce.py {reversed_model} corpus.path=FILE expert=rules output=FOLDER",
-        "sft": f"python train.py loss=dpo model=blank_model {archive}{'' if has_model else lora_words(config)} "
+        "reverse": f"{program('induce')} {reversed_model} corpus.path=FILE expert=rules output=FOLDER",
+        "sft": f"{program('train')} loss=dpo model=blank_model {archive}{'' if has_model else lora_words(config)} "
         "'datasets=[si]' datasets.si.path=FOLDER exp_name=NAME",
     }
     evaluate = (
-        f"python evaluate.py {typed('models.base.path', config.model.name_or_path)} "
+        f"{program('evaluate')} {typed('models.base.path', config.model.name_or_path)} "
         f"{typed(f'models.{config.loss.name}.path', run.path)} prompts.NAME.path=FILE expert=rules output=FOLDER"
     )
     weights = run.latest / ("model" if has_model else "adapter")

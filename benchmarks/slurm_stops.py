@@ -1,0 +1,121 @@
+"""Does a run that Slurm stops, in each of its ways and at random moments, save its last step and end bit-equal?
+
+    python -m benchmarks.slurm_stops --repetitions 10      # root, and Debian's slurm-wlm and munge
+
+`scripts/slurm/train.sbatch` with two tasks on a Slurm of one node that this program starts: DPO of the quick start's
+model on random words, wandb offline. First a run that nothing stops; then, for each repetition, one that is requeued by
+scontrol, one that gets SIGUSR1, one whose time limit comes, and one that is cancelled and submitted again, all four at
+once, each at a random moment of its first steps. Of each: was the step under way saved, was the job queued again by
+itself, are weights and metrics those of the first run, to the last bit?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.kill_and_resume import ROOT, write_pairs
+from tests.commands import metrics, without_times
+from tests.slurm_cluster import ENDED, Cluster, slurm, wait_until
+
+KINDS = ("requeue", "usr1", "limit", "scancel")
+TRAIN = [
+    "loss=dpo", "model=tiny", "datasets.si.path=pairs.jsonl", "datasets.si.eval_fraction=0.2", "batch_size=8",
+    "eval_batch_size=8", "n_epochs=200", "eval_every=4800", "lr=1e-4", "optimizer=AdamW", "minimum_log_interval_secs=0",
+    "checkpoint.every_examples=4800", "checkpoint.keep_last=2", "device=cpu",
+]  # fmt: skip
+
+
+class Stops:
+    """Jobs in one folder, which share the token store and the reference cache."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        """Write the data, and lay the programs where the jobs are submitted."""
+        self.cluster, self.folder = cluster, folder
+        for name in ("train.py", "scripts"):
+            (folder / name).symlink_to(ROOT / name)
+        write_pairs(folder / "pairs.jsonl", 120)
+
+    def submit(self, name: str) -> str:
+        """Submit the command of a run."""
+        options = ["--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1"]
+        variables = {"PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+        words = [*options, "scripts/slurm/train.sbatch", *TRAIN, f"exp_name={name}"]
+        return self.cluster.sbatch(*words, cwd=self.folder, **variables)
+
+    def rows(self, name: str) -> int:
+        """Return how many rows of metrics a run has written."""
+        file = self.folder / "runs" / name / "metrics.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    def final(self, name: str) -> tuple[bytes, list[dict[str, object]]]:
+        """Return the weights of a finished run, and its metrics but for the clock's."""
+        run = self.folder / "runs" / name
+        return (run / "LATEST" / "model" / "model.safetensors").read_bytes(), without_times(metrics(run))
+
+    def stop(self, kind: str, job: str) -> None:
+        """Stop a running job in one of Slurm's ways."""
+        if kind == "limit":  # SIGUSR1 comes two minutes before it, or up to a minute earlier
+            hours, minutes, _ = map(int, self.cluster.job(job)["RunTime"].split(":"))
+            self.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
+        commands = {"requeue": ["scontrol", "requeue"], "usr1": ["scancel", "--signal=USR1"], "scancel": ["scancel"]}
+        if kind in commands:
+            self.cluster.run(*commands[kind], job)
+
+    def repeat(self, number: int, straight: tuple[bytes, list[dict[str, object]]]) -> list[dict[str, object]]:
+        """Stop a run of each kind once; return what became of it."""
+        draw = random.Random(number)
+        names = {kind: f"{kind}-{number}" for kind in KINDS}
+        jobs = {kind: self.submit(name) for kind, name in names.items()}
+        at = {kind: draw.randrange(5, len(straight[1]) // 3) for kind in KINDS}
+        waiting = set(KINDS)
+        while waiting:
+            for kind in [kind for kind in waiting if self.rows(names[kind]) >= at[kind]]:
+                self.stop(kind, jobs[kind])
+                waiting.remove(kind)
+            time.sleep(0.05)
+        wait_until(lambda: self.cluster.state(jobs["scancel"]) in ENDED, "the cancelled job's end")
+        logs = {kind: self.folder / f"slurm-train-{job}.out" for kind, job in jobs.items()}
+        jobs["scancel"] = self.submit(names["scancel"])
+        states = dict(zip(jobs, self.cluster.wait_for_end(*jobs.values()), strict=True))
+        results = []
+        for kind, job in jobs.items():
+            said = re.search(r"stopped as asked after (\d+) examples", logs[kind].read_text())
+            results.append({
+                "kind": kind, "repetition": number, "stopped_at": int(said[1]) if said else None,
+                "saved": said is not None, "state": states[kind],
+                "queued_again": kind == "scancel" or int(self.cluster.job(job)["Restarts"]) > 0,
+                "bit_equal": states[kind] == "COMPLETED" and self.final(names[kind]) == straight,
+            })  # fmt: skip
+        return results
+
+
+def main() -> None:
+    """Run all repetitions, print a line for each stop, and the counts by kind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=10, help="of each way to stop a run")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    temporary = tempfile.TemporaryDirectory
+    with temporary() as daemons, temporary() as folder, slurm(Path(daemons), cpus=16) as cluster:
+        stops = Stops(cluster, Path(folder))
+        cluster.wait_for_end(stops.submit("straight"))
+        straight, results = stops.final("straight"), []
+        for number in range(options.repetitions):
+            results += stops.repeat(number, straight)
+            print(*map(json.dumps, results[-len(KINDS) :]), sep="\n", flush=True)
+    for kind in KINDS:
+        own = [result for result in results if result["kind"] == kind]
+        counts = {name: sum(bool(result[name]) for result in own) for name in ("saved", "queued_again", "bit_equal")}
+        print(f"{kind}: {len(own)} stops, {counts}")
+
+
+if __name__ == "__main__":
+    main()

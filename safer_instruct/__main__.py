@@ -1,0 +1,34 @@
+"""`safer-instruct train|induce|evaluate ...`: the three programs, from any folder, where the package is installed."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from config.paths import REPOSITORY
+
+PROGRAMS = {
+    "train": "reversed instruction tuning, supervised fine-tuning, preference training",
+    "induce": "from a corpus of unsafe responses to preference data",
+    "evaluate": "models side by side, judged and reported",
+}
+
+
+def main() -> None:
+    """Become the program that the first word names; its arguments and exit status are the program's own."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in PROGRAMS:
+        # -P: the folder of the program is that of all packages, and must not come before the standard library.
+        command = [sys.executable, "-P", "-u", str(REPOSITORY / f"{name}.py"), *sys.argv[2:]]
+        os.execv(sys.executable, command)
+    programs = "\n".join(f"  {program:10}{text}" for program, text in PROGRAMS.items())
+    usage = f"Usage: safer-instruct PROGRAM KEY=VALUE ...\n\n{programs}\n\nsafer-instruct PROGRAM --help lists its keys"
+    if name in ("-h", "--help"):
+        print(usage)
+    else:
+        print(f"safer-instruct: there is no program {name}\n{usage}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
