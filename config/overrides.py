@@ -24,19 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from config.rules import Fault, is_below, nearest, suggest
-from config.spelling import PRESETS, free_key, spell
+from config.spelling import OTHER_NAMES, PRESETS, free_key, spell
 
 CONFIG_DIR = Path(__file__).resolve().parent
 PROGRAMS = {"config": "train.py", "induce": "induce.py", "evaluate": "evaluate.py"}
 MANDATORY_GROUPS = {"config": ("loss", "model"), "induce": (), "evaluate": ()}
-# What people write who come from other trainers; difflib would never find these.
-OTHER_NAMES = {
-    "learning_rate": "lr", "num_train_epochs": "n_epochs", "num_epochs": "n_epochs", "epochs": "n_epochs",
-    "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size", "scheduler": "lr_scheduler",
-    "lr_scheduler_type": "lr_scheduler", "optim": "optimizer", "beta": "loss.beta", "output_dir": "run_dir",
-    "model_name_or_path": "model.name_or_path", "max_seq_length": "max_length",
-    "gradient_checkpointing": "activation_checkpointing",
-}  # fmt: skip
 # What a YAML file of the user's (--config-dir) can raise that Hydra lets through.
 UNREADABLE = (
     yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError,

@@ -11,6 +11,14 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 
+# What people write who come from other trainers; difflib would never find these.
+OTHER_NAMES = {
+    "learning_rate": "lr", "num_train_epochs": "n_epochs", "num_epochs": "n_epochs", "epochs": "n_epochs",
+    "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size", "scheduler": "lr_scheduler",
+    "lr_scheduler_type": "lr_scheduler", "optim": "optimizer", "beta": "loss.beta", "output_dir": "run_dir",
+    "model_name_or_path": "model.name_or_path", "max_seq_length": "max_length",
+    "gradient_checkpointing": "activation_checkpointing",
+}  # fmt: skip
 # `prompts=NAME` with a name and nothing else: how the files of known prompt sets read.
 PRESETS: dict[str, dict[Any, Any]] = {
     "prompts": {
