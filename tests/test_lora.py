@@ -30,7 +30,7 @@ from safer_instruct.evaluation.respondents import check_model
 from safer_instruct.generation.models import load_causal_lm, resolve_archive
 from tests.commands import write_pairs
 from tests.conftest import tiny_llama
-from tests.ranks import run_ranks
+from tests.ranks import Ranks
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from tests.warm import fork_server
@@ -240,7 +240,7 @@ def sharded(layout, folder: Path) -> None:
 
 def test_two_processes_train_the_adapter_of_one(tmp_path):
     settings = sharded_settings("dpo", trainer=TrainerSettings(name="FSDPTrainer", num_processes=2))
-    run_ranks(sharded, 2, settings, tmp_path)
+    assert Ranks(sharded, 2, settings, tmp_path).join(timeout=280) == [0, 0]
     for loss, model in SHARDED.items():
         one = trained(tmp_path, f"one-{loss}", sharded_settings(loss), model=model)
         runs = [tmp_path / f"{name}-{loss}" for name in ("one", "two")]

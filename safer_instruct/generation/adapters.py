@@ -163,7 +163,7 @@ def check_base(folder: Path, config: Any, name: str) -> None:
         check_same_architecture(own, record["config"], folder, name)
         if record["weights"] and (found := base_hash(name)) not in ("", record["weights"]):
             raise UserError(
-                f"the adapter {folder} was trained on other weights than those of {name} ({_named_base(folder)}, of files "
+                f"the adapter {folder} was trained on other weights than those of {name} ({_named_base(folder)}, files "
                 f"with the hash {record['weights'][:8]}, not {found[:8]}). Give that model; if the weights are the "
                 f"same in other files, delete {folder / BASE}"
             )
