@@ -39,6 +39,7 @@ from config.errors import UserError
 from config.settings import AnswerLossSettings, SFTSettings
 from preference_datasets import ENCODED_FOR, TrainEval, build_stores, describe
 from safer_instruct.evaluation.samples import MAX_ROWS, build_sampler
+from safer_instruct.generation.decoding import context_of, stop_where_answers_end
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
 from trainers.data.batching import BatchLoader
@@ -119,6 +120,7 @@ def build_trainer(
 ) -> Trainer:  # fmt: skip
     """Return a trainer with the policy and the log-probabilities of its reference, ready to train."""
     policy, weights = load_policy(config, stores, layout)
+    stop_where_answers_end(policy, tokenizer)
     objective = build_objective(config.loss)
     identity = {"data": stores.train.content}  # what a resumed run must have started from, too
     if objective.needs_reference:
@@ -248,7 +250,7 @@ def build_loaders(
 
 def require_context(config: TrainConfig, stores: TrainEval, policy: PreTrainedModel) -> None:
     """Raise a UserError if a row is longer than the model's context: a table of positions would end in a crash."""
-    context = policy.config.max_position_embeddings
+    context = context_of(policy)
     longest = max(int(sequence_lengths(store.lengths).max()) for store in (stores.train, stores.eval) if len(store))
     if longest > context:
         raise UserError(

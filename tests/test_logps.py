@@ -118,10 +118,9 @@ def test_long_sums_do_not_lose_digits():
     assert logps.item() == pytest.approx(expected.item(), abs=2e-4)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "granite"])
-def test_a_head_that_is_more_than_a_projection_is_refused(name):
-    """Log-probabilities from the projection alone are wrong for them, and small logits would not show it."""
-    model = tiny_model(name, dtype=torch.float64)
+def test_a_head_that_is_more_than_a_projection_is_refused():
+    """Log-probabilities from the projection alone are wrong for Granite, and small logits would not show it."""
+    model = tiny_model("granite", dtype=torch.float64)
     ids, mask, response = batch()
     logps, _ = logps_of(model, ids, mask, response)
     assert (logps - closed_form(model, ids, response)).abs().max() > 1e-3

@@ -101,7 +101,11 @@ def logps_and_gradients(model, batch):
     weights = torch.linspace(-1, 2, logps.numel(), dtype=torch.float64).view(logps.shape)
     model.zero_grad()
     (logps * weights).sum().backward()
-    return logps.detach(), num_targets, {name: p.grad.clone() for name, p in model.named_parameters()}
+    return (
+        logps.detach(),
+        num_targets,
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad},
+    )
 
 
 @pytest.mark.parametrize("shared", [(), SHARED])

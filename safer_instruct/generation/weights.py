@@ -37,6 +37,7 @@ def resolve_archive(path: str) -> Path:
         UserError: there is nothing there, or nothing with weights.
     """
     found = find_path(path)
+    refuse_gguf(found)
     if not found.exists():
         raise UserError(
             f"{path}: there is no such file or folder. Give a run, a checkpoint, a model folder or a policy.pt."
@@ -56,6 +57,20 @@ def resolve_archive(path: str) -> Path:
         f"{path} holds {what}: there is neither LATEST (a run), nor model/ (a checkpoint), nor config.json (a model "
         "folder), nor policy.pt in it."
     )
+
+
+def refuse_gguf(path: Path) -> None:
+    """Refuse a GGUF file, or a folder with no model but such files: most hold weights rounded to a few bits.
+
+    Raises:
+        UserError: Saying so.
+    """
+    is_gguf = path.suffix == ".gguf" or (not (path / "config.json").is_file() and any(path.glob("*.gguf")))
+    if is_gguf and path.exists():
+        raise UserError(
+            f"{path} is GGUF, the form of llama.cpp: give the folder that it was made from, with config.json and "
+            "*.safetensors. Without one: transformers reads the file (gguf_file=FILE), as in scripts/get_smollm2.py."
+        )
 
 
 def require_as_saved(path: Path, *, weights: bool = True) -> None:
@@ -192,6 +207,20 @@ def _check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) 
         raise UserError(
             f"the weights of {source} do not fit the architecture of {name}: {'; '.join(problems)}. Set "
             "model.name_or_path to the model that they were trained from."
+        )
+
+
+def check_tied(model: Any, source: Path | str) -> None:
+    """Refuse a config that says one table where the weights hold two: transformers loads both, and saves one config.
+
+    Raises:
+        UserError: Saying which entry to correct.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and model.config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+        raise UserError(
+            f"{source}: config.json says tie_word_embeddings: true, but input and output embedding are two different "
+            "tensors in its weights. Set it to false, which is what these weights are."
         )
 
 

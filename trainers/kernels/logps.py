@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from config.errors import UserError
 from trainers.data.packing import is_packed
@@ -78,7 +79,8 @@ def _packed_logps(model: Any, batch: Mapping[str, Any], add_to_grad: bool) -> tu
     states_TD = packed_states(model, batch, embedded_TD)
     # index_select: its backward pass adds up rows without sorting their numbers, as that of states[sources] does.
     states_RD = states_TD.index_select(0, batch["sources"])
-    logps_R = token_logps(model.get_output_embeddings(), states_RD, batch["targets"], add_to_grad=add_to_grad)
+    head, cap = model.get_output_embeddings(), soft_cap(model)
+    logps_R = token_logps(head, states_RD, batch["targets"], cap=cap, add_to_grad=add_to_grad)
     num_targets = batch["num_targets"]
     # Summed segment by segment: the same result each time, unlike index_add on a GPU.
     sums = torch.segment_reduce(logps_R.double(), "sum", lengths=num_targets.flatten(), unsafe=True, initial=0.0)
@@ -93,24 +95,47 @@ def _padded_logps(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]
     # The state at t predicts token t + 1: the last position predicts nothing and is not run.
     states_BTD = hidden_states(model, input_ids[:, :-1], attention_mask[:, :-1])
     targets = targets[:, 1:]
-    logps_R = token_logps(model.get_output_embeddings(), states_BTD[targets], input_ids[:, 1:][targets])
+    head, cap = model.get_output_embeddings(), soft_cap(model)
+    logps_R = token_logps(head, states_BTD[targets], input_ids[:, 1:][targets], cap=cap)
     # Placed back into rows and summed along them: the same result each time, unlike index_add on a GPU.
     logps_BT = torch.zeros(targets.shape, dtype=torch.float64, device=logps_R.device)
     logps_BT = logps_BT.masked_scatter(targets, logps_R.double())
     return logps_BT.sum(-1).view(leading), targets.sum(-1).view(leading)
 
 
-def token_logps(head: Any, states_RD: Tensor, targets_R: Tensor, *, add_to_grad: bool = False) -> Tensor:
+def soft_cap(model: Any) -> float | None:
+    """Return the c of logits that are c tanh(logits / c), as Gemma 2 has them; None of others."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def token_logps(
+    head: Any, states_RD: Tensor, targets_R: Tensor, *, cap: float | None = None, add_to_grad: bool = False
+) -> Tensor:
     """Return the log-softmax of head(states) at each row's target, (R,): float32, or float64 where the states are.
 
-    `add_to_grad`: see `trainers.kernels.shortcuts`.
+    `cap`: see `soft_cap`. `add_to_grad`: see `trainers.kernels.shortcuts`.
     """
     weight, bias = head.weight, head.bias
     device = states_RD.device.type
     if torch.is_autocast_enabled(device):
         states_RD, weight = (x.to(torch.get_autocast_dtype(device)) for x in (states_RD, weight))
     with torch.autocast(device, enabled=False):
+        if cap is not None:
+            # Autograd's copies of the logits are those of one part, which is computed again in the backward pass.
+            parts = _parts(states_RD, targets_R, weight)
+            return torch.cat(
+                [checkpoint(_capped_logps, states, weight, bias, t, cap, use_reentrant=False) for states, t in parts]
+            )
         return _TokenLogps.apply(states_RD, weight, bias, targets_R, torch.is_grad_enabled(), add_to_grad)
+
+
+def _capped_logps(states_RD: Tensor, weight: Tensor, bias_V: Tensor | None, targets_R: Tensor, cap: float) -> Tensor:
+    logits_RV = _wide(states_RD @ weight.T, bias_V)
+    return _capped(logits_RV, cap).log_softmax(1).gather(1, targets_R[:, None]).squeeze(1)
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 class Softmax(NamedTuple):
@@ -249,9 +274,9 @@ def _wide(logits_RV: Tensor, bias_V: Tensor | None) -> Tensor:
 def check_head(model: Any) -> None:
     """Refuse a model whose logits are more than its output embedding applied to its last hidden states.
 
-    Soft-capped, scaled or shifted logits (Gemma 2, Cohere, Granite, ...) would make every log-probability here wrong
-    without a sign of it. A list of architectures would be out of date: two tokens are run with a spy on the output
-    embedding, which reads what goes in and replaces what comes out.
+    Scaled or shifted logits (Cohere, Granite, ...) would make every log-probability here wrong without a sign of it; a
+    soft cap that the config names is computed. A list of architectures would be out of date: two tokens are run with a
+    spy on the output embedding, which reads what goes in and replaces what comes out.
 
     Raises:
         UserError: with the class of the model, and what it does instead.
@@ -285,13 +310,13 @@ def check_head(model: Any) -> None:
     finally:
         handle.remove()
         model.train(was_training)
-    problem = None
+    problem, cap = None, soft_cap(model)
     if "input" in seen and seen["difference"].abs().max() > 1e-2 * expected.abs().max():
         problem = "has an output embedding that is more than a matrix and a bias"
     elif "input" not in seen or not _equal(seen["input"], expected):
         problem = "changes its hidden states before the output embedding"
-    elif not torch.equal(logits.to(seen["output"].dtype), seen["output"]):
-        problem = "changes its logits after the output embedding (a soft cap, a scale or a shift)"
+    elif not torch.equal(logits.to(seen["output"].dtype), _capped(seen["output"], cap)):
+        problem = "changes its logits after the output embedding (a scale, a shift, or a soft cap its config tells not)"
     if problem is not None:
         raise UserError(
             f"{type(model).__name__} {problem}. Log-probabilities are computed here from the last hidden states and "
