@@ -4,7 +4,8 @@
 
 Pairs of the world of `make real` (an unsafe request, the rules' refusal, the world's response) in the model's own chat
 template, cut to 80 tokens: float64 on a CPU takes its time. What is measured is the packed path in float64 and in
-float32; the truth is transformers alone, each sequence by itself, straight from the logits.
+float32; the truth is transformers alone in float64, each sequence by itself, straight from the logits. Norms are
+computed in float64 on both sides: transformers rounds to float32 inside of them, which is 2e-6 nats here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from quickstart.real.world import RULES, RealWorld
 from quickstart.world import write_jsonl
 from safer_instruct.experts.rules import Rules
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer
+from tests.tiny_models import exact_norms
 from trainers.data.batching import BatchLoader
 from trainers.data.cutters import PackedCutter
 from trainers.data.token_store import TokenStore
@@ -64,7 +66,7 @@ def encoded_pairs(model: str, count: int, folder: Path) -> TokenStore:
 @torch.no_grad()
 def plain_logps(model: str, store: TokenStore) -> Tensor:
     """Return log p(response | prompt) of transformers alone in float64, in nats: (pairs, 2)."""
-    plain: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    plain: Any = exact_norms(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval())
 
     def logp(prompt: Tensor, response: Tensor) -> float:
         logps = plain(torch.cat([prompt, response]).long()[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -78,6 +80,8 @@ def plain_logps(model: str, store: TokenStore) -> Tensor:
 def packed_logps(model: str, store: TokenStore, dtype: str) -> Tensor:
     """Return the same by the path that training takes: (pairs, 2)."""
     policy: Any = load_causal_lm(ModelSettings(name_or_path=model), dtype=dtype).eval()
+    if dtype == "float64":
+        exact_norms(policy)
     use_packed_attention(policy)
     found = torch.full((len(store), 2), torch.nan, dtype=torch.float64)
     for batch in BatchLoader(store, PackedCutter(max_tokens=1024), batch_size=16).batches():

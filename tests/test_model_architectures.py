@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import byte_level_tokenizer
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
@@ -153,3 +158,33 @@ def test_a_model_without_a_causal_language_model_is_refused_by_its_type(name: st
     AutoConfig.for_model(name).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"no causal language model of type {name}"):
         load_causal_lm(ModelSettings(name_or_path=str(tmp_path)))
+
+
+def test_a_multi_modal_folder_is_trained_on_text_and_goes_on(here: Callable[..., str], tmp_path: Path) -> None:
+    """What sees images stays bit for bit, in the checkpoint too, from which a stopped run goes on."""
+    tokenizer = byte_level_tokenizer(add_bos=True)
+    arguments = {**PACKED["gemma3"], "image_token_index": 399}
+    arguments["text_config"] = {**arguments["text_config"], "vocab_size": 400, "max_position_embeddings": 512}
+    saved("gemma3", arguments, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"instruction": f"the {word}?", "output": word} for word in ("cat", "mat", "sum", "task")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = [
+        "loss=sft", "model=blank_model", f"model.name_or_path={tmp_path / 'model'}", "datasets=[alpaca]",
+        "datasets.alpaca.path=rows.json", "datasets.alpaca.eval_fraction=0", "exp_name=a", "batch_size=2", "lr=1e-2",
+        "device=cpu", "wandb.enabled=false", "warmup_steps=0", "optimizer=AdamW", "n_epochs=2",
+        "checkpoint.every_examples=4", "checkpoint.keep_last=null",
+    ]  # fmt: skip
+    here(*command)
+    folder = tmp_path / "runs" / "a"
+    trained = load_file(folder / "checkpoints" / "step-8" / "model" / "model.safetensors")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    assert trained.keys() == before.keys()
+    for key, tensor in before.items():
+        assert torch.equal(trained[key], tensor.float()) == ("vision" in key or "multi_modal" in key), key
+    shutil.rmtree(folder / "checkpoints" / "step-8")
+    (folder / "LATEST").unlink()
+    (folder / "LATEST").symlink_to("checkpoints/step-4")
+    here(*command)
+    again = load_file(folder / "checkpoints" / "step-8" / "model" / "model.safetensors")
+    assert all(torch.equal(again[key], tensor) for key, tensor in trained.items())
