@@ -93,8 +93,8 @@ def test_packed_is_padded_is_plain_transformers(name: str, tmp_path: Path) -> No
     store = store_of(tmp_path / "store", PAIRS, shared=SHARED)
     model = loaded(tmp_path / "model")
     assert context_of(model) == 64
-    for key, parameter in model.named_parameters():  # what sees images has no part in this
-        parameter.requires_grad_("vision" not in key and "multi_modal" not in key)
+    for key, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("vision" not in key and "multi_modal" not in key)
     padded, _, truth = logps_and_gradients(model, microbatch(store, packing=False))
     use_packed_attention(model)
     use_needed_positions(find_blocks(model, None)[-1])

@@ -47,6 +47,7 @@ from safer_instruct.generation.weights import (
     refuse_gguf,
     require_as_saved,
     resolve_archive,
+    train_text_alone,
 )
 from safer_instruct.text.chat import special_token_texts
 
@@ -164,6 +165,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
             model, info = loaded
     _check_loading_info(info, archive or source, settings.name_or_path)
     check_tied(model, archive or source)
+    train_text_alone(model)
     model.generation_config = generation_config or model.generation_config
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -191,6 +193,7 @@ def meta_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
             trust_remote_code=settings.trust_remote_code,
         )
     model.generation_config = read_generation_config(_source(settings.name_or_path)) or model.generation_config
+    train_text_alone(model)
     return model
 
 

@@ -224,5 +224,13 @@ def check_tied(model: Any, source: Path | str) -> None:
         )
 
 
+def train_text_alone(model: Any) -> None:
+    """Freeze what a multi-modal model has beside its language model: an optimizer would have no state for it."""
+    if model.config.get_text_config() is not model.config:
+        trained = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
+
+
 def _names(names: Iterable[str], count: int = 3) -> str:
     return ", ".join(sorted(names)[:count])
