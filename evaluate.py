@@ -97,7 +97,7 @@ def evaluate_models(config: EvaluateConfig, evaluation: Evaluation, started: flo
 def load_model(respondent: Respondent, device: torch.device) -> Any:
     """Load a model to compute log-probabilities with."""
     from safer_instruct.generation.models import load_causal_lm
-    from trainers.kernels.logps import check_head
+    from trainers.kernels.head_check import check_head
 
     model: Any = load_causal_lm(respondent.model)
     model = model.to(device).eval()

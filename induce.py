@@ -150,7 +150,8 @@ def _stages(config: InduceConfig, count: int) -> list[str]:
 
 def logps_of(model: Any) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
     """Return the function from a micro-batch to the log-probabilities of its responses, by training's kernel."""
-    from trainers.kernels.logps import check_head, sequence_logps  # needed only where a forward model scores
+    from trainers.kernels.head_check import check_head  # needed only where a forward model scores
+    from trainers.kernels.logps import sequence_logps
 
     check_head(model)
     return lambda batch: sequence_logps(model, batch)[0]

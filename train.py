@@ -39,6 +39,7 @@ from config.settings import AnswerLossSettings, ReverseSettings, SFTSettings
 from preference_datasets import ENCODED_FOR, TrainEval, build_stores, describe
 from safer_instruct.evaluation.samples import MAX_ROWS, build_sampler
 from safer_instruct.generation.adapters import base_hash, base_name, check_base, split_archive
+from safer_instruct.generation.decoding import context_of, stop_where_answers_end
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.provenance import git_state, package_versions
 from safer_instruct.text.row_log import count_cut
@@ -53,7 +54,8 @@ from trainers.distributed.parallelize import parallelize, place_model
 from trainers.distributed.sharding import forward_function, reshard
 from trainers.dry_run import print_estimate
 from trainers.kernels.attention import PACKED, use_packed_attention
-from trainers.kernels.logps import autocast_dtype, check_head
+from trainers.kernels.head_check import check_head
+from trainers.kernels.logps import autocast_dtype
 from trainers.kernels.self_check import check_packed_attention, packed_and_alone
 from trainers.lora import add_adapter, start_adapter
 from trainers.losses.lengths import ld_alpha_of
@@ -123,6 +125,7 @@ def build_trainer(
 ) -> Trainer:  # fmt: skip
     """Return a trainer with the policy and the log-probabilities of its reference, ready to train."""
     policy, weights = load_policy(config, stores, layout)
+    stop_where_answers_end(policy, tokenizer)
     objective = build_objective(config.loss)
     identity = {"data": stores.train.content}  # what a resumed run must have started from, too
     if config.model.lora.r is not None:
@@ -260,7 +263,7 @@ def build_loaders(
 
 def require_context(config: TrainConfig, stores: TrainEval, policy: PreTrainedModel) -> None:
     """Raise a UserError if a row is longer than the model's context: a table of positions would end in a crash."""
-    context = policy.config.max_position_embeddings
+    context = context_of(policy)
     longest = max(int(sequence_lengths(store.lengths).max()) for store in (stores.train, stores.eval) if len(store))
     if longest > context:
         raise UserError(

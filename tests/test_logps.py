@@ -8,7 +8,8 @@ import torch
 from config.errors import UserError
 from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
 from trainers.kernels import logps as logps_module
-from trainers.kernels.logps import check_head, sequence_logps
+from trainers.kernels.head_check import check_head
+from trainers.kernels.logps import sequence_logps
 
 LENGTHS = torch.tensor([9, 14, 5, 13])
 PROMPT = torch.tensor([3, 6, 1, 12])
@@ -118,10 +119,9 @@ def test_long_sums_do_not_lose_digits():
     assert logps.item() == pytest.approx(expected.item(), abs=2e-4)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "granite"])
-def test_a_head_that_is_more_than_a_projection_is_refused(name):
-    """Log-probabilities from the projection alone are wrong for them, and small logits would not show it."""
-    model = tiny_model(name, dtype=torch.float64)
+def test_a_head_that_is_more_than_a_projection_is_refused():
+    """Log-probabilities from the projection alone are wrong for Granite, and small logits would not show it."""
+    model = tiny_model("granite", dtype=torch.float64)
     ids, mask, response = batch()
     logps, _ = logps_of(model, ids, mask, response)
     assert (logps - closed_form(model, ids, response)).abs().max() > 1e-3

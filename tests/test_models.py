@@ -15,7 +15,8 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, L
 
 from config.errors import UserError
 from config.settings import ModelSettings
-from safer_instruct.generation.models import load_causal_lm, load_tokenizer, model_fingerprint, resolve_archive
+from safer_instruct.generation.models import load_causal_lm, load_tokenizer
+from safer_instruct.generation.weights import model_fingerprint, resolve_archive
 from safer_instruct.text.chat import special_token_texts
 from tests.conftest import byte_level_tokenizer, tiny_llama
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from config.errors import UserError
 from tests.test_batching import PAD, make_store
-from tests.tiny_models import PACKABLE, VOCABULARY, tiny_model
+from tests.tiny_models import PACKABLE, VOCABULARY, exact_norms, tiny_model
 from trainers.data.batching import BatchLoader
 from trainers.data.cutters import PackedCutter, build_cutter
 from trainers.data.layout import PackedLayout, visible
@@ -74,15 +74,8 @@ def in_order(batch, values):
 
 
 def exact_model(name="llama", *, dtype=torch.float64):
-    """In float64, norms included: those of the Llama family round to float32 inside, and so do their gradients."""
     model = tiny_model(name, dtype=dtype)
-    for module in list(model.modules()):
-        for key, child in list(module.named_children()):
-            if dtype == torch.float64 and type(child).__name__.endswith("RMSNorm"):
-                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=dtype)
-                norm.weight.data.copy_(child.weight.data)
-                setattr(module, key, norm)
-    return model
+    return exact_norms(model) if dtype == torch.float64 else model
 
 
 def packed_model(name="llama", *, dtype=torch.float64, shortcut=True):
@@ -101,7 +94,11 @@ def logps_and_gradients(model, batch):
     weights = torch.linspace(-1, 2, logps.numel(), dtype=torch.float64).view(logps.shape)
     model.zero_grad()
     (logps * weights).sum().backward()
-    return logps.detach(), num_targets, {name: p.grad.clone() for name, p in model.named_parameters()}
+    return (
+        logps.detach(),
+        num_targets,
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad},
+    )
 
 
 @pytest.mark.parametrize("shared", [(), SHARED])

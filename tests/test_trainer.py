@@ -224,9 +224,9 @@ def test_the_first_step_refuses_a_reference_of_other_weights(tmp_path):
         launch(worker, settings)
 
 
-def test_a_model_with_a_capped_head_is_refused(tmp_path):
-    with pytest.raises(UserError, match="Gemma2ForCausalLM changes its logits"):
-        train(tmp_path, tiny_settings(), model=tiny_model("gemma2"))
+def test_a_model_with_a_scaled_head_is_refused(tmp_path):
+    with pytest.raises(UserError, match="GraniteForCausalLM changes its logits"):
+        train(tmp_path, tiny_settings(), model=tiny_model("granite"))
 
 
 def test_learning_rate_schedules():

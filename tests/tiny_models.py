@@ -77,3 +77,18 @@ def tiny_model(name: str = "llama", *, dtype: torch.dtype = torch.float32, seed:
     if name == "gptj":
         torch.nn.init.normal_(model.lm_head.bias)
     return model.to(dtype).eval()
+
+
+def exact_norms(model: torch.nn.Module) -> torch.nn.Module:
+    """Compute RMS norms of a float64 model in float64, in place.
+
+    Those of the Llama family round to float32 inside, and so do their gradients: the last bit of a float64 sum decides
+    there about the last bit of a float32.
+    """
+    for module in list(model.modules()):
+        for key, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight.data.copy_(child.weight.data)
+                setattr(module, key, norm)
+    return model

@@ -16,7 +16,7 @@ from trainers.data.token_store import TokenStore, TokenStoreWriter
 from trainers.distributed.layout import Layout
 from trainers.distributed.parallelize import parallelize, place_model
 from trainers.kernels.attention import use_packed_attention
-from trainers.kernels.logps import check_head
+from trainers.kernels.head_check import check_head
 from trainers.lora import add_adapter
 from trainers.losses.lengths import ld_alpha_of
 from trainers.objectives import build_objective

@@ -42,8 +42,8 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
             tokenizer does not have.
     """
     from safer_instruct.generation.adapters import adapter_in, base_of
-    from safer_instruct.generation.models import load_tokenizer, model_fingerprint
-    from safer_instruct.generation.weights import check_weight_files, has_tokenizer, resolve_archive
+    from safer_instruct.generation.models import load_tokenizer
+    from safer_instruct.generation.weights import check_weight_files, has_tokenizer, model_fingerprint, resolve_archive
 
     adapter = adapter_in(settings.path)
     base = settings.base or (base_of(adapter) if adapter is not None else None)

@@ -20,8 +20,9 @@ from safer_instruct.generation.completions import (
     second_answer,
     second_request,
 )
-from safer_instruct.generation.models import load_causal_lm, load_tokenizer, model_fingerprint
+from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 from safer_instruct.generation.vllm import VLLMGenerator
+from safer_instruct.generation.weights import model_fingerprint
 from safer_instruct.text.prompts import Prompt, render_conversation, render_prompt, render_reversed
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from config.settings import GenerationSettings
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
+from safer_instruct.generation.decoding import context_of, end_tokens, say_what_is_not_read
 from safer_instruct.generation.window import Window
-from safer_instruct.text.chat import chat_end_token
 from safer_instruct.text.prompts import Unusable
 
 if TYPE_CHECKING:
@@ -74,11 +74,12 @@ class HFGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
-        context = max_length or model.config.max_position_embeddings
+        context = max_length or context_of(model)
         self.window = Window(tokenizer, context=context, max_new_tokens=settings.max_new_tokens, name=name)
-        self.end_tokens = _end_tokens(model, tokenizer)
+        self.end_tokens = end_tokens(model, tokenizer)
         configured = model.generation_config.to_dict()
         self._read = GenerationConfig(**{name: configured[name] for name in READ_ENTRIES if configured.get(name)})
+        say_what_is_not_read(model.generation_config, READ_ENTRIES)
         counts = any(configured.get(name) for name in COUNTING_ENTRIES)
         self._round_tokens = settings.max_new_tokens if counts else ROUND_TOKENS
         # Some families have special tokens as tags of a thought, which decoding would leave out.
@@ -275,11 +276,3 @@ def _pad_left(prompts: Sequence[list[int]], pad_token_id: int, device: torch.dev
     ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids.to(device), mask.to(device)
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return every token that ends a text: the tokenizer's, its chat template's, those of generation_config.json."""
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    turn_end = tokenizer.backend_tokenizer.token_to_id(chat_end_token(tokenizer))  # what template=chat trains
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id, turn_end) if token is not None)

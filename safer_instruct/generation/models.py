@@ -20,7 +20,6 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-import xxhash
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import (
@@ -28,7 +27,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,16 +36,20 @@ from config.errors import UserError
 from config.paths import find_path
 from config.settings import ModelSettings
 from safer_instruct.generation.adapters import adapter_in, base_of, merge_adapter, quantization
+from safer_instruct.generation.decoding import read_generation_config
 from safer_instruct.generation.weights import (
     _check_loading_info,
     check_same_architecture,
+    check_tied,
     check_weight_files,
     first_line,
     has_tokenizer,
     is_adapter,
     read_policy_pt,
+    refuse_gguf,
     require_as_saved,
     resolve_archive,
+    train_text_alone,
 )
 from safer_instruct.text.chat import special_token_texts
 
@@ -144,7 +146,10 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
         "output_loading_info": True,
         **quantization(settings.lora.quantize, DTYPES[dtype or settings.policy_dtype]),
     }
+    if options["dtype"] == torch.float64:
+        options["experts_implementation"] = "eager"  # the default for a mixture of experts has no float64
     source = _source(settings.name_or_path)
+    generation_config = read_generation_config(source)
     archive = resolve_archive(settings.archive) if settings.archive else None
     if isinstance(weights := archive or source, Path):
         require_as_saved(weights)
@@ -167,7 +172,9 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
             )
             model, info = loaded
     _check_loading_info(info, archive or source, settings.name_or_path)
-    _set_generation_config(model, source)
+    check_tied(model, archive or source)
+    train_text_alone(model)
+    model.generation_config = generation_config or model.generation_config
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # a rate that is written into the model's code
@@ -193,39 +200,15 @@ def meta_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
         )
-    _set_generation_config(model, _source(settings.name_or_path))
+    model.generation_config = read_generation_config(_source(settings.name_or_path)) or model.generation_config
+    train_text_alone(model)
     return model
-
-
-def model_fingerprint(settings: ModelSettings) -> str:
-    """Return 32 hex digits that change with the weights, the architecture or the tokenizer; nothing is loaded.
-
-    Reads every weight file once (a few GB/s). A model on the hub that is not here yet is known by its name alone.
-    """
-    digest = xxhash.xxh3_128()
-    names = [settings.name_or_path, settings.tokenizer_name_or_path, settings.archive]
-    for name in (name for name in names if name):
-        path = find_path(name)
-        if not path.exists():
-            digest.update(name.encode())
-            continue
-        # A folder may hold a tokenizer and no model.
-        found = path if name == settings.tokenizer_name_or_path and has_tokenizer(path) else resolve_archive(name)
-        files = [found] if found.is_file() else sorted(file for file in found.iterdir() if file.is_file())
-        for file in files:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                while chunk := stream.read(1 << 22):
-                    digest.update(chunk)
-    digest.update(f"{settings.policy_dtype} {settings.attn_implementation}".encode())
-    if settings.chat_template_kwargs:
-        digest.update(json.dumps(settings.chat_template_kwargs, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def _source(name: str) -> Path | str:
     """Return the local folder that `name` stands for, or the id of a model on the hub that can be had."""
     path = find_path(name)
+    refuse_gguf(path)
     if path.is_file():
         raise UserError(
             f"model.name_or_path={name} is a file. It must be a model folder, which says what the architecture is; a "
@@ -280,6 +263,12 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
             "causal language model that this version of transformers knows."
         ) from error
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None and not settings.trust_remote_code:
+        raise UserError(
+            f"{settings.name_or_path}: transformers {transformers.__version__} has no causal language model of type "
+            f"{config.model_type}, which is for images or sound, or an encoder. Its language model, saved as a folder "
+            "of its own, can be given."
+        )
     # Refused here, because transformers says only that one may ask it for support.
     if isinstance(kind, type) and settings.attn_implementation == "sdpa" and not kind._supports_sdpa:
         raise UserError(
@@ -287,11 +276,6 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
             f"{transformers.__version__}; write model.attn_implementation=eager and, to train it, packing=false."
         )
     return config
-
-
-def _set_generation_config(model: PreTrainedModel, source: Path | str) -> None:
-    if isinstance(source, Path) and (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
 
 
 def _switch_dropout_off(config: PretrainedConfig) -> None:

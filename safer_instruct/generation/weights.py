@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from config.checksums import require_untouched
@@ -18,6 +19,7 @@ from config.errors import UserError
 from config.paths import find_path
 from config.reading import read_mapping
 from config.run_keys import checkpoint_owner
+from config.settings import ModelSettings
 
 # Entries of config.json that two models of one architecture may differ in.
 FREE_CONFIG_KEYS = {
@@ -38,6 +40,7 @@ def resolve_archive(path: str) -> Path:
         UserError: there is nothing there, or nothing with weights.
     """
     found = find_path(path)
+    refuse_gguf(found)
     if not found.exists():
         raise UserError(
             f"{path}: there is no such file or folder. Give a run, a checkpoint, a model folder or a policy.pt."
@@ -64,6 +67,46 @@ def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds an adapter of peft, and not the weights of a model as well."""
     has_weights = any(any(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
     return (folder / "adapter_config.json").is_file() and not has_weights
+
+
+def model_fingerprint(settings: ModelSettings) -> str:
+    """Return 32 hex digits that change with the weights, the architecture or the tokenizer; nothing is loaded.
+
+    Reads every weight file once (a few GB/s). A model on the hub that is not here yet is known by its name alone.
+    """
+    digest = xxhash.xxh3_128()
+    names = [settings.name_or_path, settings.tokenizer_name_or_path, settings.archive]
+    for name in (name for name in names if name):
+        path = find_path(name)
+        if not path.exists():
+            digest.update(name.encode())
+            continue
+        # A folder may hold a tokenizer and no model.
+        found = path if name == settings.tokenizer_name_or_path and has_tokenizer(path) else resolve_archive(name)
+        files = [found] if found.is_file() else sorted(file for file in found.iterdir() if file.is_file())
+        for file in files:
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 22):
+                    digest.update(chunk)
+    digest.update(f"{settings.policy_dtype} {settings.attn_implementation}".encode())
+    if settings.chat_template_kwargs:
+        digest.update(json.dumps(settings.chat_template_kwargs, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def refuse_gguf(path: Path) -> None:
+    """Refuse a GGUF file, or a folder with no model but such files: most hold weights rounded to a few bits.
+
+    Raises:
+        UserError: Saying so.
+    """
+    is_gguf = path.suffix == ".gguf" or (not (path / "config.json").is_file() and any(path.glob("*.gguf")))
+    if is_gguf and path.exists():
+        raise UserError(
+            f"{path} is GGUF, the form of llama.cpp: give the folder that it was made from, with config.json and "
+            "*.safetensors. Without one: transformers reads the file (gguf_file=FILE), as in scripts/get_smollm2.py."
+        )
 
 
 def require_as_saved(path: Path, *, weights: bool = True) -> None:
@@ -198,6 +241,28 @@ def _check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) 
             f"the weights of {source} do not fit the architecture of {name}: {'; '.join(problems)}. Set "
             "model.name_or_path to the model that they were trained from."
         )
+
+
+def check_tied(model: Any, source: Path | str) -> None:
+    """Refuse a config that says one table where the weights hold two: transformers loads both, and saves one config.
+
+    Raises:
+        UserError: Saying which entry to correct.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and model.config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+        raise UserError(
+            f"{source}: config.json says tie_word_embeddings: true, but input and output embedding are two different "
+            "tensors in its weights. Set it to false, which is what these weights are."
+        )
+
+
+def train_text_alone(model: Any) -> None:
+    """Freeze what a multi-modal model has beside its language model: an optimizer would have no state for it."""
+    if model.config.get_text_config() is not model.config:
+        trained = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
 
 
 def _names(names: Iterable[str], count: int = 3) -> str:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from config.settings import RoundTripSettings
-from safer_instruct.generation.models import load_causal_lm, load_tokenizer, model_fingerprint
+from safer_instruct.generation.decoding import context_of
+from safer_instruct.generation.models import load_causal_lm, load_tokenizer
+from safer_instruct.generation.weights import model_fingerprint
 from safer_instruct.induction.stages import Item, Score
 from safer_instruct.text.encoding import EncodedRow, Encoder
 from safer_instruct.text.prompts import Turn, answer_turn, render_prompt
@@ -107,7 +109,7 @@ class RoundTrip:
         tokenizer = load_tokenizer(settings.model)
         model = load_causal_lm(settings.model).eval()
         model.to(self._device)
-        room = min(settings.max_length, model.config.max_position_embeddings)
+        room = min(settings.max_length, context_of(model))
         encoder = Encoder(tokenizer, max_length=room, max_prompt_length=room - 1)
         return _Loaded(tokenizer, encoder, answer_turn(settings.template, tokenizer), self._logps_of(model))
 

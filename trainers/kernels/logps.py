@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from config.errors import UserError
 from trainers.data.packing import is_packed
 from trainers.kernels.attention import packed_states
-from trainers.kernels.self_check import PROBE_ERRORS
 from trainers.kernels.shortcuts import embed, gradient_so_far
 
 # Held at once. On a CPU 256 MiB of float32. On a GPU 2 GiB of bfloat16, which hold all rows of a micro-batch of 8,192
@@ -81,8 +80,8 @@ def _packed_logps(model: Any, batch: Mapping[str, Any], agreements: bool, add_to
     states_TD = packed_states(model, batch, embedded_TD)
     # index_select: its backward pass adds up rows without sorting their numbers, as that of states[sources] does.
     states_RD = states_TD.index_select(0, batch["sources"])
-    head = model.get_output_embeddings()
-    logps_R = token_logps(head, states_RD, batch["targets"], add_to_grad=add_to_grad)
+    head, cap = model.get_output_embeddings(), soft_cap(model)
+    logps_R = token_logps(head, states_RD, batch["targets"], cap=cap, add_to_grad=add_to_grad)
     num_targets = batch["num_targets"]
     leading = num_targets.shape if num_targets.shape[1] > 1 else num_targets.shape[:1]
 
@@ -91,7 +90,7 @@ def _packed_logps(model: Any, batch: Mapping[str, Any], agreements: bool, add_to
         sums = torch.segment_reduce(values_R.double(), "sum", lengths=num_targets.flatten(), unsafe=True, initial=0.0)
         return sums.view(leading)
 
-    more = (summed(_log_agreements(head, states_RD)),) if agreements else ()
+    more = (summed(log_agreements(head, states_RD, cap)),) if agreements else ()
     return summed(logps_R), num_targets.view(leading), *more
 
 
@@ -102,41 +101,66 @@ def _padded_logps(model: Any, batch: Mapping[str, Any], agreements: bool) -> tup
     # The state at t predicts token t + 1: the last position predicts nothing and is not run.
     states_BTD = hidden_states(model, input_ids[:, :-1], attention_mask[:, :-1])
     targets = targets[:, 1:]
-    states_RD, head = states_BTD[targets], model.get_output_embeddings()
+    head, cap = model.get_output_embeddings(), soft_cap(model)
+    states_RD = states_BTD[targets]
 
     def summed(values_R: Tensor) -> Tensor:
         # Placed back into rows and summed along them: the same result each time, unlike index_add on a GPU.
         values_BT = values_R.new_zeros(targets.shape, dtype=torch.float64)
         return values_BT.masked_scatter(targets, values_R.double()).sum(-1).view(leading)
 
-    more = (summed(_log_agreements(head, states_RD)),) if agreements else ()
-    return summed(token_logps(head, states_RD, input_ids[:, 1:][targets])), targets.sum(-1).view(leading), *more
+    more = (summed(log_agreements(head, states_RD, cap)),) if agreements else ()
+    logps_R = token_logps(head, states_RD, input_ids[:, 1:][targets], cap=cap)
+    return summed(logps_R), targets.sum(-1).view(leading), *more
 
 
-def token_logps(head: Any, states_RD: Tensor, targets_R: Tensor, *, add_to_grad: bool = False) -> Tensor:
+def soft_cap(model: Any) -> float | None:
+    """Return the c of logits that are c tanh(logits / c), as Gemma 2 has them; None of others."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def token_logps(
+    head: Any, states_RD: Tensor, targets_R: Tensor, *, cap: float | None = None, add_to_grad: bool = False
+) -> Tensor:
     """Return the log-softmax of head(states) at each row's target, (R,): float32, or float64 where the states are.
 
-    `add_to_grad`: see `trainers.kernels.shortcuts`.
+    `cap`: see `soft_cap`. `add_to_grad`: see `trainers.kernels.shortcuts`.
     """
     weight, bias = head.weight, head.bias
     device = states_RD.device.type
     if torch.is_autocast_enabled(device):
         states_RD, weight = (x.to(torch.get_autocast_dtype(device)) for x in (states_RD, weight))
     with torch.autocast(device, enabled=False):
+        if cap is not None:
+            # Autograd's copies of the logits are those of one part, which is computed again in the backward pass.
+            parts = _parts(states_RD, targets_R, weight)
+            return torch.cat(
+                [checkpoint(_capped_logps, states, weight, bias, t, cap, use_reentrant=False) for states, t in parts]
+            )
         return _TokenLogps.apply(states_RD, weight, bias, targets_R, torch.is_grad_enabled(), add_to_grad)
 
 
 @torch.no_grad()
-def _log_agreements(head: Any, states_RD: Tensor) -> Tensor:
-    """Return log(sum over the vocabulary of softmax(head(states))^2) of each row, (R,): another product with it."""
+def log_agreements(head: Any, states_RD: Tensor, cap: float | None) -> Tensor:
+    """Return log(sum over the vocabulary of p^2) of each row, (R,): another product with the head."""
     measure = _compiled(_log_agreement) if states_RD.is_cuda else _log_agreement
     parts = [states for states, _ in _parts(states_RD, states_RD, head.weight)]
-    return torch.cat([measure(F.linear(states, head.weight, head.bias)) for states in parts])
+    return torch.cat([measure(F.linear(states, head.weight, head.bias), cap) for states in parts])
 
 
-def _log_agreement(logits_RV: Tensor) -> Tensor:
-    logits = _wide(logits_RV, None)
+def _log_agreement(logits_RV: Tensor, cap: float | None) -> Tensor:
+    logits = capped(_wide(logits_RV, None), cap)
     return (2 * logits).logsumexp(1) - 2 * logits.logsumexp(1)
+
+
+def _capped_logps(states_RD: Tensor, weight: Tensor, bias_V: Tensor | None, targets_R: Tensor, cap: float) -> Tensor:
+    logits_RV = _wide(states_RD @ weight.T, bias_V)
+    return capped(logits_RV, cap).log_softmax(1).gather(1, targets_R[:, None]).squeeze(1)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Bend logits to stay within the cap; as they are where it is None."""
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 class Softmax(NamedTuple):
@@ -269,62 +293,3 @@ def _overwrite_by_gradient(
 def _wide(logits_RV: Tensor, bias_V: Tensor | None) -> Tensor:
     logits = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
     return logits if bias_V is None else logits + bias_V
-
-
-@torch.no_grad()
-def check_head(model: Any) -> None:
-    """Refuse a model whose logits are more than its output embedding applied to its last hidden states.
-
-    Soft-capped, scaled or shifted logits (Gemma 2, Cohere, Granite, ...) would make every log-probability here wrong
-    without a sign of it. A list of architectures would be out of date: two tokens are run with a spy on the output
-    embedding, which reads what goes in and replaces what comes out.
-
-    Raises:
-        UserError: with the class of the model, and what it does instead.
-    """
-    head = model.get_output_embeddings()
-    if head is None:
-        raise UserError(f"{type(model).__name__} has no output embedding; train a causal language model.")
-    device = next(model.parameters()).device
-    input_ids = torch.tensor([[0, 1]], device=device)
-    mask = torch.ones_like(input_ids, dtype=torch.bool)
-    seen: dict[str, Tensor] = {}
-
-    def spy(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen["input"] = args[0]
-        seen["difference"] = output - F.linear(args[0], module.weight, module.bias)  # type: ignore[arg-type]  # a head
-        # Values as large as logits get, where a soft cap bends them.
-        seen["output"] = torch.linspace(-100, 100, output.numel(), device=device).view(output.shape).to(output.dtype)
-        return seen["output"]
-
-    was_training = model.training
-    model.eval()
-    handle = head.register_forward_hook(spy)
-    try:
-        expected = hidden_states(model, input_ids, mask)
-        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    except PROBE_ERRORS as error:
-        raise UserError(
-            f"{type(model).__name__} does not run on tokens, their mask and positions alone ({type(error).__name__}: "
-            f"{error}); train a causal language model."
-        ) from error
-    finally:
-        handle.remove()
-        model.train(was_training)
-    problem = None
-    if "input" in seen and seen["difference"].abs().max() > 1e-2 * expected.abs().max():
-        problem = "has an output embedding that is more than a matrix and a bias"
-    elif "input" not in seen or not _equal(seen["input"], expected):
-        problem = "changes its hidden states before the output embedding"
-    elif not torch.equal(logits.to(seen["output"].dtype), seen["output"]):
-        problem = "changes its logits after the output embedding (a soft cap, a scale or a shift)"
-    if problem is not None:
-        raise UserError(
-            f"{type(model).__name__} {problem}. Log-probabilities are computed here from the last hidden states and "
-            "that embedding alone, and would be wrong; use a model without that (Llama, Mistral, Qwen, GPT-NeoX, GPT-2 "
-            "and GPT-J are tested)."
-        )
-
-
-def _equal(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and torch.allclose(found, expected, equal_nan=True)

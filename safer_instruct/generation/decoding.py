@@ -1,0 +1,79 @@
+"""What a model folder says of how its texts are decoded: its context, its end tokens, generation_config.json."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import GenerationConfig
+
+from config.errors import UserError
+from safer_instruct.generation.weights import first_line
+from safer_instruct.generation.window import UNLIMITED
+from safer_instruct.text.chat import chat_end_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def read_generation_config(source: Path | str) -> GenerationConfig | None:
+    """Return the generation_config.json of a folder; None where there is none.
+
+    Raises:
+        UserError: It cannot be used.
+    """
+    file = Path(source) / "generation_config.json"
+    if isinstance(source, str) or not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} cannot be used ({first_line(error)}). Mend it, or move it away: how a token is chosen is for "
+            "generation.* of the command."
+        ) from error
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Return how many tokens a model may read, as its config says; a great many where it names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return every token that ends a text: the tokenizer's, its chat template's, those of generation_config.json."""
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    turn_end = tokenizer.backend_tokenizer.token_to_id(chat_end_token(tokenizer))  # what template=chat trains
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id, turn_end) if token is not None)
+
+
+def stop_where_answers_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """List all end tokens in the generation config that a checkpoint is saved with.
+
+    A base model that was tuned on chats would go on behind its answer, wherever another program generates from it.
+    """
+    config = model.generation_config
+    ends = end_tokens(model, tokenizer)
+    if frozenset(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]) != ends:
+        config.eos_token_id = sorted(ends)
+        # Published configs hold values that transformers saves only where nothing has changed since it read them.
+        config._original_object_hash = hash(config)
+
+
+def say_what_is_not_read(config: GenerationConfig, read: Collection[str]) -> None:
+    """Say once which entries of generation_config.json change nothing here; `read` are the names of those that do."""
+    entries = config.to_diff_dict()
+    unread = sorted(entries.keys() - set(read) - {"transformers_version"})
+    said = [f"{name}={entries[name]}" for name in unread if not name.startswith("_") and not name.endswith("_token_id")]
+    if said:
+        _say(", ".join(said))
+
+
+@cache
+def _say(unread: str) -> None:
+    log.warning("note: of generation_config.json these are not used, only generation.* of the command: %s", unread)

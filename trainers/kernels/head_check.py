@@ -1,0 +1,72 @@
+"""Whether a model's logits are what `logps.py` computes: its output embedding applied to its last hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config.errors import UserError
+from trainers.kernels.logps import capped, hidden_states, soft_cap
+from trainers.kernels.self_check import PROBE_ERRORS
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Refuse a model whose logits are more than its output embedding applied to its last hidden states.
+
+    Scaled or shifted logits (Cohere, Granite, ...) would make every log-probability here wrong without a sign of it; a
+    soft cap that the config names is computed. A list of architectures would be out of date: two tokens are run with a
+    spy on the output embedding, which reads what goes in and replaces what comes out.
+
+    Raises:
+        UserError: with the class of the model, and what it does instead.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no output embedding; train a causal language model.")
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([[0, 1]], device=device)
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    seen: dict[str, Tensor] = {}
+
+    def spy(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen["input"] = args[0]
+        seen["difference"] = output - F.linear(args[0], module.weight, module.bias)  # type: ignore[arg-type]  # a head
+        # Values as large as logits get, where a soft cap bends them.
+        seen["output"] = torch.linspace(-100, 100, output.numel(), device=device).view(output.shape).to(output.dtype)
+        return seen["output"]
+
+    was_training = model.training
+    model.eval()
+    handle = head.register_forward_hook(spy)
+    try:
+        expected = hidden_states(model, input_ids, mask)
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    except PROBE_ERRORS as error:
+        raise UserError(
+            f"{type(model).__name__} does not run on tokens, their mask and positions alone ({type(error).__name__}: "
+            f"{error}); train a causal language model."
+        ) from error
+    finally:
+        handle.remove()
+        model.train(was_training)
+    problem, cap = None, soft_cap(model)
+    if "input" in seen and seen["difference"].abs().max() > 1e-2 * expected.abs().max():
+        problem = "has an output embedding that is more than a matrix and a bias"
+    elif "input" not in seen or not _equal(seen["input"], expected):
+        problem = "changes its hidden states before the output embedding"
+    elif not torch.equal(logits.to(seen["output"].dtype), capped(seen["output"], cap)):
+        problem = "changes its logits after the output embedding (a scale, a shift, or a soft cap its config tells not)"
+    if problem is not None:
+        raise UserError(
+            f"{type(model).__name__} {problem}. Log-probabilities are computed here from the last hidden states and "
+            "that embedding alone, and would be wrong; use a model without that (Llama, Mistral, Qwen, GPT-NeoX, GPT-2 "
+            "and GPT-J are tested)."
+        )
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and torch.allclose(found, expected, equal_nan=True)
