@@ -6,11 +6,11 @@ Every check yields all the faults that it finds. Nothing is loaded here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from config.rules import Fault
-from config.settings import LocalExpertSettings, OpenAIExpertSettings, ServerSettings
+from config.rules import Fault, suggest
+from config.settings import EvaluateConfig, InduceConfig, LocalExpertSettings, OpenAIExpertSettings, ServerSettings
 
 
 def check_server(server: ServerSettings, key: str) -> Iterator[Fault]:
@@ -54,6 +54,35 @@ def check_lengths(max_prompt_length: int, max_length: int, prefix: str = "") -> 
             f"{prefix}max_length counts prompt and response together",
             (f"{prefix}max_length",),
         )
+
+
+def check_spread(config: InduceConfig | EvaluateConfig, rates: Collection[str]) -> Iterator[Fault]:
+    """Find out whether the shards and the rates of a command fit it; `rates` are the names that its rates may have."""
+    for name, rate in config.rate.items():
+        if name not in rates:
+            yield Fault(
+                f"rate.{name}", f"rate.{name}={rate:g}: no such stage{suggest(name, rates)} Stages: {', '.join(rates)}"
+            )
+    if config.engine.name != "ray":
+        return
+    if config.shard.count is None:
+        yield Fault(
+            "shard.count", "engine=ray: how many shards? Write shard.count=N, a few for each worker", ("engine.name",)
+        )
+    if config.shard.index is not None:
+        yield Fault("shard.index", f"shard.index={config.shard.index}: engine=ray does all shards; leave it out")
+
+
+def check_hub(name: str | None) -> Iterator[Fault]:
+    """Find out whether somebody is logged in to the Hugging Face hub, if something is to be uploaded."""
+    if name is not None:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            message = (
+                f"push_to_hub={name}: nobody is logged in to the hub here: `hf auth login`, or export HF_TOKEN=..."
+            )
+            yield Fault("push_to_hub", message)
 
 
 def check_device(device: str) -> Iterator[Fault]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from config.checks import check_device, check_lengths
+from config.checks import check_device, check_hub, check_lengths
 from config.checks_loss import check_loss, check_rows
 from config.rules import MISSING, Fault, check_values
 from config.settings import TrainConfig, TrainerSettings
@@ -22,6 +22,7 @@ def check_train(config: TrainConfig) -> list[Fault]:
         *_check_weights(config),
         *_check_trainer(config),
         *_check_batches(config),
+        *check_hub(config.push_to_hub),
     ]
     return faults or [*check_device(config.device), *_check_optimizer(config)]
 

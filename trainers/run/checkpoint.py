@@ -1,7 +1,7 @@
 """Checkpoints: a folder for other programs (`model/`) and one to resume from (`state/`), complete or absent.
 
     checkpoints/step-<examples>/
-      model/         weights (safetensors) and tokenizer, as `from_pretrained`, vLLM or lm_eval read them
+      model/         weights (safetensors), tokenizer and model card, as `from_pretrained`, vLLM or lm_eval read them
       state/         optimizer (torch.distributed.checkpoint, each process its shards), progress.json, rank<r>.json
       policy.pt      the DPO repo's format, if `checkpoint.policy_pt`
       checksums.xxh3.json   size and hash of every file, and whose the checkpoint is
@@ -37,10 +37,11 @@ from transformers.utils import logging as transformers_logging
 
 from config.checksums import write_checksums
 from config.errors import SaidElsewhere, UserError
-from config.files import sync
+from config.files import sync, write_text
 from config.settings import CheckpointSettings
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import full_parameters
+from trainers.run.model_card import render_model_card
 from trainers.run.rng import random_state
 from trainers.run.run_dir import RunDir
 from trainers.run.saved import RunProgress, best_checkpoint, discard, point, saved_checkpoints
@@ -169,6 +170,9 @@ class CheckpointWriter:
                 if self._settings.policy_pt:
                     _save_policy_pt(partial / "policy.pt", weights, state["progress"]["examples"])
                 _save_model(partial / "model", exporter, weights, self._tokenizer)
+                if self._run.config:
+                    card = render_model_card(self._run.config, self._run.manifest, state["progress"])
+                    write_text(partial / "model" / "README.md", card)
                 for name, content in state.items():
                     (partial / "state" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
             finally:
