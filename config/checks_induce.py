@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from config.checks import check_device, check_expert, check_server, unread_by_expert
+from config.checks import check_device, check_expert, check_hub, check_server, check_spread, unread_by_expert
 from config.judges import JUDGES
-from config.names import BENIGN_STAGES
+from config.names import BENIGN_STAGES, STAGES
 from config.rules import MISSING, Fault, check_values, is_below
 from config.settings import InduceConfig
 
@@ -26,7 +26,13 @@ def check_induce(config: InduceConfig) -> list[Fault]:
         "generation.server": (induces or replays) and not is_local,
         "roundtrip.model": _has_roundtrip(config) or stage == "score",
     }
-    faults = [*check_values(config), *_check_induction(config), *_check_shard(config)]
+    faults = [*check_values(config), *_check_induction(config), *_check_shard(config), *check_hub(config.push_to_hub)]
+    faults += check_spread(config, STAGES)
+    for key, is_set in (("dry_run", config.dry_run), ("engine", config.engine.name == "ray")):
+        if is_set and stage not in ("all", *STAGES):
+            named = "dry_run=true" if key == "dry_run" else "engine=ray"
+            reason = "asks no model" if stage in ("merge", "status", "audit") else "is not foretold or spread"
+            faults.append(Fault(key, f"{named}: stage={stage} {reason}; leave {named} out", ("stage",)))
     if needed["generation.server"]:
         faults += check_server(config.generation.server, "generation.server")
     faults += check_expert(config.expert, "expert")

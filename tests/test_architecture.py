@@ -36,6 +36,7 @@ HOMES = {
     "datasketch": {"safer_instruct/dataset/similarity.py"},
     "duckdb": {"safer_instruct/dataset/scratch.py"},
     "vllm": {"safer_instruct/generation/vllm.py"},
+    "ray": {"safer_instruct/engine_ray.py"},
 }
 # first-party package -> what it must not import
 FORBIDDEN = {
