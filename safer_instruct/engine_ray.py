@@ -18,6 +18,7 @@ from config.settings import EngineSettings
 
 STATUS_SECONDS = 10.0  # between two lines that say how far all are, at least: to read long ledgers takes a while
 STATUS_SHARE = 0.05  # of the time may go into them
+DEATHS = 20  # of the workers of one shard: nodes are taken away, but what kills every worker is a fault
 Work = Callable[[int], None]
 
 
@@ -41,7 +42,7 @@ def run_on_ray(work: Work, count: int, settings: EngineSettings, status: Callabl
     is_ours = not ray.is_initialized()
     if is_ours:
         _connect(ray, settings)
-    options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "max_calls": 1, "max_retries": -1}
+    options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "max_calls": 1, "max_retries": DEATHS}
     shard = ray.remote(**options)(_in_place)
     try:
         pending = [shard.remote(work, index, os.getcwd()) for index in range(count)]
@@ -49,7 +50,7 @@ def run_on_ray(work: Work, count: int, settings: EngineSettings, status: Callabl
         pause = STATUS_SECONDS
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=pause)
-            failures += filter(None, ray.get(done))
+            failures += filter(None, (_result(ray, one) for one in done))
             started = time.monotonic()
             print(f"{count - len(pending)} of {count} shards ended; {status()}", file=sys.stderr, flush=True)
             pause = max(STATUS_SECONDS, (time.monotonic() - started) / STATUS_SHARE)
@@ -58,6 +59,14 @@ def run_on_ray(work: Work, count: int, settings: EngineSettings, status: Callabl
             ray.shutdown()
     if failures:
         raise UserError(f"{len(failures)} of {count} shards failed, the first: {failures[0]}")
+
+
+def _result(ray: Any, shard: Any) -> str:
+    """Return what is wrong with a shard that has ended; "" if nothing is."""
+    try:
+        return str(ray.get(shard))
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        return f"its workers died {DEATHS + 1} times ({str(error).splitlines()[0]})"
 
 
 def _in_place(work: Work, index: int, folder: str) -> str:

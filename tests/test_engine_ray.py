@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
+from functools import partial
 
 import pytest
 from conftest import tiny_llama
@@ -19,26 +21,33 @@ from config.settings import EngineSettings
 from safer_instruct.engine_ray import run_on_ray
 from safer_instruct.induction.spread import waves
 from safer_instruct.induction.status import live_line
+from tests.evaluations import run_evaluate
 from tests.loopback_server import loopback
+from tests.ray_stand_in import StandIn, die, fail_at_one
 
 KEEP = json.dumps({"well_formed": True, "unsafe": True, "response_fits": True, "category": "theft"})
 KILLED_AT = 12  # requests to the expert
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """Two workers on this machine, which know the expert's key from the environment that the cluster began in."""
+@pytest.fixture(params=["stand-in", "ray"])
+def workers(request, monkeypatch):
+    """What lists the processes that are at a shard, on two workers of a cluster that knows the expert's key."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("TEST_KEY", "sk-nothing")
+    if request.param == "stand-in":
+        ray = StandIn()
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        yield ray.workers
+        return
     ray = pytest.importorskip("ray", reason="pip install 'safer-instruct[ray]'")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        patch.setenv("TEST_KEY", "sk-nothing")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
-        yield ray
-        ray.shutdown()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a token would be written into the home
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    yield workers_of_ray
+    ray.shutdown()
 
 
-def workers() -> list[int]:
-    """The processes below this one that are doing a shard."""
+def workers_of_ray() -> list[int]:
+    """The processes below this one that Ray has named after the function they are in."""
     psutil = pytest.importorskip("psutil")
     found = []
     for process in psutil.Process().children(recursive=True):
@@ -91,19 +100,37 @@ def test_two_workers_of_which_one_is_killed_make_what_one_process_makes(cluster,
         assert len(server.requests) == asked + 1  # the test request
 
 
-def test_what_the_user_has_to_mend_is_told_when_the_other_shards_are_done(cluster, tmp_path) -> None:
-    def work(index: int) -> None:
-        if index == 1:
-            raise UserError("no such row")
-        (tmp_path / str(index)).write_text("done")
-
+@pytest.mark.timeout(1200)
+def test_what_the_user_has_to_mend_is_told_when_the_other_shards_are_done(workers, tmp_path) -> None:
     with pytest.raises(UserError, match="1 of 3 shards failed, the first: no such row"):
-        run_on_ray(work, 3, EngineSettings(name="ray", cpus=0.5), lambda: "")
+        run_on_ray(partial(fail_at_one, tmp_path), 3, EngineSettings(name="ray", cpus=0.5), lambda: "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "2"]
 
 
+@pytest.mark.parametrize("workers", ["stand-in"], indirect=True)
+def test_a_shard_that_kills_every_worker_is_given_up(workers, monkeypatch) -> None:
+    monkeypatch.setattr("safer_instruct.engine_ray.DEATHS", 2)
+    with pytest.raises(UserError, match=r"1 of 1 shards failed, the first: its workers died 3 times"):
+        run_on_ray(die, 1, EngineSettings(name="ray"), lambda: "")
+
+
+@pytest.mark.parametrize("workers", ["stand-in"], indirect=True)
+def test_an_evaluation_by_workers_says_what_one_process_says(workers, tmp_path, tiny_model_folder) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"instruction": f"What is {i}?"}) + "\n" for i in range(6)))
+    command = [
+        f"models.tiny.path={tiny_model_folder}", f"prompts.a.path={prompts}", "prompts.a.kind=benign", "expert=rules",
+        "generation.max_new_tokens=4", "device=cpu",
+    ]  # fmt: skip
+    run_evaluate(*command, f"output={tmp_path / 'one'}")
+    run_evaluate(*command, f"output={tmp_path / 'ray'}", "engine=ray", "shard.count=2")
+    assert len(list((tmp_path / "ray" / "ledger").glob("generate-tiny-*-of-00002.jsonl"))) == 2
+    one, spread = ((tmp_path / name / "samples.jsonl").read_bytes() for name in ("one", "ray"))
+    assert spread == one
+
+
 def test_without_ray(monkeypatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="pip install 'safer-instruct\\[ray\\]'"):
         run_on_ray(lambda index: None, 1, EngineSettings(name="ray"), lambda: "")
 

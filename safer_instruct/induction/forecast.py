@@ -170,7 +170,7 @@ def render_forecast(steps: Sequence[Step], rates: Mapping[str, float]) -> str:
         notes.append(
             "hours: give the rows a second of a process (rate.STAGE=...), or run a shard for some minutes first"
         )
-    return "\n".join([markdown_table(HEADER, rows, left=[0]), *notes])
+    return "\n".join([markdown_table(HEADER, rows, markup=range(len(HEADER))), *notes])
 
 
 def _row(step: Step, rate: float | None) -> list[str]:
