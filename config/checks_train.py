@@ -51,6 +51,13 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
             "sample_during_eval=true, and n_eval_model_samples=64 for a share that means something",
             ("sample_during_eval", "n_eval_model_samples"),
         )
+    if config.push_to_hub is not None and config.debug:
+        yield Fault(
+            "push_to_hub",
+            f"push_to_hub={config.push_to_hub}, debug=true: no checkpoint is written that could be uploaded; leave one "
+            "of them out",
+            ("debug",),
+        )
     if not config.local_dirs:
         yield Fault(
             "local_dirs",

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from config.checks import check_hub
+from config.checks_train import check_train
 from config.checksums import find_damage
 from config.errors import UserError
 from config.rules import check_values
@@ -128,5 +129,7 @@ def test_an_upload_without_a_login_or_a_name_is_told_before_the_run(tmp_path, mo
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
     assert not list(check_hub("me/model"))
     assert not list(check_hub(None))
+    faults = check_train(settings(tmp_path, push_to_hub="me/model", debug=True))
+    assert any("push_to_hub=me/model, debug=true" in str(fault) for fault in faults)
     faults = check_values(settings(tmp_path, push_to_hub="model"))
     assert any("push_to_hub=model: must be USER/NAME" in str(fault) for fault in faults)
