@@ -56,8 +56,20 @@ def check_lengths(max_prompt_length: int, max_length: int, prefix: str = "") -> 
         )
 
 
-def check_spread(config: InduceConfig | EvaluateConfig, rates: Collection[str]) -> Iterator[Fault]:
-    """Find out whether the shards and the rates of a command fit it; `rates` are the names that its rates may have."""
+def check_spread(config: InduceConfig | EvaluateConfig, rates: Collection[str], *, elsewhere: str) -> Iterator[Fault]:
+    """Find out whether `dry_run`, `rate` and `engine` fit a command.
+
+    Args:
+        config: Of the command.
+        rates: Names that its rates may have.
+        elsewhere: The word that makes it one without shards of rows that a model is asked about; "" if it has them.
+    """
+    for key, word, is_set in (
+        ("dry_run", "dry_run=true", config.dry_run),
+        ("engine.name", "engine=ray", config.engine.name == "ray"),
+    ):
+        if is_set and elsewhere:
+            yield Fault(key, f"{word}: it is for rows that models are asked about; leave it out with {elsewhere}")
     for name, rate in config.rate.items():
         if name not in rates:
             yield Fault(

@@ -36,7 +36,7 @@ def check_evaluate(config: EvaluateConfig) -> list[Fault]:
         *check_expert(config.second_expert, "second_expert"),
         *check_lengths(config.rewards.max_prompt_length, config.rewards.max_length, "rewards."),
         *([] if config.compare else _check_parts(config)),
-        *check_spread(config, RATES),
+        *check_spread(config, RATES, elsewhere="compare=" if config.compare else ""),
     ]
     return faults or list(check_device(config.device))
 

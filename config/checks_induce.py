@@ -27,12 +27,7 @@ def check_induce(config: InduceConfig) -> list[Fault]:
         "roundtrip.model": _has_roundtrip(config) or stage == "score",
     }
     faults = [*check_values(config), *_check_induction(config), *_check_shard(config), *check_hub(config.push_to_hub)]
-    faults += check_spread(config, STAGES)
-    for key, is_set in (("dry_run", config.dry_run), ("engine", config.engine.name == "ray")):
-        if is_set and stage not in ("all", *STAGES):
-            named = "dry_run=true" if key == "dry_run" else "engine=ray"
-            reason = "asks no model" if stage in ("merge", "status", "audit") else "is not foretold or spread"
-            faults.append(Fault(key, f"{named}: stage={stage} {reason}; leave {named} out", ("stage",)))
+    faults += check_spread(config, STAGES, elsewhere="" if stage in ("all", *STAGES) else f"stage={stage}")
     if needed["generation.server"]:
         faults += check_server(config.generation.server, "generation.server")
     faults += check_expert(config.expert, "expert")

@@ -159,8 +159,14 @@ def test_the_live_line(tmp_path) -> None:
     [
         (check_induce, "induce", [], "engine=ray: how many shards?"),
         (check_induce, "induce", ["shard.count=2", "shard.index=1"], "shard.index=1: engine=ray does all shards"),
-        (check_induce, "induce", ["shard.count=2", "stage=merge"], "engine=ray: stage=merge asks no model"),
+        (
+            check_induce,
+            "induce",
+            ["shard.count=2", "stage=merge"],
+            "engine=ray: it is for rows that models are asked about; leave it out with stage=merge",
+        ),
         (check_evaluate, "evaluate", [], "engine=ray: how many shards?"),
+        (check_evaluate, "evaluate", ["shard.count=2", "compare=[x]"], "leave it out with compare="),
     ],
 )
 def test_what_the_engine_does_not_take(check, name, words, message) -> None:

@@ -105,7 +105,7 @@ def test_an_evaluation(tmp_path, tiny_model_folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["stage=merge"], "dry_run=true: stage=merge asks no model"),
+        (["stage=merge"], "dry_run=true: it is for rows that models are asked about; leave it out with stage=merge"),
         (["rate.inducee=3"], "rate.inducee=3: no such stage; did you mean induce?"),
         (["rate.induce=0"], "rate.induce=0.0: must be above 0"),
     ],
