@@ -69,7 +69,7 @@ def command(tmp_path, model: str, url: str, name: str, *more: str) -> list[str]:
 
 
 @pytest.mark.timeout(1200)  # of a busy machine
-def test_two_workers_of_which_one_is_killed_make_what_one_process_makes(cluster, tmp_path, tokenizer, capsys) -> None:
+def test_two_workers_of_which_one_is_killed_make_what_one_process_makes(workers, tmp_path, tokenizer, capsys) -> None:
     model = tiny_llama(len(tokenizer))
     model.generation_config.exponential_decay_length_penalty = (8, 3.0)
     model.save_pretrained(tmp_path / "model")
