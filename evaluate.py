@@ -15,7 +15,7 @@ from trainers.distributed.preemption import exit_behind_ledgers  # isort: skip
 
 from config.checks_evaluate import check_evaluate, with_paths
 from config.schema import read_command, run_command
-from config.settings import EvaluateConfig
+from config.settings import EngineSettings, EvaluateConfig, ShardSettings
 
 if __name__ == "__main__":  # before the imports that take seconds: a mistake need not wait for them
     exit_behind_ledgers()
@@ -32,12 +32,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config.errors import UserError
+from safer_instruct.engine_ray import run_on_ray
 from safer_instruct.evaluation.answers import WHOLE, Advance
 from safer_instruct.evaluation.downstream import encode_choice
+from safer_instruct.evaluation.forecast import forecast_evaluation
 from safer_instruct.evaluation.publish import compare_finished, write_report
 from safer_instruct.evaluation.respondents import Respondent
 from safer_instruct.evaluation.rewards import count_trained_on, describe_rewards, join_labels, pairs_settings
 from safer_instruct.evaluation.steps import Evaluation, ask_all, build_parts, judge_all, prepare, timed
+from safer_instruct.induction.status import live_line
 from safer_instruct.measures.rates import summarize
 from safer_instruct.report.tables import HEADLINE, extra_tables, shown_metrics
 from safer_instruct.shards import resolve_shard
@@ -51,15 +54,29 @@ def main(config: EvaluateConfig) -> None:
     """Run the whole evaluation of one command, or compare finished ones."""
     started = time.perf_counter()
     config = with_paths(config)
+    spread = config if config.engine.name == "ray" and not config.compare else None
+    if spread is not None:
+        config = replace(config, engine=EngineSettings(), shard=ShardSettings(0, 1))
     evaluation = None if config.compare else prepare(config, resolve_shard(config.shard, os.environ))
+    if config.dry_run and evaluation is not None:
+        print(forecast_evaluation(config, evaluation))
+        return
     output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output={output} cannot be written to: {error.strerror}; choose another folder") from error
+    if spread is not None:
+        work, status = partial(run_one_shard, spread), partial(live_line, output / "ledger")
+        run_on_ray(work, spread.shard.count or 1, spread.engine, status)
     report = compare_finished(config) if evaluation is None else evaluate_models(config, evaluation, started)
     if report is not None:
         _log_to_wandb(config, report)  # the answers are out of memory by now
+
+
+def run_one_shard(config: EvaluateConfig, index: int) -> None:
+    """Answer and judge one shard of the prompts, in a worker."""
+    main(replace(config, engine=EngineSettings(), shard=ShardSettings(index, config.shard.count)))
 
 
 def evaluate_models(config: EvaluateConfig, evaluation: Evaluation, started: float) -> dict[str, Any] | None:

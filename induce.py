@@ -64,10 +64,12 @@ from safer_instruct.induction.benign import (
     run_contrast,
     run_replay,
 )
+from safer_instruct.induction.forecast import forecast_induction
 from safer_instruct.induction.ledger import scan_records, shard_path
 from safer_instruct.induction.ledgers import find_ledgers, require_own_folder, require_same_shards
 from safer_instruct.induction.round_trip import RoundTrip
 from safer_instruct.induction.shard import kept_pairs, resolve_min_score, run_filter, run_induce, run_respond, run_score
+from safer_instruct.induction.spread import spread_stages
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND, SCORE, STAGES, VARY
 from safer_instruct.induction.vary import run_vary
 from safer_instruct.shards import resolve_shard
@@ -97,6 +99,10 @@ def main(config: InduceConfig) -> None:
         run_review(config)
     elif config.stage in BENIGN_STAGES:
         run_benign(config)
+    elif config.engine.name == "ray" and not config.dry_run:
+        spread_stages(config, run_shard)
+        if config.stage == "all":
+            merge_shards(config)
     else:
         run_shard(config)
 
@@ -107,6 +113,9 @@ def run_shard(config: InduceConfig) -> None:
     index, count = resolve_shard(config.shard, os.environ)
     require_same_shards(ledgers, count)
     stages = _stages(config, count)
+    if config.dry_run:
+        print(forecast_induction(config, stages, (index, count)))
+        return
     device = torch.device(_device(config.device))
     paths = {stage: shard_path(ledgers, stage, index, count) for stage in STAGES}
     paid = {stage: paths[stage] for stage in (FILTER, RESPOND, VARY)}
@@ -198,7 +207,7 @@ def merge_shards(config: InduceConfig) -> None:
     if config.log_text:
         _show(output / FILES[config.format][0])
     if config.push_to_hub:
-        from safer_instruct.dataset.hub import push_dataset
+        from safer_instruct.dataset.card import push_dataset
 
         print(f"uploaded: {push_dataset(output, config.push_to_hub, FILES[config.format])}")
 

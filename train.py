@@ -63,7 +63,7 @@ from trainers.objectives import build_objective
 from trainers.optimizers import warmup_note
 from trainers.reference import attach_reference, weights_key
 from trainers.run.early_stop import is_over
-from trainers.run.next_command import next_command, starting_line
+from trainers.run.next_command import end_run, starting_line
 from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
 from trainers.run.saved import repair_links
@@ -102,8 +102,8 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
         train_loader, eval_loader = build_loaders(config, stores, tokenizer, layout)
         say_if_warmup_never_ends(config, train_loader, layout)
         if layout.on_main(lambda: is_finished(run, train_loader.total_examples, data=stores.train.content)):
-            if layout.is_main:
-                print(f"{run.path} is finished: {train_loader.total_examples} examples. {next_command(config, run)}")
+            finished = f"{run.path} is finished: {train_loader.total_examples} examples"
+            layout.on_main(lambda: print(finished, end_run(config, run), sep="\n"))
             return
         if layout.is_main:
             print(f"run directory: {run.path}", flush=True)
@@ -115,8 +115,7 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
             print(
                 f"stopped by early_stop.over_refusal={config.early_stop.over_refusal} after {trainer.progress.examples}"
             )
-        if layout.is_main:
-            print(next_command(config, run), flush=True)
+        layout.on_main(lambda: print(end_run(config, run), flush=True))
 
 
 def build_trainer(

@@ -82,7 +82,7 @@ def _throughput(*options: str) -> tuple[str, ...]:
 
 
 SMALL = ("--width", "64", "--layers", "2", "--vocabulary", "512", "--batch-size", "4", "--steps", "2")
-DPO_1B = ("--size", "1b", "--batch-size", "256", "--steps", "3", "--max-tokens", "16384")  # of experiment=h100_dpo
+DPO_1B = ("--size", "1b", "--batch-size", "256", "--steps", "3", "--max-tokens", "16384")  # as experiment=one_gpu
 STAGES: dict[str, Stage] = {
     "card": Stage(
         _check("card"), _check("card", "--size", "256"), 40,

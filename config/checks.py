@@ -6,11 +6,11 @@ Every check yields all the faults that it finds. Nothing is loaded here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from config.rules import Fault
-from config.settings import LocalExpertSettings, OpenAIExpertSettings, ServerSettings
+from config.rules import Fault, suggest
+from config.settings import EvaluateConfig, InduceConfig, LocalExpertSettings, OpenAIExpertSettings, ServerSettings
 
 
 def check_server(server: ServerSettings, key: str) -> Iterator[Fault]:
@@ -54,6 +54,47 @@ def check_lengths(max_prompt_length: int, max_length: int, prefix: str = "") -> 
             f"{prefix}max_length counts prompt and response together",
             (f"{prefix}max_length",),
         )
+
+
+def check_spread(config: InduceConfig | EvaluateConfig, rates: Collection[str], *, elsewhere: str) -> Iterator[Fault]:
+    """Find out whether `dry_run`, `rate` and `engine` fit a command.
+
+    Args:
+        config: Of the command.
+        rates: Names that its rates may have.
+        elsewhere: The word that makes it one without shards of rows that a model is asked about; "" if it has them.
+    """
+    for key, word, is_set in (
+        ("dry_run", "dry_run=true", config.dry_run),
+        ("engine.name", "engine=ray", config.engine.name == "ray"),
+    ):
+        if is_set and elsewhere:
+            yield Fault(key, f"{word}: it is for rows that models are asked about; leave it out with {elsewhere}")
+    for name, rate in config.rate.items():
+        if name not in rates:
+            yield Fault(
+                f"rate.{name}", f"rate.{name}={rate:g}: no such stage{suggest(name, rates)} Stages: {', '.join(rates)}"
+            )
+    if config.engine.name != "ray":
+        return
+    if config.shard.count is None:
+        yield Fault(
+            "shard.count", "engine=ray: how many shards? Write shard.count=N, a few for each worker", ("engine.name",)
+        )
+    if config.shard.index is not None:
+        yield Fault("shard.index", f"shard.index={config.shard.index}: engine=ray does all shards; leave it out")
+
+
+def check_hub(name: str | None) -> Iterator[Fault]:
+    """Find out whether somebody is logged in to the Hugging Face hub, if something is to be uploaded."""
+    if name is not None:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            message = (
+                f"push_to_hub={name}: nobody is logged in to the hub here: `hf auth login`, or export HF_TOKEN=..."
+            )
+            yield Fault("push_to_hub", message)
 
 
 def check_device(device: str) -> Iterator[Fault]:

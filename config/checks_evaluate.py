@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from config.checks import check_device, check_expert, check_lengths, check_server, unread_by_expert
+from config.checks import check_device, check_expert, check_lengths, check_server, check_spread, unread_by_expert
 from config.rules import MISSING, Fault, check_values, choices, is_below
 from config.settings import EvaluateConfig
+
+RATES = ("generate", "judge", "compare")  # what `rate` may be given for
 
 
 def with_paths(config: EvaluateConfig) -> EvaluateConfig:
@@ -34,6 +36,7 @@ def check_evaluate(config: EvaluateConfig) -> list[Fault]:
         *check_expert(config.second_expert, "second_expert"),
         *check_lengths(config.rewards.max_prompt_length, config.rewards.max_length, "rewards."),
         *([] if config.compare else _check_parts(config)),
+        *check_spread(config, RATES, elsewhere="compare=" if config.compare else ""),
     ]
     return faults or list(check_device(config.device))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from config.checks import check_device, check_expert, check_server, unread_by_expert
+from config.checks import check_device, check_expert, check_hub, check_server, check_spread, unread_by_expert
 from config.judges import JUDGES
-from config.names import BENIGN_STAGES
+from config.names import BENIGN_STAGES, STAGES
 from config.paths import find_path
 from config.rules import MISSING, Fault, check_values, is_below
 from config.settings import InduceConfig
@@ -28,7 +28,8 @@ def check_induce(config: InduceConfig) -> list[Fault]:
         "generation.server": (induces or replays) and not is_local,
         "roundtrip.model": _has_roundtrip(config) or stage == "score",
     }
-    faults = [*check_values(config), *_check_induction(config), *_check_shard(config)]
+    faults = [*check_values(config), *_check_induction(config), *_check_shard(config), *check_hub(config.push_to_hub)]
+    faults += check_spread(config, STAGES, elsewhere="" if stage in ("all", *STAGES) else f"stage={stage}")
     if needed["generation.server"]:
         faults += check_server(config.generation.server, "generation.server")
     faults += check_expert(config.expert, "expert")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from config.checks import check_device, check_lengths
+from config.checks import check_device, check_hub, check_lengths
 from config.checks_lora import check_lora, check_quantized
 from config.checks_loss import check_loss, check_reference, check_rows
 from config.paths import find_path
@@ -27,6 +27,7 @@ def check_train(config: TrainConfig) -> list[Fault]:
         *_check_trainer(config),
         *_check_batches(config),
         *check_lora(config),
+        *check_hub(config.push_to_hub),
     ]
     return faults or [*check_device(config.device), *_check_optimizer(config), *check_quantized(config)]
 
@@ -54,6 +55,13 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
             f"early_stop.over_refusal={limit}: refusals are counted among the samples of evaluations; write "
             "sample_during_eval=true, and n_eval_model_samples=64 for a share that means something",
             ("sample_during_eval", "n_eval_model_samples"),
+        )
+    if config.push_to_hub is not None and config.debug:
+        yield Fault(
+            "push_to_hub",
+            f"push_to_hub={config.push_to_hub}, debug=true: no checkpoint is written that could be uploaded; leave one "
+            "of them out",
+            ("debug",),
         )
     if not config.local_dirs:
         yield Fault(

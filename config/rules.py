@@ -184,3 +184,4 @@ Device = Annotated[str, matches(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu or c
 ExistingPath = Annotated[str, existing_path]
 DataPath = Annotated[str, existing_path, "the file or folder to read"]
 HubPath = Annotated[str, hub_path, "the file or folder to read, or a dataset of the hub as ORG/NAME"]
+HubName = Annotated[str, matches(r"[\w.-]+/[\w.-]+", "must be USER/NAME, of the Hugging Face hub")]

@@ -16,7 +16,6 @@ import hashlib
 import logging
 import os
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
@@ -37,9 +36,9 @@ from omegaconf.errors import OmegaConfBaseException
 from config import settings
 from config.console import open_console, visible
 from config.errors import SaidElsewhere, UserError, machine_faults
+from config.help import short_help
 from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
-from config.overrides import CONFIG_DIR, Reader, group_options, one_line, own_groups
-from config.paths import program
+from config.overrides import CONFIG_DIR, PROGRAMS, Reader, group_options, one_line, own_groups
 from config.rules import MISSING, Fault, is_below
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 
@@ -139,9 +138,14 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
         # the very thread that they wait for. With this torch, imported later, lets them sleep after a fraction of a
         # millisecond.
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    if "--help=all" in sys.argv:
+        print(_all_keys(config_name))
+        sys.exit()
     arguments, unknown = get_args_parser().parse_known_args()
     if arguments.help:
-        print(_help(config_name, config_class))
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            groups = {group: group_options(group) for group in own_groups(config_name)}
+        print(short_help(PROGRAMS[config_name], config_class, groups))
         sys.exit()
     if arguments.hydra_help or arguments.shell_completion:
         run_command(Command(config_name, sys.argv[1:], [], []), lambda config: None)
@@ -259,18 +263,8 @@ def _print_error(message: str) -> None:
     print(f"{Path(sys.argv[0]).name}: {visible(message)}", file=sys.stderr, flush=True)
 
 
-def _help(config_name: str, config_class: type[Any]) -> str:
-    """Return the doc line of the command, its groups with their choices, and every key with its default."""
+def _all_keys(config_name: str) -> str:
+    """Return every key of a program with its default, as YAML."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        groups = [f"  {group}={'|'.join(group_options(group))}" for group in own_groups(config_name)]
         config = compose(config_name)
-    return "\n".join(
-        [
-            str(config_class.__doc__).strip(),
-            f"\nUsage: {program(Path(sys.argv[0]).stem)} KEY=VALUE ... [-m for sweeps: KEY=A,B,C]",
-            "\nGroups:",
-            *groups,
-            "\nKeys and defaults (??? must be set; what each means is in config/settings.py and config/training.py):",
-            textwrap.indent(OmegaConf.to_yaml(config).rstrip(), "  "),
-        ]
-    )
+    return f"# ??? must be set; what each key means: docs/configuration.md\n{OmegaConf.to_yaml(config).rstrip()}"

@@ -31,6 +31,7 @@ from config.names import BENIGN_STAGES, FORMATS, STAGES
 from config.pair_losses import MarginLossSettings, PairLossSettings, PreferenceLossSettings  # noqa: F401 - as above
 from config.review import CardSettings, ReviewSettings
 from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
+from config.scale import EngineSettings, ShardSettings
 from config.training import (  # noqa: F401 - as above
     CheckpointSettings,
     DatasetSettings,
@@ -55,6 +56,9 @@ ThoughtTag = Annotated[
 ]
 
 
+Rate = Annotated[float, rules.above(0)]
+
+
 @dataclass
 class GenerationSettings:
     """Decoding."""
@@ -66,14 +70,6 @@ class GenerationSettings:
     max_batch_tokens: Count = 16_384  # padded positions (prompt + new tokens) of one batch
     # An answer begins behind the last closing tag; []: what a model thinks aloud is part of its answer.
     thought_tags: list[ThoughtTag] = field(default_factory=lambda: list(THOUGHT_TAGS))
-
-
-@dataclass
-class ShardSettings:
-    """Which part of the corpus this process works on; null: Slurm's array variables, or all of it."""
-
-    index: int | None = None  # number of the part, from 0
-    count: Count | None = None  # number of parts
 
 
 @dataclass
@@ -220,7 +216,7 @@ class InduceConfig:
     exclude: ExistingPath | None = None  # file of prompts whose instructions are kept out of the dataset; null: none
     exclude_similarity: Share | None = 0.6  # so similar to one of them is left out, too; null: exact matches only
     duplicates: DuplicatesSettings = field(default_factory=DuplicatesSettings)
-    push_to_hub: str | None = None  # USER/NAME: upload the merged dataset, privately; needs a login of huggingface_hub
+    push_to_hub: rules.HubName | None = None  # USER/NAME: upload the merged dataset, privately; null: nothing
     card: CardSettings = field(default_factory=CardSettings)
     # stage=audit, replay, contrast, review: any file or folder in the schema of `si`; null: review takes output.
     path: ExistingPath | None = None
@@ -231,6 +227,10 @@ class InduceConfig:
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     contrast: ContrastSettings = field(default_factory=ContrastSettings)
     max_same_chosen: Count | None = None  # stage=audit: rows that it keeps of one safe response; null: all
+    engine: EngineSettings = field(default_factory=EngineSettings)  # which processes do the shards
+    # Count rows, tokens, calls, cost and hours of what is left to do, and stop before any model is loaded or asked.
+    dry_run: bool = False
+    rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows a second of a process: rate.induce=60
     device: Device = "auto"  # auto: a GPU if there is one | cpu | cuda | cuda:1
     log_text: bool = False  # print some pairs at the end
 
@@ -321,6 +321,9 @@ class EvaluateConfig:
     induction_report: str | None = None  # report.json of the dataset that was trained on; null: of a model's own run
     curves: dict[str, str] = field(default_factory=dict)  # NAME: run whose curves are drawn; {}: models that are runs
     stages_file: str | None = None  # JSONL of {"name", "command", "seconds"}: what was run before, shown in the report
+    engine: EngineSettings = field(default_factory=EngineSettings)  # which processes answer and judge the shards
+    dry_run: bool = False  # count prompts, tokens, calls, cost and hours of what is left to do, and stop before it
+    rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows a second of a process: rate.generate=5
     samples_per_set: Annotated[int, rules.at_least(0)] = 6  # prompts of each set whose answers the page shows
     wandb: WandbSettings = field(default_factory=WandbSettings)  # tables, without any text
     local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store of `rewards`: first usable

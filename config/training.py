@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from config import rules
 from config.names import OPTIMIZERS, PAIRINGS, SCHEDULERS, SCHEMAS
-from config.rules import MISSING, BadRow, Count, Device, Dtype, ExistingPath, HubPath, Share, Template
+from config.rules import MISSING, BadRow, Count, Device, Dtype, ExistingPath, HubName, HubPath, Share, Template
 
 
 @dataclass
@@ -218,5 +218,8 @@ class TrainConfig:
     fsdp_port: int | None = None  # port where the processes of one machine meet; null: one that is free
     debug: bool = False  # write nothing to wandb, and no checkpoints
     log_text: bool = False  # let samples reach wandb and the console
+    # Of the model, an identifier of the Hugging Face hub such as apache-2.0, for the model card of its checkpoints.
+    license: str = "unknown"
+    push_to_hub: HubName | None = None  # USER/NAME: upload the last checkpoint's model/, privately; null: nothing
     # true: estimate the run from its data and three real steps, then stop | data: from the data alone.
     dry_run: Annotated[bool | str, rules.choices("data", True, False)] = False

@@ -8,12 +8,9 @@ in its annotation. tests/test_config_reference.py fails when the page is stale.
 
 from __future__ import annotations
 
-import ast
-import functools
 import inspect
 import math
 import re
-import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
@@ -22,6 +19,7 @@ from types import UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from config import settings
+from config.comments import comments
 from config.rules import MISSING, Rule
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 
@@ -92,9 +90,7 @@ def _sections(kind: type, prefix: str, done: dict[type, str]) -> Iterator[str]:
         key, hint = prefix + field.name, hints[field.name]
         inner = _inner(key, hint)
         if not inner or key in CHOSEN:
-            rows.append(
-                f"| `{key}` | {_cell(_type(hint))} | {_default(field)} | {_cell(_comments(kind)[field.name])} |"
-            )
+            rows.append(f"| `{key}` | {_cell(_type(hint))} | {_default(field)} | {_cell(comments(kind)[field.name])} |")
         for heading, inner_prefix, inner_kind in inner:
             if inner_kind not in done:
                 done[inner_kind] = heading
@@ -149,37 +145,6 @@ def _default(field: Field[Any]) -> str:
         return "null"
     written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return _cell(f"`{written}`")
-
-
-@functools.cache
-def _comments(kind: type) -> dict[str, str]:
-    """Return the comment of each field of a dataclass, inherited ones included; "" where there is none."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if not is_dataclass(base):
-            continue
-        lines = textwrap.dedent(inspect.getsource(base)).splitlines()
-        body = ast.parse("\n".join(lines)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for statement in body.body:
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                own = _comment(lines, statement)
-                found[statement.target.id] = own or found.get(statement.target.id, "")
-    return found
-
-
-def _comment(lines: list[str], statement: ast.AnnAssign) -> str:
-    """Return the comment behind a statement, or else the lines of comment above it."""
-    assert statement.end_lineno
-    behind = lines[statement.end_lineno - 1].encode()[statement.end_col_offset :].decode().strip()
-    if behind.startswith("#"):
-        return behind.lstrip("# ")
-    above: list[str] = []
-    for line in reversed(lines[: statement.lineno - 1]):
-        if not line.strip().startswith("#"):
-            break
-        above.insert(0, line.strip().lstrip("# "))
-    return " ".join(above)
 
 
 def _sentence(kind: type) -> str:

@@ -37,6 +37,7 @@ HOMES = {
     "duckdb": {"safer_instruct/dataset/scratch.py"},
     "peft": {"safer_instruct/generation/adapters.py", "trainers/lora.py"},
     "vllm": {"safer_instruct/generation/vllm.py"},
+    "ray": {"safer_instruct/engine_ray.py"},
 }
 # first-party package -> what it must not import
 FORBIDDEN = {

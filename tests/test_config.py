@@ -323,10 +323,19 @@ def test_reading_a_command_imports_neither_torch_nor_transformers():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_tab_key_completes(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    command = [sys.executable, str(REPOSITORY / "induce.py"), "--shell-completion", "query=bash"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COMP_LINE": "python induce.py engine=r"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["engine=ray"]
+
+
 @pytest.mark.parametrize(
     "command",
     [
         "train.py --help",
+        "induce.py --help=all",
         "train.py lr=abc",
         "train.py loss=dpo model=tiny --cfg job",
         "induce.py stage=status output=nowhere",

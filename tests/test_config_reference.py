@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from config import rules, settings
+from config.comments import comments
 from config.paths import REPOSITORY
 from config.schema import compose_config
-from scripts.config_reference import PAGE, _comments, _type, render_page
+from scripts.config_reference import PAGE, _type, render_page
 
 
 def test_the_page_is_not_stale():
@@ -64,12 +65,12 @@ def test_comments_stand_behind_a_field_or_above_it():
         ruled: Annotated[float, rules.above(0)] = 1.0
         bare: str = "#no comment"
 
-    assert _comments(Settings) == {"plain": "behind", "ruled": "Above, in two lines.", "bare": ""}
+    assert comments(Settings) == {"plain": "behind", "ruled": "Above, in two lines.", "bare": ""}
     assert _type(Annotated[float, rules.above(0)]) == "float (above 0)"
 
 
-def test_a_choice_of_the_group_inherits_comments():
-    assert _comments(settings.ReverseSettings)["reduction"].startswith("What the loss is a mean over")
+def test_a_choice_of_the_group_inheritscomments():
+    assert comments(settings.ReverseSettings)["reduction"].startswith("What the loss is a mean over")
 
 
 def test_the_script_needs_no_torch():

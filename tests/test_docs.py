@@ -28,7 +28,7 @@ from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-NEEDS = {"weights", "data", "network", "a GPU", "a cluster", "make demo", "minutes", "wandb"}
+NEEDS = {"weights", "data", "network", "a GPU", "a cluster", "make demo", "minutes", "wandb", "a shell"}
 ENTRYPOINTS = {
     "train.py": ("config", TrainConfig, check_train),
     "induce.py": ("induce", InduceConfig, check_induce),

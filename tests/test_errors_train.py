@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import train
 from config.checks_train import check_train
 from config.errors import UserError
-from config.schema import compose_config, run_entrypoint
+from config.help import KEYS, short_help
+from config.overrides import PROGRAMS
+from config.schema import CONFIGS, compose_config, run_entrypoint
 from config.settings import DatasetSettings, DPOSettings, ModelSettings, TrainConfig
 from tests.commands import ROOT, errors_of, write_pairs
 
@@ -366,6 +370,24 @@ def test_help(monkeypatch, capsys):
         run_entrypoint("config", TrainConfig, check_train, train.main)
     assert not left.value.code
     out = capsys.readouterr().out
-    assert "|cpo|discopop|dpo|dpo_norm|" in out
+    assert "| cpo | discopop | dpo | dpo_norm |" in " ".join(out.split())
     assert "experiment=" in out
-    assert "max_prompt_length: 256" in out
+    assert "batch_size=4" in out
+    assert "max_prompt_length" not in out
+
+
+@pytest.mark.parametrize(("name", "kind"), CONFIGS.items())
+def test_the_ten_keys_of_the_help_are_keys_with_a_meaning(name, kind):
+    program = PROGRAMS[name]
+    text = short_help(program, kind, {"loss": ["dpo"]}).partition("The keys that matter")[2]
+    shown = dict(re.findall(r"^  (\S+?)=\S+ +(\S.*)$", text, re.MULTILINE))
+    assert tuple(shown) == KEYS[program]
+    assert len(shown) == 10
+
+
+def test_help_all_has_every_key(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help=all"])
+    with pytest.raises(SystemExit) as left:
+        run_entrypoint("config", TrainConfig, check_train, train.main)
+    assert not left.value.code
+    assert {"max_prompt_length", "trainer", "datasets", "license"} <= yaml.safe_load(capsys.readouterr().out).keys()

@@ -15,9 +15,8 @@ from filelock import FileLock
 
 from config.errors import UserError
 from config.settings import CorpusSettings, DuplicatesSettings, InductionSettings
-from safer_instruct.dataset.card import build_report, write_report
+from safer_instruct.dataset.card import build_report, push_dataset, write_report
 from safer_instruct.dataset.files import SCHEMA, write_dataset
-from safer_instruct.dataset.hub import push_dataset
 from safer_instruct.dataset.merge import merge, read_instructions
 from safer_instruct.dataset.scratch import lock_output, record_batches
 from safer_instruct.dataset.similarity import LeakageGuard
@@ -437,7 +436,7 @@ def test_upload_to_the_hub(tmp_path, monkeypatch) -> None:
         def upload_folder(self, **options):
             seen.update(options)
 
-    monkeypatch.setattr("safer_instruct.dataset.hub.huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert push_dataset(tmp_path, "me/si", ("si.jsonl", "si.parquet", "arrow")) == "https://hub/me/si"
     assert "si.parquet" in seen["allow_patterns"]
     assert not any("ledger" in name or name == "arrow" for name in seen["allow_patterns"])

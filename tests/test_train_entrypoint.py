@@ -232,12 +232,12 @@ def test_a_slow_gpu_run_is_told_which_keys_to_change():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     default = compose_config("config", ["loss=dpo", "model=tiny", "datasets.si.path=FILE", "exp_name=x"])
     said = " ".join(speed_notes(default, gpu))
-    for key in ("model.autocast=bfloat16", "tf32=true", "batch_size=4", "experiment=h100_sft"):
+    for key in ("model.autocast=bfloat16", "tf32=true", "batch_size=4", "experiment=[si_dpo,one_gpu]"):
         assert key in said
     assert speed_notes(default, cpu) == []
     assert "tf32" not in " ".join(speed_notes(replace(default, tf32=True), gpu))
-    for name in ("h100_sft", "h100_dpo"):
-        preset = compose_config("config", [f"experiment={name}", "model=tiny", "datasets.si.path=FILE"])
+    for name in ("si_sft", "si_dpo"):
+        preset = compose_config("config", [f"experiment=[{name},one_gpu]", "model=tiny", "datasets.si.path=FILE"])
         assert (preset.model.autocast, preset.trainer.compile) == ("bfloat16", True)
         assert speed_notes(preset, gpu) == []
 

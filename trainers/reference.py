@@ -23,6 +23,7 @@ import torch.distributed as dist
 import transformers
 import xxhash
 from torch import Tensor
+from tqdm import tqdm
 
 from config.errors import UserError
 from config.settings import TrainConfig
@@ -167,11 +168,13 @@ def _logps_of_rows(
     found: list[tuple[Tensor, Tensor]] = []
     number = 0
     # The loader cuts as if there were one process, and each process skips what is the others'.
-    for global_batch in loader.batches():
-        for batch in global_batch.microbatches:
-            if number % layout.world_size == layout.rank:
-                found.append((batch["row"], logps_of(batch.to(layout.device, non_blocking=True))[0]))
-            number += 1
+    with tqdm(total=len(loader.store), desc="reference", unit=" rows", disable=None if layout.is_main else True) as bar:
+        for global_batch in loader.batches():
+            for batch in global_batch.microbatches:
+                if number % layout.world_size == layout.rank:
+                    found.append((batch["row"], logps_of(batch.to(layout.device, non_blocking=True))[0]))
+                number += 1
+            bar.update(global_batch.num_examples)
     if layout.rank >= (number % layout.world_size or layout.world_size):  # the others have one more: keep step
         logps_of(loader.filler().to(layout.device))
     reshard(model)

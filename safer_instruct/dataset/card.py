@@ -1,9 +1,9 @@
-"""What `stage=merge` says about its dataset: report.json, the dataset card README.md, and a table for the console."""
+"""What `stage=merge` says about its dataset: report.json, the card README.md, a table for the console; its upload."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import yaml
 
 from config.files import write_text
 from config.settings import CardSettings
-from safer_instruct.dataset.files import COLUMNS, JSONL, PARQUET
+from safer_instruct.dataset.files import ARROW, COLUMNS, JSONL, PARQUET
 from safer_instruct.dataset.merge import MERGE, Merged, provenance_of_all
 from safer_instruct.dataset.pages import render_dataset_page
 from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
@@ -112,6 +112,18 @@ def write_report(report: Mapping[str, Any], output: Path) -> None:
     figure = plot_funnel(report)
     write_text(output / PLOT, figure.svg)
     write_text(output / PAGE, render_dataset_page(report, figure))
+
+
+def push_dataset(output: Path, name: str, files: Sequence[str]) -> str:
+    """Upload dataset, card and report; the ledgers stay here, and so does the arrow folder: it has the same rows again.
+
+    Raises:
+        UserError: As `push_folder`.
+    """
+    from config.hub import push_folder  # its library takes a while to import
+
+    wanted = [*(file for file in files if file != ARROW), "README.md", "report.json", PLOT]
+    return push_folder(output, name, kind="dataset", again="stage=merge", files=wanted)
 
 
 def render_card(report: Mapping[str, Any], *, file: str) -> str:

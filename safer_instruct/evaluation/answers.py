@@ -82,17 +82,37 @@ def generate_answers(
     Raises:
         UserError: The model cannot be loaded, the limits leave no room for a prompt, or the ledger is broken or in use.
     """
-    configuration = {"model": respondent.fingerprint, "template": respondent.template, "prompt": respondent.prompt}
-    configuration |= describe_decoding(generation)
-    if generation.backend == "openai":
-        configuration["served_as"] = respondent.served_as or generation.server.model
     asked = {prompt_key(prompt): prompt for prompt in prompts}
 
     def generate(missing: Sequence[str]) -> Iterable[Record]:
         return _generate(respondent, {key: asked[key] for key in missing}, generation, device)
 
-    records = _complete(folder, f"generate-{respondent.name}", configuration, shard, asked, generate, progress)
+    records = _complete(folder, answers_identity(respondent, generation), shard, asked, generate, progress)
     return {key: _to_answer(record, stop) for key, record in records.items()}
+
+
+Identity = tuple[str, dict[str, Any]]  # of a ledger: what its name begins with, and what its records depend on
+
+
+def answers_identity(respondent: Respondent, generation: BackendSettings) -> Identity:
+    """Return the identity of the ledgers of a model's answers."""
+    configuration = {"model": respondent.fingerprint, "template": respondent.template, "prompt": respondent.prompt}
+    configuration |= describe_decoding(generation)
+    if generation.backend == "openai":
+        configuration["served_as"] = respondent.served_as or generation.server.model
+    return f"generate-{respondent.name}", configuration
+
+
+def judge_identity(judge: Expert, role: str = "judge") -> Identity:
+    """Return the identity of the ledgers of a judge's judgements, or with role=compare its comparisons."""
+    return role, {"judge": judge.fingerprint(role)}
+
+
+def ledger_name(identity: Identity) -> str:
+    """Return what the names of its ledgers begin with: those of all shards."""
+    stem, configuration = identity
+    digest = hashlib.blake2b(json.dumps(configuration, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9.-]', '_', stem)}-{digest}"
 
 
 def _to_answer(record: Record, stop: Sequence[str]) -> Answer:
@@ -155,7 +175,7 @@ def judge_answers(
         for key, judgement in judge.judge([(key, *distinct[key]) for key in missing]):
             yield {"id": key, **asdict(judgement)}
 
-    records = _complete(folder, "judge", {"judge": judge.fingerprint("judge")}, shard, distinct, ask, progress)
+    records = _complete(folder, judge_identity(judge), shard, distinct, ask, progress)
     return [_to_judgement(records[key]) for key in keys]
 
 
@@ -173,14 +193,13 @@ def judge_pairs(
         for key, winner in judge.compare([(key, *distinct[key]) for key in missing]):
             yield {"id": key, "winner": winner}
 
-    records = _complete(folder, "compare", {"judge": judge.fingerprint("compare")}, WHOLE, distinct, ask, progress)
+    records = _complete(folder, judge_identity(judge, "compare"), WHOLE, distinct, ask, progress)
     return {key: record["winner"] for key, record in records.items()}
 
 
 def _complete(
     folder: Path,
-    stem: str,
-    configuration: Mapping[str, Any],
+    identity: Identity,
     shard: tuple[int, int],
     keys: Iterable[str],
     make: Callable[[Sequence[str]], Iterable[Record]],
@@ -188,16 +207,15 @@ def _complete(
 ) -> dict[str, Record]:
     """Return the record of every key: from the ledger of any shard, or else made now and written into our own.
 
-    A ledger is named by `stem`, a hash of its configuration, and its shard. `make` is called once, with the keys that
+    A ledger is named by its identity and its shard. `make` is called once, with the keys that
     are missing, or not at all; `progress` is told first of all records that were there, then of each new one.
     """
-    digest = hashlib.blake2b(json.dumps(configuration, sort_keys=True).encode(), digest_size=6).hexdigest()
-    name = f"{re.sub(r'[^A-Za-z0-9.-]', '_', stem)}-{digest}"
+    name = ledger_name(identity)
     index, count = shard
     own = folder / (f"{name}.jsonl" if count == 1 else f"{name}-{index:05d}-of-{count:05d}.jsonl")
     others = [other for other in sorted(folder.glob(f"{glob.escape(name)}*.jsonl")) if other != own]
     elsewhere = [read_ledger(other)[1] for other in others if other.stat().st_size]
-    with Ledger(own, configuration) as ledger:
+    with Ledger(own, identity[1]) as ledger:
         known = ChainMap(ledger.records, *elsewhere)
         wanted = list(keys)
         missing = [key for key in wanted if key not in known]

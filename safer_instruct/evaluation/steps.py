@@ -87,7 +87,7 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int]) -> Evaluation:
         for settings in (config.expert, config.second_expert)
     )
     for one in (judge, second_judge):
-        if one is not None:
+        if one is not None and not config.dry_run:
             one.check()
     if config.responses == "csv":
         respondents, given = read_columns(config.prompts, config.columns, config.generation.thought_tags)

@@ -84,6 +84,7 @@ def model_fingerprint(settings: ModelSettings) -> str:
         # A folder may hold a tokenizer and no model.
         found = path if name == settings.tokenizer_name_or_path and has_tokenizer(path) else resolve_archive(name)
         files = [found] if found.is_file() else sorted(file for file in found.iterdir() if file.is_file())
+        files = [file for file in files if file.name != "README.md"]  # the card tells the run, not the model
         for file in files:
             digest.update(file.name.encode())
             with file.open("rb") as stream:

@@ -97,6 +97,19 @@ def render_status(folder: Path, now: float | None = None) -> str:
     return f"{table}\n\n{_sums(shards, stages)}\n{count - len(lines)} of {count} shards are done.".strip()
 
 
+def live_line(folder: Path) -> str:
+    """Return how many records each kind of ledger in a folder has, how fast they come, and what they have cost."""
+    now = time.time()
+    kinds: dict[str, list[StageProgress]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        kinds.setdefault(path.name.partition("-")[0], []).append(read_progress(path, now))
+    parts = []
+    for kind, found in kinds.items():
+        done, rate, cost = (sum(getattr(one, name) for one in found) for name in ("done", "rate", "cost"))
+        parts.append(f"{kind} {done} rows, {rate:.1f} rows/s" + (f", cost {cost:.2f}" if cost else ""))
+    return "; ".join(parts) or "no row yet"
+
+
 def _stages(folder: Path) -> list[str]:
     """Return the stages with ledgers of their own that write into a folder."""
     for names in BENIGN_STAGES.values():

@@ -2,8 +2,8 @@
 
     checkpoints/step-<examples>/
       adapter/       with `model.lora`, peft's folder, and base.json, which says what the base is
-      model/         weights (safetensors) and tokenizer, as `from_pretrained`, vLLM or lm_eval read them; with
-                     `model.lora` those of base and adapter merged, and only if `checkpoint.merge`
+      model/         weights (safetensors), tokenizer and model card, as `from_pretrained`, vLLM or lm_eval read them;
+                     with `model.lora` those of base and adapter merged, and only if `checkpoint.merge`
       state/         optimizer (torch.distributed.checkpoint, each process its shards), progress.json, rank<r>.json;
                      with `ema.decay` or a renewed reference their weights, too, and the policy's own beside an average
       policy.pt      the DPO repo's format, if `checkpoint.policy_pt`
@@ -43,11 +43,12 @@ from transformers.utils import logging as transformers_logging
 
 from config.checksums import CHECKSUMS, write_checksums
 from config.errors import SaidElsewhere, UserError
-from config.files import sync
+from config.files import sync, write_text
 from config.settings import CheckpointSettings
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import full_parameters
 from trainers.lora import Adapter, adapter_of, merged, save_adapter
+from trainers.run.model_card import render_model_card
 from trainers.run.rng import random_state
 from trainers.run.run_dir import RunDir, remove
 from trainers.run.saved import RunProgress, best_checkpoint, discard, point, saved_checkpoints
@@ -192,6 +193,9 @@ class CheckpointWriter:
                     _save_policy_pt(partial / "policy.pt", weights, state["progress"]["examples"])
                 if adapter is None:
                     _save_model(partial / "model", exporter, weights, self._tokenizer)
+                if self._run.config:
+                    card = render_model_card(self._run.config, self._run.manifest, state["progress"])
+                    write_text(partial / ("model" if adapter is None else "adapter") / "README.md", card)
                 for name, content in state.items():
                     (partial / "state" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
             finally:

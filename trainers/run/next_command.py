@@ -1,8 +1,10 @@
-"""The first line of a run and its last ones: what it is, where its weights are, and what is typed next."""
+"""The first line of a run and its last ones: what it is, where its weights are, what can be done with them."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -30,23 +32,62 @@ def lora_words(config: TrainConfig) -> str:
     return words
 
 
-def next_command(config: TrainConfig, run: RunDir) -> str:
-    """Return where the weights are, and the next command of the method."""
-    has_model = config.model.lora.r is None or config.checkpoint.merge
-    archive = f"{typed('model.name_or_path', config.model.name_or_path)} {typed('model.archive', run.path)}"
-    reversed_model = typed("model.name_or_path", run.path) if has_model else archive
+def end_run(config: TrainConfig, run: RunDir) -> str:
+    """Upload the newest model if `push_to_hub` asks for that; return the last lines of the run.
+
+    Raises:
+        UserError: The upload failed.
+    """
+    lines = last_lines(config, run)
+    if config.push_to_hub and run.latest.exists():
+        from config.hub import push_folder  # its library takes a while to import
+
+        folder = run.latest.resolve() / _weights(config)
+        address = push_folder(folder, config.push_to_hub, kind="model", again="the same command")
+        lines["uploaded"] = address
+    return "\n".join(f"{name}: {line}" for name, line in lines.items())
+
+
+def _weights(config: TrainConfig) -> str:
+    """Return the folder of a checkpoint that other programs read: that of an adapter, unless it is merged."""
+    return "model" if config.model.lora.r is None or config.checkpoint.merge else "adapter"
+
+
+def last_lines(config: TrainConfig, run: RunDir) -> dict[str, str]:
+    """Return where the weights are, how to load, serve, evaluate and train them on, and the method's next command."""
+    base, is_model = config.model.name_or_path, _weights(config) == "model"
+    archive = f"{typed('model.name_or_path', base)} {typed('model.archive', run.path)}"
+    further = f"model=blank_model {archive}{'' if is_model else lora_words(config)}"
+    reversed_model = typed("model.name_or_path", run.path) if is_model else archive
     commands = {
-        "reverse": f"{program('induce')} {reversed_model} corpus.path=FILE expert=rules output=FOLDER",
-        "sft": f"{program('train')} loss=dpo model=blank_model {archive}{'' if has_model else lora_words(config)} "
-        "'datasets=[si]' datasets.si.path=FOLDER exp_name=NAME",
+        "evaluate": f"{program('evaluate')} {typed('models.base.path', base)} "
+        f"{typed(f'models.{config.loss.name}.path', run.path)} prompts.NAME.path=FILE expert=rules output=FOLDER",
+        "continue": f"{program('train')} loss={config.loss.name} {further} datasets.NAME.path=FILE exp_name=NAME",
+        "induce": f"{program('induce')} {reversed_model} corpus.path=FILE expert=rules output=FOLDER",
+        "dpo": f"{program('train')} loss=dpo {further} 'datasets=[si]' datasets.si.path=FOLDER exp_name=NAME",
     }
-    evaluate = (
-        f"{program('evaluate')} {typed('models.base.path', config.model.name_or_path)} "
-        f"{typed(f'models.{config.loss.name}.path', run.path)} prompts.NAME.path=FILE expert=rules output=FOLDER"
-    )
-    weights = run.latest / ("model" if has_model else "adapter")
-    where = f"weights: {weights}" if run.latest.exists() else "no checkpoint was written (debug=true)"
-    return f"{where}\nnext: {commands.get(config.loss.name, evaluate)}"
+    following = {"reverse": "induce", "sft": "dpo"}.get(config.loss.name, "evaluate")
+    if not run.latest.exists():
+        return {"weights": "no checkpoint was written (debug=true)", "next": commands[following]}
+    folder = run.latest / _weights(config)
+    beside = {"reverse": ["continue"], "sft": ["evaluate", "continue"]}.get(config.loss.name, ["continue"])
+    return {
+        "weights": f"{folder} (model card: README.md)",
+        **_uses(folder, str(base), is_model),
+        **{name: commands[name] for name in beside},
+        "next": commands[following],
+    }
+
+
+def _uses(folder: Path, base: str, is_model: bool) -> dict[str, str]:
+    """Return how other programs load and serve a model, or an adapter with its base."""
+    if is_model:
+        load = f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+        return {"load": load, "serve": f"vllm serve {shlex.quote(str(folder))}"}
+    return {
+        "load": f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})",
+        "serve": f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules {shlex.quote(f'tuned={folder}')}",
+    }
 
 
 def starting_line(policy: PreTrainedModel, loader: BatchLoader, layout: Layout, done: int) -> str:

@@ -38,6 +38,7 @@ class RunDir:
         checkpoints: where the checkpoints are.
         latest, best: links to the newest and, with `checkpoint.keep_best`, to the best of them.
         metrics, samples: files of JSON lines.
+        config, manifest: as the process that has opened it has written them.
     """
 
     def __init__(self, path: Path, lock: FileLock | None, config: Mapping[str, Any] | None = None) -> None:
@@ -48,7 +49,8 @@ class RunDir:
         self.best = path / "BEST"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
-        self._lock, self._config = lock, config or {}
+        self._lock, self.config = lock, config or {}
+        self.manifest: Mapping[str, Any] = {}
 
     @classmethod
     def open(cls, path: Path, *, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Self:
@@ -76,6 +78,7 @@ class RunDir:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replace `manifest.json`."""
+        self.manifest = manifest
         write_text(self.path / "manifest.json", json.dumps(manifest, indent=2, default=str) + "\n", durable=True)
 
     @staticmethod
@@ -123,7 +126,7 @@ class RunDir:
 
     def owner(self, checkpoint: Path) -> str:
         """Return whose a checkpoint of this run is, in the process that has opened it."""
-        return checkpoint_owner(self._config, checkpoint.name)
+        return checkpoint_owner(self.config, checkpoint.name)
 
     def close(self) -> None:
         """Give the directory back."""

@@ -29,7 +29,7 @@ def speed_notes(config: TrainConfig, device: torch.device) -> list[str]:
     if compute_dtype == "float32" and not config.tf32:
         notes.append(
             "float32 leaves this GPU's tensor cores idle; model.autocast=bfloat16, or with smaller errors tf32=true, "
-            "uses them (experiment=h100_sft and h100_dpo set what one H100 wants)"
+            "uses them ('experiment=[si_dpo,one_gpu]' sets what one GPU wants)"
         )
     if config.batch_size < SMALL_FOR_A_GPU:
         notes.append(f"batch_size={config.batch_size} leaves most of a GPU idle; try 64 (and choose lr for it)")

@@ -1,0 +1,73 @@
+"""What `--help` says: the groups of a program with their choices, and the keys that matter; nothing is composed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from config import paths
+from config.comments import comments
+from config.rules import MISSING
+
+WIDTH = 120
+KEYS: dict[str, tuple[str, ...]] = {  # program -> the keys that matter; all of them: --help=all
+    "train.py": (
+        "exp_name", "model.name_or_path", "model.archive", "datasets.NAME.path", "batch_size", "lr", "n_epochs",
+        "max_length", "eval_every", "dry_run",
+    ),
+    "induce.py": (
+        "output", "stage", "corpus.path", "corpus.response_column", "model.name_or_path", "model.archive",
+        "generation.max_new_tokens", "exclude", "shard.count", "dry_run",
+    ),
+    "evaluate.py": (
+        "output", "models.NAME.path", "prompts.NAME.path", "prompts.NAME.kind", "generation.max_new_tokens",
+        "helpfulness.baseline", "rewards.path", "compare", "shard.count", "dry_run",
+    ),
+}  # fmt: skip
+
+
+def short_help(program: str, kind: type, groups: Mapping[str, Sequence[str]]) -> str:
+    """Return the text of `--help`.
+
+    Args:
+        program: Its file.
+        kind: Its settings.
+        groups: Its config groups and their choices.
+    """
+    entries = {f"{group}=": " | ".join(options) for group, options in groups.items()}
+    keys = dict(_key(kind, key) for key in KEYS[program])
+    return "\n".join(
+        [
+            str(kind.__doc__).strip(),
+            f"\nUsage: {paths.program(Path(program).stem)} KEY=VALUE ... [-m for sweeps: KEY=A,B,C]\n\nGroups:",
+            *_columns(entries),
+            "\nThe keys that matter, with their defaults:",
+            *_columns(keys),
+            "\n--help=all: every key. --cfg job: the settings of a command. What each key means, and may be: "
+            "docs/configuration.md",
+        ]
+    )
+
+
+def _key(kind: Any, key: str) -> tuple[str, str]:
+    """Return (the key with its default, its comment) of a dotted key, in which NAME is of a mapping."""
+    *parents, name = key.split(".")
+    for part in parents:
+        kind = get_args(kind)[1] if get_origin(kind) is dict else get_type_hints(kind)[part]
+    (field,) = (field for field in fields(kind) if field.name == name)
+    value = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
+    words = {None: "null", False: "false", MISSING: "..."}.get(value if value.__hash__ else "", str(value))
+    return f"{key}={words}", comments(kind)[name]
+
+
+def _columns(entries: Mapping[str, str]) -> list[str]:
+    """Return a line for each entry, its text beside it and, if that is long, below itself."""
+    width = max(map(len, entries)) + 4
+    return [
+        textwrap.fill(text, WIDTH, initial_indent=f"  {name:<{width - 2}}", subsequent_indent=" " * width)
+        for name, text in entries.items()
+    ]

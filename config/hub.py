@@ -1,0 +1,41 @@
+"""Upload of a folder to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+
+from config.errors import UserError
+
+
+def push_folder(
+    folder: Path, name: str, *, kind: Literal["dataset", "model"], again: str, files: Sequence[str] | None = None
+) -> str:
+    """Upload a folder as a private repository; returns its address.
+
+    Args:
+        folder: What is complete on the disk.
+        name: USER/NAME at the hub.
+        kind: Of the repository.
+        again: What tries again, for the message of a failure.
+        files: Names or patterns of what is uploaded; None: all that is in the folder.
+
+    Raises:
+        UserError: No login, no such name, or no network.
+    """
+    api = huggingface_hub.HfApi()
+    try:
+        address = api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
+        patterns = None if files is None else list(files)
+        api.upload_folder(repo_id=name, repo_type=kind, folder_path=folder, allow_patterns=patterns)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"push_to_hub={name}: the upload failed ({reason}). Log in with `hf auth login`, and give USER/NAME; the "
+            f"{kind} is complete in {folder}, and {again} tries again"
+        ) from error
+    return str(address)

@@ -1,0 +1,116 @@
+"""The model card of a checkpoint, `model/README.md`: from what it was trained, how, what was measured, for what it is.
+
+It is a function of the run's settings and data and of where the run stood, so that a resumed run writes the same one;
+it tells no path of the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import sqrt
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import yaml
+
+from config.paths import find_path
+from config.run_keys import flatten
+
+SHOWN = ("optimizer", "lr", "lr_scheduler", "batch_size", "n_epochs", "n_examples", "max_length", "seed")
+IN_PAIRS = "_eval/accuracies"  # shares of the held-out pairs; of other means the number of their terms is not kept
+PURPOSE = {
+    "reverse": (
+        "This model writes the instruction that a given response would answer. It is a tool to build training data "
+        "from unsafe text for `induce.py`, and it was trained to put unsafe requests into words: do not deploy it, and "
+        "do not give it to others without restricting what it is used for."
+    ),
+    "": (
+        "This model was trained to decline unsafe requests and to answer the others. It is meant for research on "
+        "safety training; before it talks to people, evaluate it on the requests of its users (`evaluate.py`), and "
+        "keep other safeguards beside it."
+    ),
+}
+LIMITS = """\
+- What it declines is what its training data holds: other languages, other kinds of harm and adversarial prompts may
+  pass, and harmless requests that look like unsafe ones may be declined.
+- Its data was written by models and checked by models; errors and biases of these are in it.
+- Safety training can be undone by further training. The method in reverse makes a model more harmful: the rejected
+  responses of its data are unsafe text, and a model trained to prefer them must not be made.
+"""
+
+
+def render_model_card(config: Mapping[str, Any], manifest: Mapping[str, Any], progress: Mapping[str, Any]) -> str:
+    """Return the card as Markdown.
+
+    Args:
+        config: Of the run, as in config.yaml.
+        manifest: Of the run, as in manifest.json.
+        progress: Where it stood, as in state/progress.json.
+    """
+    loss, model = config["loss"]["name"], config["model"]
+    base = str(model["name_or_path"])
+    tags = {"license": config["license"], "library_name": "transformers", "pipeline_tag": "text-generation"}
+    if not find_path(base).exists():
+        tags["base_model"] = base  # its id on the hub
+    front = yaml.safe_dump({**tags, "tags": ["safer-instruct", loss]}, sort_keys=False)
+    settings = {f"loss.{key}": value for key, value in flatten(config["loss"]) if key != "name"}
+    settings |= {key: config[key] for key in SHOWN if config[key] is not None}
+    packages = ", ".join(f"{name} {version}" for name, version in manifest.get("packages", {}).items())
+    started = f", from the weights of `{Path(model['archive']).name}`" if model["archive"] else ""
+    return "\n".join(
+        [
+            f"---\n{front}---\n\n# {config['exp_name']}\n\n{PURPOSE.get(loss, PURPOSE[''])}\n",
+            f"## Training\n\n`{Path(base).name}`{started}, trained with `loss={loss}` on "
+            f"{progress['examples']} examples in {progress['updates']} steps.\n",
+            _table(("setting", "value"), ((f"`{key}`", f"`{value}`") for key, value in settings.items())),
+            f"Versions: {packages or 'not recorded'}.\n\n## Data\n",
+            _table(("dataset", "file", "columns", "template"), _datasets(config)),
+            *(
+                f"- {split}: {data['rows']} rows, key `{data['key']}`"
+                for split, data in manifest.get("data", {}).items()
+            ),
+            f"\n## Metrics\n\nOn held-out rows, after {max(0, progress['evaluated_at'])} examples; "
+            "95% Wilson intervals.\n",
+            _table(("metric", "value", "95% interval", "n"), _metrics(manifest, progress["evaluation"])),
+            f"## Use\n\n{_use(config)}\n## Limits\n\n{LIMITS}",
+            f"## Licence\n\n`{config['license']}`, as `license=` of the training command. The licences of the base "
+            "model and of the data bind this model, too.\n",
+        ]
+    )
+
+
+def _datasets(config: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for name, one in config["datasets"].items():
+        yield f"`{name}`", f"`{Path(str(one['path'])).name}`", one["schema"], one["template"]
+
+
+def _metrics(manifest: Mapping[str, Any], evaluation: Mapping[str, float]) -> Iterator[tuple[str, ...]]:
+    rows = manifest.get("data", {}).get("eval", {}).get("rows", 0)
+    for name, value in sorted(evaluation.items()):
+        if name.endswith(IN_PAIRS) and rows:
+            low, high = wilson_interval(value, rows)
+            yield f"`{name}`", f"{value:.4f}", f"[{low:.4f}, {high:.4f}]", str(rows)
+        else:
+            yield f"`{name}`", f"{value:.4g}", "-", "-"
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Return the 95% score interval of a share of n (Wilson 1927); here, because trainers/ cannot ask `measures/`."""
+    z = NormalDist().inv_cdf(0.975)
+    middle, half = share + z * z / (2 * n), z * sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def _use(config: Mapping[str, Any]) -> str:
+    templates = sorted({str(one["template"]) for one in config["datasets"].values()})
+    return (
+        '```python\ntokenizer = transformers.AutoTokenizer.from_pretrained("FOLDER")\n'
+        'model = transformers.AutoModelForCausalLM.from_pretrained("FOLDER")\n```\n\n'
+        f"`vllm serve FOLDER` serves it. Prompts have the form of template {', '.join(templates)}.\n"
+    )
+
+
+def _table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
