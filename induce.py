@@ -65,10 +65,18 @@ from safer_instruct.induction.benign import (
     run_replay,
 )
 from safer_instruct.induction.forecast import forecast_induction
-from safer_instruct.induction.ledger import scan_records, shard_path
+from safer_instruct.induction.ledger import shard_path
 from safer_instruct.induction.ledgers import find_ledgers, require_own_folder, require_same_shards
 from safer_instruct.induction.round_trip import RoundTrip
-from safer_instruct.induction.shard import kept_pairs, resolve_min_score, run_filter, run_induce, run_respond, run_score
+from safer_instruct.induction.shard import (
+    budget_left,
+    kept_pairs,
+    resolve_min_score,
+    run_filter,
+    run_induce,
+    run_respond,
+    run_score,
+)
 from safer_instruct.induction.spread import spread_stages
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND, SCORE, STAGES, VARY
 from safer_instruct.induction.vary import run_vary
@@ -81,7 +89,6 @@ from safer_instruct.text.readers import read_rows
 
 if TYPE_CHECKING:
     from safer_instruct.generation.completions import TextGenerator
-    from safer_instruct.generation.pacing import Budget
 
 NUM_SHOWN = 3  # pairs that log_text=true prints
 LOCK_SECONDS = 600.0  # another shard writes the same pairs
@@ -303,21 +310,10 @@ def _starting_model(config: InduceConfig, device: torch.device) -> TextGenerator
 def _checked_expert(config: InduceConfig, device: torch.device, paid: Collection[Path], count: int) -> Expert:
     if config.expert in (None, MISSING):
         raise UserError(f"stage={config.stage} needs an expert: write expert=rules, expert=local or expert=openai")
-    budget = _budget(config.expert, paid, count) if isinstance(config.expert, OpenAIExpertSettings) else None
+    budget = budget_left(config.expert, paid, count) if isinstance(config.expert, OpenAIExpertSettings) else None
     expert = build_expert(config.expert, device, budget)
     expert.check()
     return expert
-
-
-def _budget(settings: OpenAIExpertSettings, paid: Collection[Path], count: int) -> Budget:
-    """Return this shard's part of the budget, less what its ledgers say has been spent."""
-    from safer_instruct.generation.server import budget_of
-
-    budget = budget_of(settings, shards=count)
-    for path in paid:
-        for record, _ in scan_records(path) if path.is_file() else ():
-            budget.count(record.get("cost", 0.0), record["tokens"])
-    return budget
 
 
 def _device(name: str) -> str:

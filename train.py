@@ -85,9 +85,8 @@ def main(config: TrainConfig) -> None:
 def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> None:
     """Do what each process of a run does: data, model, reference, training."""
     torch.manual_seed(config.seed)
-    if layout.is_main:
-        for note in speed_notes(config, layout.device):
-            print(f"note: {note}", file=sys.stderr, flush=True)
+    for note in speed_notes(config, layout.device):
+        say_note(note, layout)
     cache_dir = layout.main_first(lambda: usable_dir(config.local_dirs))
     tokenizer = layout.main_first(lambda: load_tokenizer(config.model))
     if config.dry_run:
@@ -100,7 +99,7 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
         manifest = {**manifest, "data": data, "processes": layout.world_size}
         layout.on_main(lambda: run.write_manifest(manifest))
         train_loader, eval_loader = build_loaders(config, stores, tokenizer, layout)
-        say_if_warmup_never_ends(config, train_loader, layout)
+        say_note(warmup_note(train_loader.steps, config), layout)
         if layout.on_main(lambda: is_finished(run, train_loader.total_examples, data=stores.train.content)):
             finished = f"{run.path} is finished: {train_loader.total_examples} examples"
             layout.on_main(lambda: print(finished, end_run(config, run), sep="\n"))
@@ -112,9 +111,8 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
             print(starting_line(trainer.policy, train_loader, layout, trainer.progress.examples), flush=True)
         trainer.train()
         if layout.is_main and is_over(trainer.progress, config.early_stop):
-            print(
-                f"stopped by early_stop.over_refusal={config.early_stop.over_refusal} after {trainer.progress.examples}"
-            )
+            examples = trainer.progress.examples
+            print(f"stopped by early_stop.over_refusal={config.early_stop.over_refusal} after {examples}")
         layout.on_main(lambda: print(end_run(config, run), flush=True))
 
 
@@ -308,9 +306,8 @@ def sampler_of(
     )  # fmt: skip
 
 
-def say_if_warmup_never_ends(config: TrainConfig, loader: BatchLoader, layout: Layout) -> None:
-    """Print a note if the learning rate never reaches `lr`: the default warm-up is that of a long run."""
-    note = warmup_note(loader.steps, config)
+def say_note(note: str | None, layout: Layout) -> None:
+    """Print a note, where there is one."""
     if note and layout.is_main:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
@@ -322,7 +319,7 @@ def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokeni
         return build_trainer(settings, stores, first, largest, tokenizer, run.path.parent, run, layout)
 
     loaders = [loader for loader in build_loaders(config, stores, tokenizer, layout) if loader is not None]
-    say_if_warmup_never_ends(config, loaders[0], layout)
+    say_note(warmup_note(loaders[0].steps, config), layout)
     print_estimate(
         config, layout, loaders, cut=count_cut(stores.report), make_trainer=make_trainer,
         count_parameters=lambda: skeleton(config).num_parameters(),

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from config.errors import UserError
-from config.settings import InductionSettings, ModelSettings, RoundTripSettings
+from config.settings import InductionSettings, ModelSettings, OpenAIExpertSettings, RoundTripSettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.backends import build_reversed_model, reversed_model_identity
-from safer_instruct.induction.ledger import Ledger, Record, header_rows, read_ledger, run_stage
+from safer_instruct.induction.ledger import Ledger, Record, header_rows, read_ledger, run_stage, scan_records
 from safer_instruct.induction.ledgers import stage_ledgers
 from safer_instruct.induction.stages import (
     FILTER,
@@ -36,6 +36,9 @@ from safer_instruct.induction.stages import (
     with_instructions,
 )
 from safer_instruct.text.examples import Example
+
+if TYPE_CHECKING:
+    from safer_instruct.generation.pacing import Budget
 
 
 def run_induce(
@@ -126,3 +129,14 @@ def show_progress(stage: str, examples: Sequence[Any]) -> Iterator[Callable[[int
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with tqdm(total=len(examples), desc=stage, unit="row", mininterval=interval, file=sys.stderr) as bar:
         yield bar.update
+
+
+def budget_left(settings: OpenAIExpertSettings, paid: Collection[Path], count: int) -> Budget:
+    """Return this shard's part of the budget, less what its ledgers say has been spent."""
+    from safer_instruct.generation.server import budget_of
+
+    budget = budget_of(settings, shards=count)
+    for path in paid:
+        for record, _ in scan_records(path) if path.is_file() else ():
+            budget.count(record.get("cost", 0.0), record["tokens"])
+    return budget
