@@ -83,10 +83,9 @@ def reference_logps(
         ld_alpha: as the objective weighs tokens, see `response_logps`.
     """
     rows, shape = rows.unique(), (len(store), store.num_segments - 1)
-    weighed = "" if ld_alpha is None else f" {ld_alpha}"
-    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast}{weighed}"
-    directory = cache_dir / "reference"
-    key = _cache_key(f"{weights} {store.select(rows).content} {kind}", layout.device)
+    kind = f"{model.dtype} {compute_dtype or model.dtype} {cutter.packed} {autocast}"
+    content = f"{weights} {store.select(rows).content} {kind}" + ("" if ld_alpha is None else f" {ld_alpha}")
+    directory, key = cache_dir / "reference", _cache_key(content, layout.device)
     by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]
     loader = BatchLoader(store.select(by_length), cutter, batch_size=256, device=layout.device)
 
