@@ -254,9 +254,8 @@ def run_benign(config: InduceConfig) -> None:
         pairs = contrast_pairs(prompts.examples, records, refusals, excluded=guard.reason, counts=counts)
     with lock_output(output, wait_seconds=LOCK_SECONDS):  # two shards that end at once write the same bytes
         write_pairs(output, stage, pairs, {"stage": stage, "counts": counts})
-    dropped = ", ".join(
-        f"{reason} {number}" for reason, number in sorted(counts.items()) if number and reason != "pairs"
-    )
+    reasons = {reason: number for reason, number in sorted(counts.items()) if number and reason != "pairs"}
+    dropped = ", ".join(f"{reason} {number}" for reason, number in reasons.items())
     print(f"{counts['pairs']} pairs in {output / stage}.jsonl; what became of the other rows: {dropped or 'none'}")
 
 

@@ -97,7 +97,8 @@ def read_status(path: Path, now: float) -> Status:
 def _read_status(path: Path, now: float) -> Status:
     config, manifest = read_mapping(path / "config.yaml"), read_mapping(path / "manifest.json")
     row = _last_row(path / "metrics.jsonl")
-    steps = [step for step in path.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", step.name)]
+    folders = path.glob("checkpoints/step-*")
+    steps = [step for step in folders if re.fullmatch("step-[0-9]+", step.name) and step.is_dir()]
     newest = max(steps, key=lambda step: int(step.name[5:]), default=None)
     progress = {} if newest is None else read_mapping(newest / "state" / "progress.json")
     total = _total_examples(config, manifest)

@@ -245,8 +245,8 @@ def test_a_slot_with_a_format_is_refused(tmp_path):
 
 def test_a_pattern_that_backtracks_for_ever_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("safer_instruct.experts.rules.SEARCH_SECONDS", 0.2)
-    slow = yaml.safe_load(yaml.safe_dump(KITCHEN)) | {"refusals": [r"(?:\w+[ x]*)+!$"]}
+    slow = yaml.safe_load(yaml.safe_dump(KITCHEN)) | {"refusals": [r"(?:\w|x)+[!.]$"]}
     rules = Rules.from_yaml(write_rules(tmp_path, slow))
     assert rules.judge("Spoil the soup.", "no way!").outcome == "refusal"
     with pytest.raises(UserError, match=r"rules: the pattern .* takes more than 0.2 s on a text of \d+ characters"):
-        rules.judge("Spoil the soup.", "x" * 400 + "?")
+        rules.judge("Spoil the soup.", "x" * 40 + "?")
