@@ -29,7 +29,6 @@ if __name__ == "__main__":  # before the imports that take seconds: mistakes and
         raise SystemExit
 
 import os
-import platform
 import shlex
 import sys
 import time
@@ -40,7 +39,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from config.errors import UserError
 from config.names import BENIGN_STAGES
@@ -80,6 +78,7 @@ from safer_instruct.induction.shard import (
 from safer_instruct.induction.spread import spread_stages
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND, SCORE, STAGES, VARY
 from safer_instruct.induction.vary import run_vary
+from safer_instruct.provenance import package_versions
 from safer_instruct.shards import resolve_shard
 from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.display import without_password
@@ -199,9 +198,7 @@ def merge_shards(config: InduceConfig) -> None:
         )
         run = {
             "command": without_password(shlex.join(["python", *sys.orig_argv[1:]])),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **{name: one for name, one in package_versions().items() if name in ("python", "torch", "transformers")},
             "seconds": round(time.monotonic() - started, 1),
         }
         report = build_report(merged, run=run, rejections=rejections, card=config.card)

@@ -406,7 +406,7 @@ def test_the_first_screen_answers_with_the_numbers_of_the_report():
     assert [(bar.name, bar.value) for bar in safer.bars] == [("base", 0.9), ("dpo", 0.0)]
     assert useful.value == "100.0%"
     assert sure.value == "-94.7 points"  # 18 of the 19 prompts that both were judged on
-    assert sure.words.endswith("more than chance (McNemar p <0.001, corrected for 5 comparisons)")
+    assert sure.words.endswith("more than chance (McNemar p <0.001, corrected for 4 comparisons)")
     assert sure.bars[0].value == pytest.approx((1 - 18 / 19) / 2)
     (alone,) = headline_answers(make_report({"a": BASE}))[2:]
     assert alone.value == "+- 13.7 points"  # (97.2 - 69.9) / 2

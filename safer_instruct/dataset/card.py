@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,7 @@ def build_report(
         rejections: What people rejected.
         card: Licence and language; None: those of a card that nobody has told.
     """
+    card = card or CardSettings()
     stages = [_stage("corpus", merged.corpus_rows, dict(sorted(merged.corpus_dropped.counts.items())))]
     stages.append(_stage(INDUCE, sum(merged.fates.values()), {}))
     for name in DROPPING:
@@ -74,7 +74,7 @@ def build_report(
         "tokens": {stage: merged.tokens[stage] for stage in merged.ledgers},
         "cost": {stage: round(merged.cost[stage], 6) for stage in merged.ledgers if merged.cost[stage]},
         "reviewed": rejections.counts(),
-        "card": asdict(card or CardSettings()),
+        "card": {"license": card.license, "language": list(card.language)},
         "made_with": provenance_of_all(merged.ledgers),
         "run": dict(run),
     }

@@ -85,7 +85,7 @@ def read_curves(name: str, run_path: str) -> RunCurves:
         for metric in METRICS & row.keys() if EXAMPLES in row else ():
             if math.isfinite(row[metric]):
                 values[metric][row[EXAMPLES]] = row[metric]
-    loss = run_config(run_path).get("loss", {}).get("name", "")
+    loss = (run_config(run_path).get("loss") or {}).get("name", "")
     return RunCurves({metric: thin(sorted(points.items())) for metric, points in values.items()}, str(loss))
 
 
