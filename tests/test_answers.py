@@ -172,7 +172,7 @@ def test_models_behind_servers_are_asked_there(tiny_model_folder, tmp_path, monk
 def test_another_backend_is_another_ledger(ask, tmp_path, monkeypatch):
     ask()
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UserError, match=r"pip install 'safer-instruct\[vllm\]'"):
+    with pytest.raises(UserError, match=r"pip install vllm"):
         ask(settings=BackendSettings(max_new_tokens=12, backend="vllm"))
 
 

@@ -114,12 +114,12 @@ def test_mistakes_of_compare(reports, sweep, tmp_path):
     (broken / "metrics.jsonl").write_text("")
     assert "a run without a metric yet" in message(f"compare=[{broken}]")
     (broken / "metrics.jsonl").write_text('no json\n{"loss/eval": 1}\n')
-    assert "metrics.jsonl:1: not a line of JSON" in message(f"compare=[{broken}]")
+    assert "metrics.jsonl:1: not a JSON object on a line of its own" in message(f"compare=[{broken}]")
     torn = tmp_path / "torn"
     torn.mkdir()
     (torn / "report.json").write_text("{")
     (torn / "samples.jsonl").write_text("")
-    assert "holds no readable report of evaluate.py" in message(f"compare=[{torn}]")
+    assert "cannot be read (JSONDecodeError); type its command again" in message(f"compare=[{torn}]")
 
 
 def test_names_take_as_many_folders_as_they_need(tmp_path):

@@ -137,7 +137,8 @@ def test_a_soft_cap_is_used_and_one_that_the_config_does_not_name_is_refused(tmp
     batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=False)
     with torch.no_grad():
         capped = in_order(batch, sequence_logps(model, batch)[0])
-        monkeypatch.setattr("trainers.kernels.logps.soft_cap", lambda model: None)
+        for room in ("logps", "head_check"):
+            monkeypatch.setattr(f"trainers.kernels.{room}.soft_cap", lambda model: None)
         assert (in_order(batch, sequence_logps(model, batch)[0]) - capped).abs().max() > 1
     with pytest.raises(UserError, match="changes its logits after the output embedding"):
         check_head(model)

@@ -14,7 +14,7 @@ from config.checksums import find_damage
 from config.errors import UserError
 from config.rules import check_values
 from config.settings import DatasetSettings, ModelSettings, ReverseSettings
-from safer_instruct.generation.models import model_fingerprint
+from safer_instruct.generation.weights import model_fingerprint
 from safer_instruct.measures.statistics import wilson_interval
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed import launch as parallel

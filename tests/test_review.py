@@ -232,7 +232,12 @@ def begin(browser: Browser, name: str = "") -> None:
     browser.run("document.querySelector('[name=reviewer]').focus()")
     for letter in name:
         browser.press(letter)
-    browser.click("#begin button")
+    for _ in range(100):  # a page that was just loaded again may still be put where it was scrolled to: a click misses
+        browser.click("#begin button")
+        if browser.run("document.getElementById('gate').hidden"):
+            return
+        browser.run("new Promise(done => setTimeout(done, 50))")
+    pytest.fail("the gate does not open")
 
 
 @pytest.mark.slow

@@ -121,10 +121,9 @@ def _set_in_template(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, An
 def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
     """Load a causal LM on the CPU, with the weights of `archive` where that is set, and all dropout switched off.
 
-    An adapter that is the archive is merged. A base in 4 bits is on its GPU.
-
-    Without dropout the policy computes what the reference does, so that DPO starts at ln 2 (ANCHORS: functional
-    dropouts, such as a config's `attention_dropout`, are not `nn.Dropout` modules and stay on in training otherwise).
+    An adapter that is the archive is merged. A base in 4 bits is on its GPU. Without dropout the policy computes what
+    the reference does, so that DPO starts at ln 2. Functional dropouts, such as a config's `attention_dropout`, are no
+    `nn.Dropout` modules, and would stay on in training.
 
     Args:
         settings: where the weights are, and how attention is computed.
@@ -151,7 +150,8 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     source = _source(settings.name_or_path)
     generation_config = read_generation_config(source)
     archive = resolve_archive(settings.archive) if settings.archive else None
-    if isinstance(weights := archive or source, Path):
+    weights = archive or source
+    if isinstance(weights, Path):
         require_as_saved(weights)
     with _readable_errors(str(archive or settings.name_or_path)):
         if archive is not None and archive.is_file():
@@ -162,17 +162,16 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
                 None, state_dict=state, trust_remote_code=settings.trust_remote_code, **options
             )
         else:
-            folder = archive or source
-            if isinstance(folder, Path):
-                check_weight_files(folder)
+            if isinstance(weights, Path):
+                check_weight_files(weights)
             if archive is not None:
                 _check_same_architecture(config, archive, settings)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=settings.trust_remote_code, **options
+                weights, trust_remote_code=settings.trust_remote_code, **options
             )
             model, info = loaded
-    _check_loading_info(info, archive or source, settings.name_or_path)
-    check_tied(model, archive or source)
+    _check_loading_info(info, weights, settings.name_or_path)
+    check_tied(model, weights)
     train_text_alone(model)
     model.generation_config = generation_config or model.generation_config
     for module in model.modules():
