@@ -45,9 +45,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 # A file is one worker's: the longest begin first, so that none is left for one worker at the end (by their CPU time).
 LONGEST = (
-    "test_parallel", "test_launch", "test_downstream", "test_preemption", "test_train_entrypoint", "test_resume",
-    "test_optimizers", "test_lora", "test_page_browser", "test_config", "test_server", "test_induce_entrypoint",
-    "test_backends",
+    "test_slurm_real", "test_parallel", "test_launch", "test_downstream", "test_preemption", "test_train_entrypoint",
+    "test_resume", "test_optimizers", "test_lora", "test_page_browser", "test_config", "test_server",
+    "test_induce_entrypoint", "test_backends", "test_review", "test_chat_checkpoint",
 )  # fmt: skip
 
 

@@ -51,7 +51,8 @@ def test_a_mapping_is_read_and_what_is_none_is_named(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{"a": 1}')
     assert read_mapping(file) == {"a": 1}
-    for content in (*HOSTILE_JSON[:4], "[1]", "{", "\udcff"):
+    # A nested mapping is one, or too deep: hypothesis raises Python's limit for all tests of a process.
+    for content in (*HOSTILE_JSON[:3], "[1]", "{", "\udcff"):
         file.write_bytes(content.encode(errors="surrogateescape"))
         with pytest.raises(UserError, match=r"a\.json cannot be read \(.*\); copy it again"):
             read_mapping(file)
