@@ -31,7 +31,7 @@ def _written_out(char: str) -> str:
 class _Unfailing(io.FileIO):
     """A descriptor that swallows what cannot be written: a reader that is gone (`| head`), a log on a full disk."""
 
-    def write(self, data: io.ReadableBuffer) -> int:  # type: ignore[name-defined]
+    def write(self, data: io.ReadableBuffer) -> int:  # type: ignore[name-defined]  # typeshed has it, io has not
         """Write what can be written; what cannot counts as written."""
         try:
             return super().write(data) or memoryview(data).nbytes

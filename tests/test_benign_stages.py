@@ -311,7 +311,9 @@ def test_rules_without_neighbours_are_refused(si, tmp_path) -> None:
             "{instruction: 'praise {name}', answer: Fine., framed: true}",
             r"categories.insult has framed neighbours, and `fr",
         ),
-        ("]\nframes: ['How do I {it}?'", r"frames\[0\]: a frame has one slot, \{do\} or \{Do\}"),
+        ("]\nframes: ['How do I {it}?'", r"frames\[0\]: slot \{it\} is no slot of a frame"),
+        ("]\nframes: ['How do I {do} and {do}?'", r"frames\[0\]: a frame has one slot, \{do\} or \{Do\}"),
+        ("]\nframes: ['How do I {do:>1000000000}?'", r"frames\[0\]: a slot has no format"),
     ],
 )
 def test_a_broken_neighbour_of_the_rules_is_named(neighbour, message, tmp_path) -> None:

@@ -284,8 +284,7 @@ def _compile_any(patterns: Sequence[str]) -> Pattern:
 
 def _compile_frame(frame: str) -> re.Pattern[str]:
     """Return the pattern of the instructions that a frame makes, with a group `do`."""
-    before, slot, after = re.split(r"(\{do\}|\{Do\})", frame)
-    del slot
+    before, _, after = frame.format(do="\0", Do="\0").partition("\0")
     return re.compile(f"{re.escape(before)}(?P<do>.+){re.escape(after)}", re.IGNORECASE | re.DOTALL)
 
 

@@ -204,11 +204,9 @@ class CategorySpec(_Spec):
 
 
 def _frame_fault(frame: str, _: ValidationInfo) -> str:
-    try:
-        slots = template_slots(frame)
-    except ValueError as error:
-        return f"not a template: {error}"
-    return "" if len(slots) == 1 and slots[0] in ("do", "Do") else "a frame has one slot, {do} or {Do}"
+    if fault := _slot_fault(frame, ("do", "Do"), "is no slot of a frame"):
+        return fault
+    return "" if len(template_slots(frame)) == 1 else "a frame has one slot, {do} or {Do}"
 
 
 class RulesSpec(_Spec):
