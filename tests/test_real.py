@@ -5,7 +5,7 @@ import itertools
 import json
 import random
 import runpy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from config.rules import model_path
 from config.schema import compose_config
 from config.settings import ModelSettings
 from quickstart.checks import read_jsonl
-from quickstart.real import estimate, inputs, measure, results, run
+from quickstart.real import estimate, inputs, measure, more, results, run
 from quickstart.real.world import KINDS, RULES, RealWorld, is_held_out
 from safer_instruct.experts.rules import Rules
 
@@ -255,6 +255,45 @@ class TestRun:
         assert stages["sft"] == pytest.approx(10 + 384 * 85 * 0.01)
         text = estimate.render_estimate(speed, size, done=set(stages) - {"sft"})
         assert "(100 tokens trained or 33 written in a second) will take about 6 minutes: sft 5.6" in text
+
+
+class TestMore:
+    @pytest.fixture
+    def real(self, tmp_path):
+        settings = run.Settings(5, "tiny", "quickstart/model", "alpaca", "rules", inputs.Given(benign="mine.jsonl"))
+        (tmp_path / "real.json").write_text(json.dumps(asdict(settings)))
+        with pytest.raises(UserError, match="make real comes first"):
+            more.read_finished(tmp_path)
+        (tmp_path / "results.json").write_text("{}")
+        real = more.read_finished(tmp_path)
+        assert real.settings == settings
+        return real
+
+    @pytest.mark.parametrize("what", [more.ratios, more.tasks])
+    def test_commands_compose_and_lack_only_what_make_real_wrote(self, real, what):
+        for program, *words in dict(what(real)).values():
+            config_name, check = CHECKS[program]
+            faults = [str(fault) for fault in check(compose_config(config_name, words))]
+            assert all(str(real.output) in fault or "lm_eval" in fault for fault in faults), faults
+
+    def test_the_harmless_share_is_that_of_the_ratio(self, real):
+        commands = dict(more.ratios(real))
+        assert len(commands) == 2 * len(more.RATIOS) + 2
+        for ratio in more.RATIOS:
+            harmless, unsafe = map(int, ratio.split(":"))
+            for stage in ("sft", "dpo"):
+                config = compose_config("config", commands[f"{stage} at {ratio}"][1:])
+                shares = [config.datasets[name].weight for name in ("replay", "contrast")]
+                assert sum(shares) == pytest.approx(harmless / (harmless + unsafe))
+                assert shares[0] / sum(shares) == pytest.approx(0.3)
+            assert f"model.archive={real.output}/ratios/sft_{ratio.replace(':', '_')}" in commands[f"dpo at {ratio}"]
+
+    def test_questions_have_one_right_answer_among_four(self):
+        rows = list(read_jsonl(Path(more.TASKS) / "general.jsonl"))
+        assert len({row["question"] for row in rows}) == len(rows) >= 100
+        assert all(len(set(row["choices"])) == 4 and row["answer"] in range(4) for row in rows)
+        rights = [row["answer"] for row in rows]
+        assert all(rights.count(place) > len(rows) / 8 for place in range(4))
 
 
 class TestMeasure:

@@ -78,10 +78,28 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ratio_table(output: Path) -> str:
+    """Render what `more.py ratios` measured as Markdown: a row for each ratio after SFT, and after DPO."""
+    lines = [
+        "| per cent | harmless : unsafe | unsafe prompts refused | benign prompts refused | contrast prompts refused "
+        "| harmonic mean |",
+        "|:---|:---|---:|---:|---:|---:|",
+    ]
+    for stage in ("sft", "dpo"):
+        models = _read(output / "ratios" / f"report_{stage}" / "report.json")["models"]
+        for name, model in models.items():
+            ratio = "0" if name == "only_unsafe" else name.removeprefix("r").replace("_", " : ")
+            lines.append(f"| {TITLES[stage]} | {ratio} | {_rates(one_model(model))} |")
+    return "\n".join(lines)
+
+
 def _model_rows(models: Mapping[str, Any], answers: Mapping[str, list[float]]) -> Iterator[str]:
     for name, model in models.items():
-        rates = [_per_cent(model[key]) for key in ("safety", *HARMLESS, "safe_and_useful")]
-        yield f"| {TITLES.get(name, name)} | {' | '.join([*rates, _nats(answers[name])])} |"
+        yield f"| {TITLES.get(name, name)} | {_rates(model)} | {_nats(answers[name])} |"
+
+
+def _rates(model: Mapping[str, Any]) -> str:
+    return " | ".join(_per_cent(model[key]) for key in ("safety", *HARMLESS, "safe_and_useful"))
 
 
 def _reversed_rows(measured: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,7 +163,7 @@ class Real:
         out = self.output
         yield (
             "reverse",
-            self._train(
+            self.train(
                 "reverse",
                 "real_reverse",
                 f"datasets.alpaca.path={self.inputs}/reverse.jsonl",
@@ -218,28 +218,35 @@ class Real:
         """Yield SFT and DPO on all three datasets; SFT for as many further steps; SFT and DPO on `si` alone."""
         sft, dpo = f"n_examples={self.size.sft}", f"n_examples={self.size.dpo}"
         after_sft = f"model.archive={self.output}/sft"
-        yield "sft", self._train("sft", "real_sft", *self._mixture("sft"), sft)
-        yield "dpo", self._train("dpo", "real_dpo", *self._mixture("dpo"), dpo, after_sft)
-        yield "sft_more", self._train("sft_more", "real_sft", *self._mixture("sft"), dpo, after_sft)
-        yield "si_sft", self._train("si_sft", "real_sft", *self._si(), "datasets=[si]", sft)
+        yield "sft", self.train("sft", "real_sft", *self.mixture(SHARES["sft"]), sft)
+        yield "dpo", self.train("dpo", "real_dpo", *self.mixture(SHARES["dpo"]), dpo, after_sft)
+        yield "sft_more", self.train("sft_more", "real_sft", *self.mixture(SHARES["sft"]), dpo, after_sft)
+        yield "si_sft", self.train("si_sft", "real_sft", *self._si(), "datasets=[si]", sft)
         after_sft = f"model.archive={self.output}/si_sft"
-        yield "si_dpo", self._train("si_dpo", "real_dpo", *self._si(), "datasets=[si]", dpo, after_sft)
+        yield "si_dpo", self.train("si_dpo", "real_dpo", *self._si(), "datasets=[si]", dpo, after_sft)
 
     def evaluate(self) -> list[str]:
         """Return the command that asks all models, and writes the report."""
         out, runs = self.output, ("sft", "dpo", "sft_more", "si_sft", "si_dpo")
+        models = {"base": self.settings.model} | {name: f"{out}/{name}" for name in runs}
         return [
-            *("evaluate.py", f"models.base.path={self.settings.model}"),
-            f"models.base.template={self.settings.template}",
-            *(f"models.{name}.path={out}/{name}" for name in runs),
-            *(f"prompts.{name}.path={self.inputs}/prompts/{name}.jsonl" for name in SETS),
-            *("expert=rules", f"expert.path={RULES}", "generation.max_new_tokens=48"),
+            *self.answers(models),
             *(f"curves.{name}={out}/{name}" for name in ("sft", "dpo")),
             *([] if self.settings.given.pairs else [f"induction_report={out}/si/report.json"]),
-            *(f"stages_file={self.stages.file}", "wandb.mode=disabled", f"output={out}/report"),
+            *(f"stages_file={self.stages.file}", f"output={out}/report"),
         ]
 
-    def _train(self, name: str, experiment: str, *more: str) -> list[str]:
+    def answers(self, models: Mapping[str, str]) -> list[str]:
+        """Return the command that asks these models (name -> folder) the prompts of all sets, but for its output."""
+        return [
+            *("evaluate.py", *(f"models.{name}.path={path}" for name, path in models.items())),
+            *(f"models.{name}.template={self.settings.template}" for name in models if name == "base"),
+            *(f"prompts.{name}.path={self.inputs}/prompts/{name}.jsonl" for name in SETS),
+            *("expert=rules", f"expert.path={RULES}", "generation.max_new_tokens=48", "wandb.mode=disabled"),
+        ]
+
+    def train(self, name: str, experiment: str, *more: str) -> list[str]:
+        """Return the command of one training run."""
         start = ("train.py", f"experiment={experiment}", f"model.name_or_path={self.settings.model}")
         # The examples decide, so that every run takes the same steps however many rows its data came to.
         return [*start, f"seed={self.settings.seed}", f"run_dir={self.output}/{name}", "n_epochs=null", *more]
@@ -249,12 +256,12 @@ class Real:
         template = f"datasets.si.template={self.settings.template}"
         return [f"datasets.si.path={self.si}", template, f"datasets.si.exclude={self.inputs}/prompts/unsafe.jsonl"]
 
-    def _mixture(self, stage: str) -> list[str]:
-        """Return the settings of all three datasets, with the shares of a stage."""
+    def mixture(self, shares: Mapping[str, float]) -> list[str]:
+        """Return the settings of all three datasets, with the shares of the two harmless ones."""
         words = f"template: {self.settings.template}"
         others = [
             f"datasets.{name}={{path: {self.output}/{name}, {words}, weight: {share}}}"
-            for name, share in SHARES[stage].items()
+            for name, share in shares.items()
         ]
         return [*self._si(), "datasets=[si,replay,contrast]", *others]
 

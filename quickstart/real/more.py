@@ -1,0 +1,110 @@
+"""What a finished `make real` can be asked beyond its hour: one command each, stopped and continued as it is.
+
+    python quickstart/real/more.py ratios runs/real    # harmless to unsafe pairs, 1:4, 1:1, 2:1, beside `si` alone
+    python quickstart/real/more.py tasks runs/real     # general knowledge before and after, by lm_eval
+
+ratios: SFT and DPO with each share of harmless pairs (replay and contrast as 3 : 7); two reports, whose figure of harm
+against over-refusal leads from ratio to ratio. tasks: `pip install "lm_eval[hf]"` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
+
+from config.errors import UserError
+from quickstart.real.inputs import Given
+from quickstart.real.results import ratio_table
+from quickstart.real.run import Command, Real, Settings
+from quickstart.stages import Stages
+
+RATIOS = {"1:4": 1 / 5, "1:1": 1 / 2, "2:1": 2 / 3}  # harmless to unsafe pairs -> share of the harmless ones
+REPLAY = 0.3  # of the harmless pairs; the others are contrast
+STAGES = ("sft", "dpo")
+TASKS = "quickstart/real/tasks"
+
+
+def main() -> int:
+    """Run one of the two; the exit status is that of the first stage that fails, or 2 after a mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("ratios", "tasks"))
+    parser.add_argument("output", type=Path, help="folder of a finished `make real`")
+    options = parser.parse_args()
+    output = options.output.resolve()
+    os.chdir(REPOSITORY)
+    try:
+        real = read_finished(output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, command in ratios(real) if options.what == "ratios" else tasks(real):
+        status = real.stages.run(name, command)
+        if status != 0:
+            return status
+    if options.what == "ratios":
+        print(f"\n{ratio_table(output)}\n")
+    return 0
+
+
+def read_finished(output: Path) -> Real:
+    """Return the program of a finished folder, as it was run there.
+
+    Raises:
+        UserError: There is none, or it has not ended.
+    """
+    if not (output / "results.json").is_file():
+        raise UserError(f"{output} holds no results.json: make real comes first, and has to end")
+    stamp = json.loads((output / "real.json").read_text(encoding="utf-8"))
+    real = Real(output, Settings(**stamp | {"given": Given(**stamp["given"])}))
+    real.stages = Stages(output / "more.jsonl", again="the same command")  # these seconds are not make real's
+    return real
+
+
+def ratios(real: Real) -> Iterator[Command]:
+    """Yield SFT and DPO at each ratio, and the evaluation of both beside the runs on `si` alone."""
+    examples = {"sft": real.size.sft, "dpo": real.size.dpo}
+    for ratio, share in RATIOS.items():
+        shares = {"replay": share * REPLAY, "contrast": share * (1 - REPLAY)}
+        archive: list[str] = []
+        for stage in STAGES:
+            run = ratio_run(stage, ratio)
+            settings = [*real.mixture(shares), f"n_examples={examples[stage]}", *archive]
+            yield f"{stage} at {ratio}", real.train(run, f"real_{stage}", *settings)
+            archive = [f"model.archive={real.output}/{run}"]
+    for stage in STAGES:
+        runs = {"only_unsafe": f"si_{stage}"} | {
+            f"r{ratio.replace(':', '_')}": ratio_run(stage, ratio) for ratio in RATIOS
+        }
+        models = {name: f"{real.output}/{run}" for name, run in runs.items()}
+        yield f"evaluate {stage} at each ratio", [*real.answers(models), f"output={real.output}/ratios/report_{stage}"]
+
+
+def ratio_run(stage: str, ratio: str) -> str:
+    """Return the run directory of a stage at a ratio, below the output."""
+    return f"ratios/{stage}_{ratio.replace(':', '_')}"
+
+
+def tasks(real: Real) -> Iterator[Command]:
+    """Yield lm_eval's questions to the starting model and to the trained ones."""
+    models = {"base": real.settings.model} | {
+        name: f"{real.output}/{name}" for name in ("sft", "dpo", "si_sft", "si_dpo")
+    }
+    yield (
+        "tasks",
+        [
+            *("evaluate.py", *(f"models.{name}.path={path}" for name, path in models.items())),
+            *("downstream.tasks=[real_general]", f"downstream.include_path={TASKS}", "wandb.mode=disabled"),
+            f"output={real.output}/tasks",
+        ],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
