@@ -15,8 +15,9 @@ Contenders take turns on every global batch, in an order that rotates, each from
 - `literal`, `trl`, `trl_packed`: see `throughput_peers.py` (TRL needs `pip install -r requirements-bench.txt`);
   `literal_bf16` and so on: the same under bfloat16 autocast.
 
-With `--device cuda` the models are made on the GPU, `--size 135m|1b|3b|7b` takes the shapes of SmolLM2-135M, Llama 3.2
-1B and 3B, and Llama 2 7B, and `mfu_with_head` is the share of the card's bfloat16 peak that the arithmetic of `floor` makes up.
+With `--device cuda` the models are made on the GPU. `--size 135m|1b|3b|7b` takes the shapes of SmolLM2-135M, of Llama
+3.2 1B and 3B, and of Llama 2 7B; `mfu_with_head` is the share of the card's bfloat16 peak that the arithmetic of
+`floor` makes up.
 
 The model is a random Llama, the tokens are random, their lengths those of the published `si` pairs or, with `long`,
 with prompts of 2.6 times the length, which are then 70% of the tokens. As in those pairs, the template makes all

@@ -278,15 +278,17 @@ class TestMore:
 
     def test_the_harmless_share_is_that_of_the_ratio(self, real):
         commands = dict(more.ratios(real))
-        assert len(commands) == 2 * len(more.RATIOS) + 2
-        for ratio in more.RATIOS:
-            harmless, unsafe = map(int, ratio.split(":"))
-            for stage in ("sft", "dpo"):
-                config = compose_config("config", commands[f"{stage} at {ratio}"][1:])
-                shares = [config.datasets[name].weight for name in ("replay", "contrast")]
-                assert sum(shares) == pytest.approx(harmless / (harmless + unsafe))
-                assert shares[0] / sum(shares) == pytest.approx(0.3)
-            assert f"model.archive={real.output}/ratios/sft_{ratio.replace(':', '_')}" in commands[f"dpo at {ratio}"]
+        assert "sft at 1:1" not in commands  # it is that of make real
+        assert f"model.archive={real.output}/sft" in commands["dpo at 1:1"]
+        assert f"model.archive={real.output}/ratios/sft_2_1" in commands["dpo at 2:1"]
+        trained = {name: words for name, words in commands.items() if not name.startswith("evaluate")}
+        assert len(trained) == 5
+        for name, words in trained.items():
+            harmless, unsafe = map(int, name.split()[-1].split(":"))
+            config = compose_config("config", words[1:])
+            replay, contrast = (config.datasets[part].weight for part in ("replay", "contrast"))
+            assert replay + contrast == pytest.approx(harmless / (harmless + unsafe))
+            assert replay / (replay + contrast) == pytest.approx(0.3)
 
     def test_questions_have_one_right_answer_among_four(self):
         rows = list(read_jsonl(Path(more.TASKS) / "general.jsonl"))

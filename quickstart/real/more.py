@@ -22,11 +22,11 @@ sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules
 from config.errors import UserError
 from quickstart.real.inputs import Given
 from quickstart.real.results import ratio_table
-from quickstart.real.run import Command, Real, Settings
+from quickstart.real.run import SHARES, Command, Real, Settings
 from quickstart.stages import Stages
 
-RATIOS = {"1:4": 1 / 5, "1:1": 1 / 2, "2:1": 2 / 3}  # harmless to unsafe pairs -> share of the harmless ones
-REPLAY = 0.3  # of the harmless pairs; the others are contrast
+# Harmless to unsafe pairs -> shares of what is trained on. At 1:1 the SFT is that of `make real`, which is not repeated.
+RATIOS = {"1:4": {"replay": 0.06, "contrast": 0.14}, "1:1": SHARES["sft"], "2:1": {"replay": 0.2, "contrast": 7 / 15}}
 STAGES = ("sft", "dpo")
 TASKS = "quickstart/real/tasks"
 
@@ -70,13 +70,13 @@ def read_finished(output: Path) -> Real:
 def ratios(real: Real) -> Iterator[Command]:
     """Yield SFT and DPO at each ratio, and the evaluation of both beside the runs on `si` alone."""
     examples = {"sft": real.size.sft, "dpo": real.size.dpo}
-    for ratio, share in RATIOS.items():
-        shares = {"replay": share * REPLAY, "contrast": share * (1 - REPLAY)}
+    for ratio, shares in RATIOS.items():
         archive: list[str] = []
         for stage in STAGES:
             run = ratio_run(stage, ratio)
             settings = [*real.mixture(shares), f"n_examples={examples[stage]}", *archive]
-            yield f"{stage} at {ratio}", real.train(run, f"real_{stage}", *settings)
+            if run != stage:
+                yield f"{stage} at {ratio}", real.train(run, f"real_{stage}", *settings)
             archive = [f"model.archive={real.output}/{run}"]
     for stage in STAGES:
         runs = {"only_unsafe": f"si_{stage}"} | {
@@ -88,7 +88,7 @@ def ratios(real: Real) -> Iterator[Command]:
 
 def ratio_run(stage: str, ratio: str) -> str:
     """Return the run directory of a stage at a ratio, below the output."""
-    return f"ratios/{stage}_{ratio.replace(':', '_')}"
+    return stage if RATIOS[ratio] == SHARES[stage] else f"ratios/{stage}_{ratio.replace(':', '_')}"
 
 
 def tasks(real: Real) -> Iterator[Command]:
