@@ -25,7 +25,7 @@ from quickstart.real.results import ratio_table
 from quickstart.real.run import SHARES, Command, Real, Settings
 from quickstart.stages import Stages
 
-# Harmless to unsafe pairs -> shares of what is trained on. At 1:1 the SFT is that of `make real`, which is not repeated.
+# Harmless to unsafe pairs -> shares of what is trained on. At 1:1 the SFT is that of `make real`: it is not repeated.
 RATIOS = {"1:4": {"replay": 0.06, "contrast": 0.14}, "1:1": SHARES["sft"], "2:1": {"replay": 0.2, "contrast": 7 / 15}}
 STAGES = ("sft", "dpo")
 TASKS = "quickstart/real/tasks"
