@@ -72,31 +72,20 @@ _FATES = """
 
 @dataclass
 class Merged:
-    """What a merge found: everything that report and card tell.
+    """What a merge found: everything that report and card tell."""
 
-    Attributes:
-        ledgers: By stage.
-        corpus_rows: Rows of the corpus, usable or not.
-        corpus_dropped: Of them, those that are no part of it.
-        fates: Of the others: (label, stage that dropped it, reason) -> rows; stage and reason are "" in the dataset.
-        induced: truncated, prompt_cut -> rows.
-        varied: asked_again, still_the_same -> rows.
-        tokens: Stage -> tokens used.
-        cost: Stage -> cost.
-        scores: Round-trip scores in bins of 0.1: lower edge x 10 -> (rows scored, of them in the dataset).
-        num_rows: Rows of the dataset.
-    """
-
-    ledgers: Mapping[str, StageLedgers]
-    corpus_rows: int = 0
-    corpus_dropped: Dropped = field(default_factory=Dropped)
+    ledgers: Mapping[str, StageLedgers]  # by stage
+    corpus_rows: int = 0  # rows of the corpus, usable or not
+    corpus_dropped: Dropped = field(default_factory=Dropped)  # of them, those that are no part of it
+    # Of the others: (label, stage that dropped it, reason) -> rows; stage and reason are "" in the dataset.
     fates: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    induced: Counter[str] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
-    cost: Counter[str] = field(default_factory=Counter)
-    varied: Counter[str] = field(default_factory=Counter)
+    induced: Counter[str] = field(default_factory=Counter)  # truncated, prompt_cut -> rows
+    tokens: Counter[str] = field(default_factory=Counter)  # stage -> tokens used
+    cost: Counter[str] = field(default_factory=Counter)  # stage -> cost
+    varied: Counter[str] = field(default_factory=Counter)  # asked_again, still_the_same -> rows
+    # Round-trip scores in bins of 0.1: lower edge x 10 -> (rows scored, of them in the dataset).
     scores: dict[int, list[int]] = field(default_factory=dict)
-    num_rows: int = 0
+    num_rows: int = 0  # rows of the dataset
 
     def num_dropped(self, *, label: str | None = None, stage: str | None = None) -> Counter[str]:
         """Return reason -> rows dropped, of one label or stage or all."""

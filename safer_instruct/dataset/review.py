@@ -32,25 +32,15 @@ PAGE = "review.html"
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One pair of the page.
+    """One pair of the page."""
 
-    Attributes:
-        id: Of the row.
-        pair: `reviews.pair_hash` of its texts.
-        label: Its category, which the page does not show.
-        whole: Whether the safe response is shown.
-        instruction: What was induced.
-        rejected: The unsafe response.
-        chosen: The safe response, "" unless `whole`.
-    """
-
-    id: str
-    pair: str
-    label: str
-    whole: bool
-    instruction: str
-    rejected: str
-    chosen: str
+    id: str  # of the row
+    pair: str  # `reviews.pair_hash` of its texts
+    label: str  # its category, which the page does not show
+    whole: bool  # whether the safe response is shown
+    instruction: str  # what was induced
+    rejected: str  # the unsafe response
+    chosen: str  # the safe response, "" unless `whole`
 
 
 def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings, output: Path) -> Path:

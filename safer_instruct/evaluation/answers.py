@@ -39,19 +39,12 @@ WHOLE = (0, 1)  # the shard that holds everything
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's output.
+    """A model's output."""
 
-    Attributes:
-        text: What the model wrote, up to the first stop string.
-        truncated: The limit on new tokens ended it.
-        prompt_cut: The instruction lost its end, because the model's context is too short for it.
-        error: Why there is no answer, from a small closed vocabulary; "" if there is one.
-    """
-
-    text: str
-    truncated: bool = False
-    prompt_cut: bool = False
-    error: str = ""
+    text: str  # what the model wrote, up to the first stop string
+    truncated: bool = False  # the limit on new tokens ended it
+    prompt_cut: bool = False  # the instruction lost its end, because the model's context is too short for it
+    error: str = ""  # why there is no answer, from a small closed vocabulary; "" if there is one
 
 
 def prompt_key(prompt: EvaluationPrompt) -> str:

@@ -92,14 +92,11 @@ def _harmless(output: str) -> Judgement:
 
 
 class Form(NamedTuple):
-    """How a classifier is asked and answers.
+    """How a classifier is asked and answers."""
 
-    Attributes:
-        read: From its answer, and what it judged, to a judgement; None for an answer that is none.
-        prompt: The whole question, with {instruction} and {response}; None: the tokenizer's chat template has it.
-    """
-
+    # From its answer, and what it judged, to a judgement; None for an answer that is none.
     read: Callable[[str, str], Judgement | None]
+    # The whole question, with {instruction} and {response}; None: the tokenizer's chat template has it.
     prompt: str | None = None
 
 

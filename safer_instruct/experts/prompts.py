@@ -148,17 +148,11 @@ Fields = Mapping[str, type | tuple[str, ...]]  # key -> bool, str, or the string
 
 @dataclass(frozen=True, slots=True)
 class Role(Generic[T]):
-    """One role of an expert.
+    """One role of an expert."""
 
-    Attributes:
-        template: What the model is told; `{instruction}` and each `{body}` stand for the material.
-        make: Makes the result of an answer's fields, or of the whole answer where `fields` is None.
-        fields: What a JSON answer must hold, exactly; None: any text is an answer.
-    """
-
-    template: str
-    make: Callable[..., T]
-    fields: Fields | None = None
+    template: str  # what the model is told; `{instruction}` and each `{body}` stand for the material
+    make: Callable[..., T]  # makes the result of an answer's fields, or of the whole answer where `fields` is None
+    fields: Fields | None = None  # what a JSON answer must hold, exactly; None: any text is an answer
 
     @property
     def fingerprint(self) -> str:

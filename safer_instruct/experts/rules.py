@@ -53,40 +53,25 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """One kind of harm, with its patterns compiled.
+    """One kind of harm, with its patterns compiled."""
 
-    Attributes:
-        name: What the dataset and the report call it.
-        key: Lexicons that tell what a request is about.
-        intent: Matches instructions that ask for it ...
-        intent_unless: ... unless this matches too.
-        requires: Lexicons that a harmful text must name.
-        harm: Matches a harmful text outside its declining sentences.
-        harm_anywhere: Matches a harmful text anywhere: a refusal that leaks is no refusal.
-        responses: Templates of safe responses, their slots being key slots.
-        neighbours: Templates of harmless instructions about the same matter, with their answers.
-    """
-
-    name: str
-    key: tuple[str, ...]
-    intent: Pattern
-    intent_unless: Pattern
-    requires: tuple[str, ...]
-    harm: Pattern
-    harm_anywhere: Pattern
-    responses: tuple[str, ...]
+    name: str  # what the dataset and the report call it
+    key: tuple[str, ...]  # lexicons that tell what a request is about
+    intent: Pattern  # matches instructions that ask for it ...
+    intent_unless: Pattern  # ... unless this matches too
+    requires: tuple[str, ...]  # lexicons that a harmful text must name
+    harm: Pattern  # matches a harmful text outside its declining sentences
+    harm_anywhere: Pattern  # matches a harmful text anywhere: a refusal that leaks is no refusal
+    responses: tuple[str, ...]  # templates of safe responses, their slots being key slots
+    # Templates of harmless instructions about the same matter, with their answers.
     neighbours: tuple[NeighbourSpec, ...]
 
 
 class Rules:
-    """Filter, respond and judge by rules; deterministic.
-
-    Attributes:
-        fingerprint: Hash of the rules, for the keys of ledgers and caches.
-    """
+    """Filter, respond and judge by rules; deterministic."""
 
     def __init__(self, spec: RulesSpec, *, fingerprint: str) -> None:
-        self.fingerprint = fingerprint
+        self.fingerprint = fingerprint  # hash of the rules, for the keys of ledgers and caches
         self._form = spec.instruction
         self._form_pattern = Pattern(spec.instruction.pattern, ignore_case=False)
         self._lexicons = {name: _compile_words(lex.words, lex.case_sensitive) for name, lex in spec.lexicons.items()}

@@ -108,28 +108,18 @@ class Slots:
 
 @dataclass
 class Budget:
-    """What may be spent, what has been, and what the requests under way may still cost.
+    """What may be spent, what has been, and what the requests under way may still cost."""
 
-    Attributes:
-        max_cost: In the currency of the prices; None: no limit.
-        max_tokens: Prompt and completion together; None: no limit.
-        price_prompt: Of a million prompt tokens.
-        price_completion: Of a million completion tokens.
-        cost: Spent so far, by earlier processes too.
-        tokens: Used so far, by earlier processes too.
-        largest_cost: Of one answer: what each request under way is reckoned with. Before the first one is known, as
-            many requests as run at a time may exceed the budget.
-        largest_tokens: The same in tokens.
-    """
-
-    max_cost: float | None = None
-    max_tokens: int | None = None
-    price_prompt: float = 0.0
-    price_completion: float = 0.0
-    cost: float = 0.0
-    tokens: int = 0
+    max_cost: float | None = None  # in the currency of the prices; None: no limit
+    max_tokens: int | None = None  # prompt and completion together; None: no limit
+    price_prompt: float = 0.0  # of a million prompt tokens
+    price_completion: float = 0.0  # of a million completion tokens
+    cost: float = 0.0  # spent so far, by earlier processes too
+    tokens: int = 0  # used so far, by earlier processes too
+    # Of one answer: what each request under way is reckoned with. Before the first one is known, as many requests as
+    # run at a time may exceed the budget.
     largest_cost: float = 0.0
-    largest_tokens: int = 0
+    largest_tokens: int = 0  # the same in tokens
 
     def allows(self, in_flight: int) -> bool:
         """Return whether one more request may be sent while `in_flight` others are under way."""

@@ -50,23 +50,14 @@ MAX_TOKENS = 10**9  # more than any reply can have used
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How the server is to generate.
+    """How the server is to generate."""
 
-    Attributes:
-        chat: Prompts are a user's turns of a chat; False: plain text to continue (the reversed model).
-        max_new_tokens: Limit of an answer.
-        temperature: 0 is greedy.
-        top_p: Nucleus; 1 is off, and not sent.
-        seed: With (seed, row id) the server is seeded; None: not sent.
-        structured_output: auto | always | never.
-    """
-
-    chat: bool
-    max_new_tokens: int
-    temperature: float
-    top_p: float = 1.0
-    seed: int | None = None
-    structured_output: str = "never"
+    chat: bool  # prompts are a user's turns of a chat; False: plain text to continue (the reversed model)
+    max_new_tokens: int  # limit of an answer
+    temperature: float  # 0 is greedy
+    top_p: float = 1.0  # nucleus; 1 is off, and not sent
+    seed: int | None = None  # with (seed, row id) the server is seeded; None: not sent
+    structured_output: str = "never"  # auto | always | never
 
 
 class OpenAIGenerator:

@@ -35,16 +35,12 @@ NEIGHBOUR, SCREEN, ANSWER = BENIGN_STAGES[CONTRAST]
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a stage, all shards together, in the order of their file.
+    """The prompts of a stage, all shards together, in the order of their file."""
 
-    Attributes:
-        examples: With `instruction`; of replay, `chosen` is the file's answer where it is asked for; of contrast,
-            `rejected` and `chosen` are the unsafe row's.
-        dropped: Reason -> rows that are none.
-    """
-
+    # With `instruction`; of replay, `chosen` is the file's answer where it is asked for; of contrast, `rejected` and
+    # `chosen` are the unsafe row's.
     examples: list[Example]
-    dropped: Counter[str]
+    dropped: Counter[str]  # reason -> rows that are none
 
     def of_shard(self, index: int, count: int) -> list[Example]:
         """Return the prompts of one shard."""

@@ -32,10 +32,6 @@ class Ledger:
     """The records of one stage and shard, by id.
 
     Use as a context manager: it holds the file's lock. `records` is read once on opening and kept up to date.
-
-    Attributes:
-        path: The file.
-        records: id -> record, in the order of the file.
     """
 
     def __init__(self, path: Path, configuration: Mapping[str, Any], *, num_rows: int | None = None) -> None:
@@ -51,7 +47,7 @@ class Ledger:
             UserError: The ledger belongs to another configuration or another running process, or its inside is broken.
         """
         self.path = path
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, Record] = {}  # id -> record, in the order of the file
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._synced_at = time.monotonic()

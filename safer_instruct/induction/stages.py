@@ -32,15 +32,10 @@ Item = tuple[tuple[str, int], str, str]  # ((row id, number of the candidate), i
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How much an instruction explains a response: (log P(response | instruction) - log P(response)) per token.
+    """How much an instruction explains a response: (log P(response | instruction) - log P(response)) per token."""
 
-    Attributes:
-        nats_per_token: The score.
-        tokens: Tokens that the forward model read for it.
-    """
-
-    nats_per_token: float
-    tokens: int
+    nats_per_token: float  # the score
+    tokens: int  # tokens that the forward model read for it
 
 
 class Scorer(Protocol):

@@ -28,17 +28,11 @@ _SWITCHES = ("enable_thinking", "thinking")
 
 
 class Turn(NamedTuple):
-    """What a template writes round an answer.
+    """What a template writes round an answer."""
 
-    Attributes:
-        lead: Between the prompt and the answer.
-        close: Between the answer and the token that ends it.
-        end_token: The token that ends it; "" for the tokenizer's EOS.
-    """
-
-    lead: str = ""
-    close: str = ""
-    end_token: str = ""
+    lead: str = ""  # between the prompt and the answer
+    close: str = ""  # between the answer and the token that ends it
+    end_token: str = ""  # the token that ends it; "" for the tokenizer's EOS
 
 
 def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

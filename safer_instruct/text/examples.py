@@ -22,30 +22,19 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row on its way through the method; None means "not known yet", and every stage adds what it finds out.
+    """One row on its way through the method; None means "not known yet", and every stage adds what it finds out."""
 
-    Attributes:
-        id: Hash of the text that the row was born from, or the id that its file gave it.
-        instruction: What was asked (induced, in Safer-Instruct).
-        input: Alpaca's second field: the material that the instruction is about.
-        chosen: The safe response.
-        rejected: The unsafe response.
-        label: Category of harm, "" if there is none.
-        verdict: The filter's reason, from its closed vocabulary.
-        provenance: What made the row: models, prompts, seeds. Never needed to train.
-        system: What the assistant was told before the conversation, "" if nothing.
-        history: The messages before `instruction`, which is the user's last; () where it is the only one.
-    """
-
-    id: str
-    instruction: str | None = None
-    input: str = ""
-    chosen: str | None = None
-    rejected: str | None = None
-    label: str = ""
-    verdict: str | None = None
+    id: str  # hash of the text that the row was born from, or the id that its file gave it
+    instruction: str | None = None  # what was asked (induced, in Safer-Instruct)
+    input: str = ""  # Alpaca's second field: the material that the instruction is about
+    chosen: str | None = None  # the safe response
+    rejected: str | None = None  # the unsafe response
+    label: str = ""  # category of harm, "" if there is none
+    verdict: str | None = None  # the filter's reason, from its closed vocabulary
+    # What made the row: models, prompts, seeds. Never needed to train.
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    system: str = ""
+    system: str = ""  # what the assistant was told before the conversation, "" if nothing
+    # The messages before `instruction`, which is the user's last; () where it is the only one.
     history: tuple[Message, ...] = ()
 
     @property

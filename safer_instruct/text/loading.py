@@ -24,11 +24,7 @@ FREE_COLUMNS = frozenset({"id", "label", "provenance"})  # no schema needs to re
 
 
 class LoadedExamples:
-    """The usable rows of a dataset, streamed; the counts are complete when the iteration is.
-
-    Attributes:
-        log: Counts and ids of what was dropped, and why.
-    """
+    """The usable rows of a dataset, streamed; the counts are complete when the iteration is."""
 
     def __init__(
         self,
@@ -55,7 +51,7 @@ class LoadedExamples:
         self._single = single or settings.schema == "unpaired"
         self._settings = settings
         self._hub = hub_dataset(log.name, settings) if path == settings.path else None
-        self.log = log
+        self.log = log  # counts and ids of what was dropped, and why
 
     @property
     def dropped(self) -> Counter[str]:

@@ -21,24 +21,15 @@ from safer_instruct.text.readers import read_rows, require_columns
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPrompt:
-    """One prompt of a set.
+    """One prompt of a set."""
 
-    Attributes:
-        id: Unique in its set; the file's column `id`, or a hash of the instruction.
-        instruction: What the model is asked.
-        set_name: The name of the set in `prompts.NAME`.
-        source: Where the prompt stems from (`si`, `hh`, ...): rates are given for each.
-        label: Category of the request, "" if none.
-        kind: "unsafe", "benign", or "near" (benign, but it looks unsafe).
-        reference: Strings that a right answer holds, each perhaps with alternatives `a|b`; empty if there is none.
-    """
-
-    id: str
-    instruction: str
-    set_name: str
-    source: str
-    label: str
-    kind: Kind
+    id: str  # unique in its set; the file's column `id`, or a hash of the instruction
+    instruction: str  # what the model is asked
+    set_name: str  # the name of the set in `prompts.NAME`
+    source: str  # where the prompt stems from (`si`, `hh`, ...): rates are given for each
+    label: str  # category of the request, "" if none
+    kind: Kind  # "unsafe", "benign", or "near" (benign, but it looks unsafe)
+    # Strings that a right answer holds, each perhaps with alternatives `a|b`; empty if there is none.
     reference: tuple[str, ...] = ()
 
 

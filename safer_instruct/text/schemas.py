@@ -31,23 +31,15 @@ _HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 
 
 class Schema(NamedTuple):
-    """How the columns of a row become an Example.
+    """How the columns of a row become an Example."""
 
-    Attributes:
-        parse: From a row to fields; raises BadRow, or KeyError for a field that is missing.
-        needed: Columns without which a file cannot be read.
-        one_of: Columns of which there must be one: a dataset that is published in two forms.
-        for_pairs: Columns that pairs need, too; None: there are no pairs in such rows.
-        read: All columns that `parse` looks at; None: the rest of the published columns is known, and not told of.
-        joined: Rows that follow each other and ask the same are answers to one prompt.
-    """
-
-    parse: Callable[[Row], Fields]
-    needed: tuple[str, ...] = ()
-    one_of: tuple[str, ...] = ()
-    for_pairs: tuple[str, ...] | None = ()
+    parse: Callable[[Row], Fields]  # from a row to fields; raises BadRow, or KeyError for a field that is missing
+    needed: tuple[str, ...] = ()  # columns without which a file cannot be read
+    one_of: tuple[str, ...] = ()  # columns of which there must be one: a dataset that is published in two forms
+    for_pairs: tuple[str, ...] | None = ()  # columns that pairs need, too; None: there are no pairs in such rows
+    # All columns that `parse` looks at; None: the rest of the published columns is known, and not told of.
     read: tuple[str, ...] | None = None
-    joined: bool = False
+    joined: bool = False  # rows that follow each other and ask the same are answers to one prompt
 
 
 def _parse_si(row: Row) -> Fields:
