@@ -53,7 +53,7 @@ def test_prompt_limit_beyond_the_sum_is_said_and_a_remainder_is_no_error(tmp_pat
     assert check_train(config) == []
     config = compose_config("config", [*command, "exp_name=a", "max_length=8", "max_prompt_length=8"])
     (line,) = check_train(config)
-    assert str(line).startswith("max_prompt_length=8 must be smaller than max_length=8")
+    assert str(line).startswith("max_prompt_length=8: must be smaller than max_length=8")
 
 
 def test_the_weights_of_a_local_expert_are_asked_for_in_words():
