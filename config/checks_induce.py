@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from config.checks import check_device, check_expert, check_hub, check_server, check_spread, unread_by_expert
-from config.judges import JUDGES
 from config.names import BENIGN_STAGES, STAGES
 from config.paths import find_path
 from config.rules import MISSING, Fault, check_values, is_below, misfit
-from config.settings import InduceConfig
+from config.settings import JUDGES, InduceConfig
 
 
 def check_induce(config: InduceConfig) -> list[Fault]:

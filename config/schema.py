@@ -37,7 +37,6 @@ from config import settings
 from config.console import open_console, visible
 from config.errors import SaidElsewhere, UserError, machine_faults
 from config.help import short_help
-from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
 from config.overrides import CONFIG_DIR, PROGRAMS, Reader, group_options, one_line, own_groups
 from config.rules import MISSING, Fault, is_below
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
@@ -72,9 +71,9 @@ def register_schemas() -> None:
         "expert/rules": settings.RulesExpertSettings,
         "expert/local": settings.LocalExpertSettings,
         "expert/openai": settings.OpenAIExpertSettings,
-        "expert/guard": GuardExpertSettings,
-        "expert/strongreject": StrongRejectSettings,
-        "expert/refusals": RefusalsExpertSettings,
+        "expert/guard": settings.GuardExpertSettings,
+        "expert/strongreject": settings.StrongRejectSettings,
+        "expert/refusals": settings.RefusalsExpertSettings,
         **{f"loss/{name}": kind for name, kind in LOSSES.items()},
     }
     for name, node in nodes.items():
@@ -226,16 +225,6 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
         failed = True
     if failed:
         sys.exit(USER_ERROR_STATUS)
-
-
-def run_entrypoint(
-    config_name: str,
-    config_class: type[ConfigT],
-    check: Callable[[ConfigT], list[Fault]],
-    main: Callable[[ConfigT], None],
-) -> None:
-    """Read the command line in `sys.argv` and run it, in a process that has imported what `main` needs."""
-    run_command(read_command(config_name, config_class, check), main)
 
 
 def _sweep_point(swept: list[str]) -> str:

@@ -9,9 +9,9 @@ import pytest
 from config.checks import unread_by_expert
 from config.checks_train import check_train
 from config.rules import check_values, is_below
-from config.schema import INTERRUPTED_STATUS, compose_config, run_entrypoint
+from config.schema import INTERRUPTED_STATUS, compose_config
 from config.settings import LocalExpertSettings, TrainConfig
-from tests.commands import errors_of, write_pairs
+from tests.commands import errors_of, run_entrypoint, write_pairs
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])

@@ -161,8 +161,14 @@ def test_the_best_fraction() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["generation.num_candidates=3", "generation.temperature=1"], "give its forward model, roundtrip.model.name_or_path"),
-        (["generation.num_candidates=3", "roundtrip.model.name_or_path={model}"], "with generation.temperature=0 all would be the same"),
+        (
+            ["generation.num_candidates=3", "generation.temperature=1"],
+            "give its forward model, roundtrip.model.name_or_path",
+        ),
+        (
+            ["generation.num_candidates=3", "roundtrip.model.name_or_path={model}"],
+            "with generation.temperature=0 all would be the same",
+        ),
         (["generation.num_candidates=0"], "generation.num_candidates=0: must be 1 or more"),
         (["roundtrip.model.name_or_path=./no/such"], "roundtrip.model.name_or_path=./no/such"),
         (["roundtrip.model.name_or_path={model}", "roundtrip.top_fraction=1.5"], "must lie in (0, 1]"),

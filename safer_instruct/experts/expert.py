@@ -12,9 +12,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from config.errors import UserError
-from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
 from config.paths import find_path
-from config.settings import LocalExpertSettings, OpenAIExpertSettings, RulesExpertSettings
+from config.settings import (
+    GuardExpertSettings,
+    LocalExpertSettings,
+    OpenAIExpertSettings,
+    RefusalsExpertSettings,
+    RulesExpertSettings,
+    StrongRejectSettings,
+)
 from safer_instruct.experts.judges import FORMS, GuardJudge, RefusalsJudge, StrongRejectJudge
 from safer_instruct.experts.prompts import (
     ANSWER,
