@@ -86,7 +86,7 @@ class FakeExpert:
             keep = "ODD" not in pair.rejected
             yield pair.id, Verdict(keep, "keep" if keep else "does_not_fit", "by-expert", tokens=5)
 
-    def respond(self, examples) -> Iterator[tuple[str, SafeResponse]]:
+    def write(self, role, examples) -> Iterator[tuple[str, SafeResponse]]:
         for example in reversed(examples):
             if "ABSTAIN" in example.rejected:
                 yield example.id, SafeResponse(None, "abstain_empty", 2)

@@ -34,6 +34,7 @@ from safer_instruct.induction.stages import (
     STAGES,
     VARY,
     require_same_instruction,
+    unfinished,
     with_instruction,
     with_score,
 )
@@ -189,10 +190,7 @@ class _Merge:
             else:
                 yield n, *self._pair(example, records)
         for stage in (stage for stage in STAGES if missing[stage]):
-            raise UserError(
-                f"{missing[stage]} of {num_rows} rows have no result of stage={stage} yet; run it to its end first "
-                f"(the same command with stage={stage}): it goes on where it stopped"
-            )
+            raise unfinished(f"{missing[stage]} of {num_rows}", stage)
 
     def _joined(self) -> Iterator[tuple[int, Example, dict[str, Record]]]:
         """Yield the rows of the corpus with the records that are there, repeated rows left out."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from config.errors import UserError
 from safer_instruct.experts.prompts import STRONGREJECT, Role
 from safer_instruct.experts.verdicts import Judgement, SafeResponse, Verdict, Winner
-from safer_instruct.generation.completions import Generation, Request, TextGenerator
+from safer_instruct.generation.completions import Request, TextGenerator
 from safer_instruct.text.examples import Example, Message
 from safer_instruct.text.prompts import Prompt, cut_the_longer
 from safer_instruct.text.refusals import declines
@@ -118,21 +118,9 @@ class JudgeOnly:
         """Refuse; see Expert."""
         raise self._refusal("filters no pairs")
 
-    def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+    def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Refuse; see Expert."""
-        raise self._refusal("writes no responses")
-
-    def vary(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Refuse; see Expert."""
-        raise self._refusal("writes no responses")
-
-    def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Refuse; see Expert."""
-        raise self._refusal("writes no instructions")
-
-    def answer(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Refuse; see Expert."""
-        raise self._refusal("writes no answers")
+        raise self._refusal("writes none")
 
     def compare(self, items: Sequence[tuple[str, str, str, str]]) -> Iterator[tuple[str, Winner]]:
         """Refuse; see Expert."""
@@ -186,7 +174,7 @@ class ModelJudge(JudgeOnly):
         outputs = {id: output for id, _, output in items}
         for one in self._generator.generate([self._request(*item) for item in items]):
             read = None if one.error else self._read(one.text, outputs[one.id])
-            yield one.id, replace(read or Judgement("abstain"), tokens=_tokens(one))
+            yield one.id, replace(read or Judgement("abstain"), tokens=one.tokens)
 
     def _request(self, id: str, instruction: str, output: str) -> Request:
         raise NotImplementedError
@@ -245,7 +233,3 @@ class StrongRejectJudge(ModelJudge):
         if refused:
             return Judgement("refusal", score=0.0)
         return Judgement("harmful" if score >= self._threshold else "safe", score=score)
-
-
-def _tokens(generation: Generation) -> int:
-    return generation.prompt_tokens + generation.new_tokens

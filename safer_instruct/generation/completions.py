@@ -42,6 +42,11 @@ class Generation:
     repaired: bool = False  # True if a second answer was asked for because the first could not be read
     thought: str = ""  # what a reasoning model wrote before its answer, tags included
 
+    @property
+    def tokens(self) -> int:
+        """The tokens that were read and written for it."""
+        return self.prompt_tokens + self.new_tokens
+
 
 class TextGenerator(Protocol):
     """Anything that turns requests into texts."""

@@ -18,13 +18,13 @@ from config.names import BENIGN_STAGES
 from config.paths import find_path
 from config.settings import BackendSettings, BenignSettings, ModelSettings, ReplaySettings
 from safer_instruct.experts.expert import Expert
-from safer_instruct.experts.verdicts import HARMLESS, SafeResponse
+from safer_instruct.experts.verdicts import HARMLESS
 from safer_instruct.generation.backends import model_name
 from safer_instruct.generation.completions import Request, TextGenerator, describe_decoding
-from safer_instruct.induction.ledger import Ledger, Record, read_ledger, run_stage, shard_path
+from safer_instruct.induction.ledger import Record, read_ledger, shard_path
 from safer_instruct.induction.ledgers import check_chain, stage_ledgers
-from safer_instruct.induction.shard import show_progress
-from safer_instruct.induction.stages import ROWS_AT_A_TIME, expert_configuration, require_records
+from safer_instruct.induction.shard import complete
+from safer_instruct.induction.stages import Stage, expert_configuration, paid, require_records
 from safer_instruct.text.examples import Example, in_shard, is_unicode, normalise, text_id
 from safer_instruct.text.prompts import Prompt, reversed_target
 from safer_instruct.text.readers import read_rows, require_columns
@@ -138,27 +138,22 @@ def run_replay(
         generator: The starting model; None: the answers of the file are taken.
         configuration: What the records depend on.
     """
-    _run(path, configuration, examples, _taken if generator is None else stage_replay(generator))
+    complete(path, configuration, examples, _taken if generator is None else stage_replay(generator))
 
 
 def _taken(examples: Sequence[Example]) -> Iterator[Record]:
     return ({"id": one.id, "answer": one.chosen, "truncated": False, "tokens": 0} for one in examples)
 
 
-def stage_replay(generator: TextGenerator) -> Callable[[Sequence[Example]], Iterator[Record]]:
+def stage_replay(generator: TextGenerator) -> Stage:
     """Make the stage in which the starting model answers harmless prompts."""
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
         requests = [Request(example.id, Prompt("", example.instruction or "", "")) for example in examples]
         for one in generator.generate(requests):
-            record = {
-                "id": one.id,
-                "answer": one.text.strip(),
-                "truncated": one.truncated,
-                "prompt_cut": one.prompt_cut,
-            }
-            record["tokens"] = one.prompt_tokens + one.new_tokens
-            yield {**record, **_optional(error=one.error, cost=round(one.cost, 9))}
+            record = {"id": one.id, "answer": one.text.strip(), "truncated": one.truncated}
+            record |= {"prompt_cut": one.prompt_cut, "tokens": one.tokens}
+            yield {**record, **({"error": one.error} if one.error else {}), **paid(one.cost)}
 
     return run
 
@@ -172,14 +167,14 @@ def run_contrast(expert: Expert, examples: Sequence[Example], paths: Mapping[str
         paths: Of the three ledgers.
     """
     configuration = expert_configuration(expert, {}, "neighbour")
-    _run(paths[NEIGHBOUR], configuration, examples, _writing("neighbour", expert.neighbour))
+    complete(paths[NEIGHBOUR], configuration, examples, _writing(expert, "neighbour"))
     before, neighbours = read_ledger(paths[NEIGHBOUR])
     pairs = with_neighbours(examples, neighbours)
-    _run(paths[SCREEN], expert_configuration(expert, before, "screen"), pairs, _screening(expert))
+    complete(paths[SCREEN], expert_configuration(expert, before, "screen"), pairs, _screening(expert))
     before, verdicts = read_ledger(paths[SCREEN])
     require_records(pairs, verdicts, SCREEN)
     harmless = [pair for pair in pairs if verdicts[pair.id]["reason"] == HARMLESS]
-    _run(paths[ANSWER], expert_configuration(expert, before, "answer"), harmless, _writing("answer", expert.answer))
+    complete(paths[ANSWER], expert_configuration(expert, before, "answer"), harmless, _writing(expert, "answer"))
 
 
 def with_neighbours(examples: Sequence[Example], neighbours: Mapping[str, Record]) -> list[Example]:
@@ -196,41 +191,22 @@ def with_neighbours(examples: Sequence[Example], neighbours: Mapping[str, Record
     ]
 
 
-def _run(
-    path: Path,
-    configuration: Mapping[str, Any],
-    examples: Sequence[Example],
-    function: Callable[[Sequence[Example]], Iterator[Record]],
-) -> None:
-    name = path.name.partition("-")[0]
-    with Ledger(path, configuration, num_rows=len(examples)) as ledger, show_progress(name, examples) as update:
-        run_stage(examples, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
-
-
-def _writing(
-    what: str, write: Callable[[Sequence[Example]], Iterator[tuple[str, SafeResponse]]]
-) -> Callable[[Sequence[Example]], Iterator[Record]]:
-    """Make the stage that writes one text of each example, and records it under `what`."""
+def _writing(expert: Expert, role: str) -> Stage:
+    """Make the stage in which the expert writes one text of each example, recorded under its role."""
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
-        for id, one in write(examples):
-            record = {"id": id, what: one.text, "reason": one.reason, "tokens": one.tokens}
-            yield {**record, **_optional(cost=round(one.cost, 9))}
+        for id, one in expert.write(role, examples):
+            yield {"id": id, role: one.text, "reason": one.reason, "tokens": one.tokens, **paid(one.cost)}
 
     return run
 
 
-def _screening(expert: Expert) -> Callable[[Sequence[Example]], Iterator[Record]]:
+def _screening(expert: Expert) -> Stage:
     def run(pairs: Sequence[Example]) -> Iterator[Record]:
         for id, verdict in expert.screen(pairs):
-            record = {"id": id, "reason": verdict.reason, "tokens": verdict.tokens}
-            yield {**record, **_optional(cost=round(verdict.cost, 9))}
+            yield {"id": id, "reason": verdict.reason, "tokens": verdict.tokens, **paid(verdict.cost)}
 
     return run
-
-
-def _optional(**values: Any) -> Record:
-    return {name: value for name, value in values.items() if value}
 
 
 def read_records(folder: Path, stage: str, count: int) -> dict[str, dict[str, Record]]:

@@ -24,6 +24,7 @@ from safer_instruct.induction.stages import (
     ROWS_AT_A_TIME,
     SCORE,
     Scorer,
+    Stage,
     expert_configuration,
     induce_configuration,
     kept,
@@ -60,9 +61,7 @@ def run_score(scorer: Scorer, examples: Sequence[Example], paths: Mapping[str, P
     """Let the forward model score the candidates that the ledger lacks."""
     before, induced = read_ledger(paths[INDUCE])
     pairs = with_instructions(examples, induced)
-    configuration = score_configuration(scorer, before)
-    with Ledger(paths[SCORE], configuration, num_rows=len(pairs)) as ledger, show_progress(SCORE, pairs) as update:
-        run_stage(pairs, ledger, stage_score(scorer), batch_size=ROWS_AT_A_TIME, progress=update)
+    complete(paths[SCORE], score_configuration(scorer, before), pairs, stage_score(scorer))
 
 
 def run_filter(
@@ -71,17 +70,20 @@ def run_filter(
     """Screen the induced pairs that the ledger lacks; `min_score` is that of `resolve_min_score`."""
     before, pairs = _induced_pairs(examples, paths)
     configuration = expert_configuration(expert, before, "screen", **{"roundtrip.min_score": min_score})
-    function = stage_filter(expert, min_score=min_score)
-    with Ledger(paths[FILTER], configuration, num_rows=len(pairs)) as ledger, show_progress(FILTER, pairs) as update:
-        run_stage(pairs, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
+    complete(paths[FILTER], configuration, pairs, stage_filter(expert, min_score=min_score))
 
 
 def run_respond(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
     """Have the kept instructions answered that the ledger lacks."""
     before, pairs = kept_pairs(examples, paths)
-    configuration = expert_configuration(expert, before, "respond")
-    with Ledger(paths[RESPOND], configuration, num_rows=len(pairs)) as ledger, show_progress(RESPOND, pairs) as update:
-        run_stage(pairs, ledger, stage_respond(expert), batch_size=ROWS_AT_A_TIME, progress=update)
+    complete(paths[RESPOND], expert_configuration(expert, before, "respond"), pairs, stage_respond(expert))
+
+
+def complete(path: Path, configuration: Mapping[str, Any], examples: Sequence[Example], stage: Stage) -> None:
+    """Compute the records that a ledger lacks, and show how far it is."""
+    name = path.name.partition("-")[0]
+    with Ledger(path, configuration, num_rows=len(examples)) as ledger, show_progress(name, examples) as update:
+        run_stage(examples, ledger, stage, batch_size=ROWS_AT_A_TIME, progress=update)
 
 
 def kept_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[Example]]:
