@@ -53,10 +53,7 @@ def check_lengths(max_prompt_length: int, max_length: int, prefix: str = "") -> 
 def check_spread(config: InduceConfig | EvaluateConfig, rates: Collection[str], *, elsewhere: str) -> Iterator[Fault]:
     """Find out whether `dry_run`, `rate` and `engine` fit a command.
 
-    Args:
-        config: Of the command.
-        rates: Names that its rates may have.
-        elsewhere: The word that makes it one without shards of rows that a model is asked about; "" if it has them.
+    `elsewhere` is the word that makes it a command without shards of rows that models are asked about, if it is one.
     """
     uses_ray = config.engine.name == "ray"
     for key, word, is_set in (("dry_run", "dry_run=true", config.dry_run), ("engine.name", "engine=ray", uses_ray)):

@@ -86,10 +86,7 @@ def find_damage(
 def require_untouched(path: Path, *, owner: str | None = None, contents: Callable[[str], bool] = everything) -> None:
     """Refuse a file or folder that is not what a record beside or above it says; without a record it passes.
 
-    Args:
-        path: What is about to be read; it may be part of a folder of ours, or anybody's.
-        owner: As in `find_damage`.
-        contents: As in `find_damage`.
+    `owner` and `contents` are those of `find_damage`.
 
     Raises:
         UserError: Naming the file that has changed.

@@ -31,13 +31,7 @@ KEYS: dict[str, tuple[str, ...]] = {  # program -> the keys that matter; all of 
 
 
 def short_help(program: str, kind: type, groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the text of `--help`.
-
-    Args:
-        program: Its file.
-        kind: Its settings.
-        groups: Its config groups and their choices.
-    """
+    """Return the text of `--help` of a program: its settings `kind`, and its config groups with their choices."""
     entries = {f"{group}=": " | ".join(options) for group, options in groups.items()}
     keys = dict(_key(kind, key) for key in KEYS[program])
     return "\n".join(

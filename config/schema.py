@@ -124,11 +124,6 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
     """Read the command line in `sys.argv`; exit with status 2 and one message if anything is wrong with it.
 
     What needs no run (`--help`, `--cfg job`, Hydra's other flags) is answered here, and the process exits.
-
-    Args:
-        config_name: `config/<config_name>.yaml`, whose schema is `config_class`.
-        config_class: The settings dataclass of this entrypoint.
-        check: Find values out of range and values that do not fit each other.
     """
     register_schemas()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks otherwise
@@ -191,10 +186,6 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
 
     A `UserError` of `main` is printed without a traceback (status 2; the other points of a sweep still run); Ctrl-C is
     answered by one line (status 130); any other exception is a defect and keeps its traceback (status 1).
-
-    Args:
-        command: As `read_command` returned it.
-        main: The work. `run_dir` (train) or `output` differ between the points of a sweep.
     """
     open_console()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -28,11 +28,7 @@ def run_on_ray(work: Work, count: int, settings: EngineSettings, status: Callabl
     Each shard has a process of its own, so that what a model held on a GPU is free when it ends. The working directory
     and the repository have to be where they are here, on every machine of the cluster.
 
-    Args:
-        work: Of one shard; picklable, and safe to begin again.
-        count: Of the shards.
-        settings: Of the cluster.
-        status: How far all shards are, in one line.
+    `work` must be picklable, and safe to begin again; `status` says in one line how far all shards are.
 
     Raises:
         UserError: No ray, no cluster, or a shard that failed by its own fault: the first one, when no shard runs any

@@ -128,12 +128,7 @@ def replay_pairs(
 ) -> Iterator[Pair]:
     """Yield the pairs of the prompts whose answer can be chosen, in their order.
 
-    Args:
-        prompts: All of them.
-        records: The replay ledgers'.
-        refusals: What is rejected is drawn from there; None: nothing is rejected.
-        answered_by: Name of the starting model, or "file".
-        counts: Told what became of each prompt.
+    Without `refusals` nothing is rejected. `answered_by` is the name of the starting model, or "file".
     """
     for prompt in prompts:
         record = records[prompt.id]
@@ -171,12 +166,7 @@ def contrast_pairs(
 ) -> Iterator[Pair]:
     """Yield the pairs of the unsafe rows that have a harmless, answered neighbour, in their order.
 
-    Args:
-        rows: The unsafe rows.
-        records: Ledger -> id -> record.
-        refusals: Drawn from for a row whose own safe response does not decline.
-        excluded: See `induction.benign.read_benign`; neighbours in a test set are left out.
-        counts: Told what became of each row.
+    A refusal is drawn for a row whose own safe response does not decline; neighbours in a test set are left out.
     """
     seen = {normalise(row.instruction or "") for row in rows}
     for row in rows:

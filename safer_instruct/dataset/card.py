@@ -50,11 +50,7 @@ def build_report(
     `funnel` lists the stages in order with rows in and out and the drops by reason; `kept_rate` is the filter's;
     `by_label` has the same per label. Every row that was read is in exactly one place: a drop, or the dataset.
 
-    Args:
-        merged: What the merge found.
-        run: What else to record about this run (command, versions, seconds).
-        rejections: What people rejected.
-        card: Licence and language; None: those of a card that nobody has told.
+    `run` is what else to record of this run: command, versions, seconds.
     """
     card = card or CardSettings()
     stages = [_stage("corpus", merged.corpus_rows, dict(sorted(merged.corpus_dropped.counts.items())))]

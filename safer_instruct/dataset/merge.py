@@ -109,14 +109,7 @@ def merge(
 ) -> Merged:
     """Write the dataset; its files appear as a whole or not at all.
 
-    Args:
-        corpus: The whole corpus.
-        ledgers: Of `find_ledgers`.
-        output: The dataset folder.
-        guard: Instructions that are kept out.
-        duplicates: Which near repetitions go.
-        format: Key of `files.FILES`.
-        rejections: Pairs that people rejected.
+    `ledgers` are those of `find_ledgers`, `format` is a key of `files.FILES`.
 
     Raises:
         UserError: Rows that a stage has not finished, a corpus that has changed or cannot be read to its end, or

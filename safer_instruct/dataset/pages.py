@@ -15,13 +15,7 @@ MAX_BARS = 10  # of one answer
 
 
 def render_audit_page(report: Mapping[str, Any], reviews: Sequence[Table], figures: Sequence[Plot]) -> str:
-    """Render `audit.html`.
-
-    Args:
-        report: Of `audit.audit`, with `reviews` where people have decided.
-        reviews: Tables of what they decided.
-        figures: Of `audit_report.audit_figures`.
-    """
+    """Render `audit.html` from the report of `audit.audit`, the tables of what people decided, and the figures."""
     names = list(report["total"])
     rows = [[label, *(str(counts[name]) for name in names)] for label, counts in report["by_label"].items()]
     labels = Table("Found, by label", ["label", *(name.replace("_", " ") for name in names)], rows)
@@ -104,12 +98,7 @@ def _shortcuts(report: Mapping[str, Any]) -> Table:
 
 
 def render_dataset_page(report: Mapping[str, Any], figure: Plot) -> str:
-    """Render `dataset.html`, the page beside the card.
-
-    Args:
-        report: Of `card.build_report`.
-        figure: Where the rows of each label went.
-    """
+    """Render `dataset.html`, the page beside the card, from `card.build_report` and the figure of its rows."""
     labels = dict(sorted(report["by_label"].items(), key=lambda item: -item[1]["induced"]))
     table = Table(
         "By label",

@@ -46,11 +46,7 @@ class Item:
 def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings, output: Path) -> Path:
     """Draw the sample and write its page.
 
-    Args:
-        dataset: File or folder in the schema of `si`.
-        corpus: Of its responses; read where `settings.dropped` pairs are asked for.
-        settings: How many pairs, and the seed.
-        output: Folder of the page.
+    The corpus is read where `settings.dropped` pairs are asked for.
 
     Raises:
         UserError: The dataset has no pair, or dropped ones are asked for and it has no ledgers.

@@ -180,9 +180,7 @@ def choice_tolerance(dtype: str, largest: float) -> float:
     lm_eval rounds logits, log-probabilities and their sum to the dtype of the weights, while our kernel sums in
     float64: with 16 bits that is a unit or two in the last place of a logit and of the log-likelihood itself.
 
-    Args:
-        dtype: Of the weights.
-        largest: The largest log-likelihood in nats, by its absolute value.
+    `largest` is the absolute value of the largest log-likelihood, in nats.
     """
     if dtype in ROUNDING:
         return 2 * ROUNDING[dtype] * (LOGITS + largest)

@@ -186,10 +186,7 @@ def _abstention(generation: Generation) -> str:
 def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget | None = None) -> Expert:
     """Build the expert that `expert=` (or `expert@second_expert=`) chose; no weights are loaded yet.
 
-    Args:
-        settings: One of the expert groups' settings.
-        device: Where a local model runs.
-        budget: What a paid expert may spend; None: what its settings say, nothing of it spent yet.
+    Without a `budget` a paid expert may spend what its settings say, nothing of it spent yet.
 
     Raises:
         UserError: The rules file or the model folder is missing or broken.

@@ -103,10 +103,7 @@ def base_hash(name: str) -> str:
 def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrainedModel:
     """Return the base with an adapter merged into it, which is a plain model again.
 
-    Args:
-        model: The base, on the CPU; it is used up.
-        folder: Of the adapter, peft's.
-        name: Of the base, as it was given.
+    The base is on the CPU, and is used up; `name` is how it was given.
 
     Raises:
         UserError: peft is not installed, the adapter is damaged, or it is one of another base.
@@ -139,9 +136,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrained
 def quantization(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """Return what transformers' loader is told of a base in 4 bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314).
 
-    Args:
-        kind: Of its numbers; None: they are not kept in 4 bits.
-        dtype: Of the products with them.
+    Products with them have `dtype`; without a `kind` nothing is kept in 4 bits.
     """
     if kind is None:
         return {}

@@ -75,14 +75,8 @@ def build_generator(
 ) -> TextGenerator:
     """Load a model, or reach its server.
 
-    Args:
-        model: Where it is; of a model behind a server nothing is read.
-        generation: How it is run.
-        device: Of backend=hf.
-        templates: Prompts with an empty body, for which there must be room.
-        name: Shown in reports.
-        fingerprint: Identifies the model in ledgers.
-        key: Of `generation` in the command, for messages.
+    There must be room for each of `templates`, prompts with an empty body; `key` is that of `generation` in the
+    command, for messages.
 
     Raises:
         UserError: It cannot be loaded or reached, or a template has no room in its context.
@@ -121,13 +115,8 @@ class TemplatedModel:
     ) -> None:
         """Identify the model; nothing is loaded.
 
-        Args:
-            model: Where it is.
-            settings: How it is run.
-            device: Of backend=hf.
-            template: alpaca, hh, plain, vicuna or chat; NO_TEMPLATE: prompts are complete.
-            prompts: With an empty body; there must be room for each of them.
-            key: Of `settings` in the command, for messages.
+        `template` is NO_TEMPLATE where prompts are complete; there must be room for each of `prompts`, whose bodies are
+        empty; `key` is that of `settings` in the command, for messages.
 
         Raises:
             UserError: There is no such model.

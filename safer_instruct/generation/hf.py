@@ -58,13 +58,7 @@ class HFGenerator:
     ) -> None:
         """Bind a model; nothing is computed.
 
-        Args:
-            model: A causal LM on its device.
-            tokenizer: Its tokenizer, with a pad token.
-            settings: Decoding.
-            name: Shown in reports.
-            fingerprint: Identifies weights and tokenizer in ledgers.
-            max_length: Context in tokens; None: the model's `max_position_embeddings`.
+        The tokenizer has a pad token. Without `max_length` the context is the `max_position_embeddings` of the model.
 
         Raises:
             UserError: The limit on new tokens leaves no room for a prompt.

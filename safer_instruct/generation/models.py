@@ -125,9 +125,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     the reference does, so that DPO starts at ln 2. Functional dropouts, such as a config's `attention_dropout`, are no
     `nn.Dropout` modules, and would stay on in training.
 
-    Args:
-        settings: where the weights are, and how attention is computed.
-        dtype: of the weights; None: `settings.policy_dtype`.
+    Without a `dtype` the weights have `settings.policy_dtype`.
 
     Raises:
         UserError: nothing there, damaged weights, an archive that is of another architecture, or that holds code.
@@ -183,9 +181,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
 def meta_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
     """Make the model of `load_causal_lm` on the meta device: its shape, whose weights `place_model` fills in.
 
-    Args:
-        settings: as for `load_causal_lm`; an archive changes the weights, not the shape.
-        dtype: of the weights; None: `settings.policy_dtype`.
+    An archive changes the weights, not the shape.
 
     Raises:
         UserError: no config.json that can be used.

@@ -18,21 +18,14 @@ MAX_WAIT_SECONDS = 86_400.0  # that a server can mean seriously
 
 
 def backoff_seconds(failures: int, uniform: float) -> float:
-    """Return a capped exponential back-off with full jitter: uniform in [0, min(cap, base x 2^(failures - 1))).
-
-    Args:
-        failures: Failed attempts so far, from 1.
-        uniform: A random number in [0, 1).
-    """
+    """Return a capped exponential back-off with full jitter: uniform in [0, min(cap, base x 2^(failures - 1)))."""
     return uniform * min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(failures - 1, 30))
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Return how long the server asks to wait: `retry-after-ms`, or `retry-after` in seconds or as a date (RFC 9110).
 
-    Args:
-        headers: Of the response, names in any case if the mapping allows it.
-        now: Seconds since the epoch; None: the clock.
+    `now` is in seconds since the epoch.
     """
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:

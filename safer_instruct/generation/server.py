@@ -74,12 +74,8 @@ class OpenAIGenerator:
     ) -> None:
         """Bind a server; nothing is sent.
 
-        Args:
-            settings: Where it is, and how patiently it is asked.
-            decoding: What it is asked for.
-            key: Prefix of the settings' keys, for messages: expert, generation.server.
-            budget: What may be spent; None: anything.
-            thought_tags: See `split_thought`.
+        `key` is the prefix of the settings in messages (expert, generation.server); without a `budget` anything may be
+        spent.
         """
         self.settings = settings
         self.decoding = decoding

@@ -113,9 +113,7 @@ def refuse_gguf(path: Path) -> None:
 def require_as_saved(path: Path, *, weights: bool = True) -> None:
     """Refuse a file or folder of a run's checkpoint that is not what the run has saved there; any other passes.
 
-    Args:
-        path: A model folder, a `policy.pt`, or any file of a checkpoint.
-        weights: Hash the weights, too, which reads them all.
+    With `weights` these are hashed, too, which reads them all.
 
     Raises:
         UserError: Naming the file that has changed, or that the checkpoint is another run's.
@@ -161,12 +159,6 @@ def check_weight_files(folder: Path) -> None:
 
 def check_same_architecture(own: Mapping[str, Any], other: Mapping[str, Any], archive: Path, name: str) -> None:
     """Compare the config of a model with that of an archive: equal shapes alone would hide another rope or head count.
-
-    Args:
-        own: The config.json of the model.
-        other: That of the archive.
-        archive: Where that is.
-        name: What the model is called.
 
     Raises:
         UserError: Naming what differs.

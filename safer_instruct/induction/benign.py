@@ -52,11 +52,8 @@ def read_benign(
 ) -> Prompts:
     """Read the harmless instructions.
 
-    Args:
-        settings: File and columns.
-        replay: Whether the file's answers are needed.
-        unsafe: Normalised instructions of the unsafe dataset, which are no harmless ones.
-        excluded: From a normalised instruction to why it must stay out (it is in a test set), or "".
+    `unsafe` has the normalised instructions of the unsafe dataset; `excluded` says of such a text why it must stay out
+    (it is in a test set), or "".
 
     Raises:
         UserError: A missing or broken file, a missing column, no usable row.
@@ -101,12 +98,7 @@ def _why_no_prompt(texts: Sequence[Any], needed: Sequence[str]) -> str:
 
 
 def read_unsafe(rows: Sequence[Example], num_rows: int | None) -> Prompts:
-    """Draw the unsafe instructions that get a neighbour: `num_rows` of them by a hash, one row of each.
-
-    Args:
-        rows: Of the unsafe dataset.
-        num_rows: None: all.
-    """
+    """Draw the unsafe instructions that get a neighbour: `num_rows` (None: all) by a hash, one row of each."""
     first: dict[str, Example] = {}
     for row in rows:
         first.setdefault(normalise(row.instruction or ""), row)
@@ -132,11 +124,7 @@ def run_replay(
 ) -> None:
     """Have the prompts answered that the ledger lacks.
 
-    Args:
-        examples: Of this shard.
-        path: The ledger.
-        generator: The starting model; None: the answers of the file are taken.
-        configuration: What the records depend on.
+    Without a generator, which is the starting model, the answers of the file are taken.
     """
     complete(path, configuration, examples, _taken if generator is None else stage_replay(generator))
 
@@ -159,13 +147,7 @@ def stage_replay(generator: TextGenerator) -> Stage:
 
 
 def run_contrast(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
-    """Let the expert write a neighbour of each unsafe instruction, screen it, and answer the harmless ones.
-
-    Args:
-        expert: Its verdict on a neighbour must be HARMLESS for it to be answered.
-        examples: Of this shard.
-        paths: Of the three ledgers.
-    """
+    """Let the expert write a neighbour of each unsafe instruction, screen it, and answer the harmless ones."""
     configuration = expert_configuration(expert, {}, "neighbour")
     complete(paths[NEIGHBOUR], configuration, examples, _writing(expert, "neighbour"))
     before, neighbours = read_ledger(paths[NEIGHBOUR])

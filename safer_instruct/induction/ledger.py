@@ -176,12 +176,8 @@ def run_stage(
 ) -> None:
     """Compute the record of every example that the ledger lacks.
 
-    Args:
-        examples: The rows of the stage.
-        ledger: Where the records go, each as soon as it is there.
-        function: Computes one record (with the example's `id`) per example, in any order.
-        batch_size: Examples that `function` is given at a time.
-        progress: Told how many rows are done, those that the ledger held included.
+    `function` may yield the records in any order; `progress` is told how many rows are done, those that the ledger held
+    included.
     """
     missing = _missing(examples, ledger, progress)
     for batch in iter(lambda: list(islice(missing, batch_size)), []):

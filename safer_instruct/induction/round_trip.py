@@ -36,10 +36,7 @@ LogpsOf = Callable[["PreTrainedModel"], Callable[[Mapping[str, Tensor]], Tensor]
 class RoundTrip:
     """Scores pairs; the model is loaded when the first score is asked for.
 
-    Args:
-        settings: The forward model, and how it is asked.
-        device: Where it runs.
-        logps_of: The kernel, which the entrypoint hands in: trainers/ has it, and there is only one.
+    `logps_of` is the kernel, which the entrypoint hands in: trainers/ has it, and there is only one.
     """
 
     def __init__(self, settings: RoundTripSettings, device: torch.device, logps_of: LogpsOf) -> None:

@@ -143,9 +143,7 @@ def candidates(pair: Example) -> list[Example]:
 def stage_filter(expert: Expert, *, min_score: float | None = None) -> Stage:
     """Make the stage that decides which pairs are kept: cheap checks, then the round-trip score, then the expert.
 
-    Args:
-        expert: Asked about what passes the others.
-        min_score: Least round-trip score of a pair that is kept; None keeps any.
+    `min_score` is the least round-trip score of a pair that is kept; None keeps any.
     """
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
@@ -285,14 +283,7 @@ def score_configuration(scorer: Scorer, before: Mapping[str, Any]) -> dict[str, 
 
 
 def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str, **more: Any) -> dict[str, Any]:
-    """Return what the records of an expert's stage depend on, the configuration of the stage before included.
-
-    Args:
-        expert: The expert.
-        before: Configuration of the stage before.
-        role: What the expert is asked for: screen, respond.
-        more: What else the stage depends on.
-    """
+    """Return what the records of an expert's stage depend on, the configuration of the stage before included."""
     return {
         "expert": expert.name,
         "expert_fingerprint": expert.fingerprint(role),

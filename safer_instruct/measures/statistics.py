@@ -55,9 +55,7 @@ def harmonic_mean(first: tuple[int, int], second: tuple[int, int]) -> tuple[floa
     The interval is that of the mean of two shares drawn from their Jeffreys posteriors, Beta(k + 1/2, n - k + 1/2),
     which knows no corner: at 0 and 1 a normal approximation has no width.
 
-    Args:
-        first: (successes, n) of one share, n > 0.
-        second: Of the other.
+    Each share is (successes, n), n > 0.
     """
 
     def mean(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -89,9 +87,7 @@ class PairedDifference:
 def compare_paired(both: Sequence[tuple[bool, bool]], *, seed: int = 0) -> PairedDifference | None:
     """Compute the exact McNemar test and the bootstrap interval of the difference of two shares over the same prompts.
 
-    Args:
-        both: For each prompt whether it counts for the first model, and for the second.
-        seed: Of the bootstrap.
+    `both` says of each prompt whether it counts for the first model, and for the second.
 
     Returns:
         None without a prompt.

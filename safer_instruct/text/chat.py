@@ -44,9 +44,7 @@ def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def chat_frames(tokenizer: PreTrainedTokenizerBase | None, roles: Sequence[str]) -> list[str]:
     """Return what the chat template writes round the messages of a conversation that asks for an answer.
 
-    Args:
-        tokenizer: Whose template it is.
-        roles: Of N messages; the last one is the user's.
+    `roles` are those of N messages, the last of which is the user's.
 
     Returns:
         N + 1 texts: before the first message, between every two, and behind the last up to where the answer begins.

@@ -51,11 +51,6 @@ def read_corpus(settings: CorpusSettings, *, index: int = 0, count: int = 1) -> 
     A row belongs to a shard by a hash of its id, so the shards are parts of the same whole for any `count`. Where a
     file breaks off behind usable rows, these are kept, and `broken` says what is wrong.
 
-    Args:
-        settings: File and columns.
-        index: The shard, from 0.
-        count: The number of shards.
-
     Raises:
         UserError: A missing, empty or broken file, a missing column, no usable row in the whole corpus; with
             `on_bad_row=error`, the first row that would be dropped (repetitions are no error).

@@ -122,10 +122,7 @@ class Encoder:
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int) -> list[int]:
     """Return the tokens that a model is asked with: exactly those that it is trained behind.
 
-    Args:
-        tokenizer: A fast tokenizer.
-        prompt: The rendered prompt.
-        max_tokens: Limit, BOS included; a longer prompt loses the end of its body.
+    `max_tokens` counts BOS, too; a longer prompt loses the end of its body.
 
     Raises:
         Unusable: The prompt's template alone does not fit into `max_tokens` (reason "prompt_too_long"), or its body

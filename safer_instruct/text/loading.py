@@ -191,10 +191,7 @@ def _short(name: str) -> str:
 def load_examples(settings: DatasetSettings, name: str, *, pairs: bool = False) -> LoadedExamples:
     """Read the rows of a dataset, before the split and before anything is excluded.
 
-    Args:
-        settings: Its path, and how its rows are read.
-        name: Its name in `datasets=[...]`, for messages.
-        pairs: Drop rows without a rejected response, too.
+    With `pairs`, rows without a rejected response are dropped, too.
 
     Returns:
         An iterable of Examples, read anew each time, with the counts of the rows that it dropped.

@@ -45,11 +45,7 @@ SYNONYMS = {
 def require_columns(columns: Collection[str], needed: Collection[str], where: str | Path, setting: str = "") -> None:
     """Raise a UserError that lists the columns found, unless all `needed` are among them.
 
-    Args:
-        columns: Those of a row.
-        needed: Those that must be there.
-        where: The file, or file:line.
-        setting: The key of the command line that renames columns, for a hint; "" if there is none.
+    `setting` is the key of the command line that renames columns, for a hint.
     """
     missing = [name for name in needed if name not in columns]
     if missing:
@@ -68,9 +64,7 @@ def _likely(name: str, columns: Collection[str]) -> str:
 def data_files(path: Path, *, training: bool = False) -> list[Path]:
     """Return the files that `read_rows(path)` reads, sorted by name; for a `datasets` folder, its arrow files.
 
-    Args:
-        path: File or folder.
-        training: Leave out what is named like a split to evaluate on; see `splits_left_out`.
+    With `training`, what is named like a split to evaluate on is left out; see `splits_left_out`.
 
     Raises:
         UserError: `path` does not exist, or holds no data file.
@@ -106,10 +100,7 @@ def splits_left_out(path: Path) -> list[str]:
 def left_out_of(parts: Sequence[str], where: str, otherwise: str) -> list[str]:
     """Return those of some files or splits that nothing may be trained on by default; see `splits_left_out`.
 
-    Args:
-        parts: All of them.
-        where: They are, for a message.
-        otherwise: What to give instead, where one of them is meant.
+    `where` they are, and what to give `otherwise` where one of them is meant, are for the message.
     """
     train = [part for part in parts if TRAIN_SPLIT.match(part)]
     left_out = [part for part in parts if (part not in train if train else HELD_OUT_SPLIT.match(part))]
