@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow
 
 from config.errors import UserError
-from config.paths import find_path
 from config.settings import CorpusSettings, DuplicatesSettings
 from safer_instruct.dataset.files import COLUMNS, write_dataset
 from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
@@ -41,7 +40,6 @@ from safer_instruct.induction.stages import (
 from safer_instruct.induction.vary import final_response, require_varied, variation
 from safer_instruct.text.corpus import CorpusRows, Dropped, repetition
 from safer_instruct.text.examples import Example, normalise, text_id
-from safer_instruct.text.readers import read_rows, require_columns
 
 MERGE = "merge"
 BLOCK_ROWS = 16_384  # whose records are read from the ledgers at a time
@@ -277,15 +275,6 @@ class _Merge:
             batch = batch.filter(pyarrow.array(list(islice(kept, batch.num_rows))))
             whole = [own[:-1] + shared for own in batch.column("provenance").to_pylist()]
             yield batch.set_column(COLUMNS.index("provenance"), "provenance", pyarrow.array(whole, TEXT))
-
-
-def read_instructions(path: str) -> set[str]:
-    """Return the normalised instructions of a file with a column `instruction`."""
-    instructions = set()
-    for where, row in read_rows(find_path(path)):
-        require_columns(row, ["instruction"], where)
-        instructions.add(normalise(str(row["instruction"] or "")))
-    return instructions
 
 
 def provenance_of_all(ledgers: Mapping[str, StageLedgers]) -> dict[str, Any]:

@@ -169,7 +169,8 @@ def judge_answers(
             yield {"id": key, **asdict(judgement)}
 
     records = _complete(folder, judge_identity(judge), shard, distinct, ask, progress)
-    return [_to_judgement(records[key]) for key in keys]
+    fields = ({name: value for name, value in records[key].items() if name != "id"} for key in keys)
+    return [Judgement(**one) for one in fields]
 
 
 def judge_pairs(
@@ -217,7 +218,3 @@ def _complete(
             ledger.append(dict(record))
             progress(1)
         return {key: known[key] for key in wanted}
-
-
-def _to_judgement(record: Record) -> Judgement:
-    return Judgement(**{name: value for name, value in record.items() if name != "id"})

@@ -20,6 +20,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from config.checksums import hash_prefix
 from config.errors import UserError
 from config.paths import find_path
+from config.reading import read_mapping
 from config.settings import ModelSettings
 from safer_instruct.generation.weights import (
     check_same_architecture,
@@ -53,7 +54,7 @@ def split_archive(settings: ModelSettings) -> tuple[ModelSettings, Path | None]:
     if folder is None:
         return settings, None
     asked = {"r": lora.r, "lora_alpha": lora.full_alpha, "use_rslora": lora.use_rslora, "use_dora": lora.use_dora}
-    stored = _read_json(folder / CONFIG)
+    stored = read_mapping(folder / CONFIG)
     differing = [
         f"model.lora.{key.removeprefix('lora_')}={value}, and it has {stored.get(key)}"
         for key, value in asked.items()
@@ -88,7 +89,7 @@ def base_of(folder: Path) -> str:
 
 
 def _named_base(folder: Path) -> str:
-    return str(_read_json(folder / CONFIG).get("base_model_name_or_path") or "")
+    return str(read_mapping(folder / CONFIG).get("base_model_name_or_path") or "")
 
 
 def base_hash(name: str) -> str:
@@ -154,7 +155,7 @@ def check_base(folder: Path, config: Any, name: str) -> None:
     """
     own = json.loads(config.to_json_string(use_diff=False))
     if (folder / BASE).is_file():
-        record = _read_json(folder / BASE)
+        record = read_mapping(folder / BASE)
         check_same_architecture(own, record["config"], folder, name)
         if record["weights"] and (found := base_hash(name)) not in ("", record["weights"]):
             raise UserError(
@@ -163,11 +164,4 @@ def check_base(folder: Path, config: Any, name: str) -> None:
                 f"same in other files, delete {folder / BASE}"
             )
     elif (named := _named_base(folder)) and (there := find_path(named) / "config.json").is_file():
-        check_same_architecture(own, _read_json(there), folder, name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged ({first_line(error)}). Copy it again.") from error
+        check_same_architecture(own, read_mapping(there), folder, name)

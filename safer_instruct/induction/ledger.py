@@ -133,20 +133,11 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return a ledger's configuration; its records are not read.
+    """Return the header of a ledger: its `configuration`, and mostly `rows`, which the stage has in this shard.
 
     Raises:
         UserError: There is no such ledger.
     """
-    return _first_line(path)["configuration"]
-
-
-def header_rows(path: Path) -> int:
-    """Return how many rows a ledger's stage has in its shard, 0 if its header does not tell; see read_header."""
-    return _first_line(path).get("rows", 0)
-
-
-def _first_line(path: Path) -> dict[str, Any]:
     header = next(scan_ledger(path), None) if path.is_file() else None
     if header is None:
         raise UserError(f"{path}: no such ledger; run the stage that writes it first")

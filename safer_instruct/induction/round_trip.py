@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from config.settings import RoundTripSettings
+from safer_instruct.generation.backends import model_name
 from safer_instruct.generation.decoding import context_of
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 from safer_instruct.generation.weights import model_fingerprint
@@ -40,8 +40,7 @@ class RoundTrip:
     """
 
     def __init__(self, settings: RoundTripSettings, device: torch.device, logps_of: LogpsOf) -> None:
-        name = Path(settings.model.name_or_path).name
-        self.name = f"{name}@{Path(settings.model.archive).name}" if settings.model.archive else name
+        self.name = model_name(settings.model)
         identity = f"{model_fingerprint(settings.model)}/{settings.template}/{settings.max_length}"
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
         self._settings = settings

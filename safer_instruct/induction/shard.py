@@ -15,7 +15,7 @@ from config.errors import UserError
 from config.settings import InductionSettings, ModelSettings, OpenAIExpertSettings, RoundTripSettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.backends import build_reversed_model, reversed_model_identity
-from safer_instruct.induction.ledger import Ledger, Record, header_rows, read_ledger, run_stage, scan_records
+from safer_instruct.induction.ledger import Ledger, Record, read_header, read_ledger, run_stage, scan_records
 from safer_instruct.induction.ledgers import stage_ledgers
 from safer_instruct.induction.stages import (
     FILTER,
@@ -115,7 +115,7 @@ def resolve_min_score(roundtrip: RoundTripSettings, paths: Mapping[str, Path], c
         return roundtrip.threshold
     ledgers = stage_ledgers(paths[SCORE].parent, SCORE, count)
     records = [record for record, _ in ledgers.records()]
-    num_rows = sum(header_rows(path) for path in ledgers.paths)
+    num_rows = sum(read_header(path).get("rows", 0) for path in ledgers.paths)
     if len(records) < num_rows:
         raise UserError(
             f"roundtrip.top_fraction={roundtrip.top_fraction} is of all pairs, and {num_rows - len(records)} of "

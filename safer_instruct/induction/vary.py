@@ -12,7 +12,7 @@ from pathlib import Path
 
 from config.errors import UserError
 from safer_instruct.experts.expert import Expert
-from safer_instruct.induction.ledger import Record, count_lines, header_rows
+from safer_instruct.induction.ledger import Record, count_lines, read_header
 from safer_instruct.induction.ledgers import StageLedgers, stage_ledgers
 from safer_instruct.induction.shard import complete
 from safer_instruct.induction.stages import RESPOND, VARY, expert_configuration, stage_respond, unfinished
@@ -72,7 +72,7 @@ def require_varied(ledgers: Mapping[str, StageLedgers]) -> None:
 
 def _num_missing(ledgers: StageLedgers) -> int:
     """Return how many rows of their shards the ledgers lack."""
-    return sum(max(0, header_rows(path) - (count_lines(path) - 1)) for path in ledgers.paths)
+    return sum(max(0, read_header(path).get("rows", 0) - (count_lines(path) - 1)) for path in ledgers.paths)
 
 
 def final_response(records: Mapping[str, Record]) -> Record:

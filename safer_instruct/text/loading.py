@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from typing import cast
@@ -52,11 +51,6 @@ class LoadedExamples:
         self._settings = settings
         self._hub = hub_dataset(log.name, settings) if path == settings.path else None
         self.log = log  # counts and ids of what was dropped, and why
-
-    @property
-    def dropped(self) -> Counter[str]:
-        """The rows dropped so far, by reason."""
-        return self.log.dropped
 
     def __iter__(self) -> Iterator[Example]:
         for fields, id, where in self._prompts():

@@ -14,8 +14,8 @@ from config.errors import UserError
 from config.names import KINDS, Kind
 from config.paths import find_path
 from config.settings import PromptSetSettings
-from safer_instruct.text.examples import is_unicode, normalise, text_id
-from safer_instruct.text.prompts import reversed_target
+from safer_instruct.text.examples import is_unicode, text_id
+from safer_instruct.text.exclusion import instruction_key, read_instruction_keys
 from safer_instruct.text.readers import read_rows, require_columns
 
 
@@ -170,12 +170,10 @@ def find_overlap(path: str, prompts: Iterable[EvaluationPrompt]) -> Overlap:
     """
     ids: dict[str, list[str]] = {}
     for prompt in prompts:
-        ids.setdefault(normalise(prompt.instruction), []).append(f"{prompt.set_name}/{prompt.id}")
+        ids.setdefault(instruction_key(prompt.instruction), []).append(f"{prompt.set_name}/{prompt.id}")
     found: set[str] = set()
     num_rows = 0
-    for where, row in read_rows(find_path(path)):
-        require_columns(row, ["instruction"], where)
+    for key in read_instruction_keys(path):
         num_rows += 1
-        instruction = reversed_target(str(row["instruction"] or ""), str(row.get("input") or ""))
-        found.update(ids.get(normalise(instruction), ()))
+        found.update(ids.get(key, ()))
     return Overlap(path, num_rows, tuple(sorted(found)))
