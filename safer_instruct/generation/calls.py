@@ -149,7 +149,7 @@ class Run:
             # The first answer was paid for: it is recorded as what it is, and the run stops behind it if it must.
             if isinstance(error, UserError):
                 self._stop_for(error)
-            return replace(first, repaired=True)
+            return first
 
     async def ask(self, client: Any, request: Request) -> Generation:
         """Send a request until it is answered, refused, or given up.

@@ -39,7 +39,6 @@ class Generation:
     prompt_cut: bool = False  # True if the prompt's body was cut to fit the context
     error: str = ""  # why there is no text ("" if there is), from a small closed vocabulary such as "http_400"
     cost: float = 0.0  # what the server's prices make of the tokens, in the currency of the prices
-    repaired: bool = False  # True if a second answer was asked for because the first could not be read
     thought: str = ""  # what a reasoning model wrote before its answer, tags included
 
     @property
@@ -117,5 +116,4 @@ def second_answer(first: Generation, second: Generation) -> Generation:
         prompt_tokens=first.prompt_tokens + second.prompt_tokens,
         new_tokens=first.new_tokens + second.new_tokens,
         cost=first.cost + second.cost,
-        repaired=True,
     )

@@ -30,7 +30,6 @@ class Example:
     chosen: str | None = None  # the safe response
     rejected: str | None = None  # the unsafe response
     label: str = ""  # category of harm, "" if there is none
-    verdict: str | None = None  # the filter's reason, from its closed vocabulary
     # What made the row: models, prompts, seeds. Never needed to train.
     provenance: Mapping[str, Any] = field(default_factory=dict)
     system: str = ""  # what the assistant was told before the conversation, "" if nothing

@@ -48,10 +48,7 @@ def _parse_si(row: Row) -> Fields:
 
 def _parse_unpaired(row: Row) -> Fields:
     """Put an answer where its judgement says: a good one is a chosen response, a bad one a rejected one."""
-    judgement = str(row["good"]).strip().casefold()
-    if judgement not in JUDGEMENTS:
-        raise BadRow("not_judged", "good", ", ".join(JUDGEMENTS))
-    side = "chosen" if JUDGEMENTS[judgement] else "rejected"
+    side = "chosen" if _is_good(row, "good") else "rejected"
     return {**{name: row.get(name) for name in ("instruction", "input", "label")}, side: row["response"]}
 
 
@@ -133,8 +130,8 @@ def _parse_ultrafeedback(row: Row) -> Fields:
 def _parse_beavertails(row: Row) -> Fields:
     """Read BeaverTails (one answer, safe or not) or PKU-SafeRLHF (two answers, of which one is the safer)."""
     if "response_0" not in row:
-        safe = _flag(row, "is_safe")
-        return {"instruction": row["prompt"], ("chosen" if safe else "rejected"): row["response"]}
+        side = "chosen" if _is_good(row, "is_safe") else "rejected"
+        return {"instruction": row["prompt"], side: row["response"]}
     safer = str(row["safer_response_id"])
     if safer not in ("0", "1"):
         raise BadRow("no_preference", "safer_response_id", "0 or 1")
@@ -180,11 +177,11 @@ def _score(row: Row, name: str, column: str) -> float:
     return read_score(row.get(name), column)
 
 
-def _flag(row: Row, column: str) -> bool:
-    value = str(row[column]).strip().casefold()
-    if value not in ("true", "1", "false", "0"):
-        raise BadRow("not_judged", column, "true or false")
-    return value in ("true", "1")
+def _is_good(row: Row, column: str) -> bool:
+    judgement = str(row[column]).strip().casefold()
+    if judgement not in JUDGEMENTS:
+        raise BadRow("not_judged", column, ", ".join(JUDGEMENTS))
+    return JUDGEMENTS[judgement]
 
 
 SCHEMAS = {
