@@ -166,7 +166,7 @@ class Reader:
             meant = suggest(group, [field.name for field in fields(self._kind)])
             self._fault(key, f"{text}: {here}{meant} Its groups: {', '.join(own)}")
             return False
-        names = map(str, value if isinstance(value, list) else [] if value is None else [value])
+        names = [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
         plugins = PLUGINS if group.startswith("hydra/") else {}
         options = [one for one in options if one not in plugins or plugins[one][0] in options]
         wrong = [name for name in names if name not in options]

@@ -119,7 +119,9 @@ def _type(hint: Any) -> str:
         kind, *notes = get_args(hint)
         demand = "; ".join(filter(None, (_demand(note, kind) for note in notes if callable(note))))
         _, choices, names = demand.partition("Choices: ")
-        return names.replace(", ", " | ") if choices else f"{_type(kind)} ({demand})" if demand else _type(kind)
+        if choices:
+            return names.replace(", ", " | ")
+        return f"{_type(kind)} ({demand})" if demand else _type(kind)
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_type(part) for part in get_args(hint))
     if get_origin(hint) is list:

@@ -94,10 +94,12 @@ def _read_status(path: Path, now: float) -> Status:
     saved = progress.get("examples", 0)
     is_finished = total is not None and saved >= total and progress["evaluated_at"] == saved
     process, host = _holder(path)
-    is_running = not is_finished and _is_running(path, process, host, now)
+    state = "finished" if is_finished else "stopped"
+    if not is_finished and _is_running(path, process, host, now):
+        state = "running"
     return Status(
         path=path,
-        state="finished" if is_finished else "running" if is_running else "stopped",
+        state=state,
         examples=max(saved, int(row.get("counters/examples", 0))),
         total=total,
         loss=next((f"{name} {row[name]:.4g}" for name in ("loss/train", "loss/eval") if name in row), ""),

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from config.errors import UserError
 from config.files import replacing, write_text
-from safer_instruct.dataset.rows import dataset_rows
+from safer_instruct.dataset.rows import dataset_rows, row_id
 from safer_instruct.experts.verdicts import HARMLESS
 from safer_instruct.induction.benign import ANSWER, CONTRAST, NEIGHBOUR, REPLAY, SCREEN
 from safer_instruct.induction.ledger import Record
@@ -49,14 +49,9 @@ def read_unsafe_rows(path: str) -> list[Example]:
     """
     rows = []
     for where, row, texts in dataset_rows(path):
-        id, label = str(row.get("id") or text_id(*texts.values())), str(row.get("label") or "")
         if texts["instruction"] and texts["chosen"]:
-            rows.append(
-                Example(
-                    id, texts["instruction"], chosen=texts["chosen"], rejected=texts["rejected"], label=label,
-                    provenance={"source": Path(where).name},
-                )
-            )  # fmt: skip
+            label, provenance = str(row.get("label") or ""), {"source": Path(where).name}
+            rows.append(Example(row_id(row, texts), **texts, label=label, provenance=provenance))
     if not rows:
         raise UserError(f"path={path}: none of its rows has an instruction and a chosen response")
     return rows
@@ -141,9 +136,8 @@ def replay_pairs(
         provenance = {**prompt.provenance, "kind": REPLAY, "answered_by": answered_by}
         if drawn is not None:
             provenance["rejected_from"] = drawn.id
-        yield _pair(
-            prompt.id, prompt.instruction, None if drawn is None else drawn.chosen, chosen, "benign", provenance
-        )
+        rejected = drawn.chosen if drawn is not None else None
+        yield _pair(prompt.id, prompt.instruction, rejected, chosen, "benign", provenance)
 
 
 def _why_not_chosen(record: Record, chosen: str) -> str:

@@ -86,13 +86,19 @@ def _checked(reviews: Mapping[str, Any] | None) -> Answer:
     return Answer(question, f"{percent(precision['value'])}%", interval, words, bars)
 
 
+def interval(one: Mapping[str, Any] | None) -> str:
+    """Write a number with its interval, such as `0.52 [0.48, 0.56]`; `-` where there is none."""
+    if one is None or one["value"] is None:
+        return "-"
+    return f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+
+
 def _shortcuts(report: Mapping[str, Any]) -> Table:
     found = report["shortcuts"]
     rows = []
     for label in next(iter(found.values())):
         cells = [of[label] for of in found.values()]
-        texts = ["-" if c["value"] is None else f"{c['value']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells]
-        rows.append([label or "all", str(cells[0]["n"]), *texts])
+        rows.append([label or "all", str(cells[0]["n"]), *map(interval, cells)])
     header = ["label", "pairs", *(name.replace("_", " ") for name in found)]
     return Table("Shortcuts, by label", header, rows, "AUC with its 95% interval.")
 

@@ -238,7 +238,8 @@ def _agreement(names: tuple[str, str], pairs: Sequence[tuple[str, str, str]], cl
 
 
 def _agreed(pairs: Sequence[tuple[str, str, str]], classes: Sequence[str]) -> dict[str, Any]:
-    table = [[sum((mine, other) == (a, b) for _, mine, other in pairs) for b in classes] for a in classes]
+    counts = Counter((mine, other) for _, mine, other in pairs)
+    table = [[counts[first, second] for second in classes] for first in classes]
     # Who says the same throughout tells nothing apart: kappa would be 0, with an interval of no width.
     tells_apart = all(len({pair[who] for pair in pairs}) > 1 for who in (1, 2))
     kappa = cohens_kappa(table) if tells_apart else None

@@ -71,9 +71,9 @@ def read_benign(
         if not reason:
             instruction = reversed_target(texts[0].strip(), texts[1].strip())
             key = normalise(instruction)
-            reason = (
-                "duplicate_instruction" if key in seen else "unsafe_instruction" if key in unsafe else excluded(key)
-            )
+            reason = "unsafe_instruction" if key in unsafe else excluded(key)
+            if key in seen:
+                reason = "duplicate_instruction"
             seen.add(key)
         if reason:
             dropped[reason] += 1

@@ -162,7 +162,8 @@ def _row(step: Step, rate: float | None) -> list[str]:
     shown = [step.name, f"{limit}{step.rows:,}", f"{limit}{left:,}"]
     if rate is None and done.rows >= FEWEST and done.seconds:
         rate = done.rows / done.seconds
-    hours = f"{limit}{left / rate / 3600:.2f}" if rate else "?" if left else "0"
+    unknown = "?" if left else "0"
+    hours = f"{limit}{left / rate / 3600:.2f}" if rate else unknown
     if step.asked is None:
         return [*shown, "0", "0", "-", hours if rate else "0"]
     calls = f"{limit}{left * step.calls:,}"

@@ -136,7 +136,7 @@ def _read_reference(value: Any, where: str) -> tuple[str, ...]:
             raise UserError(f"{where}: `reference` is no JSON list{place}") from None
     if value is None or value == "":
         return ()
-    values = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     if not all(isinstance(item, str) and item.strip(" |") for item in values):
         raise UserError(f"{where}: `reference` must be a list of strings that are not empty")
     return tuple(values)
