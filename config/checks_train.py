@@ -116,7 +116,7 @@ def _check_trainer(config: TrainConfig) -> Iterator[Fault]:
 
 def _check_batches(config: TrainConfig) -> Iterator[Fault]:
     if config.packing and config.model.attn_implementation != "sdpa":
-        why = "packing=true attends by itself and asks for sdpa; write packing=false to have padded rows under another"
+        why = "packing=true has its own attention and asks for sdpa; write packing=false to use another kernel"
         yield misfit("model.attn_implementation", config.model.attn_implementation, why, "packing")
     yield from check_lengths(config.max_prompt_length, config.max_length)
     steps, rows = config.gradient_accumulation_steps, config.batch_size
@@ -128,7 +128,7 @@ def _check_batches(config: TrainConfig) -> Iterator[Fault]:
 
 
 def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
-    """Build the optimizers over a matrix of no use: torch alone knows which arguments they take."""
+    """Build the optimizers over a dummy matrix: only torch knows which arguments they take."""
     if config.optimizer == "Muon" and config.fallback_optimizer is None:
         message = (
             "optimizer=Muon steps matrices alone, and a model has vectors (norms, biases) and embeddings, too; write "

@@ -1,7 +1,7 @@
 """`engine=ray`: the workers of a Ray cluster do the shards that the tasks of a job array would do.
 
 Nothing is kept in Ray: a shard's ledgers are its result, written by its worker and read by whoever comes next. A worker
-that dies lets go of its ledgers, and Ray gives the shard to another one, which goes on behind the last whole line. So
+that dies releases its ledgers, and Ray gives the shard to another one, which goes on behind the last whole line. So
 a job array, or one process after the other, can go on with what Ray began, and the reverse.
 """
 

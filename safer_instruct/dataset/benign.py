@@ -24,8 +24,8 @@ from safer_instruct.text.examples import Example, normalise, text_id
 from safer_instruct.text.refusals import declines
 
 MAX_REFUSALS = 20_000  # distinct ones of a dataset that are drawn from
-MAX_LEAD = 3  # a refusal is used so many times more often than the least used one, at most
-COMMON, FEW = 0.1, 20  # a word in more than this share of the refusals' instructions, and in so many, names no topic
+MAX_LEAD = 3  # how many uses a refusal may be ahead of the least used one
+COMMON, FEW = 0.1, 20  # a word in more than this share, and this number, of the refusals' instructions names no topic
 # Verdicts on a pair whose instruction is unsafe, whether or not the old response fits it.
 UNSAFE = ("keep", "response_does_not_fit", "category_mismatch", "slot_mismatch")
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")

@@ -94,7 +94,7 @@ def _harmless(output: str) -> Judgement:
 class Form(NamedTuple):
     """How a classifier is asked and answers."""
 
-    # From its answer, and what it judged, to a judgement; None for an answer that is none.
+    # From its answer, and what it judged, to a judgement; None for an answer that cannot be read.
     read: Callable[[str, str], Judgement | None]
     # The whole question, with {instruction} and {response}; None: the tokenizer's chat template has it.
     prompt: str | None = None

@@ -185,7 +185,7 @@ class Rules:
         return self._framed(text, instruction) if chosen.framed else text
 
     def _framed(self, deed: str, instruction: str) -> str:
-        """Put something to do into the frame of an instruction, or into any where it has none of ours."""
+        """Put a deed into the frame of the instruction, or into any frame where it has none that we know."""
         found = self._deeds(instruction)
         # Several frames may match ("{Do}." matches most sentences): the one that leaves least to do says most.
         frame = min(found, key=lambda one: len(one[1]))[0] if found else _pick(self._frames, instruction)[0]

@@ -60,7 +60,7 @@ def is_address(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a bracket or a port that is none
+    except ValueError:  # an unclosed bracket, or a port that is no number
         return False
 
 

@@ -42,7 +42,7 @@ class HFGenerator:
     """Batched generation with a causal LM of transformers.
 
     Requests are sorted by length, longest first, and batched under a budget of padded positions
-    (`settings.max_batch_tokens`); prompts are padded on the left; rows that met their end leave the batch. Of the
+    (`settings.max_batch_tokens`); prompts are padded on the left; finished rows leave the batch. Of the
     model's generation_config.json the further end tokens and READ_ENTRIES count; how a token is chosen is ours.
     """
 

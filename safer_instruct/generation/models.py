@@ -93,13 +93,13 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def _require_embeddings(tokenizer: PreTrainedTokenizerBase, vocabulary: int, settings: ModelSettings) -> None:
-    """Refuse tokens without an embedding, but for special ones of no use: rows that hold a special token are dropped.
+    """Refuse tokens without an embedding, except unused special ones: rows that hold a special token are dropped.
 
     Multimodal families have such a token for their images.
     """
     beyond = {text for text, number in tokenizer.get_vocab().items() if number >= vocabulary}
-    of_no_use = set(special_token_texts(tokenizer)) - {tokenizer.eos_token, tokenizer.bos_token}
-    if beyond - of_no_use:
+    unused = set(special_token_texts(tokenizer)) - {tokenizer.eos_token, tokenizer.bos_token}
+    if beyond - unused:
         raise UserError(
             f"the tokenizer of {settings.tokenizer_name_or_path or settings.name_or_path} has {len(tokenizer)} tokens, "
             f"but the model {settings.name_or_path} has embeddings for {vocabulary}: they do not belong together. "

@@ -119,7 +119,7 @@ class OpenAIGenerator:
         """Return a client for the event loop that runs. All retries are ours, and no redirect is followed.
 
         Raises:
-            UserError: The key's variable is not set, or holds what is no key; the address is none.
+            UserError: The key's variable is not set or holds no key, or the address is malformed.
         """
         variable = self.settings.api_key_env
         key = os.environ.get(variable, "").strip()  # files of secrets often end in a newline
@@ -305,7 +305,7 @@ def _count(value: Any) -> int:
     """Return a number of tokens, 0 where a server does not tell.
 
     Raises:
-        ValueError: It is none: charged to the budget, it would end the run.
+        ValueError: It is no such number: charged to the budget, it would end the run.
     """
     if not isinstance(value, int | float | None) or not 0 <= (value or 0) <= MAX_TOKENS:
         raise ValueError("not a number of tokens")

@@ -1,7 +1,7 @@
 """Prompts that should be answered: the rows of stage=replay and stage=contrast, and the stages behind their ledgers.
 
-Both begin from prompts whose ids are hashes of their instructions, so a record cannot come to be about another one, and
-the shards are parts of the same whole for any number of them. The pairs are made of the records in
+Both begin from prompts whose ids are hashes of their instructions, so a record cannot end up describing another one,
+and the shards are parts of the same whole for any number of them. The pairs are made of the records in
 `dataset/benign.py`. Prompts and records are held in memory: these files have thousands of rows, not millions.
 """
 

@@ -45,7 +45,7 @@ class Step:
     prompts: Sequence[str]  # of some of its rows
     asked: Asked | None  # who answers; None: rules, which take nothing
     measured: Measured  # what its ledgers tell
-    is_limit: bool = False  # its number of rows hangs on answers that are not there yet, and will not be larger
+    is_limit: bool = False  # `rows` depends on answers that do not exist yet, and is an upper bound
     calls: int = 1  # of each row
     assumed_tokens: int = 0  # of the part of a prompt that is not written yet
 

@@ -18,7 +18,7 @@ from safer_instruct.text.readers import data_files, left_out_of, splits_left_out
 class Source(NamedTuple):
     """What the rows of a dataset depend on."""
 
-    files: list[Path]  # those that are read; none of what lies on the hub
+    files: list[Path]  # those that are read; none for a dataset on the hub
     version: str  # on the hub: dataset, config and commit
     read: list[str]  # what is read, for a report
     left_out: list[str]  # files or splits that nothing is trained on, by their names

@@ -31,7 +31,7 @@ def read_score(value: Any, column: str) -> float:
     """Read a number, perhaps as the text of a CSV cell.
 
     Raises:
-        BadRow: It is none.
+        BadRow: It is not a number.
     """
     try:
         score = math.nan if isinstance(value, bool) else float(value)

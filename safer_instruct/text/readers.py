@@ -136,8 +136,8 @@ def read_rows(
     """Stream the rows of a file or of all data files of a folder, each with the place that it came from.
 
     Reads CSV (with a header), JSON (a list of objects), JSONL, each as it is or as .gz or .zst, Parquet, arrow, and a
-    folder that `datasets` saved; a folder made by induce.py yields its dataset alone. A number that is none (NaN, by
-    which pandas means "missing") is read as None.
+    folder that `datasets` saved; a folder made by induce.py yields only its dataset. NaN, by which pandas
+    means "missing", is read as None.
 
     Args:
         path: File or folder.
