@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from config.errors import UserError
 from config.files import replacing, write_text
@@ -199,11 +199,6 @@ def _pair(
     return {"id": id, **texts, "label": label, "provenance": dict(provenance)}
 
 
-def _open(path: Path) -> TextIO:
-    # Half of a surrogate pair, which a server may send, becomes its escape: JSON reads it back as it was.
-    return path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
 def write_pairs(output: Path, name: str, pairs: Iterator[Pair], report: Mapping[str, Any]) -> None:
     """Write NAME.jsonl and report.json, each as a whole or not at all; the report is made when the pairs are through.
 
@@ -211,7 +206,11 @@ def write_pairs(output: Path, name: str, pairs: Iterator[Pair], report: Mapping[
         UserError: There is no pair; then neither is written.
     """
     path = output / f"{name}.jsonl"
-    with replacing(path, durable=True) as partial, _open(partial) as file:
+    # Half of a surrogate pair, which a server may send, becomes its escape: JSON reads it back as it was.
+    with (
+        replacing(path, durable=True) as partial,
+        partial.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         num_pairs = 0
         for pair in pairs:
             file.write(json.dumps(pair, ensure_ascii=False) + "\n")

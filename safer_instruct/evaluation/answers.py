@@ -14,6 +14,7 @@ import re
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,21 +130,16 @@ def _generate(
         model=respondent.served_as or settings.server.model,
         base_url=respondent.base_url or settings.server.base_url,
     )
+    render = partial(render_prompt, respondent.template, tokenizer=tokenizer, system=respondent.system)
     generator = build_generator(
         respondent.model,
         replace(settings, server=server),
         device,
-        templates=[render_prompt(respondent.template, "", tokenizer=tokenizer, system=respondent.system)],
+        templates=[render("")],
         name=respondent.name,
         fingerprint=respondent.fingerprint,
     )
-    requests = [
-        Request(
-            key,
-            render_prompt(respondent.template, prompt.instruction, tokenizer=tokenizer, system=respondent.system),
-        )
-        for key, prompt in prompts.items()
-    ]
+    requests = [Request(key, render(prompt.instruction)) for key, prompt in prompts.items()]
     kept = ("id", "text", "truncated", "prompt_cut", "new_tokens", "error")
     for generation in generator.generate(requests):
         record = asdict(generation)

@@ -37,11 +37,8 @@ def load_prompt_sets(sets: Mapping[str, PromptSetSettings]) -> dict[str, list[Ev
     """Read all prompt sets, by name; every set that cannot be read is reported at once.
 
     Raises:
-        UserError: If there is no set, or one is missing, empty, lacks a column, names an unknown kind, or
-            repeats an id.
+        UserError: A set is missing, empty, lacks a column, names an unknown kind, or repeats an id.
     """
-    if not sets:
-        raise UserError("no prompts to evaluate on: name at least one set, prompts.NAME.path=FILE.jsonl")
     loaded: dict[str, list[EvaluationPrompt]] = {}
     errors: list[str] = []
     for name, settings in sets.items():
