@@ -49,9 +49,10 @@ def read_unsafe_rows(path: str) -> list[Example]:
     """
     rows = []
     for where, row, texts in dataset_rows(path):
-        if texts["instruction"] and texts["chosen"]:
-            label, provenance = str(row.get("label") or ""), {"source": Path(where).name}
-            rows.append(Example(row_id(row, texts), **texts, label=label, provenance=provenance))
+        asked, rejected, chosen = texts.values()
+        if asked and chosen:
+            id, label, source = row_id(row, texts), str(row.get("label") or ""), {"source": Path(where).name}
+            rows.append(Example(id, asked, chosen=chosen, rejected=rejected, label=label, provenance=source))
     if not rows:
         raise UserError(f"path={path}: none of its rows has an instruction and a chosen response")
     return rows
@@ -207,10 +208,7 @@ def write_pairs(output: Path, name: str, pairs: Iterator[Pair], report: Mapping[
     """
     path = output / f"{name}.jsonl"
     # Half of a surrogate pair, which a server may send, becomes its escape: JSON reads it back as it was.
-    with (
-        replacing(path, durable=True) as partial,
-        partial.open("w", encoding="utf-8", errors="backslashreplace") as file,
-    ):
+    with replacing(path, durable=True) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         num_pairs = 0
         for pair in pairs:
             file.write(json.dumps(pair, ensure_ascii=False) + "\n")

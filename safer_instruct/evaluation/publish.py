@@ -62,7 +62,7 @@ def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
         run["generation"] = reports[0]["run"]["generation"]
     prompts = reports[0]["prompts"] if reports else {}
     dataset = read_induction_report(config.induction_report) if config.induction_report else None
-    document = {"models": models, "prompts": prompts, "overlaps": [], "dataset": dataset, "run": run}
+    document: dict[str, Any] = {"models": models, "prompts": prompts, "overlaps": [], "dataset": dataset, "run": run}
     return _publish(config, judged, figures, **document, parts=parts, notes=notes)
 
 
