@@ -15,11 +15,10 @@ from safer_instruct.text.formats import Row
 from safer_instruct.text.html_text import html_text
 from safer_instruct.text.messages import (
     Messages,
-    ending_with_answer,
     prompt_fields,
     read_messages,
+    read_to_answer,
     read_transcript,
-    split_last,
     split_pair,
 )
 from safer_instruct.text.pairs import Answer, read_score
@@ -94,14 +93,9 @@ def _parse_se(row: Row) -> Fields:
 def _parse_sharegpt(row: Row) -> Fields:
     """Read a conversation; what the user said behind the last answer belongs to no answer."""
     column = "conversations" if "conversations" in row else "messages"
-    messages = ending_with_answer(read_messages(row[column], column))
-    if not messages:
-        raise BadRow("no_answer", column, "an assistant's message")
-    if messages[0].role == "assistant":
-        messages = messages[1:]  # a greeting, or the rest of a conversation that was cut: nothing was asked
-    if len(messages) < 2:
-        raise BadRow("no_user_turn", column, "a user's message before each answer")
-    asked, answer = split_last(messages, column)
+    asked, answer = read_to_answer(row[column], column)
+    if asked and asked[0].role == "assistant":
+        asked = asked[1:]  # a greeting, or the rest of a conversation that was cut: nothing was asked
     return {**prompt_fields(asked, column), "chosen": answer}
 
 
