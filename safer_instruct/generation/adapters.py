@@ -62,7 +62,7 @@ def split_archive(settings: ModelSettings) -> tuple[ModelSettings, Path | None]:
     ]
     if differing:
         raise UserError(
-            f"model.archive={settings.archive} holds an adapter, which this run would train further as another one: "
+            f"model.archive={settings.archive} holds an adapter that was trained with other settings than these: "
             f"{'; '.join(differing)}. Give its own values; or train a new one on the merged model of that run "
             "(checkpoint.merge=true)"
         )

@@ -103,7 +103,7 @@ def _require_embeddings(tokenizer: PreTrainedTokenizerBase, vocabulary: int, set
         raise UserError(
             f"the tokenizer of {settings.tokenizer_name_or_path or settings.name_or_path} has {len(tokenizer)} tokens, "
             f"but the model {settings.name_or_path} has embeddings for {vocabulary}: they do not belong together. "
-            "model.tokenizer_name_or_path must be its own."
+            "Give the model's own as model.tokenizer_name_or_path."
         )
 
 
@@ -112,8 +112,8 @@ def _set_in_template(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, An
     for name, value in values.items():
         if not name.isidentifier() or not isinstance(tokenizer.chat_template, str):
             raise UserError(
-                f"model.chat_template_kwargs.{name}={value}: a variable of the tokenizer's chat template is set by "
-                "this, such as enable_thinking=false; the tokenizer must have one template"
+                f"model.chat_template_kwargs.{name}={value}: this sets a variable of the tokenizer's chat "
+                "template, such as enable_thinking=false; the tokenizer must have one template"
             )
         tokenizer.chat_template = f"{{% set {name} = {value!r} %}}{tokenizer.chat_template}"
 
@@ -261,8 +261,8 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
     if kind is None and not settings.trust_remote_code:
         raise UserError(
             f"{settings.name_or_path}: transformers {transformers.__version__} has no causal language model of type "
-            f"{config.model_type}, which is for images or sound, or an encoder. Its language model, saved as a folder "
-            "of its own, can be given."
+            f"{config.model_type}, which is for images or sound, or an encoder. Save its language model as a folder, "
+            "and give that."
         )
     # Refused here, because transformers says only that one may ask it for support.
     if isinstance(kind, type) and settings.attn_implementation == "sdpa" and not kind._supports_sdpa:

@@ -105,8 +105,8 @@ def refuse_gguf(path: Path) -> None:
     is_gguf = path.suffix == ".gguf" or (not (path / "config.json").is_file() and any(path.glob("*.gguf")))
     if is_gguf and path.exists():
         raise UserError(
-            f"{path} is GGUF, the form of llama.cpp: give the folder that it was made from, with config.json and "
-            "*.safetensors. Without one: transformers reads the file (gguf_file=FILE), as in scripts/get_smollm2.py."
+            f"{path} is GGUF, the format of llama.cpp: give the folder that it was made from, with config.json and "
+            "*.safetensors. Without one, transformers can read the file (gguf_file=FILE): see scripts/get_smollm2.py."
         )
 
 

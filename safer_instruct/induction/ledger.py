@@ -275,7 +275,7 @@ def shard_count(folder: Path) -> int | None:
     counts = sorted({int(match.group(1)) for match in names if match})
     if len(counts) > 1:
         raise UserError(
-            f"{folder}: ledgers for {' and '.join(map(str, counts))} shards lie side by side; move those of one number "
+            f"{folder}: ledgers for {' and '.join(map(str, counts))} shards are side by side; move those of one number "
             "away"
         )
     return counts[0] if counts else None

@@ -74,9 +74,9 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
         # Where they part: what stands before is of no interest.
         shared = next((i for i, pair in enumerate(zip(before, asked, strict=False)) if pair[0] != pair[1]), len(before))
         raise UserError(
-            f"template=chat: a model is asked with ...{asked[shared:]!r} at the end, where the same template writes "
-            f"...{before[shared:]!r} before an answer, so answers would be trained in another place (inside a thought) "
-            f"than they have; {_switch(tokenizer)}{_OTHERWISE}"
+            f"template=chat: a prompt ends in ...{asked[shared:]!r}, but before an answer the same template writes "
+            f"...{before[shared:]!r}, so answers would be trained where a model never begins one (inside a thought); "
+            f"{_switch(tokenizer)}{_OTHERWISE}"
         )
     lead = before[len(asked) :]
     if lead.strip() and asked == _render(tokenizer, ("user",)):

@@ -98,7 +98,7 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
     if isinstance(instruction, list) and instruction:  # turns of a conversation, of which the first is asked
         instruction = instruction[0]
     if not isinstance(instruction, (str, type(None))):
-        raise UserError(f"{where}: the instruction is no text, but a {type(instruction).__name__}")
+        raise UserError(f"{where}: the instruction is a {type(instruction).__name__}, not a text")
     instruction = (instruction or "").strip()
     if not instruction:
         raise UserError(f"{where}: the instruction is empty")

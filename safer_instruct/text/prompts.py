@@ -186,7 +186,7 @@ def _vicuna_frames(roles: Sequence[str], tokenizer: PreTrainedTokenizerBase | No
 
 def _eos(tokenizer: PreTrainedTokenizerBase | None) -> str:
     if tokenizer is None or not tokenizer.eos_token:
-        raise UserError("template=vicuna: the tokenizer has no EOS token, by which earlier answers end")
+        raise UserError("template=vicuna: the tokenizer has no EOS token, with which earlier answers end")
     return str(tokenizer.eos_token)
 
 

@@ -106,8 +106,8 @@ def left_out_of(parts: Sequence[str], where: str, otherwise: str) -> list[str]:
     left_out = [part for part in parts if (part not in train if train else HELD_OUT_SPLIT.match(part))]
     if parts and left_out == list(parts):
         raise UserError(
-            f"{where}: holds only {', '.join(parts)}, whose names say that nothing is trained on them; give "
-            f"{otherwise} if it is meant"
+            f"{where}: holds only {', '.join(parts)}, which are not for training by their names; give "
+            f"{otherwise} if that is meant"
         )
     return left_out
 
