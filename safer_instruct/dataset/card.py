@@ -15,11 +15,11 @@ from safer_instruct.dataset.files import ARROW, COLUMNS, JSONL, PARQUET
 from safer_instruct.dataset.merge import MERGE, Merged, provenance_of_all
 from safer_instruct.dataset.pages import render_dataset_page
 from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
+from safer_instruct.dataset.rows import UNLABELLED
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND
 from safer_instruct.report.dataset_plots import plot_funnel
 from safer_instruct.text.display import markdown_code, markdown_table, percent
 
-UNLABELLED = "(none)"
 PLOT, PAGE = "funnel.svg", "dataset.html"
 DROPPING = (FILTER, RESPOND, MERGE)
 # Words of the Hub for a number of rows: those of the first limit that is above it.

@@ -8,7 +8,6 @@ prompts that are added later cost only themselves.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import re
 from collections import ChainMap
@@ -23,7 +22,7 @@ from safer_instruct.evaluation.respondents import Respondent
 from safer_instruct.experts.verdicts import Judgement
 from safer_instruct.generation.completions import describe_decoding
 from safer_instruct.induction.ledger import Ledger, read_ledger
-from safer_instruct.text.examples import in_shard, text_id
+from safer_instruct.text.examples import in_shard, short_hash, text_id
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 from safer_instruct.text.prompts import render_prompt
 
@@ -105,7 +104,7 @@ def judge_identity(judge: Expert, role: str = "judge") -> Identity:
 def ledger_name(identity: Identity) -> str:
     """Return what the names of its ledgers begin with: those of all shards."""
     stem, configuration = identity
-    digest = hashlib.blake2b(json.dumps(configuration, sort_keys=True).encode(), digest_size=6).hexdigest()
+    digest = short_hash(json.dumps(configuration, sort_keys=True), 6)
     return f"{re.sub(r'[^A-Za-z0-9.-]', '_', stem)}-{digest}"
 
 

@@ -23,6 +23,7 @@ from config.files import write_text
 from config.paths import find_path
 from config.settings import DownstreamSettings
 from safer_instruct.evaluation.respondents import Respondent
+from safer_instruct.text.examples import short_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ def run_tasks(
     """
     identity = {**asdict(settings), "tasks": task_names(settings), "model": respondent.fingerprint}
     identity["include_path"] = _content(settings.include_path)
-    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
+    digest = short_hash(json.dumps(identity, sort_keys=True), 6)
     done = folder / f"{digest}.json"
     if not done.is_file():
         work = folder / digest

@@ -6,7 +6,6 @@ this machine or on a server.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -26,7 +25,7 @@ from safer_instruct.experts.prompts import COMPARE, JUDGE, RESPOND, ROLES, SCREE
 from safer_instruct.experts.rules import Rules
 from safer_instruct.experts.verdicts import Judgement, SafeResponse, Verdict, Winner
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
-from safer_instruct.text.examples import Example
+from safer_instruct.text.examples import Example, short_hash
 
 if TYPE_CHECKING:
     import torch
@@ -134,8 +133,7 @@ class LLMExpert:
 
     def fingerprint(self, role: str) -> str:
         """Return the hash of the model, its decoding and the prompt of one role."""
-        identity = f"{self._generator.fingerprint}/{self.prompt_hashes[role]}"
-        return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        return short_hash(f"{self._generator.fingerprint}/{self.prompt_hashes[role]}")
 
     def check(self) -> None:
         """Raise a UserError if the model cannot be reached or found."""

@@ -7,7 +7,6 @@ cards have the words that they were trained on: `expert.prompt_file` asks with t
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from config.errors import UserError
 from safer_instruct.experts.prompts import STRONGREJECT, Role
 from safer_instruct.experts.verdicts import Judgement, SafeResponse, Verdict, Winner
 from safer_instruct.generation.completions import Request, TextGenerator
-from safer_instruct.text.examples import Example, Message
+from safer_instruct.text.examples import Example, Message, short_hash
 from safer_instruct.text.prompts import Prompt, cut_the_longer
 from safer_instruct.text.refusals import declines
 
@@ -141,7 +140,7 @@ class RefusalsJudge(JudgeOnly):
         """Return the hash of the phrases."""
         from safer_instruct.text import refusals
 
-        return hashlib.blake2b(Path(refusals.__file__).read_bytes(), digest_size=8).hexdigest()
+        return short_hash(Path(refusals.__file__).read_text(encoding="utf-8"))
 
     def check(self) -> None:
         """Do nothing: there is no model."""
@@ -158,12 +157,11 @@ class ModelJudge(JudgeOnly):
         """Take the generator, and the text that its judgements depend on."""
         self.name = generator.name
         self._generator = generator
-        self.prompt_hashes = {"judge": hashlib.blake2b(question.encode(), digest_size=8).hexdigest()}
+        self.prompt_hashes = {"judge": short_hash(question)}
 
     def fingerprint(self, role: str) -> str:
         """Return the hash of the model, its decoding and the question."""
-        identity = f"{self._generator.fingerprint}/{self.prompt_hashes['judge']}"
-        return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        return short_hash(f"{self._generator.fingerprint}/{self.prompt_hashes['judge']}")
 
     def check(self) -> None:
         """Raise a UserError if the model cannot be reached or found."""

@@ -7,7 +7,6 @@ leaves the ledgers of the other roles as they are.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from safer_instruct.experts.verdicts import HARMLESS, Judgement, Verdict, Winner
+from safer_instruct.text.examples import short_hash
 from safer_instruct.text.prompts import Prompt, cut_the_longer
 
 _SCREEN = """\
@@ -158,7 +158,7 @@ class Role(Generic[T]):
     def fingerprint(self) -> str:
         """The hash of all that a model is told in this role, the request for a second answer included."""
         told = (self.template,) if self.fields is None else (self.template, _REPAIR, json.dumps(self.schema))
-        return hashlib.blake2b("\0".join(told).encode(), digest_size=8).hexdigest()
+        return short_hash("\0".join(told))
 
     @property
     def schema(self) -> dict[str, Any] | None:

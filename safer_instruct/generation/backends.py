@@ -6,7 +6,6 @@ reversed model, evaluated models and `expert=local` are all built here.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from safer_instruct.generation.completions import (
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 from safer_instruct.generation.vllm import VLLMGenerator
 from safer_instruct.generation.weights import model_fingerprint
+from safer_instruct.text.examples import short_hash
 from safer_instruct.text.prompts import Prompt, render_conversation, render_prompt, render_reversed
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class TemplatedModel:
         """
         self.name = f"local:{Path(model.name_or_path).name}"
         identity = f"{model_fingerprint(model)}/{template}/{describe_decoding(settings)}"
-        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        self.fingerprint = short_hash(identity)
         self._model, self._settings, self._device = model, settings, device
         self._template, self._prompts, self._key = template, prompts, key
         self._loaded: tuple[TextGenerator, PreTrainedTokenizerBase] | None = None

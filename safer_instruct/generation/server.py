@@ -10,7 +10,6 @@ everything kept. Which is which is told by status and error code, never by the w
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import os
@@ -36,6 +35,7 @@ from safer_instruct.generation.faults import (
 )
 from safer_instruct.generation.pacing import Budget, retry_after_seconds
 from safer_instruct.text.display import without_password
+from safer_instruct.text.examples import short_hash
 
 log = logging.getLogger(__name__)
 # A line for each request would bury everything else, and holds the address with its password.
@@ -84,7 +84,7 @@ class OpenAIGenerator:
         # Not the address: the same model behind another port gives the same answers.
         tags = [] if tuple(thought_tags) == THOUGHT_TAGS else list(thought_tags)
         identity = (settings.model, decoding, *tags)
-        self.fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
+        self.fingerprint = short_hash(repr(identity))
         self.takes_schema: bool | None = {"always": True, "never": False}.get(decoding.structured_output)
         self.key = key
         self.address = without_password(settings.base_url or "https://api.openai.com/v1")

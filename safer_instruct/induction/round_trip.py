@@ -8,7 +8,6 @@ B = rows of a batch, T = tokens.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +21,7 @@ from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 from safer_instruct.generation.weights import model_fingerprint
 from safer_instruct.induction.stages import Item, Score
 from safer_instruct.text.encoding import EncodedRow, Encoder
+from safer_instruct.text.examples import short_hash
 from safer_instruct.text.prompts import Turn, answer_turn, render_prompt
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class RoundTrip:
     def __init__(self, settings: RoundTripSettings, device: torch.device, logps_of: LogpsOf) -> None:
         self.name = model_name(settings.model)
         identity = f"{model_fingerprint(settings.model)}/{settings.template}/{settings.max_length}"
-        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        self.fingerprint = short_hash(identity)
         self._settings = settings
         self._device = device
         self._logps_of = logps_of

@@ -5,7 +5,6 @@ Records hold an `id` and what the stage found out; texts of the corpus are not c
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
 from safer_instruct.induction.checks import CHECKS_VERSION, cheap_check, low_score
 from safer_instruct.induction.ledger import Record
-from safer_instruct.text.examples import Example, text_id
+from safer_instruct.text.examples import Example, short_hash, text_id
 from safer_instruct.text.prompts import render_reversed
 
 INDUCE, SCORE, FILTER, RESPOND, VARY = STAGES  # score with a forward model only, vary with respond.max_same only
@@ -271,7 +270,7 @@ def induce_configuration(name: str, fingerprint: str, generation: InductionSetti
     return {
         "model": name,
         "model_fingerprint": fingerprint,
-        "prompt": _digest(render_reversed("").text),
+        "prompt": short_hash(render_reversed("").text),
         **{f"generation.{name}": vars(generation)[name] for name in names},
     }
 
@@ -296,8 +295,4 @@ def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str, *
 
 def stage_digest(configuration: Mapping[str, Any]) -> str:
     """Return what the header of the next stage's ledger names this one by."""
-    return _digest(repr(sorted(configuration.items())))
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return short_hash(repr(sorted(configuration.items())))

@@ -53,6 +53,11 @@ def text_id(*texts: str) -> str:
     return digest.hexdigest()
 
 
+def short_hash(text: str, num_bytes: int = 8) -> str:
+    """Return hex digits of blake2b over a text: what names a model, a prompt or a configuration in files."""
+    return hashlib.blake2b(text.encode(), digest_size=num_bytes).hexdigest()
+
+
 def normalise(text: str) -> str:
     """Return the form in which two instructions are compared: case, and the kind and amount of blanks, do not count."""
     return " ".join(text.split()).casefold()
