@@ -30,10 +30,7 @@ def draw_rows(rows: Sequence[Row], number: int, tokenizer: PreTrainedTokenizerBa
     kinds = [(row, kind_of(row)) for row in rows]
     available = {kind: sum(of_row == kind for _, of_row in kinds) for kind in (BENIGN, UNSAFE)}
     half = number // 2
-    left = {
-        BENIGN: max(half, number - available[UNSAFE]),
-        UNSAFE: number - min(half, available[BENIGN]),
-    }
+    left = {BENIGN: max(half, number - available[UNSAFE]), UNSAFE: number - min(half, available[BENIGN])}
     drawn = []
     for row, kind in kinds:
         if left[kind] > 0:

@@ -53,12 +53,7 @@ from safer_instruct.generation.weights import (
 )
 from safer_instruct.text.chat import special_token_texts
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 PROBE_SECONDS = 10
 
 

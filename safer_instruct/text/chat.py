@@ -25,6 +25,10 @@ _MEND = "mend the chat template in the tokenizer's folder"
 _OTHERWISE = "; or use template=alpaca, hh, plain or vicuna"
 # By which templates leave a thought out: Qwen 3, GLM 4.5 and SmolLM 3; DeepSeek 3.1 and Granite 3.3.
 _SWITCHES = ("enable_thinking", "thinking")
+# A template is a program: it may fail in any way in which a computation on its own data can.
+_FAILURES = (
+    TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TimeoutError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class Turn(NamedTuple):
@@ -140,17 +144,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options:
     messages = [{"role": role, "content": _mark(number)} for number, role in enumerate(roles)]
     try:
         return _within(RENDER_SECONDS, lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, **options)))
-    # A template is a program: it may fail in any way in which a computation on its own data can.
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TimeoutError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except _FAILURES as error:
         reason = visible(str(error).strip().split("\n")[0][:200])
         raise UserError(
             f"template=chat: the tokenizer's chat template fails on {_described(roles)}: {reason} "

@@ -27,12 +27,7 @@ TABLE_ROWS = 64  # of a table at a time: each may hold a text of MAX_TEXT_CHARAC
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".csv", ".json", ".jsonl")
-DATA_SUFFIXES = (
-    *TEXT_SUFFIXES,
-    ".parquet",
-    ".arrow",
-    *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSIONS),
-)
+DATA_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", *(text + end for text in TEXT_SUFFIXES for end in COMPRESSIONS))
 
 
 def data_suffix(file: Path) -> str:

@@ -97,11 +97,7 @@ def render_plain(instruction: str, input: str = "") -> Prompt:
     return Prompt("", reversed_target(instruction, input), "\n")
 
 
-TEMPLATES: dict[str, Callable[[str, str], Prompt]] = {
-    "alpaca": render_alpaca,
-    HH: render_hh,
-    "plain": render_plain,
-}
+TEMPLATES: dict[str, Callable[[str, str], Prompt]] = {"alpaca": render_alpaca, HH: render_hh, "plain": render_plain}
 TEMPLATE_NAMES = (*TEMPLATES, VICUNA, CHAT)
 
 

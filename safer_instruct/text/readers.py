@@ -16,15 +16,7 @@ import pyarrow
 from config.checksums import CHECKSUMS, require_untouched
 from config.errors import UserError
 from safer_instruct.text.display import visible
-from safer_instruct.text.formats import (
-    DATA_SUFFIXES,
-    MAX_TEXT_CHARACTERS,
-    BadLine,
-    Row,
-    data_suffix,
-    read_file,
-    refuse,
-)
+from safer_instruct.text.formats import DATA_SUFFIXES, MAX_TEXT_CHARACTERS, BadLine, Row, data_suffix, read_file, refuse
 
 DATASET_FILES = ("si.jsonl", "si.parquet")  # what induce.py calls its dataset: the rest of such a folder is not data
 NOT_DATA = frozenset({"report.json", "manifest.json", "dataset_info.json", "state.json", "test_set.csv", CHECKSUMS})
