@@ -30,10 +30,8 @@ def everything(name: str) -> bool:
 def write_checksums(folder: Path, *, owner: str, files: Iterable[Path] | None = None) -> None:
     """Write the record of a folder whose files are complete.
 
-    Args:
-        folder: The folder.
-        owner: What the folder was made for; whoever opens it knows that, so that no other's can take its place.
-        files: The files in it that the record vouches for; None: all of them, at any depth.
+    `owner` is what the folder was made for: whoever opens it knows that, so that no other can take its place. `files`
+    are those that the record vouches for; None: all of them, at any depth.
     """
     chosen = sorted(path for path in (folder.rglob("*") if files is None else files) if path.is_file())
     chosen = [path for path in chosen if path != folder / CHECKSUMS]

@@ -25,10 +25,7 @@ def read_columns(
 ) -> tuple[dict[str, Respondent], dict[str, dict[str, Answer]]]:
     """Read who answered, and the answers of each column by `prompt_key`; an empty cell is an `Answer` with an error.
 
-    Args:
-        sets: The files, as for `load_prompt_sets`.
-        columns: Names of the columns to read; empty: all that are not the prompt's own.
-        thought_tags: Of what the models thought aloud, which is no part of their answers; see `split_thought`.
+    Without `columns` all are read that are not the prompt's own. What a model thought aloud is no part of its answer.
 
     Raises:
         UserError: A file that cannot be read, a column that is not there, or files with different columns.

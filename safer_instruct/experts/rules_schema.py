@@ -263,7 +263,8 @@ def _describe(fault: ErrorDetails) -> list[str]:
         return [f"{_place(place[:-1])}: unknown key {place[-1]!r}; {hint}"]
     if kind == "missing":
         kind, given = "list_type" if get_origin(_annotation(place)) is list else "dict_type", None
-    return [f"{_place(place)}: {EXPECTED.get(kind, fault['msg'])}, got {_named(given)}"]
+    got = "nothing" if given is None else type(given).__name__
+    return [f"{_place(place)}: {EXPECTED.get(kind, fault['msg'])}, got {got}"]
 
 
 def _annotation(place: tuple[int | str, ...]) -> Any:
@@ -277,7 +278,3 @@ def _annotation(place: tuple[int | str, ...]) -> Any:
 def _place(place: tuple[int | str, ...]) -> str:
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     return dotted.lstrip(".") or "(top level)"
-
-
-def _named(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__

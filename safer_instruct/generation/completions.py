@@ -77,10 +77,8 @@ def row_seed(seed: int, id: str, num_bytes: int = 8) -> int:
 def split_thought(text: str, tags: Sequence[str], *, prompt: str = "") -> tuple[str, str, bool]:
     """Part what a reasoning model thinks aloud from its answer, which follows the last closing tag.
 
-    Args:
-        text: What the model wrote.
-        tags: Of each family of models "OPENING CLOSING".
-        prompt: What the model was asked: many chat templates end in the opening tag, which `text` then lacks.
+    Each tag is "OPENING CLOSING" of a family of models. Many chat templates end in the opening tag, which `text` then
+    lacks: so `prompt` is looked at, too.
 
     Returns:
         (thought, answer, whether the thought has ended): ("", text, True) without a thought.

@@ -213,7 +213,11 @@ def _source(name: str) -> Path | str:
             )
         require_as_saved(folder, weights=False)
         return folder
-    if isinstance(huggingface_hub.try_to_load_from_cache(_hub_id(name), "config.json"), str):
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except ValueError as error:
+        raise UserError(f"model {name}: there is no such folder. Set model.name_or_path=FOLDER.") from error
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return name
     if not constants.HF_HUB_OFFLINE:
         # One probe: the hub's own client would try for 20 seconds and more before it gives up.
@@ -233,14 +237,6 @@ def _source(name: str) -> Path | str:
         f"model {name}: there is no such folder here, and {reason}. Give a folder with config.json and "
         "*.safetensors: model.name_or_path=FOLDER"
     )
-
-
-def _hub_id(name: str) -> str:
-    try:
-        huggingface_hub.utils.validate_repo_id(name)
-    except ValueError as error:
-        raise UserError(f"model {name}: there is no such folder. Set model.name_or_path=FOLDER.") from error
-    return name
 
 
 def _load_config(settings: ModelSettings) -> PretrainedConfig:
