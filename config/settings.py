@@ -209,7 +209,7 @@ class InduceConfig:
     engine: EngineSettings = field(default_factory=EngineSettings)  # which processes do the shards
     # Count rows, tokens, calls, cost and hours of what is left to do, and stop before any model is loaded or asked.
     dry_run: bool = False
-    rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows a second of a process: rate.induce=60
+    rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows per second of one process: rate.induce=60
     device: Device = "auto"  # auto: a GPU if there is one | cpu | cuda | cuda:1
     log_text: bool = False  # print some pairs at the end
 
@@ -302,7 +302,7 @@ class EvaluateConfig:
     stages_file: str | None = None  # JSONL of {"name", "command", "seconds"}: what was run before, shown in the report
     engine: EngineSettings = field(default_factory=EngineSettings)  # which processes answer and judge the shards
     dry_run: bool = False  # count prompts, tokens, calls, cost and hours of what is left to do, and stop before it
-    rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows a second of a process: rate.generate=5
+    rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows per second of one process: rate.generate=5
     samples_per_set: Annotated[int, rules.at_least(0)] = 6  # prompts of each set whose answers the page shows
     wandb: WandbSettings = field(default_factory=WandbSettings)  # tables, without any text
     local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store of `rewards`: first usable

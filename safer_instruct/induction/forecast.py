@@ -150,9 +150,7 @@ def render_forecast(steps: Sequence[Step], rates: Mapping[str, float]) -> str:
     rows = [_row(step, rates.get(step.name.split()[0])) for step in steps]
     notes = ["nothing was loaded or asked; <= is a limit, ~ the mean of the rows that are done"]
     if any(row[-1] == "?" for row in rows):
-        notes.append(
-            "hours: give the rows a second of a process (rate.STAGE=...), or run a shard for some minutes first"
-        )
+        notes.append("hours: give a process's rows per second (rate.STAGE=...), or first run a shard for some minutes")
     return "\n".join([markdown_table(HEADER, rows, markup=range(len(HEADER))), *notes])
 
 

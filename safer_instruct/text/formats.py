@@ -109,15 +109,9 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
             line = reader.line_num + 1
             for values in reader:
                 if values and len(values) != len(header):
-                    yield (
-                        line,
-                        BadLine(
-                            f"{file}:{line}",
-                            "wrong_number_of_fields",
-                            f"{len(values)} fields where the header has {len(header)}; quote every field that holds a "
-                            "comma, a quote or a line break",
-                        ),
-                    )
+                    fields = f"{len(values)} fields where the header has {len(header)}"
+                    why = f"{fields}; quote every field that holds a comma, a quote or a line break"
+                    yield line, BadLine(f"{file}:{line}", "wrong_number_of_fields", why)
                 elif values:
                     yield line, dict(zip(header, values, strict=True))
                 line = reader.line_num + 1

@@ -166,14 +166,12 @@ def usable_rows(
             bad_line(BadLine(where, "too_long", _TOO_LONG))
         else:
             # A column whose name another one takes is not read.
-            yield (
-                where,
-                {
-                    names.get(column, column): None if isinstance(value, float) and math.isnan(value) else value
-                    for column, value in row.items()
-                    if column in names or column not in columns
-                },
-            )
+            read = {
+                names.get(column, column): None if isinstance(value, float) and math.isnan(value) else value
+                for column, value in row.items()
+                if column in names or column not in columns
+            }
+            yield where, read
 
 
 _TOO_LONG = f"a text of more than {MAX_TEXT_CHARACTERS:,} characters; split it or leave it out"
