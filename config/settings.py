@@ -88,8 +88,8 @@ class RoundTripSettings:
 
     model: ModelSettings = field(default_factory=ModelSettings)  # a model that follows instructions
     template: Template = "alpaca"  # how it is asked
-    threshold: float | None = None  # least score of a pair that the expert is asked about; null: no such line
-    top_fraction: Share | None = None  # instead: the best part of all pairs of all shards; null: no such line
+    threshold: float | None = None  # least score of a pair that the expert is asked about; null: no limit
+    top_fraction: Share | None = None  # instead: the best part of all pairs of all shards; null: no limit
     max_length: Annotated[int, rules.at_least(2)] = 1024  # tokens of prompt + response; a longer pair has no score
     max_batch_tokens: Count = 8192  # padded positions of one batch
 
@@ -98,7 +98,7 @@ class RoundTripSettings:
 class RespondSettings:
     """The safe responses."""
 
-    # Largest share of the rows with one and the same response; those beyond it are asked again. null: no such line.
+    # Largest share of the rows with one and the same response; those beyond it are asked again. null: no limit.
     max_same: Share | None = None
 
 
