@@ -38,7 +38,7 @@ from config.settings import ModelSettings
 from safer_instruct.generation.adapters import adapter_in, base_of, merge_adapter, quantization
 from safer_instruct.generation.decoding import read_generation_config
 from safer_instruct.generation.weights import (
-    _check_loading_info,
+    check_loading_info,
     check_same_architecture,
     check_tied,
     check_weight_files,
@@ -136,6 +136,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
         "attn_implementation": settings.attn_implementation,
         "ignore_mismatched_sizes": True,  # reported by us, with the names
         "output_loading_info": True,
+        "trust_remote_code": settings.trust_remote_code,
         **quantization(settings.lora.quantize, DTYPES[dtype or settings.policy_dtype]),
     }
     if options["dtype"] == torch.float64:
@@ -151,19 +152,15 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
             state = read_policy_pt(archive)
             with torch.device("meta"):
                 kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code))
-            model, info = kind.from_pretrained(
-                None, state_dict=state, trust_remote_code=settings.trust_remote_code, **options
-            )
+            model, info = kind.from_pretrained(None, state_dict=state, **options)
         else:
             if isinstance(weights, Path):
                 check_weight_files(weights)
             if archive is not None:
                 _check_same_architecture(config, archive, settings)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                weights, trust_remote_code=settings.trust_remote_code, **options
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(weights, **options)
             model, info = loaded
-    _check_loading_info(info, weights, settings.name_or_path)
+    check_loading_info(info, weights, settings.name_or_path)
     check_tied(model, weights)
     train_text_alone(model)
     model.generation_config = generation_config or model.generation_config

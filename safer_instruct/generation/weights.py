@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -215,14 +215,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:
-    """Refuse weights that do not cover the model exactly: transformers would fill the gaps with random numbers."""
+def check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:
+    """Refuse weights that do not cover the model exactly: transformers would fill the gaps with random numbers.
+
+    Raises:
+        UserError: Saying which tensors are missing, have no place, or another shape.
+    """
     problems = []
-    if info["missing_keys"]:
-        problems.append(f"{len(info['missing_keys'])} tensors are missing, such as {_names(info['missing_keys'])}")
-    if info["unexpected_keys"]:
-        strange = info["unexpected_keys"]
-        problems.append(f"{len(strange)} tensors are not part of the model, such as {_names(strange)}")
+    for kind, words in (("missing_keys", "are missing"), ("unexpected_keys", "are not part of the model")):
+        if names := sorted(info[kind]):
+            problems.append(f"{len(names)} tensors {words}, such as {', '.join(names[:3])}")
     if info["mismatched_keys"]:
         key, there, here = min(info["mismatched_keys"])
         problems.append(
@@ -256,7 +258,3 @@ def train_text_alone(model: Any) -> None:
         trained = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trained)
-
-
-def _names(names: Iterable[str], count: int = 3) -> str:
-    return ", ".join(sorted(names)[:count])
