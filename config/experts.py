@@ -138,4 +138,4 @@ class RefusalsExpertSettings:
     name: str = "refusals"
 
 
-JUDGES = (GuardExpertSettings, StrongRejectSettings, RefusalsExpertSettings)  # experts that judge, and nothing else
+JUDGES = (GuardExpertSettings, StrongRejectSettings, RefusalsExpertSettings)  # experts that only judge

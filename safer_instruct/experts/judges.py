@@ -1,4 +1,4 @@
-"""Judges that are nothing else: safety classifiers with their own forms, StrongREJECT's rubric, phrases of refusal.
+"""Experts that only judge: safety classifiers with their own forms, StrongREJECT's rubric, phrases of refusal.
 
 A classifier knows one form of question. Llama Guard and ShieldGemma carry it in their tokenizer's chat template; for
 WildGuard and HarmBench's classifier the frame of their published form is below, with the task in words of ours. Their
@@ -108,7 +108,7 @@ FORMS = {
 
 
 class JudgeOnly:
-    """What an expert that judges answers to everything else: it cannot."""
+    """An expert that only judges, and refuses everything else."""
 
     name: str
     prompt_hashes: Mapping[str, str]

@@ -43,7 +43,7 @@ class HFGenerator:
 
     Requests are sorted by length, longest first, and batched under a budget of padded positions
     (`settings.max_batch_tokens`); prompts are padded on the left; finished rows leave the batch. Of the
-    model's generation_config.json the further end tokens and READ_ENTRIES count; how a token is chosen is ours.
+    model's generation_config.json the further end tokens and READ_ENTRIES count; the choice of tokens is ours.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How fast a server is asked, how long is waited between attempts, and when the money is spent."""
+"""How fast a server is asked, how long to wait between attempts, and when the budget is spent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_BACKOFF_SECONDS = 30.0
 WINDOW = 100  # replies after which the number of requests at a time is reconsidered
 THROTTLED_SHARE = 1 / 3  # of a window's replies that are 429: more than that is no accident
 TOKENS_PER_PRICE = 1_000_000
-MAX_WAIT_SECONDS = 86_400.0  # that a server can mean seriously
+MAX_WAIT_SECONDS = 86_400.0  # longer than a server can seriously ask for
 
 
 def backoff_seconds(failures: int, uniform: float) -> float:

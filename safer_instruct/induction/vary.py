@@ -1,4 +1,4 @@
-"""No safe response more than a share of all: rows beyond it are asked again, with the matter to be named.
+"""No safe response has more than its share of the rows: those beyond it are asked again, to name the matter.
 
 Which rows these are depends on the responses of all shards, so `stage=vary` follows when `stage=respond` has done all
 of them; the shards then show no more than they do elsewhere.

@@ -50,7 +50,7 @@ class BadLine(UserError):
 
 
 def refuse(line: BadLine) -> None:
-    """Raise what is wrong with a row."""
+    """Raise the fault of a row."""
     raise line
 
 
