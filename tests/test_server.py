@@ -260,7 +260,7 @@ def test_shards_share_a_budget() -> None:
     [
         ({"max_cost": 0.0, "price_prompt": 1.0}, "expert.max_cost=0.0: nothing could be asked"),
         ({"max_tokens": 0}, "expert.max_tokens=0: nothing could be asked"),
-        ({"max_cost": 3.0}, "expert.max_cost=3.0 needs prices"),
+        ({"max_cost": 3.0}, "expert.max_cost=3.0: it needs prices"),
         ({"price_prompt": -1.0}, "expert.price_prompt=-1.0: must be 0 or more"),
         ({"structured_output": "yes"}, "Choices: auto, always, never"),
         ({"patience_seconds": 0.0}, "expert.patience_seconds=0.0: must be above 0"),
