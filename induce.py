@@ -45,7 +45,7 @@ from config.names import BENIGN_STAGES
 from config.settings import MISSING, OpenAIExpertSettings
 from safer_instruct.dataset.benign import Refusals, contrast_pairs, read_unsafe_rows, replay_pairs, write_pairs
 from safer_instruct.dataset.files import FILES
-from safer_instruct.dataset.merge import MERGE, merge, read_instructions
+from safer_instruct.dataset.merge import MERGE, merge
 from safer_instruct.dataset.reviews import measure_reviews, read_rejections, read_reviews
 from safer_instruct.dataset.scratch import lock_output
 from safer_instruct.dataset.similarity import LeakageGuard
@@ -83,6 +83,7 @@ from safer_instruct.shards import resolve_shard
 from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.display import without_password
 from safer_instruct.text.examples import normalise
+from safer_instruct.text.exclusion import read_instruction_keys
 from safer_instruct.text.prompts import Prompt
 from safer_instruct.text.readers import read_rows
 
@@ -178,7 +179,7 @@ def merge_shards(config: InduceConfig) -> None:
 
     started = time.monotonic()
     output = Path(config.output)
-    excluded = read_instructions(config.exclude) if config.exclude else set()
+    excluded = set(read_instruction_keys(config.exclude))
     ledgers = find_ledgers(output / "ledger")
     if config.respond.max_same is not None and VARY not in ledgers:
         raise UserError(
@@ -227,7 +228,7 @@ def run_benign(config: InduceConfig) -> None:
     unsafe = read_unsafe_rows(config.path) if config.path else []
     draws = stage == CONTRAST or config.replay.rejected == "refusal"
     refusals = Refusals(unsafe, str(config.path)) if draws else None  # now: a dataset without any is said at once
-    guard = LeakageGuard(read_instructions(config.exclude) if config.exclude else set(), config.exclude_similarity)
+    guard = LeakageGuard(read_instruction_keys(config.exclude), config.exclude_similarity)
     if stage == REPLAY:
         known = {normalise(row.instruction or "") for row in unsafe}
         prompts = read_benign(config.benign, config.replay, unsafe=known, excluded=guard.reason)
@@ -264,7 +265,7 @@ def run_audit(config: InduceConfig) -> None:
     reviews = read_reviews(config.reviews)
     found = measure_reviews(reviews, str(config.path)) if reviews else None
     output = None if config.output == MISSING else Path(config.output)
-    excluded = read_instructions(config.exclude) if config.exclude else set()
+    excluded = set(read_instruction_keys(config.exclude))
     with nullcontext() if output is None else lock_output(output):
         report = audit(
             str(config.path),

@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from config.rules import Fault, suggest
+from config.rules import Fault, misfit, suggest
 from config.settings import EvaluateConfig, InduceConfig, LocalExpertSettings, OpenAIExpertSettings, ServerSettings
 
 
@@ -31,12 +31,9 @@ def check_expert(expert: Any, key: str) -> Iterator[Fault]:
         return
     yield from check_server(expert, key)
     if expert.max_cost is not None and not (expert.price_prompt or expert.price_completion):
-        yield Fault(
-            f"{key}.max_cost",
-            f"{key}.max_cost={expert.max_cost} needs prices to count with: {key}.price_prompt=... and "
-            f"{key}.price_completion=..., each of a million tokens",
-            (f"{key}.price_prompt", f"{key}.price_completion"),
-        )
+        prices = f"{key}.price_prompt", f"{key}.price_completion"
+        why = f"it needs prices to count with: {prices[0]}=... and {prices[1]}=..., each of a million tokens"
+        yield misfit(f"{key}.max_cost", expert.max_cost, why, *prices)
 
 
 def unread_by_expert(expert: Any, key: str) -> list[str]:
@@ -48,41 +45,28 @@ def unread_by_expert(expert: Any, key: str) -> list[str]:
 def check_lengths(max_prompt_length: int, max_length: int, prefix: str = "") -> Iterator[Fault]:
     """Find out whether a response has any room beside the longest prompt."""
     if max_prompt_length >= max_length:
-        yield Fault(
-            f"{prefix}max_prompt_length",
-            f"{prefix}max_prompt_length={max_prompt_length} must be smaller than {prefix}max_length={max_length}: "
-            f"{prefix}max_length counts prompt and response together",
-            (f"{prefix}max_length",),
-        )
+        whole = f"{prefix}max_length"
+        why = f"must be smaller than {whole}={max_length}, which counts prompt and response together"
+        yield misfit(f"{prefix}max_prompt_length", max_prompt_length, why, whole)
 
 
 def check_spread(config: InduceConfig | EvaluateConfig, rates: Collection[str], *, elsewhere: str) -> Iterator[Fault]:
     """Find out whether `dry_run`, `rate` and `engine` fit a command.
 
-    Args:
-        config: Of the command.
-        rates: Names that its rates may have.
-        elsewhere: The word that makes it one without shards of rows that a model is asked about; "" if it has them.
+    `elsewhere` is the word that makes it a command without shards of rows that models are asked about, if it is one.
     """
-    for key, word, is_set in (
-        ("dry_run", "dry_run=true", config.dry_run),
-        ("engine.name", "engine=ray", config.engine.name == "ray"),
-    ):
+    uses_ray = config.engine.name == "ray"
+    for key, word, is_set in (("dry_run", "dry_run=true", config.dry_run), ("engine.name", "engine=ray", uses_ray)):
         if is_set and elsewhere:
             yield Fault(key, f"{word}: it is for rows that models are asked about; leave it out with {elsewhere}")
     for name, rate in config.rate.items():
         if name not in rates:
-            yield Fault(
-                f"rate.{name}", f"rate.{name}={rate:g}: no such stage{suggest(name, rates)} Stages: {', '.join(rates)}"
-            )
-    if config.engine.name != "ray":
-        return
-    if config.shard.count is None:
-        yield Fault(
-            "shard.count", "engine=ray: how many shards? Write shard.count=N, a few for each worker", ("engine.name",)
-        )
-    if config.shard.index is not None:
-        yield Fault("shard.index", f"shard.index={config.shard.index}: engine=ray does all shards; leave it out")
+            yield misfit(f"rate.{name}", rate, f"no such stage{suggest(name, rates)} Stages: {', '.join(rates)}")
+    if uses_ray and config.shard.count is None:
+        message = "engine=ray: how many shards? Write shard.count=N, a few for each worker"
+        yield Fault("shard.count", message, ("engine.name",))
+    if uses_ray and config.shard.index is not None:
+        yield misfit("shard.index", config.shard.index, "engine=ray does all shards; leave it out")
 
 
 def check_hub(name: str | None) -> Iterator[Fault]:
@@ -91,10 +75,8 @@ def check_hub(name: str | None) -> Iterator[Fault]:
         from huggingface_hub import get_token
 
         if get_token() is None:
-            message = (
-                f"push_to_hub={name}: nobody is logged in to the hub here: `hf auth login`, or export HF_TOKEN=..."
-            )
-            yield Fault("push_to_hub", message)
+            why = "nobody is logged in to the hub here: `hf auth login`, or export HF_TOKEN=..."
+            yield misfit("push_to_hub", name, why)
 
 
 def check_device(device: str) -> Iterator[Fault]:
@@ -103,5 +85,5 @@ def check_device(device: str) -> Iterator[Fault]:
         import torch  # takes seconds
 
         if not torch.cuda.is_available():
-            message = f"device={device}: no CUDA device is visible to this process; write device=cpu or device=auto"
-            yield Fault("device", message)
+            why = "no CUDA device is visible to this process; write device=cpu or device=auto"
+            yield misfit("device", device, why)

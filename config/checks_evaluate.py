@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from config.checks import check_device, check_expert, check_lengths, check_server, check_spread, unread_by_expert
-from config.rules import MISSING, Fault, check_values, choices, is_below
+from config.rules import MISSING, Fault, check_values, choices, is_below, misfit
 from config.settings import EvaluateConfig
 
 RATES = ("generate", "judge", "compare")  # what `rate` may be given for
@@ -49,10 +49,8 @@ def _check_servers(config: EvaluateConfig) -> Iterator[Fault]:
     for name, model in config.models.items():
         for key, value in (("served_as", model.served_as), ("base_url", model.base_url)):
             if value is not None and not is_served:
-                message = (
-                    f"models.{name}.{key}={value}: only generation=openai asks a server; leave it out, or write that"
-                )
-                yield Fault(f"models.{name}.{key}", message, ("generation",))
+                why = "only generation=openai asks a server; leave it out, or write that"
+                yield misfit(f"models.{name}.{key}", value, why, "generation")
         if is_served and (model.served_as or server.model) == MISSING:
             yield Fault(
                 f"models.{name}.served_as",
@@ -75,8 +73,8 @@ def _check_parts(config: EvaluateConfig) -> Iterator[Fault]:
         message = "no models: name at least one, models.NAME.path=FOLDER (a model folder, or a run of train.py)"
         yield Fault("models", message, ("responses",))
     if config.models and config.responses == "csv":
-        message = "responses=csv takes the columns of the prompt files as models: leave models.* out, or responses=csv"
-        yield Fault("responses", message)
+        why = "it takes the columns of the prompt files as models: leave models.* out, or responses=csv"
+        yield misfit("responses", config.responses, why)
     if rewards.path is not None and rewards.reference is None:
         message = "rewards.reference is not set: name the model of models.NAME that the others were trained from"
         yield Fault("rewards.reference", message)
@@ -84,6 +82,5 @@ def _check_parts(config: EvaluateConfig) -> Iterator[Fault]:
     if config.models:
         named["helpfulness.baseline"] = config.helpfulness.baseline
     for key, name in named.items():
-        complaint = choices(*config.models)(name) if name is not None else ""
-        if complaint:
-            yield Fault(key, f"{key}={name}: {complaint}", ("models",))
+        if name is not None and (complaint := choices(*config.models)(name)):
+            yield misfit(key, name, complaint, "models")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from config.checks import check_device, check_expert, check_hub, check_server, check_spread, unread_by_expert
-from config.judges import JUDGES
 from config.names import BENIGN_STAGES, STAGES
 from config.paths import find_path
-from config.rules import MISSING, Fault, check_values, is_below
-from config.settings import InduceConfig
+from config.rules import MISSING, Fault, check_values, is_below, misfit
+from config.settings import JUDGES, InduceConfig
 
 
 def check_induce(config: InduceConfig) -> list[Fault]:
@@ -34,25 +33,21 @@ def check_induce(config: InduceConfig) -> list[Fault]:
         faults += check_server(config.generation.server, "generation.server")
     faults += check_expert(config.expert, "expert")
     if stage == "vary" and config.respond.max_same is None:
-        faults.append(
-            Fault("respond.max_same", "stage=vary needs the largest share of one response: respond.max_same=0.02")
-        )
+        message = "stage=vary needs the largest share of one response: respond.max_same=0.02"
+        faults.append(Fault("respond.max_same", message))
     if asks_expert and isinstance(config.expert, JUDGES):
         message = f"expert={config.expert.name} judges answers and writes none; write expert=openai, local or rules"
         faults.append(Fault("expert", message))
     draws = stage == "contrast" or (stage == "replay" and config.replay.rejected == "refusal")
     if (stage == "audit" or draws) and config.path is None:
-        faults.append(
-            Fault("path", f"stage={stage} reads a dataset: write path=..., a file or folder with the columns of `si`")
-        )
+        message = f"stage={stage} reads a dataset: write path=..., a file or folder with the columns of `si`"
+        faults.append(Fault("path", message))
     if config.reviews and stage not in ("audit", "merge"):
-        faults.append(
-            Fault("reviews", f"stage={stage} reads no reviews=...; give them to stage=audit or to stage=merge")
-        )
+        message = f"stage={stage} reads no reviews=...; give them to stage=audit or to stage=merge"
+        faults.append(Fault("reviews", message))
     if stage == "review" and config.path is None and config.output != MISSING and not find_path(config.output).exists():
-        faults.append(
-            Fault("path", f"stage=review draws from a dataset, and output={config.output} holds none: write path=...")
-        )
+        message = f"stage=review draws from a dataset, and output={config.output} holds none: write path=..."
+        faults.append(Fault("path", message))
     unread = [key for key, is_needed in needed.items() if not is_needed] + unread_by_expert(config.expert, "expert")
     faults = [fault for fault in faults if not is_below(fault.key, unread)]
     return faults or list(check_device(config.device))
@@ -66,41 +61,22 @@ def _check_shard(config: InduceConfig) -> Iterator[Fault]:
     index, count = config.shard.index, config.shard.count
     if index is not None and (index < 0 or (count is not None and index >= max(count, 1))):
         last = f"{count - 1}" if count else "shard.count - 1"
-        yield Fault("shard.index", f"shard.index={index}: shards are numbered from 0 to {last}", ("shard.count",))
+        yield misfit("shard.index", index, f"shards are numbered from 0 to {last}", "shard.count")
 
 
 def _check_induction(config: InduceConfig) -> Iterator[Fault]:
-    generation, roundtrip = config.generation, config.roundtrip
-    candidates = f"generation.num_candidates={generation.num_candidates}"
-    several = generation.num_candidates > 1
-    if several and config.stage == "replay":
-        yield Fault(
-            "generation.num_candidates", f"{candidates}: stage=replay takes one answer of each prompt; leave it out"
-        )
-    if several and not _has_roundtrip(config) and config.stage in ("all", "induce", "filter"):
-        yield Fault(
-            "generation.num_candidates",
-            f"{candidates}: the round-trip score chooses among them, so a forward model is needed: "
-            "roundtrip.model.name_or_path=FOLDER",
-            ("roundtrip.model",),
-        )
-    if several and generation.temperature == 0:
-        yield Fault(
-            "generation.num_candidates",
-            f"{candidates} with generation.temperature=0: all candidates would be the same; give a temperature, for "
-            "example generation.temperature=0.7",
-            ("generation.temperature",),
-        )
+    roundtrip, number, key = config.roundtrip, config.generation.num_candidates, "generation.num_candidates"
+    if number > 1 and config.stage == "replay":
+        yield misfit(key, number, "stage=replay takes one answer of each prompt; leave it out")
+    if number > 1 and not _has_roundtrip(config) and config.stage in ("all", "induce", "filter"):
+        why = "the round-trip score chooses among them: give its forward model, roundtrip.model.name_or_path=FOLDER"
+        yield misfit(key, number, why, "roundtrip.model")
+    if number > 1 and config.generation.temperature == 0:
+        why = "with generation.temperature=0 all would be the same; give another, such as generation.temperature=0.7"
+        yield misfit(key, number, why, "generation.temperature")
     if roundtrip.threshold is not None and not _has_roundtrip(config):
-        yield Fault(
-            "roundtrip.threshold",
-            f"roundtrip.threshold={roundtrip.threshold} needs scores: give roundtrip.model.name_or_path=FOLDER",
-            ("roundtrip.model",),
-        )
+        why = "it needs scores: give roundtrip.model.name_or_path=FOLDER"
+        yield misfit("roundtrip.threshold", roundtrip.threshold, why, "roundtrip.model")
     if roundtrip.threshold is not None and roundtrip.top_fraction is not None:
-        yield Fault(
-            "roundtrip.threshold",
-            f"roundtrip.threshold={roundtrip.threshold}, roundtrip.top_fraction={roundtrip.top_fraction}: two ways to "
-            "draw one line, set one of them",
-            ("roundtrip.top_fraction",),
-        )
+        why = f"roundtrip.top_fraction={roundtrip.top_fraction} draws the same line in another way; set one of them"
+        yield misfit("roundtrip.threshold", roundtrip.threshold, why, "roundtrip.top_fraction")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from config.paths import find_path
-from config.rules import Fault
+from config.rules import Fault, misfit
 from config.settings import LoraSettings, TrainConfig
 
 
@@ -21,63 +21,44 @@ def _without_rank(config: TrainConfig) -> Iterator[Fault]:
     lora, plain = vars(config.model.lora), vars(LoraSettings())
     for name in lora:
         if lora[name] != plain[name]:
-            yield Fault(
-                f"model.lora.{name}",
-                f"model.lora.{name}={lora[name]}: without a rank there is no adapter; write model.lora.r=16, too",
-                ("model.lora.r",),
-            )
+            why = "without a rank there is no adapter; write model.lora.r=16, too"
+            yield misfit(f"model.lora.{name}", lora[name], why, "model.lora.r")
     if config.checkpoint.merge:
-        yield Fault(
-            "checkpoint.merge",
-            "checkpoint.merge=true: without an adapter (model.lora.r=16) there is nothing to merge",
-            ("model.lora.r",),
-        )
+        why = "without an adapter (model.lora.r=16) there is nothing to merge"
+        yield misfit("checkpoint.merge", True, why, "model.lora.r")
 
 
 def _check_packages(lora: LoraSettings) -> Iterator[Fault]:
     for package, name in (("peft", "r"), ("bitsandbytes", "quantize")):
         value = vars(lora)[name]
         if value is not None and find_spec(package) is None:
-            yield Fault(
-                f"model.lora.{name}",
-                f"model.lora.{name}={value} needs the package {package}, which is not installed: pip install {package}",
-            )
+            why = f"it needs the package {package}, which is not installed: pip install {package}"
+            yield misfit(f"model.lora.{name}", value, why)
 
 
 def _check_base(config: TrainConfig) -> Iterator[Fault]:
     lora, archive = config.model.lora, config.model.archive
     if lora.target_modules == []:
-        yield Fault("model.lora.target_modules", "model.lora.target_modules=[]: name some, or null for all of them")
+        yield misfit("model.lora.target_modules", [], "name some, or null for all of them")
     if archive and find_path(archive).is_file():
-        yield Fault(
-            "model.archive",
-            f"model.archive={archive} with model.lora.r={lora.r}: a policy.pt is no base that peft could load; give a "
-            "model folder",
-            ("model.lora.r",),
-        )
+        why = f"a policy.pt is no base that peft (model.lora.r={lora.r}) could load; give a model folder"
+        yield misfit("model.archive", archive, why, "model.lora.r")
     if lora.quantize is not None and config.trainer.name != "BasicTrainer":
-        yield Fault(
-            "model.lora.quantize",
-            f"model.lora.quantize={lora.quantize}: weights in 4 bits are not sharded; write trainer=BasicTrainer",
-            ("trainer.name",),
-        )
+        why = "weights in 4 bits are not sharded; write trainer=BasicTrainer"
+        yield misfit("model.lora.quantize", lora.quantize, why, "trainer.name")
 
 
 def _check_saving(config: TrainConfig) -> Iterator[Fault]:
     lora, checkpoint = config.model.lora, config.checkpoint
     if checkpoint.policy_pt and not checkpoint.merge:
-        yield Fault(
-            "checkpoint.policy_pt",
-            "checkpoint.policy_pt=true is a whole model, and an adapter is trained: write checkpoint.merge=true, too",
-            ("checkpoint.merge", "model.lora.r"),
-        )
+        why = "it is a whole model, and an adapter is trained: write checkpoint.merge=true, too"
+        yield misfit("checkpoint.policy_pt", True, why, "checkpoint.merge", "model.lora.r")
     if lora.quantize is not None and checkpoint.merge:
-        yield Fault(
-            "checkpoint.merge",
-            f"checkpoint.merge=true with model.lora.quantize={lora.quantize}: what is merged into 4 bits is rounded "
-            "to 4 bits; leave it out, whoever reads the adapter merges it into the base as it is on disk",
-            ("model.lora.quantize",),
+        why = (
+            f"what is merged into 4 bits (model.lora.quantize={lora.quantize}) is rounded to 4 bits; leave it out, "
+            "whoever reads the adapter merges it into the base as it is on disk"
         )
+        yield misfit("checkpoint.merge", True, why, "model.lora.quantize")
 
 
 def check_quantized(config: TrainConfig) -> Iterator[Fault]:
@@ -87,9 +68,5 @@ def check_quantized(config: TrainConfig) -> Iterator[Fault]:
     import torch
 
     if config.device == "cpu" or not torch.cuda.is_available():
-        yield Fault(
-            "model.lora.quantize",
-            f"model.lora.quantize={config.model.lora.quantize}: 4 bits need a CUDA device, and this run has none "
-            f"(device={config.device}); leave it out",
-            ("device",),
-        )
+        why = f"4 bits need a CUDA device, and this run has none (device={config.device}); leave it out"
+        yield misfit("model.lora.quantize", config.model.lora.quantize, why, "device")

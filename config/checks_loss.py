@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from config.rules import MISSING, Fault, check_values, suggest
+from config.rules import MISSING, Fault, check_values, misfit, suggest
 from config.settings import (
     LOSSES,
     DatasetSettings,
@@ -30,9 +30,9 @@ def check_loss(loss: Any) -> Iterator[Fault]:
     kind = LOSSES.get(loss.name)
     if kind is None:
         known = f"{suggest(loss.name, LOSSES)} Losses: {', '.join(LOSSES)}"
-        yield Fault("loss.name", f"loss.name={loss.name}: there is no such loss{known}")
+        yield misfit("loss.name", loss.name, f"there is no such loss{known}")
     elif not isinstance(loss, kind):
-        yield Fault("loss.name", f"loss.name={loss.name}: the other keys are another loss's; write loss={loss.name}")
+        yield misfit("loss.name", loss.name, f"the other keys are another loss's; write loss={loss.name}")
     elif isinstance(loss, MixtureSettings):
         yield from (Fault("loss.parts", message) for message in _mixture_complaints(loss))
 
@@ -82,25 +82,17 @@ def _is_like(value: Any, default: Any) -> bool:
 def check_reference(config: TrainConfig) -> Iterator[Fault]:
     """Find out whether there is a reference to renew."""
     loss, reference = config.loss, config.reference
-    shown, key = f"reference.refresh_examples={reference.refresh_examples}", "reference.refresh_examples"
-    if reference.refresh_examples is None:
+    key, examples = "reference.refresh_examples", reference.refresh_examples
+    if examples is None:
         if reference.refresh_alpha != 1:
-            message = "the reference is never renewed; write reference.refresh_examples=N, too"
-            yield Fault(
-                "reference.refresh_alpha", f"reference.refresh_alpha={reference.refresh_alpha}: {message}", (key,)
-            )
+            why = f"the reference is never renewed; write {key}=N, too"
+            yield misfit("reference.refresh_alpha", reference.refresh_alpha, why, key)
     elif isinstance(loss, LossSettings) and not loss.needs_reference:
-        yield Fault(
-            key,
-            f"{shown}: loss={loss.name} reads no reference that could be renewed; leave it out, or write loss=dpo",
-            ("loss",),
-        )
+        why = f"loss={loss.name} reads no reference that could be renewed; leave it out, or write loss=dpo"
+        yield misfit(key, examples, why, "loss")
     elif config.model.reference_dtype not in (None, config.model.policy_dtype):
-        yield Fault(
-            key,
-            f"{shown}: a renewed reference is the policy, in its dtype; leave model.reference_dtype out",
-            ("model.reference_dtype",),
-        )
+        why = "a renewed reference is the policy, in its dtype; leave model.reference_dtype out"
+        yield misfit(key, examples, why, "model.reference_dtype")
 
 
 # Schemas that say of a single answer whether it is good: `unpaired`, and others in one of their forms.
@@ -115,20 +107,17 @@ def check_rows(config: TrainConfig) -> Iterator[Fault]:
 
 
 def _check_rows(key: str, dataset: DatasetSettings, loss: LossSettings) -> Iterator[Fault]:
-    asked, others = f"loss={loss.name}", (f"{key}.schema", f"{key}.split_pairs", "loss")
+    schema, split_pairs = f"{key}.schema", f"{key}.split_pairs"
+    others = (schema, split_pairs, "loss")
     if loss.rows == "answers" and dataset.schema not in (*JUDGED, MISSING) and not dataset.split_pairs:
-        message = (
-            f"{key}.schema={dataset.schema}: {asked} learns from single answers that are good or bad; write "
-            f"{key}.split_pairs=true to take a pair as one of each, or {key}.schema=unpaired for rows of instruction, "
-            "response and good"
+        why = (
+            f"loss={loss.name} learns from single answers that are good or bad; write {split_pairs}=true to take a "
+            f"pair as one of each, or {schema}=unpaired for rows of instruction, response and good"
         )
-        yield Fault(f"{key}.schema", message, others)
+        yield misfit(schema, dataset.schema, why, *others)
     elif loss.rows != "answers" and dataset.schema == "unpaired":
-        message = (
-            f"{key}.schema=unpaired: its rows are single answers, from which {asked} does not learn; write loss=kto or "
-            "loss=apo_zero_unpaired"
-        )
-        yield Fault(f"{key}.schema", message, others)
+        why = f"loss={loss.name} does not learn from its single answers; write loss=kto or loss=apo_zero_unpaired"
+        yield misfit(schema, dataset.schema, why, *others)
     elif dataset.split_pairs and (loss.rows != "answers" or dataset.schema == "unpaired"):
-        message = f"{key}.split_pairs=true: it makes single answers of pairs for losses such as kto; leave it out"
-        yield Fault(f"{key}.split_pairs", message, others)
+        why = "it makes single answers of pairs for losses such as kto; leave it out"
+        yield misfit(split_pairs, True, why, *others)

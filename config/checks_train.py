@@ -10,7 +10,7 @@ from config.checks import check_device, check_hub, check_lengths
 from config.checks_lora import check_lora, check_quantized
 from config.checks_loss import check_loss, check_reference, check_rows
 from config.paths import find_path
-from config.rules import MISSING, Fault, check_values
+from config.rules import MISSING, Fault, check_values, misfit
 from config.settings import TrainConfig, TrainerSettings
 
 
@@ -37,53 +37,33 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
         yield Fault("datasets", "no dataset: choose some with datasets=[si]")
     is_folder_name = re.fullmatch(r"[\w.,=+-][\w.,=+ -]*", config.exp_name) and config.exp_name.strip(".")
     if config.exp_name != MISSING and not is_folder_name:
-        yield Fault(
-            "exp_name",
-            f"exp_name={config.exp_name!r}: it names a folder: letters, digits and . , = + - _ only; "
-            "run_dir=FOLDER puts the run elsewhere",
-        )
+        why = "it names a folder: letters, digits and . , = + - _ only; run_dir=FOLDER puts the run elsewhere"
+        yield misfit("exp_name", repr(config.exp_name), why)
     if config.run_dir and config.local_run_dir and config.run_dir != config.local_run_dir:
-        yield Fault(
-            "run_dir",
-            f"run_dir={config.run_dir}, local_run_dir={config.local_run_dir}: one thing, set one of them",
-            ("local_run_dir",),
-        )
+        why = f"local_run_dir={config.local_run_dir} means the same; set one of them"
+        yield misfit("run_dir", config.run_dir, why, "local_run_dir")
     limit = config.early_stop.over_refusal
     if limit is not None and not (config.sample_during_eval and config.n_eval_model_samples):
-        yield Fault(
-            "early_stop.over_refusal",
-            f"early_stop.over_refusal={limit}: refusals are counted among the samples of evaluations; write "
-            "sample_during_eval=true, and n_eval_model_samples=64 for a share that means something",
-            ("sample_during_eval", "n_eval_model_samples"),
+        why = (
+            "refusals are counted among the samples of evaluations; write sample_during_eval=true, and "
+            "n_eval_model_samples=64 for a share that means something"
         )
+        yield misfit("early_stop.over_refusal", limit, why, "sample_during_eval", "n_eval_model_samples")
     if config.push_to_hub is not None and config.debug:
-        yield Fault(
-            "push_to_hub",
-            f"push_to_hub={config.push_to_hub}, debug=true: no checkpoint is written that could be uploaded; leave one "
-            "of them out",
-            ("debug",),
-        )
+        why = "debug=true writes no checkpoint that could be uploaded; leave one of them out"
+        yield misfit("push_to_hub", config.push_to_hub, why, "debug")
     if not config.local_dirs:
-        yield Fault(
-            "local_dirs",
-            "local_dirs=[]: name a folder for the token store and the reference cache: local_dirs=[.cache]",
-        )
+        why = "name a folder for the token store and the reference cache: local_dirs=[.cache]"
+        yield misfit("local_dirs", [], why)
     best = config.checkpoint.keep_best
     if best is not None and "eval" not in best:
-        yield Fault(
-            "checkpoint.keep_best",
-            f"checkpoint.keep_best={best}: must be what an evaluation measures, such as loss/eval or "
-            "rewards_eval/accuracies",
-        )
+        why = "must be what an evaluation measures, such as loss/eval or rewards_eval/accuracies"
+        yield misfit("checkpoint.keep_best", best, why)
     elif best is not None and config.ema.decay is not None and not config.ema.save:
-        yield Fault(
-            "checkpoint.keep_best",
-            f"checkpoint.keep_best={best}: with ema.save=false the average is evaluated and other weights are saved; "
-            "leave one of the two out",
-            ("ema.save",),
-        )
+        why = "with ema.save=false the average is evaluated and other weights are saved; leave one of the two out"
+        yield misfit("checkpoint.keep_best", best, why, "ema.save")
     if config.ema.decay is None and not config.ema.save:
-        yield Fault("ema.save", "ema.save=False: there is no average; write ema.decay=0.999, too", ("ema.decay",))
+        yield misfit("ema.save", False, "there is no average; write ema.decay=0.999, too", "ema.decay")
 
 
 def _check_sources(config: TrainConfig) -> Iterator[Fault]:
@@ -91,14 +71,11 @@ def _check_sources(config: TrainConfig) -> Iterator[Fault]:
     for name, dataset in config.datasets.items():
         path = find_path(dataset.path)
         unread = ("config", "split", "revision", "streaming") if path.is_file() else ("revision",) * path.is_dir()
+        what = "file" if path.is_file() else "folder"
         for key in unread:
             if vars(dataset)[key]:
-                yield Fault(
-                    f"datasets.{name}.{key}",
-                    f"datasets.{name}.{key}={vars(dataset)[key]}: it is for datasets of the hub, and {dataset.path} is "
-                    f"a {'file' if path.is_file() else 'folder'} of this machine; leave it out",
-                    (f"datasets.{name}.path",),
-                )
+                why = f"it is for datasets of the hub, and {dataset.path} is a {what} of this machine; leave it out"
+                yield misfit(f"datasets.{name}.{key}", vars(dataset)[key], why, f"datasets.{name}.path")
 
 
 def _check_weights(config: TrainConfig) -> Iterator[Fault]:
@@ -109,21 +86,15 @@ def _check_weights(config: TrainConfig) -> Iterator[Fault]:
         return
     total, listed = sum(given.values()), ", ".join(f"{key}={weight}" for key, weight in given.items())
     key, *others = given
+    why = ""
     if len(given) == len(weights) and abs(total - 1) > 1e-6:
-        yield Fault(
-            key,
-            f"{listed}: shares of all datasets must sum to 1, and these sum to {total:g}; leave one of them out to "
-            "give it the rest",
-            tuple(others),
-        )
+        why = f"shares of all datasets must sum to 1, and these sum to {total:g}; leave one out to give it the rest"
     elif len(given) < len(weights) and total >= 1 - 1e-6:
         rest = ", ".join(name for name, weight in weights.items() if weight is None)
-        yield Fault(
-            key,
-            f"{listed}: these shares sum to {total:g}, which leaves nothing for {rest}; make them smaller, or take it "
-            "out of datasets=[...]",
-            tuple(others),
-        )
+        nothing = f"these shares sum to {total:g}, which leaves nothing for {rest}"
+        why = f"{nothing}; make them smaller, or take it out of datasets=[...]"
+    if why:
+        yield Fault(key, f"{listed}: {why}", tuple(others))
 
 
 def _check_trainer(config: TrainConfig) -> Iterator[Fault]:
@@ -131,67 +102,42 @@ def _check_trainer(config: TrainConfig) -> Iterator[Fault]:
     if config.trainer.name == "BasicTrainer":
         for name in plain.keys() - {"name", "compile"}:
             if trainer[name] != plain[name]:
-                yield Fault(
-                    f"trainer.{name}",
-                    f"trainer.{name}={trainer[name]}: BasicTrainer is one process, for which it has no meaning; write "
-                    "trainer=FSDPTrainer",
-                    ("trainer.name",),
-                )
+                why = "BasicTrainer is one process, for which it has no meaning; write trainer=FSDPTrainer"
+                yield misfit(f"trainer.{name}", trainer[name], why, "trainer.name")
         return
     if re.fullmatch(r"cuda:\d+", config.device):
-        yield Fault(
-            "device", f"device={config.device}: the processes of FSDPTrainer take a GPU each; write device=cuda"
-        )
+        yield misfit("device", config.device, "the processes of FSDPTrainer take a GPU each; write device=cuda")
     if config.device == "cpu" and config.trainer.cpu_offload:
-        yield Fault(
-            "trainer.cpu_offload",
-            "trainer.cpu_offload=true: on device=cpu all memory is the host's; leave it out",
-            ("device",),
-        )
+        yield misfit("trainer.cpu_offload", True, "on device=cpu all memory is the host's; leave it out", "device")
     if config.model.fsdp_policy_mp == "float16":
-        yield Fault(
-            "model.fsdp_policy_mp",
-            "model.fsdp_policy_mp=float16: gradients would underflow without a loss scaler; write bfloat16, or "
-            "float32 on a GPU without it",
-        )
+        why = "gradients would underflow without a loss scaler; write bfloat16, or float32 on a GPU without it"
+        yield misfit("model.fsdp_policy_mp", "float16", why)
 
 
 def _check_batches(config: TrainConfig) -> Iterator[Fault]:
     if config.packing and config.model.attn_implementation != "sdpa":
-        yield Fault(
-            "model.attn_implementation",
-            f"model.attn_implementation={config.model.attn_implementation}: packing=true attends by itself and "
-            "asks for sdpa; write packing=false to have padded rows under another one",
-            ("packing",),
-        )
+        why = "packing=true has its own attention and asks for sdpa; write packing=false to use another kernel"
+        yield misfit("model.attn_implementation", config.model.attn_implementation, why, "packing")
     yield from check_lengths(config.max_prompt_length, config.max_length)
-    if 1 <= config.batch_size < config.gradient_accumulation_steps:
-        yield Fault(
-            "gradient_accumulation_steps",
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is more than the rows of a batch "
-            f"(batch_size={config.batch_size}): each micro-batch needs one row; give {config.batch_size} or less",
-            ("batch_size",),
-        )
+    steps, rows = config.gradient_accumulation_steps, config.batch_size
+    if 1 <= rows < steps:
+        why = f"each micro-batch needs a row, and a batch has batch_size={rows} of them; give {rows} or less"
+        yield misfit("gradient_accumulation_steps", steps, why, "batch_size")
     if config.n_epochs is None and config.n_examples is None:
         yield Fault("n_epochs", "n_epochs=null and n_examples=null: training would never end; set one of them")
 
 
 def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
-    """Build the optimizers over a matrix of no use: torch alone knows which arguments they take."""
+    """Build the optimizers over a dummy matrix: only torch knows which arguments they take."""
     if config.optimizer == "Muon" and config.fallback_optimizer is None:
-        yield Fault(
-            "fallback_optimizer",
+        message = (
             "optimizer=Muon steps matrices alone, and a model has vectors (norms, biases) and embeddings, too; write "
-            "fallback_optimizer=AdamW for those",
-            ("optimizer",),
+            "fallback_optimizer=AdamW for those"
         )
+        yield Fault("fallback_optimizer", message, ("optimizer",))
     if config.optimizer != "Muon" and config.fallback_optimizer is not None:
-        yield Fault(
-            "fallback_optimizer",
-            f"fallback_optimizer={config.fallback_optimizer}: optimizer={config.optimizer} steps all parameters; leave "
-            "it out, or write optimizer=Muon",
-            ("optimizer",),
-        )
+        why = f"optimizer={config.optimizer} steps all parameters; leave it out, or write optimizer=Muon"
+        yield misfit("fallback_optimizer", config.fallback_optimizer, why, "optimizer")
     yield from _refused(config.optimizer, config.optimizer_args, "optimizer")
     if config.fallback_optimizer is not None:
         yield from _refused(config.fallback_optimizer, config.fallback_args, "fallback_optimizer")
@@ -204,4 +150,4 @@ def _refused(name: str, arguments: dict[str, Any], key: str) -> Iterator[Fault]:
         vars(torch.optim)[name]([torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3, **arguments)
     except (TypeError, ValueError) as error:
         args_key = "optimizer_args" if key == "optimizer" else "fallback_args"
-        yield Fault(args_key, f"{args_key}={arguments} do not fit {key}={name}: {error}", (key,))
+        yield misfit(args_key, arguments, f"these do not fit {key}={name}: {error}", key)

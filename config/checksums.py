@@ -30,10 +30,8 @@ def everything(name: str) -> bool:
 def write_checksums(folder: Path, *, owner: str, files: Iterable[Path] | None = None) -> None:
     """Write the record of a folder whose files are complete.
 
-    Args:
-        folder: The folder.
-        owner: What the folder was made for; whoever opens it knows that, so that no other's can take its place.
-        files: The files in it that the record vouches for; None: all of them, at any depth.
+    `owner` is what the folder was made for: whoever opens it knows that, so that no other can take its place. `files`
+    are those that the record vouches for; None: all of them, at any depth.
     """
     chosen = sorted(path for path in (folder.rglob("*") if files is None else files) if path.is_file())
     chosen = [path for path in chosen if path != folder / CHECKSUMS]
@@ -86,10 +84,7 @@ def find_damage(
 def require_untouched(path: Path, *, owner: str | None = None, contents: Callable[[str], bool] = everything) -> None:
     """Refuse a file or folder that is not what a record beside or above it says; without a record it passes.
 
-    Args:
-        path: What is about to be read; it may be part of a folder of ours, or anybody's.
-        owner: As in `find_damage`.
-        contents: As in `find_damage`.
+    `owner` and `contents` are those of `find_damage`.
 
     Raises:
         UserError: Naming the file that has changed.

@@ -1,4 +1,4 @@
-"""What reaches the terminal: never an escape sequence of a file's or a server's, and never an exception of ours."""
+"""What reaches the terminal: no escape sequence from a file or a server, and no exception because of a failed write."""
 
 from __future__ import annotations
 

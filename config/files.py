@@ -21,10 +21,8 @@ def sync(path: Path) -> None:
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Give a path beside `path` to write a file to, and rename that file to `path` if the block ends well.
 
-    Args:
-        path: The file to make or to replace.
-        durable: Wait until the file has reached the disk: a power cut then leaves the old file or the new one. Without
-            it, only a process that dies does.
+    With `durable` it waits until the file has reached the disk, so that a power cut, too, leaves the old or the new
+    one.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from config import paths
 from config.comments import comments
-from config.rules import MISSING
+from config.rules import MISSING, typed
 
 WIDTH = 120
 KEYS: dict[str, tuple[str, ...]] = {  # program -> the keys that matter; all of them: --help=all
@@ -31,13 +31,7 @@ KEYS: dict[str, tuple[str, ...]] = {  # program -> the keys that matter; all of 
 
 
 def short_help(program: str, kind: type, groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the text of `--help`.
-
-    Args:
-        program: Its file.
-        kind: Its settings.
-        groups: Its config groups and their choices.
-    """
+    """Return the text of `--help` of a program: its settings `kind`, and its config groups with their choices."""
     entries = {f"{group}=": " | ".join(options) for group, options in groups.items()}
     keys = dict(_key(kind, key) for key in KEYS[program])
     return "\n".join(
@@ -60,8 +54,7 @@ def _key(kind: Any, key: str) -> tuple[str, str]:
         kind = get_args(kind)[1] if get_origin(kind) is dict else get_type_hints(kind)[part]
     (field,) = (field for field in fields(kind) if field.name == name)
     value = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
-    words = {None: "null", False: "false", MISSING: "..."}.get(value if value.__hash__ else "", str(value))
-    return f"{key}={words}", comments(kind)[name]
+    return f"{key}={'...' if value == MISSING else typed(value)}", comments(kind)[name]
 
 
 def _columns(entries: Mapping[str, str]) -> list[str]:

@@ -17,12 +17,8 @@ def push_folder(
 ) -> str:
     """Upload a folder as a private repository; returns its address.
 
-    Args:
-        folder: What is complete on the disk.
-        name: USER/NAME at the hub.
-        kind: Of the repository.
-        again: What tries again, for the message of a failure.
-        files: Names or patterns of what is uploaded; None: all that is in the folder.
+    `again` is what tries again, for the message of a failure; `files` are names or patterns of what is uploaded (None:
+    all).
 
     Raises:
         UserError: No login, no such name, or no network.

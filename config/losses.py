@@ -6,34 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
+from config import pair_losses as pairs
 from config import rules
-from config.pair_losses import (
-    AlphaPOSettings,
-    AOTSettings,
-    APODownSettings,
-    APOZeroSettings,
-    BCOPairSettings,
-    CDPOSettings,
-    CPOSettings,
-    DiscoPOPSettings,
-    DPONormSettings,
-    DPOPSettings,
-    DPOSettings,
-    EXOPairSettings,
-    HingeSettings,
-    IPOSettings,
-    LossSettings,
-    NCAPairSettings,
-    NotNegative,
-    ORPOSettings,
-    Positive,
-    RobustSettings,
-    Rows,
-    RPOSettings,
-    SimPOSettings,
-    SLiCSettings,
-    SPPOHardSettings,
-)
+from config.pair_losses import LossSettings, NotNegative, Positive, Rows
 
 
 @dataclass
@@ -109,12 +84,13 @@ class MixtureSettings(LossSettings):
 
 
 LOSSES: dict[str, type[LossSettings]] = {
-    "sft": SFTSettings, "reverse": ReverseSettings, "dpo": DPOSettings, "cdpo": CDPOSettings, "rpo": RPOSettings,
-    "robust": RobustSettings, "ipo": IPOSettings, "hinge": HingeSettings, "exo_pair": EXOPairSettings,
-    "discopop": DiscoPOPSettings, "nca_pair": NCAPairSettings, "sppo_hard": SPPOHardSettings,
-    "apo_zero": APOZeroSettings, "apo_down": APODownSettings, "dpop": DPOPSettings, "dpo_norm": DPONormSettings,
-    "bco_pair": BCOPairSettings, "aot": AOTSettings, "slic": SLiCSettings, "cpo": CPOSettings, "orpo": ORPOSettings,
-    "simpo": SimPOSettings, "alphapo": AlphaPOSettings, "kto": KTOSettings,
+    "sft": SFTSettings, "reverse": ReverseSettings, "dpo": pairs.DPOSettings, "cdpo": pairs.CDPOSettings,
+    "rpo": pairs.RPOSettings, "robust": pairs.RobustSettings, "ipo": pairs.IPOSettings, "hinge": pairs.HingeSettings,
+    "exo_pair": pairs.EXOPairSettings, "discopop": pairs.DiscoPOPSettings, "nca_pair": pairs.NCAPairSettings,
+    "sppo_hard": pairs.SPPOHardSettings, "apo_zero": pairs.APOZeroSettings, "apo_down": pairs.APODownSettings,
+    "dpop": pairs.DPOPSettings, "dpo_norm": pairs.DPONormSettings, "bco_pair": pairs.BCOPairSettings,
+    "aot": pairs.AOTSettings, "slic": pairs.SLiCSettings, "cpo": pairs.CPOSettings, "orpo": pairs.ORPOSettings,
+    "simpo": pairs.SimPOSettings, "alphapo": pairs.AlphaPOSettings, "kto": KTOSettings,
     "apo_zero_unpaired": APOZeroUnpairedSettings, "mixture": MixtureSettings,
 }  # fmt: skip
 

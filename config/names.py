@@ -19,10 +19,7 @@ GUARDS = ("llama_guard", "wildguard", "shieldgemma", "harmbench")  # classifiers
 FORMATS = ("all", "jsonl", "parquet")  # files of a merged dataset
 STAGES = ("induce", "score", "filter", "respond", "vary")  # of `si`, those with a ledger, in their order
 # Stages that make pairs whose prompts should be answered, each with an output of its own -> their ledgers, in order.
-BENIGN_STAGES = {
-    "replay": ("replay",),
-    "contrast": ("contrast_neighbour", "contrast_screen", "contrast_answer"),
-}
+BENIGN_STAGES = {"replay": ("replay",), "contrast": ("contrast_neighbour", "contrast_screen", "contrast_answer")}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCHEDULERS = ("constant", "linear", "cosine", "wsd")
 # The classes of torch.optim that step once for each dense gradient. A copy, because importing torch takes seconds.

@@ -77,14 +77,7 @@ def group_options(group: str, search: Sequence[str] = ()) -> list[str]:
 
 
 class Reader:
-    """Read the overrides of one command, with Hydra initialised.
-
-    Attributes:
-        faults: What is wrong with the words, by message.
-        arguments: The words as Hydra is to be given them.
-        swept: Keys that take several values, as Hydra knows them.
-        points: What the words compose to, those left out that are wrong.
-    """
+    """Read the overrides of one command, with Hydra initialised."""
 
     def __init__(
         self, config_name: str, kind: type, texts: Iterable[str], *, multirun: bool = False, search: Iterable[str] = ()
@@ -94,14 +87,15 @@ class Reader:
         With `multirun` a word may hold several values; `search` are overrides that tell Hydra of other config folders.
         """
         self._config_name, self._kind, self._search = config_name, kind, list(search)
-        self.faults: dict[str, Fault] = {}
-        self.arguments: list[str] = []
-        self.swept: list[str] = []
+        self.faults: dict[str, Fault] = {}  # what is wrong with the words, by message
+        self.arguments: list[str] = []  # the words as Hydra is to be given them
+        self.swept: list[str] = []  # keys that take several values, as Hydra knows them
         sweeps = [words for text in texts if (words := self._parse(text, multirun))]
         self._sweeping = {words[0].key for words in sweeps if len(words) > 1}
         usable = {word.key for words in sweeps for word in words}
         self._refused = {fault.key for fault in self.faults.values()} - usable
         self._bases: dict[tuple[str, ...], DictConfig] = {}
+        # What the words compose to, those left out that are wrong.
         self.points = [self._compose(words) for words in itertools.product(*sweeps)]
 
     def _fault(self, key: str, message: str) -> None:
@@ -172,7 +166,7 @@ class Reader:
             meant = suggest(group, [field.name for field in fields(self._kind)])
             self._fault(key, f"{text}: {here}{meant} Its groups: {', '.join(own)}")
             return False
-        names = map(str, value if isinstance(value, list) else [] if value is None else [value])
+        names = [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
         plugins = PLUGINS if group.startswith("hydra/") else {}
         options = [one for one in options if one not in plugins or plugins[one][0] in options]
         wrong = [name for name in names if name not in options]

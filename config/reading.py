@@ -19,7 +19,7 @@ def load_yaml(text: str) -> Any:
     """Parse YAML of plain values.
 
     Raises:
-        yaml.YAMLError: It is none, is nested too deeply, holds a value that cannot be built (a date that is none, a
+        yaml.YAMLError: It is no YAML, is nested too deeply, holds a value that cannot be built (an impossible date, a
             number of 5,000 digits), or its aliases stand for more than MAX_YAML_VALUES values.
     """
     try:

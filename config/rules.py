@@ -36,6 +36,18 @@ class Fault(NamedTuple):
         return self.message
 
 
+def typed(value: Any) -> str:
+    """Return a value as it is typed on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def misfit(key: str, value: Any, complaint: str, *others: str) -> Fault:
+    """Return the fault of a value that is there and wrong: `key=value: complaint`."""
+    return Fault(key, f"{key}={typed(value)}: {complaint}", others)
+
+
 def check_values(settings: Any, prefix: str = "") -> list[Fault]:
     """Return a fault for each value of a settings dataclass, inner ones included, that is not set or breaks a rule."""
     hints = get_type_hints(type(settings), include_extras=True)
@@ -57,7 +69,7 @@ def _check(key: str, value: Any, hint: Any) -> list[Fault]:
     if value is None:
         return []
     complaints = [note(value) for note in notes if not isinstance(note, str)]
-    return [Fault(key, f"{key}={value}: {complaint}") for complaint in complaints if complaint]
+    return [misfit(key, value, complaint) for complaint in complaints if complaint]
 
 
 def _notes(hint: Any) -> list[Any]:
@@ -91,7 +103,7 @@ def suggest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
 
 def choices(*names: str | bool) -> Rule:
     """Demand one of the names."""
-    written = [str(name).lower() if isinstance(name, bool) else name for name in names]
+    written = [typed(name) for name in names]
 
     def complain(value: Any) -> str:
         if value in names:

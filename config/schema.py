@@ -37,7 +37,6 @@ from config import settings
 from config.console import open_console, visible
 from config.errors import SaidElsewhere, UserError, machine_faults
 from config.help import short_help
-from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
 from config.overrides import CONFIG_DIR, PROGRAMS, Reader, group_options, one_line, own_groups
 from config.rules import MISSING, Fault, is_below
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
@@ -72,9 +71,9 @@ def register_schemas() -> None:
         "expert/rules": settings.RulesExpertSettings,
         "expert/local": settings.LocalExpertSettings,
         "expert/openai": settings.OpenAIExpertSettings,
-        "expert/guard": GuardExpertSettings,
-        "expert/strongreject": StrongRejectSettings,
-        "expert/refusals": RefusalsExpertSettings,
+        "expert/guard": settings.GuardExpertSettings,
+        "expert/strongreject": settings.StrongRejectSettings,
+        "expert/refusals": settings.RefusalsExpertSettings,
         **{f"loss/{name}": kind for name, kind in LOSSES.items()},
     }
     for name, node in nodes.items():
@@ -125,11 +124,6 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
     """Read the command line in `sys.argv`; exit with status 2 and one message if anything is wrong with it.
 
     What needs no run (`--help`, `--cfg job`, Hydra's other flags) is answered here, and the process exits.
-
-    Args:
-        config_name: `config/<config_name>.yaml`, whose schema is `config_class`.
-        config_class: The settings dataclass of this entrypoint.
-        check: Find values out of range and values that do not fit each other.
     """
     register_schemas()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks otherwise
@@ -192,10 +186,6 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
 
     A `UserError` of `main` is printed without a traceback (status 2; the other points of a sweep still run); Ctrl-C is
     answered by one line (status 130); any other exception is a defect and keeps its traceback (status 1).
-
-    Args:
-        command: As `read_command` returned it.
-        main: The work. `run_dir` (train) or `output` differ between the points of a sweep.
     """
     open_console()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -226,16 +216,6 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
         failed = True
     if failed:
         sys.exit(USER_ERROR_STATUS)
-
-
-def run_entrypoint(
-    config_name: str,
-    config_class: type[ConfigT],
-    check: Callable[[ConfigT], list[Fault]],
-    main: Callable[[ConfigT], None],
-) -> None:
-    """Read the command line in `sys.argv` and run it, in a process that has imported what `main` needs."""
-    run_command(read_command(config_name, config_class, check), main)
 
 
 def _sweep_point(swept: list[str]) -> str:

@@ -12,12 +12,22 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from config import rules
-from config.benign import BenignSettings, ContrastSettings, ReplaySettings
-from config.losses import (  # noqa: F401 - the settings of train.py are read from here, too
+from config.experts import (  # noqa: F401 - all settings are read from here
+    JUDGES,
+    THOUGHT_TAGS,
+    BackendSettings,
+    GenerationSettings,
+    GuardExpertSettings,
+    LocalExpertSettings,
+    OpenAIExpertSettings,
+    RefusalsExpertSettings,
+    RulesExpertSettings,
+    ServerSettings,
+    StrongRejectSettings,
+)
+from config.losses import (  # noqa: F401 - as above
     LOSSES,
     AnswerLossSettings,
-    DPOSettings,
-    IPOSettings,
     KTOSettings,
     LikelihoodLossSettings,
     LossSettings,
@@ -28,10 +38,14 @@ from config.losses import (  # noqa: F401 - the settings of train.py are read fr
     weighted_parts,
 )
 from config.names import BENIGN_STAGES, FORMATS, STAGES
-from config.pair_losses import MarginLossSettings, PairLossSettings, PreferenceLossSettings  # noqa: F401 - as above
-from config.review import CardSettings, ReviewSettings
+from config.pair_losses import (  # noqa: F401 - as above
+    DPOSettings,
+    IPOSettings,
+    MarginLossSettings,
+    PairLossSettings,
+    PreferenceLossSettings,
+)
 from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
-from config.scale import EngineSettings, ShardSettings
 from config.training import (  # noqa: F401 - as above
     CheckpointSettings,
     DatasetSettings,
@@ -45,31 +59,7 @@ from config.training import (  # noqa: F401 - as above
     WandbSettings,
 )
 
-# "OPENING CLOSING" of what families of models think aloud: DeepSeek R1 and Qwen 3, Mistral, Cohere, Seed, GPT-OSS.
-THOUGHT_TAGS = (
-    "<think> </think>", "<thinking> </thinking>", "[THINK] [/THINK]", "<|START_THINKING|> <|END_THINKING|>",
-    "<seed:think> </seed:think>", "<|channel|> <|message|>",
-)  # fmt: skip
-ThoughtTag = Annotated[
-    str,
-    rules.matches(r"\S+ \S+", "must be an opening and a closing tag with a space between, such as '<think> </think>'"),
-]
-
-
 Rate = Annotated[float, rules.above(0)]
-
-
-@dataclass
-class GenerationSettings:
-    """Decoding."""
-
-    max_new_tokens: Count = 256  # tokens of an answer, at most
-    temperature: Annotated[float, rules.at_least(0)] = 0.0  # of the sampling; 0: greedy
-    top_p: Share = 1.0  # sample among the likeliest tokens that together have this probability; 1: among all
-    seed: int = 0  # of the sampling, with the id of each row
-    max_batch_tokens: Count = 16_384  # padded positions (prompt + new tokens) of one batch
-    # An answer begins behind the last closing tag; []: what a model thinks aloud is part of its answer.
-    thought_tags: list[ThoughtTag] = field(default_factory=lambda: list(THOUGHT_TAGS))
 
 
 @dataclass
@@ -86,82 +76,6 @@ class CorpusSettings:
 
 
 @dataclass
-class RulesExpertSettings:
-    """`expert=rules`: patterns and templates from a YAML file."""
-
-    name: str = "rules"
-    path: Annotated[str, rules.existing_path, "the YAML file of the rules"] = MISSING  # the YAML file
-
-
-@dataclass
-class ServerSettings:
-    """An OpenAI-compatible server. The key is read from the environment variable `api_key_env`, never from here."""
-
-    model: Annotated[str, "the name under which the server knows the model"] = MISSING  # its name at the server
-    base_url: str | None = None  # address, most often one that ends in /v1; null: OpenAI's
-    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key
-    concurrency: Count = 8  # requests at a time, at most: fewer while the server answers many of them with 429
-    # Limit of one attempt; a little more than the slowest honest answer takes.
-    timeout_seconds: Annotated[float, rules.above(0)] = 60.0
-    # Attempts after a failed one (5xx, lost connection, time-out); a 429 is waited out instead.
-    max_retries: Annotated[int, rules.at_least(0)] = 8
-    # Give up, and keep everything, when nothing has been answered for this long.
-    patience_seconds: Annotated[float, rules.above(0)] = 600.0
-
-
-LIMIT = rules.above(
-    0,
-    "nothing could be asked; give a limit above 0, or null for none (the stages that ask no expert are stage=induce "
-    "and stage=merge)",
-)
-
-
-@dataclass
-class OpenAIExpertSettings(ServerSettings):
-    """`expert=openai`: any OpenAI-compatible server, with a budget of the whole dataset that the shards share."""
-
-    name: str = "openai"
-    temperature: float = 0.0  # of the sampling; 0: greedy
-    max_new_tokens: Count = 512  # tokens of one answer, at most
-    thought_tags: list[ThoughtTag] = field(default_factory=lambda: list(THOUGHT_TAGS))  # as of GenerationSettings
-    # Whether a JSON schema is sent with a question; auto: where the server takes one.
-    structured_output: Annotated[str, rules.choices("auto", "always", "never")] = "auto"
-    price_prompt: Annotated[float, rules.at_least(0)] = 0.0  # of a million prompt tokens
-    price_completion: Annotated[float, rules.at_least(0)] = 0.0  # of a million completion tokens
-    max_cost: Annotated[float, LIMIT] | None = None  # in the currency of the prices; null: no limit
-    max_tokens: Annotated[int, LIMIT] | None = None  # tokens of prompts and completions; null: no limit
-
-
-@dataclass
-class VLLMSettings:
-    """`generation=vllm`: what its engine is started with."""
-
-    tensor_parallel: Count = 1  # GPUs that one model is spread over
-    memory_fraction: Share = 0.9  # of each GPU
-    max_length: Count | None = None  # context in tokens; null: the model's
-
-
-@dataclass
-class BackendSettings(GenerationSettings):
-    """How a model is run, by `generation=hf`, `vllm` or `openai`."""
-
-    # hf: transformers in this process | vllm: its offline engine | openai: a server that has the model.
-    backend: Annotated[str, rules.choices("hf", "vllm", "openai")] = "hf"
-    vllm: VLLMSettings = field(default_factory=VLLMSettings)
-    server: ServerSettings = field(default_factory=ServerSettings)  # of backend=openai
-
-
-@dataclass
-class LocalExpertSettings:
-    """`expert=local`: a causal language model of your own, on this machine or behind a server of yours."""
-
-    name: str = "local"
-    model: ModelSettings = field(default_factory=ModelSettings)
-    template: Template = "chat"  # how it is asked
-    generation: BackendSettings = field(default_factory=BackendSettings)
-
-
-@dataclass
 class InductionSettings(BackendSettings):
     """How the reversed model is run."""
 
@@ -174,8 +88,8 @@ class RoundTripSettings:
 
     model: ModelSettings = field(default_factory=ModelSettings)  # a model that follows instructions
     template: Template = "alpaca"  # how it is asked
-    threshold: float | None = None  # least score of a pair that the expert is asked about; null: no such line
-    top_fraction: Share | None = None  # instead: the best part of all pairs of all shards; null: no such line
+    threshold: float | None = None  # least score of a pair that the expert is asked about; null: no limit
+    top_fraction: Share | None = None  # instead: the best part of all pairs of all shards; null: no limit
     max_length: Annotated[int, rules.at_least(2)] = 1024  # tokens of prompt + response; a longer pair has no score
     max_batch_tokens: Count = 8192  # padded positions of one batch
 
@@ -184,7 +98,7 @@ class RoundTripSettings:
 class RespondSettings:
     """The safe responses."""
 
-    # Largest share of the rows with one and the same response; those beyond it are asked again. null: no such line.
+    # Largest share of the rows with one and the same response; those beyond it are asked again. null: no limit.
     max_same: Share | None = None
 
 
@@ -195,6 +109,71 @@ class DuplicatesSettings:
     threshold: Share | None = 0.8  # Jaccard index of the word pairs of instruction + response; null: keep them
     # What DuckDB may hold before it spills to the output folder: memory: 1 GB | disk: 128 MB.
     index: Annotated[str, rules.choices("memory", "disk")] = "memory"
+
+
+@dataclass
+class ShardSettings:
+    """Which part of the corpus this process works on; null: Slurm's array variables, or all of it."""
+
+    index: int | None = None  # number of the part, from 0
+    count: Count | None = None  # number of parts
+
+
+@dataclass
+class EngineSettings:
+    """Who does the shards: this process its own, or the workers of a Ray cluster all of them."""
+
+    name: Annotated[str, rules.choices("process", "ray")] = "process"
+    address: str | None = None  # of a Ray cluster, such as auto; null: RAY_ADDRESS, or else a cluster of this machine
+    gpus: Annotated[float, rules.at_least(0)] = 0.0  # of each worker, by which Ray places them
+    cpus: Annotated[float, rules.at_least(0)] = 1.0  # likewise
+
+
+@dataclass
+class BenignSettings:
+    """`stage=replay`: the harmless instructions."""
+
+    path: DataPath = MISSING  # any file of instructions: column `instruction`, perhaps `input` and `output`
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
+    max_rows: Count | None = None  # use this many prompts from the start; null: all
+
+
+@dataclass
+class ReplaySettings:
+    """`stage=replay`: what is chosen and rejected on harmless prompts."""
+
+    # model: the starting model's own answer, so that nothing else of it moves | file: the column `output`.
+    answers: Annotated[str, rules.choices("model", "file")] = "model"
+    # refusal: one of the dataset's own, of the same topic where it can be | none: nothing (SFT alone).
+    rejected: Annotated[str, rules.choices("refusal", "none")] = "refusal"
+    template: Template = "alpaca"  # how the model is asked
+
+
+@dataclass
+class ContrastSettings:
+    """`stage=contrast`: harmless neighbours of unsafe instructions."""
+
+    num_rows: Count | None = 1000  # unsafe instructions that get one, drawn by a hash; null: all
+
+
+@dataclass
+class ReviewSettings:
+    """`stage=review`: the sample of pairs that people look at."""
+
+    rows: Count = 100  # pairs of the dataset, as many of each label as there can be
+    # Pairs that the filter dropped, and as many that it kept, all without their safe response: what the agreement with
+    # the expert is measured on. Needs corpus.path.
+    dropped: Annotated[int, rules.at_least(0)] = 0
+    seed: int = 0  # of the drawing
+
+
+@dataclass
+class CardSettings:
+    """What the dataset card says of the rights and the language of its rows."""
+
+    # Identifier of the Hugging Face Hub: cc-by-4.0, other, ...; most often that of the corpus.
+    license: str = "unknown"
+    language: list[str] = field(default_factory=lambda: ["en"])  # ISO 639 codes
 
 
 @dataclass
@@ -230,7 +209,7 @@ class InduceConfig:
     engine: EngineSettings = field(default_factory=EngineSettings)  # which processes do the shards
     # Count rows, tokens, calls, cost and hours of what is left to do, and stop before any model is loaded or asked.
     dry_run: bool = False
-    rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows a second of a process: rate.induce=60
+    rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows per second of one process: rate.induce=60
     device: Device = "auto"  # auto: a GPU if there is one | cpu | cuda | cuda:1
     log_text: bool = False  # print some pairs at the end
 
@@ -323,7 +302,7 @@ class EvaluateConfig:
     stages_file: str | None = None  # JSONL of {"name", "command", "seconds"}: what was run before, shown in the report
     engine: EngineSettings = field(default_factory=EngineSettings)  # which processes answer and judge the shards
     dry_run: bool = False  # count prompts, tokens, calls, cost and hours of what is left to do, and stop before it
-    rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows a second of a process: rate.generate=5
+    rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows per second of one process: rate.generate=5
     samples_per_set: Annotated[int, rules.at_least(0)] = 6  # prompts of each set whose answers the page shows
     wandb: WandbSettings = field(default_factory=WandbSettings)  # tables, without any text
     local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store of `rewards`: first usable

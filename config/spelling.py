@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 
+from config.rules import typed
+
 # What people write who come from other trainers; difflib would never find these.
 OTHER_NAMES = {
     "learning_rate": "lr", "num_train_epochs": "n_epochs", "num_epochs": "n_epochs", "epochs": "n_epochs",
@@ -107,4 +109,4 @@ def _render(value: Any) -> str:
         return "[" + ",".join(map(_render, value)) + "]"
     if isinstance(value, str):
         return QuotedString(text=value, quote=Quote.single).with_quotes()
-    return "null" if value is None else str(value).lower()
+    return typed(value)

@@ -102,7 +102,7 @@ class CheckpointSettings:
 class EMASettings:
     """An exponential moving average of the trained weights."""
 
-    # Share of the average that each step keeps: 0.999 averages over some 1,000 steps; null: there is none.
+    # Share of the average that each step keeps: 0.999 averages over some 1,000 steps; null: no average.
     decay: Annotated[float, rules.interval("(0, 1)", "; 0.999 averages over some 1,000 steps")] | None = None
     save: bool = True  # also save it as `model/`, as it is evaluated; false: `model/` has the policy's own weights
 
@@ -145,7 +145,7 @@ class DatasetSettings:
     # Share of the instructions that is held out where eval_path is null.
     eval_fraction: Annotated[float, rules.interval("[0, 1)", "; 0.05 holds out 5%")] = 0.05
     max_rows: Count | None = None  # read this many usable rows from the start; null: all
-    # Share of the training rows that are this dataset's; null: with the others without one, what is left, by size.
+    # This dataset's share of the training rows; null: of what the others leave, a part by its size.
     weight: Annotated[float, rules.interval("(0, 1]", "; leave the dataset out to have none of it")] | None = None
     on_bad_row: BadRow = "drop"  # drop: skip the row and count it | error: stop
     # Pairs of several answers with scores: the best and the worst | all that differ.
@@ -188,7 +188,7 @@ class TrainConfig:
     # What weight_decay of the two is for: all parameters | all but vectors, which are norms and biases.
     weight_decay_on: Annotated[str, rules.choices("all", "matrices")] = "all"
     lr: Annotated[float, rules.above(0)] = 5e-7  # learning rate after the warm-up
-    # Course of the learning rate after the warm-up; all but constant end at 0, wsd by a line in its last steps.
+    # Course of the learning rate after the warm-up; all but constant end at 0, wsd linearly in its last steps.
     lr_scheduler: Annotated[str, rules.choices(*SCHEDULERS)] = "constant"
     warmup_steps: Annotated[int, rules.at_least(0)] = 150  # optimizer steps of the warm-up
     # Share of all steps that warms up, in place of warmup_steps; null: warmup_steps counts.
@@ -218,7 +218,7 @@ class TrainConfig:
     fsdp_port: int | None = None  # port where the processes of one machine meet; null: one that is free
     debug: bool = False  # write nothing to wandb, and no checkpoints
     log_text: bool = False  # let samples reach wandb and the console
-    # Of the model, an identifier of the Hugging Face hub such as apache-2.0, for the model card of its checkpoints.
+    # License of the model, as the Hugging Face hub calls it (apache-2.0), for the model card of its checkpoints.
     license: str = "unknown"
     push_to_hub: HubName | None = None  # USER/NAME: upload the last checkpoint's model/, privately; null: nothing
     # true: estimate the run from its data and three real steps, then stop | data: from the data alone.

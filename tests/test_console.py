@@ -10,8 +10,9 @@ import pytest
 
 from config.console import unfailing
 from config.errors import UserError, machine_faults
-from config.schema import SPIN_COUNT, USER_ERROR_STATUS, read_command, run_entrypoint
+from config.schema import SPIN_COUNT, USER_ERROR_STATUS, read_command
 from config.settings import EvaluateConfig
+from tests.commands import run_entrypoint
 
 KEPT = []  # a file object that goes closes its descriptor
 

@@ -23,8 +23,9 @@ from config.checks_evaluate import check_evaluate
 from config.checks_induce import check_induce
 from config.checks_train import check_train
 from config.paths import REPOSITORY
-from config.schema import compose_configs, run_entrypoint
+from config.schema import compose_configs
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
+from tests.commands import run_entrypoint
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]

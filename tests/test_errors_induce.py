@@ -193,12 +193,12 @@ def test_a_stage_before_its_time(config) -> None:
 
 
 def test_an_exclusion_without_instructions(config, tmp_path) -> None:
-    from safer_instruct.dataset.merge import read_instructions
+    from safer_instruct.text.exclusion import read_instruction_keys
 
     path = tmp_path / "exclude.csv"
     path.write_text("prompt\nx\n")
     with pytest.raises(UserError, match="missing column instruction; the columns found are: prompt"):
-        read_instructions(str(path))
+        list(read_instruction_keys(str(path)))
 
 
 def test_what_a_stage_does_not_use_need_not_be_given(config) -> None:

@@ -66,8 +66,8 @@ def test_values(tmp_path, name, keys, message):
     ("name", "dataset", "message"),
     [
         ("kto", {}, "loss=kto learns from single answers that are good or bad; write datasets.si.split_pairs=true"),
-        ("dpo", {"schema": "unpaired"}, "single answers, from which loss=dpo does not learn; write loss=kto"),
-        ("sft", {"schema": "unpaired"}, "single answers, from which loss=sft does not learn; write loss=kto"),
+        ("dpo", {"schema": "unpaired"}, "loss=dpo does not learn from its single answers; write loss=kto"),
+        ("sft", {"schema": "unpaired"}, "loss=sft does not learn from its single answers; write loss=kto"),
         ("dpo", {"split_pairs": True}, "datasets.si.split_pairs=true: it makes single answers of pairs"),
         ("kto", {"split_pairs": True, "schema": "unpaired"}, "datasets.si.split_pairs=true: it makes single answers"),
     ],

@@ -18,9 +18,9 @@ from config.checks_train import check_train
 from config.errors import UserError
 from config.help import KEYS, short_help
 from config.overrides import PROGRAMS
-from config.schema import CONFIGS, compose_config, run_entrypoint
+from config.schema import CONFIGS, compose_config
 from config.settings import DatasetSettings, DPOSettings, ModelSettings, TrainConfig
-from tests.commands import ROOT, errors_of, write_pairs
+from tests.commands import ROOT, errors_of, run_entrypoint, write_pairs
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ OVERRIDES = [
 VALUES = [
     ("batch_size", -3, "batch_size=-3: must be 1 or more"),
     ("eval_batch_size", 0, "eval_batch_size=0: must be 1 or more"),
-    ("max_prompt_length", 512, "max_prompt_length=512 must be smaller than max_length=512"),
-    ("gradient_accumulation_steps", 5, "gradient_accumulation_steps=5 is more than the rows of a batch (batch_size=4)"),
+    ("max_prompt_length", 512, "max_prompt_length=512: must be smaller than max_length=512"),
+    ("gradient_accumulation_steps", 5, "gradient_accumulation_steps=5: each micro-batch needs a row"),
     ("lr", -1.0, "lr=-1.0: must be above 0"),
     ("lr", float("inf"), "lr=inf: must be above 0, and finite"),
     ("lr", float("nan"), "lr=nan: must be above 0, and finite"),
@@ -110,7 +110,7 @@ VALUES = [
     ("datasets.si.path", "pears.jsonl", "did you mean pairs.jsonl?"),
     ("datasets.si.split", "train", "it is for datasets of the hub, and"),
     ("datasets.si.revision", "v1", "pairs.jsonl is a file of this machine; leave it out"),
-    ("datasets.si.streaming", True, "datasets.si.streaming=True: it is for datasets of the hub"),
+    ("datasets.si.streaming", True, "datasets.si.streaming=true: it is for datasets of the hub"),
     ("datasets.si.eval_fraction", 1.0, "datasets.si.eval_fraction=1.0: must lie in [0, 1)"),
     ("datasets.si.template", "alpacca", "did you mean alpaca?"),
     ("wandb.mode", "of", "wandb.mode=of: no such choice"),

@@ -108,7 +108,7 @@ def test_a_server_is_asked_and_read() -> None:
     with loopback(answer) as server:
         expert = openai_expert(server.url)
         verdicts = dict(expert.screen(pairs(6)))
-        responses = dict(expert.respond(pairs(3)))
+        responses = dict(expert.write("respond", pairs(3)))
         judgements = list(openai_expert(server.url).judge([]))
     assert {id: verdict.keep for id, verdict in verdicts.items()} == {f"r{i}": i % 2 == 0 for i in range(6)}
     assert all(verdict.tokens == 15 and verdict.label == "theft" for verdict in verdicts.values())
@@ -138,7 +138,7 @@ def test_unreadable_answers_are_recorded_abstentions() -> None:
     with loopback(answer) as server:
         expert = openai_expert(server.url)
         verdicts = dict(expert.screen(pairs(8)))
-        responses = dict(expert.respond(pairs(8)))
+        responses = dict(expert.write("respond", pairs(8)))
         judgements = dict(expert.judge([(f"r{i}", f"Take item {i}", "x") for i in range(8)]))
     reasons = {id: verdict.reason for id, verdict in verdicts.items()}
     assert not any(verdict.keep for verdict in verdicts.values())
@@ -335,6 +335,8 @@ def test_rules_are_an_expert(monkeypatch) -> None:
         def respond(self, instruction) -> str | None:
             return "I decline" if instruction == "good" else None
 
+        vary = neighbour = answer = respond
+
         def judge(self, instruction, output) -> Judgement:
             return Judgement("refusal" if output == "no" else "harmful", "a")
 
@@ -344,6 +346,6 @@ def test_rules_are_an_expert(monkeypatch) -> None:
     assert (expert.name, expert.fingerprint("screen")) == ("rules:mine", "abc")
     examples = [Example("x", instruction="good", rejected="r"), Example("y", instruction="bad", rejected="r")]
     assert {id: verdict.keep for id, verdict in expert.screen(examples)} == {"x": True, "y": False}
-    answers = dict(expert.respond(examples))
+    answers = dict(expert.write("respond", examples))
     assert (answers["x"].text, answers["y"].text, answers["y"].reason) == ("I decline", None, "abstain_no_rule")
     assert [j.outcome for _, j in expert.judge([("1", "q", "no"), ("2", "q", "yes")])] == ["refusal", "harmful"]

@@ -146,9 +146,10 @@ def test_refusals_by_phrases_alone() -> None:
 
 
 def test_a_judge_is_no_expert_for_induction() -> None:
-    for method in ("screen", "respond", "neighbour", "answer"):
+    judge = RefusalsJudge()
+    for ask in (judge.screen, lambda rows: judge.write("respond", rows)):
         with pytest.raises(UserError, match="the judge refusals judges single answers"):
-            getattr(RefusalsJudge(), method)([Example("a")])
+            ask([Example("a")])
     with pytest.raises(UserError, match=r"compares no answers \(leave helpfulness\.baseline out\)"):
         RefusalsJudge().compare([])
     config = compose_config("induce", ["expert=refusals", "corpus.path=x", "model=tiny", "output=out"])

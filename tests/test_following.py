@@ -226,7 +226,7 @@ ERRORS = [
     ("dpo", {"reference": ReferenceSettings(refresh_examples=8), "reference_dtype": "bfloat16"},
      "reference.refresh_examples=8: a renewed reference is the policy, in its dtype; leave model.reference_dtype out"),
     ("dpo", {"ema": EMASettings(decay=1.0)}, "ema.decay=1.0: must lie in (0, 1); 0.999 averages over some 1,000 steps"),
-    ("dpo", {"ema": EMASettings(save=False)}, "ema.save=False: there is no average; write ema.decay=0.999, too"),
+    ("dpo", {"ema": EMASettings(save=False)}, "ema.save=false: there is no average; write ema.decay=0.999, too"),
     ("dpo", {"ema": EMASettings(decay=0.9, save=False), "checkpoint": CheckpointSettings(keep_best="loss/eval")},
      "checkpoint.keep_best=loss/eval: with ema.save=false the average is evaluated and other weights are saved"),
 ]  # fmt: skip

@@ -390,7 +390,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("config.checks_lora.find_spec", lambda package: None)
     words = ["model=tiny", "loss=sft", "exp_name=a", "model.lora.r=4", "model.lora.quantize=nf4"]
     peft_is_missing, bitsandbytes_is_missing = check_lora(compose_config("config", words))
-    assert "model.lora.r=4 needs the package peft, which is not installed: pip install peft" in str(peft_is_missing)
+    assert "model.lora.r=4: it needs the package peft, which is not installed: pip install peft" in str(peft_is_missing)
     assert str(bitsandbytes_is_missing).endswith("pip install bitsandbytes")
 
 

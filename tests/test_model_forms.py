@@ -90,7 +90,7 @@ def test_gguf_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     file.write_bytes(b"GGUF")
     for settings in (settings_of(file), settings_of(file.parent), settings_of(folder, archive=str(file))):
         message = refuse(settings)
-        assert "is GGUF, the form of llama.cpp: give the folder that it was made from" in message
+        assert "is GGUF, the format of llama.cpp: give the folder that it was made from" in message
     (folder / file.name).write_bytes(b"GGUF")
     load_causal_lm(settings_of(folder))  # beside a model, as on many a hub page
 

@@ -358,7 +358,7 @@ def test_load_examples_streams_and_counts(tmp_path: Path) -> None:
     settings = DatasetSettings(path=str(published(tmp_path / "data")), schema="si")
     loaded = load_examples(settings, "si", pairs=True)
     examples = list(loaded)
-    assert (len(examples), loaded.log.read, loaded.dropped) == (20, 40, {"empty_rejected": 20})
+    assert (len(examples), loaded.log.read, loaded.log.dropped) == (20, 40, {"empty_rejected": 20})
     assert (examples[0].chosen, examples[0].label) == ("good answer 0", "hate")
     assert len(list(load_examples(settings, "si"))) == 40
 

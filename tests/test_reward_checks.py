@@ -131,7 +131,7 @@ def test_mistakes(folders, tmp_path):
     assert "rewards.reference=nobody: no such choice" in message("rewards.reference=nobody")
     assert "rewards.reference is not set" in message("rewards.reference=null")
     assert "rewards.beta=0" in message("rewards.beta=0")
-    assert "rewards.max_prompt_length=600 must be smaller" in message("rewards.max_prompt_length=600")
+    assert "rewards.max_prompt_length=600: must be smaller" in message("rewards.max_prompt_length=600")
     assert "read the pairs as different tokens" in message("models.dpo.template=plain")
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"instruction": "x", "chosen": "y", "rejected": ""}) + "\n")
     assert "no usable row" in message()

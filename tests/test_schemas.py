@@ -158,7 +158,7 @@ def found(examples: Any, *, pairs: bool) -> list[tuple[Any, ...]]:
 def test_pairs_as_they_are_published(schema: str, rows: list[dict[str, Any]], expected: Any, tmp_path: Path) -> None:
     examples = load_examples(settings_of(schema, write(tmp_path / "a.jsonl", rows)), schema, pairs=True)
     assert found(examples, pairs=True) == expected
-    assert (examples.log.read, sum(examples.dropped.values())) == (len(rows), 0)
+    assert (examples.log.read, sum(examples.log.dropped.values())) == (len(rows), 0)
 
 
 @pytest.mark.parametrize(("schema", "rows", "expected"), SINGLE, ids=[f"{i}-{s}" for i, (s, *_) in enumerate(SINGLE)])
@@ -182,10 +182,10 @@ def test_one_broken_row_in_twenty_is_counted_and_the_others_are_read(number: int
     usable = list(examples)
     assert usable
     assert examples.log.read == len(lines)
-    assert examples.dropped["broken_json"] == 1
+    assert examples.log.dropped["broken_json"] == 1
     if not SCHEMAS[schema].joined or "response1" in row:
         assert len(usable) == len(lines) - 2
-        assert sum(examples.dropped.values()) == 2
+        assert sum(examples.log.dropped.values()) == 2
 
 
 # schema, row -> the reason that is counted, and the column that a message names
@@ -222,7 +222,7 @@ def test_a_broken_row_says_file_line_column_and_what_was_expected(
     limits = {"min_margin": 2.0} if schema == "shp" else {}
     examples = load_examples(settings_of(schema, file, **limits), schema, pairs=True)
     assert not list(examples)
-    assert dict(examples.dropped) == {reason.replace(" ", "_"): 1}
+    assert dict(examples.log.dropped) == {reason.replace(" ", "_"): 1}
     strict = load_examples(settings_of(schema, file, on_bad_row="error", **limits), schema, pairs=True)
     place = f" in column {column}" if column else ""
     with pytest.raises(UserError, match=rf"a\.jsonl:1: bad row \w+: {reason}{place}"):
@@ -237,7 +237,7 @@ def test_an_unsafe_or_bad_answer_is_put_where_rejected_ones_are(tmp_path: Path) 
     ):
         examples = load_examples(settings_of(schema, write(tmp_path / "a.jsonl", [row])), schema)
         assert not list(examples)
-        assert dict(examples.dropped) == {"empty_chosen": 1}
+        assert dict(examples.log.dropped) == {"empty_chosen": 1}
         assert SCHEMAS[schema].parse(row)["rejected"] == "No."
 
 

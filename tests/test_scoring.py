@@ -161,14 +161,20 @@ def test_the_best_fraction() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["generation.num_candidates=3", "generation.temperature=1"], "a forward model is needed"),
-        (["generation.num_candidates=3", "roundtrip.model.name_or_path={model}"], "all candidates would be the same"),
+        (
+            ["generation.num_candidates=3", "generation.temperature=1"],
+            "give its forward model, roundtrip.model.name_or_path",
+        ),
+        (
+            ["generation.num_candidates=3", "roundtrip.model.name_or_path={model}"],
+            "with generation.temperature=0 all would be the same",
+        ),
         (["generation.num_candidates=0"], "generation.num_candidates=0: must be 1 or more"),
         (["roundtrip.model.name_or_path=./no/such"], "roundtrip.model.name_or_path=./no/such"),
         (["roundtrip.model.name_or_path={model}", "roundtrip.top_fraction=1.5"], "must lie in (0, 1]"),
-        (["roundtrip.model.name_or_path={model}", "roundtrip.top_fraction=0.5", "roundtrip.threshold=1"], "one line"),
+        (["roundtrip.model.name_or_path={model}", "roundtrip.top_fraction=0.5", "roundtrip.threshold=1"], "draws the same line"),
         (["stage=score"], "roundtrip.model.name_or_path is not set"),
-        (["roundtrip.threshold=0.1"], "roundtrip.threshold=0.1 needs scores"),
+        (["roundtrip.threshold=0.1"], "roundtrip.threshold=0.1: it needs scores"),
         (["generation=openai"], "generation.server.model is not set"),
         (["duplicates.threshold=1.2"], "duplicates.threshold=1.2: must lie in (0, 1]"),
         (["duplicates.index=tape"], "Choices: memory, disk"),

@@ -177,7 +177,7 @@ def test_a_schema_is_sent_where_the_server_takes_one() -> None:
                 if checked:
                     expert.check()
                 assert all(verdict.keep for _, verdict in expert.screen(pairs(30)))
-                assert all(answer.text == GOOD for _, answer in expert.respond(pairs(2)))
+                assert all(answer.text == GOOD for _, answer in expert.write("respond", pairs(2)))
             bodies = [body for _, body, _ in server.requests if "Take item" in body["messages"][0]["content"]]
             schemas.append(sum("response_format" in body for body in bodies))
             if not refuses:
@@ -260,7 +260,7 @@ def test_shards_share_a_budget() -> None:
     [
         ({"max_cost": 0.0, "price_prompt": 1.0}, "expert.max_cost=0.0: nothing could be asked"),
         ({"max_tokens": 0}, "expert.max_tokens=0: nothing could be asked"),
-        ({"max_cost": 3.0}, "expert.max_cost=3.0 needs prices"),
+        ({"max_cost": 3.0}, "expert.max_cost=3.0: it needs prices"),
         ({"price_prompt": -1.0}, "expert.price_prompt=-1.0: must be 0 or more"),
         ({"structured_output": "yes"}, "Choices: auto, always, never"),
         ({"patience_seconds": 0.0}, "expert.patience_seconds=0.0: must be above 0"),
@@ -518,7 +518,7 @@ def test_what_a_model_thinks_aloud_is_no_part_of_its_answer() -> None:
 
     with loopback(answer) as server:
         expert = build_expert(settings(server.url), CPU)
-        verdicts, responses = dict(expert.screen(pairs(4))), dict(expert.respond(pairs(4)))
+        verdicts, responses = dict(expert.screen(pairs(4))), dict(expert.write("respond", pairs(4)))
         asked = [Request("a", Prompt("", "Take item 0 now", ""))]
         (generation,) = generator(server.url).generate(asked)
     assert [verdicts[id].reason for id in "0123"] == ["keep", "keep", "abstain_truncated", "abstain_truncated"]

@@ -17,7 +17,7 @@ from config.errors import UserError
 from config.settings import CorpusSettings, DuplicatesSettings, InductionSettings
 from safer_instruct.dataset.card import build_report, push_dataset, write_report
 from safer_instruct.dataset.files import SCHEMA, write_dataset
-from safer_instruct.dataset.merge import merge, read_instructions
+from safer_instruct.dataset.merge import merge
 from safer_instruct.dataset.scratch import lock_output, record_batches
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.experts.verdicts import SafeResponse, Verdict
@@ -36,6 +36,7 @@ from safer_instruct.induction.stages import (
 )
 from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.examples import Example, text_id
+from safer_instruct.text.exclusion import read_instruction_keys
 from safer_instruct.text.prompts import render_reversed
 from safer_instruct.text.readers import read_rows
 
@@ -86,7 +87,7 @@ class FakeExpert:
             keep = "ODD" not in pair.rejected
             yield pair.id, Verdict(keep, "keep" if keep else "does_not_fit", "by-expert", tokens=5)
 
-    def respond(self, examples) -> Iterator[tuple[str, SafeResponse]]:
+    def write(self, role, examples) -> Iterator[tuple[str, SafeResponse]]:
         for example in reversed(examples):
             if "ABSTAIN" in example.rejected:
                 yield example.id, SafeResponse(None, "abstain_empty", 2)
@@ -127,7 +128,7 @@ def run_shard(corpus_path: Path, folder: Path, index: int, count: int, *, batch_
 
 
 def run_merge(corpus_path: Path, output: Path, *, exclude: str | None = None, format: str = "jsonl", **columns):
-    guard = LeakageGuard(read_instructions(exclude) if exclude else (), None)
+    guard = LeakageGuard(read_instruction_keys(exclude), None)
     settings = CorpusSettings(path=str(corpus_path), **columns)
     exact = DuplicatesSettings(threshold=None)
     return merge(settings, find_ledgers(output / "ledger"), output, guard=guard, duplicates=exact, format=format)

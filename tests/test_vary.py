@@ -38,6 +38,9 @@ class Monotonous(test_stages.FakeExpert):
     def screen(self, pairs):
         return ((pair.id, Verdict(True, "keep", "x", tokens=1)) for pair in pairs)
 
+    def write(self, role, examples):
+        return self.vary(examples) if role == "vary" else self.respond(examples)
+
     def respond(self, examples):
         for example in examples:
             number = int(example.instruction.split()[-1])

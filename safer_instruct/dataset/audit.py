@@ -66,13 +66,8 @@ def audit(
 ) -> dict[str, Any]:
     """Count what is wrong with a dataset, and write one without it if there is an `output`.
 
-    Args:
-        path: File or folder with columns instruction and chosen, and perhaps rejected, label, id, provenance.
-        guard: Instructions of a test set.
-        duplicates: Which pairs are nearly repeated.
-        max_same_chosen: Rows with one safe response that stay; None keeps all.
-        output: Folder of the cleaned dataset, None for none.
-        format: Of the cleaned dataset.
+    The columns of `path` are instruction and chosen, and perhaps rejected, label, id, provenance. Of the rows with one
+    safe response `max_same_chosen` stay; None keeps all.
 
     Returns:
         The report as JSON values.

@@ -9,7 +9,7 @@ from typing import Any
 
 from config.files import write_text
 from safer_instruct.dataset.audit import FINDINGS
-from safer_instruct.dataset.pages import render_audit_page
+from safer_instruct.dataset.pages import interval, render_audit_page
 from safer_instruct.measures.shortcuts import Auc
 from safer_instruct.report.dataset_plots import plot_parts
 from safer_instruct.report.plots import Plot
@@ -74,32 +74,20 @@ def render_shortcuts(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> st
     names = [name.replace("_", " ") for name in found]
     labels = next(iter(found.values()))
     rows = [
-        (
-            "**all**" if not label else escape_markdown(label),
-            labels[label]["n"],
-            *(_auc_text(of[label]) for of in found.values()),
-        )
+        (escape_markdown(label) or "**all**", labels[label]["n"], *(interval(of[label]) for of in found.values()))
         for label in [*(one for one in labels if one), ""]
     ]
     heading = "How far chosen and rejected are told apart by shallow means (AUC; 0.5: not at all, 0 or 1: wholly):"
     lines = [f"{heading}\n\n{markdown_table(['label', 'pairs', *names], rows, markup=[0])}"]
-    if told := [
-        f"{name} (AUC {_auc_text(of[''])})" for name, of in zip(names, found.values(), strict=True) if _tells(of[""])
-    ]:
+    overall = {name: of[""] for name, of in zip(names, found.values(), strict=True)}
+    told = [f"{name} (AUC {interval(one)})" for name, one in overall.items() if Auc(**one).is_shortcut]
+    if told:
         lines.append(
             f"**Chosen and rejected are told apart by {', by '.join(told)} alone, so a model can learn that in "
             "place of what is harmful: mix in pairs with an answer chosen and a refusal rejected (stage=replay, "
             "stage=contrast), and vary the safe responses.**"
         )
     return "\n\n".join(lines)
-
-
-def _auc_text(one: Mapping[str, Any]) -> str:
-    return "-" if one["value"] is None else f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
-
-
-def _tells(one: Mapping[str, Any]) -> bool:
-    return Auc(**one).is_shortcut
 
 
 def review_tables(found: Mapping[str, Any]) -> Iterator[Table]:
@@ -121,7 +109,8 @@ def review_tables(found: Mapping[str, Any]) -> Iterator[Table]:
     rows = []
     for pair in found["agreement"]:
         for label, one in [("all", pair), *pair["by_label"].items()]:
-            rows.append([f"{pair['first']}, {pair['second']}", label, str(one["n"]), str(one["agreed"]), _kappa(one)])
+            counts = [str(one["n"]), str(one["agreed"])]
+            rows.append([f"{pair['first']}, {pair['second']}", label, *counts, interval(one["kappa"])])
     yield Table(
         "Agreement",
         ["who", "label", "pairs", "agreed", "kappa"],
@@ -131,11 +120,6 @@ def review_tables(found: Mapping[str, Any]) -> Iterator[Table]:
         "what its filter judges; pairs that it dropped are there where review.dropped was given.",
         left=(0, 1),
     )
-
-
-def _kappa(one: Mapping[str, Any]) -> str:
-    kappa = one["kappa"]
-    return "-" if kappa is None else f"{kappa['value']:.2f} [{kappa['low']:.2f}, {kappa['high']:.2f}]"
 
 
 def write_audit(report: Mapping[str, Any], output: Path) -> None:

@@ -12,11 +12,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from config.errors import UserError
 from config.files import replacing, write_text
-from safer_instruct.dataset.rows import dataset_rows
+from safer_instruct.dataset.rows import dataset_rows, row_id
 from safer_instruct.experts.verdicts import HARMLESS
 from safer_instruct.induction.benign import ANSWER, CONTRAST, NEIGHBOUR, REPLAY, SCREEN
 from safer_instruct.induction.ledger import Record
@@ -24,8 +24,8 @@ from safer_instruct.text.examples import Example, normalise, text_id
 from safer_instruct.text.refusals import declines
 
 MAX_REFUSALS = 20_000  # distinct ones of a dataset that are drawn from
-MAX_LEAD = 3  # a refusal is used so many times more often than the least used one, at most
-COMMON, FEW = 0.1, 20  # a word in more than this share of the refusals' instructions, and in so many, names no topic
+MAX_LEAD = 3  # how many uses a refusal may be ahead of the least used one
+COMMON, FEW = 0.1, 20  # a word in more than this share, and this number, of the refusals' instructions names no topic
 # Verdicts on a pair whose instruction is unsafe, whether or not the old response fits it.
 UNSAFE = ("keep", "response_does_not_fit", "category_mismatch", "slot_mismatch")
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
@@ -49,14 +49,10 @@ def read_unsafe_rows(path: str) -> list[Example]:
     """
     rows = []
     for where, row, texts in dataset_rows(path):
-        id, label = str(row.get("id") or text_id(*texts.values())), str(row.get("label") or "")
-        if texts["instruction"] and texts["chosen"]:
-            rows.append(
-                Example(
-                    id, texts["instruction"], chosen=texts["chosen"], rejected=texts["rejected"], label=label,
-                    provenance={"source": Path(where).name},
-                )
-            )  # fmt: skip
+        asked, rejected, chosen = texts.values()
+        if asked and chosen:
+            id, label, source = row_id(row, texts), str(row.get("label") or ""), {"source": Path(where).name}
+            rows.append(Example(id, asked, chosen=chosen, rejected=rejected, label=label, provenance=source))
     if not rows:
         raise UserError(f"path={path}: none of its rows has an instruction and a chosen response")
     return rows
@@ -128,12 +124,7 @@ def replay_pairs(
 ) -> Iterator[Pair]:
     """Yield the pairs of the prompts whose answer can be chosen, in their order.
 
-    Args:
-        prompts: All of them.
-        records: The replay ledgers'.
-        refusals: What is rejected is drawn from there; None: nothing is rejected.
-        answered_by: Name of the starting model, or "file".
-        counts: Told what became of each prompt.
+    Without `refusals` nothing is rejected. `answered_by` is the name of the starting model, or "file".
     """
     for prompt in prompts:
         record = records[prompt.id]
@@ -146,9 +137,8 @@ def replay_pairs(
         provenance = {**prompt.provenance, "kind": REPLAY, "answered_by": answered_by}
         if drawn is not None:
             provenance["rejected_from"] = drawn.id
-        yield _pair(
-            prompt.id, prompt.instruction, None if drawn is None else drawn.chosen, chosen, "benign", provenance
-        )
+        rejected = drawn.chosen if drawn is not None else None
+        yield _pair(prompt.id, prompt.instruction, rejected, chosen, "benign", provenance)
 
 
 def _why_not_chosen(record: Record, chosen: str) -> str:
@@ -171,12 +161,7 @@ def contrast_pairs(
 ) -> Iterator[Pair]:
     """Yield the pairs of the unsafe rows that have a harmless, answered neighbour, in their order.
 
-    Args:
-        rows: The unsafe rows.
-        records: Ledger -> id -> record.
-        refusals: Drawn from for a row whose own safe response does not decline.
-        excluded: See `induction.benign.read_benign`; neighbours in a test set are left out.
-        counts: Told what became of each row.
+    A refusal is drawn for a row whose own safe response does not decline; neighbours in a test set are left out.
     """
     seen = {normalise(row.instruction or "") for row in rows}
     for row in rows:
@@ -215,11 +200,6 @@ def _pair(
     return {"id": id, **texts, "label": label, "provenance": dict(provenance)}
 
 
-def _open(path: Path) -> TextIO:
-    # Half of a surrogate pair, which a server may send, becomes its escape: JSON reads it back as it was.
-    return path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
 def write_pairs(output: Path, name: str, pairs: Iterator[Pair], report: Mapping[str, Any]) -> None:
     """Write NAME.jsonl and report.json, each as a whole or not at all; the report is made when the pairs are through.
 
@@ -227,7 +207,8 @@ def write_pairs(output: Path, name: str, pairs: Iterator[Pair], report: Mapping[
         UserError: There is no pair; then neither is written.
     """
     path = output / f"{name}.jsonl"
-    with replacing(path, durable=True) as partial, _open(partial) as file:
+    # Half of a surrogate pair, which a server may send, becomes its escape: JSON reads it back as it was.
+    with replacing(path, durable=True) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         num_pairs = 0
         for pair in pairs:
             file.write(json.dumps(pair, ensure_ascii=False) + "\n")

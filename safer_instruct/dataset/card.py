@@ -15,11 +15,11 @@ from safer_instruct.dataset.files import ARROW, COLUMNS, JSONL, PARQUET
 from safer_instruct.dataset.merge import MERGE, Merged, provenance_of_all
 from safer_instruct.dataset.pages import render_dataset_page
 from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
+from safer_instruct.dataset.rows import UNLABELLED
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND
 from safer_instruct.report.dataset_plots import plot_funnel
 from safer_instruct.text.display import markdown_code, markdown_table, percent
 
-UNLABELLED = "(none)"
 PLOT, PAGE = "funnel.svg", "dataset.html"
 DROPPING = (FILTER, RESPOND, MERGE)
 # Words of the Hub for a number of rows: those of the first limit that is above it.
@@ -50,11 +50,7 @@ def build_report(
     `funnel` lists the stages in order with rows in and out and the drops by reason; `kept_rate` is the filter's;
     `by_label` has the same per label. Every row that was read is in exactly one place: a drop, or the dataset.
 
-    Args:
-        merged: What the merge found.
-        run: What else to record about this run (command, versions, seconds).
-        rejections: What people rejected.
-        card: Licence and language; None: those of a card that nobody has told.
+    `run` is what else to record of this run: command, versions, seconds.
     """
     card = card or CardSettings()
     stages = [_stage("corpus", merged.corpus_rows, dict(sorted(merged.corpus_dropped.counts.items())))]

@@ -83,10 +83,7 @@ def write_dataset(output: Path, format: str, batches: Iterable[pyarrow.RecordBat
     Files of an earlier merge are replaced when the new ones are complete; those of other formats go, because a reader
     of the folder must not find an older dataset.
 
-    Args:
-        output: The folder.
-        format: Key of FILES.
-        batches: Of SCHEMA; `provenance` is a JSON object.
+    The batches are of SCHEMA, with a JSON object as `provenance`; `format` is a key of FILES.
     """
     output.mkdir(parents=True, exist_ok=True)
     num_rows = 0

@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow
 
 from config.errors import UserError
-from config.paths import find_path
 from config.settings import CorpusSettings, DuplicatesSettings
 from safer_instruct.dataset.files import COLUMNS, write_dataset
 from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
@@ -34,13 +33,13 @@ from safer_instruct.induction.stages import (
     STAGES,
     VARY,
     require_same_instruction,
+    unfinished,
     with_instruction,
     with_score,
 )
 from safer_instruct.induction.vary import final_response, require_varied, variation
 from safer_instruct.text.corpus import CorpusRows, Dropped, repetition
 from safer_instruct.text.examples import Example, normalise, text_id
-from safer_instruct.text.readers import read_rows, require_columns
 
 MERGE = "merge"
 BLOCK_ROWS = 16_384  # whose records are read from the ledgers at a time
@@ -72,31 +71,20 @@ _FATES = """
 
 @dataclass
 class Merged:
-    """What a merge found: everything that report and card tell.
+    """What a merge found: everything that report and card tell."""
 
-    Attributes:
-        ledgers: By stage.
-        corpus_rows: Rows of the corpus, usable or not.
-        corpus_dropped: Of them, those that are no part of it.
-        fates: Of the others: (label, stage that dropped it, reason) -> rows; stage and reason are "" in the dataset.
-        induced: truncated, prompt_cut -> rows.
-        varied: asked_again, still_the_same -> rows.
-        tokens: Stage -> tokens used.
-        cost: Stage -> cost.
-        scores: Round-trip scores in bins of 0.1: lower edge x 10 -> (rows scored, of them in the dataset).
-        num_rows: Rows of the dataset.
-    """
-
-    ledgers: Mapping[str, StageLedgers]
-    corpus_rows: int = 0
-    corpus_dropped: Dropped = field(default_factory=Dropped)
+    ledgers: Mapping[str, StageLedgers]  # by stage
+    corpus_rows: int = 0  # rows of the corpus, usable or not
+    corpus_dropped: Dropped = field(default_factory=Dropped)  # of them, those that are no part of it
+    # Of the others: (label, stage that dropped it, reason) -> rows; stage and reason are "" in the dataset.
     fates: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    induced: Counter[str] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
-    cost: Counter[str] = field(default_factory=Counter)
-    varied: Counter[str] = field(default_factory=Counter)
+    induced: Counter[str] = field(default_factory=Counter)  # truncated, prompt_cut -> rows
+    tokens: Counter[str] = field(default_factory=Counter)  # stage -> tokens used
+    cost: Counter[str] = field(default_factory=Counter)  # stage -> cost
+    varied: Counter[str] = field(default_factory=Counter)  # asked_again, still_the_same -> rows
+    # Round-trip scores in bins of 0.1: lower edge x 10 -> (rows scored, of them in the dataset).
     scores: dict[int, list[int]] = field(default_factory=dict)
-    num_rows: int = 0
+    num_rows: int = 0  # rows of the dataset
 
     def num_dropped(self, *, label: str | None = None, stage: str | None = None) -> Counter[str]:
         """Return reason -> rows dropped, of one label or stage or all."""
@@ -119,14 +107,7 @@ def merge(
 ) -> Merged:
     """Write the dataset; its files appear as a whole or not at all.
 
-    Args:
-        corpus: The whole corpus.
-        ledgers: Of `find_ledgers`.
-        output: The dataset folder.
-        guard: Instructions that are kept out.
-        duplicates: Which near repetitions go.
-        format: Key of `files.FILES`.
-        rejections: Pairs that people rejected.
+    `ledgers` are those of `find_ledgers`, `format` is a key of `files.FILES`.
 
     Raises:
         UserError: Rows that a stage has not finished, a corpus that has changed or cannot be read to its end, or
@@ -200,10 +181,7 @@ class _Merge:
             else:
                 yield n, *self._pair(example, records)
         for stage in (stage for stage in STAGES if missing[stage]):
-            raise UserError(
-                f"{missing[stage]} of {num_rows} rows have no result of stage={stage} yet; run it to its end first "
-                f"(the same command with stage={stage}): it goes on where it stopped"
-            )
+            raise unfinished(f"{missing[stage]} of {num_rows}", stage)
 
     def _joined(self) -> Iterator[tuple[int, Example, dict[str, Record]]]:
         """Yield the rows of the corpus with the records that are there, repeated rows left out."""
@@ -297,15 +275,6 @@ class _Merge:
             batch = batch.filter(pyarrow.array(list(islice(kept, batch.num_rows))))
             whole = [own[:-1] + shared for own in batch.column("provenance").to_pylist()]
             yield batch.set_column(COLUMNS.index("provenance"), "provenance", pyarrow.array(whole, TEXT))
-
-
-def read_instructions(path: str) -> set[str]:
-    """Return the normalised instructions of a file with a column `instruction`."""
-    instructions = set()
-    for where, row in read_rows(find_path(path)):
-        require_columns(row, ["instruction"], where)
-        instructions.add(normalise(str(row["instruction"] or "")))
-    return instructions
 
 
 def provenance_of_all(ledgers: Mapping[str, StageLedgers]) -> dict[str, Any]:

@@ -15,13 +15,7 @@ MAX_BARS = 10  # of one answer
 
 
 def render_audit_page(report: Mapping[str, Any], reviews: Sequence[Table], figures: Sequence[Plot]) -> str:
-    """Render `audit.html`.
-
-    Args:
-        report: Of `audit.audit`, with `reviews` where people have decided.
-        reviews: Tables of what they decided.
-        figures: Of `audit_report.audit_figures`.
-    """
+    """Render `audit.html` from the report of `audit.audit`, the tables of what people decided, and the figures."""
     names = list(report["total"])
     rows = [[label, *(str(counts[name]) for name in names)] for label, counts in report["by_label"].items()]
     labels = Table("Found, by label", ["label", *(name.replace("_", " ") for name in names)], rows)
@@ -92,24 +86,25 @@ def _checked(reviews: Mapping[str, Any] | None) -> Answer:
     return Answer(question, f"{percent(precision['value'])}%", interval, words, bars)
 
 
+def interval(one: Mapping[str, Any] | None) -> str:
+    """Write a number with its interval, such as `0.52 [0.48, 0.56]`; `-` where there is none."""
+    if one is None or one["value"] is None:
+        return "-"
+    return f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+
+
 def _shortcuts(report: Mapping[str, Any]) -> Table:
     found = report["shortcuts"]
     rows = []
     for label in next(iter(found.values())):
         cells = [of[label] for of in found.values()]
-        texts = ["-" if c["value"] is None else f"{c['value']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells]
-        rows.append([label or "all", str(cells[0]["n"]), *texts])
+        rows.append([label or "all", str(cells[0]["n"]), *map(interval, cells)])
     header = ["label", "pairs", *(name.replace("_", " ") for name in found)]
     return Table("Shortcuts, by label", header, rows, "AUC with its 95% interval.")
 
 
 def render_dataset_page(report: Mapping[str, Any], figure: Plot) -> str:
-    """Render `dataset.html`, the page beside the card.
-
-    Args:
-        report: Of `card.build_report`.
-        figure: Where the rows of each label went.
-    """
+    """Render `dataset.html`, the page beside the card, from `card.build_report` and the figure of its rows."""
     labels = dict(sorted(report["by_label"].items(), key=lambda item: -item[1]["induced"]))
     table = Table(
         "By label",

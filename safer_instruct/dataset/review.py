@@ -32,35 +32,21 @@ PAGE = "review.html"
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One pair of the page.
+    """One pair of the page."""
 
-    Attributes:
-        id: Of the row.
-        pair: `reviews.pair_hash` of its texts.
-        label: Its category, which the page does not show.
-        whole: Whether the safe response is shown.
-        instruction: What was induced.
-        rejected: The unsafe response.
-        chosen: The safe response, "" unless `whole`.
-    """
-
-    id: str
-    pair: str
-    label: str
-    whole: bool
-    instruction: str
-    rejected: str
-    chosen: str
+    id: str  # of the row
+    pair: str  # `reviews.pair_hash` of its texts
+    label: str  # its category, which the page does not show
+    whole: bool  # whether the safe response is shown
+    instruction: str  # what was induced
+    rejected: str  # the unsafe response
+    chosen: str  # the safe response, "" unless `whole`
 
 
 def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings, output: Path) -> Path:
     """Draw the sample and write its page.
 
-    Args:
-        dataset: File or folder in the schema of `si`.
-        corpus: Of its responses; read where `settings.dropped` pairs are asked for.
-        settings: How many pairs, and the seed.
-        output: Folder of the page.
+    The corpus is read where `settings.dropped` pairs are asked for.
 
     Raises:
         UserError: The dataset has no pair, or dropped ones are asked for and it has no ledgers.
@@ -68,14 +54,7 @@ def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings,
     rows = ((row_id(row, texts), row_label(row), texts) for _, row, texts in dataset_rows(dataset) if texts["rejected"])
     rank = _Rank(settings.seed)
     wanted = settings.rows + settings.dropped
-    by_label = _smallest(
-        (
-            (label, _item(id, label, texts["instruction"], texts["rejected"], texts["chosen"]))
-            for id, label, texts in rows
-        ),
-        wanted,
-        rank,
-    )
+    by_label = _smallest((_item(id, label, **texts) for id, label, texts in rows), wanted, rank)
     drawn = balanced(by_label, wanted, rank)
     if not drawn:
         raise UserError(f"path={dataset}: it holds no pair with a rejected response, so there is nothing to review")
@@ -114,15 +93,19 @@ def _item(id: str, label: str, instruction: str, rejected: str, chosen: str | No
     return Item(id, pair, label, chosen is not None, instruction, rejected, chosen or "")
 
 
-def _smallest(rows: Iterable[tuple[str, Item]], number: int, rank: _Rank) -> dict[str, list[Item]]:
+def _smallest(items: Iterable[Item], number: int, rank: _Rank) -> dict[str, list[Item]]:
     """Return the `number` items of each label with the lowest ranks, in their order; only these are held."""
     heaps: dict[str, dict[str, Item]] = {}
-    for label, item in rows:
-        held = heaps.setdefault(label, {})
+
+    def smallest(held: dict[str, Item]) -> list[Item]:
+        return heapq.nsmallest(number, held.values(), key=lambda item: rank(item.id))
+
+    for item in items:
+        held = heaps.setdefault(item.label, {})
         held.setdefault(item.id, item)
         if len(held) > 2 * number:
-            heaps[label] = {one.id: one for one in heapq.nsmallest(number, held.values(), key=lambda i: rank(i.id))}
-    return {label: heapq.nsmallest(number, held.values(), key=lambda i: rank(i.id)) for label, held in heaps.items()}
+            heaps[item.label] = {one.id: one for one in smallest(held)}
+    return {label: smallest(held) for label, held in heaps.items()}
 
 
 def balanced(by_label: dict[str, list[Item]], number: int, rank: _Rank) -> list[Item]:

@@ -59,7 +59,7 @@ def read_reviews(paths: Sequence[str]) -> list[Review]:
         review = _read_review(path)
         if review.reviewer in reviews:
             raise UserError(
-                f"reviews: {path} is a second file of the reviewer '{review.reviewer}'; give the newest alone"
+                f"reviews: {path} is a second file of the reviewer '{review.reviewer}'; give only the newest"
             )
         reviews[review.reviewer] = review
     return list(reviews.values())
@@ -121,7 +121,7 @@ class Rejections:
             return False
         if not self.pairs[id] & {pair_hash(instruction, rejected, chosen), pair_hash(instruction, rejected, "")}:
             raise UserError(
-                f"reviews: the pair {id} that people rejected has had other texts since; draw a new page "
+                f"reviews: the pair {id} that people rejected has other texts now; draw a new page "
                 "(stage=review), and give reviews of the pairs that are there now"
             )
         return True
@@ -183,7 +183,7 @@ def measure_reviews(reviews: Sequence[Review], dataset: str) -> dict[str, Any]:
 def _require_same(decisions: Sequence[Decision], texts: Mapping[str, str]) -> None:
     for one in decisions:
         if one.pair != pair_hash(texts["instruction"], texts["rejected"], texts["chosen"] if one.whole else ""):
-            raise UserError(f"reviews: the pair {one.id} has had other texts since it was reviewed; draw a new page")
+            raise UserError(f"reviews: the pair {one.id} has other texts than when it was reviewed; draw a new page")
 
 
 def _precision(rows: int, pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -238,7 +238,8 @@ def _agreement(names: tuple[str, str], pairs: Sequence[tuple[str, str, str]], cl
 
 
 def _agreed(pairs: Sequence[tuple[str, str, str]], classes: Sequence[str]) -> dict[str, Any]:
-    table = [[sum((mine, other) == (a, b) for _, mine, other in pairs) for b in classes] for a in classes]
+    counts = Counter((mine, other) for _, mine, other in pairs)
+    table = [[counts[first, second] for second in classes] for first in classes]
     # Who says the same throughout tells nothing apart: kappa would be 0, with an interval of no width.
     tells_apart = all(len({pair[who] for pair in pairs}) > 1 for who in (1, 2))
     kappa = cohens_kappa(table) if tells_apart else None

@@ -65,11 +65,7 @@ class Scratch:
     def derive(self, name: str, sql: str, *values: Any, order: str | None = None) -> None:
         """Create a table from a query, which should hold one join, one grouping or one window; see the module.
 
-        Args:
-            name: Of the new table.
-            sql: The query, without an ORDER BY.
-            values: Of its parameters.
-            order: Columns by which the rows of the new table are sorted.
+        The query has no ORDER BY: `order` names the columns by which the rows of the new table are sorted.
         """
         self._copy(name, sql, *values)
         if order is not None:
@@ -132,10 +128,6 @@ def open_scratch(folder: Path, index: str) -> Iterator[Scratch]:
 @contextmanager
 def lock_output(output: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold a dataset folder for this process; who holds it already may take it again.
-
-    Args:
-        output: The folder.
-        wait_seconds: How long another process may hold it before this one gives up.
 
     Raises:
         UserError: Another process merges or audits into it.

@@ -120,12 +120,7 @@ class LeakageGuard:
     """
 
     def __init__(self, instructions: Iterable[str], threshold: float | None) -> None:
-        """Index the test set.
-
-        Args:
-            instructions: Normalised (`examples.normalise`).
-            threshold: Similarity from which an instruction is nearly one of them; None: exact matches only.
-        """
+        """Index normalised instructions; those similar from `threshold` on count, too (None: exact matches only)."""
         self.exact = frozenset(instructions)
         self.threshold = threshold
         self._sizes: list[int] = []

@@ -8,12 +8,12 @@ prompts that are added later cost only themselves.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import re
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from safer_instruct.evaluation.respondents import Respondent
 from safer_instruct.experts.verdicts import Judgement
 from safer_instruct.generation.completions import describe_decoding
 from safer_instruct.induction.ledger import Ledger, read_ledger
-from safer_instruct.text.examples import in_shard, text_id
+from safer_instruct.text.examples import in_shard, short_hash, text_id
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 from safer_instruct.text.prompts import render_prompt
 
@@ -39,19 +39,12 @@ WHOLE = (0, 1)  # the shard that holds everything
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's output.
+    """A model's output."""
 
-    Attributes:
-        text: What the model wrote, up to the first stop string.
-        truncated: The limit on new tokens ended it.
-        prompt_cut: The instruction lost its end, because the model's context is too short for it.
-        error: Why there is no answer, from a small closed vocabulary; "" if there is one.
-    """
-
-    text: str
-    truncated: bool = False
-    prompt_cut: bool = False
-    error: str = ""
+    text: str  # what the model wrote, up to the first stop string
+    truncated: bool = False  # the limit on new tokens ended it
+    prompt_cut: bool = False  # the instruction lost its end, because the model's context is too short for it
+    error: str = ""  # why there is no answer, from a small closed vocabulary; "" if there is one
 
 
 def prompt_key(prompt: EvaluationPrompt) -> str:
@@ -111,7 +104,7 @@ def judge_identity(judge: Expert, role: str = "judge") -> Identity:
 def ledger_name(identity: Identity) -> str:
     """Return what the names of its ledgers begin with: those of all shards."""
     stem, configuration = identity
-    digest = hashlib.blake2b(json.dumps(configuration, sort_keys=True).encode(), digest_size=6).hexdigest()
+    digest = short_hash(json.dumps(configuration, sort_keys=True), 6)
     return f"{re.sub(r'[^A-Za-z0-9.-]', '_', stem)}-{digest}"
 
 
@@ -136,21 +129,16 @@ def _generate(
         model=respondent.served_as or settings.server.model,
         base_url=respondent.base_url or settings.server.base_url,
     )
+    render = partial(render_prompt, respondent.template, tokenizer=tokenizer, system=respondent.system)
     generator = build_generator(
         respondent.model,
         replace(settings, server=server),
         device,
-        templates=[render_prompt(respondent.template, "", tokenizer=tokenizer, system=respondent.system)],
+        templates=[render("")],
         name=respondent.name,
         fingerprint=respondent.fingerprint,
     )
-    requests = [
-        Request(
-            key,
-            render_prompt(respondent.template, prompt.instruction, tokenizer=tokenizer, system=respondent.system),
-        )
-        for key, prompt in prompts.items()
-    ]
+    requests = [Request(key, render(prompt.instruction)) for key, prompt in prompts.items()]
     kept = ("id", "text", "truncated", "prompt_cut", "new_tokens", "error")
     for generation in generator.generate(requests):
         record = asdict(generation)
@@ -176,7 +164,8 @@ def judge_answers(
             yield {"id": key, **asdict(judgement)}
 
     records = _complete(folder, judge_identity(judge), shard, distinct, ask, progress)
-    return [_to_judgement(records[key]) for key in keys]
+    fields = ({name: value for name, value in records[key].items() if name != "id"} for key in keys)
+    return [Judgement(**one) for one in fields]
 
 
 def judge_pairs(
@@ -224,7 +213,3 @@ def _complete(
             ledger.append(dict(record))
             progress(1)
         return {key: known[key] for key in wanted}
-
-
-def _to_judgement(record: Record) -> Judgement:
-    return Judgement(**{name: value for name, value in record.items() if name != "id"})

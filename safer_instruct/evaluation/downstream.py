@@ -23,6 +23,7 @@ from config.files import write_text
 from config.paths import find_path
 from config.settings import DownstreamSettings
 from safer_instruct.evaluation.respondents import Respondent
+from safer_instruct.text.examples import short_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ def run_tasks(
     """
     identity = {**asdict(settings), "tasks": task_names(settings), "model": respondent.fingerprint}
     identity["include_path"] = _content(settings.include_path)
-    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
+    digest = short_hash(json.dumps(identity, sort_keys=True), 6)
     done = folder / f"{digest}.json"
     if not done.is_file():
         work = folder / digest
@@ -180,9 +181,7 @@ def choice_tolerance(dtype: str, largest: float) -> float:
     lm_eval rounds logits, log-probabilities and their sum to the dtype of the weights, while our kernel sums in
     float64: with 16 bits that is a unit or two in the last place of a logit and of the log-likelihood itself.
 
-    Args:
-        dtype: Of the weights.
-        largest: The largest log-likelihood in nats, by its absolute value.
+    `largest` is the absolute value of the largest log-likelihood, in nats.
     """
     if dtype in ROUNDING:
         return 2 * ROUNDING[dtype] * (LOGITS + largest)

@@ -70,7 +70,8 @@ def _count(rows: Sequence[tuple[JudgedOutput, JudgedOutput]], winners: Mapping[s
                 continue
             score = (VOTES[forward] + 1 - VOTES[backward]) / 2
             counts["inconsistent"] += forward == backward != "tie"
-        counts["wins" if score > 0.5 else "losses" if score < 0.5 else "ties"] += 1
+        won = "wins" if score > 0.5 else "losses"
+        counts["ties" if score == 0.5 else won] += 1
         scores.append(score)
         extra.append(len(row.text) - len(other.text))
     names = ("wins", "losses", "ties", "identical", "inconsistent", "abstained")

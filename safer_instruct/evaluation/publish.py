@@ -62,11 +62,8 @@ def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
         run["generation"] = reports[0]["run"]["generation"]
     prompts = reports[0]["prompts"] if reports else {}
     dataset = read_induction_report(config.induction_report) if config.induction_report else None
-    report = build_report(
-        models=models, prompts=prompts, overlaps=[], dataset=dataset, run=run, parts=parts, notes=notes
-    )
-    _write_files(config, report, judged, figures)
-    return report
+    document: dict[str, Any] = {"models": models, "prompts": prompts, "overlaps": [], "dataset": dataset, "run": run}
+    return _publish(config, judged, figures, **document, parts=parts, notes=notes)
 
 
 def write_report(
@@ -89,12 +86,9 @@ def write_report(
         log.warning("warning: %s", note)
     sets = evaluation.prompt_sets.items()
     prompts = {name: describe_prompts(config.prompts[name].path, its_prompts) for name, its_prompts in sets}
-    overlaps, dataset = evaluation.overlaps, evaluation.dataset
-    report = build_report(
-        models=models, prompts=prompts, overlaps=overlaps, dataset=dataset, run=run, parts=parts, notes=notes
-    )
-    _write_files(config, report, judged, plot_runs(evaluation.curves))
-    return report
+    seen = {"overlaps": evaluation.overlaps, "dataset": evaluation.dataset}
+    figures = plot_runs(evaluation.curves)
+    return _publish(config, judged, figures, models=models, prompts=prompts, **seen, run=run, parts=parts, notes=notes)
 
 
 def _judge_notes(judged: Judged) -> Iterator[str]:
@@ -106,10 +100,11 @@ def _judge_notes(judged: Judged) -> Iterator[str]:
         )
 
 
-def _write_files(
-    config: EvaluateConfig, report: Mapping[str, Any], judged: Mapping[str, Sequence[JudgedOutput]], curves: list[Plot]
-) -> None:
-    output = Path(config.output)
+def _publish(
+    config: EvaluateConfig, judged: Mapping[str, Sequence[JudgedOutput]], curves: list[Plot], **parts: Any
+) -> dict[str, Any]:
+    """Build the report of these parts (see `build_report`), write its files, and return it."""
+    report, output = build_report(**parts), Path(config.output)
 
     def samples() -> Iterator[dict[str, Any]]:
         return (sample_row(name, row) for name, rows in judged.items() for row in rows)
@@ -124,6 +119,7 @@ def _write_files(
     if report["models"] and report["prompts"]:
         print(headline_text(report["models"]))
     print(f"\n{report['summary']}\n\nreport: {output / 'report.html'}")
+    return report
 
 
 def _describe_run(config: EvaluateConfig, seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -26,10 +25,7 @@ def read_columns(
 ) -> tuple[dict[str, Respondent], dict[str, dict[str, Answer]]]:
     """Read who answered, and the answers of each column by `prompt_key`; an empty cell is an `Answer` with an error.
 
-    Args:
-        sets: The files, as for `load_prompt_sets`.
-        columns: Names of the columns to read; empty: all that are not the prompt's own.
-        thought_tags: Of what the models thought aloud, which is no part of their answers; see `split_thought`.
+    Without `columns` all are read that are not the prompt's own. What a model thought aloud is no part of its answer.
 
     Raises:
         UserError: A file that cannot be read, a column that is not there, or files with different columns.
@@ -43,9 +39,7 @@ def read_columns(
                 found[set_name] = [name for name in row if name not in known]
                 _check_columns(settings.path, found, set_name, columns)
             for name in columns or found[set_name]:
-                text = row.get(name)
-                answer = _answer(str(text), thought_tags) if _is_text(text) else Answer("", error=NO_ANSWER)
-                answers.setdefault(name, {})[prompt_key(prompt)] = answer
+                answers.setdefault(name, {})[prompt_key(prompt)] = _answer(row.get(name), thought_tags)
     paths = ", ".join(settings.path for settings in sets.values())
     return {name: _respondent(name, paths, of_model) for name, of_model in answers.items()}, answers
 
@@ -73,13 +67,11 @@ def read_hand_labels(sets: Mapping[str, PromptSetSettings]) -> dict[str, dict[st
     return labels
 
 
-def _answer(text: str, thought_tags: Sequence[str]) -> Answer:
-    _, answer, has_ended = split_thought(text, thought_tags)
+def _answer(cell: Any, thought_tags: Sequence[str]) -> Answer:
+    if cell is None or not str(cell).strip():
+        return Answer("", error=NO_ANSWER)
+    _, answer, has_ended = split_thought(str(cell), thought_tags)
     return Answer(answer, truncated=not has_ended)
-
-
-def _is_text(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and math.isnan(value)) and bool(str(value).strip())
 
 
 def _check_columns(path: str, found: Mapping[str, list[str]], set_name: str, columns: Sequence[str]) -> None:

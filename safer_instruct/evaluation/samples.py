@@ -30,10 +30,7 @@ def draw_rows(rows: Sequence[Row], number: int, tokenizer: PreTrainedTokenizerBa
     kinds = [(row, kind_of(row)) for row in rows]
     available = {kind: sum(of_row == kind for _, of_row in kinds) for kind in (BENIGN, UNSAFE)}
     half = number // 2
-    left = {
-        BENIGN: max(half, number - available[UNSAFE]),
-        UNSAFE: number - min(half, available[BENIGN]),
-    }
+    left = {BENIGN: max(half, number - available[UNSAFE]), UNSAFE: number - min(half, available[BENIGN])}
     drawn = []
     for row, kind in kinds:
         if left[kind] > 0:
@@ -54,14 +51,8 @@ def build_sampler(
 ) -> Callable[[PreTrainedModel], list[dict[str, Any]]]:
     """Return a function from the model to sampled answers, each with its prompt.
 
-    Args:
-        rows: Held-out rows, at least one.
-        tokenizer: The model's.
-        number: Of prompts.
-        max_length: Tokens of prompt and answer.
-        max_new_tokens: Tokens of an answer; None: what `max_length` leaves beside the longest prompt.
-        seed: Of the sampling.
-        tells_refusals: Whether each sample tells the prompt's `kind`, and whether it was `refused`.
+    An answer has at most `max_new_tokens`, or what `max_length` leaves beside the longest prompt. With `tells_refusals`
+    each sample tells the `kind` of its prompt, and whether it was `refused`.
     """
     drawn = draw_rows(rows, number, tokenizer)
     prompts = {id: prompt for (id, prompt, _), _ in drawn}

@@ -77,7 +77,7 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int]) -> Evaluation:
     """
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
-    prompt_sets = load_prompt_sets(config.prompts) if config.prompts else {}
+    prompt_sets = load_prompt_sets(config.prompts)
     induction_report = config.induction_report or find_induction_report([one.path for one in config.models.values()])
     dataset = read_induction_report(induction_report) if induction_report else None
     if config.downstream.tasks:

@@ -6,32 +6,26 @@ this machine or on a server.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from config.errors import UserError
-from config.judges import GuardExpertSettings, RefusalsExpertSettings, StrongRejectSettings
 from config.paths import find_path
-from config.settings import LocalExpertSettings, OpenAIExpertSettings, RulesExpertSettings
-from safer_instruct.experts.judges import FORMS, GuardJudge, RefusalsJudge, StrongRejectJudge
-from safer_instruct.experts.prompts import (
-    ANSWER,
-    COMPARE,
-    JUDGE,
-    NEIGHBOUR,
-    RESPOND,
-    ROLES,
-    SCREEN,
-    STRONGREJECT,
-    VARY,
-    Role,
+from config.settings import (
+    GuardExpertSettings,
+    LocalExpertSettings,
+    OpenAIExpertSettings,
+    RefusalsExpertSettings,
+    RulesExpertSettings,
+    StrongRejectSettings,
 )
+from safer_instruct.experts.judges import FORMS, GuardJudge, RefusalsJudge, StrongRejectJudge
+from safer_instruct.experts.prompts import COMPARE, JUDGE, RESPOND, ROLES, SCREEN, STRONGREJECT, Role
 from safer_instruct.experts.rules import Rules
 from safer_instruct.experts.verdicts import Judgement, SafeResponse, Verdict, Winner
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
-from safer_instruct.text.examples import Example
+from safer_instruct.text.examples import Example, short_hash
 
 if TYPE_CHECKING:
     import torch
@@ -62,17 +56,12 @@ class Expert(Protocol):
     def screen(self, pairs: Sequence[Example]) -> Iterator[tuple[str, Verdict]]:
         """Yield (id, verdict) for each pair of an induced `instruction` and its unsafe response `rejected`."""
 
-    def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield (id, safe response) for each `instruction`."""
+    def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield (id, text) for each `instruction`.
 
-    def vary(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield (id, another safe response that names the matter) for each `instruction`."""
-
-    def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield (id, harmless instruction that looks like it) for each unsafe `instruction`."""
-
-    def answer(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield (id, helpful answer) for each harmless `instruction`."""
+        By its role the text is a safe response (respond), another one that names the matter (vary), a harmless
+        instruction that looks like the unsafe one (neighbour), or the helpful answer to a harmless one (answer).
+        """
 
     def judge(self, items: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, Judgement]]:
         """Yield (id, judgement) for (id, instruction, output) triples."""
@@ -101,30 +90,22 @@ class RulesExpert:
         for pair in pairs:
             yield pair.id, self._rules.screen(pair.instruction or "", pair.rejected or "")
 
-    def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield the responses; an instruction that the rules know no answer to is an abstention."""
-        return _written(examples, self._rules.respond)
-
-    def vary(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield responses of another template; see Expert."""
-        return _written(examples, self._rules.vary)
-
-    def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield the neighbours that the categories list; see Expert.
+    def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield the texts; an instruction that the rules have no text for is an abstention.
 
         Raises:
-            UserError: No category lists any.
+            UserError: Neighbours are asked for, and no category lists any.
         """
-        if not self._rules.knows_neighbours:
+        if role == "neighbour" and not self._rules.knows_neighbours:
             raise UserError(
                 f"the rules of {self.name} have no `neighbours` in any category, and stage=contrast takes them from "
                 "there: add some (quickstart/rules.yaml shows how), or choose expert=openai or expert=local"
             )
-        return _written(examples, self._rules.neighbour)
-
-    def answer(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield the answers of the neighbours; see Expert."""
-        return _written(examples, self._rules.answer)
+        rules = self._rules
+        writers = {"respond": rules.respond, "vary": rules.vary, "neighbour": rules.neighbour, "answer": rules.answer}
+        for example in examples:
+            text = writers[role](example.instruction or "")
+            yield example.id, SafeResponse(text, "" if text is not None else "abstain_no_rule")
 
     def judge(self, items: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, Judgement]]:
         """Yield the judgements; see Expert."""
@@ -142,12 +123,6 @@ class RulesExpert:
         )
 
 
-def _written(examples: Sequence[Example], write: Callable[[str], str | None]) -> Iterator[tuple[str, SafeResponse]]:
-    for example in examples:
-        text = write(example.instruction or "")
-        yield example.id, SafeResponse(text, "" if text is not None else "abstain_no_rule")
-
-
 class LLMExpert:
     """An expert that asks a language model and reads its answers strictly; what cannot be read is asked for again."""
 
@@ -158,8 +133,7 @@ class LLMExpert:
 
     def fingerprint(self, role: str) -> str:
         """Return the hash of the model, its decoding and the prompt of one role."""
-        identity = f"{self._generator.fingerprint}/{self.prompt_hashes[role]}"
-        return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        return short_hash(f"{self._generator.fingerprint}/{self.prompt_hashes[role]}")
 
     def check(self) -> None:
         """Raise a UserError if the model cannot be reached or found."""
@@ -170,34 +144,20 @@ class LLMExpert:
         asked = ((pair.id, pair.instruction or "", pair.rejected or "") for pair in pairs)
         for generation, read in self._ask(SCREEN, asked):
             verdict = read or Verdict(False, _abstention(generation))
-            yield generation.id, replace(verdict, tokens=_tokens(generation), cost=generation.cost)
+            yield generation.id, replace(verdict, tokens=generation.tokens, cost=generation.cost)
 
-    def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield the responses; one that the limit on new tokens cut off is an abstention."""
-        return self._write(RESPOND, examples)
-
-    def vary(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield the other responses; see Expert."""
-        return self._write(VARY, examples)
-
-    def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield the neighbours; see Expert."""
-        return self._write(NEIGHBOUR, examples)
-
-    def answer(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield the answers; see Expert."""
-        return self._write(ANSWER, examples)
-
-    def _write(self, role: Role[str], examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        for generation, read in self._ask(role, ((example.id, example.instruction or "") for example in examples)):
+    def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+        """Yield the texts; one that the limit on new tokens cut off is an abstention."""
+        asked = ((example.id, example.instruction or "") for example in examples)
+        for generation, read in self._ask(ROLES[role], asked):
             text = None if generation.truncated else read or None
             reason = _abstention(generation) if text is None else ""
-            yield generation.id, SafeResponse(text, reason, _tokens(generation), generation.cost)
+            yield generation.id, SafeResponse(text, reason, generation.tokens, generation.cost)
 
     def judge(self, items: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, Judgement]]:
         """Yield the judgements; see Expert."""
         answers = self._ask(JUDGE, items)
-        return ((one.id, replace(read or Judgement("abstain"), tokens=_tokens(one))) for one, read in answers)
+        return ((one.id, replace(read or Judgement("abstain"), tokens=one.tokens)) for one, read in answers)
 
     def compare(self, items: Sequence[tuple[str, str, str, str]]) -> Iterator[tuple[str, Winner]]:
         """Yield which of two answers helps more; see Expert."""
@@ -212,10 +172,6 @@ class LLMExpert:
         return ((one, None if one.error else role.read(one.text)) for one in generations)
 
 
-def _tokens(generation: Generation) -> int:
-    return generation.prompt_tokens + generation.new_tokens
-
-
 def _abstention(generation: Generation) -> str:
     """Return why there is no answer: one of a few words, for the counts."""
     if generation.error:
@@ -228,10 +184,7 @@ def _abstention(generation: Generation) -> str:
 def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget | None = None) -> Expert:
     """Build the expert that `expert=` (or `expert@second_expert=`) chose; no weights are loaded yet.
 
-    Args:
-        settings: One of the expert groups' settings.
-        device: Where a local model runs.
-        budget: What a paid expert may spend; None: what its settings say, nothing of it spent yet.
+    Without a `budget` a paid expert may spend what its settings say, nothing of it spent yet.
 
     Raises:
         UserError: The rules file or the model folder is missing or broken.

@@ -1,4 +1,4 @@
-"""Judges that are nothing else: safety classifiers with their own forms, StrongREJECT's rubric, phrases of refusal.
+"""Experts that only judge: safety classifiers with their own forms, StrongREJECT's rubric, phrases of refusal.
 
 A classifier knows one form of question. Llama Guard and ShieldGemma carry it in their tokenizer's chat template; for
 WildGuard and HarmBench's classifier the frame of their published form is below, with the task in words of ours. Their
@@ -7,7 +7,6 @@ cards have the words that they were trained on: `expert.prompt_file` asks with t
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,8 +16,8 @@ from typing import NamedTuple
 from config.errors import UserError
 from safer_instruct.experts.prompts import STRONGREJECT, Role
 from safer_instruct.experts.verdicts import Judgement, SafeResponse, Verdict, Winner
-from safer_instruct.generation.completions import Generation, Request, TextGenerator
-from safer_instruct.text.examples import Example, Message
+from safer_instruct.generation.completions import Request, TextGenerator
+from safer_instruct.text.examples import Example, Message, short_hash
 from safer_instruct.text.prompts import Prompt, cut_the_longer
 from safer_instruct.text.refusals import declines
 
@@ -92,14 +91,11 @@ def _harmless(output: str) -> Judgement:
 
 
 class Form(NamedTuple):
-    """How a classifier is asked and answers.
+    """How a classifier is asked and answers."""
 
-    Attributes:
-        read: From its answer, and what it judged, to a judgement; None for an answer that is none.
-        prompt: The whole question, with {instruction} and {response}; None: the tokenizer's chat template has it.
-    """
-
+    # From its answer, and what it judged, to a judgement; None for an answer that cannot be read.
     read: Callable[[str, str], Judgement | None]
+    # The whole question, with {instruction} and {response}; None: the tokenizer's chat template has it.
     prompt: str | None = None
 
 
@@ -112,7 +108,7 @@ FORMS = {
 
 
 class JudgeOnly:
-    """What an expert that judges answers to everything else: it cannot."""
+    """An expert that only judges, and refuses everything else."""
 
     name: str
     prompt_hashes: Mapping[str, str]
@@ -121,21 +117,9 @@ class JudgeOnly:
         """Refuse; see Expert."""
         raise self._refusal("filters no pairs")
 
-    def respond(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
+    def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Refuse; see Expert."""
-        raise self._refusal("writes no responses")
-
-    def vary(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Refuse; see Expert."""
-        raise self._refusal("writes no responses")
-
-    def neighbour(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Refuse; see Expert."""
-        raise self._refusal("writes no instructions")
-
-    def answer(self, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Refuse; see Expert."""
-        raise self._refusal("writes no answers")
+        raise self._refusal("writes none")
 
     def compare(self, items: Sequence[tuple[str, str, str, str]]) -> Iterator[tuple[str, Winner]]:
         """Refuse; see Expert."""
@@ -156,7 +140,7 @@ class RefusalsJudge(JudgeOnly):
         """Return the hash of the phrases."""
         from safer_instruct.text import refusals
 
-        return hashlib.blake2b(Path(refusals.__file__).read_bytes(), digest_size=8).hexdigest()
+        return short_hash(Path(refusals.__file__).read_text(encoding="utf-8"))
 
     def check(self) -> None:
         """Do nothing: there is no model."""
@@ -173,12 +157,11 @@ class ModelJudge(JudgeOnly):
         """Take the generator, and the text that its judgements depend on."""
         self.name = generator.name
         self._generator = generator
-        self.prompt_hashes = {"judge": hashlib.blake2b(question.encode(), digest_size=8).hexdigest()}
+        self.prompt_hashes = {"judge": short_hash(question)}
 
     def fingerprint(self, role: str) -> str:
         """Return the hash of the model, its decoding and the question."""
-        identity = f"{self._generator.fingerprint}/{self.prompt_hashes['judge']}"
-        return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        return short_hash(f"{self._generator.fingerprint}/{self.prompt_hashes['judge']}")
 
     def check(self) -> None:
         """Raise a UserError if the model cannot be reached or found."""
@@ -189,7 +172,7 @@ class ModelJudge(JudgeOnly):
         outputs = {id: output for id, _, output in items}
         for one in self._generator.generate([self._request(*item) for item in items]):
             read = None if one.error else self._read(one.text, outputs[one.id])
-            yield one.id, replace(read or Judgement("abstain"), tokens=_tokens(one))
+            yield one.id, replace(read or Judgement("abstain"), tokens=one.tokens)
 
     def _request(self, id: str, instruction: str, output: str) -> Request:
         raise NotImplementedError
@@ -248,7 +231,3 @@ class StrongRejectJudge(ModelJudge):
         if refused:
             return Judgement("refusal", score=0.0)
         return Judgement("harmful" if score >= self._threshold else "safe", score=score)
-
-
-def _tokens(generation: Generation) -> int:
-    return generation.prompt_tokens + generation.new_tokens

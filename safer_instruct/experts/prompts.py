@@ -7,7 +7,6 @@ leaves the ledgers of the other roles as they are.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from safer_instruct.experts.verdicts import HARMLESS, Judgement, Verdict, Winner
+from safer_instruct.text.examples import short_hash
 from safer_instruct.text.prompts import Prompt, cut_the_longer
 
 _SCREEN = """\
@@ -148,23 +148,17 @@ Fields = Mapping[str, type | tuple[str, ...]]  # key -> bool, str, or the string
 
 @dataclass(frozen=True, slots=True)
 class Role(Generic[T]):
-    """One role of an expert.
+    """One role of an expert."""
 
-    Attributes:
-        template: What the model is told; `{instruction}` and each `{body}` stand for the material.
-        make: Makes the result of an answer's fields, or of the whole answer where `fields` is None.
-        fields: What a JSON answer must hold, exactly; None: any text is an answer.
-    """
-
-    template: str
-    make: Callable[..., T]
-    fields: Fields | None = None
+    template: str  # what the model is told; `{instruction}` and each `{body}` stand for the material
+    make: Callable[..., T]  # makes the result of an answer's fields, or of the whole answer where `fields` is None
+    fields: Fields | None = None  # what a JSON answer must hold, exactly; None: any text is an answer
 
     @property
     def fingerprint(self) -> str:
         """The hash of all that a model is told in this role, the request for a second answer included."""
         told = (self.template,) if self.fields is None else (self.template, _REPAIR, json.dumps(self.schema))
-        return hashlib.blake2b("\0".join(told).encode(), digest_size=8).hexdigest()
+        return short_hash("\0".join(told))
 
     @property
     def schema(self) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from typing import TypeVar
 import regex
 
 from config.errors import UserError
-from safer_instruct.experts.rules_schema import CategorySpec, NeighbourSpec, RulesSpec, read_rules
+from safer_instruct.experts.rules_schema import CategorySpec, RulesSpec, read_rules
 from safer_instruct.experts.verdicts import HARMLESS, Judgement, Verdict
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -53,47 +53,28 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """One kind of harm, with its patterns compiled.
+    """One kind of harm, with its patterns compiled."""
 
-    Attributes:
-        name: What the dataset and the report call it.
-        key: Lexicons that tell what a request is about.
-        intent: Matches instructions that ask for it ...
-        intent_unless: ... unless this matches too.
-        requires: Lexicons that a harmful text must name.
-        harm: Matches a harmful text outside its declining sentences.
-        harm_anywhere: Matches a harmful text anywhere: a refusal that leaks is no refusal.
-        responses: Templates of safe responses, their slots being key slots.
-        neighbours: Templates of harmless instructions about the same matter, with their answers.
-    """
-
-    name: str
-    key: tuple[str, ...]
-    intent: Pattern
-    intent_unless: Pattern
-    requires: tuple[str, ...]
-    harm: Pattern
-    harm_anywhere: Pattern
-    responses: tuple[str, ...]
-    neighbours: tuple[NeighbourSpec, ...]
+    name: str  # what the dataset and the report call it
+    spec: CategorySpec
+    intent: Pattern  # matches instructions that ask for it ...
+    intent_unless: Pattern  # ... unless this matches too
+    harm: Pattern  # matches a harmful text outside its declining sentences
+    harm_anywhere: Pattern  # matches a harmful text anywhere: a refusal that leaks is no refusal
 
 
 class Rules:
-    """Filter, respond and judge by rules; deterministic.
-
-    Attributes:
-        fingerprint: Hash of the rules, for the keys of ledgers and caches.
-    """
+    """Filter, respond and judge by rules; deterministic."""
 
     def __init__(self, spec: RulesSpec, *, fingerprint: str) -> None:
-        self.fingerprint = fingerprint
+        self.fingerprint = fingerprint  # hash of the rules, for the keys of ledgers and caches
         self._form = spec.instruction
         self._form_pattern = Pattern(spec.instruction.pattern, ignore_case=False)
         self._lexicons = {name: _compile_words(lex.words, lex.case_sensitive) for name, lex in spec.lexicons.items()}
         self._spelling = {word.lower(): word for lexicon in spec.lexicons.values() for word in lexicon.words}
         self._refusal = _compile_any(spec.refusals)
         self._categories = {name: _compile_category(name, category) for name, category in spec.categories.items()}
-        neighbours = [one for category in self._categories.values() for one in category.neighbours]
+        neighbours = [one for category in spec.categories.values() for one in category.neighbours]
         self._frames = [(frame, _compile_frame(frame)) for frame in spec.frames]
         self._answers = [(self._compile_neighbour(one.instruction), one.answer) for one in neighbours]
 
@@ -119,7 +100,7 @@ class Rules:
         """Return the category of harm that an instruction asks for, or None."""
         slots = self.slots(instruction)
         for category in self._categories.values():
-            if not category.intent.search(instruction) or not all(slots[key] for key in category.key):
+            if not category.intent.search(instruction) or not all(slots[key] for key in category.spec.key):
                 continue
             if not category.intent_unless.search(instruction):
                 return category.name
@@ -136,7 +117,7 @@ class Rules:
         declared = " ".join(s for s in SENTENCE_END.split(text) if not self._refusal.search(s))
         slots = self.slots(f"{context}\n{text}")
         for category in self._categories.values():
-            if not all(slots[name] for name in category.requires):
+            if not all(slots[name] for name in category.spec.harm.requires):
                 continue
             if category.harm.search(declared) or category.harm_anywhere.search(text):
                 return category.name
@@ -148,7 +129,7 @@ class Rules:
         if name is None:
             return None
         slots = self.slots(instruction)
-        return name, {key: slots[key] for key in self._categories[name].key}
+        return name, {key: slots[key] for key in self._categories[name].spec.key}
 
     def screen(self, instruction: str, response: str) -> Verdict:
         """Decide whether this is a well-formed unsafe request that the response answers.
@@ -182,28 +163,29 @@ class Rules:
         if asked is None:
             return None
         name, wanted = asked
-        return self._fill(_pick(self._categories[name].responses, instruction), wanted)
+        return self._fill(_pick(self._categories[name].spec.responses, instruction), wanted)
 
     def vary(self, instruction: str) -> str | None:
         """Return another safe response than `respond`; None where the rules have no other."""
         asked = self.meaning(instruction)
         if asked is None:
             return None
-        responses = self._categories[asked[0]].responses
+        responses = self._categories[asked[0]].spec.responses
         others = [one for one in responses if one != _pick(responses, instruction)]
         return self._fill(_pick(others, instruction), asked[1]) if others else None
 
     def neighbour(self, instruction: str) -> str | None:
         """Return a harmless instruction about the matter of an unsafe one; None where the rules know none."""
         asked = self.meaning(instruction)
-        if asked is None or not self._categories[asked[0]].neighbours:
+        neighbours = self._categories[asked[0]].spec.neighbours if asked is not None else []
+        if asked is None or not neighbours:
             return None
-        chosen = _pick(self._categories[asked[0]].neighbours, instruction)
+        chosen = _pick(neighbours, instruction)
         text = self._fill(chosen.instruction, asked[1])
         return self._framed(text, instruction) if chosen.framed else text
 
     def _framed(self, deed: str, instruction: str) -> str:
-        """Put something to do into the frame of an instruction, or into any where it has none of ours."""
+        """Put a deed into the frame of the instruction, or into any frame where it has none that we know."""
         found = self._deeds(instruction)
         # Several frames may match ("{Do}." matches most sentences): the one that leaves least to do says most.
         frame = min(found, key=lambda one: len(one[1]))[0] if found else _pick(self._frames, instruction)[0]
@@ -289,14 +271,5 @@ def _compile_frame(frame: str) -> re.Pattern[str]:
 
 
 def _compile_category(name: str, spec: CategorySpec) -> Category:
-    return Category(
-        name=name,
-        key=tuple(spec.key),
-        intent=_compile_any(spec.intent.patterns),
-        intent_unless=_compile_any(spec.intent.unless),
-        requires=tuple(spec.harm.requires),
-        harm=_compile_any(spec.harm.patterns),
-        harm_anywhere=_compile_any(spec.harm.anywhere),
-        responses=tuple(spec.responses),
-        neighbours=tuple(spec.neighbours),
-    )
+    patterns = (spec.intent.patterns, spec.intent.unless, spec.harm.patterns, spec.harm.anywhere)
+    return Category(name, spec, *map(_compile_any, patterns))

@@ -44,14 +44,18 @@ EXPECTED = {
 FAULTS, FAULT_ABOVE = "faults", "fault_above"  # our own errors: of a field (one a line), of the mapping that holds it
 
 
+def _report(*faults: str) -> None:
+    """Raise what is wrong with a field, if anything is, as one of pydantic's errors."""
+    if told := [fault for fault in faults if fault]:
+        raise PydanticCustomError(FAULTS, "{faults}", {"faults": "\n".join(told)})
+
+
 def _each(fault_of: Callable[[str, ValidationInfo], str], place: str = "[{number}]: ") -> AfterValidator:
     """Check every text of a list, and report all faults: pydantic would stop at a validator's first."""
 
     def validate(texts: list[str], info: ValidationInfo) -> list[str]:
         found = [(number, fault) for number, text in enumerate(texts) if (fault := fault_of(text, info))]
-        faults = [place.format(number=number) + fault for number, fault in found]
-        if faults:
-            raise PydanticCustomError(FAULTS, "{faults}", {"faults": "\n".join(faults)})
+        _report(*(place.format(number=number) + fault for number, fault in found))
         return texts
 
     return AfterValidator(validate)
@@ -135,8 +139,7 @@ class InstructionSpec(_Spec):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str, info: ValidationInfo) -> str:
-        if fault := _pattern_fault(pattern, info):
-            raise PydanticCustomError(FAULTS, "{fault}", {"fault": fault})
+        _report(_pattern_fault(pattern, info))
         return pattern
 
 
@@ -179,8 +182,7 @@ class NeighbourSpec(_Spec):
         instruction = info.data.get("instruction")
         if instruction is None or _slot_fault(instruction, None, ""):
             return answer  # said of the instruction
-        if fault := _slot_fault(answer, template_slots(instruction), "is not in the instruction"):
-            raise PydanticCustomError(FAULTS, "{fault}", {"fault": fault})
+        _report(_slot_fault(answer, template_slots(instruction), "is not in the instruction"))
         return answer
 
 
@@ -197,9 +199,7 @@ class CategorySpec(_Spec):
     @classmethod
     def _slots_are_known(cls, neighbours: list[NeighbourSpec], info: ValidationInfo) -> list[NeighbourSpec]:
         faults = [(number, _template_fault(one.instruction, info)) for number, one in enumerate(neighbours)]
-        lines = [f"[{number}].instruction: {fault}" for number, fault in faults if fault]
-        if lines:
-            raise PydanticCustomError(FAULTS, "{faults}", {"faults": "\n".join(lines)})
+        _report(*(f"[{number}].instruction: {fault}" for number, fault in faults if fault))
         return neighbours
 
 
@@ -263,7 +263,8 @@ def _describe(fault: ErrorDetails) -> list[str]:
         return [f"{_place(place[:-1])}: unknown key {place[-1]!r}; {hint}"]
     if kind == "missing":
         kind, given = "list_type" if get_origin(_annotation(place)) is list else "dict_type", None
-    return [f"{_place(place)}: {EXPECTED.get(kind, fault['msg'])}, got {_named(given)}"]
+    got = "nothing" if given is None else type(given).__name__
+    return [f"{_place(place)}: {EXPECTED.get(kind, fault['msg'])}, got {got}"]
 
 
 def _annotation(place: tuple[int | str, ...]) -> Any:
@@ -277,7 +278,3 @@ def _annotation(place: tuple[int | str, ...]) -> Any:
 def _place(place: tuple[int | str, ...]) -> str:
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     return dotted.lstrip(".") or "(top level)"
-
-
-def _named(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__

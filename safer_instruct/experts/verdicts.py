@@ -12,57 +12,36 @@ Winner = Literal["first", "second", "tie", "abstain"]  # which of two answers he
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The filter's decision on one (instruction, unsafe response) pair.
+    """The filter's decision on one (instruction, unsafe response) pair."""
 
-    Attributes:
-        keep: True if the pair enters the dataset.
-        reason: Why not, from a small closed vocabulary (it is a key of the drop counts); "keep" if kept.
-        label: The category that the expert assigned, "" if it assigns none.
-        tokens: Tokens that the expert used for it, 0 for an expert without a model.
-        cost: What they cost by the expert's prices.
-    """
-
-    keep: bool
-    reason: str
-    label: str = ""
-    tokens: int = 0
-    cost: float = 0.0
+    keep: bool  # True if the pair enters the dataset
+    reason: str  # why not, from a small closed vocabulary (it is a key of the drop counts); "keep" if kept
+    label: str = ""  # the category that the expert assigned, "" if it assigns none
+    tokens: int = 0  # tokens that the expert used for it, 0 for an expert without a model
+    cost: float = 0.0  # what they cost by the expert's prices
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The judge's reading of one model output.
+    """The judge's reading of one model output."""
 
-    Attributes:
-        outcome: "harmful" (it complies with an unsafe request), "refusal" (it declines), "safe" (neither), or
-            "abstain" (the judge's answer could not be read; recorded, never guessed).
-        label: The category of harm that was found, "" if none.
-        specific: Whether a refusal names the matter of the request; None where the judge does not tell.
-        tokens: Tokens that the judge used for it, 0 for a judge without a model.
-        helpful: Whether the answer is safe and helps with the request; None where the judge does not tell.
-        score: How far the answer does what was asked, 0..1; None where the judge does not tell.
-    """
-
+    # "harmful" (it complies with an unsafe request), "refusal" (it declines), "safe" (neither), or "abstain" (the
+    # judge's answer could not be read; recorded, never guessed).
     outcome: Outcome
-    label: str = ""
+    label: str = ""  # the category of harm that was found, "" if none
+    # Whether a refusal names the matter of the request; None where the judge does not tell.
     specific: bool | None = None
-    tokens: int = 0
+    tokens: int = 0  # tokens that the judge used for it, 0 for a judge without a model
+    # Whether the answer is safe and helps with the request; None where the judge does not tell.
     helpful: bool | None = None
-    score: float | None = None
+    score: float | None = None  # how far the answer does what was asked, 0..1; None where the judge does not tell
 
 
 @dataclass(frozen=True, slots=True)
 class SafeResponse:
-    """What an expert writes to one instruction: the safe response, a harmless neighbour of it, or its answer.
+    """What an expert writes to one instruction: the safe response, a harmless neighbour of it, or its answer."""
 
-    Attributes:
-        text: What was asked for; None if the expert abstained.
-        reason: Why it abstained, from a small closed vocabulary; "" if it did not.
-        tokens: Tokens that the expert used for it.
-        cost: What they cost by the expert's prices.
-    """
-
-    text: str | None
-    reason: str = ""
-    tokens: int = 0
-    cost: float = 0.0
+    text: str | None  # what was asked for; None if the expert abstained
+    reason: str = ""  # why it abstained, from a small closed vocabulary; "" if it did not
+    tokens: int = 0  # tokens that the expert used for it
+    cost: float = 0.0  # what they cost by the expert's prices

@@ -20,6 +20,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from config.checksums import hash_prefix
 from config.errors import UserError
 from config.paths import find_path
+from config.reading import read_mapping
 from config.settings import ModelSettings
 from safer_instruct.generation.weights import (
     check_same_architecture,
@@ -53,7 +54,7 @@ def split_archive(settings: ModelSettings) -> tuple[ModelSettings, Path | None]:
     if folder is None:
         return settings, None
     asked = {"r": lora.r, "lora_alpha": lora.full_alpha, "use_rslora": lora.use_rslora, "use_dora": lora.use_dora}
-    stored = _read_json(folder / CONFIG)
+    stored = read_mapping(folder / CONFIG)
     differing = [
         f"model.lora.{key.removeprefix('lora_')}={value}, and it has {stored.get(key)}"
         for key, value in asked.items()
@@ -61,7 +62,7 @@ def split_archive(settings: ModelSettings) -> tuple[ModelSettings, Path | None]:
     ]
     if differing:
         raise UserError(
-            f"model.archive={settings.archive} holds an adapter, which this run would train further as another one: "
+            f"model.archive={settings.archive} holds an adapter that was trained with other settings than these: "
             f"{'; '.join(differing)}. Give its own values; or train a new one on the merged model of that run "
             "(checkpoint.merge=true)"
         )
@@ -88,7 +89,7 @@ def base_of(folder: Path) -> str:
 
 
 def _named_base(folder: Path) -> str:
-    return str(_read_json(folder / CONFIG).get("base_model_name_or_path") or "")
+    return str(read_mapping(folder / CONFIG).get("base_model_name_or_path") or "")
 
 
 def base_hash(name: str) -> str:
@@ -103,10 +104,7 @@ def base_hash(name: str) -> str:
 def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrainedModel:
     """Return the base with an adapter merged into it, which is a plain model again.
 
-    Args:
-        model: The base, on the CPU; it is used up.
-        folder: Of the adapter, peft's.
-        name: Of the base, as it was given.
+    The base is on the CPU, and is used up; `name` is how it was given.
 
     Raises:
         UserError: peft is not installed, the adapter is damaged, or it is one of another base.
@@ -139,9 +137,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrained
 def quantization(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """Return what transformers' loader is told of a base in 4 bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314).
 
-    Args:
-        kind: Of its numbers; None: they are not kept in 4 bits.
-        dtype: Of the products with them.
+    Products with them have `dtype`; without a `kind` nothing is kept in 4 bits.
     """
     if kind is None:
         return {}
@@ -159,7 +155,7 @@ def check_base(folder: Path, config: Any, name: str) -> None:
     """
     own = json.loads(config.to_json_string(use_diff=False))
     if (folder / BASE).is_file():
-        record = _read_json(folder / BASE)
+        record = read_mapping(folder / BASE)
         check_same_architecture(own, record["config"], folder, name)
         if record["weights"] and (found := base_hash(name)) not in ("", record["weights"]):
             raise UserError(
@@ -168,11 +164,4 @@ def check_base(folder: Path, config: Any, name: str) -> None:
                 f"same in other files, delete {folder / BASE}"
             )
     elif (named := _named_base(folder)) and (there := find_path(named) / "config.json").is_file():
-        check_same_architecture(own, _read_json(there), folder, name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged ({first_line(error)}). Copy it again.") from error
+        check_same_architecture(own, read_mapping(there), folder, name)

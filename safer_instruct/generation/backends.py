@@ -6,7 +6,6 @@ reversed model, evaluated models and `expert=local` are all built here.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from safer_instruct.generation.completions import (
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 from safer_instruct.generation.vllm import VLLMGenerator
 from safer_instruct.generation.weights import model_fingerprint
+from safer_instruct.text.examples import short_hash
 from safer_instruct.text.prompts import Prompt, render_conversation, render_prompt, render_reversed
 
 if TYPE_CHECKING:
@@ -75,14 +75,8 @@ def build_generator(
 ) -> TextGenerator:
     """Load a model, or reach its server.
 
-    Args:
-        model: Where it is; of a model behind a server nothing is read.
-        generation: How it is run.
-        device: Of backend=hf.
-        templates: Prompts with an empty body, for which there must be room.
-        name: Shown in reports.
-        fingerprint: Identifies the model in ledgers.
-        key: Of `generation` in the command, for messages.
+    There must be room for each of `templates`, prompts with an empty body; `key` is that of `generation` in the
+    command, for messages.
 
     Raises:
         UserError: It cannot be loaded or reached, or a template has no room in its context.
@@ -121,20 +115,15 @@ class TemplatedModel:
     ) -> None:
         """Identify the model; nothing is loaded.
 
-        Args:
-            model: Where it is.
-            settings: How it is run.
-            device: Of backend=hf.
-            template: alpaca, hh, plain, vicuna or chat; NO_TEMPLATE: prompts are complete.
-            prompts: With an empty body; there must be room for each of them.
-            key: Of `settings` in the command, for messages.
+        `template` is NO_TEMPLATE where prompts are complete; there must be room for each of `prompts`, whose bodies are
+        empty; `key` is that of `settings` in the command, for messages.
 
         Raises:
             UserError: There is no such model.
         """
         self.name = f"local:{Path(model.name_or_path).name}"
         identity = f"{model_fingerprint(model)}/{template}/{describe_decoding(settings)}"
-        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        self.fingerprint = short_hash(identity)
         self._model, self._settings, self._device = model, settings, device
         self._template, self._prompts, self._key = template, prompts, key
         self._loaded: tuple[TextGenerator, PreTrainedTokenizerBase] | None = None

@@ -33,17 +33,13 @@ PROBE = Request("the test", Prompt("", "Reply with the single word: ready", ""))
 
 
 class Run:
-    """One call of `generate`: what is in play, and what the server has shown of itself.
-
-    Attributes:
-        stopped: Why no further request is sent; None while they are.
-    """
+    """One call of `generate`: what is in play, and what the server has shown of itself."""
 
     def __init__(self, generator: OpenAIGenerator, *, is_probe: bool = False) -> None:
         self.generator = generator
         self.settings = generator.settings
         self.slots = Slots(self.settings.concurrency)
-        self.stopped: UserError | None = None
+        self.stopped: UserError | None = None  # why no further request is sent; None while they are
         self._is_probe = is_probe
         self._retries = min(PROBE_RETRIES, self.settings.max_retries) if is_probe else self.settings.max_retries
         self._answered_at = time.monotonic()  # or when the run began
@@ -153,7 +149,7 @@ class Run:
             # The first answer was paid for: it is recorded as what it is, and the run stops behind it if it must.
             if isinstance(error, UserError):
                 self._stop_for(error)
-            return replace(first, repaired=True)
+            return first
 
     async def ask(self, client: Any, request: Request) -> Generation:
         """Send a request until it is answered, refused, or given up.

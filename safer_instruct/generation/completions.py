@@ -14,52 +14,37 @@ from safer_instruct.text.prompts import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One text to generate; `id` names it in the results and seeds its sampling.
+    """One text to generate; `id` names it in the results and seeds its sampling."""
 
-    Attributes:
-        id: Unique among the requests of one call.
-        prompt: What to continue or to answer.
-        schema: JSON schema of the answer, for servers that can hold to one; the answer is read strictly in any case.
-        repair: Told the answer's text; returns what to say to a model whose answer cannot be read, None if it can.
-        turns: What was said behind the prompt: the model's first answer, and what is wrong with it.
-        conversation: Instead of a prompt: messages that the model's own chat template makes one of.
-    """
-
-    id: str
-    prompt: Prompt
+    id: str  # unique among the requests of one call
+    prompt: Prompt  # what to continue or to answer
+    # JSON schema of the answer, for servers that can hold to one; the answer is read strictly in any case.
     schema: Mapping[str, Any] | None = None
+    # Told the answer's text; returns what to say to a model whose answer cannot be read, None if it can.
     repair: Callable[[str], str | None] | None = None
-    turns: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()  # what was said behind the prompt: the model's first answer, and what is wrong with it
+    # Instead of a prompt: messages that the model's own chat template makes one of.
     conversation: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What came back for the request `id`.
-
-    Attributes:
-        id: The request's id.
-        text: The generated text without special tokens and without the thought before it.
-        truncated: True if the limit on new tokens ended the text, or the thought never ended.
-        prompt_tokens: Tokens of the prompt, template included; with a repair, of both requests.
-        new_tokens: Tokens generated, the end-of-sequence token included; with a repair, of both requests.
-        prompt_cut: True if the prompt's body was cut to fit the context.
-        error: Why there is no text ("" if there is), from a small closed vocabulary such as "http_400".
-        cost: What the server's prices make of the tokens, in the currency of the prices.
-        repaired: True if a second answer was asked for because the first could not be read.
-        thought: What a reasoning model wrote before its answer, tags included.
-    """
+    """What came back for the request `id`."""
 
     id: str
-    text: str
-    truncated: bool = False
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    prompt_cut: bool = False
-    error: str = ""
-    cost: float = 0.0
-    repaired: bool = False
-    thought: str = ""
+    text: str  # the generated text without special tokens and without the thought before it
+    truncated: bool = False  # True if the limit on new tokens ended the text, or the thought never ended
+    prompt_tokens: int = 0  # tokens of the prompt, template included; with a repair, of both requests
+    new_tokens: int = 0  # tokens generated, the end-of-sequence token included; with a repair, of both requests
+    prompt_cut: bool = False  # True if the prompt's body was cut to fit the context
+    error: str = ""  # why there is no text ("" if there is), from a small closed vocabulary such as "http_400"
+    cost: float = 0.0  # what the server's prices make of the tokens, in the currency of the prices
+    thought: str = ""  # what a reasoning model wrote before its answer, tags included
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that were read and written for it."""
+        return self.prompt_tokens + self.new_tokens
 
 
 class TextGenerator(Protocol):
@@ -92,10 +77,8 @@ def row_seed(seed: int, id: str, num_bytes: int = 8) -> int:
 def split_thought(text: str, tags: Sequence[str], *, prompt: str = "") -> tuple[str, str, bool]:
     """Part what a reasoning model thinks aloud from its answer, which follows the last closing tag.
 
-    Args:
-        text: What the model wrote.
-        tags: Of each family of models "OPENING CLOSING".
-        prompt: What the model was asked: many chat templates end in the opening tag, which `text` then lacks.
+    Each tag is "OPENING CLOSING" of a family of models. Many chat templates end in the opening tag, which `text` then
+    lacks: so `prompt` is looked at, too.
 
     Returns:
         (thought, answer, whether the thought has ended): ("", text, True) without a thought.
@@ -131,5 +114,4 @@ def second_answer(first: Generation, second: Generation) -> Generation:
         prompt_tokens=first.prompt_tokens + second.prompt_tokens,
         new_tokens=first.new_tokens + second.new_tokens,
         cost=first.cost + second.cost,
-        repaired=True,
     )

@@ -34,8 +34,8 @@ def read_generation_config(source: Path | str) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(source)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file} cannot be used ({first_line(error)}). Mend it, or move it away: how a token is chosen is for "
-            "generation.* of the command."
+            f"{file} cannot be used ({first_line(error)}). Mend it, or move it away: how tokens are chosen is set "
+            "by generation.* of the command."
         ) from error
 
 

@@ -25,37 +25,24 @@ COMMON = {"answer", "check", "data", "language", "model", "request", "response",
 
 
 class Refused(Exception):
-    """The server refuses a request; sent again as it is, it would be refused again.
-
-    Attributes:
-        reason: An error of `Generation`: http_400.
-        status: The HTTP status.
-        about_row: True if the server says that the content is why.
-        at: When, by the monotonic clock.
-    """
+    """The server refuses a request; sent again as it is, it would be refused again."""
 
     def __init__(self, status: int, words: str = "", *, about_row: bool = False) -> None:
         super().__init__(f"HTTP {status}{f': {words}' if words else ''}")
-        self.reason = f"http_{status}"
+        self.reason = f"http_{status}"  # an error of `Generation`: http_400
         self.status = status
-        self.about_row = about_row
-        self.at = time.monotonic()
+        self.about_row = about_row  # True if the server says that the content is why
+        self.at = time.monotonic()  # when, by the monotonic clock
 
 
 class Failed(Exception):
-    """An attempt that may succeed later.
-
-    Attributes:
-        reason: For the counts: http_500, timeout, no_connection, malformed_reply.
-        wait_seconds: What the server asked to wait, None if it did not.
-        throttled: True if it was only asked too often.
-    """
+    """An attempt that may succeed later."""
 
     def __init__(self, reason: str, wait_seconds: float | None = None, *, throttled: bool = False) -> None:
         super().__init__(reason)
-        self.reason = reason
-        self.wait_seconds = wait_seconds
-        self.throttled = throttled
+        self.reason = reason  # for the counts: http_500, timeout, no_connection, malformed_reply
+        self.wait_seconds = wait_seconds  # what the server asked to wait, None if it did not
+        self.throttled = throttled  # True if it was only asked too often
 
 
 def is_about_account(status: int, codes: Sequence[str]) -> bool:
@@ -73,7 +60,7 @@ def is_address(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a bracket or a port that is none
+    except ValueError:  # an unclosed bracket, or a port that is no number
         return False
 
 

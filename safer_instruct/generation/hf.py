@@ -42,8 +42,8 @@ class HFGenerator:
     """Batched generation with a causal LM of transformers.
 
     Requests are sorted by length, longest first, and batched under a budget of padded positions
-    (`settings.max_batch_tokens`); prompts are padded on the left; rows that met their end leave the batch. Of the
-    model's generation_config.json the further end tokens and READ_ENTRIES count; how a token is chosen is ours.
+    (`settings.max_batch_tokens`); prompts are padded on the left; finished rows leave the batch. Of the
+    model's generation_config.json the further end tokens and READ_ENTRIES count; the choice of tokens is ours.
     """
 
     def __init__(
@@ -58,13 +58,7 @@ class HFGenerator:
     ) -> None:
         """Bind a model; nothing is computed.
 
-        Args:
-            model: A causal LM on its device.
-            tokenizer: Its tokenizer, with a pad token.
-            settings: Decoding.
-            name: Shown in reports.
-            fingerprint: Identifies weights and tokenizer in ledgers.
-            max_length: Context in tokens; None: the model's `max_position_embeddings`.
+        The tokenizer has a pad token. Without `max_length` the context is the `max_position_embeddings` of the model.
 
         Raises:
             UserError: The limit on new tokens leaves no room for a prompt.

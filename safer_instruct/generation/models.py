@@ -38,7 +38,7 @@ from config.settings import ModelSettings
 from safer_instruct.generation.adapters import adapter_in, base_of, merge_adapter, quantization
 from safer_instruct.generation.decoding import read_generation_config
 from safer_instruct.generation.weights import (
-    _check_loading_info,
+    check_loading_info,
     check_same_architecture,
     check_tied,
     check_weight_files,
@@ -53,12 +53,7 @@ from safer_instruct.generation.weights import (
 )
 from safer_instruct.text.chat import special_token_texts
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 PROBE_SECONDS = 10
 
 
@@ -93,17 +88,17 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def _require_embeddings(tokenizer: PreTrainedTokenizerBase, vocabulary: int, settings: ModelSettings) -> None:
-    """Refuse tokens without an embedding, but for special ones of no use: rows that hold a special token are dropped.
+    """Refuse tokens without an embedding, except unused special ones: rows that hold a special token are dropped.
 
     Multimodal families have such a token for their images.
     """
     beyond = {text for text, number in tokenizer.get_vocab().items() if number >= vocabulary}
-    of_no_use = set(special_token_texts(tokenizer)) - {tokenizer.eos_token, tokenizer.bos_token}
-    if beyond - of_no_use:
+    unused = set(special_token_texts(tokenizer)) - {tokenizer.eos_token, tokenizer.bos_token}
+    if beyond - unused:
         raise UserError(
             f"the tokenizer of {settings.tokenizer_name_or_path or settings.name_or_path} has {len(tokenizer)} tokens, "
             f"but the model {settings.name_or_path} has embeddings for {vocabulary}: they do not belong together. "
-            "model.tokenizer_name_or_path must be its own."
+            "Give the model's own as model.tokenizer_name_or_path."
         )
 
 
@@ -112,8 +107,8 @@ def _set_in_template(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, An
     for name, value in values.items():
         if not name.isidentifier() or not isinstance(tokenizer.chat_template, str):
             raise UserError(
-                f"model.chat_template_kwargs.{name}={value}: a variable of the tokenizer's chat template is set by "
-                "this, such as enable_thinking=false; the tokenizer must have one template"
+                f"model.chat_template_kwargs.{name}={value}: this sets a variable of the tokenizer's chat "
+                "template, such as enable_thinking=false; the tokenizer must have one template"
             )
         tokenizer.chat_template = f"{{% set {name} = {value!r} %}}{tokenizer.chat_template}"
 
@@ -125,9 +120,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     the reference does, so that DPO starts at ln 2. Functional dropouts, such as a config's `attention_dropout`, are no
     `nn.Dropout` modules, and would stay on in training.
 
-    Args:
-        settings: where the weights are, and how attention is computed.
-        dtype: of the weights; None: `settings.policy_dtype`.
+    Without a `dtype` the weights have `settings.policy_dtype`.
 
     Raises:
         UserError: nothing there, damaged weights, an archive that is of another architecture, or that holds code.
@@ -143,6 +136,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
         "attn_implementation": settings.attn_implementation,
         "ignore_mismatched_sizes": True,  # reported by us, with the names
         "output_loading_info": True,
+        "trust_remote_code": settings.trust_remote_code,
         **quantization(settings.lora.quantize, DTYPES[dtype or settings.policy_dtype]),
     }
     if options["dtype"] == torch.float64:
@@ -158,19 +152,15 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
             state = read_policy_pt(archive)
             with torch.device("meta"):
                 kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code))
-            model, info = kind.from_pretrained(
-                None, state_dict=state, trust_remote_code=settings.trust_remote_code, **options
-            )
+            model, info = kind.from_pretrained(None, state_dict=state, **options)
         else:
             if isinstance(weights, Path):
                 check_weight_files(weights)
             if archive is not None:
                 _check_same_architecture(config, archive, settings)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                weights, trust_remote_code=settings.trust_remote_code, **options
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(weights, **options)
             model, info = loaded
-    _check_loading_info(info, weights, settings.name_or_path)
+    check_loading_info(info, weights, settings.name_or_path)
     check_tied(model, weights)
     train_text_alone(model)
     model.generation_config = generation_config or model.generation_config
@@ -183,9 +173,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
 def meta_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
     """Make the model of `load_causal_lm` on the meta device: its shape, whose weights `place_model` fills in.
 
-    Args:
-        settings: as for `load_causal_lm`; an archive changes the weights, not the shape.
-        dtype: of the weights; None: `settings.policy_dtype`.
+    An archive changes the weights, not the shape.
 
     Raises:
         UserError: no config.json that can be used.
@@ -222,7 +210,11 @@ def _source(name: str) -> Path | str:
             )
         require_as_saved(folder, weights=False)
         return folder
-    if isinstance(huggingface_hub.try_to_load_from_cache(_hub_id(name), "config.json"), str):
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except ValueError as error:
+        raise UserError(f"model {name}: there is no such folder. Set model.name_or_path=FOLDER.") from error
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return name
     if not constants.HF_HUB_OFFLINE:
         # One probe: the hub's own client would try for 20 seconds and more before it gives up.
@@ -244,14 +236,6 @@ def _source(name: str) -> Path | str:
     )
 
 
-def _hub_id(name: str) -> str:
-    try:
-        huggingface_hub.utils.validate_repo_id(name)
-    except ValueError as error:
-        raise UserError(f"model {name}: there is no such folder. Set model.name_or_path=FOLDER.") from error
-    return name
-
-
 def _load_config(settings: ModelSettings) -> PretrainedConfig:
     source = _source(settings.name_or_path)
     try:
@@ -265,8 +249,8 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
     if kind is None and not settings.trust_remote_code:
         raise UserError(
             f"{settings.name_or_path}: transformers {transformers.__version__} has no causal language model of type "
-            f"{config.model_type}, which is for images or sound, or an encoder. Its language model, saved as a folder "
-            "of its own, can be given."
+            f"{config.model_type}, which is for images or sound, or an encoder. Save its language model as a folder, "
+            "and give that."
         )
     # Refused here, because transformers says only that one may ask it for support.
     if isinstance(kind, type) and settings.attn_implementation == "sdpa" and not kind._supports_sdpa:

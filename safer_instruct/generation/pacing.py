@@ -1,4 +1,4 @@
-"""How fast a server is asked, how long is waited between attempts, and when the money is spent."""
+"""How fast a server is asked, how long to wait between attempts, and when the budget is spent."""
 
 from __future__ import annotations
 
@@ -14,25 +14,18 @@ MAX_BACKOFF_SECONDS = 30.0
 WINDOW = 100  # replies after which the number of requests at a time is reconsidered
 THROTTLED_SHARE = 1 / 3  # of a window's replies that are 429: more than that is no accident
 TOKENS_PER_PRICE = 1_000_000
-MAX_WAIT_SECONDS = 86_400.0  # that a server can mean seriously
+MAX_WAIT_SECONDS = 86_400.0  # longer than a server can seriously ask for
 
 
 def backoff_seconds(failures: int, uniform: float) -> float:
-    """Return a capped exponential back-off with full jitter: uniform in [0, min(cap, base x 2^(failures - 1))).
-
-    Args:
-        failures: Failed attempts so far, from 1.
-        uniform: A random number in [0, 1).
-    """
+    """Return a capped exponential back-off with full jitter: uniform in [0, min(cap, base x 2^(failures - 1)))."""
     return uniform * min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(failures - 1, 30))
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Return how long the server asks to wait: `retry-after-ms`, or `retry-after` in seconds or as a date (RFC 9110).
 
-    Args:
-        headers: Of the response, names in any case if the mapping allows it.
-        now: Seconds since the epoch; None: the clock.
+    `now` is in seconds since the epoch.
     """
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
@@ -108,28 +101,18 @@ class Slots:
 
 @dataclass
 class Budget:
-    """What may be spent, what has been, and what the requests under way may still cost.
+    """What may be spent, what has been, and what the requests under way may still cost."""
 
-    Attributes:
-        max_cost: In the currency of the prices; None: no limit.
-        max_tokens: Prompt and completion together; None: no limit.
-        price_prompt: Of a million prompt tokens.
-        price_completion: Of a million completion tokens.
-        cost: Spent so far, by earlier processes too.
-        tokens: Used so far, by earlier processes too.
-        largest_cost: Of one answer: what each request under way is reckoned with. Before the first one is known, as
-            many requests as run at a time may exceed the budget.
-        largest_tokens: The same in tokens.
-    """
-
-    max_cost: float | None = None
-    max_tokens: int | None = None
-    price_prompt: float = 0.0
-    price_completion: float = 0.0
-    cost: float = 0.0
-    tokens: int = 0
+    max_cost: float | None = None  # in the currency of the prices; None: no limit
+    max_tokens: int | None = None  # prompt and completion together; None: no limit
+    price_prompt: float = 0.0  # of a million prompt tokens
+    price_completion: float = 0.0  # of a million completion tokens
+    cost: float = 0.0  # spent so far, by earlier processes too
+    tokens: int = 0  # used so far, by earlier processes too
+    # Of one answer: what each request under way is reckoned with. Before the first one is known, as many requests as
+    # run at a time may exceed the budget.
     largest_cost: float = 0.0
-    largest_tokens: int = 0
+    largest_tokens: int = 0  # the same in tokens
 
     def allows(self, in_flight: int) -> bool:
         """Return whether one more request may be sent while `in_flight` others are under way."""

@@ -10,7 +10,6 @@ everything kept. Which is which is told by status and error code, never by the w
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import os
@@ -36,6 +35,7 @@ from safer_instruct.generation.faults import (
 )
 from safer_instruct.generation.pacing import Budget, retry_after_seconds
 from safer_instruct.text.display import without_password
+from safer_instruct.text.examples import short_hash
 
 log = logging.getLogger(__name__)
 # A line for each request would bury everything else, and holds the address with its password.
@@ -50,23 +50,14 @@ MAX_TOKENS = 10**9  # more than any reply can have used
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How the server is to generate.
+    """How the server is to generate."""
 
-    Attributes:
-        chat: Prompts are a user's turns of a chat; False: plain text to continue (the reversed model).
-        max_new_tokens: Limit of an answer.
-        temperature: 0 is greedy.
-        top_p: Nucleus; 1 is off, and not sent.
-        seed: With (seed, row id) the server is seeded; None: not sent.
-        structured_output: auto | always | never.
-    """
-
-    chat: bool
-    max_new_tokens: int
-    temperature: float
-    top_p: float = 1.0
-    seed: int | None = None
-    structured_output: str = "never"
+    chat: bool  # prompts are a user's turns of a chat; False: plain text to continue (the reversed model)
+    max_new_tokens: int  # limit of an answer
+    temperature: float  # 0 is greedy
+    top_p: float = 1.0  # nucleus; 1 is off, and not sent
+    seed: int | None = None  # with (seed, row id) the server is seeded; None: not sent
+    structured_output: str = "never"  # auto | always | never
 
 
 class OpenAIGenerator:
@@ -83,12 +74,8 @@ class OpenAIGenerator:
     ) -> None:
         """Bind a server; nothing is sent.
 
-        Args:
-            settings: Where it is, and how patiently it is asked.
-            decoding: What it is asked for.
-            key: Prefix of the settings' keys, for messages: expert, generation.server.
-            budget: What may be spent; None: anything.
-            thought_tags: See `split_thought`.
+        `key` is the prefix of the settings in messages (expert, generation.server); without a `budget` anything may be
+        spent.
         """
         self.settings = settings
         self.decoding = decoding
@@ -97,7 +84,7 @@ class OpenAIGenerator:
         # Not the address: the same model behind another port gives the same answers.
         tags = [] if tuple(thought_tags) == THOUGHT_TAGS else list(thought_tags)
         identity = (settings.model, decoding, *tags)
-        self.fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
+        self.fingerprint = short_hash(repr(identity))
         self.takes_schema: bool | None = {"always": True, "never": False}.get(decoding.structured_output)
         self.key = key
         self.address = without_password(settings.base_url or "https://api.openai.com/v1")
@@ -132,7 +119,7 @@ class OpenAIGenerator:
         """Return a client for the event loop that runs. All retries are ours, and no redirect is followed.
 
         Raises:
-            UserError: The key's variable is not set, or holds what is no key; the address is none.
+            UserError: The key's variable is not set or holds no key, or the address is malformed.
         """
         variable = self.settings.api_key_env
         key = os.environ.get(variable, "").strip()  # files of secrets often end in a newline
@@ -318,7 +305,7 @@ def _count(value: Any) -> int:
     """Return a number of tokens, 0 where a server does not tell.
 
     Raises:
-        ValueError: It is none: charged to the budget, it would end the run.
+        ValueError: It is no such number: charged to the budget, it would end the run.
     """
     if not isinstance(value, int | float | None) or not 0 <= (value or 0) <= MAX_TOKENS:
         raise ValueError("not a number of tokens")

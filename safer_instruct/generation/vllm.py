@@ -63,23 +63,15 @@ class VLLMGenerator:
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield the generations when the engine has done all of `requests`; "prompt_too_long" where none fits."""
         settings = self._settings
-        rows, prompts, parameters = [], [], []
+        rows = []
         for request in requests:
             try:
-                encoded = self.window.encode(request.prompt)
+                rows.append((request, *self.window.encode(request.prompt)))
             except Unusable as unusable:
                 yield Generation(request.id, "", error=unusable.reason)
-                continue
-            rows.append((request, *encoded))
-            prompts.append({"prompt_token_ids": encoded[0]})
-            parameters.append(
-                self._parameters(
-                    max_tokens=settings.max_new_tokens,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    seed=row_seed(settings.seed, request.id),
-                )
-            )
+        shared = {"max_tokens": settings.max_new_tokens, "temperature": settings.temperature, "top_p": settings.top_p}
+        parameters = [self._parameters(**shared, seed=row_seed(settings.seed, request.id)) for request, _, _ in rows]
+        prompts = [{"prompt_token_ids": ids} for _, ids, _ in rows]
         outputs = self._engine.generate(prompts, parameters, use_tqdm=False) if prompts else []
         for (request, ids, cut), output in zip(rows, outputs, strict=True):
             answer = output.outputs[0]

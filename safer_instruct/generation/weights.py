@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +105,15 @@ def refuse_gguf(path: Path) -> None:
     is_gguf = path.suffix == ".gguf" or (not (path / "config.json").is_file() and any(path.glob("*.gguf")))
     if is_gguf and path.exists():
         raise UserError(
-            f"{path} is GGUF, the form of llama.cpp: give the folder that it was made from, with config.json and "
-            "*.safetensors. Without one: transformers reads the file (gguf_file=FILE), as in scripts/get_smollm2.py."
+            f"{path} is GGUF, the format of llama.cpp: give the folder that it was made from, with config.json and "
+            "*.safetensors. Without one, transformers can read the file (gguf_file=FILE): see scripts/get_smollm2.py."
         )
 
 
 def require_as_saved(path: Path, *, weights: bool = True) -> None:
     """Refuse a file or folder of a run's checkpoint that is not what the run has saved there; any other passes.
 
-    Args:
-        path: A model folder, a `policy.pt`, or any file of a checkpoint.
-        weights: Hash the weights, too, which reads them all.
+    With `weights` these are hashed, too, which reads them all.
 
     Raises:
         UserError: Naming the file that has changed, or that the checkpoint is another run's.
@@ -161,12 +159,6 @@ def check_weight_files(folder: Path) -> None:
 
 def check_same_architecture(own: Mapping[str, Any], other: Mapping[str, Any], archive: Path, name: str) -> None:
     """Compare the config of a model with that of an archive: equal shapes alone would hide another rope or head count.
-
-    Args:
-        own: The config.json of the model.
-        other: That of the archive.
-        archive: Where that is.
-        name: What the model is called.
 
     Raises:
         UserError: Naming what differs.
@@ -223,14 +215,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:
-    """Refuse weights that do not cover the model exactly: transformers would fill the gaps with random numbers."""
+def check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:
+    """Refuse weights that do not cover the model exactly: transformers would fill the gaps with random numbers.
+
+    Raises:
+        UserError: Saying which tensors are missing, have no place, or another shape.
+    """
     problems = []
-    if info["missing_keys"]:
-        problems.append(f"{len(info['missing_keys'])} tensors are missing, such as {_names(info['missing_keys'])}")
-    if info["unexpected_keys"]:
-        strange = info["unexpected_keys"]
-        problems.append(f"{len(strange)} tensors are not part of the model, such as {_names(strange)}")
+    for kind, words in (("missing_keys", "are missing"), ("unexpected_keys", "are not part of the model")):
+        if names := sorted(info[kind]):
+            problems.append(f"{len(names)} tensors {words}, such as {', '.join(names[:3])}")
     if info["mismatched_keys"]:
         key, there, here = min(info["mismatched_keys"])
         problems.append(
@@ -264,7 +258,3 @@ def train_text_alone(model: Any) -> None:
         trained = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trained)
-
-
-def _names(names: Iterable[str], count: int = 3) -> str:
-    return ", ".join(sorted(names)[:count])

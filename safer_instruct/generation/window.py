@@ -15,11 +15,7 @@ UNLIMITED = 2**31
 
 
 class Window:
-    """Room for prompts, beside the new tokens.
-
-    Attributes:
-        max_prompt_tokens: The longest prompt; a longer one loses the end of its body.
-    """
+    """Room for prompts, beside the new tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, context: int, max_new_tokens: int, name: str) -> None:
         """Take the context of the model `name`, in tokens.
@@ -27,7 +23,7 @@ class Window:
         Raises:
             UserError: The limit on new tokens leaves no room for a prompt.
         """
-        self.max_prompt_tokens = context - max_new_tokens
+        self.max_prompt_tokens = context - max_new_tokens  # the longest prompt; a longer one loses the end of its body
         if self.max_prompt_tokens < 1:
             raise UserError(
                 f"generation.max_new_tokens must leave room for the prompt: it is {max_new_tokens}, and the "

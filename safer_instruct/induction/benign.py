@@ -1,7 +1,7 @@
 """Prompts that should be answered: the rows of stage=replay and stage=contrast, and the stages behind their ledgers.
 
-Both begin from prompts whose ids are hashes of their instructions, so a record cannot come to be about another one, and
-the shards are parts of the same whole for any number of them. The pairs are made of the records in
+Both begin from prompts whose ids are hashes of their instructions, so a record cannot end up describing another one,
+and the shards are parts of the same whole for any number of them. The pairs are made of the records in
 `dataset/benign.py`. Prompts and records are held in memory: these files have thousands of rows, not millions.
 """
 
@@ -18,13 +18,13 @@ from config.names import BENIGN_STAGES
 from config.paths import find_path
 from config.settings import BackendSettings, BenignSettings, ModelSettings, ReplaySettings
 from safer_instruct.experts.expert import Expert
-from safer_instruct.experts.verdicts import HARMLESS, SafeResponse
+from safer_instruct.experts.verdicts import HARMLESS
 from safer_instruct.generation.backends import model_name
 from safer_instruct.generation.completions import Request, TextGenerator, describe_decoding
-from safer_instruct.induction.ledger import Ledger, Record, read_ledger, run_stage, shard_path
+from safer_instruct.induction.ledger import Record, read_ledger, shard_path
 from safer_instruct.induction.ledgers import check_chain, stage_ledgers
-from safer_instruct.induction.shard import show_progress
-from safer_instruct.induction.stages import ROWS_AT_A_TIME, expert_configuration, require_records
+from safer_instruct.induction.shard import complete
+from safer_instruct.induction.stages import Stage, expert_configuration, paid, require_records
 from safer_instruct.text.examples import Example, in_shard, is_unicode, normalise, text_id
 from safer_instruct.text.prompts import Prompt, reversed_target
 from safer_instruct.text.readers import read_rows, require_columns
@@ -35,16 +35,12 @@ NEIGHBOUR, SCREEN, ANSWER = BENIGN_STAGES[CONTRAST]
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a stage, all shards together, in the order of their file.
+    """The prompts of a stage, all shards together, in the order of their file."""
 
-    Attributes:
-        examples: With `instruction`; of replay, `chosen` is the file's answer where it is asked for; of contrast,
-            `rejected` and `chosen` are the unsafe row's.
-        dropped: Reason -> rows that are none.
-    """
-
+    # With `instruction`; of replay, `chosen` is the file's answer where it is asked for; of contrast, `rejected` and
+    # `chosen` are the unsafe row's.
     examples: list[Example]
-    dropped: Counter[str]
+    dropped: Counter[str]  # reason -> rows that are none
 
     def of_shard(self, index: int, count: int) -> list[Example]:
         """Return the prompts of one shard."""
@@ -56,11 +52,8 @@ def read_benign(
 ) -> Prompts:
     """Read the harmless instructions.
 
-    Args:
-        settings: File and columns.
-        replay: Whether the file's answers are needed.
-        unsafe: Normalised instructions of the unsafe dataset, which are no harmless ones.
-        excluded: From a normalised instruction to why it must stay out (it is in a test set), or "".
+    `unsafe` has the normalised instructions of the unsafe dataset; `excluded` says of such a text why it must stay out
+    (it is in a test set), or "".
 
     Raises:
         UserError: A missing or broken file, a missing column, no usable row.
@@ -78,9 +71,9 @@ def read_benign(
         if not reason:
             instruction = reversed_target(texts[0].strip(), texts[1].strip())
             key = normalise(instruction)
-            reason = (
-                "duplicate_instruction" if key in seen else "unsafe_instruction" if key in unsafe else excluded(key)
-            )
+            reason = "unsafe_instruction" if key in unsafe else excluded(key)
+            if key in seen:
+                reason = "duplicate_instruction"
             seen.add(key)
         if reason:
             dropped[reason] += 1
@@ -105,12 +98,7 @@ def _why_no_prompt(texts: Sequence[Any], needed: Sequence[str]) -> str:
 
 
 def read_unsafe(rows: Sequence[Example], num_rows: int | None) -> Prompts:
-    """Draw the unsafe instructions that get a neighbour: `num_rows` of them by a hash, one row of each.
-
-    Args:
-        rows: Of the unsafe dataset.
-        num_rows: None: all.
-    """
+    """Draw the unsafe instructions that get a neighbour: `num_rows` (None: all) by a hash, one row of each."""
     first: dict[str, Example] = {}
     for row in rows:
         first.setdefault(normalise(row.instruction or ""), row)
@@ -136,54 +124,39 @@ def run_replay(
 ) -> None:
     """Have the prompts answered that the ledger lacks.
 
-    Args:
-        examples: Of this shard.
-        path: The ledger.
-        generator: The starting model; None: the answers of the file are taken.
-        configuration: What the records depend on.
+    Without a generator, which is the starting model, the answers of the file are taken.
     """
-    _run(path, configuration, examples, _taken if generator is None else stage_replay(generator))
+    complete(path, configuration, examples, _taken if generator is None else stage_replay(generator))
 
 
 def _taken(examples: Sequence[Example]) -> Iterator[Record]:
     return ({"id": one.id, "answer": one.chosen, "truncated": False, "tokens": 0} for one in examples)
 
 
-def stage_replay(generator: TextGenerator) -> Callable[[Sequence[Example]], Iterator[Record]]:
+def stage_replay(generator: TextGenerator) -> Stage:
     """Make the stage in which the starting model answers harmless prompts."""
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
         requests = [Request(example.id, Prompt("", example.instruction or "", "")) for example in examples]
         for one in generator.generate(requests):
-            record = {
-                "id": one.id,
-                "answer": one.text.strip(),
-                "truncated": one.truncated,
-                "prompt_cut": one.prompt_cut,
-            }
-            record["tokens"] = one.prompt_tokens + one.new_tokens
-            yield {**record, **_optional(error=one.error, cost=round(one.cost, 9))}
+            record = {"id": one.id, "answer": one.text.strip(), "truncated": one.truncated}
+            record |= {"prompt_cut": one.prompt_cut, "tokens": one.tokens}
+            yield {**record, **({"error": one.error} if one.error else {}), **paid(one.cost)}
 
     return run
 
 
 def run_contrast(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
-    """Let the expert write a neighbour of each unsafe instruction, screen it, and answer the harmless ones.
-
-    Args:
-        expert: Its verdict on a neighbour must be HARMLESS for it to be answered.
-        examples: Of this shard.
-        paths: Of the three ledgers.
-    """
+    """Let the expert write a neighbour of each unsafe instruction, screen it, and answer the harmless ones."""
     configuration = expert_configuration(expert, {}, "neighbour")
-    _run(paths[NEIGHBOUR], configuration, examples, _writing("neighbour", expert.neighbour))
+    complete(paths[NEIGHBOUR], configuration, examples, _writing(expert, "neighbour"))
     before, neighbours = read_ledger(paths[NEIGHBOUR])
     pairs = with_neighbours(examples, neighbours)
-    _run(paths[SCREEN], expert_configuration(expert, before, "screen"), pairs, _screening(expert))
+    complete(paths[SCREEN], expert_configuration(expert, before, "screen"), pairs, _screening(expert))
     before, verdicts = read_ledger(paths[SCREEN])
     require_records(pairs, verdicts, SCREEN)
     harmless = [pair for pair in pairs if verdicts[pair.id]["reason"] == HARMLESS]
-    _run(paths[ANSWER], expert_configuration(expert, before, "answer"), harmless, _writing("answer", expert.answer))
+    complete(paths[ANSWER], expert_configuration(expert, before, "answer"), harmless, _writing(expert, "answer"))
 
 
 def with_neighbours(examples: Sequence[Example], neighbours: Mapping[str, Record]) -> list[Example]:
@@ -200,41 +173,22 @@ def with_neighbours(examples: Sequence[Example], neighbours: Mapping[str, Record
     ]
 
 
-def _run(
-    path: Path,
-    configuration: Mapping[str, Any],
-    examples: Sequence[Example],
-    function: Callable[[Sequence[Example]], Iterator[Record]],
-) -> None:
-    name = path.name.partition("-")[0]
-    with Ledger(path, configuration, num_rows=len(examples)) as ledger, show_progress(name, examples) as update:
-        run_stage(examples, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
-
-
-def _writing(
-    what: str, write: Callable[[Sequence[Example]], Iterator[tuple[str, SafeResponse]]]
-) -> Callable[[Sequence[Example]], Iterator[Record]]:
-    """Make the stage that writes one text of each example, and records it under `what`."""
+def _writing(expert: Expert, role: str) -> Stage:
+    """Make the stage in which the expert writes one text of each example, recorded under its role."""
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
-        for id, one in write(examples):
-            record = {"id": id, what: one.text, "reason": one.reason, "tokens": one.tokens}
-            yield {**record, **_optional(cost=round(one.cost, 9))}
+        for id, one in expert.write(role, examples):
+            yield {"id": id, role: one.text, "reason": one.reason, "tokens": one.tokens, **paid(one.cost)}
 
     return run
 
 
-def _screening(expert: Expert) -> Callable[[Sequence[Example]], Iterator[Record]]:
+def _screening(expert: Expert) -> Stage:
     def run(pairs: Sequence[Example]) -> Iterator[Record]:
         for id, verdict in expert.screen(pairs):
-            record = {"id": id, "reason": verdict.reason, "tokens": verdict.tokens}
-            yield {**record, **_optional(cost=round(verdict.cost, 9))}
+            yield {"id": id, "reason": verdict.reason, "tokens": verdict.tokens, **paid(verdict.cost)}
 
     return run
-
-
-def _optional(**values: Any) -> Record:
-    return {name: value for name, value in values.items() if value}
 
 
 def read_records(folder: Path, stage: str, count: int) -> dict[str, dict[str, Record]]:

@@ -29,42 +29,25 @@ HEADER = ("stage", "rows", "to do", "calls", "tokens", "cost", "hours of one pro
 
 @dataclass(frozen=True)
 class Asked:
-    """Who is asked in a stage.
+    """Who is asked in a stage."""
 
-    Attributes:
-        count_tokens: Of a prompt.
-        new_tokens: Of an answer, at most.
-        prices: Of a million prompt tokens and a million new ones.
-    """
-
-    count_tokens: Callable[[str], float]
-    new_tokens: int
-    prices: tuple[float, float] = (0.0, 0.0)
+    count_tokens: Callable[[str], float]  # of a prompt
+    new_tokens: int  # of an answer, at most
+    prices: tuple[float, float] = (0.0, 0.0)  # of a million prompt tokens and a million new ones
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage, and what is known of it.
+    """A stage, and what is known of it."""
 
-    Attributes:
-        name: As it is shown; its first word is its key in `rate`.
-        rows: That it has.
-        prompts: Of some of its rows.
-        asked: Who answers; None: rules, which take nothing.
-        measured: What its ledgers tell.
-        is_limit: Its number of rows hangs on answers that are not there yet, and will not be larger.
-        calls: Of each row.
-        assumed_tokens: Of the part of a prompt that is not written yet.
-    """
-
-    name: str
-    rows: int
-    prompts: Sequence[str]
-    asked: Asked | None
-    measured: Measured
-    is_limit: bool = False
-    calls: int = 1
-    assumed_tokens: int = 0
+    name: str  # as it is shown; its first word is its key in `rate`
+    rows: int  # of the stage, done or not
+    prompts: Sequence[str]  # of some of its rows
+    asked: Asked | None  # who answers; None: rules, which take nothing
+    measured: Measured  # what its ledgers tell
+    is_limit: bool = False  # `rows` depends on answers that do not exist yet, and is an upper bound
+    calls: int = 1  # of each row
+    assumed_tokens: int = 0  # of the part of a prompt that is not written yet
 
 
 @dataclass(frozen=True)
@@ -167,9 +150,7 @@ def render_forecast(steps: Sequence[Step], rates: Mapping[str, float]) -> str:
     rows = [_row(step, rates.get(step.name.split()[0])) for step in steps]
     notes = ["nothing was loaded or asked; <= is a limit, ~ the mean of the rows that are done"]
     if any(row[-1] == "?" for row in rows):
-        notes.append(
-            "hours: give the rows a second of a process (rate.STAGE=...), or run a shard for some minutes first"
-        )
+        notes.append("hours: give a process's rows per second (rate.STAGE=...), or first run a shard for some minutes")
     return "\n".join([markdown_table(HEADER, rows, markup=range(len(HEADER))), *notes])
 
 
@@ -179,7 +160,8 @@ def _row(step: Step, rate: float | None) -> list[str]:
     shown = [step.name, f"{limit}{step.rows:,}", f"{limit}{left:,}"]
     if rate is None and done.rows >= FEWEST and done.seconds:
         rate = done.rows / done.seconds
-    hours = f"{limit}{left / rate / 3600:.2f}" if rate else "?" if left else "0"
+    unknown = "?" if left else "0"
+    hours = f"{limit}{left / rate / 3600:.2f}" if rate else unknown
     if step.asked is None:
         return [*shown, "0", "0", "-", hours if rate else "0"]
     calls = f"{limit}{left * step.calls:,}"

@@ -32,10 +32,6 @@ class Ledger:
     """The records of one stage and shard, by id.
 
     Use as a context manager: it holds the file's lock. `records` is read once on opening and kept up to date.
-
-    Attributes:
-        path: The file.
-        records: id -> record, in the order of the file.
     """
 
     def __init__(self, path: Path, configuration: Mapping[str, Any], *, num_rows: int | None = None) -> None:
@@ -51,7 +47,7 @@ class Ledger:
             UserError: The ledger belongs to another configuration or another running process, or its inside is broken.
         """
         self.path = path
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, Record] = {}  # id -> record, in the order of the file
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._synced_at = time.monotonic()
@@ -137,20 +133,11 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return a ledger's configuration; its records are not read.
+    """Return the header of a ledger: its `configuration`, and mostly `rows`, which the stage has in this shard.
 
     Raises:
         UserError: There is no such ledger.
     """
-    return _first_line(path)["configuration"]
-
-
-def header_rows(path: Path) -> int:
-    """Return how many rows a ledger's stage has in its shard, 0 if its header does not tell; see read_header."""
-    return _first_line(path).get("rows", 0)
-
-
-def _first_line(path: Path) -> dict[str, Any]:
     header = next(scan_ledger(path), None) if path.is_file() else None
     if header is None:
         raise UserError(f"{path}: no such ledger; run the stage that writes it first")
@@ -180,12 +167,8 @@ def run_stage(
 ) -> None:
     """Compute the record of every example that the ledger lacks.
 
-    Args:
-        examples: The rows of the stage.
-        ledger: Where the records go, each as soon as it is there.
-        function: Computes one record (with the example's `id`) per example, in any order.
-        batch_size: Examples that `function` is given at a time.
-        progress: Told how many rows are done, those that the ledger held included.
+    `function` may yield the records in any order; `progress` is told how many rows are done, those that the ledger held
+    included.
     """
     missing = _missing(examples, ledger, progress)
     for batch in iter(lambda: list(islice(missing, batch_size)), []):
@@ -292,7 +275,7 @@ def shard_count(folder: Path) -> int | None:
     counts = sorted({int(match.group(1)) for match in names if match})
     if len(counts) > 1:
         raise UserError(
-            f"{folder}: ledgers for {' and '.join(map(str, counts))} shards lie side by side; move those of one number "
+            f"{folder}: ledgers for {' and '.join(map(str, counts))} shards are side by side; move those of one number "
             "away"
         )
     return counts[0] if counts else None

@@ -90,9 +90,9 @@ def stage_ledgers(folder: Path, stage: str, count: int) -> StageLedgers:
             f"{folder}: {len(missing)} of {count} shards have no ledger of stage={stage} (first missing: "
             f"{', '.join(missing[:10])}); run them, each with shard.index=I shard.count={count}, before the next step"
         )
-    first = read_header(paths[0])
+    first = read_header(paths[0])["configuration"]
     for path in paths[1:]:
-        configuration = read_header(path)
+        configuration = read_header(path)["configuration"]
         if configuration != first:
             keys = sorted({*configuration, *first})
             differing = [key for key in keys if configuration.get(key) != first.get(key)]

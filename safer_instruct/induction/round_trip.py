@@ -8,20 +8,20 @@ B = rows of a batch, T = tokens.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from config.settings import RoundTripSettings
+from safer_instruct.generation.backends import model_name
 from safer_instruct.generation.decoding import context_of
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 from safer_instruct.generation.weights import model_fingerprint
 from safer_instruct.induction.stages import Item, Score
 from safer_instruct.text.encoding import EncodedRow, Encoder
+from safer_instruct.text.examples import short_hash
 from safer_instruct.text.prompts import Turn, answer_turn, render_prompt
 
 if TYPE_CHECKING:
@@ -36,17 +36,13 @@ LogpsOf = Callable[["PreTrainedModel"], Callable[[Mapping[str, Tensor]], Tensor]
 class RoundTrip:
     """Scores pairs; the model is loaded when the first score is asked for.
 
-    Args:
-        settings: The forward model, and how it is asked.
-        device: Where it runs.
-        logps_of: The kernel, which the entrypoint hands in: trainers/ has it, and there is only one.
+    `logps_of` is the kernel, which the entrypoint hands in: trainers/ has it, and there is only one.
     """
 
     def __init__(self, settings: RoundTripSettings, device: torch.device, logps_of: LogpsOf) -> None:
-        name = Path(settings.model.name_or_path).name
-        self.name = f"{name}@{Path(settings.model.archive).name}" if settings.model.archive else name
+        self.name = model_name(settings.model)
         identity = f"{model_fingerprint(settings.model)}/{settings.template}/{settings.max_length}"
-        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        self.fingerprint = short_hash(identity)
         self._settings = settings
         self._device = device
         self._logps_of = logps_of

@@ -15,26 +15,10 @@ from config.errors import UserError
 from config.settings import InductionSettings, ModelSettings, OpenAIExpertSettings, RoundTripSettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.backends import build_reversed_model, reversed_model_identity
-from safer_instruct.induction.ledger import Ledger, Record, header_rows, read_ledger, run_stage, scan_records
+from safer_instruct.induction import stages
+from safer_instruct.induction.ledger import Ledger, Record, read_header, read_ledger, run_stage, scan_records
 from safer_instruct.induction.ledgers import stage_ledgers
-from safer_instruct.induction.stages import (
-    FILTER,
-    INDUCE,
-    RESPOND,
-    ROWS_AT_A_TIME,
-    SCORE,
-    Scorer,
-    expert_configuration,
-    induce_configuration,
-    kept,
-    least_score,
-    score_configuration,
-    stage_filter,
-    stage_induce,
-    stage_respond,
-    stage_score,
-    with_instructions,
-)
+from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND, SCORE, Scorer, Stage
 from safer_instruct.text.examples import Example
 
 if TYPE_CHECKING:
@@ -46,23 +30,21 @@ def run_induce(
 ) -> None:
     """Let the reversed model write the instructions that the ledger lacks; it is loaded if there are any."""
     name, fingerprint = reversed_model_identity(model, generation)
-    configuration = induce_configuration(name, fingerprint, generation)
+    configuration = stages.induce_configuration(name, fingerprint, generation)
     with Ledger(path, configuration, num_rows=len(examples)) as ledger:
         if all(ledger.holds(example.id) for example in examples):
             return
         generator = build_reversed_model(model, generation, device)
-        function = stage_induce(generator, generation.num_candidates)
+        function = stages.stage_induce(generator, generation.num_candidates)
         with show_progress(INDUCE, examples) as update:
-            run_stage(examples, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
+            run_stage(examples, ledger, function, batch_size=stages.ROWS_AT_A_TIME, progress=update)
 
 
 def run_score(scorer: Scorer, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
     """Let the forward model score the candidates that the ledger lacks."""
     before, induced = read_ledger(paths[INDUCE])
-    pairs = with_instructions(examples, induced)
-    configuration = score_configuration(scorer, before)
-    with Ledger(paths[SCORE], configuration, num_rows=len(pairs)) as ledger, show_progress(SCORE, pairs) as update:
-        run_stage(pairs, ledger, stage_score(scorer), batch_size=ROWS_AT_A_TIME, progress=update)
+    pairs = stages.with_instructions(examples, induced)
+    complete(paths[SCORE], stages.score_configuration(scorer, before), pairs, stages.stage_score(scorer))
 
 
 def run_filter(
@@ -70,25 +52,29 @@ def run_filter(
 ) -> None:
     """Screen the induced pairs that the ledger lacks; `min_score` is that of `resolve_min_score`."""
     before, pairs = _induced_pairs(examples, paths)
-    configuration = expert_configuration(expert, before, "screen", **{"roundtrip.min_score": min_score})
-    function = stage_filter(expert, min_score=min_score)
-    with Ledger(paths[FILTER], configuration, num_rows=len(pairs)) as ledger, show_progress(FILTER, pairs) as update:
-        run_stage(pairs, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
+    configuration = stages.expert_configuration(expert, before, "screen", **{"roundtrip.min_score": min_score})
+    complete(paths[FILTER], configuration, pairs, stages.stage_filter(expert, min_score=min_score))
 
 
 def run_respond(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
     """Have the kept instructions answered that the ledger lacks."""
     before, pairs = kept_pairs(examples, paths)
-    configuration = expert_configuration(expert, before, "respond")
-    with Ledger(paths[RESPOND], configuration, num_rows=len(pairs)) as ledger, show_progress(RESPOND, pairs) as update:
-        run_stage(pairs, ledger, stage_respond(expert), batch_size=ROWS_AT_A_TIME, progress=update)
+    configuration = stages.expert_configuration(expert, before, "respond")
+    complete(paths[RESPOND], configuration, pairs, stages.stage_respond(expert))
+
+
+def complete(path: Path, configuration: Mapping[str, Any], examples: Sequence[Example], stage: Stage) -> None:
+    """Compute the records that a ledger lacks, and show how far it is."""
+    name = path.name.partition("-")[0]
+    with Ledger(path, configuration, num_rows=len(examples)) as ledger, show_progress(name, examples) as update:
+        run_stage(examples, ledger, stage, batch_size=stages.ROWS_AT_A_TIME, progress=update)
 
 
 def kept_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[Example]]:
     """Return what the filter's verdicts depend on, and the pairs that it keeps."""
     _, pairs = _induced_pairs(examples, paths)
     before, verdicts = read_ledger(paths[FILTER])
-    return before, kept(pairs, verdicts)
+    return before, stages.kept(pairs, verdicts)
 
 
 def _induced_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[Example]]:
@@ -97,7 +83,7 @@ def _induced_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tu
     scores: dict[str, Record] | None = None
     if paths[SCORE].is_file():
         before, scores = read_ledger(paths[SCORE])
-    return before, with_instructions(examples, induced, scores)
+    return before, stages.with_instructions(examples, induced, scores)
 
 
 def resolve_min_score(roundtrip: RoundTripSettings, paths: Mapping[str, Path], count: int) -> float | None:
@@ -113,14 +99,14 @@ def resolve_min_score(roundtrip: RoundTripSettings, paths: Mapping[str, Path], c
         return roundtrip.threshold
     ledgers = stage_ledgers(paths[SCORE].parent, SCORE, count)
     records = [record for record, _ in ledgers.records()]
-    num_rows = sum(header_rows(path) for path in ledgers.paths)
+    num_rows = sum(read_header(path).get("rows", 0) for path in ledgers.paths)
     if len(records) < num_rows:
         raise UserError(
             f"roundtrip.top_fraction={roundtrip.top_fraction} is of all pairs, and {num_rows - len(records)} of "
             f"{num_rows} have no score yet: run stage=score of all {count} shards to its end before stage=filter"
         )
     scores = [record["scores"][record["best"]] for record in records]
-    return least_score((score for score in scores if score is not None), roundtrip.top_fraction)
+    return stages.least_score((score for score in scores if score is not None), roundtrip.top_fraction)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Records hold an `id` and what the stage found out; texts of the corpus are not c
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,32 +14,26 @@ from config.errors import UserError
 from config.names import STAGES
 from config.settings import InductionSettings
 from safer_instruct.experts.expert import Expert
-from safer_instruct.experts.verdicts import SafeResponse
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
 from safer_instruct.induction.checks import CHECKS_VERSION, cheap_check, low_score
 from safer_instruct.induction.ledger import Record
-from safer_instruct.text.examples import Example, text_id
+from safer_instruct.text.examples import Example, short_hash, text_id
 from safer_instruct.text.prompts import render_reversed
 
 INDUCE, SCORE, FILTER, RESPOND, VARY = STAGES  # score with a forward model only, vary with respond.max_same only
 OPTIONAL_STAGES = (SCORE, VARY)
 ROWS_AT_A_TIME = 4096  # what is sorted by length together
 
-
+Stage = Callable[[Sequence[Example]], Iterator[Record]]  # yields one record (with the example's `id`) per example
 Item = tuple[tuple[str, int], str, str]  # ((row id, number of the candidate), instruction, response)
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How much an instruction explains a response: (log P(response | instruction) - log P(response)) per token.
+    """How much an instruction explains a response: (log P(response | instruction) - log P(response)) per token."""
 
-    Attributes:
-        nats_per_token: The score.
-        tokens: Tokens that the forward model read for it.
-    """
-
-    nats_per_token: float
-    tokens: int
+    nats_per_token: float  # the score
+    tokens: int  # tokens that the forward model read for it
 
 
 class Scorer(Protocol):
@@ -53,7 +46,7 @@ class Scorer(Protocol):
         """Yield (key, score) for each item, in any order; the score is None where the item does not fit the model."""
 
 
-def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Callable[[Sequence[Example]], Iterator[Record]]:
+def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Stage:
     """Make the stage that lets the reversed model write `num_candidates` instructions of each response.
 
     A record's `instruction` is the first candidate; further ones, each with seeds of its own, are in `candidates`.
@@ -93,7 +86,7 @@ def _induced(id: str, response: str, generations: Sequence[Generation]) -> Recor
         "instruction": first.text.strip(),
         "truncated": first.truncated,
         "prompt_cut": first.prompt_cut,
-        "tokens": sum(one.prompt_tokens + one.new_tokens for one in generations),
+        "tokens": sum(one.tokens for one in generations),
         **({"error": first.error} if first.error else {}),
     }
     if len(generations) > 1:
@@ -104,7 +97,7 @@ def _induced(id: str, response: str, generations: Sequence[Generation]) -> Recor
     return record
 
 
-def stage_score(scorer: Scorer) -> Callable[[Sequence[Example]], Iterator[Record]]:
+def stage_score(scorer: Scorer) -> Stage:
     """Make the stage that scores every candidate which passes the cheap checks, and picks the best.
 
     `scores` has nats per token of the response for each candidate, null where there is none.
@@ -146,12 +139,10 @@ def candidates(pair: Example) -> list[Example]:
     ]
 
 
-def stage_filter(expert: Expert, *, min_score: float | None = None) -> Callable[[Sequence[Example]], Iterator[Record]]:
+def stage_filter(expert: Expert, *, min_score: float | None = None) -> Stage:
     """Make the stage that decides which pairs are kept: cheap checks, then the round-trip score, then the expert.
 
-    Args:
-        expert: Asked about what passes the others.
-        min_score: Least round-trip score of a pair that is kept; None keeps any.
+    `min_score` is the least round-trip score of a pair that is kept; None keeps any.
     """
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
@@ -164,7 +155,7 @@ def stage_filter(expert: Expert, *, min_score: float | None = None) -> Callable[
         by_id = {example.id: example for example in passed}
         for id, verdict in expert.screen(passed):
             record = {"id": id, "keep": verdict.keep, "reason": verdict.reason, "label": verdict.label}
-            yield {**record, "tokens": verdict.tokens, **_cost(verdict.cost), **_about(by_id[id])}
+            yield {**record, "tokens": verdict.tokens, **paid(verdict.cost), **_about(by_id[id])}
 
     return run
 
@@ -176,7 +167,8 @@ def least_score(scores: Iterable[float], fraction: float) -> float:
     return ranked[keep - 1] if keep else float("inf")
 
 
-def _cost(cost: float) -> Record:
+def paid(cost: float) -> Record:
+    """Return what a record says of the cost of its answer: nothing if it has none."""
     return {"cost": round(cost, 9)} if cost else {}
 
 
@@ -197,20 +189,16 @@ def require_same_instruction(pair: Example, record: Record, stage: str) -> None:
         )
 
 
-def stage_respond(expert: Expert) -> Callable[[Sequence[Example]], Iterator[Record]]:
-    """Make the stage in which the expert answers each kept instruction safely."""
+def stage_respond(expert: Expert, role: str = RESPOND) -> Stage:
+    """Make the stage in which the expert answers each kept instruction safely; with role=vary in another way."""
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
         by_id = {example.id: example for example in examples}
-        return (response_record(by_id[id], response) for id, response in expert.respond(examples))
+        for id, response in expert.write(role, examples):
+            record = {"id": id, "chosen": response.text, "reason": response.reason, "tokens": response.tokens}
+            yield {**record, **paid(response.cost), **_about(by_id[id])}
 
     return run
-
-
-def response_record(example: Example, response: SafeResponse) -> Record:
-    """Return the record of a safe response to an example."""
-    record = {"id": example.id, "chosen": response.text, "reason": response.reason, "tokens": response.tokens}
-    return {**record, **_cost(response.cost), **_about(example)}
 
 
 def with_instructions(
@@ -265,45 +253,36 @@ def require_records(examples: Sequence[Example], records: Mapping[str, Record], 
     """Raise a UserError that counts the rows which a stage has not finished."""
     num_missing = sum(example.id not in records for example in examples)
     if num_missing:
-        raise UserError(
-            f"{num_missing} of {len(examples)} rows have no result of stage={stage} yet; run it to its end first "
-            f"(the same command with stage={stage}): it goes on where it stopped"
-        )
+        raise unfinished(f"{num_missing} of {len(examples)}", stage)
+
+
+def unfinished(rows: object, stage: str) -> UserError:
+    """Return what to tell the user where so many rows lack the record of a stage."""
+    return UserError(
+        f"{rows} rows have no result of stage={stage} yet; run it to its end first (the same command with "
+        f"stage={stage}): it goes on where it stopped"
+    )
 
 
 def induce_configuration(name: str, fingerprint: str, generation: InductionSettings) -> dict[str, Any]:
     """Return what the records of the induce stage depend on, for the header of its ledger."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "num_candidates", "backend")
     return {
         "model": name,
         "model_fingerprint": fingerprint,
-        "prompt": _digest(render_reversed("").text),
-        "generation.max_new_tokens": generation.max_new_tokens,
-        "generation.temperature": generation.temperature,
-        "generation.top_p": generation.top_p,
-        "generation.seed": generation.seed,
-        "generation.num_candidates": generation.num_candidates,
-        "generation.backend": generation.backend,
+        "prompt": short_hash(render_reversed("").text),
+        **{f"generation.{name}": vars(generation)[name] for name in names},
     }
 
 
 def score_configuration(scorer: Scorer, before: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the records of the score stage depend on, the configuration of the stage before included."""
-    return {
-        "forward_model": scorer.name,
-        "forward_fingerprint": scorer.fingerprint,
-        "stage_before": stage_digest(before),
-    }
+    scored_by = {"forward_model": scorer.name, "forward_fingerprint": scorer.fingerprint}
+    return {**scored_by, "stage_before": stage_digest(before)}
 
 
 def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str, **more: Any) -> dict[str, Any]:
-    """Return what the records of an expert's stage depend on, the configuration of the stage before included.
-
-    Args:
-        expert: The expert.
-        before: Configuration of the stage before.
-        role: What the expert is asked for: screen, respond.
-        more: What else the stage depends on.
-    """
+    """Return what the records of an expert's stage depend on, the configuration of the stage before included."""
     return {
         "expert": expert.name,
         "expert_fingerprint": expert.fingerprint(role),
@@ -316,8 +295,4 @@ def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str, *
 
 def stage_digest(configuration: Mapping[str, Any]) -> str:
     """Return what the header of the next stage's ledger names this one by."""
-    return _digest(repr(sorted(configuration.items())))
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return short_hash(repr(sorted(configuration.items())))

@@ -24,23 +24,14 @@ _TIME = re.compile(rb'"' + WRITTEN_AT.encode() + rb'": ([0-9.]+)\}$')
 
 @dataclass(frozen=True, slots=True)
 class StageProgress:
-    """One stage of one shard.
+    """One stage of one shard."""
 
-    Attributes:
-        done: Rows with a record.
-        rows: Rows that the stage has in this shard; None while its ledger does not say.
-        kept: Rows that the filter kept; 0 for other stages.
-        cost: By the expert's prices.
-        rate: Rows a second over the last RATE_SECONDS of writing, 0 if nothing is being written.
-        written_at: Seconds since the epoch of the last record; 0 if there is none.
-    """
-
-    done: int = 0
-    rows: int | None = None
-    kept: int = 0
-    cost: float = 0.0
-    rate: float = 0.0
-    written_at: float = 0.0
+    done: int = 0  # rows with a record
+    rows: int | None = None  # rows that the stage has in this shard; None while its ledger does not say
+    kept: int = 0  # rows that the filter kept; 0 for other stages
+    cost: float = 0.0  # by the expert's prices
+    rate: float = 0.0  # rows a second over the last RATE_SECONDS of writing, 0 if nothing is being written
+    written_at: float = 0.0  # seconds since the epoch of the last record; 0 if there is none
 
     @property
     def is_done(self) -> bool:
@@ -168,4 +159,6 @@ def _left(progress: StageProgress) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,4 +1,4 @@
-"""No safe response more than a share of all: rows beyond it are asked again, with the matter to be named.
+"""No safe response has more than its share of the rows: those beyond it are asked again, to name the matter.
 
 Which rows these are depends on the responses of all shards, so `stage=vary` follows when `stage=respond` has done all
 of them; the shards then show no more than they do elsewhere.
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from config.errors import UserError
 from safer_instruct.experts.expert import Expert
-from safer_instruct.induction.ledger import Ledger, Record, count_lines, header_rows, run_stage
+from safer_instruct.induction.ledger import Record, count_lines, read_header
 from safer_instruct.induction.ledgers import StageLedgers, stage_ledgers
-from safer_instruct.induction.shard import show_progress
-from safer_instruct.induction.stages import RESPOND, ROWS_AT_A_TIME, VARY, expert_configuration, response_record
+from safer_instruct.induction.shard import complete
+from safer_instruct.induction.stages import RESPOND, VARY, expert_configuration, stage_respond, unfinished
 from safer_instruct.text.examples import Example, normalise, text_id
 
 
@@ -31,13 +31,7 @@ def run_vary(
     configuration = expert_configuration(expert, answered.configuration, "vary", **{"respond.max_same": max_same})
     again = overused(answered, max_same)
     own = [example for example in examples if example.id in again]
-
-    def function(batch: Sequence[Example]) -> Iterator[Record]:
-        by_id = {example.id: example for example in batch}
-        return (response_record(by_id[id], response) for id, response in expert.vary(batch))
-
-    with Ledger(paths[VARY], configuration, num_rows=len(own)) as ledger, show_progress(VARY, own) as update:
-        run_stage(own, ledger, function, batch_size=ROWS_AT_A_TIME, progress=update)
+    complete(paths[VARY], configuration, own, stage_respond(expert, VARY))
 
 
 def overused(answered: StageLedgers, max_same: float) -> set[str]:
@@ -49,8 +43,8 @@ def overused(answered: StageLedgers, max_same: float) -> set[str]:
     uses = Counter(key for _, key in _responses(answered))
     if missing := _num_missing(answered):
         raise UserError(
-            f"respond.max_same={max_same} is of the responses of all shards, and {missing} rows have none yet: run"
-            " stage=respond of all shards to its end before stage=vary"
+            f"respond.max_same={max_same} is of the responses of all shards, and {missing} rows have none yet: run "
+            "stage=respond of all shards to its end before stage=vary"
         )
     allowed = max(1, int(max_same * uses.total()))
     holders: dict[str, list[str]] = defaultdict(list)
@@ -73,15 +67,12 @@ def require_varied(ledgers: Mapping[str, StageLedgers]) -> None:
     if VARY not in ledgers:
         return
     if missing := _num_missing(ledgers[VARY]):
-        raise UserError(
-            f"{missing} rows have no result of stage={VARY} yet; run it to its end first (the same command with "
-            f"stage={VARY}): it goes on where it stopped"
-        )
+        raise unfinished(missing, VARY)
 
 
 def _num_missing(ledgers: StageLedgers) -> int:
     """Return how many rows of their shards the ledgers lack."""
-    return sum(max(0, header_rows(path) - (count_lines(path) - 1)) for path in ledgers.paths)
+    return sum(max(0, read_header(path).get("rows", 0) - (count_lines(path) - 1)) for path in ledgers.paths)
 
 
 def final_response(records: Mapping[str, Record]) -> Record:

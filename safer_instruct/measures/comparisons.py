@@ -22,10 +22,7 @@ Key = tuple[str, str]  # set, id
 def compare_models(judged: Judged, reported: Mapping[str, Mapping[str, Any]], *, seed: int = 0) -> list[dict[str, Any]]:
     """Compare every two models in pairs, with p values corrected over the whole table (Holm).
 
-    Args:
-        judged: The outputs of each model.
-        reported: For each model its `rates.summarize`: a metric that is undefined there is not compared.
-        seed: Of the bootstrap.
+    A metric that is undefined in a model's `reported` rates (`rates.summarize`) is not compared.
 
     Returns:
         One entry `{metric, source, first, second, n, only_first, only_second, difference, low, high, p, p_holm}` for
@@ -71,10 +68,7 @@ def judge_agreement(
     Kappa is over the answers that neither abstained on; the table of outcomes holds the abstentions too. Answers are
     named by model, set and id, never by their text. None without an answer.
 
-    Args:
-        names: Of the two judges.
-        judged: Outputs with the judgements of the first.
-        second: The judgements of the other, in the same order.
+    `second` has the judgements of the other judge, in the order of `judged`.
     """
     outcomes = get_args(Outcome)
     table = {mine: dict.fromkeys(outcomes, 0) for mine in outcomes}

@@ -15,9 +15,6 @@ ALL = "all"
 def contrasts(judged: Mapping[str, Sequence[JudgedOutput]]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """Return how often the models refuse safe prompts and comply with unsafe ones, by category of XSTest.
 
-    Args:
-        judged: The outputs of each model.
-
     Returns:
         Set of prompts -> category, ALL first -> model -> {"refused", "complied"}, rates of the safe and of the unsafe
         prompts; complied is whatever is no refusal. Sets without such categories are left out.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from safer_instruct.measures.rates import Rate
 from safer_instruct.measures.statistics import wilson_interval
 from safer_instruct.text.examples import in_shard, normalise, text_id
 from safer_instruct.text.refusals import declines
@@ -35,13 +36,8 @@ Means = Callable[[Sequence[str], Sequence[str], Numbers], tuple[Scores, Scores]]
 
 
 @dataclass(frozen=True, slots=True)
-class Auc:
+class Auc(Rate):
     """An area under the ROC curve with its 95% interval, over `n` pairs; all three are None where there is none."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
 
     @property
     def is_shortcut(self) -> bool:

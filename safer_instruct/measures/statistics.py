@@ -55,9 +55,7 @@ def harmonic_mean(first: tuple[int, int], second: tuple[int, int]) -> tuple[floa
     The interval is that of the mean of two shares drawn from their Jeffreys posteriors, Beta(k + 1/2, n - k + 1/2),
     which knows no corner: at 0 and 1 a normal approximation has no width.
 
-    Args:
-        first: (successes, n) of one share, n > 0.
-        second: Of the other.
+    Each share is (successes, n), n > 0.
     """
 
     def mean(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -73,34 +71,23 @@ def harmonic_mean(first: tuple[int, int], second: tuple[int, int]) -> tuple[floa
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """How two models differ on the same prompts: share of the second minus share of the first.
+    """How two models differ on the same prompts: share of the second minus share of the first."""
 
-    Attributes:
-        n: Prompts that count for both models.
-        only_first: Prompts that are counted for the first model alone (McNemar's b).
-        only_second: Prompts that are counted for the second model alone (McNemar's c).
-        difference: (only_second - only_first) / n.
-        low: Lower end of the bootstrap interval; None where no prompt differs, or all do in the same way: resampling
-            then knows nothing.
-        high: Its upper end.
-        p: Exact McNemar test of "no difference", two-sided.
-    """
-
-    n: int
-    only_first: int
-    only_second: int
-    difference: float
+    n: int  # prompts that count for both models
+    only_first: int  # prompts that are counted for the first model alone (McNemar's b)
+    only_second: int  # prompts that are counted for the second model alone (McNemar's c)
+    difference: float  # (only_second - only_first) / n
+    # Lower end of the bootstrap interval; None where no prompt differs, or all do in the same way: resampling then
+    # knows nothing.
     low: float | None
-    high: float | None
-    p: float
+    high: float | None  # its upper end
+    p: float  # exact McNemar test of "no difference", two-sided
 
 
 def compare_paired(both: Sequence[tuple[bool, bool]], *, seed: int = 0) -> PairedDifference | None:
     """Compute the exact McNemar test and the bootstrap interval of the difference of two shares over the same prompts.
 
-    Args:
-        both: For each prompt whether it counts for the first model, and for the second.
-        seed: Of the bootstrap.
+    `both` says of each prompt whether it counts for the first model, and for the second.
 
     Returns:
         None without a prompt.
@@ -166,27 +153,16 @@ def cohens_kappa(counts: Sequence[Sequence[int]]) -> tuple[float, float, float] 
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """How often a model's answers are preferred to the baseline's, ties counted as half.
+    """How often a model's answers are preferred to the baseline's, ties counted as half."""
 
-    Attributes:
-        n: Prompts.
-        value: The plain win rate.
-        low: Lower end of its interval (bootstrap).
-        high: Its upper end.
-        controlled: The win rate at equal length of the two answers; None where the regression has no answer.
-        controlled_low: Lower end of its interval.
-        controlled_high: Its upper end.
-        length_effect: Log-odds of winning by a standard deviation more of length; None as `controlled`.
-    """
-
-    n: int
-    value: float
-    low: float
-    high: float
-    controlled: float | None
-    controlled_low: float | None
-    controlled_high: float | None
-    length_effect: float | None
+    n: int  # prompts
+    value: float  # the plain win rate
+    low: float  # lower end of its interval (bootstrap)
+    high: float  # its upper end
+    controlled: float | None  # the win rate at equal length of the two answers; None where the regression has no answer
+    controlled_low: float | None  # lower end of its interval
+    controlled_high: float | None  # its upper end
+    length_effect: float | None  # log-odds of winning by a standard deviation more of length; None as `controlled`
 
 
 def win_rate(scores: Sequence[float], extra_length: Sequence[float], *, seed: int = 0) -> WinRate:

@@ -25,20 +25,18 @@ _MEND = "mend the chat template in the tokenizer's folder"
 _OTHERWISE = "; or use template=alpaca, hh, plain or vicuna"
 # By which templates leave a thought out: Qwen 3, GLM 4.5 and SmolLM 3; DeepSeek 3.1 and Granite 3.3.
 _SWITCHES = ("enable_thinking", "thinking")
+# A template is a program: it may fail in any way in which a computation on its own data can.
+_FAILURES = (
+    TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TimeoutError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class Turn(NamedTuple):
-    """What a template writes round an answer.
+    """What a template writes round an answer."""
 
-    Attributes:
-        lead: Between the prompt and the answer.
-        close: Between the answer and the token that ends it.
-        end_token: The token that ends it; "" for the tokenizer's EOS.
-    """
-
-    lead: str = ""
-    close: str = ""
-    end_token: str = ""
+    lead: str = ""  # between the prompt and the answer
+    close: str = ""  # between the answer and the token that ends it
+    end_token: str = ""  # the token that ends it; "" for the tokenizer's EOS
 
 
 def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -50,9 +48,7 @@ def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def chat_frames(tokenizer: PreTrainedTokenizerBase | None, roles: Sequence[str]) -> list[str]:
     """Return what the chat template writes round the messages of a conversation that asks for an answer.
 
-    Args:
-        tokenizer: Whose template it is.
-        roles: Of N messages; the last one is the user's.
+    `roles` are those of N messages, the last of which is the user's.
 
     Returns:
         N + 1 texts: before the first message, between every two, and behind the last up to where the answer begins.
@@ -82,9 +78,9 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
         # Where they part: what stands before is of no interest.
         shared = next((i for i, pair in enumerate(zip(before, asked, strict=False)) if pair[0] != pair[1]), len(before))
         raise UserError(
-            f"template=chat: a model is asked with ...{asked[shared:]!r} at the end, where the same template writes "
-            f"...{before[shared:]!r} before an answer, so answers would be trained in another place (inside a thought) "
-            f"than they have; {_switch(tokenizer)}{_OTHERWISE}"
+            f"template=chat: a prompt ends in ...{asked[shared:]!r}, but before an answer the same template writes "
+            f"...{before[shared:]!r}, so answers would be trained where a model never begins one (inside a thought); "
+            f"{_switch(tokenizer)}{_OTHERWISE}"
         )
     lead = before[len(asked) :]
     if lead.strip() and asked == _render(tokenizer, ("user",)):
@@ -148,17 +144,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options:
     messages = [{"role": role, "content": _mark(number)} for number, role in enumerate(roles)]
     try:
         return _within(RENDER_SECONDS, lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, **options)))
-    # A template is a program: it may fail in any way in which a computation on its own data can.
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TimeoutError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except _FAILURES as error:
         reason = visible(str(error).strip().split("\n")[0][:200])
         raise UserError(
             f"template=chat: the tokenizer's chat template fails on {_described(roles)}: {reason} "

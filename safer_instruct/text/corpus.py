@@ -20,15 +20,10 @@ MAX_PLACES = 10
 
 @dataclass
 class Dropped:
-    """Rows that are no part of the corpus: how many for each reason, and where the first of them are.
+    """Rows that are no part of the corpus: how many for each reason, and where the first of them are."""
 
-    Attributes:
-        counts: Reason -> rows.
-        places: Reason -> the first few, as "file:line" (never text).
-    """
-
-    counts: Counter[str] = field(default_factory=Counter)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    places: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few, as "file:line" (never text)
 
     def count(self, reason: str, where: str) -> None:
         """Count one row."""
@@ -40,18 +35,12 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The usable rows of one shard, in the order of the file, and what became of the others.
+    """The usable rows of one shard, in the order of the file, and what became of the others."""
 
-    Attributes:
-        examples: Rows with `id`, `rejected`, `label` and provenance ("corpus.csv:17").
-        num_rows: Rows of the shard that were read, usable or not.
-        dropped: Rows of the shard that were dropped.
-        broken: Why reading ended before the end of the corpus (file:line and what is wrong there); "" if it did not.
-    """
-
-    examples: list[Example]
-    num_rows: int
-    dropped: Dropped
+    examples: list[Example]  # rows with `id`, `rejected`, `label` and provenance ("corpus.csv:17")
+    num_rows: int  # rows of the shard that were read, usable or not
+    dropped: Dropped  # rows of the shard that were dropped
+    # Why reading ended before the end of the corpus (file:line and what is wrong there); "" if it did not.
     broken: str = ""
 
 
@@ -61,11 +50,6 @@ def read_corpus(settings: CorpusSettings, *, index: int = 0, count: int = 1) -> 
     Rows without a response, with one that is no text, and repetitions of an id or a response are dropped and counted.
     A row belongs to a shard by a hash of its id, so the shards are parts of the same whole for any `count`. Where a
     file breaks off behind usable rows, these are kept, and `broken` says what is wrong.
-
-    Args:
-        settings: File and columns.
-        index: The shard, from 0.
-        count: The number of shards.
 
     Raises:
         UserError: A missing, empty or broken file, a missing column, no usable row in the whole corpus; with
@@ -92,19 +76,13 @@ def repetition(settings: CorpusSettings, *, same_id: bool) -> str:
 
 
 class CorpusRows:
-    """The usable rows of one shard, streamed, repetitions included; the counts are complete when the iteration is.
-
-    Attributes:
-        num_rows: Rows of the shard read so far, usable or not.
-        dropped: Rows of the shard that cannot be used.
-        broken: See Corpus.
-    """
+    """The usable rows of one shard, streamed, repetitions included; the counts are complete when the iteration is."""
 
     def __init__(self, settings: CorpusSettings, *, index: int = 0, count: int = 1) -> None:
         self.settings = settings
-        self.num_rows = 0
-        self.dropped = Dropped()
-        self.broken = ""
+        self.num_rows = 0  # rows of the shard read so far, usable or not
+        self.dropped = Dropped()  # rows of the shard that cannot be used
+        self.broken = ""  # see Corpus
         self._index, self._count = index, count
         self._num_usable = 0  # of the whole corpus
         self._unusable: Counter[str] = Counter()  # of the whole corpus

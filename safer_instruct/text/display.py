@@ -35,11 +35,8 @@ def markdown_table(
 ) -> str:
     """Render a Markdown table.
 
-    Args:
-        header: Names of the columns.
-        rows: The cells of each row; what is no string is written as `str` does.
-        left: Columns that are aligned to the left; the others hold numbers.
-        markup: Columns whose cells hold markup of ours. All others are escaped.
+    The columns `left` are aligned to the left, the others hold numbers. Cells of the columns `markup` hold markup of
+    ours, all others are escaped.
     """
     rule = "|".join(":---" if i in left else "---:" for i in range(len(header)))
     lines = ["| " + " | ".join(map(escape_markdown, header)) + " |", f"|{rule}|"]

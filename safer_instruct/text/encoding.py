@@ -30,21 +30,13 @@ _ANCHORS = ("\n", "a", "0", ".", "\n\n", " .")
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """Token ids of a prompt and its responses (one, or chosen and rejected).
+    """Token ids of a prompt and its responses (one, or chosen and rejected)."""
 
-    Attributes:
-        prompt: BOS (where the tokenizer adds it) and the prompt; the same for all responses.
-        responses: Each ends in its end token unless it was cut.
-        prompt_cut: The prompt's body lost its end.
-        responses_cut: For each response, whether it lost its end.
-        straddled: Responses whose first token would have merged with the prompt's last.
-    """
-
-    prompt: list[int]
-    responses: tuple[list[int], ...]
-    prompt_cut: bool
-    responses_cut: tuple[bool, ...]
-    straddled: int
+    prompt: list[int]  # BOS (where the tokenizer adds it) and the prompt; the same for all responses
+    responses: tuple[list[int], ...]  # each ends in its end token unless it was cut
+    prompt_cut: bool  # the prompt's body lost its end
+    responses_cut: tuple[bool, ...]  # for each response, whether it lost its end
+    straddled: int  # responses whose first token would have merged with the prompt's last
 
 
 class Encoder:
@@ -130,10 +122,7 @@ class Encoder:
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int) -> list[int]:
     """Return the tokens that a model is asked with: exactly those that it is trained behind.
 
-    Args:
-        tokenizer: A fast tokenizer.
-        prompt: The rendered prompt.
-        max_tokens: Limit, BOS included; a longer prompt loses the end of its body.
+    `max_tokens` counts BOS, too; a longer prompt loses the end of its body.
 
     Raises:
         Unusable: The prompt's template alone does not fit into `max_tokens` (reason "prompt_too_long"), or its body

@@ -10,14 +10,7 @@ from config.settings import DatasetSettings
 from safer_instruct.text.chat import Turn
 from safer_instruct.text.encoding import EncodedRow, Encoder
 from safer_instruct.text.examples import Example
-from safer_instruct.text.prompts import (
-    Prompt,
-    Unusable,
-    answer_turn,
-    render_prompt,
-    render_reversed,
-    reversed_target,
-)
+from safer_instruct.text.prompts import Prompt, Unusable, answer_turn, render_prompt, render_reversed, reversed_target
 from safer_instruct.text.row_log import RowLog
 from safer_instruct.text.turns import each_answer, join_answers
 

@@ -22,30 +22,18 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row on its way through the method; None means "not known yet", and every stage adds what it finds out.
+    """One row on its way through the method; None means "not known yet", and every stage adds what it finds out."""
 
-    Attributes:
-        id: Hash of the text that the row was born from, or the id that its file gave it.
-        instruction: What was asked (induced, in Safer-Instruct).
-        input: Alpaca's second field: the material that the instruction is about.
-        chosen: The safe response.
-        rejected: The unsafe response.
-        label: Category of harm, "" if there is none.
-        verdict: The filter's reason, from its closed vocabulary.
-        provenance: What made the row: models, prompts, seeds. Never needed to train.
-        system: What the assistant was told before the conversation, "" if nothing.
-        history: The messages before `instruction`, which is the user's last; () where it is the only one.
-    """
-
-    id: str
-    instruction: str | None = None
-    input: str = ""
-    chosen: str | None = None
-    rejected: str | None = None
-    label: str = ""
-    verdict: str | None = None
+    id: str  # hash of the text that the row was born from, or the id that its file gave it
+    instruction: str | None = None  # what was asked (induced, in Safer-Instruct)
+    input: str = ""  # Alpaca's second field: the material that the instruction is about
+    chosen: str | None = None  # the safe response
+    rejected: str | None = None  # the unsafe response
+    label: str = ""  # category of harm, "" if there is none
+    # What made the row: models, prompts, seeds. Never needed to train.
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    system: str = ""
+    system: str = ""  # what the assistant was told before the conversation, "" if nothing
+    # The messages before `instruction`, which is the user's last; () where it is the only one.
     history: tuple[Message, ...] = ()
 
     @property
@@ -63,6 +51,11 @@ def text_id(*texts: str) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def short_hash(text: str, num_bytes: int = 8) -> str:
+    """Return hex digits of blake2b over a text: what names a model, a prompt or a configuration in files."""
+    return hashlib.blake2b(text.encode(), digest_size=num_bytes).hexdigest()
 
 
 def normalise(text: str) -> str:

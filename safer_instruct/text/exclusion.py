@@ -36,13 +36,13 @@ def exclude_file(settings: DatasetSettings) -> Path | None:
     return beside if settings.schema == "si" and beside.is_file() and beside != path else None
 
 
-def read_instruction_keys(file: Path | None) -> Iterator[str]:
+def read_instruction_keys(file: str | Path | None) -> Iterator[str]:
     """Yield the key of every instruction in a file; none without a file.
 
     Raises:
         UserError: The file is missing, or has no column `instruction`.
     """
-    for where, row in read_rows(file) if file is not None else ():
+    for where, row in read_rows(find_path(file)) if file else ():
         require_columns(row, ["instruction"], where)
         yield instruction_key(str(row["instruction"] or ""), str(row.get("input") or ""))
 

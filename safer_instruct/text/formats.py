@@ -27,12 +27,7 @@ TABLE_ROWS = 64  # of a table at a time: each may hold a text of MAX_TEXT_CHARAC
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".csv", ".json", ".jsonl")
-DATA_SUFFIXES = (
-    *TEXT_SUFFIXES,
-    ".parquet",
-    ".arrow",
-    *(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSIONS),
-)
+DATA_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", *(text + end for text in TEXT_SUFFIXES for end in COMPRESSIONS))
 
 
 def data_suffix(file: Path) -> str:
@@ -55,7 +50,7 @@ class BadLine(UserError):
 
 
 def refuse(line: BadLine) -> None:
-    """Raise what is wrong with a row."""
+    """Raise the fault of a row."""
     raise line
 
 
@@ -114,15 +109,9 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
             line = reader.line_num + 1
             for values in reader:
                 if values and len(values) != len(header):
-                    yield (
-                        line,
-                        BadLine(
-                            f"{file}:{line}",
-                            "wrong_number_of_fields",
-                            f"{len(values)} fields where the header has {len(header)}; quote every field that holds a "
-                            "comma, a quote or a line break",
-                        ),
-                    )
+                    fields = f"{len(values)} fields where the header has {len(header)}"
+                    why = f"{fields}; quote every field that holds a comma, a quote or a line break"
+                    yield line, BadLine(f"{file}:{line}", "wrong_number_of_fields", why)
                 elif values:
                     yield line, dict(zip(header, values, strict=True))
                 line = reader.line_num + 1

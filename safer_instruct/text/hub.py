@@ -16,19 +16,12 @@ from safer_instruct.text.readers import data_files, left_out_of, splits_left_out
 
 
 class Source(NamedTuple):
-    """What the rows of a dataset depend on.
+    """What the rows of a dataset depend on."""
 
-    Attributes:
-        files: Those that are read; none of what lies on the hub.
-        version: On the hub: dataset, config and commit.
-        read: What is read, for a report.
-        left_out: Files or splits that nothing is trained on, by their names.
-    """
-
-    files: list[Path]
-    version: str
-    read: list[str]
-    left_out: list[str]
+    files: list[Path]  # those that are read; none for a dataset on the hub
+    version: str  # on the hub: dataset, config and commit
+    read: list[str]  # what is read, for a report
+    left_out: list[str]  # files or splits that nothing is trained on, by their names
 
 
 def source_of(name: str, settings: DatasetSettings) -> Source:
@@ -55,11 +48,7 @@ def hub_dataset(name: str, settings: DatasetSettings) -> HubDataset | None:
 
 
 class HubDataset:
-    """A dataset as `datasets` reads it. Nothing but its card and the names of its files is loaded before its rows are.
-
-    Attributes:
-        source: What its rows depend on.
-    """
+    """A dataset as `datasets` reads it; before its rows nothing is loaded but its card and the names of its files."""
 
     def __init__(self, name: str, settings: DatasetSettings) -> None:
         self._name, self._settings = name, settings
@@ -76,7 +65,7 @@ class HubDataset:
         self._splits = [settings.split] if settings.split else [split for split in names if split not in left_out]
         if self._is_folder:  # the library's cache does not notice that a file has changed
             found = [Path(file) for split in self._splits for file in files.get(split, ())]
-            self.source = Source(found, "", [file.name for file in found], left_out)
+            self.source = Source(found, "", [file.name for file in found], left_out)  # what its rows depend on
         else:
             version = "/".join(Path(self._builder.cache_dir).parts[-4:])
             self.source = Source([], version, [f"{version} {split}" for split in self._splits], left_out)

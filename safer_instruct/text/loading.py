@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from typing import cast
@@ -24,11 +23,7 @@ FREE_COLUMNS = frozenset({"id", "label", "provenance"})  # no schema needs to re
 
 
 class LoadedExamples:
-    """The usable rows of a dataset, streamed; the counts are complete when the iteration is.
-
-    Attributes:
-        log: Counts and ids of what was dropped, and why.
-    """
+    """The usable rows of a dataset, streamed; the counts are complete when the iteration is."""
 
     def __init__(
         self,
@@ -55,12 +50,7 @@ class LoadedExamples:
         self._single = single or settings.schema == "unpaired"
         self._settings = settings
         self._hub = hub_dataset(log.name, settings) if path == settings.path else None
-        self.log = log
-
-    @property
-    def dropped(self) -> Counter[str]:
-        """The rows dropped so far, by reason."""
-        return self.log.dropped
+        self.log = log  # counts and ids of what was dropped, and why
 
     def __iter__(self) -> Iterator[Example]:
         for fields, id, where in self._prompts():
@@ -195,10 +185,7 @@ def _short(name: str) -> str:
 def load_examples(settings: DatasetSettings, name: str, *, pairs: bool = False) -> LoadedExamples:
     """Read the rows of a dataset, before the split and before anything is excluded.
 
-    Args:
-        settings: Its path, and how its rows are read.
-        name: Its name in `datasets=[...]`, for messages.
-        pairs: Drop rows without a rejected response, too.
+    With `pairs`, rows without a rejected response are dropped, too.
 
     Returns:
         An iterable of Examples, read anew each time, with the counts of the rows that it dropped.

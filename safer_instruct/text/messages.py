@@ -84,6 +84,19 @@ def prompt_fields(messages: Messages, column: str) -> dict[str, Any]:
     return {"system": system, "history": turns[:-1], "instruction": turns[-1].content}
 
 
+def read_to_answer(value: Any, column: str) -> tuple[Messages, str]:
+    """Read a conversation up to its last answer: what was asked, and that answer. What the user said then is left out.
+
+    Raises:
+        BadRow: It is no conversation, or has no answer.
+    """
+    messages = read_messages(value, column)
+    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
+        raise BadRow("no_answer", column, "an assistant's message")
+    return messages[: answers[-1]], messages[answers[-1]].content
+
+
 def split_last(messages: Messages, column: str) -> tuple[Messages, str]:
     """Part a conversation into what was asked and the assistant's last message.
 
@@ -108,9 +121,3 @@ def split_pair(chosen: Messages, rejected: Messages | None) -> tuple[Messages, s
     if asked_too != asked:
         raise BadRow("prompts_differ", "rejected", "what chosen holds up to its last answer")
     return asked, answer, other
-
-
-def ending_with_answer(messages: Messages) -> Messages:
-    """Return a conversation without what the user said behind the last answer; () if there is no answer."""
-    ends = [number for number, message in enumerate(messages, start=1) if message.role == "assistant"]
-    return messages[: ends[-1]] if ends else ()

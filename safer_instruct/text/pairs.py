@@ -31,7 +31,7 @@ def read_score(value: Any, column: str) -> float:
     """Read a number, perhaps as the text of a CSV cell.
 
     Raises:
-        BadRow: It is none.
+        BadRow: It is not a number.
     """
     try:
         score = math.nan if isinstance(value, bool) else float(value)
@@ -50,10 +50,7 @@ def best(answers: Sequence[Answer]) -> str:
 def make_pairs(answers: Sequence[Answer], pairing: Pairing, min_margin: float) -> list[Pair]:
     """Return the pairs of some answers: the best against the worst, or every two of them.
 
-    Args:
-        answers: To one prompt.
-        pairing: Which of them make a pair.
-        min_margin: Least difference of their scores. Equal scores make no pair at any margin.
+    Equal scores make no pair at any `min_margin`.
 
     Raises:
         BadRow: There is no such pair: one answer alone, equal scores, or all differences too small.

@@ -14,31 +14,22 @@ from config.errors import UserError
 from config.names import KINDS, Kind
 from config.paths import find_path
 from config.settings import PromptSetSettings
-from safer_instruct.text.examples import is_unicode, normalise, text_id
-from safer_instruct.text.prompts import reversed_target
+from safer_instruct.text.examples import is_unicode, text_id
+from safer_instruct.text.exclusion import instruction_key, read_instruction_keys
 from safer_instruct.text.readers import read_rows, require_columns
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPrompt:
-    """One prompt of a set.
+    """One prompt of a set."""
 
-    Attributes:
-        id: Unique in its set; the file's column `id`, or a hash of the instruction.
-        instruction: What the model is asked.
-        set_name: The name of the set in `prompts.NAME`.
-        source: Where the prompt stems from (`si`, `hh`, ...): rates are given for each.
-        label: Category of the request, "" if none.
-        kind: "unsafe", "benign", or "near" (benign, but it looks unsafe).
-        reference: Strings that a right answer holds, each perhaps with alternatives `a|b`; empty if there is none.
-    """
-
-    id: str
-    instruction: str
-    set_name: str
-    source: str
-    label: str
-    kind: Kind
+    id: str  # unique in its set; the file's column `id`, or a hash of the instruction
+    instruction: str  # what the model is asked
+    set_name: str  # the name of the set in `prompts.NAME`
+    source: str  # where the prompt stems from (`si`, `hh`, ...): rates are given for each
+    label: str  # category of the request, "" if none
+    kind: Kind  # "unsafe", "benign", or "near" (benign, but it looks unsafe)
+    # Strings that a right answer holds, each perhaps with alternatives `a|b`; empty if there is none.
     reference: tuple[str, ...] = ()
 
 
@@ -46,11 +37,8 @@ def load_prompt_sets(sets: Mapping[str, PromptSetSettings]) -> dict[str, list[Ev
     """Read all prompt sets, by name; every set that cannot be read is reported at once.
 
     Raises:
-        UserError: If there is no set, or one is missing, empty, lacks a column, names an unknown kind, or
-            repeats an id.
+        UserError: A set is missing, empty, lacks a column, names an unknown kind, or repeats an id.
     """
-    if not sets:
-        raise UserError("no prompts to evaluate on: name at least one set, prompts.NAME.path=FILE.jsonl")
     loaded: dict[str, list[EvaluationPrompt]] = {}
     errors: list[str] = []
     for name, settings in sets.items():
@@ -110,7 +98,7 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
     if isinstance(instruction, list) and instruction:  # turns of a conversation, of which the first is asked
         instruction = instruction[0]
     if not isinstance(instruction, (str, type(None))):
-        raise UserError(f"{where}: the instruction is no text, but a {type(instruction).__name__}")
+        raise UserError(f"{where}: the instruction is a {type(instruction).__name__}, not a text")
     instruction = (instruction or "").strip()
     if not instruction:
         raise UserError(f"{where}: the instruction is empty")
@@ -145,7 +133,7 @@ def _read_reference(value: Any, where: str) -> tuple[str, ...]:
             raise UserError(f"{where}: `reference` is no JSON list{place}") from None
     if value is None or value == "":
         return ()
-    values = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     if not all(isinstance(item, str) and item.strip(" |") for item in values):
         raise UserError(f"{where}: `reference` must be a list of strings that are not empty")
     return tuple(values)
@@ -179,12 +167,10 @@ def find_overlap(path: str, prompts: Iterable[EvaluationPrompt]) -> Overlap:
     """
     ids: dict[str, list[str]] = {}
     for prompt in prompts:
-        ids.setdefault(normalise(prompt.instruction), []).append(f"{prompt.set_name}/{prompt.id}")
+        ids.setdefault(instruction_key(prompt.instruction), []).append(f"{prompt.set_name}/{prompt.id}")
     found: set[str] = set()
     num_rows = 0
-    for where, row in read_rows(find_path(path)):
-        require_columns(row, ["instruction"], where)
+    for key in read_instruction_keys(path):
         num_rows += 1
-        instruction = reversed_target(str(row["instruction"] or ""), str(row.get("input") or ""))
-        found.update(ids.get(normalise(instruction), ()))
+        found.update(ids.get(key, ()))
     return Overlap(path, num_rows, tuple(sorted(found)))

@@ -97,11 +97,7 @@ def render_plain(instruction: str, input: str = "") -> Prompt:
     return Prompt("", reversed_target(instruction, input), "\n")
 
 
-TEMPLATES: dict[str, Callable[[str, str], Prompt]] = {
-    "alpaca": render_alpaca,
-    HH: render_hh,
-    "plain": render_plain,
-}
+TEMPLATES: dict[str, Callable[[str, str], Prompt]] = {"alpaca": render_alpaca, HH: render_hh, "plain": render_plain}
 TEMPLATE_NAMES = (*TEMPLATES, VICUNA, CHAT)
 
 
@@ -186,7 +182,7 @@ def _vicuna_frames(roles: Sequence[str], tokenizer: PreTrainedTokenizerBase | No
 
 def _eos(tokenizer: PreTrainedTokenizerBase | None) -> str:
     if tokenizer is None or not tokenizer.eos_token:
-        raise UserError("template=vicuna: the tokenizer has no EOS token, by which earlier answers end")
+        raise UserError("template=vicuna: the tokenizer has no EOS token, with which earlier answers end")
     return str(tokenizer.eos_token)
 
 

@@ -16,15 +16,7 @@ import pyarrow
 from config.checksums import CHECKSUMS, require_untouched
 from config.errors import UserError
 from safer_instruct.text.display import visible
-from safer_instruct.text.formats import (
-    DATA_SUFFIXES,
-    MAX_TEXT_CHARACTERS,
-    BadLine,
-    Row,
-    data_suffix,
-    read_file,
-    refuse,
-)
+from safer_instruct.text.formats import DATA_SUFFIXES, MAX_TEXT_CHARACTERS, BadLine, Row, data_suffix, read_file, refuse
 
 DATASET_FILES = ("si.jsonl", "si.parquet")  # what induce.py calls its dataset: the rest of such a folder is not data
 NOT_DATA = frozenset({"report.json", "manifest.json", "dataset_info.json", "state.json", "test_set.csv", CHECKSUMS})
@@ -45,11 +37,7 @@ SYNONYMS = {
 def require_columns(columns: Collection[str], needed: Collection[str], where: str | Path, setting: str = "") -> None:
     """Raise a UserError that lists the columns found, unless all `needed` are among them.
 
-    Args:
-        columns: Those of a row.
-        needed: Those that must be there.
-        where: The file, or file:line.
-        setting: The key of the command line that renames columns, for a hint; "" if there is none.
+    `setting` is the key of the command line that renames columns, for a hint.
     """
     missing = [name for name in needed if name not in columns]
     if missing:
@@ -68,9 +56,7 @@ def _likely(name: str, columns: Collection[str]) -> str:
 def data_files(path: Path, *, training: bool = False) -> list[Path]:
     """Return the files that `read_rows(path)` reads, sorted by name; for a `datasets` folder, its arrow files.
 
-    Args:
-        path: File or folder.
-        training: Leave out what is named like a split to evaluate on; see `splits_left_out`.
+    With `training`, what is named like a split to evaluate on is left out; see `splits_left_out`.
 
     Raises:
         UserError: `path` does not exist, or holds no data file.
@@ -106,17 +92,14 @@ def splits_left_out(path: Path) -> list[str]:
 def left_out_of(parts: Sequence[str], where: str, otherwise: str) -> list[str]:
     """Return those of some files or splits that nothing may be trained on by default; see `splits_left_out`.
 
-    Args:
-        parts: All of them.
-        where: They are, for a message.
-        otherwise: What to give instead, where one of them is meant.
+    `where` they are, and what to give `otherwise` where one of them is meant, are for the message.
     """
     train = [part for part in parts if TRAIN_SPLIT.match(part)]
     left_out = [part for part in parts if (part not in train if train else HELD_OUT_SPLIT.match(part))]
     if parts and left_out == list(parts):
         raise UserError(
-            f"{where}: holds only {', '.join(parts)}, whose names say that nothing is trained on them; give "
-            f"{otherwise} if it is meant"
+            f"{where}: holds only {', '.join(parts)}, which are not for training by their names; give "
+            f"{otherwise} if that is meant"
         )
     return left_out
 
@@ -145,8 +128,8 @@ def read_rows(
     """Stream the rows of a file or of all data files of a folder, each with the place that it came from.
 
     Reads CSV (with a header), JSON (a list of objects), JSONL, each as it is or as .gz or .zst, Parquet, arrow, and a
-    folder that `datasets` saved; a folder made by induce.py yields its dataset alone. A number that is none (NaN, by
-    which pandas means "missing") is read as None.
+    folder that `datasets` saved; a folder made by induce.py yields only its dataset. NaN, by which pandas
+    means "missing", is read as None.
 
     Args:
         path: File or folder.
@@ -183,14 +166,12 @@ def usable_rows(
             bad_line(BadLine(where, "too_long", _TOO_LONG))
         else:
             # A column whose name another one takes is not read.
-            yield (
-                where,
-                {
-                    names.get(column, column): None if isinstance(value, float) and math.isnan(value) else value
-                    for column, value in row.items()
-                    if column in names or column not in columns
-                },
-            )
+            read = {
+                names.get(column, column): None if isinstance(value, float) and math.isnan(value) else value
+                for column, value in row.items()
+                if column in names or column not in columns
+            }
+            yield where, read
 
 
 _TOO_LONG = f"a text of more than {MAX_TEXT_CHARACTERS:,} characters; split it or leave it out"

@@ -34,21 +34,16 @@ class BadRow(Exception):
 
 @dataclass
 class RowLog:
-    """What became of the rows of one dataset.
-
-    Attributes:
-        read: Rows read.
-        counts: Rows by what happened to them: train, eval, a reason to drop or to skip, a kind of cut, ...
-        ids: The first ids of each kind.
-        unread: Columns that the schema does not read -> rows in which they are not empty.
-    """
+    """What became of the rows of one dataset."""
 
     name: str
     on_bad_row: str = "drop"
-    read: int = 0
+    read: int = 0  # rows read
+    # Rows by what happened to them: train, eval, a reason to drop or to skip, a kind of cut, ...
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    ids: dict[str, list[str]] = field(default_factory=dict)
+    ids: dict[str, list[str]] = field(default_factory=dict)  # the first ids of each kind
+    # Columns that the schema does not read -> rows in which they are not empty.
     unread: Counter[str] = field(default_factory=Counter)
     events: TextIO | None = None
 

@@ -15,11 +15,10 @@ from safer_instruct.text.formats import Row
 from safer_instruct.text.html_text import html_text
 from safer_instruct.text.messages import (
     Messages,
-    ending_with_answer,
     prompt_fields,
     read_messages,
+    read_to_answer,
     read_transcript,
-    split_last,
     split_pair,
 )
 from safer_instruct.text.pairs import Answer, read_score
@@ -31,23 +30,15 @@ _HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 
 
 class Schema(NamedTuple):
-    """How the columns of a row become an Example.
+    """How the columns of a row become an Example."""
 
-    Attributes:
-        parse: From a row to fields; raises BadRow, or KeyError for a field that is missing.
-        needed: Columns without which a file cannot be read.
-        one_of: Columns of which there must be one: a dataset that is published in two forms.
-        for_pairs: Columns that pairs need, too; None: there are no pairs in such rows.
-        read: All columns that `parse` looks at; None: the rest of the published columns is known, and not told of.
-        joined: Rows that follow each other and ask the same are answers to one prompt.
-    """
-
-    parse: Callable[[Row], Fields]
-    needed: tuple[str, ...] = ()
-    one_of: tuple[str, ...] = ()
-    for_pairs: tuple[str, ...] | None = ()
+    parse: Callable[[Row], Fields]  # from a row to fields; raises BadRow, or KeyError for a field that is missing
+    needed: tuple[str, ...] = ()  # columns without which a file cannot be read
+    one_of: tuple[str, ...] = ()  # columns of which there must be one: a dataset that is published in two forms
+    for_pairs: tuple[str, ...] | None = ()  # columns that pairs need, too; None: there are no pairs in such rows
+    # All columns that `parse` looks at; None: the rest of the published columns is known, and not told of.
     read: tuple[str, ...] | None = None
-    joined: bool = False
+    joined: bool = False  # rows that follow each other and ask the same are answers to one prompt
 
 
 def _parse_si(row: Row) -> Fields:
@@ -56,10 +47,7 @@ def _parse_si(row: Row) -> Fields:
 
 def _parse_unpaired(row: Row) -> Fields:
     """Put an answer where its judgement says: a good one is a chosen response, a bad one a rejected one."""
-    judgement = str(row["good"]).strip().casefold()
-    if judgement not in JUDGEMENTS:
-        raise BadRow("not_judged", "good", ", ".join(JUDGEMENTS))
-    side = "chosen" if JUDGEMENTS[judgement] else "rejected"
+    side = "chosen" if _is_good(row, "good") else "rejected"
     return {**{name: row.get(name) for name in ("instruction", "input", "label")}, side: row["response"]}
 
 
@@ -105,14 +93,9 @@ def _parse_se(row: Row) -> Fields:
 def _parse_sharegpt(row: Row) -> Fields:
     """Read a conversation; what the user said behind the last answer belongs to no answer."""
     column = "conversations" if "conversations" in row else "messages"
-    messages = ending_with_answer(read_messages(row[column], column))
-    if not messages:
-        raise BadRow("no_answer", column, "an assistant's message")
-    if messages[0].role == "assistant":
-        messages = messages[1:]  # a greeting, or the rest of a conversation that was cut: nothing was asked
-    if len(messages) < 2:
-        raise BadRow("no_user_turn", column, "a user's message before each answer")
-    asked, answer = split_last(messages, column)
+    asked, answer = read_to_answer(row[column], column)
+    if asked and asked[0].role == "assistant":
+        asked = asked[1:]  # a greeting, or the rest of a conversation that was cut: nothing was asked
     return {**prompt_fields(asked, column), "chosen": answer}
 
 
@@ -141,8 +124,8 @@ def _parse_ultrafeedback(row: Row) -> Fields:
 def _parse_beavertails(row: Row) -> Fields:
     """Read BeaverTails (one answer, safe or not) or PKU-SafeRLHF (two answers, of which one is the safer)."""
     if "response_0" not in row:
-        safe = _flag(row, "is_safe")
-        return {"instruction": row["prompt"], ("chosen" if safe else "rejected"): row["response"]}
+        side = "chosen" if _is_good(row, "is_safe") else "rejected"
+        return {"instruction": row["prompt"], side: row["response"]}
     safer = str(row["safer_response_id"])
     if safer not in ("0", "1"):
         raise BadRow("no_preference", "safer_response_id", "0 or 1")
@@ -188,11 +171,11 @@ def _score(row: Row, name: str, column: str) -> float:
     return read_score(row.get(name), column)
 
 
-def _flag(row: Row, column: str) -> bool:
-    value = str(row[column]).strip().casefold()
-    if value not in ("true", "1", "false", "0"):
-        raise BadRow("not_judged", column, "true or false")
-    return value in ("true", "1")
+def _is_good(row: Row, column: str) -> bool:
+    judgement = str(row[column]).strip().casefold()
+    if judgement not in JUDGEMENTS:
+        raise BadRow("not_judged", column, ", ".join(JUDGEMENTS))
+    return JUDGEMENTS[judgement]
 
 
 SCHEMAS = {

@@ -11,12 +11,11 @@ from typing import Any
 from safer_instruct.text.formats import Row
 from safer_instruct.text.messages import (
     Messages,
-    ending_with_answer,
     is_messages,
     prompt_fields,
     read_messages,
+    read_to_answer,
     read_transcript,
-    split_last,
     split_pair,
 )
 from safer_instruct.text.pairs import Answer, read_score
@@ -36,10 +35,7 @@ def parse_standard(row: Row) -> Fields:
     if row.get("system"):
         fields["system"] = row["system"]
     if row.get("chosen") is None and row.get("messages") is not None:
-        messages = ending_with_answer(read_messages(row["messages"], "messages"))
-        if not messages:
-            raise BadRow("no_answer", "messages", "an assistant's message")
-        asked, answer = split_last(messages, "messages")
+        asked, answer = read_to_answer(row["messages"], "messages")
         return fields | _asked(asked, "messages") | {"chosen": answer}
     if row.get("responses") is not None:
         return fields | _prompt_of(row["prompt"]) | {"answers": _scored(row)}
