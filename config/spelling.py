@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[Any, Any]] = {
     }
 }  # fmt: skip
 # Dictionaries of groups whose dataclass the command line chooses, so that no annotation tells of them: `loss=mixture`.
-CHOSEN = ("loss.parts",)
+CHOSEN = ("loss.parts", "expert.model.chat_template_kwargs", "second_expert.model.chat_template_kwargs")
 
 
 class FreeKey(NamedTuple):
