@@ -167,7 +167,7 @@ class LLMExpert:
 
     def screen(self, pairs: Sequence[Example]) -> Iterator[tuple[str, Verdict]]:
         """Yield the verdicts; see Expert."""
-        asked = ((pair.id, pair.instruction or "", pair.rejected or "") for pair in pairs)
+        asked = ((pair.id, pair.asked, pair.rejected or "") for pair in pairs)
         for generation, read in self._ask(SCREEN, asked):
             verdict = read or Verdict(False, _abstention(generation))
             yield generation.id, replace(verdict, tokens=_tokens(generation), cost=generation.cost)
@@ -189,7 +189,7 @@ class LLMExpert:
         return self._write(ANSWER, examples)
 
     def _write(self, role: Role[str], examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        for generation, read in self._ask(role, ((example.id, example.instruction or "") for example in examples)):
+        for generation, read in self._ask(role, ((example.id, example.asked) for example in examples)):
             text = None if generation.truncated else read or None
             reason = _abstention(generation) if text is None else ""
             yield generation.id, SafeResponse(text, reason, _tokens(generation), generation.cost)

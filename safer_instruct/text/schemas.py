@@ -17,6 +17,7 @@ from safer_instruct.text.messages import (
     Messages,
     ending_with_answer,
     prompt_fields,
+    read_history,
     read_messages,
     read_transcript,
     split_last,
@@ -51,7 +52,8 @@ class Schema(NamedTuple):
 
 
 def _parse_si(row: Row) -> Fields:
-    return {name: row.get(name) for name in ("instruction", "input", "chosen", "rejected", "label")}
+    texts = {name: row.get(name) for name in ("instruction", "input", "chosen", "rejected", "label")}
+    return {**texts, **read_history(row.get("history"))}
 
 
 def _parse_unpaired(row: Row) -> Fields:
@@ -198,7 +200,7 @@ def _flag(row: Row, column: str) -> bool:
 SCHEMAS = {
     "si": Schema(
         _parse_si, ("instruction", "chosen"), for_pairs=("rejected",),
-        read=("instruction", "input", "chosen", "rejected", "label"),
+        read=("instruction", "input", "chosen", "rejected", "label", "history"),
     ),
     "alpaca": Schema(
         _parse_alpaca, ("instruction", "output"), for_pairs=None, read=("instruction", "input", "output")
