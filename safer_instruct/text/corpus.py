@@ -142,7 +142,7 @@ class CorpusRows:
         settings = self.settings
         needed = [settings.response_column, settings.label_column, settings.id_column]
         if self._num_usable == 0:  # a column that is missing from the first row is missing from the file
-            require_columns(row, [name for name in needed if name], where, "corpus.columns")
+            require_columns(row, [name for name in needed if name], where, "corpus.columns", settings.columns)
         label = _text(row.get(settings.label_column or "label"))
         source = Path(where).name  # of the whole path only the name: it may name the user's machine
         try:

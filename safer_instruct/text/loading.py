@@ -109,7 +109,14 @@ class LoadedExamples:
 
     def _require_columns(self, row: Row, file: str) -> None:
         setting = f"datasets.{self.log.name}.columns"
-        require_columns(row, self._needed, file, setting)
+        talk = next((name for name in ("messages", "conversations") if name in row), None)
+        if talk is not None and self._needed and not any(name in row for name in self._needed):
+            raise UserError(
+                f"{file}: conversations ({talk}), which schema={self._settings.schema} does not read: write "
+                f"datasets=[sharegpt] datasets.sharegpt.path={self._settings.path}, or datasets=[custom] where there "
+                "are other columns, too"
+            )
+        require_columns(row, self._needed, file, setting, self._settings.columns)
         choice = self._schema.one_of
         if choice and not any(name in row for name in choice):
             require_columns(row, [choice[0]], f"{file}: one of {', '.join(choice)} is needed", setting)
