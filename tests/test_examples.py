@@ -277,8 +277,12 @@ def test_columns_are_read_under_our_names(tmp_path: Path) -> None:
 def test_conversations_under_another_schema_are_told_where_they_belong(tmp_path: Path) -> None:
     talk = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
     file = write(tmp_path / "talks.jsonl", [talk])
-    with pytest.raises(UserError, match=r"\(messages\), which schema=si does not read: write datasets=\[sharegpt\]"):
-        list(load_examples(DatasetSettings(path=str(file), schema="si"), "si"))
+    pair = write(tmp_path / "pairs.jsonl", [{"prompt": talk["messages"][:1], "chosen": talk["messages"][1:]}])
+    for path, column, schema in ((file, "messages", "sharegpt"), (pair, "prompt", "custom")):
+        words = rf"column {column} holds conversations, which schema=si does not read: write datasets=\[{schema}\]"
+        with pytest.raises(UserError, match=words):
+            list(load_examples(DatasetSettings(path=str(path), schema="si"), "si"))
+        assert len(list(load_examples(DatasetSettings(path=str(path), schema=schema), schema))) == 1
     with pytest.raises(UserError, match=r"missing column response; .* write corpus\.columns\.response=messages$"):
         read_corpus(CorpusSettings(str(file)))
     settings = CorpusSettings(str(file), columns={"response": "messages"})

@@ -228,7 +228,7 @@ class _Merge:
             for number, *of_row in zip(numbers, *lines, strict=True):
                 n, id, rejected, label, source, said = next(row for row in rows if row[0] == number)
                 records = {s: json.loads(line) for s, line in zip(stages, of_row, strict=True) if line}
-                about = {"label": label, "provenance": {"source": source}, **read_history(said)}
+                about: dict[str, Any] = {"label": label, "provenance": {"source": source}, **read_history(said)}
                 yield n, Example(id, rejected=rejected, **about), records
 
     def _absent(self, records: Mapping[str, Record]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,8 +70,9 @@ def chat_frames(tokenizer: PreTrainedTokenizerBase | None, roles: Sequence[str])
 def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the beginning of a prompt without the BOS token that many write, where the tokenizer adds it, too."""
     bos = tokenizer.bos_token
-    adds = bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(bos) if adds else text
+    if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return text.removeprefix(bos)
+    return text
 
 
 def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
@@ -177,7 +178,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options:
         ) from error
 
 
-def _applied(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> str:
     return _within(RENDER_SECONDS, lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, **options)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 from config.errors import UserError
 from config.paths import find_path
@@ -109,12 +109,12 @@ class LoadedExamples:
 
     def _require_columns(self, row: Row, file: str) -> None:
         setting = f"datasets.{self.log.name}.columns"
-        talk = next((name for name in ("messages", "conversations") if name in row), None)
-        if talk is not None and self._needed and not any(name in row for name in self._needed):
+        talk = next((name for name, cell in row.items() if _is_conversation(cell)), None)
+        if talk is not None and not all(name in row for name in self._needed):
+            other = "sharegpt" if talk in SCHEMAS["sharegpt"].one_of else "custom"
             raise UserError(
-                f"{file}: conversations ({talk}), which schema={self._settings.schema} does not read: write "
-                f"datasets=[sharegpt] datasets.sharegpt.path={self._settings.path}, or datasets=[custom] where there "
-                "are other columns, too"
+                f"{file}: the column {talk} holds conversations, which schema={self._settings.schema} does not read: "
+                f"write datasets=[{other}] datasets.{other}.path={self._settings.path}"
             )
         require_columns(row, self._needed, file, setting, self._settings.columns)
         choice = self._schema.one_of
@@ -182,6 +182,11 @@ class LoadedExamples:
             return "empty_turn"
         texts = [example.input, example.system, *(turn.content for turn in example.history)]
         return None if is_unicode(*texts, *(values[name] or "" for name in needed)) else "broken_unicode"
+
+
+def _is_conversation(cell: Any) -> bool:
+    first = cell[0] if isinstance(cell, list) and cell else None
+    return isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
 
 
 def _numbered(id: str, number: int) -> str:
