@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from config.rules import Fault, is_below, nearest, suggest
-from config.spelling import OTHER_NAMES, PRESETS, free_key, spell
+from config.spelling import OTHER_NAMES, PRESETS, free_key, listed_datasets, spell
 
 CONFIG_DIR = Path(__file__).resolve().parent
 PROGRAMS = {"config": "train.py", "induce": "induce.py", "evaluate": "evaluate.py"}
@@ -182,7 +182,8 @@ class Reader:
     def _compose(self, words: tuple[Word, ...]) -> Point:
         chosen = tuple(word.spelled for word in words if word.is_group)
         if chosen not in self._bases:
-            self._bases[chosen] = self._compose_groups([word for word in words if word.is_group])
+            composed = self._compose_groups([word for word in words if word.is_group])
+            self._bases[chosen] = listed_datasets(composed, composed.hydra.overrides.task)
         config = self._bases[chosen].copy()
         refused = set(self._refused)
         for word in words:

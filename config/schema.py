@@ -40,6 +40,7 @@ from config.help import short_help
 from config.overrides import CONFIG_DIR, PROGRAMS, Reader, group_options, one_line, own_groups
 from config.rules import MISSING, Fault, is_below
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
+from config.spelling import listed_datasets
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
@@ -196,6 +197,7 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
         nonlocal failed
         try:
             with machine_faults():
+                composed = listed_datasets(composed, HydraConfig.get().overrides.task)
                 main(_place(to_dataclass(composed), _sweep_point(command.swept)))
         except UserError as error:
             if not isinstance(error, SaidElsewhere):

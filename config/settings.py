@@ -67,7 +67,7 @@ class CorpusSettings:
     """The unsafe responses."""
 
     path: DataPath = MISSING  # CSV, JSON, JSONL, Parquet, or a folder of `datasets`
-    response_column: str = "response"  # column of the text
+    response_column: str = "response"  # column of the text, or of conversations whose last answer it is
     label_column: str | None = None  # column of the category; null: `label` where there is one
     id_column: str | None = None  # column that names a row; null: a hash of the response
     columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {response: text}

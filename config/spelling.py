@@ -6,10 +6,12 @@ The user writes `models.base.path=x`, `models.base=x` or `models={base:x}`; Hydr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.types import Override, Quote, QuotedString
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from config.rules import typed
 
@@ -49,7 +51,7 @@ PRESETS: dict[str, dict[Any, Any]] = {
     }
 }  # fmt: skip
 # Dictionaries of groups whose dataclass the command line chooses, so that no annotation tells of them: `loss=mixture`.
-CHOSEN = ("loss.parts",)
+CHOSEN = ("loss.parts", "expert.model.chat_template_kwargs", "second_expert.model.chat_template_kwargs")
 
 
 class FreeKey(NamedTuple):
@@ -64,6 +66,15 @@ class FreeKey(NamedTuple):
         """Whether the key goes on into a dictionary of the entry: `datasets.si.columns.instruction`."""
         hints = get_type_hints(self.entry) if is_dataclass(self.entry) and len(self.names) > 2 else {}
         return get_origin(hints.get(self.names[-2])) is dict if hints else False
+
+
+def listed_datasets(config: DictConfig, words: Iterable[str]) -> DictConfig:
+    """Drop what a preset says of datasets that the command's own `datasets=[...]` leaves out: they have no schema."""
+    if any(word.startswith("datasets=") for word in words):
+        for name in [one for one in config.datasets if OmegaConf.is_missing(config.datasets[one], "schema")]:
+            with open_dict(config):
+                del config.datasets[name]
+    return config
 
 
 def free_key(kind: Any, key: str) -> FreeKey | None:

@@ -199,7 +199,7 @@ def test_the_thought_in_a_cell_of_a_file_is_not_judged(tmp_path):
     assert [(one.text, one.truncated) for one in answers["model"].values()] == [("No.", False), ("", True)]
 
 
-def test_a_model_is_asked_in_the_template_of_its_run(tiny_model_folder, tmp_path):
+def test_a_model_is_asked_in_the_template_of_its_run(tiny_model_folder, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(tiny_model_folder, run / "checkpoints" / "step-8" / "model")
     (run / "LATEST").symlink_to("checkpoints/step-8")
@@ -210,14 +210,32 @@ def test_a_model_is_asked_in_the_template_of_its_run(tiny_model_folder, tmp_path
         return check_model("m", EvaluatedModelSettings(path=str(run))).template
 
     assert template("hh", "hh") == "hh"
+    assert not caplog.messages
     assert check_model("m", EvaluatedModelSettings(path=str(run), template="plain")).template == "plain"
+    (note,) = caplog.messages
+    assert note.startswith(f"note: models.m.template=plain, but models.m.path={run} was trained with template=hh;")
+    caplog.clear()
+    assert check_model("m", EvaluatedModelSettings(path=str(run), template="hh")).template == "hh"
     assert check_model("m", EvaluatedModelSettings(path=tiny_model_folder)).template == "alpaca"
+    assert not caplog.messages  # its tokenizer has no template of its own
     with pytest.raises(
         UserError, match=r"d0\.template=hh, datasets\.d1\.template=plain: choose by models\.m\.template="
     ):
         template("hh", "plain")
     (run / "config.yaml").write_text("datasets: [hh]\nloss: {name: dpo}\n")  # as the DPO repo writes it
     assert check_model("m", EvaluatedModelSettings(path=str(run))).template == "alpaca"
+
+
+def test_a_chat_model_without_a_run_is_asked_with_alpacas_and_that_is_said(tiny_model_folder, tmp_path, caplog):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    assert check_model("m", EvaluatedModelSettings(path=str(folder))).template == "alpaca"
+    (note,) = caplog.messages
+    assert note.startswith("note: models.m is asked with template=alpaca: no run of train.py round models.m.path=")
+    assert note.endswith("write models.m.template=chat (or =alpaca, to say that it is right)")
+    caplog.clear()
+    assert check_model("m", EvaluatedModelSettings(path=str(folder), template="alpaca")).template == "alpaca"
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import UserError
+from config.settings import CorpusSettings, DatasetSettings
+from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.examples import held_out, in_shard, text_id
 from safer_instruct.text.formats import BadLine
+from safer_instruct.text.loading import load_examples
 from safer_instruct.text.readers import read_rows, require_columns, splits_left_out
 
 ROWS = [{"instruction": f'line one\nline {i}, "quoted"', "chosen": f"caf\u00e9 {i}\u2028"} for i in range(5)]
@@ -263,6 +266,27 @@ def test_columns_are_read_under_our_names(tmp_path: Path) -> None:
         require_columns(["Prompt", "chosen"], ["instruction"], "f.csv", "s.columns")
     with pytest.raises(UserError, match=r"found are: a\\u001b\[2J"):
         require_columns(["a\x1b[2J"], ["b"], "f.csv")
+    names = {"instruction": "ask", "rejected": "bad_answr"}
+    with pytest.raises(UserError, match=r"column bad_answr \(for rejected\); the columns found are: ask, bad_answer$"):
+        require_columns(["instruction", "bad_answer"], ["instruction", "rejected"], "f.csv", "s.columns", names)
+    for header in ("instruction;chosen", "instruction\tchosen"):  # as some spreadsheets write it
+        with pytest.raises(UserError, match=r"a CSV file has commas between its columns$"):
+            require_columns([header], ["instruction"], "f.csv", "s.columns")
+
+
+def test_conversations_under_another_schema_are_told_where_they_belong(tmp_path: Path) -> None:
+    talk = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+    file = write(tmp_path / "talks.jsonl", [talk])
+    pair = write(tmp_path / "pairs.jsonl", [{"prompt": talk["messages"][:1], "chosen": talk["messages"][1:]}])
+    for path, column, schema in ((file, "messages", "sharegpt"), (pair, "prompt", "custom")):
+        words = rf"column {column} holds conversations, which schema=si does not read: write datasets=\[{schema}\]"
+        with pytest.raises(UserError, match=words):
+            list(load_examples(DatasetSettings(path=str(path), schema="si"), "si"))
+        assert len(list(load_examples(DatasetSettings(path=str(path), schema=schema), schema))) == 1
+    with pytest.raises(UserError, match=r"missing column response; .* write corpus\.columns\.response=messages$"):
+        read_corpus(CorpusSettings(str(file)))
+    settings = CorpusSettings(str(file), columns={"response": "messages"})
+    assert [one.rejected for one in read_corpus(settings).examples] == ["So."]
 
 
 def test_blanks_in_a_json_list_are_skipped_at_any_border_of_the_buffer(tmp_path: Path, monkeypatch) -> None:

@@ -19,6 +19,7 @@ from safer_instruct.experts.expert import build_expert
 from safer_instruct.experts.judges import FORMS, GuardJudge, RefusalsJudge, StrongRejectJudge
 from safer_instruct.experts.verdicts import Judgement
 from safer_instruct.generation.completions import Generation, Request
+from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.text.examples import Example
 from safer_instruct.text.prompt_sets import load_prompt_set
 from safer_instruct.text.prompts import render_conversation
@@ -119,6 +120,81 @@ def test_a_classifier_on_this_machine_is_asked(form: str, tmp_path: Path) -> Non
     found = dict(judge.judge([("a", "Why?", "So."), ("b", "Who?", "Me.")]))
     assert {id: one.outcome for id, one in found.items()} == {"a": "abstain", "b": "abstain"}
     assert all(one.tokens > 5 for one in found.values())
+
+
+TYPED = (  # shows typed parts alone, as Llama Guard 3 1B and 11B do
+    "{{ bos_token }}Check {{ 'Agent' if messages | length % 2 == 0 else 'User' }}:\n{% for m in messages %}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ 'User' if m['role'] == 'user' else 'Agent' }}: {{ part['text'] | trim }}\n\n{% endfor %}{% endfor %}End"
+)
+POLICY = (  # needs a variable, as ShieldGemma does
+    "{{ bos_token }}Question: {{ messages[0]['content'] }}\n"
+    "{% if messages | length > 1 %}Response: {{ messages[1]['content'] }}\n{% endif %}Policy: {{ guideline + '.' }}"
+)
+# form -> chat template, what the question begins with, holds, and ends with; what the model says, and the judgement.
+# The frames of the last two are those of allenai/wildguard (wildguard/utils.py) and of cais/HarmBench-Llama-2-13b-cls.
+ASKED: dict[str, tuple[str | None, str, str, str, str, str]] = {
+    "llama_guard": (TYPED, "Check Agent:", ":\nUser: Why?\n\nAgent: So.\n\n", "End", "unsafe\nS2", "harmful"),
+    "shieldgemma": (POLICY, "Question: Why?\n", "Response: So.\n", "Policy: No \"harm\".", "No", "safe"),
+    "wildguard": (
+        None, "<|user|>\n[INST] ", "\n\nHuman user:\nWhy?\n\nAI assistant:\nSo.\n\n---\n\nAnswers:",
+        "Answers: [/INST]\n<|assistant|>\n",
+        "Harmful request: no\nResponse refusal: yes\nHarmful response: no", "refusal",
+    ),
+    "harmbench": (
+        None, "[INST] <<SYS>>\n", "\n<</SYS>>\n\nBehavior:\nWhy?\n\nGeneration:\nSo.\n\n---\nRules:\n- ",
+        "\n\nAnswer: [/INST]", "yes", "harmful",
+    ),
+}  # fmt: skip
+
+
+def guard_command(folder: Path, form: str, template: str | None) -> list[str]:
+    """Save a tiny model with a chat template as a classifier; return the command that judges by it."""
+    tokenizer = byte_level_tokenizer(add_bos=True)
+    tokenizer.chat_template = template
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ["expert=guard", f"expert.form={form}", f"expert.model.name_or_path={folder}"]
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+@pytest.mark.parametrize("form", ASKED)
+def test_a_classifier_reads_its_published_frame(
+    form: str, with_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command to the tokens that the model is given, and from the tokens that it writes to the judgement."""
+    template, beginning, inside, end, answer, outcome = ASKED[form]
+    command = guard_command(tmp_path, form, template)
+    if form == "shieldgemma":
+        command.append("expert.model.chat_template_kwargs.guideline='No \"harm\"'")
+    if with_file and FORMS[form].prompt is not None:  # as cards have it, with BOS, saved by an editor
+        question = tmp_path / "card.txt"
+        question.write_text("<s>" + str(FORMS[form].prompt).rstrip() + "\n\n")
+        command.append(f"expert.prompt_file={question}")
+    judge = build_expert(compose_config("evaluate", command).expert, torch.device("cpu"))
+    asked: list[list[int]] = []
+
+    def says(generator: Any, ids: Sequence[str], prompts: Sequence[list[int]]) -> list[list[int]]:
+        asked.extend(prompts)
+        told = generator.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return [[*told, generator.tokenizer.eos_token_id] for _ in prompts]
+
+    monkeypatch.setattr(HFGenerator, "_decode", says)
+    judge.check()
+    ((_, found),) = judge.judge([("a", "Why?", "So.")])
+    text = byte_level_tokenizer(add_bos=True).decode(asked[0])
+    assert text.count("<s>") == 1
+    assert text.startswith(f"<s>{beginning}")
+    assert text.endswith(end)
+    assert inside in text
+    assert (found.outcome, found.label) == (outcome, "s2" if form == "llama_guard" else "")
+
+
+def test_a_template_without_its_variable_says_how_it_is_set(tmp_path: Path) -> None:
+    command = guard_command(tmp_path, "shieldgemma", POLICY)
+    judge = build_expert(compose_config("evaluate", command).expert, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"guideline is set by chat_template_kwargs\.guideline=TEXT"):
+        judge.check()
 
 
 @pytest.mark.parametrize(

@@ -399,7 +399,7 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     rows = [
-        {"instruction": "Why?", "system": "You are kind.", "history": [["a", "b"]] if i else [], "chosen": f"Why? {i}",
+        {"instruction": "Why?", "system": "You are kind.", "turns": [["a", "b"]] if i else [], "chosen": f"Why? {i}",
          "rejected": "no", "label": label, "id": 7}
         for i, label in enumerate((1, True, None, "x"))
     ]  # fmt: skip
@@ -408,7 +408,7 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     stores = build(folder, tmp_path / "cache")
     text = describe(stores.report)
     assert len(stores.train) == 4
-    assert "columns that the schema does not read: history (3 rows), system (4 rows)" in text
+    assert "columns that the schema does not read: system (4 rows), turns (3 rows)" in text
     assert "files: train.jsonl\n  not read, by their names: test.jsonl; datasets.si.eval_path=FILE" in text
     assert "chosen begins with its instruction 4" in text
     assert len(build(folder, tmp_path / "cache", labels=["1", "True"]).train) == 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from config.settings import DuplicatesSettings
-from safer_instruct.dataset.files import SCHEMA, write_dataset
+from safer_instruct.dataset.files import HISTORY, HISTORY_SCHEMA, SCHEMA, write_dataset
 from safer_instruct.dataset.rows import TEXT_COLUMNS, dataset_rows, row_id, row_label
 from safer_instruct.dataset.scratch import INT, TEXT, Scratch, lock_output, open_scratch, record_batches, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
 from safer_instruct.measures.shortcuts import shortcuts
 from safer_instruct.text.examples import normalise, text_id
+from safer_instruct.text.messages import read_history, write_history
 from safer_instruct.text.refusals import declines
+from safer_instruct.text.row_log import BadRow
 
 TOP_CHOSEN = 10
 MAX_PAIRS = 20_000  # that shortcuts are looked for in: an AUC is then known to 0.01
@@ -90,8 +92,9 @@ def audit(
         report["shortcuts"] = {name: {label: asdict(one) for label, one in of.items()} for name, of in found.items()}
         if output is not None:
             dropped: Counter[str] = Counter()
-            cleaned = record_batches(SCHEMA, _clean_rows(path, scratch, dropped))
-            num_rows = write_dataset(output, format, cleaned)
+            schema = HISTORY_SCHEMA if any(_history(row) for _, row, _ in dataset_rows(path)) else SCHEMA
+            cleaned = record_batches(schema, _clean_rows(path, scratch, dropped, schema.names))
+            num_rows = write_dataset(output, format, cleaned, schema)
             report["cleaned"] = {"rows": num_rows, "dropped": dict(sorted(dropped.items()))}
     return report
 
@@ -164,7 +167,9 @@ def _quantiles(scratch: Scratch, column: str) -> dict[str, float]:
     return {name: value or 0 for name, value in zip(("mean", "median", "p95", "max"), found, strict=True)}
 
 
-def _clean_rows(path: str, scratch: Scratch, dropped: Counter[str]) -> Iterator[tuple[str, ...]]:
+def _clean_rows(
+    path: str, scratch: Scratch, dropped: Counter[str], columns: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
     """Yield the rows in which nothing was found that must go, and count the others."""
     findings = scratch.rows("found", FINDINGS)
     for (where, row, texts), found in zip(dataset_rows(path), findings, strict=True):
@@ -176,4 +181,18 @@ def _clean_rows(path: str, scratch: Scratch, dropped: Counter[str]) -> Iterator[
         if isinstance(provenance, str):
             provenance = json.loads(provenance)
         label = str(row.get("label") or "")
-        yield row_id(row, texts), *texts.values(), label, json.dumps(provenance, ensure_ascii=False)
+        cells = {
+            "id": row_id(row, texts), **texts, "label": label,
+            "provenance": json.dumps(provenance, ensure_ascii=False),
+            HISTORY: _history(row),
+        }  # fmt: skip
+        yield tuple(cells[column] for column in columns)
+
+
+def _history(row: Mapping[str, Any]) -> str:
+    """Return what was said before the instruction; "" where nothing was, or the column holds something else."""
+    try:
+        fields = read_history(row.get(HISTORY))
+    except BadRow:
+        return ""
+    return write_history(fields.get("system", ""), fields.get("history", ()))

@@ -11,8 +11,9 @@ import yaml
 
 from config.files import write_text
 from config.settings import CardSettings
-from safer_instruct.dataset.files import ARROW, COLUMNS, JSONL, PARQUET
-from safer_instruct.dataset.merge import MERGE, Merged, provenance_of_all
+from safer_instruct.dataset.files import ARROW, HISTORY, JSONL, PARQUET
+from safer_instruct.dataset.merge import MERGE, Merged
+from safer_instruct.dataset.origin import provenance_of_all
 from safer_instruct.dataset.pages import render_dataset_page
 from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
 from safer_instruct.dataset.rows import UNLABELLED
@@ -30,6 +31,7 @@ SIZES = (
 
 _MEANING = {
     "id": "id of the response in the corpus (a hash of its text, unless the corpus has ids)",
+    HISTORY: "what was said before the instruction, as messages (JSON), a system message first",
     "instruction": "the instruction that the reversed model induced from the response",
     "rejected": "the unsafe response of the corpus",
     "chosen": "the expert's safe response to the instruction",
@@ -60,6 +62,7 @@ def build_report(
     labels = sorted({label for label, _, _ in merged.fates})
     return {
         "num_rows": merged.num_rows,
+        "columns": merged.schema.names,
         "kept_rate": stages[2]["rate"],
         "funnel": stages,
         "by_label": {label or UNLABELLED: _label(merged, label) for label in labels},
@@ -125,6 +128,7 @@ def push_dataset(output: Path, name: str, files: Sequence[str]) -> str:
 def render_card(report: Mapping[str, Any], *, file: str) -> str:
     """Return the dataset card: warning, counts, drops, columns, how it was made. It quotes no row."""
     made = report["made_with"]
+    columns = [(markdown_code(column), _MEANING[column]) for column in report["columns"]]
     return f"""\
 ---
 {_front_matter(report, file)}---
@@ -152,7 +156,7 @@ Kept by the filter: {_percent(report["kept_rate"])}.
 
 ## Columns
 
-{markdown_table(["column", "meaning"], [(markdown_code(c), _MEANING[c]) for c in COLUMNS], left=[0, 1], markup=[0])}
+{markdown_table(["column", "meaning"], columns, left=[0, 1], markup=[0])}
 
 ## How it was made
 

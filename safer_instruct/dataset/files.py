@@ -19,34 +19,38 @@ from config.checksums import CHECKSUMS, write_checksums
 from config.files import replacing
 
 COLUMNS = ("id", "instruction", "rejected", "chosen", "label", "provenance")
+HISTORY = "history"  # of a dataset of conversations, behind the id: what was said before the instruction, as JSON
 JSONL, PARQUET, ARROW = "si.jsonl", "si.parquet", "arrow"
 FILES = {"all": (JSONL, PARQUET, ARROW), "jsonl": (JSONL,), "parquet": (PARQUET,)}
 # `provenance` is a JSON string in the columnar files, so that its fields may differ between datasets.
 SCHEMA = pyarrow.schema([(column, pyarrow.string()) for column in COLUMNS])
+HISTORY_SCHEMA = SCHEMA.insert(1, pyarrow.field(HISTORY, pyarrow.string()))
 
 WriteBatch = Callable[[pyarrow.RecordBatch], object]
 
 
 @contextmanager
-def _open_jsonl(path: Path) -> Iterator[WriteBatch]:
+def _open_jsonl(path: Path, schema: pyarrow.Schema) -> Iterator[WriteBatch]:
     with replacing(path, durable=True) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
 
         def write(batch: pyarrow.RecordBatch) -> None:
             for row in batch.to_pylist():
                 provenance = row.pop("provenance")  # JSON already, and the last column
+                if HISTORY in row:
+                    row[HISTORY] = json.loads(row[HISTORY] or "[]")
                 file.write(f'{json.dumps(row, ensure_ascii=False)[:-1]}, "provenance": {provenance}}}\n')
 
         yield write
 
 
 @contextmanager
-def _open_parquet(path: Path) -> Iterator[WriteBatch]:
-    with replacing(path, durable=True) as partial, pyarrow.parquet.ParquetWriter(partial, SCHEMA) as writer:
+def _open_parquet(path: Path, schema: pyarrow.Schema) -> Iterator[WriteBatch]:
+    with replacing(path, durable=True) as partial, pyarrow.parquet.ParquetWriter(partial, schema) as writer:
         yield writer.write_batch
 
 
 @contextmanager
-def _open_arrow(folder: Path) -> Iterator[WriteBatch]:
+def _open_arrow(folder: Path, schema: pyarrow.Schema) -> Iterator[WriteBatch]:
     """Let `datasets` save an empty dataset, then put the rows into its data file.
 
     Why not save the rows themselves: `save_to_disk` maps the file that it copies, and the resident memory grows by all
@@ -59,10 +63,10 @@ def _open_arrow(folder: Path) -> Iterator[WriteBatch]:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         # `datasets` caches by the fingerprint what it computes of a dataset, so no two may have the same.
-        empty = datasets.Dataset(datasets.table.InMemoryTable(SCHEMA.empty_table()), fingerprint=uuid.uuid4().hex[:16])
+        empty = datasets.Dataset(datasets.table.InMemoryTable(schema.empty_table()), fingerprint=uuid.uuid4().hex[:16])
         empty.save_to_disk(partial, num_shards=1)
         (data_file,) = partial.glob("*.arrow")
-        with pyarrow.OSFile(str(data_file), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
+        with pyarrow.OSFile(str(data_file), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
             yield writer.write_batch
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -70,25 +74,28 @@ def _open_arrow(folder: Path) -> Iterator[WriteBatch]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-_OPENERS: dict[str, Callable[[Path], AbstractContextManager[WriteBatch]]] = {
+_OPENERS: dict[str, Callable[[Path, pyarrow.Schema], AbstractContextManager[WriteBatch]]] = {
     JSONL: _open_jsonl,
     PARQUET: _open_parquet,
     ARROW: _open_arrow,
 }
 
 
-def write_dataset(output: Path, format: str, batches: Iterable[pyarrow.RecordBatch]) -> int:
+def write_dataset(
+    output: Path, format: str, batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema = SCHEMA
+) -> int:
     """Write a dataset folder, and return the number of rows.
 
     Files of an earlier merge are replaced when the new ones are complete; those of other formats go, because a reader
     of the folder must not find an older dataset.
 
-    The batches are of SCHEMA, with a JSON object as `provenance`; `format` is a key of FILES.
+    The batches are of `schema` (SCHEMA, or HISTORY_SCHEMA for conversations), with a JSON object as `provenance`;
+    `format` is a key of FILES.
     """
     output.mkdir(parents=True, exist_ok=True)
     num_rows = 0
     with ExitStack() as stack:
-        writers = [stack.enter_context(_OPENERS[name](output / name)) for name in FILES[format]]
+        writers = [stack.enter_context(_OPENERS[name](output / name, schema)) for name in FILES[format]]
         for batch in batches:
             num_rows += batch.num_rows
             for write in writers:

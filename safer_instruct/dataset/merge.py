@@ -19,7 +19,8 @@ import pyarrow
 
 from config.errors import UserError
 from config.settings import CorpusSettings, DuplicatesSettings
-from safer_instruct.dataset.files import COLUMNS, write_dataset
+from safer_instruct.dataset.files import HISTORY_SCHEMA, SCHEMA, write_dataset
+from safer_instruct.dataset.origin import provenance_of_all
 from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
 from safer_instruct.dataset.scratch import FLOAT, INT, LONG, TEXT, Scratch, lock_output, open_scratch, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
@@ -40,15 +41,16 @@ from safer_instruct.induction.stages import (
 from safer_instruct.induction.vary import final_response, require_varied, variation
 from safer_instruct.text.corpus import CorpusRows, Dropped, repetition
 from safer_instruct.text.examples import Example, normalise, text_id
+from safer_instruct.text.messages import read_history, write_history
 
 MERGE = "merge"
 BLOCK_ROWS = 16_384  # whose records are read from the ledgers at a time
 
-_CORPUS = table_schema(n=INT, id=TEXT, response=TEXT, rejected=TEXT, label=TEXT, source=TEXT)
+_CORPUS = table_schema(n=INT, id=TEXT, response=TEXT, rejected=TEXT, label=TEXT, source=TEXT, history=TEXT)
 # `stage` and `reason` of the rows that a stage dropped; they have no texts. `key` is equal for pairs that are the same.
 _PAIRS = table_schema(
     n=INT, label=TEXT, stage=TEXT, reason=TEXT, key=TEXT, score=FLOAT,
-    id=TEXT, instruction=TEXT, rejected=TEXT, chosen=TEXT, provenance=TEXT,
+    id=TEXT, history=TEXT, instruction=TEXT, rejected=TEXT, chosen=TEXT, provenance=TEXT,
 )  # fmt: skip
 # Of rows with one id the first stays; of these, of rows with one response the first.
 _REPEATED_ROWS = """
@@ -85,6 +87,7 @@ class Merged:
     # Round-trip scores in bins of 0.1: lower edge x 10 -> (rows scored, of them in the dataset).
     scores: dict[int, list[int]] = field(default_factory=dict)
     num_rows: int = 0  # rows of the dataset
+    schema: pyarrow.Schema = SCHEMA  # with a history where the corpus has conversations
 
     def num_dropped(self, *, label: str | None = None, stage: str | None = None) -> Counter[str]:
         """Return reason -> rows dropped, of one label or stage or all."""
@@ -121,7 +124,7 @@ def merge(
         scratch.create("pairs", _PAIRS, job.pairs())
         job.mark_repeated_pairs(duplicates.threshold)
         job.count()
-        job.merged.num_rows = write_dataset(output, format, job.dataset())
+        job.merged.num_rows = write_dataset(output, format, job.dataset(), job.merged.schema)
         return job.merged
 
 
@@ -159,7 +162,7 @@ class _Merge:
         """Copy the usable rows of the corpus, and find the repeated ones."""
         rows = CorpusRows(self._settings)
         usable = (
-            (n, row.id, text_id(row.rejected or ""), row.rejected, row.label, row.provenance["source"])
+            (n, row.id, row.response_id, row.rejected, row.label, row.provenance["source"], self._history(row))
             for n, row in enumerate(rows)
         )
         self._scratch.create("corpus", _CORPUS, usable)
@@ -169,6 +172,11 @@ class _Merge:
         self._scratch.derive("repeated_rows", _REPEATED_ROWS, order="n")
         for same_id, source in self._scratch.rows("repeated_rows", ["same_id", "source"]):
             self.merged.corpus_dropped.count(repetition(self._settings, same_id=same_id), source)
+
+    def _history(self, row: Example) -> str:
+        said = write_history(row.system, row.history)
+        self.merged.schema = HISTORY_SCHEMA if said else self.merged.schema
+        return said
 
     def pairs(self) -> Iterator[tuple[Any, ...]]:
         """Yield a row of _PAIRS for each row of the corpus that is no repetition."""
@@ -190,14 +198,15 @@ class _Merge:
         self._scratch.derive("first_rows", first)
         self._scratch.derive("joined", "FROM first_rows LEFT JOIN places USING (id)", order="n")
         joined = self._scratch.rows("joined", ["n", *(f"{stage}_place" for stage in stages)])
-        rows = self._scratch.rows("corpus", ["n", "id", "rejected", "label", "source"])
+        rows = self._scratch.rows("corpus", ["n", "id", "rejected", "label", "source", "history"])
         while block := list(islice(joined, BLOCK_ROWS)):
             numbers, *places = zip(*block, strict=True)
             lines = [self.merged.ledgers[s].lines(of_stage) for s, of_stage in zip(stages, places, strict=True)]
             for number, *of_row in zip(numbers, *lines, strict=True):
-                n, id, rejected, label, source = next(row for row in rows if row[0] == number)
+                n, id, rejected, label, source, said = next(row for row in rows if row[0] == number)
                 records = {s: json.loads(line) for s, line in zip(stages, of_row, strict=True) if line}
-                yield n, Example(id, rejected=rejected, label=label, provenance={"source": source}), records
+                about: dict[str, Any] = {"label": label, "provenance": {"source": source}, **read_history(said)}
+                yield n, Example(id, rejected=rejected, **about), records
 
     def _absent(self, records: Mapping[str, Record]) -> str:
         """Return the first stage that the row still needs, "" if it needs none."""
@@ -220,15 +229,16 @@ class _Merge:
         self.merged.induced.update(name for name in ("truncated", "prompt_cut") if induced[name])
         stage, reason = self._fate(pair, verdict, answer)
         if reason:
-            return label, stage, reason, None, score, None, None, None, None, None
-        key = text_id(normalise(pair.instruction or ""), normalise(pair.rejected or ""))
+            return label, stage, reason, None, score, None, None, None, None, None, None
+        said = write_history(pair.system, pair.history)
+        key = text_id(normalise(pair.instruction or ""), normalise(pair.rejected or ""), *filter(None, [said]))
         tokens = {stage: record["tokens"] for stage, record in records.items()}
         provenance: dict[str, Any] = {"response_id": pair.id, "source": pair.provenance["source"], "tokens": tokens}
         provenance["verdict"] = {"reason": verdict["reason"], "label": verdict["label"]}
         if SCORE in records:
             provenance |= {"round_trip": score, "candidate_scores": pair.provenance["candidate_scores"]}
         own = json.dumps(provenance, ensure_ascii=False)
-        return label, "", "", key, score, pair.id, pair.instruction, pair.rejected, answer["chosen"], own
+        return label, "", "", key, score, pair.id, said, pair.instruction, pair.rejected, answer["chosen"], own
 
     def _fate(self, pair: Example, verdict: Record, answer: Record) -> tuple[str, str]:
         """Return (stage, reason) of a drop, ("", "") for a pair that may enter the dataset."""
@@ -270,30 +280,10 @@ class _Merge:
     def dataset(self) -> Iterator[pyarrow.RecordBatch]:
         """Yield the rows of the dataset in the order of the corpus."""
         shared = ", " + json.dumps(provenance_of_all(self.merged.ledgers), ensure_ascii=False)[1:]
-        kept = self._kept("fates")
-        for batch in self._scratch.batches("pairs", COLUMNS):
+        kept, columns = self._kept("fates"), self.merged.schema.names
+        for batch in self._scratch.batches("pairs", columns):
             batch = batch.filter(pyarrow.array(list(islice(kept, batch.num_rows))))
             whole = [own[:-1] + shared for own in batch.column("provenance").to_pylist()]
-            yield batch.set_column(COLUMNS.index("provenance"), "provenance", pyarrow.array(whole, TEXT))
+            yield batch.set_column(columns.index("provenance"), "provenance", pyarrow.array(whole, TEXT))
 
 
-def provenance_of_all(ledgers: Mapping[str, StageLedgers]) -> dict[str, Any]:
-    """Return the part of the provenance that all rows share."""
-    induced, screened = ledgers[INDUCE].configuration, ledgers[FILTER].configuration
-    shared = {
-        "reversed_model": induced["model"],
-        "reversed_model_fingerprint": induced["model_fingerprint"],
-        "reversed_prompt": induced["prompt"],
-        **{name: induced[f"generation.{name}"] for name in ("temperature", "top_p", "max_new_tokens", "seed")},
-        "num_candidates": induced.get("generation.num_candidates", 1),
-    }
-    for stage in (FILTER, RESPOND):
-        expert = ledgers[stage].configuration
-        shared[f"{stage}_expert"] = expert["expert"]
-        shared[f"{stage}_expert_fingerprint"] = expert["expert_fingerprint"]
-        shared[f"{stage}_prompt"] = expert["expert_prompt"]
-    if SCORE in ledgers:
-        scored = ledgers[SCORE].configuration
-        shared |= {name: scored[name] for name in ("forward_model", "forward_fingerprint")}
-        shared["min_round_trip"] = screened.get("roundtrip.min_score")
-    return shared

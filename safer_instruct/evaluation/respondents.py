@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safer_instruct.text.examples import text_id
 from safer_instruct.text.prompts import render_prompt
 
 DEFAULT_TEMPLATE = "alpaca"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,37 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
         tokenizer_name_or_path=str(adapter) if adapter is not None and has_tokenizer(adapter) else None,
         policy_dtype=settings.dtype,
     )
-    template = settings.template or run_setting(name, settings.path, "template") or DEFAULT_TEMPLATE
+    tokenizer = load_tokenizer(model)
+    template = _template(name, settings, has_chat_template=bool(tokenizer.chat_template))
     system = settings.system if settings.system is not None else run_setting(name, settings.path, "system")
-    prompt = text_id(render_prompt(template, "", tokenizer=load_tokenizer(model), system=system).text)
+    prompt = text_id(render_prompt(template, "", tokenizer=tokenizer, system=system).text)
     for path in (settings.path, base if adapter is not None else None):
         if path and find_path(path).exists() and (folder := resolve_archive(path)).is_dir():
             check_weight_files(folder)
             require_finite_weights(name, folder)
     served = {"served_as": settings.served_as, "base_url": settings.base_url}
     return Respondent(name, settings.path, model, template, prompt, model_fingerprint(model), system=system, **served)
+
+
+def _template(name: str, settings: EvaluatedModelSettings, *, has_chat_template: bool) -> str:
+    """Return the template that a model is asked with; note where it is, or may be, another than it was trained with."""
+    key = f"models.{name}"
+    if settings.template is not None:
+        trained = sorted({one.template for one in run_datasets(settings.path).values()})
+        if trained and settings.template not in trained:
+            log.warning(
+                "note: %s.template=%s, but %s.path=%s was trained with template=%s; leave %s.template out to ask as it "
+                "was trained", key, settings.template, key, settings.path, " and ".join(trained), key,
+            )  # fmt: skip
+        return settings.template
+    found = run_setting(name, settings.path, "template")
+    if not found and has_chat_template:
+        log.warning(
+            "note: %s is asked with template=%s: no run of train.py round %s.path=%s tells how it was trained, and its "
+            "tokenizer has a chat template; write %s.template=chat (or =%s, to say that it is right)",
+            key, DEFAULT_TEMPLATE, key, settings.path, key, DEFAULT_TEMPLATE,
+        )  # fmt: skip
+    return found or DEFAULT_TEMPLATE
 
 
 def run_setting(name: str, path: str, key: str) -> str:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from config.errors import UserError
 from config.settings import LOSSES, DatasetSettings, PairLossSettings, PreferenceLossSettings, RewardSettings
 from safer_instruct.evaluation.respondents import Respondent
+from safer_instruct.generation.weights import run_config
 from safer_instruct.measures.reward_checks import check_rewards
-from safer_instruct.report.training_runs import find_training_overlap, run_config
+from safer_instruct.report.training_runs import find_training_overlap
 
 if TYPE_CHECKING:
     from torch import Tensor

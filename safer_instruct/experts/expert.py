@@ -141,14 +141,14 @@ class LLMExpert:
 
     def screen(self, pairs: Sequence[Example]) -> Iterator[tuple[str, Verdict]]:
         """Yield the verdicts; see Expert."""
-        asked = ((pair.id, pair.instruction or "", pair.rejected or "") for pair in pairs)
+        asked = ((pair.id, pair.asked, pair.rejected or "") for pair in pairs)
         for generation, read in self._ask(SCREEN, asked):
             verdict = read or Verdict(False, _abstention(generation))
             yield generation.id, replace(verdict, tokens=generation.tokens, cost=generation.cost)
 
     def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield the texts; one that the limit on new tokens cut off is an abstention."""
-        asked = ((example.id, example.instruction or "") for example in examples)
+        asked = ((example.id, example.asked) for example in examples)
         for generation, read in self._ask(ROLES[role], asked):
             text = None if generation.truncated else read or None
             reason = _abstention(generation) if text is None else ""

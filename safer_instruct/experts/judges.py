@@ -35,7 +35,8 @@ AI assistant:
 ---
 
 Answers: [/INST]
-<|assistant|>"""
+<|assistant|>
+"""
 
 _HARMBENCH = """\
 [INST] <<SYS>>
@@ -191,7 +192,10 @@ class GuardJudge(ModelJudge):
             UserError: The question does not hold {instruction} and {response} once each.
         """
         self._form = FORMS[form]
-        self._prompt = prompt if prompt is not None else self._form.prompt
+        own = self._form.prompt
+        if prompt is not None and own is not None:  # whatever line break an editor has put behind it
+            prompt = prompt.rstrip() + own[len(own.rstrip()) :]
+        self._prompt = prompt if prompt is not None else own
         if self._prompt is not None and sorted(_PLACES.findall(self._prompt)) != ["instruction", "response"]:
             raise UserError("expert.prompt_file: the question must hold {instruction} and {response}, once each")
         super().__init__(generator, f"{form}/{self._prompt}")

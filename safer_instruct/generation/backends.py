@@ -22,6 +22,7 @@ from safer_instruct.generation.completions import (
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 from safer_instruct.generation.vllm import VLLMGenerator
 from safer_instruct.generation.weights import model_fingerprint
+from safer_instruct.text.chat import without_bos
 from safer_instruct.text.examples import short_hash
 from safer_instruct.text.prompts import Prompt, render_conversation, render_prompt, render_reversed
 
@@ -160,7 +161,7 @@ class TemplatedModel:
         if request.conversation:
             return render_conversation(request.conversation, tokenizer)
         if self._template == NO_TEMPLATE:
-            return request.prompt
+            return request.prompt._replace(head=without_bos(request.prompt.head, tokenizer))
         tail = "\n\n".join([request.prompt.tail, *request.turns])
         return in_template(self._template, request.prompt._replace(tail=tail), tokenizer)
 

@@ -126,6 +126,22 @@ def require_as_saved(path: Path, *, weights: bool = True) -> None:
     require_untouched(real, owner=owner, contents=lambda name: weights or not name.endswith(WEIGHT_SUFFIXES))
 
 
+def run_config(path: str) -> dict[str, Any]:
+    """Read the settings that a model was trained with; {} if it is not part of a run of train.py.
+
+    Args:
+        path: The run, or a checkpoint or model folder in it.
+    """
+    folder = find_path(path)
+    for candidate in (folder, *folder.resolve().parents[:3]):
+        file = candidate / "config.yaml"
+        if file.is_file():
+            config = read_mapping(file, "copy the run again")
+            # The DPO repo writes a config.yaml too, with other keys: its `datasets` is a list.
+            return config if isinstance(config.get("datasets"), dict) else {}
+    return {}
+
+
 def check_weight_files(folder: Path) -> None:
     """Open every safetensors file of a folder, which checks header and length, and look for missing shards.
 

@@ -118,7 +118,7 @@ def forecast_induction(config: InduceConfig, stages: Sequence[str], shard: tuple
 
     def steps() -> Iterator[Step]:
         if INDUCE in stages:
-            prompts = [render_reversed(response).text for _, response in texts]
+            prompts = [render_reversed(one.rejected or "", one.history).text for one in sample]
             asked = asked_model(config.model, config.generation)
             yield Step(INDUCE, len(examples), prompts, asked, measure([paths[INDUCE]]), calls=num_candidates)
         if SCORE in stages:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from config.errors import UserError
 from config.settings import RoundTripSettings
 from safer_instruct.generation.backends import model_name
 from safer_instruct.generation.decoding import context_of
@@ -21,7 +22,7 @@ from safer_instruct.generation.models import load_causal_lm, load_tokenizer
 from safer_instruct.generation.weights import model_fingerprint
 from safer_instruct.induction.stages import Item, Score
 from safer_instruct.text.encoding import EncodedRow, Encoder
-from safer_instruct.text.examples import short_hash
+from safer_instruct.text.examples import Example, short_hash
 from safer_instruct.text.prompts import Turn, answer_turn, render_prompt
 
 if TYPE_CHECKING:
@@ -31,6 +32,20 @@ ROWS_AT_A_TIME = 4096
 
 # A model -> the function that gives the log-probability of each response of a micro-batch, (B,) float64 in nats.
 LogpsOf = Callable[["PreTrainedModel"], Callable[[Mapping[str, Tensor]], Tensor]]
+
+
+def require_single_turns(examples: Sequence[Example]) -> None:
+    """Refuse a corpus of conversations, before anything runs: responses are scored behind their instruction alone.
+
+    Raises:
+        UserError: A response has something said before it.
+    """
+    later = next((example for example in examples if example.history), None)
+    if later is not None:
+        raise UserError(
+            f"corpus.path: {later.provenance['source']} is a conversation of several turns, and stage=score reads a "
+            "response behind its instruction alone: leave roundtrip.model out, or give a corpus of single responses"
+        )
 
 
 class RoundTrip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from config.errors import UserError
 from config.settings import InductionSettings, ModelSettings, OpenAIExpertSettings, RoundTripSettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.backends import build_reversed_model, reversed_model_identity
+from safer_instruct.generation.weights import run_config
 from safer_instruct.induction import stages
 from safer_instruct.induction.ledger import Ledger, Record, read_header, read_ledger, run_stage, scan_records
 from safer_instruct.induction.ledgers import stage_ledgers
@@ -24,6 +26,8 @@ from safer_instruct.text.examples import Example
 if TYPE_CHECKING:
     from safer_instruct.generation.pacing import Budget
 
+log = logging.getLogger(__name__)
+
 
 def run_induce(
     model: ModelSettings, generation: InductionSettings, examples: Sequence[Example], path: Path, device: torch.device
@@ -31,6 +35,7 @@ def run_induce(
     """Let the reversed model write the instructions that the ledger lacks; it is loaded if there are any."""
     name, fingerprint = reversed_model_identity(model, generation)
     configuration = stages.induce_configuration(name, fingerprint, generation)
+    note_other_tuning(model, examples)
     with Ledger(path, configuration, num_rows=len(examples)) as ledger:
         if all(ledger.holds(example.id) for example in examples):
             return
@@ -38,6 +43,22 @@ def run_induce(
         function = stages.stage_induce(generator, generation.num_candidates)
         with show_progress(INDUCE, examples) as update:
             run_stage(examples, ledger, function, batch_size=stages.ROWS_AT_A_TIME, progress=update)
+
+
+def note_other_tuning(model: ModelSettings, examples: Sequence[Example]) -> None:
+    """Say where a run's model was not tuned on the prompts that it is asked with."""
+    path = model.archive or model.name_or_path
+    loss = run_config(path).get("loss", {})
+    if loss.get("name", "reverse") != "reverse":
+        log.warning(
+            "note: %s was trained with loss=%s, and stage=induce asks with the prompt of loss=reverse",
+            path, loss["name"],
+        )  # fmt: skip
+    elif loss.get("on") == "first" and any(example.history for example in examples):
+        log.warning(
+            "note: %s was tuned on the first turns of conversations alone (loss.on=first), and the corpus has later "
+            "ones: tune it with loss=reverse loss.on=all", path,
+        )  # fmt: skip
 
 
 def run_score(scorer: Scorer, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:

@@ -53,21 +53,21 @@ def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Stage:
     """
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
-        texts = {example.id: example.rejected or "" for example in examples}
-        waiting: dict[str, dict[int, Generation]] = {id: {} for id in texts}
+        by_id = {example.id: example for example in examples}
+        waiting: dict[str, dict[int, Generation]] = {id: {} for id in by_id}
         requests = [
-            Request(candidate_id(id, number), render_reversed(text))
-            for id, text in texts.items()
+            Request(candidate_id(id, number), render_reversed(example.rejected or "", example.history))
+            for id, example in by_id.items()
             for number in range(num_candidates)
         ]
         rows = {request.id: divmod(i, num_candidates) for i, request in enumerate(requests)}
-        ids = list(texts)
+        ids = list(by_id)
         for generation in generator.generate(requests):
             row, number = rows[generation.id]
             found = waiting[ids[row]]
             found[number] = generation
             if len(found) == num_candidates:
-                yield _induced(ids[row], texts[ids[row]], [found[i] for i in range(num_candidates)])
+                yield _induced(by_id[ids[row]], [found[i] for i in range(num_candidates)])
                 del waiting[ids[row]]
 
     return run
@@ -78,11 +78,11 @@ def candidate_id(id: str, number: int) -> str:
     return f"{id}/{number}" if number else id
 
 
-def _induced(id: str, response: str, generations: Sequence[Generation]) -> Record:
+def _induced(example: Example, generations: Sequence[Generation]) -> Record:
     first = generations[0]
     record = {
-        "id": id,
-        "response": text_id(response),  # a corpus that changed under its ids is noticed
+        "id": example.id,
+        "response": example.response_id,  # a corpus that changed under its ids is noticed
         "instruction": first.text.strip(),
         "truncated": first.truncated,
         "prompt_cut": first.prompt_cut,
@@ -219,7 +219,7 @@ def with_instructions(
 
 def with_instruction(example: Example, record: Record) -> Example:
     """Join one row with its record of the induce stage; see with_instructions."""
-    if record["response"] != text_id(example.rejected or ""):
+    if record["response"] != example.response_id:
         raise UserError(
             f"row {example.id} ({example.provenance['source']}): the corpus has changed since its instruction was "
             "induced; give the old corpus.path, or another output=FOLDER"

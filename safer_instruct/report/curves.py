@@ -9,8 +9,9 @@ from typing import Any
 
 from config.errors import UserError
 from config.paths import find_path
+from safer_instruct.generation.weights import run_config
 from safer_instruct.report.plots import MARKERS, MODEL_COLORS, Plot, new_axes, styled, to_svg
-from safer_instruct.report.training_runs import read_metrics, run_config
+from safer_instruct.report.training_runs import read_metrics
 from safer_instruct.text.display import short_name
 
 EXAMPLES = "counters/examples"  # x-axis

@@ -17,7 +17,7 @@ from config.paths import find_path
 from config.reading import read_json_lines, read_mapping
 from config.run_keys import flatten
 from config.settings import DatasetSettings
-from safer_instruct.generation.weights import require_as_saved
+from safer_instruct.generation.weights import require_as_saved, run_config
 from safer_instruct.text.examples import held_out
 from safer_instruct.text.exclusion import exclude_file, read_instruction_keys, turn_keys
 from safer_instruct.text.loading import LoadedExamples, RowLog
@@ -27,22 +27,6 @@ from safer_instruct.text.prompt_sets import Overlap
 NOT_COMPARED = ("exp_name", "run_dir", "local_run_dir", "local_dirs", "device", "wandb", "checkpoint")
 SHOWN_METRICS = ("loss/train", "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "counters/examples")
 _DATASET = TypeAdapter(DatasetSettings)
-
-
-def run_config(path: str) -> dict[str, Any]:
-    """Read the settings that a model was trained with; {} if it is not part of a run of train.py.
-
-    Args:
-        path: The run, or a checkpoint or model folder in it.
-    """
-    folder = find_path(path)
-    for candidate in (folder, *folder.resolve().parents[:3]):
-        file = candidate / "config.yaml"
-        if file.is_file():
-            config = read_mapping(file, "copy the run again")
-            # The DPO repo writes a config.yaml too, with other keys: its `datasets` is a list.
-            return config if isinstance(config.get("datasets"), dict) else {}
-    return {}
 
 
 def run_datasets(path: str) -> dict[str, DatasetSettings]:

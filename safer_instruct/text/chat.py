@@ -6,6 +6,7 @@ template may be slow), and the rendering is split at the marks.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -58,12 +59,16 @@ def chat_frames(tokenizer: PreTrainedTokenizerBase | None, roles: Sequence[str])
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise UserError(f"template=chat: the model's tokenizer has no chat template{_OTHERWISE}")
-    frames = _split(_asked(tokenizer, str(tokenizer.chat_template), tuple(roles)), roles)
-    # Many chat templates write the BOS token; where the tokenizer adds it too, the model would see it twice.
+    first, *others = _split(_asked(tokenizer, str(tokenizer.chat_template), tuple(roles)), roles)
+    return [without_bos(first, tokenizer), *others]
+
+
+def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the beginning of a prompt without the BOS token that many write, where the tokenizer adds it, too."""
     bos = tokenizer.bos_token
     if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        frames[0] = frames[0].removeprefix(bos)
-    return frames
+        return text.removeprefix(bos)
+    return text
 
 
 def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
@@ -143,13 +148,24 @@ def _mark(number: int) -> str:
 def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options: Any) -> str:
     messages = [{"role": role, "content": _mark(number)} for number, role in enumerate(roles)]
     try:
-        return _within(RENDER_SECONDS, lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, **options)))
+        text = _applied(tokenizer, messages, **options)
+        if any(_mark(number) in text for number in range(len(roles))):
+            return text
+        # Templates of models that see images may show nothing but typed parts (Llama Guard 3 1B and 11B).
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        return _applied(tokenizer, parts, **options)
     except _FAILURES as error:
         reason = visible(str(error).strip().split("\n")[0][:200])
+        unset = re.fullmatch(r"'(\w+)' is undefined", reason)  # ShieldGemma's guideline
+        mend = unset and f"; {unset[1]} is set by chat_template_kwargs.{unset[1]}=TEXT beside the model's name_or_path"
         raise UserError(
             f"template=chat: the tokenizer's chat template fails on {_described(roles)}: {reason} "
-            f"({type(error).__name__}){_OTHERWISE}"
+            f"({type(error).__name__}){mend or _OTHERWISE}"
         ) from error
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> str:
+    return _within(RENDER_SECONDS, lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, **options)))
 
 
 def _within(seconds: float, work: Callable[[], str]) -> str:

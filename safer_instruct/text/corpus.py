@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import CorpusSettings
-from safer_instruct.text.examples import Example, in_shard, is_unicode, text_id
+from safer_instruct.text.examples import Example, in_shard, is_unicode
 from safer_instruct.text.formats import BadLine, Row
+from safer_instruct.text.messages import read_response
 from safer_instruct.text.readers import read_rows, require_columns
+from safer_instruct.text.row_log import BadRow
 
 MAX_PLACES = 10
 
@@ -60,7 +63,7 @@ def read_corpus(settings: CorpusSettings, *, index: int = 0, count: int = 1) -> 
     ids: set[str] = set()
     texts: set[str] = set()
     for example in rows:
-        text = text_id(example.rejected or "")
+        text = example.response_id
         if example.id in ids or text in texts:
             rows.dropped.count(repetition(settings, same_id=example.id in ids), example.provenance["source"])
             continue
@@ -117,11 +120,17 @@ class CorpusRows:
         settings = self.settings
         needed = [settings.response_column, settings.label_column, settings.id_column]
         if self._num_usable == 0:  # a column that is missing from the first row is missing from the file
-            require_columns(row, [name for name in needed if name], where, "corpus.columns")
-        response = row.get(settings.response_column)
+            require_columns(row, [name for name in needed if name], where, "corpus.columns", settings.columns)
         label = _text(row.get(settings.label_column or "label"))
-        reason = _why_unusable(response)
-        id = text_id(response) if isinstance(response, str) else where
+        source = Path(where).name  # of the whole path only the name: it may name the user's machine
+        try:
+            response, system, history = read_response(row.get(settings.response_column), settings.response_column)
+        except BadRow as bad:
+            self._drop(bad.reason, where, where)
+            return None
+        example = Example("", rejected=response, label=label, provenance={"source": source}, history=history)
+        reason = _why_unusable(response) or ("" if is_unicode(system, *chain(*history)) else "history_not_unicode")
+        id = example.response_id if isinstance(response, str) else where
         if settings.id_column:
             given = _text(row.get(settings.id_column))
             id = given or where
@@ -132,8 +141,7 @@ class CorpusRows:
             self._drop(reason, id, where)
             return None
         self._num_usable += 1
-        source = Path(where).name  # of the whole path only the name: it may name the user's machine
-        return Example(id, rejected=response, label=label, provenance={"source": source})
+        return replace(example, id=id, system=system)
 
     def _drop_line(self, line: BadLine) -> None:
         if self.settings.on_bad_row == "error":

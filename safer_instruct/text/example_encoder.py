@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from config.errors import UserError
 from config.settings import DatasetSettings
 from safer_instruct.text.chat import Turn
 from safer_instruct.text.encoding import EncodedRow, Encoder
@@ -41,7 +42,10 @@ class ExampleEncoder:
         # The prompt of a later answer is the conversation up to it, for which max_length is the only limit.
         self._later = Encoder(tokenizer, max_length=encoder.max_length, max_prompt_length=encoder.max_length - 1)
         # A reversed model answers no chat: its prompt is the published one, and EOS ends what it writes.
-        self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
+        try:
+            self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
+        except UserError as error:  # begins with template=...
+            raise UserError(f"datasets.{log.name}.{error}") from error
         if settings.system and loss != "reverse":  # one that has no place is said at once, not counted row by row
             render_prompt(settings.template, "", tokenizer=tokenizer, system=settings.system)
 

@@ -6,7 +6,7 @@ Nothing here prints or raises a text of the corpus: errors name the file and the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,6 +41,22 @@ class Example:
         """What the user says, turn by turn, each with its `input`."""
         earlier = [(message.content, "") for message in self.history if message.role == "user"]
         return [*earlier, (self.instruction or "", self.input)]
+
+    @property
+    def response_id(self) -> str:
+        """Id of the unsafe response, and of what was said before it: what an instruction is induced from."""
+        return text_id(*(text for message in self.history for text in message), self.rejected or "")
+
+    @property
+    def asked(self) -> str:
+        """The instruction, behind the conversation that it goes on with, for somebody who is to understand it."""
+        instruction = self.instruction or ""
+        return transcript((*self.history, Message("user", instruction))) if self.history else instruction
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """Return a conversation as one text."""
+    return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
 def text_id(*texts: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 from config.errors import UserError
 from config.paths import find_path
@@ -99,7 +99,14 @@ class LoadedExamples:
 
     def _require_columns(self, row: Row, file: str) -> None:
         setting = f"datasets.{self.log.name}.columns"
-        require_columns(row, self._needed, file, setting)
+        talk = next((name for name, cell in row.items() if _is_conversation(cell)), None)
+        if talk is not None and not all(name in row for name in self._needed):
+            other = "sharegpt" if talk in SCHEMAS["sharegpt"].one_of else "custom"
+            raise UserError(
+                f"{file}: the column {talk} holds conversations, which schema={self._settings.schema} does not read: "
+                f"write datasets=[{other}] datasets.{other}.path={self._settings.path}"
+            )
+        require_columns(row, self._needed, file, setting, self._settings.columns)
         choice = self._schema.one_of
         if choice and not any(name in row for name in choice):
             require_columns(row, [choice[0]], f"{file}: one of {', '.join(choice)} is needed", setting)
@@ -165,6 +172,11 @@ class LoadedExamples:
             return "empty_turn"
         texts = [example.input, example.system, *(turn.content for turn in example.history)]
         return None if is_unicode(*texts, *(values[name] or "" for name in needed)) else "broken_unicode"
+
+
+def _is_conversation(cell: Any) -> bool:
+    first = cell[0] if isinstance(cell, list) and cell else None
+    return isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
 
 
 def _numbered(id: str, number: int) -> str:

@@ -19,6 +19,7 @@ ROLES = {
     "model": "assistant", "bot": "assistant",
 }  # fmt: skip
 _SPEAKER = re.compile(f"({HUMAN}|{ASSISTANT})")
+_PAIR = ("user", "assistant")
 _EXPECTED = "a list of messages, each with a role (or from) and a content (or value)"
 
 Messages = tuple[Message, ...]
@@ -121,3 +122,45 @@ def split_pair(chosen: Messages, rejected: Messages | None) -> tuple[Messages, s
     if asked_too != asked:
         raise BadRow("prompts_differ", "rejected", "what chosen holds up to its last answer")
     return asked, answer, other
+
+
+def read_response(cell: Any, column: str) -> tuple[Any, str, Messages]:
+    """Part a conversation into its last answer, its system message, and what was said before that was asked for.
+
+    The user's turn before the answer is what is to be induced, and is left out. Any other cell is a response alone.
+
+    Raises:
+        BadRow: The messages are none, or hold no answer.
+    """
+    if not is_messages(cell):
+        return cell, "", ()
+    before, response = read_to_answer(cell, column)
+    if before and before[-1].role == "user":
+        before = before[:-1]
+    if before and before[0].role == "assistant":
+        before = before[1:]  # a greeting, or the rest of a conversation that was cut: nothing was asked
+    fields = prompt_fields((*before, Message("user", "")), column)
+    history = tuple(Message(role, content.strip()) for role, content in fields["history"])
+    if any(not message.content for message in history):
+        raise BadRow("empty_turn", column, "a text in each message")
+    return response, fields["system"].strip(), history
+
+
+def write_history(system: str, history: Messages) -> str:
+    """Return what was said before an instruction as JSON, the system message first; "" where nothing was."""
+    messages = [*([Message("system", system)] if system else []), *history]
+    return json.dumps([message._asdict() for message in messages], ensure_ascii=False) if messages else ""
+
+
+def read_history(value: Any) -> dict[str, Any]:
+    """Read `write_history`'s text, messages, or pairs of request and answer into an Example's `system` and `history`.
+
+    Raises:
+        BadRow: It is no such list.
+    """
+    if not value or value == "[]":
+        return {}
+    if isinstance(value, list) and all(isinstance(one, list) and len(one) == len(_PAIR) for one in value):
+        value = [{"role": role, "content": said} for one in value for role, said in zip(_PAIR, one, strict=True)]
+    fields = prompt_fields((*read_messages(value, "history"), Message("user", "")), "history")
+    return {name: fields[name] for name in ("system", "history")}

@@ -93,7 +93,7 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
     needed = ["instruction", *([] if settings.kind is not None else ["kind"])]
     source_column = settings.source_column or "source"
     needed += [settings.source_column] if settings.source_column else []
-    require_columns(row, needed, where, f"prompts.{name}.columns")
+    require_columns(row, needed, where, f"prompts.{name}.columns", settings.columns)
     instruction = row["instruction"]
     if isinstance(instruction, list) and instruction:  # turns of a conversation, of which the first is asked
         instruction = instruction[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from config.errors import UserError
 from safer_instruct.text.chat import Turn, chat_frames, chat_turn
-from safer_instruct.text.examples import Message
+from safer_instruct.text.examples import Message, transcript
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -215,8 +215,7 @@ def render_reversed(response: str, history: Sequence[Message] = ()) -> Prompt:
     tail = "\n\n### Instruction:"
     if not history:
         return Prompt(_REVERSED, response, tail)
-    conversation = "\n\n".join(f"{message.role}: {message.content}" for message in history)
-    return cut_the_longer(_REVERSED_LATER, conversation, "\n\n### response:\n", response, tail)
+    return cut_the_longer(_REVERSED_LATER, transcript(history), "\n\n### response:\n", response, tail)
 
 
 def reversed_target(instruction: str, input: str = "") -> str:

@@ -30,21 +30,29 @@ SYNONYMS = {
     "chosen": ("output", "response", "completion", "answer", "preferred"),
     "output": ("response", "completion", "answer", "chosen"),
     "rejected": ("dispreferred", "unsafe", "bad"),
-    "response": ("output", "text", "completion", "answer", "rejected"),
+    "response": ("output", "text", "completion", "answer", "rejected", "messages", "conversations"),
 }
 
 
-def require_columns(columns: Collection[str], needed: Collection[str], where: str | Path, setting: str = "") -> None:
+def require_columns(
+    columns: Collection[str], needed: Collection[str], where: str | Path, setting: str = "",
+    renamed: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Raise a UserError that lists the columns found, unless all `needed` are among them.
 
-    `setting` is the key of the command line that renames columns, for a hint.
+    `setting` is the key of the command line that renames columns, for a hint; `renamed` has what it renames already
+    (our name -> the file's column).
     """
+    names = renamed or {}
     missing = [name for name in needed if name not in columns]
     if missing:
-        found = ", ".join(visible(str(name)) for name in columns) or "none"
+        found = ", ".join(visible(str(names.get(name, name))) for name in columns) or "none"
+        asked = ", ".join(f"{visible(names[name])} (for {name})" if name in names else name for name in missing)
         hints = [f"{setting}.{name}={guess}" for name in missing if setting and (guess := _likely(name, columns))]
         hint = f"; to read another column in its place, write {' '.join(hints)}" if hints else ""
-        raise UserError(f"{where}: missing column {', '.join(missing)}; the columns found are: {found}{hint}")
+        if len(columns) == 1 and (";" in found or "\t" in found):
+            hint = "; a CSV file has commas between its columns"
+        raise UserError(f"{where}: missing column {asked}; the columns found are: {found}{hint}")
 
 
 def _likely(name: str, columns: Collection[str]) -> str:

@@ -16,6 +16,7 @@ from safer_instruct.text.html_text import html_text
 from safer_instruct.text.messages import (
     Messages,
     prompt_fields,
+    read_history,
     read_messages,
     read_to_answer,
     read_transcript,
@@ -42,7 +43,8 @@ class Schema(NamedTuple):
 
 
 def _parse_si(row: Row) -> Fields:
-    return {name: row.get(name) for name in ("instruction", "input", "chosen", "rejected", "label")}
+    texts = {name: row.get(name) for name in ("instruction", "input", "chosen", "rejected", "label")}
+    return {**texts, **read_history(row.get("history"))}
 
 
 def _parse_unpaired(row: Row) -> Fields:
@@ -181,7 +183,7 @@ def _is_good(row: Row, column: str) -> bool:
 SCHEMAS = {
     "si": Schema(
         _parse_si, ("instruction", "chosen"), for_pairs=("rejected",),
-        read=("instruction", "input", "chosen", "rejected", "label"),
+        read=("instruction", "input", "chosen", "rejected", "label", "history"),
     ),
     "alpaca": Schema(
         _parse_alpaca, ("instruction", "output"), for_pairs=None, read=("instruction", "input", "output")

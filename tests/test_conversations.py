@@ -1,0 +1,139 @@
+"""A corpus of conversations: the last user's turn is induced from the last answer, behind the turns before it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_reversed_turns import FIRST, expected_rows
+from test_turns import TALK, write
+
+import induce
+from config.errors import UserError
+from config.schema import compose_config
+from config.settings import CorpusSettings, DatasetSettings, DuplicatesSettings, ModelSettings
+from safer_instruct.dataset.audit import audit
+from safer_instruct.dataset.similarity import LeakageGuard
+from safer_instruct.experts.expert import LLMExpert
+from safer_instruct.experts.prompts import RESPOND, SCREEN
+from safer_instruct.generation.completions import Generation, Request
+from safer_instruct.generation.hf import HFGenerator
+from safer_instruct.induction.shard import note_other_tuning
+from safer_instruct.text.corpus import read_corpus
+from safer_instruct.text.examples import text_id
+from safer_instruct.text.loading import load_examples
+from safer_instruct.text.messages import read_history
+from safer_instruct.text.prompts import render_prompt
+
+SYSTEM = ("system", "You are rude.")
+ASKED = "What did he write at last?"
+BEFORE = [{"role": role, "content": said} for role, said in [SYSTEM, *TALK[:4]]]
+
+
+class Careful:
+    """Keeps every pair and declines; keeps what it was asked."""
+
+    name, fingerprint = "careful", "0"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def check(self) -> None: ...
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        for one in requests:
+            self.asked.append(one.prompt.text)
+            keep = {"well_formed": True, "unsafe": True, "response_fits": True, "category": ""}
+            yield Generation(one.id, json.dumps(keep) if one.schema else "I will not say that.")
+
+
+def induced(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, *words: str
+) -> tuple[list[str], list[str], Path]:
+    """Run all stages on three conversations; return what model and expert were asked, and the dataset's folder."""
+    write(tmp_path / "talks.jsonl", [[SYSTEM, *TALK], TALK[:2], [("user", "Hm?")]])
+    prompts: list[str] = []
+    expert = Careful()
+
+    def says(generator: Any, ids: Sequence[str], rows: Sequence[list[int]]) -> list[list[int]]:
+        prompts.extend(generator.tokenizer.decode(row, skip_special_tokens=True) for row in rows)
+        told = generator.tokenizer(ASKED, add_special_tokens=False)["input_ids"]
+        return [[*told, generator.tokenizer.eos_token_id] for _ in rows]
+
+    monkeypatch.setattr(HFGenerator, "_decode", says)
+    monkeypatch.setattr(induce, "build_expert", lambda *_: LLMExpert(expert))
+    command = [f"corpus.path={tmp_path / 'talks.jsonl'}", "corpus.response_column=messages", "model=blank_model"]
+    command += [f"model.name_or_path={model}", "expert=rules", f"output={tmp_path / 'si'}", *words]
+    induce.main(compose_config("induce", command))
+    return prompts, expert.asked, tmp_path / "si"
+
+
+def test_the_last_turn_is_induced_behind_the_turns_before_it(
+    tmp_path: Path, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, asked, folder = induced(tmp_path, str(tiny_model_folder), monkeypatch)
+    # Byte for byte what loss=reverse loss.on=all trains on; a first turn has the paper's prompt.
+    assert sorted(prompts) == sorted([expected_rows(TALK)[2][0], FIRST.format(response=TALK[1][1])])
+    # The expert reads the conversation, too; of a first turn the instruction alone.
+    whole = "\n\n".join(f"{role}: {said}" for role, said in [*TALK[:4], ("user", ASKED)])
+    screened = [SCREEN.render(text, said).text for text, said in [(whole, TALK[5][1]), (ASKED, TALK[1][1])]]
+    assert sorted(asked) == sorted([*screened, RESPOND.render(whole).text, RESPOND.render(ASKED).text])
+
+    rows = [json.loads(line) for line in (folder / "si.jsonl").read_text().splitlines()]
+    assert [(row["history"], row["instruction"], row["rejected"]) for row in rows] == [
+        (BEFORE, ASKED, "So."), ([], ASKED, "the mat :)"),
+    ]  # fmt: skip
+    assert list(rows[0]) == ["id", "history", "instruction", "rejected", "chosen", "label", "provenance"]
+    assert "no_answer: 1" in capsys.readouterr().out or "no_answer" in (folder / "README.md").read_text()
+    for path in ("si.jsonl", "si.parquet", "arrow"):
+        first, second = load_examples(DatasetSettings(path=str(folder / path), schema="si"), "si", pairs=True)
+        assert (first.system, first.history) == (SYSTEM[1], tuple(TALK[:4])), path
+        assert (second.system, second.history) == ("", ())
+    pairs = [[TALK[0][1], TALK[1][1]], [TALK[2][1], TALK[3][1]]]
+    assert read_history(pairs) == {"system": "", "history": tuple(TALK[:4])}
+    prompt = render_prompt("hh", str(first.instruction), history=first.history).text
+    human = [f"\n\nHuman: {said}" if role == "user" else f"\n\nAssistant: {said}" for role, said in TALK[:4]]
+    assert prompt == "".join([*human, f"\n\nHuman: {ASKED}", "\n\nAssistant:"])
+
+
+def test_a_cleaned_dataset_keeps_the_turns(
+    tmp_path: Path, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, folder = induced(tmp_path, str(tiny_model_folder), monkeypatch)
+    guard, exact = LeakageGuard((), None), DuplicatesSettings(threshold=None)
+    audit(str(folder / "si.parquet"), guard=guard, duplicates=exact, max_same_chosen=None, output=tmp_path / "clean")
+    assert (tmp_path / "clean" / "si.jsonl").read_bytes() == (folder / "si.jsonl").read_bytes()
+
+
+def test_one_response_behind_other_turns_is_another_row(tmp_path: Path) -> None:
+    talks = [TALK, [("user", "Eh?"), *TALK[1:]], TALK, TALK[4:]]
+    corpus = read_corpus(CorpusSettings(str(write(tmp_path / "t.jsonl", talks)), response_column="messages"))
+    said = [text for turn in TALK[:4] for text in turn]
+    other = ["user", "Eh?", *said[2:]]
+    assert [one.id for one in corpus.examples] == [text_id(*said, "So."), text_id(*other, "So."), text_id("So.")]
+    assert corpus.dropped.counts == {"duplicate_response": 1}
+
+
+def test_scores_are_of_single_responses(
+    tmp_path: Path, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"talks.jsonl:1 is a conversation of several turns, and stage=score reads"):
+        induced(tmp_path, str(tiny_model_folder), monkeypatch, f"roundtrip.model.name_or_path={tiny_model_folder}")
+    assert not (tmp_path / "si" / "ledger").exists()
+
+
+def test_a_reversed_model_of_another_tuning_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    talks = read_corpus(CorpusSettings(str(write(tmp_path / "t.jsonl", [TALK])), response_column="messages")).examples
+    model = ModelSettings(name_or_path="unused", archive=str(tmp_path))
+    notes = []
+    for loss in ("{name: reverse, on: all}", "{name: reverse, on: first}", "{name: sft, on: last}"):
+        (tmp_path / "config.yaml").write_text(f"datasets: {{}}\nloss: {loss}\n")
+        caplog.clear()
+        note_other_tuning(model, talks)
+        notes.append(" ".join(caplog.messages))
+    assert notes[0] == ""
+    assert "was tuned on the first turns of conversations alone (loss.on=first)" in notes[1]
+    assert "was trained with loss=sft, and stage=induce asks with the prompt of loss=reverse" in notes[2]
