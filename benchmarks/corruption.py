@@ -15,34 +15,41 @@ import json
 import os
 import random
 import shutil
-import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+import torch.distributed.checkpoint as dcp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.token_store import write_rows
-from config.checksums import CHECKSUMS, find_damage, write_checksums
+from config.checksums import CHECKSUMS
 from config.errors import UserError
+from config.files import write_text
 from config.settings import CheckpointSettings, DatasetSettings
 from preference_datasets import build_stores
 from tests.conftest import byte_level_tokenizer
 from tests.corruption import caches, cases, damaged, outputs, runs
 from tests.tiny_runs import tiny_settings
-from trainers.data.token_store import TokenStore
+from trainers.data import cache
 from trainers.distributed.launch import launch
 from trainers.distributed.layout import Layout
 from trainers.optimizers import build_optimizer
+from trainers.run import checkpoint, resume
 from trainers.run.checkpoint import CheckpointWriter
-from trainers.run.resume import load_checkpoint
 from trainers.run.run_dir import RunDir
 from trainers.run.saved import RunProgress
+
+WITHOUT = " without"
+KINDS = ("", " (processor)", " (MiB read)")
 
 
 def matrix(seeds: int, folder: Path) -> Counter[str]:
@@ -71,31 +78,63 @@ def matrix(seeds: int, folder: Path) -> Counter[str]:
     return outcomes
 
 
-def seconds(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Return the median of a few calls of each, taken in turns, so that a busy machine is busy for all of them.
+def costs(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Return the least of a few calls of each, taken in turns: what else runs on the machine only adds.
 
-    Under NAME the time that passed, under "NAME (processor)" that of the processor.
+    Under NAME the time that passed, under "NAME (processor)" that of the processor, under "NAME (MiB read)" what it
+    asked the system for, from the cache or the disk.
     """
     taken: dict[str, list[float]] = defaultdict(list)
     for _ in range(repetitions):
         for name, work in works.items():
-            start, start_processor = time.perf_counter(), time.process_time()
+            before = time.perf_counter(), time.process_time(), mebibytes_read()
             work()
-            taken[name].append(time.perf_counter() - start)
-            taken[f"{name} (processor)"].append(time.process_time() - start_processor)
-    return {name: statistics.median(values) for name, values in taken.items()}
+            after = time.perf_counter(), time.process_time(), mebibytes_read()
+            for kind, start, end in zip(KINDS, before, after, strict=True):
+                taken[name + kind].append(end - start)
+    return {name: min(values) for name, values in taken.items()}
 
 
-def with_ratios(found: dict[str, float], whole: tuple[str, str]) -> dict[str, float]:
-    """Add what checksums take of the whole, in time that passed and in time of the processor."""
-    for kind in ("", " (processor)"):
-        checks = found[f"write checksums{kind}"] + found[f"check{kind}"]
-        found[f"ratio{kind}"] = checks / sum(found[f"{name}{kind}"] for name in whole)
+def mebibytes_read() -> float:
+    """Return what this process has read by now, of Linux's count."""
+    return int(Path("/proc/self/io").read_text().split()[1]) / 2**20
+
+
+def with_ratios(found: dict[str, float], works: tuple[str, str]) -> dict[str, float]:
+    """Add what checksums add to both works, as a part of what these take without them."""
+    for kind in KINDS[:2]:
+        whole, without = (sum(found[f"{work}{less}{kind}"] for work in works) for less in ("", WITHOUT))
+        found[f"ratio{kind}"] = whole / without - 1
     return found
 
 
+@contextmanager
+def no_checksums() -> Iterator[None]:
+    """Write DCP's files as DCP does, an empty record, and look at nothing: the program without checksums."""
+
+    class PlainWriter(dcp.FileSystemWriter):
+        digests: ClassVar[dict[Path, str]] = {}
+
+    def empty_record(folder: Path, *, owner: str, **_: object) -> None:
+        write_text(folder / CHECKSUMS, json.dumps({"owner": owner, "files": {}}))
+
+    with (
+        patch.object(checkpoint, "HashingWriter", PlainWriter),
+        patch.object(checkpoint, "write_checksums", empty_record),
+        patch.object(cache, "write_checksums", empty_record),
+        patch.object(resume, "find_damage", lambda *_, **__: ""),
+        patch.object(cache, "find_damage", lambda *_, **__: ""),
+    ):
+        yield
+
+
+def with_and_without(works: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Add to each work the same without checksums; those come first, so that a load finds a record of its own kind."""
+    return {f"{name}{WITHOUT}": no_checksums()(work) for name, work in works.items()} | works
+
+
 def checkpoint_cost(folder: Path, *, hidden: int, repetitions: int) -> dict[str, float]:
-    """Return seconds of a whole save and load, and of the checks in them."""
+    """Return seconds of a whole save and load, with checksums and without."""
     settings, found = tiny_settings(optimizer="AdamW"), {}
     config = LlamaConfig(
         vocab_size=8192, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=6,
@@ -115,25 +154,18 @@ def checkpoint_cost(folder: Path, *, hidden: int, repetitions: int) -> dict[str,
                 writer.save(policy=model, optimizer=optimizer, progress=RunProgress(examples=1))
 
             def load() -> None:
-                load_checkpoint(run, policy=model, optimizer=optimizer, layout=layout)
+                resume.load_checkpoint(run, policy=model, optimizer=optimizer, layout=layout)
 
             found["parameters"] = model.num_parameters()
             save()
-            step = run.latest.resolve()
-            works: dict[str, Callable[[], object]] = {
-                "save": save,
-                "load": load,
-                "write checksums": lambda: write_checksums(step, owner=run.owner(step)),
-                "check": lambda: find_damage(step, owner=run.owner(step)),
-            }
-            found.update(seconds(works, repetitions))
+            found.update(costs(with_and_without({"save": save, "load": load}), repetitions))
 
     launch(worker, settings)
     return with_ratios(found, ("save", "load"))
 
 
 def store_cost(folder: Path, *, rows: int, repetitions: int) -> dict[str, float]:
-    """Return seconds of building and opening a token store, and of the checks in them."""
+    """Return seconds of building and opening a token store, with checksums and without."""
     write_rows(folder / "pairs.jsonl", rows)
     datasets = {"si": DatasetSettings(str(folder / "pairs.jsonl"), "si", eval_fraction=0.01)}
     tokenizer = byte_level_tokenizer(add_bos=True)
@@ -144,14 +176,12 @@ def store_cost(folder: Path, *, rows: int, repetitions: int) -> dict[str, float]
             cache_dir=folder / "cache",
         )  # fmt: skip
 
-    found = seconds({"build": open_stores}, 1)
-    (entry,) = (path.parent for path in (folder / "cache").rglob(CHECKSUMS))
-    works: dict[str, Callable[[], object]] = {
-        "open": open_stores,
-        "write checksums": lambda: write_checksums(entry, owner=entry.name),
-        "check": lambda: find_damage(entry, owner=entry.name),
-    }
-    found |= seconds(works, repetitions) | {"rows": float(len(TokenStore(entry / "train")))}
+    def build() -> None:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        open_stores()
+
+    found = costs(with_and_without({"build": build}), 1)
+    found |= costs(with_and_without({"open": open_stores}), repetitions) | {"rows": float(rows)}
     return with_ratios(found, ("build", "open"))
 
 

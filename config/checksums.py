@@ -7,15 +7,21 @@ a note that somebody put beside the others, is nobody's business here.
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xxhash import xxh3_128
 
 from config.errors import UserError
 from config.files import write_text
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 CHECKSUMS = "checksums.xxh3.json"
 NUM_THREADS = 4
@@ -27,18 +33,42 @@ def everything(name: str) -> bool:
     return True
 
 
-def write_checksums(folder: Path, *, owner: str, files: Iterable[Path] | None = None) -> None:
+class HashedFile(io.FileIO):
+    """A new file that hashes what is written to it, so that nobody need read it again."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path, "w")
+        self._digest = xxh3_128()
+
+    def write(self, data: ReadableBuffer) -> int:
+        """Write and hash by pieces: one that was just written is still in the core's cache."""
+        content, start = memoryview(data).cast("B"), 0
+        while start < len(content):
+            written = super().write(content[start : start + CHUNK_BYTES])
+            self._digest.update(content[start : start + written])
+            start += written
+        return start
+
+    def hexdigest(self) -> str:
+        """Return the digest of what was written, as `hash_prefix` has it of the file."""
+        return self._digest.hexdigest()
+
+
+def write_checksums(
+    folder: Path, *, owner: str, files: Iterable[Path] | None = None, known: Mapping[Path, str] | None = None
+) -> None:
     """Write the record of a folder whose files are complete.
 
     `owner` is what the folder was made for: whoever opens it knows that, so that no other can take its place. `files`
-    are those that the record vouches for; None: all of them, at any depth.
+    are those that the record vouches for; None: all of them, at any depth. `known` digests were taken while a file was
+    written; the other files are read.
     """
+    digests = dict(known or {})
     chosen = sorted(path for path in (folder.rglob("*") if files is None else files) if path.is_file())
     chosen = [path for path in chosen if path != folder / CHECKSUMS]
-    record = {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
-        for path, digest in zip(chosen, _hash_all(chosen), strict=True)
-    }
+    unknown = [path for path in chosen if path not in digests]
+    digests |= zip(unknown, _hash_all(unknown), strict=True)
+    record = {path.relative_to(folder).as_posix(): [path.stat().st_size, digests[path]] for path in chosen}
     write_text(folder / CHECKSUMS, json.dumps({"owner": owner, "files": record}, indent=1) + "\n")
 
 

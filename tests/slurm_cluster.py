@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-PATIENCE_SECONDS = 600.0  # for anything that is awaited; a busy machine takes its time
+PATIENCE_SECONDS = 3000.0  # for anything that is awaited: no measure of speed, only the end of what hangs
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 CONFIG = """\
@@ -73,8 +73,8 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
 class Cluster:
     """The clients of a running Slurm."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment = dict(environment)
+    def __init__(self, environment: Mapping[str, str], patience_seconds: float) -> None:
+        self.environment, self.patience_seconds = dict(environment), patience_seconds
 
     def run(self, *command: str, cwd: Path | None = None, **variables: str) -> str:
         """Return what a client prints; its errors are raised with what it said."""
@@ -98,18 +98,22 @@ class Cluster:
 
     def wait_for_end(self, *jobs: str) -> list[str]:
         """Wait until the jobs are over, requeues included; return their states."""
-        wait_until(lambda: all(self.state(job) in ENDED for job in jobs), f"the end of jobs {', '.join(jobs)}")
+        what = f"the end of jobs {', '.join(jobs)}"
+        wait_until(lambda: all(self.state(job) in ENDED for job in jobs), what, self.patience_seconds)
         return [self.state(job) for job in jobs]
 
 
 @contextmanager
-def slurm(folder: Path, *, cpus: int = 4, kill_wait: int = 60) -> Iterator[Cluster]:
+def slurm(
+    folder: Path, *, cpus: int = 4, kill_wait: int = 60, patience_seconds: float = PATIENCE_SECONDS
+) -> Iterator[Cluster]:
     """Run a Slurm whose node says that it has `cpus` processors; what is left of its jobs ends with it.
 
     Args:
         folder: For its files; empty.
         cpus: May be more than there are.
         kill_wait: Seconds between SIGTERM and SIGKILL.
+        patience_seconds: How long `Cluster.wait_for_end` waits.
     """
     environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
     (folder / "state").mkdir()
@@ -135,7 +139,7 @@ def slurm(folder: Path, *, cpus: int = 4, kill_wait: int = 60) -> Iterator[Clust
         wait_until((folder / "munge.socket").exists, "munged")
         start("slurmctld", "-D")
         start("slurmd", "-D")
-        cluster = Cluster(environment)
+        cluster = Cluster(environment, patience_seconds)
         wait_until(lambda: _is_up(cluster), f"the node; see the files in {folder}")
         try:
             yield cluster

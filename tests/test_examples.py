@@ -305,3 +305,41 @@ def test_a_row_group_that_would_fill_the_memory_is_refused(tmp_path: Path, monke
     monkeypatch.setattr("safer_instruct.text.formats.MAX_GROUP_BYTES", 1000)
     with pytest.raises(UserError, match=r"a\.parquet: a row group of .* GiB.*row_group_size"):
         list(read_rows(file))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_table_of_a_few_bytes_that_would_become_gigabytes_is_refused(suffix: str, tmp_path: Path, monkeypatch) -> None:
+    """One text of 1 MB in a dictionary, 20,000 times: 20 GB. Refused after what may be held, a few rows at a time."""
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["y" * 1_000_000])
+    file, table = tmp_path / f"a.{suffix}", pyarrow.table({"a": column})
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, file, compression="zstd")
+        assert file.stat().st_size < 2000
+    else:
+        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    monkeypatch.setattr("safer_instruct.text.formats.MAX_GROUP_BYTES", 4_000_000)
+    monkeypatch.setattr("safer_instruct.text.formats.MIN_TABLE_CHARACTERS", 1 << 25)
+    monkeypatch.setattr("safer_instruct.text.formats.MAX_TABLE_EXPANSION", 10)
+    before, read = pyarrow.total_allocated_bytes(), 0
+    with pytest.raises(UserError, match=rf"a\.{suffix}:\d+: the texts up to here are more than .*JSONL"):
+        for _, _row in read_rows(file):
+            read += 1
+            assert pyarrow.total_allocated_bytes() - before < 10_000_000
+    assert 30 <= read <= 34
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_column_that_is_nested_without_end_is_one_message(suffix: str, tmp_path: Path) -> None:
+    column = pyarrow.array(["x"])
+    for _ in range(60):
+        column = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1], pyarrow.int32()), column)
+    table, file = pyarrow.table({"a": column}), tmp_path / f"a.{suffix}"
+    if suffix == "parquet":  # pyarrow writes more levels than it reads
+        pyarrow.parquet.write_table(table, file)
+        with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file"):
+            list(read_rows(file))
+    else:
+        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        assert len(list(read_rows(file))) == 1

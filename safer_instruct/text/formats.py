@@ -22,8 +22,9 @@ MAX_TEXT_CHARACTERS = 1 << 24  # a longer one is an unclosed quote or a damaged 
 MAX_LINE_CHARACTERS = 2 * MAX_TEXT_CHARACTERS  # of JSON, where a row may hold several texts
 JSON_CHUNK_CHARACTERS = 1 << 20
 MAX_GROUP_BYTES = 2 << 30  # of Parquet, unpacked: it is held in memory
-TABLE_ROWS = 64  # of a table at a time: each may hold a text of MAX_TEXT_CHARACTERS
-
+TABLE_ROWS = 64  # of a table at a time, fewer where they could be large: each may hold a text of MAX_TEXT_CHARACTERS
+MAX_TABLE_EXPANSION = 1000  # text of a table by its bytes on the disk: a dictionary of one text may fill each row
+MIN_TABLE_CHARACTERS = 1 << 30  # below, a small table may hold any multiple of its size
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".csv", ".json", ".jsonl")
@@ -214,22 +215,32 @@ _BEFORE_ITEM = re.compile(r"[ \n\r\t]*,?[ \n\r\t]*")
 
 
 def _read_table(file: Path) -> Iterator[tuple[int, Row]]:
+    characters, limit = 0, max(MIN_TABLE_CHARACTERS, MAX_TABLE_EXPANSION * file.stat().st_size)
     rows = chain.from_iterable(batch.to_pylist() for batch in _batches(file))
-    return enumerate(rows, start=1)
+    for number, row in enumerate(rows, start=1):
+        characters += sum(len(value) for value in row.values() if isinstance(value, str))
+        if characters > limit:
+            raise UserError(
+                f"{file}:{number}: the texts up to here are more than {limit / 2**30:.1f} GiB, over "
+                f"{MAX_TABLE_EXPANSION:,} times the file: one text stands in row after row; leave out its column, or "
+                "write the file as JSONL if that is meant"
+            )
+        yield number, row
 
 
 def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
     """Yield the batches of a Parquet file, or of an arrow file: the stream that `datasets` writes, or Feather."""
     if file.suffix.lower() == ".parquet":
         with pyarrow.parquet.ParquetFile(file) as table:
-            groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
-            largest = max((group.total_byte_size for group in groups), default=0)
+            sizes = [_group_bytes(table.metadata.row_group(i)) for i in range(table.metadata.num_row_groups)]
+            largest = max((whole for whole, _ in sizes), default=0)
             if largest > MAX_GROUP_BYTES:
                 raise UserError(
                     f"{file}: a row group of {largest / 2**30:.1f} GiB, which is read as a whole; write the file with "
                     "smaller ones (row_group_size=10000)"
                 )
-            yield from table.iter_batches(batch_size=TABLE_ROWS)
+            for group, (_, column) in enumerate(sizes):
+                yield from table.iter_batches(batch_size=_rows_at_a_time(column), row_groups=[group])
         return
     with pyarrow.memory_map(str(file)) as source:
         try:
@@ -239,4 +250,16 @@ def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         for batch in batches:
-            yield from (batch.slice(start, TABLE_ROWS) for start in range(0, batch.num_rows, TABLE_ROWS))
+            step = _rows_at_a_time(batch.nbytes)
+            yield from (batch.slice(start, step) for start in range(0, batch.num_rows, step))
+
+
+def _group_bytes(group: pyarrow.parquet.RowGroupMetaData) -> tuple[int, int]:
+    """Return the bytes of a row group, unpacked, and those of its largest column."""
+    columns = [group.column(number).total_uncompressed_size for number in range(group.num_columns)]
+    return group.total_byte_size, max(columns, default=0)
+
+
+def _rows_at_a_time(largest_bytes: int) -> int:
+    """Return how many rows fit into MAX_GROUP_BYTES if a dictionary puts a value of this size into each of them."""
+    return max(1, min(TABLE_ROWS, MAX_GROUP_BYTES // max(1, largest_bytes)))

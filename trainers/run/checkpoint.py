@@ -52,6 +52,7 @@ from trainers.run.model_card import render_model_card
 from trainers.run.rng import random_state
 from trainers.run.run_dir import RunDir, remove
 from trainers.run.saved import RunProgress, best_checkpoint, discard, point, saved_checkpoints
+from trainers.run.state_writer import HashingWriter
 
 Unlogged = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
@@ -120,15 +121,13 @@ class CheckpointWriter:
             weights = full_parameters(policy, layout, only)
         ranks = gather_objects({"random": random_state(), "unlogged": unlogged or {}})
         sharded_state = {"optimizer": get_optimizer_state_dict(policy, optimizer), **(shards or {})}
+        writer = HashingWriter(partial / "state")
         written: Any = dcp.async_save(
-            sharded_state,
-            checkpoint_id=partial / "state",
-            process_group=self._group,
-            async_stager=self._stager,
+            sharded_state, storage_writer=writer, process_group=self._group, async_stager=self._stager
         )
         if layout.is_main:
             state = {"progress": asdict(progress), **{f"rank{rank}": one for rank, one in enumerate(ranks)}}
-            parts = (exporter_of(policy), adapter, weights, state, written)
+            parts = (exporter_of(policy), adapter, weights, state, written, writer.digests)
             self._pending = self._thread.submit(self._complete, partial, final, *parts)
         else:
             self._pending = written
@@ -180,6 +179,7 @@ class CheckpointWriter:
         weights: dict[str, Tensor],
         state: dict[str, Any],
         shards: Future[Any],
+        digests: dict[Path, str],
     ) -> None:
         """Turn the copies into a complete checkpoint, in the thread of rank 0."""
         try:
@@ -203,7 +203,7 @@ class CheckpointWriter:
             _readable_like(partial / "state" / "progress.json", partial)
             with ThreadPoolExecutor(max_workers=1) as pool:  # the disk is waited for while its files are hashed
                 synced = pool.submit(fsync_tree, partial)
-                write_checksums(partial, owner=self._run.owner(final))
+                write_checksums(partial, owner=self._run.owner(final), known=digests)
                 synced.result()
             for written in (partial / CHECKSUMS, partial):
                 sync(written)
