@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 from config.checks import check_device, check_hub, check_lengths
 from config.checks_lora import check_lora, check_quantized
 from config.checks_loss import check_loss, check_reference, check_rows
+from config.names import INSTALL_TORCHAO, TORCHAO_OPTIMIZERS
 from config.paths import find_path
 from config.rules import MISSING, Fault, check_values, misfit
 from config.settings import TrainConfig, TrainerSettings
@@ -138,6 +140,19 @@ def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
     if config.optimizer != "Muon" and config.fallback_optimizer is not None:
         why = f"optimizer={config.optimizer} steps all parameters; leave it out, or write optimizer=Muon"
         yield misfit("fallback_optimizer", config.fallback_optimizer, why, "optimizer")
+    if config.optimizer in TORCHAO_OPTIMIZERS:
+        if config.trainer.name != "BasicTrainer":
+            why = (
+                "a state of 8 bits is not sharded; write trainer=BasicTrainer, or optimizer=AdamW, whose state is spread "
+                "over the processes"
+            )
+            yield misfit("optimizer", config.optimizer, why, "trainer.name")
+        try:
+            import_module("torchao.optim")
+        except ImportError as error:
+            why = f"it is torchao's, which cannot be imported ({error}): {INSTALL_TORCHAO}"
+            yield misfit("optimizer", config.optimizer, why)
+            return
     yield from _refused(config.optimizer, config.optimizer_args, "optimizer")
     if config.fallback_optimizer is not None:
         yield from _refused(config.fallback_optimizer, config.fallback_args, "fallback_optimizer")
@@ -146,8 +161,9 @@ def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
 def _refused(name: str, arguments: dict[str, Any], key: str) -> Iterator[Fault]:
     import torch
 
+    module = import_module("torchao.optim") if name in TORCHAO_OPTIMIZERS else torch.optim
     try:
-        vars(torch.optim)[name]([torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3, **arguments)
+        vars(module)[name]([torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3, **arguments)
     except (TypeError, ValueError) as error:
         args_key = "optimizer_args" if key == "optimizer" else "fallback_args"
         yield misfit(args_key, arguments, f"these do not fit {key}={name}: {error}", key)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from config import rules
-from config.names import OPTIMIZERS, PAIRINGS, SCHEDULERS, SCHEMAS
+from config.names import OPTIMIZERS, PAIRINGS, SCHEDULERS, SCHEMAS, TORCHAO_OPTIMIZERS
 from config.rules import MISSING, BadRow, Count, Device, Dtype, ExistingPath, HubName, HubPath, Share, Template
 
 
@@ -180,7 +180,8 @@ class TrainConfig:
     n_epochs: Count | None = 1  # passes over the data; null: n_examples decides
     n_examples: Count | None = None  # stop after this many examples if n_epochs has not ended before; null: no limit
     n_eval_examples: Count | None = 256  # held-out examples of one evaluation; null: all
-    optimizer: Annotated[str, rules.choices(*OPTIMIZERS)] = "RMSprop"  # class of torch.optim
+    # Class of torch.optim; AdamW8bit: torchao's, whose state has 8 bits in place of 32.
+    optimizer: Annotated[str, rules.choices(*OPTIMIZERS, *TORCHAO_OPTIMIZERS)] = "RMSprop"
     optimizer_args: dict[str, Any] = field(default_factory=dict)  # its other arguments: betas, eps, weight_decay, ...
     # Optimizer of what `optimizer` cannot step: Muon leaves vectors, embeddings and head; null: there is no such thing.
     fallback_optimizer: Annotated[str, rules.choices("AdamW", "Adam", "RMSprop", "SGD")] | None = None

@@ -10,15 +10,22 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
-from config.settings import CheckpointSettings
+from config.settings import CheckpointSettings, ReferenceSettings
 from tests.commands import run, write_pairs
 from tests.test_batching import loader, make_store
 from tests.test_train_entrypoint import FAST, entries
 from tests.tiny_runs import tiny_settings, tiny_trainer
-from trainers import dry_run
+from trainers import dry_run, reference
 from trainers.data.packing import num_positions, num_tokens
 from trainers.distributed.launch import launch
-from trainers.estimates import count_work, num_checkpoints, num_evaluations
+from trainers.estimates import (
+    count_work,
+    num_checkpoints,
+    num_evaluations,
+    num_renewed_evaluations,
+    renewal_positions,
+    renewals,
+)
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
@@ -94,6 +101,36 @@ def test_evaluations_and_checkpoints_are_those_of_a_run(tmp_path, name):
     assert num_checkpoints(ends, best) == (0 if settings.debug else min(2, num_evaluations(ends[-1:], settings)))
 
 
+@pytest.mark.parametrize(("refresh", "eval_every"), [(10, 12), (20, 1000)])
+def test_renewals_are_those_of_a_run(tmp_path, monkeypatch, refresh, eval_every):
+    """22 rows in batches of 4 for two epochs, and 7 rows to evaluate on; a filler's row is computed beside them."""
+    settings = tiny_settings(
+        n_epochs=2, eval_every=eval_every, reference=ReferenceSettings(refresh_examples=refresh, refresh_alpha=0.6)
+    )
+    trainers, computed, original = [], [], reference.computed_logps
+
+    def spied(model, store, rows, **options):
+        computed.append((len(store), len(rows)))
+        return original(model, store, rows, **options)
+
+    def work(layout):
+        with RunDir.open(tmp_path / "run", config=asdict(settings), manifest={}) as run:
+            trainers.append(tiny_trainer(tmp_path, layout, run, settings))
+            monkeypatch.setattr(reference, "computed_logps", spied)
+            trainers[0].train()
+
+    launch(work, settings)
+    loaders = [trainers[0].train_loader, trainers[0].eval_loader]
+    works = [count_work(one) for one in loaders]
+    trained = [rows for size, rows in computed if size == 22]
+    evaluated = [rows for size, rows in computed if size == 7]
+    assert len(renewals(works[0].ends, settings)) == len(trained)
+    assert num_renewed_evaluations(works[0].ends, settings) == len(evaluated)
+    said = renewal_positions(settings, loaders, works) - len(evaluated) * works[1].positions
+    made = sum(trained) * works[0].positions / works[0].ends[-1]
+    assert made - len(trained) * works[0].positions / works[0].ends[-1] - 1 <= said <= made * 1.3  # rows seen twice
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory, tokenizer):
     """A million parameters: beside them the tokenizer and the random states of a checkpoint are small."""
@@ -135,9 +172,10 @@ def test_three_real_steps_leave_nothing_behind(command, model_folder, tmp_path, 
         return original(self, batch, *arguments)
 
     monkeypatch.setattr(Trainer, "train_step", spied)
-    out = here("loss=dpo", "dry_run=true", "sample_during_eval=true", *command, "seed=1")
+    renewed = "reference.refresh_examples=20"
+    out = here("loss=dpo", "dry_run=true", "sample_during_eval=true", renewed, *command, "seed=1")
     assert "from three real steps (cpu, processes: 1):" in out
-    for name in ("step", "training", "reference", "evaluations", "in all", "memory", "checkpoint"):
+    for name in ("step", "training", "reference", "renewals", "evaluations", "in all", "memory", "checkpoint"):
         assert re.search(rf"^  {name} +\S", out, re.MULTILINE), name
     assert "4 of" in out  # at the start, after 16 and 32 examples, at the end
     assert len(taken) == 3

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader
 from trainers.distributed.layout import Layout
-from trainers.estimates import Work, count_work, describe_measured, describe_work, measure
+from trainers.estimates import Work, count_work, describe_measured, describe_work, measure, renewal_positions
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
@@ -62,9 +62,10 @@ def _steps(
     if trainer.objective.needs_reference:  # each row once, where a run may visit it in several epochs
         for loader, work in zip(loaders, works, strict=True):
             num_positions += work.positions * len(loader.rows_visited()) // work.ends[-1]
+    renewed = renewal_positions(config, loaders, works)
     return [
         f"from three real steps ({layout.device.type}, processes: {layout.world_size}):",
-        describe_measured(config, works, measured, num_positions),
+        describe_measured(config, works, measured, num_positions, renewed),
     ]
 
 

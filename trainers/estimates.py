@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader, passes_multiple
 from trainers.distributed.layout import gather_objects
 from trainers.lora import adapter_of
 from trainers.run.metrics import peak_memory_gib
+from trainers.run.plain_state import plain_state
 from trainers.trainer import Trainer
 
 
@@ -67,6 +70,32 @@ def num_checkpoints(ends: Sequence[int], settings: TrainConfig) -> int:
     if checkpoint.keep_last is None:
         return written
     return min(written, checkpoint.keep_last + (checkpoint.keep_best is not None))
+
+
+def renewals(ends: Sequence[int], settings: TrainConfig) -> list[int]:
+    """Return the examples seen at each renewal of the reference (`reference.refresh_examples`), just before a step."""
+    every, found = settings.reference.refresh_examples, [0]
+    for start in [0, *ends[:-1]]:
+        if every is not None and start - found[-1] >= every:
+            found.append(start)
+    return found[1:]
+
+
+def num_renewed_evaluations(ends: Sequence[int], settings: TrainConfig) -> int:
+    """Count the evaluations that find the reference renewed since the one before, and compute their rows anew."""
+    renewed = renewals(ends, settings)
+    references = {max((at for at in renewed if at < end), default=0) for end in _due_at(ends, settings.eval_every)}
+    return len(references - {0})
+
+
+def renewal_positions(settings: TrainConfig, loaders: Sequence[BatchLoader], works: Sequence[Work]) -> int:
+    """Count the positions of all renewals: each is computed on the rows up to the next one, and on those evaluated."""
+    ends = works[0].ends
+    num_rows = len(loaders[0].rows_visited())  # one that lasts for several epochs computes each row once
+    spans = pairwise([*renewals(ends, settings), ends[-1]])
+    examples = sum(min(stop - start, num_rows) for start, stop in spans)
+    evaluated = num_renewed_evaluations(ends, settings) * sum(one.positions for one in works[1:])
+    return works[0].positions * examples // ends[-1] + evaluated
 
 
 def _due_at(ends: Sequence[int], every: int) -> set[int]:
@@ -127,7 +156,7 @@ def checkpoint_bytes(trainer: Trainer) -> tuple[int, int]:
     processes; tokenizer, random states and headers are some 100 kB beside them.
     """
     weights = {id(tensor): tensor for tensor in trainer.policy.state_dict(keep_vars=True).values()}  # tied ones once
-    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    states = tree_leaves([plain_state(state) for state in trainer.optimizer.state.values()])
     checkpoint, adapter = trainer.settings.checkpoint, adapter_of(trainer.policy)
     trained = [] if adapter is None else [one for one in weights.values() if one.requires_grad]
     whole = 0 if trained and not checkpoint.merge else _bytes(weights.values()) - _bytes(trained)
@@ -164,16 +193,22 @@ def describe_work(
 
 
 def describe_measured(
-    settings: TrainConfig, works: Sequence[Work], measured: Measured, reference_positions: int
+    settings: TrainConfig,
+    works: Sequence[Work],
+    measured: Measured,
+    reference_positions: int,
+    renewed_positions: int = 0,
 ) -> str:
     """Describe what the run takes, in a few lines.
 
     `works` are of its training and, if anything is held out, of each of its evaluations; `reference_positions` of all
-    rows that need reference log-probabilities, 0 where the objective reads none.
+    rows that need reference log-probabilities, 0 where the objective reads none; `renewed_positions` of those of
+    renewals (`renewal_positions`).
     """
     work = works[0]
     training = measured.step_seconds * work.positions
     reference = measured.forward_seconds * reference_positions
+    renewed, num_renewed = measured.forward_seconds * renewed_positions, len(renewals(work.ends, settings))
     evaluation = measured.forward_seconds * sum(one.positions for one in works[1:])
     times = num_evaluations(work.ends, settings) if works[1:] else 0
     size = measured.weights_bytes + measured.optimizer_bytes
@@ -183,8 +218,9 @@ def describe_measured(
             "step": f"{_duration(training / len(work.ends))} ({1 / measured.step_seconds:,.0f} positions/s)",
             "training": _duration(training),
             "reference": f"{_duration(reference)}, unless it is cached" if reference_positions else "none",
+            **({"renewals": f"{_duration(renewed)}: {num_renewed} of the reference"} if num_renewed else {}),
             "evaluations": f"{_duration(times * evaluation)}: {times} of {_duration(evaluation)}, without samples",
-            "in all": f"{_duration(training + reference + times * evaluation)}, without loading and saving",
+            "in all": f"{_duration(training + reference + renewed + times * evaluation)}, without loading and saving",
             "memory": f"{measured.peak_memory_gib:.2f} GiB at the peak of a process",
             "checkpoint": f"{_size(size)} (weights {_size(measured.weights_bytes)}, optimizer "
             f"{_size(measured.optimizer_bytes)}); {kept} kept: {_size(kept * size)}",

@@ -6,12 +6,14 @@ import difflib
 import inspect
 import math
 from collections.abc import Collection, Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from config.errors import UserError
+from config.names import TORCHAO_OPTIMIZERS
 from config.settings import TrainConfig
 from trainers.distributed.sharding import local_part
 
@@ -102,7 +104,7 @@ def build_optimizer(
             parameters that no optimizer steps.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    names = optimizer_names()
+    names = [*optimizer_names(), *TORCHAO_OPTIMIZERS]
     if settings.optimizer not in names:
         near = difflib.get_close_matches(settings.optimizer, names, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -128,7 +130,7 @@ def _one_optimizer(
     name: str, parameters: list[nn.Parameter], settings: TrainConfig, given: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     arguments = dict(given)
-    kind = getattr(torch.optim, name)  # a name of `optimizer_names`
+    kind = getattr(import_module("torchao.optim") if name in TORCHAO_OPTIMIZERS else torch.optim, name)
     if name in FUSED and not CHOOSE_THE_STEP & arguments.keys():
         arguments["fused"] = True
     elif name == "RMSprop" and arguments.keys() <= {"alpha", "eps"} and parameters[0].is_cuda:
@@ -137,6 +139,12 @@ def _one_optimizer(
         return kind(decay_groups(parameters, settings.weight_decay_on), lr=settings.lr, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer={name} refuses lr={settings.lr} and arguments {dict(given)}: {error}") from error
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give all groups a learning rate; one that is a tensor, which torchao's compiled step reads, stays one."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
 
 def decay_groups(parameters: list[nn.Parameter], weight_decay_on: str) -> list[Any]:

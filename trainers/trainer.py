@@ -37,7 +37,7 @@ from trainers.objectives.output import (
     coarsest_dtype,
     not_finite_step,
 )
-from trainers.optimizers import build_optimizer, learning_rate, tables_of
+from trainers.optimizers import build_optimizer, learning_rate, set_learning_rate, tables_of
 from trainers.reference import MovingReference
 from trainers.run.checkpoint import CheckpointWriter
 from trainers.run.early_stop import is_over, refusal_rates
@@ -186,8 +186,7 @@ class Trainer:
         )
         if math.isfinite(grad_norm) and math.isfinite(total_loss):
             lr = learning_rate(self.progress.updates, self.train_loader.steps, self.settings)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             self.ema.update()
             add_metrics(self.train_metrics, "train", outputs, loss_sum, agreed.own_units)

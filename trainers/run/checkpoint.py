@@ -49,6 +49,7 @@ from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import full_parameters
 from trainers.lora import Adapter, adapter_of, merged, save_adapter
 from trainers.run.model_card import render_model_card
+from trainers.run.plain_state import plain_state
 from trainers.run.rng import random_state
 from trainers.run.run_dir import RunDir, remove
 from trainers.run.saved import RunProgress, best_checkpoint, discard, point, saved_checkpoints
@@ -70,7 +71,8 @@ def pinned_stager() -> AsyncStager:
 
     That memory is kept for the next checkpoint: to lock it takes longer than to fill it. DCP's default on its own has
     memory that the system may page, and its DefaultStager is good for one checkpoint alone in torch 2.11. This one
-    would not renew tensors inside of lists; an optimizer's state has none.
+    would not renew tensors inside of lists; an optimizer's state has none but torchao's learning rate, which each step
+    sets anew.
     """
     return BlockingAsyncStager(cache_staged_state_dict=True)
 
@@ -120,7 +122,8 @@ class CheckpointWriter:
         with published():
             weights = full_parameters(policy, layout, only)
         ranks = gather_objects({"random": random_state(), "unlogged": unlogged or {}})
-        sharded_state = {"optimizer": get_optimizer_state_dict(policy, optimizer), **(shards or {})}
+        optimizer_state = plain_state(get_optimizer_state_dict(policy, optimizer))
+        sharded_state = {"optimizer": optimizer_state, **(shards or {})}
         writer = HashingWriter(partial / "state")
         written: Any = dcp.async_save(
             sharded_state, storage_writer=writer, process_group=self._group, async_stager=self._stager

@@ -21,6 +21,7 @@ from trainers.distributed.sharding import fill_model, full_state
 from trainers.lora import adapter_of, read_adapter
 from trainers.run.checkpoint import Unlogged, plain_class, reason
 from trainers.run.data_only import load_data_only
+from trainers.run.plain_state import plain_state, wrapped_state
 from trainers.run.rng import set_random_state
 from trainers.run.run_dir import RunDir
 from trainers.run.saved import RunProgress, read_progress, saved_checkpoints, unusable
@@ -88,13 +89,14 @@ def load_checkpoint(
         else:  # its base is here already
             stored = layout.main_only(lambda: read_adapter(newest / "adapter", policy))
             fill_model(policy, stored or {}, layout, adapter.names.values())
-        sharded_state: dict[str, Any] = {"optimizer": get_optimizer_state_dict(policy, optimizer), **(shards or {})}
+        own_state = get_optimizer_state_dict(policy, optimizer)
+        sharded_state: dict[str, Any] = {"optimizer": plain_state(own_state), **(shards or {})}
         load_data_only(sharded_state, state)
     except UserError:  # the weights can be read, and do not fit
         raise
     except (OSError, ValueError, TypeError, SafetensorError, CheckpointException) as error:
         raise unusable(newest, reason(error)) from error
-    set_optimizer_state_dict(policy, optimizer, sharded_state["optimizer"])
+    set_optimizer_state_dict(policy, optimizer, wrapped_state(sharded_state["optimizer"], own_state))
     if layout.rank < len(ranks):
         set_random_state(ranks[layout.rank]["random"])
     return progress, _own_part([rank["unlogged"] for rank in ranks], layout)
