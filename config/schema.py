@@ -131,6 +131,7 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
         config_class: The settings dataclass of this entrypoint.
         check: Find values out of range and values that do not fit each other.
     """
+    open_console()
     register_schemas()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks otherwise
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -197,7 +198,6 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
         command: As `read_command` returned it.
         main: The work. `run_dir` (train) or `output` differ between the points of a sweep.
     """
-    open_console()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     sys.argv[1:] = command.arguments  # the command as it was typed stays in sys.orig_argv
     failed, started_by = False, os.getpid()
