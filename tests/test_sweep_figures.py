@@ -111,6 +111,7 @@ def test_what_has_no_kl_to_its_reference_is_no_point():
         assert estimated_kl(run(1, *POINTS[0], **{key: value})) is None
     assert plot_frontiers({1: RUNS[0], 2: run(2, *POINTS[1], **{"loss.reference_free": True})}, {}) == []
     assert plot_sweep(RUNS, [], {}) == []
+    assert plot_frontiers({1: RUNS[0], 2: run(2, *POINTS[1][:5], 1.5, 0.4)}, {}) == []  # an accuracy of 150%
     frontier, _ = plot_sweep([run(n, *point, held_out=0) for n, point in enumerate(POINTS)], DIFFERING, {})
     assert "no whiskers: n is not known" in frontier.caption
     assert "interval-" not in frontier.svg
@@ -123,6 +124,8 @@ def test_a_coordinate_without_a_number_is_left_open_and_words_have_equal_steps()
     assert coordinate("n", [None, 8, 16]).places == [0.0, 1.0, 0.5]  # -, 16, 8: null is a value like others
     assert coordinate("beta", [0.05, 0.5]).labels == [(0.0, "0.05"), (1.0, "0.5")]
     assert coordinate("packing", [True, False]).labels == [(0.0, "False"), (1.0, "True")]
+    assert coordinate("n", [10**400, math.nan]).places == [0.0, 1.0]  # of an edited file
+    assert coordinate("n", [math.inf, math.nan]).places == [0.0, 1.0]
     assert [text for _, text in coordinate("x", [1, 2, 2.1, 3]).labels] == ["1", "2", "3"]  # 2.1 would cover 2
 
 

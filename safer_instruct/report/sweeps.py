@@ -76,7 +76,7 @@ def _judged(runs: Mapping[int, TrainingRun], models: Models, key: str, words: st
 def held_out_accuracy(run: TrainingRun) -> Rate | None:
     """Return the last held-out reward accuracy, with Wilson's interval where the run says of how many pairs it is."""
     value = run.metrics.get(ACCURACY)
-    if value is None or not math.isfinite(value):
+    if value is None or not 0 <= value <= 1:  # NaN, too
         return None
     low, high = wilson_interval(round(value * run.held_out), run.held_out) if run.held_out else (None, None)
     about = {"words": "Held-out reward accuracy", "unit": "held-out pairs"}
@@ -85,7 +85,7 @@ def held_out_accuracy(run: TrainingRun) -> Rate | None:
 
 def _beta(run: TrainingRun) -> float:
     """Return the beta of a run; NaN where its loss has none."""
-    beta = run.settings.get("loss.beta")
+    beta: Any = run.settings.get("loss.beta")
     return float(beta) if _is_number(beta) and beta > 0 else math.nan
 
 
@@ -143,7 +143,7 @@ def _frontier(
 ) -> Plot:
     outcome = next(iter(rates.values()))["words"]
     betas = sorted({_beta(runs[number]) for number in kls})
-    colors = dict(zip(betas, matplotlib.colormaps["viridis"]([0.85 * _between(b, betas) for b in betas]), strict=True))
+    colors = dict(zip(betas, matplotlib.colormaps["viridis"]([0.75 * _between(b, betas) for b in betas]), strict=True))
     named: set[float] = set()
     with styled():
         axes = new_axes(3.0)
@@ -207,7 +207,9 @@ class Coordinate:
 
 def plot_parallel(runs: Mapping[int, TrainingRun], differing: Sequence[str], judged: Mapping[int, Rate]) -> Plot | None:
     """Draw a line for each run across the settings that differ and then what was reached; None if nothing was."""
-    ends = [(words, [run.metrics.get(metric, math.nan) for run in runs.values()]) for metric, words in _ends(differing)]
+    ends: list[tuple[str, list[Any]]] = [
+        (words, [run.metrics.get(metric, math.nan) for run in runs.values()]) for metric, words in _ends(differing)
+    ]
     if judged:
         words = next(iter(judged.values()))["words"]
         ends.insert(0, (words, [judged[number]["value"] if number in judged else math.nan for number in runs]))
@@ -260,9 +262,9 @@ def _short_keys(settings: Sequence[tuple[str, list[Any]]]) -> list[tuple[str, li
 def coordinate(name: str, values: Sequence[Any]) -> Coordinate:
     """Place numbers on a linear axis, or a logarithmic one where they span a decade, and all else in equal steps.
 
-    What is infinite or NaN has no place; one number of `values` at least is finite, or none is a number.
+    A number that is infinite or NaN has no place among others.
     """
-    if all(map(_is_number, values)):
+    if all(map(_is_number, values)) and any(map(math.isfinite, values)):
         numbers = sorted({float(value) for value in values if math.isfinite(value)})
         places = [_between(float(value), numbers) if math.isfinite(value) else math.nan for value in values]
         labels = [(_between(number, numbers), f"{number:.3g}") for number in numbers]
@@ -288,7 +290,9 @@ def _draw_coordinates(axes: Axes, coordinates: Sequence[Coordinate]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, int):  # the words of a YAML file may be an integer of hundreds of digits
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, float)
 
 
 def _is_log(ascending: Sequence[float]) -> bool:

@@ -159,8 +159,11 @@ def _held_out(folder: Path, config: Mapping[str, Any]) -> int:
     """Return how many rows an evaluation of the run counts; 0 if it is not known."""
     file = folder / "manifest.json"
     data = read_mapping(file, "copy the run again").get("data") if file.is_file() else None
-    rows = int(((data or {}).get("eval") or {}).get("rows", 0))
-    return min(rows, config.get("n_eval_examples") or rows)
+    try:
+        rows = int(data["eval"]["rows"]) if data else 0
+        return max(0, min(rows, int(config.get("n_eval_examples") or rows)))
+    except (LookupError, TypeError, ValueError, OverflowError):  # an earlier version's, or edited
+        return 0
 
 
 def _require_logged(folder: Path, name: str) -> None:
