@@ -126,6 +126,7 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
 
     What needs no run (`--help`, `--cfg job`, Hydra's other flags) is answered here, and the process exits.
     """
+    open_console()
     register_schemas()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks otherwise
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -188,7 +189,6 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
     A `UserError` of `main` is printed without a traceback (status 2; the other points of a sweep still run); Ctrl-C is
     answered by one line (status 130); any other exception is a defect and keeps its traceback (status 1).
     """
-    open_console()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     sys.argv[1:] = command.arguments  # the command as it was typed stays in sys.orig_argv
     failed, started_by = False, os.getpid()

@@ -22,6 +22,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
 
+from config.console import open_console
 from quickstart.checks import assert_no_leak, check_corpus, figures, induction_report, render_figures, render_induction
 from quickstart.stages import Stages, move_other_aside
 from quickstart.world import World, write_demo_data
@@ -51,6 +52,7 @@ class Settings:
 
 def main() -> int:
     """Run all stages; the exit status is that of the first one that fails."""
+    open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of data, batches and sampling")
     parser.add_argument("--skip-reverse", action="store_true", help="ablation: induce with the base model itself")

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
 
+from config.console import open_console
 from quickstart.world import World, base_pairs, write_alpaca
 from safer_instruct.text.prompts import render_alpaca, render_reversed
 
@@ -87,6 +88,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def main() -> None:
     """Make data, tokenizer and random weights, train, and put the model where it is shipped."""
+    open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart_base"), help="data and training run")
     parser.add_argument("--model", type=Path, default=Path("quickstart/model"), help="where the finished model goes")

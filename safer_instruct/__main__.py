@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from config.console import open_console
 from config.paths import REPOSITORY
 
 PROGRAMS = {
@@ -16,6 +17,7 @@ PROGRAMS = {
 
 def main() -> None:
     """Become the program that the first word names; its arguments and exit status are the program's own."""
+    open_console()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in PROGRAMS:
         # -P: the folder of the program is that of all packages, and must not come before the standard library.

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
 
-from config.errors import UserError  # noqa: E402  after the path is set
+from config.console import open_console  # noqa: E402  after the path is set
+from config.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 def main() -> int:
     """Write the folder; the exit status is 2 after a mistake that the message explains."""
+    open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder to write, such as models/smollm2")
     folder = parser.parse_args().folder

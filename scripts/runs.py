@@ -8,6 +8,7 @@ It reads files alone and takes no lock, so that no run is disturbed, and imports
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config.console import open_console
 from config.errors import UserError
 from config.reading import read_json_lines, read_mapping
 from safer_instruct.text.display import markdown_table
@@ -44,7 +46,10 @@ class Status:
 
 def main() -> int:
     """Print the table of all runs, and the commands that go on with those that stopped."""
-    folders = [Path(folder) for folder in sys.argv[1:] or ["runs"]]
+    open_console()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER")
+    folders = parser.parse_args().folders
     now = time.time()
     found = []
     for path in (run for folder in folders for run in run_folders(folder)):

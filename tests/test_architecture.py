@@ -32,7 +32,11 @@ HOMES = {
     "scipy": {"safer_instruct/measures/statistics.py", "safer_instruct/measures/reward_checks.py"},
     "statsmodels": {"safer_instruct/measures/statistics.py"},
     "lm_eval": set(),  # in a process of its own
-    "matplotlib": {"safer_instruct/report/plots.py", "safer_instruct/report/dataset_plots.py"},
+    "matplotlib": {
+        "safer_instruct/report/plots.py",
+        "safer_instruct/report/dataset_plots.py",
+        "safer_instruct/report/sweeps.py",
+    },
     "datasketch": {"safer_instruct/dataset/similarity.py"},
     "duckdb": {"safer_instruct/dataset/scratch.py"},
     "peft": {"safer_instruct/generation/adapters.py", "trainers/lora.py"},

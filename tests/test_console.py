@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import runpy
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from config.errors import UserError, machine_faults
 from config.schema import SPIN_COUNT, USER_ERROR_STATUS, read_command
 from config.settings import EvaluateConfig
 from tests.commands import run_entrypoint
+from tests.warm import ROOT, fork_server
 
 KEPT = []  # a file object that goes closes its descriptor
 
@@ -30,6 +32,39 @@ def test_a_reader_that_has_gone_is_no_error():
     os.close(read)
     for _ in range(3):
         print("x" * 100_000, file=stream, flush=True)
+
+
+PROGRAMS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (".", "scripts", "quickstart", "quickstart/real", "safer_instruct")
+    for path in (ROOT / folder).glob("*.py")
+    if "print(" in path.read_text() + "argparse" and '__name__ == "__main__"' in path.read_text()
+)
+
+
+def closed_pipe() -> int:
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+def help_for_nobody(program: str) -> None:
+    """`python PROGRAM --help | true`, in a fork: its exit status is that of the program."""
+    os.dup2(closed_pipe(), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.argv = [program, "--help"]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    finally:
+        sys.stdout.flush()  # as the interpreter does when it ends
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_may_write_into_a_pipe_that_nobody_reads(program):
+    process = fork_server().Process(target=help_for_nobody, args=(str(ROOT / program),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from config.errors import UserError
 from config.settings import TrainConfig, WandbSettings
+from tests.warm import ROOT
 from trainers.distributed.launch import launch
 from trainers.run.metrics import MetricSums
 from trainers.run.metrics_log import MetricsLog, wandb_mode
@@ -195,6 +198,41 @@ def test_a_wandb_that_fails_does_not_stop_the_run(tmp_path, fake_wandb, capsys, 
         assert log.state()["wandb_id"] == "abc123"  # a later start resumes the same run
     assert run.metrics.read_text().count("\n") == 2
     assert capsys.readouterr().err.count("wandb failed (BrokenPipeError)") == 1
+
+
+SIGNALLED = """
+import os, signal, sys
+from pathlib import Path
+
+from config.settings import TrainConfig
+from trainers.distributed.preemption import Preempted
+from trainers.run.metrics_log import MetricsLog
+from trainers.run.run_dir import RunDir
+
+run = RunDir.open(Path(sys.argv[1]), config={}, manifest={})
+try:
+    with run, MetricsLog(run, TrainConfig(exp_name="x"), {}, {}) as log:
+        children = " ".join(file.read_text() for file in Path("/proc/self/task").glob("*/children")).split()
+        for pid in children:
+            os.kill(int(pid), signal.SIGKILL)
+        print("killed", len(children))
+        log.write({"counters/examples": 4})
+        raise Preempted
+except Preempted:
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_wandb_says_nothing_more_when_its_process_was_signalled_with_ours(tmp_path, no_key):
+    """In an interpreter of its own, whose end is what is looked at."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(tmp_path / "run")], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.stdout == "killed 1\n"
+    assert "Traceback" not in done.stderr
+    assert "atexit" not in done.stderr
+    assert done.returncode == 0
 
 
 def test_sample_text_reaches_wandb_only_if_asked_for(tmp_path, fake_wandb):

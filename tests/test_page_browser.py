@@ -17,6 +17,8 @@ from safer_instruct.report.curves import RunCurves, plot_compared, plot_runs
 from safer_instruct.report.document import build_report
 from safer_instruct.report.evaluations import sample_row
 from safer_instruct.report.page import pick_samples, render_page
+from safer_instruct.report.sweeps import plot_sweep
+from safer_instruct.report.training_runs import TrainingRun
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 from tests.browser import Browser, find_chromium, screenshot_folder
 
@@ -106,8 +108,18 @@ def hostile_page(url):
     )
     rows = (sample_row(name, output) for name, outputs in models.items() for output in outputs)
     curve = RunCurves({"loss/train": [(0.0, 2.0), (64.0, 1.0)]})
-    figures = plot_compared(dict.fromkeys([*models, *texts[:6]], curve))
+    figures = plot_compared(dict.fromkeys([*models, *texts[:6]], curve)) + plot_sweep(
+        [swept(text, i, **{text: i, "words": text}) for i, text in enumerate(texts, start=1)],
+        ["words", *texts, "loss.beta"],
+        {},
+    )
     return render_page(report, pick_samples(rows, 20), figures)
+
+
+def swept(name, number, **settings):
+    """A run of a sweep of beta."""
+    metrics = {"rewards_eval/chosen": 0.5, "rewards_eval/rejected": -3.0, "rewards_eval/accuracies": 1 - 0.09 * number}
+    return TrainingRun(name, name[:99], {"loss.name": "dpo", "loss.beta": 0.1 * number, **settings}, metrics, 64)
 
 
 def opened(html):
@@ -197,6 +209,7 @@ def plain_page(folder):
     rows = (sample_row(name, output) for name, outputs in judged.items() for output in outputs)
     points = [(16.0, 0.7), (32.0, 0.4), (48.0, 0.3)]
     curves = plot_runs({"dpo": RunCurves({"preference_loss_train": points, "preference_loss_eval": points[2:]}, "dpo")})
+    curves += plot_sweep([swept(f"beta={n}", n, lr=10.0**-n) for n in (1, 2, 5)], ["loss.beta", "lr"], {})
     page = folder / "report.html"
     page.write_text(render_page(report, pick_samples(rows, 36), curves), encoding="utf-8")
     return page

@@ -200,6 +200,7 @@ def test_points_of_a_sweep_share_store_and_reference(base, pairs, tmp_path, here
     assert rewards[0] != rewards[1]
 
 
+@pytest.mark.timeout(1200)  # sixteen runs on a busy machine
 def test_sixteen_trials_started_at_once_share_the_cache(base, pairs, tmp_path):
     command = ["loss=dpo", f"datasets.si.path={pairs}", "n_examples=8", "do_first_eval=false", *base]
     trials = [f"r{number}" for number in range(16)]

@@ -27,6 +27,7 @@ sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules
 import torch
 from torch import Tensor
 
+from config.console import open_console
 from config.files import write_text
 from config.settings import DatasetSettings, ModelSettings
 from preference_datasets import build_stores
@@ -49,6 +50,7 @@ PROBE_TOKENS, PROBE_ROWS, PROBE_NEW_TOKENS = 512, 16, 8
 
 def main() -> None:
     """Measure one of the three, and write it as JSON."""
+    open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "reversed", "answers"))
     parser.add_argument("paths", nargs=2, help="MODEL FILE, or OUTPUT MODEL")

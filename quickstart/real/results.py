@@ -16,6 +16,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
 
+from config.console import open_console
 from config.errors import UserError
 from config.files import write_text
 
@@ -141,6 +142,7 @@ def _read(path: Path) -> Any:
 
 def main() -> int:
     """Print the table of a results file, or write it into the page."""
+    open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--table", action="store_true", help="write it into docs/real.md")

@@ -23,6 +23,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
 
+from config.console import open_console
 from config.errors import UserError
 from config.files import write_text
 from quickstart.real.estimate import render_estimate
@@ -62,6 +63,7 @@ class Settings:
 
 def main() -> int:
     """Run all stages; the exit status is that of the first one that fails, or 2 after a mistake in the command."""
+    open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of data, batches and sampling")
     parser.add_argument("--size", choices=sorted(SIZES), default="small", help="rows of each stage")

@@ -26,6 +26,7 @@ from safer_instruct.report.document import build_report, describe_prompts, headl
 from safer_instruct.report.evaluations import find_finished, read_evaluations, sample_row, write_samples
 from safer_instruct.report.page import pick_samples, render_page
 from safer_instruct.report.plots import Plot
+from safer_instruct.report.sweeps import plot_sweep
 from safer_instruct.report.training_runs import compare_training_runs, read_training_run
 from safer_instruct.text.display import without_password
 
@@ -46,7 +47,10 @@ def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
     if trained:
         runs = [read_training_run(name, folder) for name, folder in trained.items()]
         parts["runs"] = compare_training_runs(runs, config.sort_by)
-        figures += plot_compared({run["name"]: read_curves(run["name"], run["path"]) for run in parts["runs"]["runs"]})
+        order = [run["name"] for run in parts["runs"]["runs"]]
+        runs.sort(key=lambda run: order.index(run.name))
+        figures += plot_sweep(runs, parts["runs"]["settings"], models)
+        figures += plot_compared({run.name: read_curves(run.name, run.path) for run in runs})
     reports = [evaluation.report for evaluation in evaluations.values()]
     judges = sorted({str(report["run"]["judge"]["name"]) for report in reports})
     fingerprints = sorted({report["run"]["judge"]["fingerprint"] for report in reports})

@@ -106,12 +106,21 @@ def _number(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """A run of train.py: its name, its settings ("loss.beta" -> 0.1), and the last value of each of its metrics."""
+    """A run of train.py.
+
+    Attributes:
+        name: Of its folder.
+        path: Its folder.
+        settings: "loss.beta" -> 0.1.
+        metrics: The last value of each.
+        held_out: Rows that one of its evaluations counts; 0 where its manifest does not tell.
+    """
 
     name: str
     path: str
     settings: Mapping[str, Any]
     metrics: Mapping[str, float]
+    held_out: int = 0
 
 
 def read_training_run(name: str, folder: Path) -> TrainingRun:
@@ -127,7 +136,18 @@ def read_training_run(name: str, folder: Path) -> TrainingRun:
         metrics.update(row)
     if not metrics:
         raise UserError(f"{folder} is a run without a metric yet: let it train, or leave it out of compare=[...]")
-    return TrainingRun(name, str(folder), dict(flatten(config)), metrics)
+    return TrainingRun(name, str(folder), dict(flatten(config)), metrics, _held_out(folder, config))
+
+
+def _held_out(folder: Path, config: Mapping[str, Any]) -> int:
+    """Return how many rows an evaluation of the run counts; 0 if it is not known."""
+    file = folder / "manifest.json"
+    data = read_mapping(file, "copy the run again").get("data") if file.is_file() else None
+    try:
+        rows = int(data["eval"]["rows"]) if data else 0
+        return max(0, min(rows, int(config.get("n_eval_examples") or rows)))
+    except (LookupError, TypeError, ValueError, OverflowError):  # an earlier version's, or edited
+        return 0
 
 
 def _require_logged(folder: Path, name: str) -> None:

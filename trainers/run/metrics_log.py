@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -138,6 +139,16 @@ class MetricsLog:
         if kind is Preempted:
             self._tell_wandb(lambda run: run.mark_preempting())
         self._tell_wandb(lambda run: run.finish(exit_code=0 if error is None else 1))
+        if self._wandb_id is not None and (self._wandb is None or kind is Preempted):
+            _forget_wandb()
+
+
+def _forget_wandb() -> None:
+    """Take wandb's hook from the interpreter's end: it would print a traceback, where its process died by a signal."""
+    import wandb
+
+    with suppress(Exception, SystemExit):  # the second is its process's exit status
+        wandb.teardown()
 
 
 class _JsonLines:
