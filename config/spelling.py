@@ -6,6 +6,7 @@ The user writes `models.base.path=x`, `models.base=x` or `models={base:x}`; Hydr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -49,7 +50,7 @@ PRESETS: dict[str, dict[Any, Any]] = {
 }  # fmt: skip
 # Dictionaries of groups whose dataclass the command line chooses, so that no annotation tells of them: `loss=mixture`.
 CHOSEN = ("loss.parts",)
-type_hints = cache(get_type_hints)  # of a dataclass: every word of a command asks
+type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # of a dataclass, for every word of a command
 
 
 class FreeKey(NamedTuple):
