@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 SEED   ?= 0
 SIZE   ?= small
+# One more than the cores of a small machine: some tests wait, for Slurm, a browser, a server.
+WORKERS ?= 3
 BIN    := $(VENV)/bin
 
 # One line of a build log is worth more than ten of a warning about pip's own version.
@@ -46,8 +48,8 @@ real: models/smollm2/config.json  ## the whole method on a real pretrained model
 	$(BIN)/python quickstart/real/run.py --size $(SIZE) --seed $(SEED) \
 	  $(foreach name,EXPERT DATA CORPUS PAIRS PROMPTS BENIGN,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
 
-test: $(VENV)/installed-dev  ## the whole test suite, two workers
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/installed-dev  ## the whole test suite
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/installed-dev  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

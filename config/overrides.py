@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -60,6 +61,7 @@ class Point(NamedTuple):
     refused: set[str]  # keys whose word was wrong, so that the config holds a default in its place
 
 
+@cache
 def own_groups(config_name: str) -> list[str]:
     """Return the config groups of an entrypoint: the entries of its defaults."""
     entries: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml").defaults)
@@ -265,11 +267,9 @@ class Reader:
         group, *names = key.split(".")
         if names and get_type_hints(self._kind).get(group) is Any:  # its keys differ from choice to choice
             choice = config.hydra.runtime.choices.get(group)
-            composed = {
-                name: compose(self._config_name, overrides=[*self._search, f"{group}={name}"])
-                for name in group_options(group, self._search)
-            }
-            owners = [f"{group}={name}" for name, other in composed.items() if key in _keys(other)]
+            schemas = ConfigStore.instance().repo["schema"].get(group, {})  # composing twenty losses takes seconds
+            options = [one for one in group_options(group, self._search) if f"{one}.yaml" in schemas]
+            owners = [f"{group}={one}" for one in options if key in _keys(schemas[f"{one}.yaml"].node, f"{group}.")]
             if owners:
                 lacks = f"{group}={choice} has no key {key}" if choice else f"{group} is not set"
                 self._fault(word.key, f"{word.said}: {lacks}; it belongs to {', '.join(owners)}")

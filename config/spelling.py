@@ -6,8 +6,9 @@ The user writes `models.base.path=x`, `models.base=x` or `models={base:x}`; Hydr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
+from functools import cache
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.types import Override, Quote, QuotedString
@@ -52,6 +53,7 @@ PRESETS: dict[str, dict[Any, Any]] = {
 }  # fmt: skip
 # Dictionaries of groups whose dataclass the command line chooses, so that no annotation tells of them: `loss=mixture`.
 CHOSEN = ("loss.parts", "expert.model.chat_template_kwargs", "second_expert.model.chat_template_kwargs")
+type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # of a dataclass, for every word of a command
 
 
 class FreeKey(NamedTuple):
@@ -64,7 +66,7 @@ class FreeKey(NamedTuple):
     @property
     def is_inner(self) -> bool:
         """Whether the key goes on into a dictionary of the entry: `datasets.si.columns.instruction`."""
-        hints = get_type_hints(self.entry) if is_dataclass(self.entry) and len(self.names) > 2 else {}
+        hints = type_hints(self.entry) if is_dataclass(self.entry) and len(self.names) > 2 else {}
         return get_origin(hints.get(self.names[-2])) is dict if hints else False
 
 
@@ -84,7 +86,7 @@ def free_key(kind: Any, key: str) -> FreeKey | None:
             return FreeKey(root, key.removeprefix(root).split(".")[1:], Any)
     parts = key.split(".")
     for depth, part in enumerate(parts, start=1):
-        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
+        kind = type_hints(kind).get(part) if is_dataclass(kind) else None
         if get_origin(kind) is dict:
             return FreeKey(".".join(parts[:depth]), parts[depth:], get_args(kind)[1])
     return None

@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,9 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 # A file is one worker's: the longest begin first, so that none is left for one worker at the end (by their CPU time).
 LONGEST = (
     "test_slurm_real", "test_parallel", "test_launch", "test_downstream", "test_preemption", "test_train_entrypoint",
-    "test_resume", "test_optimizers", "test_lora", "test_page_browser", "test_config", "test_server",
-    "test_induce_entrypoint", "test_backends", "test_review", "test_chat_checkpoint",
+    "test_resume", "test_docs", "test_optimizers", "test_lora", "test_checkpoint", "test_page_browser", "test_config",
+    "test_activation_checkpointing", "test_server", "test_induce_entrypoint", "test_backends", "test_review",
+    "test_chat_checkpoint",
 )  # fmt: skip
 
 
@@ -62,6 +64,32 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Hydra composes each choice of groups once, which takes it 0.2 s: a thousand tests read a command or more."""
+    from hydra.core.config_store import ConfigStore
+
+    from config.overrides import Reader
+
+    compose, composed = Reader._compose_groups, {}
+
+    def compose_once(reader, words):
+        key = (reader._config_name, *(word.spelled for word in words))
+        if key in composed and not reader._search:  # which are folders of a test's own
+            return composed[key]
+        num_faults = len(reader.faults)
+        config = compose(reader, words)
+        if not reader._search and len(reader.faults) == num_faults:
+            composed[key] = config
+        return config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reader, "_compose_groups", compose_once)
+        # Hydra copies all schemas each time that it composes, and changes none.
+        patch.setattr(ConfigStore, "__deepcopy__", lambda store, memo: store, raising=False)
+        yield
 
 
 def byte_level_tokenizer(*, add_bos: bool, add_eos: bool = False, vocab_size: int = 400) -> PreTrainedTokenizerFast:

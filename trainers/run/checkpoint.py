@@ -94,6 +94,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._stager = pinned_stager() if layout.device.type == "cuda" else None
         self._pending: Future[Any] | None = None
+        self._exporter: PreTrainedModel | None = None  # of the first checkpoint: its layers take time to build
 
     def save(
         self,
@@ -130,7 +131,8 @@ class CheckpointWriter:
         )
         if layout.is_main:
             state = {"progress": asdict(progress), **{f"rank{rank}": one for rank, one in enumerate(ranks)}}
-            parts = (exporter_of(policy), adapter, weights, state, written, writer.digests)
+            self._exporter = self._exporter or exporter_of(policy)
+            parts = (self._exporter, adapter, weights, state, written, writer.digests)
             self._pending = self._thread.submit(self._complete, partial, final, *parts)
         else:
             self._pending = written
