@@ -110,7 +110,11 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     temporary = tempfile.TemporaryDirectory
-    with temporary() as daemons, temporary() as folder, slurm(Path(daemons), cpus=16, patience_seconds=math.inf) as cluster:
+    with (
+        temporary() as daemons,
+        temporary() as folder,
+        slurm(Path(daemons), cpus=16, patience_seconds=math.inf) as cluster,
+    ):
         stops = Stops(cluster, Path(folder), options.epochs)
         cluster.wait_for_end(stops.submit("straight"))
         straight, results = stops.final("straight"), []

@@ -143,8 +143,8 @@ def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
     if config.optimizer in TORCHAO_OPTIMIZERS:
         if config.trainer.name != "BasicTrainer":
             why = (
-                "a state of 8 bits is not sharded; write trainer=BasicTrainer, or optimizer=AdamW, whose state is spread "
-                "over the processes"
+                "a state of 8 bits is not sharded; write trainer=BasicTrainer, or optimizer=AdamW, whose state is "
+                "spread over the processes"
             )
             yield misfit("optimizer", config.optimizer, why, "trainer.name")
         try:

@@ -308,7 +308,9 @@ def test_a_row_group_that_would_fill_the_memory_is_refused(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_a_table_of_a_few_bytes_that_would_become_gigabytes_is_refused(suffix: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_table_of_a_few_bytes_that_would_become_gigabytes_is_refused(
+    suffix: str, tmp_path: Path, monkeypatch
+) -> None:
     """One text of 1 MB in a dictionary, 20,000 times: 20 GB. Refused after what may be held, a few rows at a time."""
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["y" * 1_000_000])
     file, table = tmp_path / f"a.{suffix}", pyarrow.table({"a": column})

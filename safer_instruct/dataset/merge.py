@@ -285,5 +285,3 @@ class _Merge:
             batch = batch.filter(pyarrow.array(list(islice(kept, batch.num_rows))))
             whole = [own[:-1] + shared for own in batch.column("provenance").to_pylist()]
             yield batch.set_column(columns.index("provenance"), "provenance", pyarrow.array(whole, TEXT))
-
-
