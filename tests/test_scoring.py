@@ -172,7 +172,10 @@ def test_the_best_fraction() -> None:
         (["generation.num_candidates=0"], "generation.num_candidates=0: must be 1 or more"),
         (["roundtrip.model.name_or_path=./no/such"], "roundtrip.model.name_or_path=./no/such"),
         (["roundtrip.model.name_or_path={model}", "roundtrip.top_fraction=1.5"], "must lie in (0, 1]"),
-        (["roundtrip.model.name_or_path={model}", "roundtrip.top_fraction=0.5", "roundtrip.threshold=1"], "draws the same line"),
+        (
+            ["roundtrip.model.name_or_path={model}", "roundtrip.top_fraction=0.5", "roundtrip.threshold=1"],
+            "draws the same line",
+        ),
         (["stage=score"], "roundtrip.model.name_or_path is not set"),
         (["roundtrip.threshold=0.1"], "roundtrip.threshold=0.1: it needs scores"),
         (["generation=openai"], "generation.server.model is not set"),
