@@ -163,7 +163,7 @@ def test_all_mistakes_of_a_command_are_listed(mistakes):
         "lr=abc:",
         "los.beta=1:",
         "batch_size=-3:",
-        "max_prompt_length=900 ",
+        "max_prompt_length=900:",
     ]
     assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
 
