@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from config.settings import LOSSES, DPOSettings, TrainerSettings
-from tests.test_parallel import losses, start, weights
+from tests.test_parallel import losses, start, start_all, weights
 from tests.tiny_runs import tiny_settings
 
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for the runs of all
 CASES = {
     "aot": LOSSES["aot"](),
     "bco_pair": LOSSES["bco_pair"](beta=0.5),
@@ -30,11 +32,22 @@ def settings_of(name: str, accumulation: int, processes: int, **changes):
     return replace(settings, **changes)
 
 
-@pytest.mark.parametrize(("name", "accumulation"), [("aot", 3), ("bco_pair", 1), ("kto", 1), ("kto", 3), ("ld", 1)])
-def test_two_processes_are_one(tmp_path, name, accumulation):
+RUNS = [("aot", 3), ("bco_pair", 1), ("kto", 1), ("kto", 3), ("ld", 1)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """<loss> <accumulation> of <processes>."""
+    folder = tmp_path_factory.mktemp("runs")
     for processes in (1, 2):
-        start(tmp_path, f"of {processes}", settings_of(name, accumulation, processes))
-    one, two = tmp_path / "of 1", tmp_path / "of 2"
+        of_them = {f"{name} {parts} of {processes}": settings_of(name, parts, processes) for name, parts in RUNS}
+        start_all(settings_of("ld", 1, processes), [(folder, *run) for run in of_them.items()])
+    return folder
+
+
+@pytest.mark.parametrize(("name", "accumulation"), RUNS)
+def test_two_processes_are_one(runs, name, accumulation):
+    one, two = (runs / f"{name} {accumulation} of {processes}" for processes in (1, 2))
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     assert (weights(two) - weights(one)).abs().mean() < 1e-6
 

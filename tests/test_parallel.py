@@ -51,6 +51,7 @@ class OperatorCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for the runs of all
 LOSSES = {
     "dpo": DPOSettings(name="dpo", nll_weight=0.3),
     "sft": LikelihoodLossSettings(name="sft"),
@@ -83,11 +84,22 @@ def train(layout, folder: Path, run_name: str, settings, model: str = "llama"):
         tiny_trainer(folder, layout, run, settings, model=model, num_rows=46).train()
 
 
-def start(folder: Path, run_name: str, settings, model: str = "llama") -> None:
+def train_all(layout, runs):
+    """Runs one behind the other in the same processes: FSDP's first steps cost more than all that follow."""
+    for run in runs:
+        train(layout, *run)
+
+
+def start_all(settings, runs) -> None:
+    """Starts `train` for each of the runs, which share the trainer of `settings`."""
     if settings.trainer.name == "BasicTrainer":
-        launch(lambda layout: train(layout, folder, run_name, settings, model), settings)
+        launch(lambda layout: train_all(layout, runs), settings)
     else:
-        run_ranks(train, settings.trainer.num_processes, settings, folder, run_name, settings, model)
+        run_ranks(train_all, settings.trainer.num_processes, settings, runs)
+
+
+def start(folder: Path, run_name: str, settings, model: str = "llama") -> None:
+    start_all(settings, [(folder, run_name, settings, model)])
 
 
 def losses(run: Path) -> list[float]:
@@ -100,18 +112,37 @@ def weights(run: Path) -> torch.Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """<layout>/<loss> <accumulation>, and bfloat16/run: the runs that tests compare; "one" is one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    for layout, (processes, replicas) in {"one": (1, 1), **LAYOUTS}.items():
+        of_layout = [
+            (folder / layout, f"{loss} {accumulation}", settings_of(loss, accumulation, processes, replicas))
+            for loss in LOSSES
+            for accumulation in (1, 3)
+        ]
+        settings = of_layout[0][2]
+        if layout == "fsdp 2":
+            model = replace(settings.model, fsdp_policy_mp="bfloat16")
+            of_layout.append((folder / "bfloat16", "run", replace(settings, model=model)))
+        for path, *_ in of_layout:
+            path.mkdir(exist_ok=True)
+        start_all(settings, of_layout)
+    return folder
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_twenty_steps_equal_those_of_one_process(tmp_path, loss, accumulation):
-    start(tmp_path, "one", settings_of(loss, accumulation, 1, 1))
-    expected, one = losses(tmp_path / "one"), weights(tmp_path / "one")
+def test_twenty_steps_equal_those_of_one_process(runs, loss, accumulation):
+    name = f"{loss} {accumulation}"
+    expected, one = losses(runs / "one" / name), weights(runs / "one" / name)
     assert len(expected) == STEPS + 3
-    for name, (processes, replicas) in LAYOUTS.items():
-        start(tmp_path, name, settings_of(loss, accumulation, processes, replicas))
-        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5), name
-        difference = (weights(tmp_path / name) - one).abs()
-        print(f"{loss} {accumulation} {name}: mean {difference.mean():.2e} largest {difference.max():.2e}")
-        assert difference.mean() < 1e-6, name
+    for layout in LAYOUTS:
+        assert losses(runs / layout / name) == pytest.approx(expected, abs=1e-5), layout
+        difference = (weights(runs / layout / name) - one).abs()
+        print(f"{name} {layout}: mean {difference.mean():.2e} largest {difference.max():.2e}")
+        assert difference.mean() < 1e-6, layout
 
 
 def deviation(run: Path, other: Path) -> float:
@@ -119,10 +150,9 @@ def deviation(run: Path, other: Path) -> float:
     return (weights(run) - weights(other)).abs().mean().item()
 
 
-def train_and_keep_logits(layout, folder, run_name, settings, model):
-    """A run; rank 0 leaves the logits of the trained policy, sharded as it is, in <run>/logits.pt."""
-    kept = {}
-    original = Trainer.train
+def train_and_keep_logits(layout, folder, settings):
+    """A run of each architecture; rank 0 leaves the logits of the trained policy, sharded as it is, in logits.pt."""
+    kept, original = {}, Trainer.train
 
     def train_and_keep(self):
         original(self)
@@ -130,25 +160,32 @@ def train_and_keep_logits(layout, folder, run_name, settings, model):
             kept["logits"] = self.policy.eval()(IDS).logits
 
     Trainer.train = train_and_keep
-    train(layout, folder, run_name, settings, model)
-    if layout.is_main:
-        torch.save(kept["logits"], folder / run_name / "logits.pt")
+    for name in SUPPORTED:
+        train(layout, folder, name, settings, name)
+        if layout.is_main:
+            torch.save(kept["logits"], folder / name / "logits.pt")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    """<architecture>: a run on two processes."""
+    folder = tmp_path_factory.mktemp("sharded")
+    settings = settings_of("sft", 2, 2, 1, n_epochs=1, activation_checkpointing=True)
+    run_ranks(train_and_keep_logits, 2, settings, folder, settings)
+    return folder
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_every_architecture_is_sharded_materialised_and_saved(tmp_path, name):
+def test_every_architecture_is_sharded_materialised_and_saved(tmp_path, sharded, name):
     """Losses of one process; and what is saved has, to the last bit, the logits of the sharded model in training."""
-    one = settings_of("sft", 2, 1, 1, n_epochs=1, activation_checkpointing=True)
-    start(tmp_path, "one", one, name)
-    two = settings_of("sft", 2, 2, 1, n_epochs=1, activation_checkpointing=True)
-    run_ranks(train_and_keep_logits, 2, two, tmp_path, "two", two, name)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6, abs=1e-5)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "LATEST" / "model")
+    start(tmp_path, "one", settings_of("sft", 2, 1, 1, n_epochs=1, activation_checkpointing=True), name)
+    assert losses(sharded / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-6, abs=1e-5)
+    saved = AutoModelForCausalLM.from_pretrained(sharded / name / "LATEST" / "model")
     assert type(saved) is type(tiny_model(name))
     use_fast_norms(saved)  # as the model in training has them: to the last bit
     with torch.no_grad():
         logits = saved.eval()(IDS).logits
-    assert torch.equal(logits, read(tmp_path / "two", "logits.pt"))
+    assert torch.equal(logits, read(sharded / name, "logits.pt"))
 
 
 def die_after(layout, folder, run_name, settings, model, steps):
@@ -168,50 +205,45 @@ def die_after(layout, folder, run_name, settings, model, steps):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "sft"])
-def test_a_run_goes_on_under_any_layout(tmp_path, loss):
+def test_a_run_goes_on_under_any_layout(tmp_path, runs, loss):
     """Started on 2 processes, then on 4, as 2 replicas of 2, as one of 1 shard, and finished in one process."""
     checkpoint = CheckpointSettings(every_examples=5, keep_last=2)
-    start(tmp_path, "straight", settings_of(loss, 1, 1, 1, checkpoint=checkpoint))
     for processes, replicas, steps in ((2, 1, 5), (4, 1, 3), (4, 2, 4), (1, 1, 3)):
         changes = {"trainer": TrainerSettings("FSDPTrainer", processes, replicas), "checkpoint": checkpoint}
         settings = settings_of(loss, 1, 2, 1, **changes)
         died = Ranks(die_after, processes, settings, tmp_path, "moved", settings, "llama", steps).join()
         assert died == [-signal.SIGKILL] * processes
     start(tmp_path, "moved", settings_of(loss, 1, 1, 1, checkpoint=checkpoint))
-    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5)
-    assert deviation(tmp_path / "moved", tmp_path / "straight") < 1e-6
+    straight = runs / "one" / f"{loss} 1"
+    assert losses(tmp_path / "moved") == pytest.approx(losses(straight), abs=1e-5)
+    assert deviation(tmp_path / "moved", straight) < 1e-6
 
 
-def test_the_reference_cache_is_the_same_file_for_any_number_of_processes(tmp_path):
+def test_the_reference_cache_is_the_same_file_for_any_number_of_processes(runs):
+    """Which is found by all losses of a layout."""
     files = []
-    for processes in (1, 2, 4):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        start(folder, "run", settings_of("dpo", 1, processes, 1, n_epochs=1))
-        entries = [path for path in (folder / "cache" / "reference").iterdir() if path.is_dir()]
+    for layout in ("one", *LAYOUTS):
+        entries = [path for path in (runs / layout / "cache" / "reference").iterdir() if path.is_dir()]
         files.append({path.name: (path / "logps.f64").read_bytes() for path in entries})
     assert len(files[0]) == 2  # training and evaluation
-    assert files[0] == files[1] == files[2]
+    assert all(one == files[0] for one in files[1:])
 
 
-def test_bfloat16_compute_keeps_float32_masters(tmp_path):
+def test_bfloat16_compute_keeps_float32_masters(runs):
     """Losses within what bfloat16 rounds, a first reward of 0, and weights that move by less than bfloat16 resolves."""
-    start(tmp_path, "one", settings_of("dpo", 1, 1, 1))
-    settings = settings_of("dpo", 1, 2, 1)
-    settings = replace(settings, model=replace(settings.model, fsdp_policy_mp="bfloat16"))
-    start(tmp_path, "two", settings)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0.03)
-    assert losses(tmp_path / "two") != pytest.approx(losses(tmp_path / "one"), rel=1e-6)
-    rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    exact, run = runs / "one" / "dpo 1", runs / "bfloat16" / "run"
+    assert losses(run) == pytest.approx(losses(exact), rel=0.03)
+    assert losses(run) != pytest.approx(losses(exact), rel=1e-6)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # Not 0.0 as in float32: the cache's batches have other shapes, which bfloat16 rounds otherwise (beta x 0.05 nats).
     assert rows[0]["rewards_eval/margins"] == pytest.approx(0.0, abs=5e-3)
-    final = weights(tmp_path / "two")
+    final = weights(run)
     assert final.dtype == torch.float32
     assert not torch.equal(final.bfloat16().float(), final)
 
 
-def count_reductions(layout, folder, settings):
-    """Leaves the number of reduce-scatters of one step in reductions-<accumulation>.pt."""
+def count_reductions(layout, folder, runs):
+    """Leaves the number of reduce-scatters of each step in <run>/reductions.pt."""
     original, counts = Trainer.accumulate_gradients, []
 
     def profiled(self, *arguments):
@@ -221,32 +253,23 @@ def count_reductions(layout, folder, settings):
         return result
 
     Trainer.accumulate_gradients = profiled
-    accumulation = settings.gradient_accumulation_steps
-    train(layout, folder, f"run-{accumulation}", settings)
-    if layout.is_main:
-        torch.save(torch.tensor(counts), folder / f"reductions-{accumulation}.pt")
+    for name, settings in runs.items():
+        train(layout, folder, name, settings)
+        if layout.is_main:
+            torch.save(torch.tensor(counts), folder / name / "reductions.pt")
+        counts.clear()
 
 
-def test_gradients_are_reduced_once_a_step(tmp_path):
-    counts = {}
-    for accumulation in (1, 2):
-        settings = settings_of("sft", accumulation, 2, 1, n_examples=10)
-        run_ranks(count_reductions, 2, settings, tmp_path, settings)
-        counts[accumulation] = read(tmp_path, f"reductions-{accumulation}.pt").tolist()
-    assert counts[1] == counts[2]
-    assert min(counts[1]) > 0
-
-
-def test_reducing_every_microbatch_takes_more_reductions_and_gives_the_same(tmp_path):
+def test_gradients_are_reduced_once_a_step_unless_it_is_asked_for(tmp_path):
     """A reduction for each micro-batch: 5 rows in 2 processes, cut in at least 2, make at least twice as many."""
-    settings = settings_of("sft", 2, 2, 1, n_examples=10)
-    often = replace(settings, trainer=replace(settings.trainer, reduce_every_microbatch=True))
-    run_ranks(count_reductions, 2, settings, tmp_path, settings)
-    once = read(tmp_path, "reductions-2.pt")
-    (tmp_path / "run-2").rename(tmp_path / "once")
-    run_ranks(count_reductions, 2, often, tmp_path, often)
-    assert torch.all(read(tmp_path, "reductions-2.pt") >= 2 * once)
-    assert losses(tmp_path / "run-2") == pytest.approx(losses(tmp_path / "once"), abs=1e-6)
+    once, cut = (settings_of("sft", accumulation, 2, 1, n_examples=10) for accumulation in (1, 2))
+    often = replace(cut, trainer=replace(cut.trainer, reduce_every_microbatch=True))
+    run_ranks(count_reductions, 2, once, tmp_path, {"once": once, "cut": cut, "often": often})
+    counts = {name: read(tmp_path / name, "reductions.pt") for name in ("once", "cut", "often")}
+    assert torch.equal(counts["once"], counts["cut"])
+    assert min(counts["once"]) > 0
+    assert torch.all(counts["often"] >= 2 * counts["cut"])
+    assert losses(tmp_path / "often") == pytest.approx(losses(tmp_path / "cut"), abs=1e-6)
 
 
 def one_process(layout, folder, settings):
