@@ -217,28 +217,6 @@ def test_recomputed_activations_give_the_same_gradients(how):
         torch.testing.assert_close(one, other)
 
 
-def test_compiled_blocks_train_the_adapter_of_plain_ones(tmp_path, monkeypatch):
-    """Traced whole and differentiated by the compiler; the kernels it would write are left to torch."""
-    compile_block, compiled = torch.nn.Module.compile, []
-
-    def traced(block):
-        compiled.append(block)
-        compile_block(block, backend="aot_eager", fullgraph=True)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    plain, fast = (
-        trained(tmp_path, f"{on}", lora_settings(n_examples=8, trainer=TrainerSettings(compile=on)))
-        for on in (False, True)
-    )
-    assert len(compiled) == 2
-    keys = {"loss/train", "loss/eval", "rewards_eval/margins", "grad_norm"}
-    assert [row.keys() & keys for row in plain] == [row.keys() & keys for row in fast]
-    for one, other in zip(plain, fast, strict=True):
-        for key in one.keys() & keys:
-            assert other[key] == pytest.approx(one[key], abs=1e-5), key
-    torch.testing.assert_close(adapter_vector(tmp_path / "True"), adapter_vector(tmp_path / "False"), rtol=0, atol=1e-5)
-
-
 SHARDED = {"dpo": "llama", "sft": "gpt_neox"}  # loss -> model
 
 
