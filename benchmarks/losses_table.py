@@ -3,6 +3,7 @@
     python -m benchmarks.losses_table
     python -m benchmarks.losses_table --steps 4 --losses dpo kto
 
+Half a minute of one core a loss. Typed again, it goes on: what is in `figures.json` of its output is not measured anew.
 Pairs whose chosen response answers and whose rejected one refuses (`quickstart.world.replay_rows`); the start is the
 quick start's model after as many steps of SFT on chosen. Accuracy and margin are of held-out pairs, by each loss's own
 reward, as the run's last evaluation logged them; a loss on single answers has no accuracy. The divergence is the mean
@@ -80,7 +81,7 @@ def row_of(run: Path) -> dict[str, float]:
 
 
 def compare() -> None:
-    """Print a Markdown table, and write its figures as JSON where asked to."""
+    """Print a Markdown table, and write its figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--losses", nargs="*", default=[name for name, kind in LOSSES.items() if is_compared(kind())])
@@ -94,16 +95,21 @@ def compare() -> None:
     tokenizer = AutoTokenizer.from_pretrained(start / "LATEST" / "model")
     asked = {row["id"]: row["instruction"] for row in replay_rows(World(), 1, num_rows=NUM_PROMPTS)}
     prompts = {id: tokenizer(render_prompt("alpaca", text, "").text)["input_ids"] for id, text in asked.items()}
-    figures: dict[str, dict[str, float]] = {}
+    record, of = folder / "figures.json", {"steps": arguments.steps, "lr": arguments.lr}
+    known = json.loads(record.read_text()) if record.exists() else {}
+    figures: dict[str, dict[str, float]] = known["losses"] if known.items() >= of.items() else {}
     print("| loss | accuracy | margin | KL to the start, nats | tokens of an answer |\n|---|---:|---:|---:|---:|")
     for name in arguments.losses:
-        run = train(folder, name, arguments.steps, f"model.archive={start}", f"lr={arguments.lr}", *EXTRA.get(name, []))
-        divergence, length = answers_of(run, start, prompts, tokenizer)
-        figures[name] = {**row_of(run), "divergence": divergence, "answer_tokens": length}
+        if name not in figures:
+            options = [f"model.archive={start}", f"lr={arguments.lr}", *EXTRA.get(name, [])]
+            run = train(folder, name, arguments.steps, *options)
+            divergence, length = answers_of(run, start, prompts, tokenizer)
+            figures[name] = {**row_of(run), "divergence": divergence, "answer_tokens": length}
+            record.write_text(json.dumps({**of, "losses": figures}, indent=1))
         one = figures[name]
         accuracy = "-" if one["accuracy"] != one["accuracy"] else f"{one['accuracy']:.3f}"
-        print(f"| `{name}` | {accuracy} | {one['margin']:.3f} | {divergence:.3f} | {length:.1f} |", flush=True)
-    (folder / "figures.json").write_text(json.dumps({"steps": arguments.steps, "losses": figures}, indent=1))
+        values = f"{one['margin']:.3f} | {one['divergence']:.3f} | {one['answer_tokens']:.1f}"
+        print(f"| `{name}` | {accuracy} | {values} |", flush=True)
 
 
 def is_compared(settings: Any) -> bool:

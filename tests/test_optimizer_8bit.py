@@ -18,6 +18,7 @@ from tests.tiny_models import GROUPED
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
 from trainers.estimates import checkpoint_bytes
+from trainers.optimizers import build_optimizer
 from trainers.run.data_only import load_data_only
 from trainers.run.plain_state import plain_state, wrapped_state
 from trainers.run.run_dir import RunDir
@@ -91,8 +92,6 @@ def test_a_run_that_was_cut_ends_as_one_that_was_not(tmp_path):
 @pytest.mark.usefixtures("torchao")
 def test_it_is_adamw_but_for_the_rounding():
     """Against torch's own, from the same gradients: a step is off by less than 2% of the learning rate's reach."""
-    from trainers.optimizers import build_optimizer
-
     start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     ends = []
     for name in ("AdamW", "AdamW8bit"):

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from trainers.distributed.sharding import local_part
 
 
 def _is_wrapper(value: Any) -> bool:
-    return is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor)  # which DCP knows, and shards
+    # A DTensor, which has a local part, is one, too; but DCP knows it.
+    return is_traceable_wrapper_subclass(value) and local_part(value) is value
 
 
 def plain_state(state: Any) -> Any:
