@@ -38,13 +38,13 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def join(self, timeout: float = 200) -> list[int | None]:
+    def join(self, timeout: float = 1500) -> list[int | None]:
         """Waits for all; their exit statuses, by rank. Where one has died, the others are ended, as launchers do."""
         deadline = time.monotonic() + timeout
         while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
             wait([process.sentinel for process in self.processes if process.is_alive()], timeout=1.0)
             if any(process.exitcode not in (None, 0, PREEMPTED_STATUS) for process in self.processes):
-                deadline = min(deadline, time.monotonic() + 10)  # one that waits for the dead may wait for long
+                deadline = min(deadline, time.monotonic() + 60)  # one that waits for the dead may wait for long
         for process in self.processes:
             process.kill()
             process.join()
