@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 import string
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
