@@ -5,9 +5,9 @@
 `scripts/slurm/train.sbatch` with two tasks on a Slurm of one node that this program starts: DPO of the quick start's
 model on random words, wandb offline. First a run that nothing stops; then, for each repetition, one that is requeued by
 scontrol, one that gets SIGUSR1, one whose time limit comes, and one that is cancelled and submitted again, all four at
-once, each at a random moment of its first steps. It waits for states, however long they take; with fewer `--epochs`
-than 200 only a busy machine takes long enough for the time limit to come before the end. Of each: was the step under way saved, was the job queued again by
-itself, are weights and metrics those of the first run, to the last bit?
+once, each at a random moment of its first steps. Of each: was the step under way saved, was the job queued again by
+itself, are weights and metrics those of the first run, to the last bit? It waits for states, however long they take;
+with fewer epochs only a busy machine is slow enough for the time limit to come before the run's end.
 """
 
 from __future__ import annotations

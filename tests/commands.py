@@ -66,7 +66,7 @@ def run(
 ) -> tuple[str, str]:
     """Runs `python train.py ARGUMENTS` to its end; returns stdout and stderr."""
     process = start(arguments, folder, fresh=fresh, **environment)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=1500)
     assert process.returncode == status, f"exit status {process.returncode}\n{out}\n{err}"
     return out, err
 

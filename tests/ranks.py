@@ -45,7 +45,7 @@ class Ranks:
             while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
                 wait([process.sentinel for process in self.processes if process.is_alive()], timeout=1.0)
                 if any(process.exitcode not in (None, 0, PREEMPTED_STATUS) for process in self.processes):
-                    deadline = min(deadline, time.monotonic() + 10)  # one that waits for the dead may wait for long
+                    deadline = min(deadline, time.monotonic() + 60)  # one that waits for the dead may wait for long
         finally:  # a test that takes too long is ended here
             for process in self.processes:
                 process.kill()

@@ -168,7 +168,7 @@ def served(tmp_path_factory, tokenizer):
     command = [program, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 1500
         while time.monotonic() < deadline and process.poll() is None:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
@@ -180,7 +180,7 @@ def served(tmp_path_factory, tokenizer):
         yield f"http://127.0.0.1:{port}/v1", str(folder)
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=600)
         log.close()
 
 

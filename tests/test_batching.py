@@ -251,7 +251,7 @@ def test_the_next_batch_is_made_while_this_one_is_in_use(store: TokenStore) -> N
     data._make = watched  # type: ignore[method-assign]  # a spy
     batches = data.batches()
     next(batches)
-    assert made.wait(timeout=30)
+    assert made.wait(timeout=600)
     batches.close()
 
 

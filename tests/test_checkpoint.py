@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from transformers import AutoModelForCausalLM
 
+from config import checksums
 from config.checksums import CHECKSUMS, write_checksums
 from config.errors import UserError
 from config.run_keys import differing_keys
@@ -104,7 +105,7 @@ def test_a_checkpoint_is_put_back_bit_for_bit(tmp_path, name, dtype):
 def test_a_gpus_stager_serves_every_checkpoint(tmp_path, monkeypatch):
     """Its buffers are kept from one checkpoint to the next, and hold what that one saves."""
     make = staging._create_cpu_state_dict
-    monkeypatch.setattr(staging, "_create_cpu_state_dict", lambda state, pin_memory: make(state))  # no GPU, no pinning
+    monkeypatch.setattr(staging, "_create_cpu_state_dict", lambda state, pin_memory=False: make(state))
     settings = tiny_settings(checkpoint=CheckpointSettings(every_examples=8, keep_last=None))
     train(tmp_path, settings, run_path=tmp_path / "plain")
     stager, save = checkpoint.pinned_stager(), dcp.async_save
@@ -386,6 +387,20 @@ def test_an_empty_folder_in_place_of_a_checkpoint_is_named(tmp_path):
     (tmp_path / "run" / "checkpoints" / "step-40").mkdir()
     with pytest.raises(UserError, match=r"step-40 cannot be used .* delete that folder"):
         train(tmp_path, settings)
+
+
+def test_shards_are_hashed_while_they_are_written_and_not_read_again(tmp_path, monkeypatch):
+    read = []
+    original = checksums.hash_prefix
+    monkeypatch.setattr(checksums, "hash_prefix", lambda path: read.append(path.name) or original(path))
+    monkeypatch.setattr(checksums, "CHUNK_BYTES", 1000)
+    train(tmp_path, tiny_settings())
+    assert "model.safetensors" in read
+    assert not [name for name in read if name.endswith(".distcp")]
+    for step in saved_checkpoints(tmp_path / "run"):
+        record = json.loads((step / CHECKSUMS).read_text())["files"]
+        (shard,) = (step / "state").glob("*.distcp")
+        assert record[f"state/{shard.name}"] == [shard.stat().st_size, original(shard)]
 
 
 def test_files_have_the_permissions_of_all_others(tmp_path):

@@ -68,7 +68,6 @@ def command(tmp_path, model: str, url: str, name: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.timeout(1200)  # of a busy machine
 def test_two_workers_of_which_one_is_killed_make_what_one_process_makes(workers, tmp_path, tokenizer, capsys) -> None:
     model = tiny_llama(len(tokenizer))
     model.generation_config.exponential_decay_length_penalty = (8, 3.0)
@@ -100,7 +99,6 @@ def test_two_workers_of_which_one_is_killed_make_what_one_process_makes(workers,
         assert len(server.requests) == asked + 1  # the test request
 
 
-@pytest.mark.timeout(1200)
 def test_what_the_user_has_to_mend_is_told_when_the_other_shards_are_done(workers, tmp_path) -> None:
     with pytest.raises(UserError, match="1 of 3 shards failed, the first: no such row"):
         run_on_ray(partial(fail_at_one, tmp_path), 3, EngineSettings(name="ray", cpus=0.5), lambda: "")

@@ -214,7 +214,7 @@ def test_an_output_that_is_a_file(tmp_path, tiny_model_folder, prompts):
 def test_the_command_ends_with_status_2_and_no_traceback(arguments, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "evaluate.py"), *arguments], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("evaluate.py: ")

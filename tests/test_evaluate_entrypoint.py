@@ -77,7 +77,7 @@ def test_killed_and_typed_again_equals_uninterrupted(tiny_model_folder, tmp_path
     write_prompts(tmp_path)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(arguments(tiny_model_folder, tmp_path, killed))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1500
     while time.monotonic() < deadline and process.poll() is None:
         lines = ledger_lines(killed) if killed.exists() else {}
         if any(len(content) > 5 for content in lines.values()):
@@ -91,7 +91,7 @@ def test_killed_and_typed_again_equals_uninterrupted(tiny_model_folder, tmp_path
     assert not (killed / "report.json").exists()
 
     again = start(arguments(tiny_model_folder, tmp_path, killed, max_batch_tokens=100_000))  # changes no text
-    out, err = again.communicate(timeout=240)
+    out, err = again.communicate(timeout=1500)
     assert again.returncode == 0, err
     after = next(lines for name, lines in ledger_lines(killed).items() if name.startswith("generate-base"))
     assert after[: len(before) - 1] == before[:-1]  # the last line may have been torn

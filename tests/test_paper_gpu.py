@@ -24,7 +24,6 @@ def results_of(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.timeout(900)
 def test_a_whole_run_compiles_attention_at_most_three_times():
     """Self check, reference, training and evaluation, in micro-batches from 90 to 8,000 positions."""
     alone, *in_blocks = results_of("--parts", "run")
@@ -34,7 +33,6 @@ def test_a_whole_run_compiles_attention_at_most_three_times():
     assert not any(one["graph_breaks"] for one in in_blocks)
 
 
-@pytest.mark.timeout(900)
 def test_every_architecture_takes_a_step_in_every_precision():
     """In float32 with flex_attention, in 16 bits with flash attention; and nothing waits for a value."""
     results = results_of("--parts", "architectures")
@@ -45,7 +43,6 @@ def test_every_architecture_takes_a_step_in_every_precision():
         assert flex <= {1, 2} if one["precision"] == "float32" else flex == {0}
 
 
-@pytest.mark.timeout(900)
 def test_short_micro_batches_compile_for_grouped_heads():
     """Its kernel for decoding, which flex_attention would choose for 90 positions, has no configuration for them."""
     results = results_of("--parts", "heads", "--sizes", "40", "90", "2000")

@@ -225,6 +225,42 @@ def test_duplicate_pairs_are_merged_once(tmp_path) -> None:
     assert [pair["rejected"] for pair in pairs] == ["SAME words 1", "EVEN other 2"], "the first stays"
 
 
+@pytest.mark.parametrize("answered_in", [0, 1])
+@pytest.mark.parametrize("later", [True, False])
+def test_a_row_that_a_server_refused_counts_as_it_was_answered(tmp_path, answered_in: int, later: bool) -> None:
+    """Refused before or after its answer, in the same shard's ledger or another's: the dataset is as without."""
+    _, output, _ = run_all(tmp_path, 2)
+    corpus_path = tmp_path / "corpus.jsonl"
+    expected = run_merge(corpus_path, output)
+    before = (output / "si.jsonl").read_bytes()
+    ledgers = [shard_path(output / "ledger", "respond", index, 2) for index in range(2)]
+    lines = [ledger.read_text().splitlines(keepends=True) for ledger in ledgers]
+    answers = [json.loads(line) for of_shard in lines for line in of_shard[1:]]
+    answered, refused = [one for one in answers if one["chosen"] and "decline" in one["chosen"]][:2]
+    headers, others = [of_shard[0] for of_shard in lines], [one for one in answers if one not in (answered, refused)]
+
+    def refusal(record: dict) -> dict:
+        return {**record, "chosen": None, "reason": "abstain_http_503", "tokens": 0}
+
+    def write(*records: tuple[int, dict]) -> None:
+        for index, ledger in enumerate(ledgers):
+            rest = others if index == 0 else []
+            own = [*rest, *(record for shard, record in records if shard == index)]
+            ledger.write_text(headers[index] + "".join(json.dumps(record) + "\n" for record in own))
+
+    once_refused = [(0, refusal(answered)), (1, refusal(answered))]
+    once_refused.insert(2 if later else 0, (answered_in, answered))
+    write(*once_refused, (0, refused))
+    assert run_merge(corpus_path, output).fates == expected.fates
+    assert (output / "si.jsonl").read_bytes() == before
+
+    write(*once_refused, (0, refusal(refused)), (1, refusal(refused)))
+    assert run_merge(corpus_path, output).num_dropped(stage="respond")["abstain_http_503"] == 1
+    ids = [json.loads(line)["id"] for line in (output / "si.jsonl").read_text().splitlines()]
+    kept_before = [json.loads(line)["id"] for line in before.splitlines()]
+    assert ids == [id for id in kept_before if id != refused["id"]]
+
+
 def test_parquet_holds_the_same_rows(tmp_path) -> None:
     _, jsonl, _ = run_all(tmp_path, 1)
     _, parquet, _ = run_all(tmp_path, 1, format="parquet")

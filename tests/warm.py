@@ -88,7 +88,7 @@ class Popen:
 
 
 def run(
-    command: Sequence[str], *, timeout: float = 240, check: bool = False, **options: Any
+    command: Sequence[str], *, timeout: float = 1500, check: bool = False, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """`subprocess.run` of such a command."""
     started = Popen(command, **options)

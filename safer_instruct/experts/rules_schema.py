@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import string
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -63,8 +64,10 @@ def _each(fault_of: Callable[[str, ValidationInfo], str], place: str = "[{number
 
 def _pattern_fault(pattern: str, _: ValidationInfo) -> str:
     try:
-        re.compile(pattern)
-        regex.compile(pattern)  # which searches for it
+        with warnings.catch_warnings():  # of what a later Python may read otherwise, with a line of this file
+            warnings.simplefilter("ignore", FutureWarning)
+            re.compile(pattern)
+            regex.compile(pattern)  # which searches for it
     except (re.error, regex.error) as error:
         return f"not a regular expression: {error}"
     return ""

@@ -57,6 +57,7 @@ class HashingWriter(dcp.FileSystemWriter):
         self.digests: dict[Path, str] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this process's shards; what is returned of each travels to rank 0."""
         written = super().write_data(plan, planner).wait()
         digests = self._hashing.digests
         done: Future[list[WriteResult]] = Future()
@@ -64,6 +65,7 @@ class HashingWriter(dcp.FileSystemWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index, in rank 0, from what all processes returned."""
         for result in (one for rank in results for one in rank if isinstance(one, _HashedResult)):
             self.digests[Path(self.path, result.storage_data.relative_path)] = result.digest
         super().finish(metadata, results)
