@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_reversed_turns import FIRST, expected_rows
 from test_turns import TALK, write
 
@@ -129,8 +130,8 @@ def test_a_reversed_model_of_another_tuning_is_named(tmp_path: Path, caplog: pyt
     talks = read_corpus(CorpusSettings(str(write(tmp_path / "t.jsonl", [TALK])), response_column="messages")).examples
     model = ModelSettings(name_or_path="unused", archive=str(tmp_path))
     notes = []
-    for loss in ("{name: reverse, on: all}", "{name: reverse, on: first}", "{name: sft, on: last}"):
-        (tmp_path / "config.yaml").write_text(f"datasets: {{}}\nloss: {loss}\n")
+    for loss, on in (("reverse", "all"), ("reverse", "first"), ("sft", "last")):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"datasets": {}, "loss": {"name": loss, "on": on}}))
         caplog.clear()
         note_other_tuning(model, talks)
         notes.append(" ".join(caplog.messages))

@@ -103,7 +103,10 @@ BAD_ROWS = {
         [{"id": "a", "prompt": SECRET}],
         "missing column instruction, kind; the columns found are: id, prompt",
     ),
-    "no kind at all": ([{"instruction": SECRET, "label": "x"}], "p.jsonl:1: missing column kind"),
+    "no kind at all": (
+        [{"instruction": SECRET, "label": "x"}],
+        "missing column kind; where all prompts are of one, write prompts.p.kind=unsafe",
+    ),
     "an unknown kind": ([ROW, {**ROW, "id": "b", "kind": "evil"}], "p.jsonl:2: kind='evil' is unknown"),
     "the same id twice": ([ROW, {**ROW, "instruction": "y"}], "p.jsonl:2: the id 'a' was already used at"),
     "an empty instruction": ([{**ROW, "instruction": " "}], "p.jsonl:1: the instruction is empty"),

@@ -93,6 +93,9 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
     needed = ["instruction", *([] if settings.kind is not None else ["kind"])]
     source_column = settings.source_column or "source"
     needed += [settings.source_column] if settings.source_column else []
+    if settings.kind is None and "kind" not in row and "instruction" in row:
+        one = f"prompts.{name}.kind={' or '.join(KINDS)}"
+        raise UserError(f"{where}: missing column kind; where all prompts are of one, write {one}")
     require_columns(row, needed, where, f"prompts.{name}.columns", settings.columns)
     instruction = row["instruction"]
     if isinstance(instruction, list) and instruction:  # turns of a conversation, of which the first is asked
