@@ -316,9 +316,9 @@ def _checked_expert(config: InduceConfig, device: torch.device, paid: Collection
 
 
 def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return name
 
 
 def _show(path: Path) -> None:

@@ -17,7 +17,7 @@ from trainers.distributed.sharding import local_part
 
 def _is_wrapper(value: Any) -> bool:
     # A DTensor, which has a local part, is one, too; but DCP knows it.
-    return is_traceable_wrapper_subclass(value) and local_part(value) is value
+    return local_part(value) is value and is_traceable_wrapper_subclass(value)
 
 
 def plain_state(state: Any) -> Any:
