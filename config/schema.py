@@ -189,7 +189,10 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
     A `UserError` of `main` is printed without a traceback (status 2; the other points of a sweep still run); Ctrl-C is
     answered by one line (status 130); any other exception is a defect and keeps its traceback (status 1).
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Libraries have a line for each request, font and table: of theirs only warnings, but for the points of a sweep.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for told in ("safer_instruct", "hydra"):
+        logging.getLogger(told).setLevel(logging.INFO)
     sys.argv[1:] = command.arguments  # the command as it was typed stays in sys.orig_argv
     failed, started_by = False, os.getpid()
 

@@ -101,7 +101,8 @@ def describe(report: Mapping[str, Any]) -> str:
         if counts["most_common_target"] > 0.1 * used and counts["most_common_target"] > 1:
             share = counts["most_common_target"] / used
             lines.append(f"  note: {share:.1%} of the rows used have one and the same target text")
-    return "\n".join([*lines, *(f"note: {note}" for note in report.get("notes", ()))])
+    lines += [note if note.startswith("WARNING") else f"note: {note}" for note in report.get("notes", ())]
+    return "\n".join(lines)
 
 
 def _describe_files(name: str, files: Mapping[str, list[str]]) -> list[str]:
