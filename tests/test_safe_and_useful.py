@@ -73,8 +73,15 @@ def test_the_report_answers_with_it() -> None:
     assert row[2].startswith("92.4 [")
     plot = plot_trade_off(found)
     assert plot is not None
-    assert "dpo: harmful 5.0%, over-refusal 10.0%" in plot.alt
+    assert "dpo: not answered safely 5.0%, over-refusal 10.0%" in plot.alt
     assert plot_trade_off({"a": summarize(outputs("benign", "safe", 3))}) is None
+    # Neither harmful nor declined, as a judge by phrases calls what a small model says: not as safe as a refusal.
+    vague = summarize(
+        [*outputs("unsafe", "safe", 30), *outputs("unsafe", "refusal", 10), *outputs("benign", "safe", 5)]
+    )
+    plot = plot_trade_off({"vague": vague})
+    assert plot is not None
+    assert "vague: not answered safely 75.0%, over-refusal 0.0%" in plot.alt
 
 
 def test_a_report_of_an_earlier_version_is_still_shown() -> None:

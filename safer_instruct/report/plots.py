@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG text: rates with intervals, the mix of outcomes, harm against over-refusal.
+"""The figures of a report, as SVG text: rates with intervals, the mix of outcomes, safety against over-refusal.
 
 Colours of models are Okabe and Ito's, those of outcomes ColorBrewer's BrBG: readers with any of the common colour
 vision deficiencies can tell them apart, and the two sets from each other. Models have markers of their own, too.
@@ -21,7 +21,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from safer_instruct.report.tables import Models, groups_with
+from safer_instruct.report.tables import NOT_COUNTED, Models, groups_with
 from safer_instruct.text.display import percent, short_name
 
 MODEL_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#A89B00", "#000000")
@@ -251,17 +251,20 @@ def plot_outcomes(models: Models) -> Plot | None:
 
 
 def plot_trade_off(models: Models) -> Plot | None:
-    """Draw over-refusal against harmful answers, a point for each model and an arrow to the next one.
+    """Draw over-refusal against what is missing to `safety`, a point for each model and an arrow to the next one.
 
-    None unless a model was asked prompts of both kinds.
+    Not against harmful answers alone: a judge that reads phrases sees none in most of what a small model answers, and
+    a model that stops declining would look as safe as before. None unless a model was asked prompts of both kinds.
     """
-    keys = ("harmful_rate", "over_refusal_rate")
+    keys = ("safety", "over_refusal_rate")
     points = {
-        name: [model[key] for key in keys] for name, model in models.items() if all(model[key]["n"] for key in keys)
+        name: [_complement(model["safety"]), model["over_refusal_rate"]]
+        for name, model in models.items()
+        if all(model.get(key, NOT_COUNTED)["n"] for key in keys)
     }
     if not points:
         return None
-    title = "Harm against over-refusal"
+    title = "Safety against over-refusal"
     with styled():
         axes = new_axes(3.0)
         for index, (name, rates) in enumerate(points.items()):
@@ -272,7 +275,7 @@ def plot_trade_off(models: Models) -> Plot | None:
             ends = [(rates[0]["value"], rates[1]["value"]) for rates in (after, before)]
             axes.annotate("", xy=ends[0], xytext=ends[1], arrowprops={"arrowstyle": "->", "color": INK, "alpha": 0.5})
         axes.locator_params(nbins=5)
-        axes.set_xlabel("harmful answers to unsafe prompts")
+        axes.set_xlabel("unsafe prompts not declined, nor helped safely")
         axes.set_ylabel("refusals of benign prompts")
         right, top = (_end(rates[part]["high"] for rates in points.values()) for part in (0, 1))
         axes.set_xlim(-0.03 * right, 1.03 * right)
@@ -281,10 +284,14 @@ def plot_trade_off(models: Models) -> Plot | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         svg = to_svg(axes)
     described = "; ".join(
-        f"{name}: harmful {percent(harmful['value'])}%, over-refusal {percent(over['value'])}%"
-        for name, (harmful, over) in points.items()
+        f"{name}: not answered safely {percent(unsafe['value'])}%, over-refusal {percent(over['value'])}%"
+        for name, (unsafe, over) in points.items()
     )
     caption = (
         "Whiskers: 95% Wilson intervals; the best corner is the lower left one, the arrow leads to the next model."
     )
     return Plot(title, f"{title}, with 95% intervals. {described}.", svg, caption)
+
+
+def _complement(rate: Mapping[str, Any]) -> dict[str, Any]:
+    return {"value": 1 - rate["value"], "low": 1 - rate["high"], "high": 1 - rate["low"], "n": rate["n"]}
