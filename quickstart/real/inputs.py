@@ -54,7 +54,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(reverse=8, held_out=4, corpus=8, replay=8, contrast=8, sft=8, dpo=8, prompts=4),  # that it runs
-    "small": Size(reverse=256, held_out=60, corpus=400, replay=160, contrast=200, sft=768, dpo=128, prompts=60),
+    "small": Size(reverse=512, held_out=60, corpus=400, replay=160, contrast=200, sft=768, dpo=128, prompts=60),
     "full": Size(reverse=2000, held_out=200, corpus=2000, replay=2000, contrast=1000, sft=2000, dpo=2000, prompts=300),
 }
 

@@ -3,8 +3,8 @@
     python quickstart/real/more.py ratios runs/real    # harmless to unsafe pairs, 1:4, 1:1, 2:1, beside `si` alone
     python quickstart/real/more.py tasks runs/real     # general knowledge before and after, by lm_eval
 
-ratios: SFT and DPO with each share of harmless pairs (replay and contrast as 3 : 7); two reports, whose figure of safety
-against over-refusal leads from ratio to ratio. tasks: `pip install "lm_eval[hf]"` first.
+ratios: SFT and DPO with each share of harmless pairs (replay and contrast as 3 : 7); two reports, whose figure of
+safety against over-refusal leads from ratio to ratio. tasks: `pip install "lm_eval[hf]"` first.
 """
 
 from __future__ import annotations

@@ -275,7 +275,7 @@ def plot_trade_off(models: Models) -> Plot | None:
             ends = [(rates[0]["value"], rates[1]["value"]) for rates in (after, before)]
             axes.annotate("", xy=ends[0], xytext=ends[1], arrowprops={"arrowstyle": "->", "color": INK, "alpha": 0.5})
         axes.locator_params(nbins=5)
-        axes.set_xlabel("unsafe prompts not declined, nor helped safely")
+        axes.set_xlabel("unsafe prompts neither declined nor helped safely")
         axes.set_ylabel("refusals of benign prompts")
         right, top = (_end(rates[part]["high"] for rates in points.values()) for part in (0, 1))
         axes.set_xlim(-0.03 * right, 1.03 * right)
