@@ -26,7 +26,7 @@ from config.run_keys import differing_keys
 from config.settings import CheckpointSettings
 from safer_instruct.generation.models import resolve_archive
 from scripts.runs import read_status
-from tests.tiny_models import SUPPORTED, VOCABULARY, tiny_model
+from tests.tiny_models import PACKABLE, SUPPORTED, VOCABULARY, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed import launch as parallel
 from trainers.distributed.layout import Layout
@@ -53,7 +53,7 @@ def train(folder, settings, *, run_path=None, **arguments):
     return kept["trainer"]
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", PACKABLE)
 def test_from_pretrained_reads_what_was_trained(tmp_path, name):
     trainer = train(tmp_path, tiny_settings(eval_every=100), model=tiny_model(name))
     reread = AutoModelForCausalLM.from_pretrained(resolve_archive(str(tmp_path / "run")))
