@@ -280,7 +280,9 @@ class Reader:
         parent = key.rpartition(".")[0]
         siblings = [field.name for field in fields(owner)] if parent and is_dataclass(owner) else []
         known = [name for name in _keys(config) if group == "hydra" or not name.startswith("hydra")]
-        guess = OTHER_NAMES.get(key) or nearest(key, [*known, *(f"{parent}.{sibling}" for sibling in siblings)])
+        plural = ".".join([f"{group}s", *names]) if names and f"{group}s" in config else ""  # model.base.path=
+        beside = [f"{parent}.{sibling}" for sibling in siblings]
+        guess = OTHER_NAMES.get(key) or plural or nearest(key, [*known, *beside])
         listed = f" Keys of {parent}: {', '.join(siblings)}" if siblings else ""
         meant = f"; did you mean {guess}?" if guess else "."
         self._fault(word.key, f"{word.said}: there is no key {key}{meant}{listed}")

@@ -67,8 +67,10 @@ def test_prompts_without_a_judge(tmp_path, tiny_model_folder, prompts):
 
 
 def test_unknown_keys_and_wrong_types_of_named_entries_are_all_said(tmp_path):
-    message = message_of(tmp_path, "models.a.pth=x", "prompts.p.max_rows=many", "prompts.p.knd=unsafe")
+    words = ("models.a.pth=x", "prompts.p.max_rows=many", "prompts.p.knd=unsafe", "model.b.path=y")
+    message = message_of(tmp_path, *words)
     assert "no key models.a.pth; did you mean models.a.path?" in message
+    assert "no key model.b.path; did you mean models.b.path?" in message
     assert "prompts.p.max_rows=many" in message
     assert "did you mean prompts.p.kind?" in message
 

@@ -54,6 +54,7 @@ from safer_instruct.generation.weights import (
 from safer_instruct.text.chat import special_token_texts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+HOW_TO_NAME = "Write model.name_or_path=FOLDER, or in evaluate.py models.NAME.path=FOLDER."
 PROBE_SECONDS = 10
 
 
@@ -213,7 +214,7 @@ def _source(name: str) -> Path | str:
     try:
         huggingface_hub.utils.validate_repo_id(name)
     except ValueError as error:
-        raise UserError(f"model {name}: there is no such folder. Set model.name_or_path=FOLDER.") from error
+        raise UserError(f"model {name}: there is no such folder. {HOW_TO_NAME}") from error
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return name
     if not constants.HF_HUB_OFFLINE:
@@ -232,7 +233,7 @@ def _source(name: str) -> Path | str:
         reason = "HF_HUB_OFFLINE is set and it is not in the cache"
     raise UserError(
         f"model {name}: there is no such folder here, and {reason}. Give a folder with config.json and "
-        "*.safetensors: model.name_or_path=FOLDER"
+        f"*.safetensors. {HOW_TO_NAME}"
     )
 
 
