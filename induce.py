@@ -316,9 +316,8 @@ def _checked_expert(config: InduceConfig, device: torch.device, paid: Collection
 
 
 def _device(name: str) -> str:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return found if name == "auto" else name
 
 
 def _show(path: Path) -> None:

@@ -20,7 +20,7 @@ ENTRYPOINTS = {"train.py", "induce.py", "evaluate.py"}
 PARALLEL = {
     "trainers/distributed/launch.py", "trainers/distributed/layout.py", "trainers/distributed/parallelize.py",
     "trainers/distributed/sharding.py", "trainers/run/checkpoint.py", "trainers/run/data_only.py",
-    "trainers/run/resume.py", "trainers/reference.py",
+    "trainers/run/resume.py", "trainers/run/state_writer.py", "trainers/reference.py",
 }  # fmt: skip
 # library -> the only files that may import it
 HOMES = {

@@ -160,28 +160,33 @@ def served(tmp_path_factory, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     tokenizer.save_pretrained(folder)
     tokenizer.chat_template = None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = str(Path(sys.executable).with_name("transformers"))
-    log = (folder / "log").open("w")
-    command = [program, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=log, stderr=log)
+    process, address = start_server(folder)
     try:
-        deadline = time.monotonic() + 1500
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.3)
-        else:
-            pytest.fail((folder / "log").read_text()[-2000:])
-        yield f"http://127.0.0.1:{port}/v1", str(folder)
+        yield f"{address}/v1", str(folder)
     finally:
         process.terminate()
         process.wait(timeout=600)
-        log.close()
+
+
+def start_server(folder: Path) -> tuple[subprocess.Popen, str]:
+    """Start `transformers serve` on a port that is free; another program may take it first: then on another one."""
+    program = str(Path(sys.executable).with_name("transformers"))
+    for _ in range(5):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [program, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+        with (folder / "log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        while process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                return process, f"http://127.0.0.1:{port}"
+            except OSError:
+                time.sleep(0.3)
+        if "address already in use" not in (folder / "log").read_text():
+            break
+    pytest.fail((folder / "log").read_text()[-2000:])
 
 
 @pytest.mark.slow

@@ -369,7 +369,7 @@ FAULTS = [
     (["model.lora.quantize=nf4"], "model.lora.quantize=nf4: without a rank there is no adapter"),
     (["checkpoint.merge=true"], "without an adapter (model.lora.r=16) there is nothing to merge"),
     (["model.lora.r=4", "model.lora.target_modules=[]"], "name some, or null for all of them"),
-    (["model.lora.r=4", "model.archive=policy.pt"], "a policy.pt is no base that peft could load"),
+    (["model.lora.r=4", "model.archive=policy.pt"], "model.archive=policy.pt: a policy.pt is no base that peft"),
     (["model.lora.r=4", "checkpoint.policy_pt=true"], "write checkpoint.merge=true, too"),
     (["model.lora.r=4", "model.lora.quantize=nf4", "checkpoint.merge=true"], "is rounded to 4 bits"),
     (["model.lora.r=4", "model.lora.quantize=nf4", "trainer=FSDPTrainer"], "weights in 4 bits are not sharded"),

@@ -130,6 +130,6 @@ def test_an_upload_without_a_login_or_a_name_is_told_before_the_run(tmp_path, mo
     assert not list(check_hub("me/model"))
     assert not list(check_hub(None))
     faults = check_train(settings(tmp_path, push_to_hub="me/model", debug=True))
-    assert any("push_to_hub=me/model, debug=true" in str(fault) for fault in faults)
+    assert any("push_to_hub=me/model: debug=true writes no checkpoint" in str(fault) for fault in faults)
     faults = check_values(settings(tmp_path, push_to_hub="model"))
     assert any("push_to_hub=model: must be USER/NAME" in str(fault) for fault in faults)

@@ -133,5 +133,5 @@ def test_sharded_weights_are_refused(tmp_path):
 def test_without_torchao_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     (found,) = faults(tmp_path, DPOSettings(), changes={"optimizer": "AdamW8bit"})
-    assert "optimizer=AdamW8bit is torchao's, which cannot be imported" in found
+    assert "optimizer=AdamW8bit: it is torchao's, which cannot be imported" in found
     assert "pip install --no-deps 'torchao>=0.18'" in found

@@ -20,7 +20,7 @@ from tests.commands import write_pairs
 
 PACKAGES = ("config", "trainers", "safer_instruct", "quickstart")
 MODULES = ("train.py", "induce.py", "evaluate.py", "preference_datasets.py")
-DATA = (".py", ".yaml", ".json", ".safetensors", ".css", ".html", ".js")
+DATA = (".py", ".yaml", ".json", ".jsonl", ".safetensors", ".css", ".html", ".js")
 
 
 @pytest.fixture(scope="module")

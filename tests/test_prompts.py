@@ -127,7 +127,10 @@ def test_prompt_answer_and_end_are_the_templates_own_rendering(template: str, tu
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (IM + ASK.replace("assistant\n", "assistant\n<think>\n"), r"'<think>\\n' at the end, .*mend the chat template"),
+        (
+            IM + ASK.replace("assistant\n", "assistant\n<think>\n"),
+            r"ends in \.\.\.'<think>\\n', but .*mend the chat template",
+        ),
         (IM, r"writes '<\|im_start\|>assistant\\n' before an answer, but not where it asks"),
         (
             "{{ raise_exception('a system turn\x1b is needed') }}",

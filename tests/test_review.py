@@ -199,7 +199,9 @@ def test_files_that_are_no_reviews_of_this_dataset_are_named(dataset, tmp_path) 
     )
     assert "1 of the 1 pairs" in complaint(export(tmp_path / "strange.json", "x", {"r999": "keep"}))
     changed = [{**ROWS[0], "chosen": "Something else."}]
-    assert "the pair r0 has had other texts" in complaint(export(tmp_path / "old.json", "x", {"r0": "keep"}, changed))
+    assert "the pair r0 has other texts than when it was reviewed" in complaint(
+        export(tmp_path / "old.json", "x", {"r0": "keep"}, changed)
+    )
     dataset.write_text('{"instruction": "a", "chosen": "b"}\n')
     with pytest.raises(UserError, match="it holds no pair with a rejected response"):
         draw(dataset, tmp_path / "none")

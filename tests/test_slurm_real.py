@@ -110,7 +110,9 @@ def test_stops_of_a_run_of_two_tasks(cluster: Cluster, folder, tiny_model_folder
         # wandb's own hook at the interpreter's end may complain of its process, which Slurm signalled, too.
         complaint = "Exception ignored in atexit callback"
         assert job_log(folder, job).count("Traceback") == job_log(folder, job).count(complaint)
-        assert cluster.job(job)["Restarts"] == ("0" if kind == "scancel" else "1")
+        restarts = int(cluster.job(job)["Restarts"])
+        # A limit of minutes stops the second start, too, where the machine is so busy that it needs them.
+        assert restarts >= 1 if kind == "limit" else restarts == (0 if kind == "scancel" else 1), kind
 
 
 def test_an_array_of_four_trials_of_which_one_is_requeued(cluster: Cluster, folder, tiny_model_folder):
