@@ -1,6 +1,6 @@
 """What does a step of LoRA with r=16 take, against one of all weights?
 
-    python -m benchmarks.lora
+    python -m benchmarks.lora    # about a minute and a half on two cores
 
 SFT of a Llama of 25M random parameters (float32, AdamW, packed rows of 256 random tokens, 2,048 positions a step):
 steps of both kinds in turn in one process, and the bytes that each holds, counted from the tensors. Seconds are ratios
