@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import sys
 import unicodedata
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 # Unicode: control, format (directions, zero widths), surrogate, private, unassigned, line and paragraph ends.
 INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
@@ -31,7 +34,7 @@ def _written_out(char: str) -> str:
 class _Unfailing(io.FileIO):
     """A descriptor that swallows what cannot be written: a reader that is gone (`| head`), a log on a full disk."""
 
-    def write(self, data: io.ReadableBuffer) -> int:  # type: ignore[name-defined]  # typeshed has it, io has not
+    def write(self, data: ReadableBuffer) -> int:
         """Write what can be written; what cannot counts as written."""
         try:
             return super().write(data) or memoryview(data).nbytes
