@@ -139,6 +139,7 @@ STORIES = stories()
 @pytest.mark.parametrize("story", STORIES)
 def test_the_commands_of_a_page_run(story, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    num_run = 0
     for block in [block for page in STORIES[story] for block in blocks(page)]:
         if block.file:
             path = tmp_path / block.file
@@ -147,6 +148,8 @@ def test_the_commands_of_a_page_run(story, tmp_path, monkeypatch):
         elif block.language == "bash" and not needs(block):
             for words in lines_of(block):
                 run_command_line(words, monkeypatch)
+                num_run += 1
+    assert num_run > 0
 
 
 def run_command_line(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
