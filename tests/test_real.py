@@ -193,10 +193,13 @@ class TestInputs:
             inputs.write_inputs(tmp_path / "in", inputs.Given(**{name: str(path)}), SMALL, seed=0)
 
 
-def planned(tmp_path, *, expert="rules", **given):
-    model = "quickstart/model"
-    settings = run.Settings(0, "tiny", model, "alpaca", expert, inputs.Given(**given))
-    return dict(run.Real(tmp_path / "real", settings).commands())
+def planned_real(tmp_path, *, expert="rules", **given):
+    settings = run.Settings(0, "tiny", "quickstart/model", "alpaca", expert, inputs.Given(**given))
+    return run.Real(tmp_path / "real", settings)
+
+
+def planned(tmp_path, **options):
+    return dict(planned_real(tmp_path, **options).commands())
 
 
 class TestRun:
@@ -289,6 +292,22 @@ class TestMore:
             replay, contrast = (config.datasets[part].weight for part in ("replay", "contrast"))
             assert replay + contrast == pytest.approx(harmless / (harmless + unsafe))
             assert replay / (replay + contrast) == pytest.approx(0.3)
+
+    def test_ratios_as_a_table_and_as_a_figure(self, tmp_path):
+        rates = {name: rate(0.5) | {"n": 60} for name in ("safety", "usefulness", "safe_and_useful", "harmful_rate")}
+        rates |= {"benign_accuracy": rate(0.5), "over_refusal_rate": rate(0.25) | {"n": 120}}
+        sources = {name: {"over_refusal_rate": rate(value)} for name, value in (("benign", 0.2), ("contrast", 0.3))}
+        for stage in more.STAGES:
+            commands = dict(more.ratios(planned_real(tmp_path)))
+            asked = [word for word in commands[f"evaluate {stage} at each ratio"] if word.startswith("models.")]
+            models = {word.split(".")[1]: rates | {"by_source": sources} for word in asked}
+            folder = tmp_path / "ratios" / f"report_{stage}"
+            folder.mkdir(parents=True)
+            (folder / "report.json").write_text(json.dumps({"models": models}))
+        rows = results.ratio_table(tmp_path).splitlines()[2:]
+        assert [row.split(" | ")[1] for row in rows] == 2 * ["0", "1 : 4", "1 : 1", "2 : 1"]
+        assert rows[0] == "| SFT | 0 | 50 [40, 60] | 20 [10, 30] | 30 [20, 40] | 50 [40, 60] |"
+        assert results.ratio_figure(tmp_path).startswith("<svg")
 
     def test_questions_have_one_right_answer_among_four(self):
         rows = list(read_jsonl(Path(more.TASKS) / "general.jsonl"))

@@ -19,9 +19,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
 
+from config.console import open_console
 from config.errors import UserError
+from config.files import write_text
 from quickstart.real.inputs import Given
-from quickstart.real.results import ratio_table
+from quickstart.real.results import ratio_figure, ratio_table
 from quickstart.real.run import SHARES, Command, Real, Settings
 from quickstart.stages import Stages
 
@@ -33,6 +35,7 @@ TASKS = "quickstart/real/tasks"
 
 def main() -> int:
     """Run one of the two; the exit status is that of the first stage that fails, or 2 after a mistake."""
+    open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("ratios", "tasks"))
     parser.add_argument("output", type=Path, help="folder of a finished `make real`")
@@ -49,7 +52,9 @@ def main() -> int:
         if status != 0:
             return status
     if options.what == "ratios":
-        print(f"\n{ratio_table(output)}\n")
+        figure = output / "ratios" / "ratios.svg"
+        write_text(figure, ratio_figure(output))
+        print(f"\n{ratio_table(output)}\n\n{figure}: after DPO")
     return 0
 
 

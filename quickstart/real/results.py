@@ -87,11 +87,25 @@ def ratio_table(output: Path) -> str:
         "|:---|:---|---:|---:|---:|---:|",
     ]
     for stage in ("sft", "dpo"):
-        models = _read(output / "ratios" / f"report_{stage}" / "report.json")["models"]
-        for name, model in models.items():
-            ratio = "0" if name == "only_unsafe" else name.removeprefix("r").replace("_", " : ")
-            lines.append(f"| {TITLES[stage]} | {ratio} | {_rates(one_model(model))} |")
+        rows = ratio_models(output, stage).items()
+        lines += [f"| {TITLES[stage]} | {ratio} | {_rates(one_model(model))} |" for ratio, model in rows]
     return "\n".join(lines)
+
+
+def ratio_figure(output: Path) -> str:
+    """Draw over-refusal against safety after DPO, a point for each ratio, as SVG."""
+    from safer_instruct.report.plots import plot_trade_off  # matplotlib
+
+    plot = plot_trade_off(ratio_models(output, "dpo"))
+    assert plot is not None, "make real asks prompts of both kinds"
+    return plot.svg
+
+
+def ratio_models(output: Path, stage: str) -> dict[str, Any]:
+    """Return what the report says of each model that `more.py ratios` trained up to a stage, by its ratio."""
+    models = _read(output / "ratios" / f"report_{stage}" / "report.json")["models"]
+    names = {"only_unsafe": "0"}
+    return {names.get(name, name.removeprefix("r").replace("_", " : ")): model for name, model in models.items()}
 
 
 def _model_rows(models: Mapping[str, Any], answers: Mapping[str, list[float]]) -> Iterator[str]:
