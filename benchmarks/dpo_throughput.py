@@ -343,15 +343,19 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
         floors: dict[str, list[float]] = {"floor": [], "shared_floor": []}
         differences: dict[str, float] = dict.fromkeys(steps, 0.0)
         names = list(steps)
-        for number, batch in enumerate([batches[-1], *batches[:-1]]):  # the last one has WARM_UP_ROWS
+        # A second size is what `torch.compile` needs to see before it writes code for all of them.
+        warm_up = (
+            [batches[-1], batches[0]] if layout.device.type == "cuda" else [batches[-1]]
+        )  # the last is a small one
+        for number, batch in enumerate([*warm_up, *batches[:-1]], start=1 - len(warm_up)):
             losses = {}
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 started, cpu_started = now(layout.device), time.process_time()
                 losses[name] = steps[name](batch)
-                if number:
+                if number > 0:
                     seconds[name].append(now(layout.device) - started)
                     cpu_seconds[name].append(time.process_time() - cpu_started)
-            if number:
+            if number > 0:
                 floors["floor"].append(floor(batch.rows, sharing=False))
                 floors["shared_floor"].append(floor(batch.rows, sharing=True))
                 for name, loss in losses.items():

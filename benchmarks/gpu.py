@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ STAGES: dict[str, Stage] = {
             *DPO_1B, "--contenders", "literal_bf16", "packed_bf16", "packed_bf16_compiled", "trl_bf16",
             "--literal-parts", "16", "--trl-rows", "16",
         ),
-        _throughput(*SMALL, "--contenders", "literal_bf16", "packed_bf16"), 170,
+        _throughput(*SMALL, "--contenders", "literal_bf16", "packed_bf16"), 260,
         (at_least("times_literal", 4), at_least("times_trl", 2), at_least("mfu_with_head", 0.45)),
     ),
     "sft_1b": Stage(
@@ -123,8 +124,8 @@ STAGES: dict[str, Stage] = {
     ),
     "dpo_7b": Stage(
         _throughput(
-            "--size", "7b", "--batch-size", "64", "--steps", "2", "--contenders", "packed_bf16_compiled",
-            "--fit-layers",
+            "--size", "7b", "--batch-size", "64", "--steps", "3", "--max-tokens", "10240",
+            "--contenders", "packed_bf16_compiled", "--fit-layers",
         ),
         _throughput(*SMALL, "--contenders", "packed_bf16"), 120,
         (at_least("mfu_with_head", 0.5), at_most("peak_reserved_gib", 139)),
@@ -156,6 +157,13 @@ def chosen_stages(names: list[str], *, has_model: bool) -> list[str]:
     return names
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a stage and what it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 class Run:
     """The stages of one command, and where their results go."""
 
@@ -181,7 +189,12 @@ class Run:
             started = {name: (time.monotonic(), self._start(name, attempt)) for name, attempt in waiting.items()}
             again = {}
             for name, (began, process) in started.items():
-                figures, error = self._wait(name, process, began)
+                try:
+                    figures, error = self._wait(name, process, began)
+                except BaseException:  # the end of this program is the end of its stages: they would hold the device
+                    for _, one in started.values():
+                        end(one)
+                    raise
                 if error and waiting[name] < TRIES:
                     again[name] = waiting[name] + 1
                     continue
@@ -205,6 +218,8 @@ class Run:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "HF_HUB_OFFLINE": "1",
+            # Contenders that take turns leave blocks of unlike sizes behind, and the last would wait for memory.
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             "WANDB_MODE": "disabled",
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -221,8 +236,7 @@ class Run:
         try:
             status = process.wait(max(0.1, began + limit - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+            end(process)
             return {}, f"killed after {limit:.0f} s; {self._log(name)} has what it printed"
         lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()
         try:
@@ -262,6 +276,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if "real_model" in arguments.stages and arguments.model is None:
         raise SystemExit("--stages real_model needs --model FOLDER")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run, began = Run(arguments), time.monotonic()
     for name in chosen_stages(arguments.stages, has_model=arguments.model is not None):
         run.stage(name)

@@ -125,6 +125,7 @@ class PaperCompiler:
 
     Attributes:
         graphs: How many graphs were lowered, by the operator that they hold and the kind of pass.
+        kernels: The names of the Triton kernels that were written.
         shared_memory: Bytes of each kernel that was compiled to sm_90, by name and number.
     """
 
@@ -134,8 +135,10 @@ class PaperCompiler:
         from torch._inductor.decomposition import select_decomp_table
         from torch._inductor.graph import GraphLowering
 
+        self._torch_compile = torch.compile
         self.to_machine_code = to_machine_code
         self.graphs: Counter[str] = Counter()
+        self.kernels: list[str] = []
         self.shared_memory: dict[str, int] = {}
         GraphLowering.compile_to_module = lambda lowering: self._keep_code(lowering)  # nothing can be loaded here
         self.backend = aot_autograd(
@@ -143,6 +146,15 @@ class PaperCompiler:
             inference_compiler=self._compiler("inference"), decompositions=select_decomp_table(),
             partition_fn=min_cut_rematerialization_partition,
         )  # fmt: skip
+
+    def compile(self, *arguments: Any, options: dict[str, Any] | None = None, **keywords: Any) -> Any:
+        """Be `torch.compile`; a backend of our own would not be given the options of Inductor."""
+
+        def backend(*graph: Any, **others: Any) -> Any:
+            with torch._inductor.config.patch(options or {}):
+                return self.backend(*graph, **others)
+
+        return self._torch_compile(*arguments, **keywords, backend=backend)
 
     def _compiler(self, kind: str) -> Callable[..., Any]:
         from functorch.compile import make_boxed_func
@@ -160,10 +172,10 @@ class PaperCompiler:
     def _keep_code(self, lowering: Any) -> None:
         code = lowering.codegen()[0]
         text = code if isinstance(code, str) else code.value
-        if self.to_machine_code:
-            for name, source in triton_sources(text):
-                if "flex" in name:
-                    self.shared_memory[f"{name} {len(self.shared_memory)}"] = compile_for_h100(source)
+        for name, source in triton_sources(text):
+            self.kernels.append(name)
+            if self.to_machine_code and "flex" in name:
+                self.shared_memory[f"{name} {len(self.shared_memory)}"] = compile_for_h100(source)
         raise Compiled
 
 
@@ -287,7 +299,7 @@ def paper(*, to_machine_code: bool = False) -> Iterator[PaperCompiler]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     kept = torch.compile, attention._to_device
-    torch.compile = lambda *arguments, **keywords: kept[0](*arguments, **{**keywords, "backend": compiler.backend})
+    torch.compile = compiler.compile
     attention._to_device = lambda tensor, device: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     attention._compiled_flex.cache_clear()
     logps._compiled.cache_clear()
@@ -392,10 +404,21 @@ def whole_run(dtype: torch.dtype, *, compile_blocks: bool) -> dict[str, Any]:
     }
 
 
+def every_first_size(vocabulary: int = 128_256) -> Iterator[dict[str, Any]]:
+    """Compile the head's normalisation for few and for many rows at first: the code must be the same."""
+    from trainers.kernels import logps
+
+    for rows in (8, 8192):
+        with paper() as compiler, fake_mode(), torch.no_grad():
+            logits = torch.empty(rows, vocabulary, device=DEVICE)
+            logps._compiled(logps._normalise)(logits, None, torch.empty(rows, dtype=torch.int64, device=DEVICE))
+        yield {"first_rows": rows, "kernels": compiler.kernels}
+
+
 def main() -> None:
     """Try everything, and print one line of JSON for each thing tried."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["run", "architectures", "heads"])
+    parser.add_argument("--parts", nargs="+", default=["run", "architectures", "heads", "first_sizes"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[40, 90, 300, 2000, 8192])
     arguments = parser.parse_args()
     if not os.environ.get(STAND_IN):
@@ -408,6 +431,7 @@ def main() -> None:
         ),
         "architectures": every_architecture,
         "heads": lambda: every_head(arguments.sizes),
+        "first_sizes": every_first_size,
     }
     for part in arguments.parts:
         for result in parts[part]():

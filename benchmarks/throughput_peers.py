@@ -141,6 +141,8 @@ def trl_step(
             train_dataset=dataset, processing_class=tokenizer,
         )  # fmt: skip
         collate = trainer.data_collator
+    # `bf16` alone does nothing to `training_step`: Trainer.train hands the model to accelerate, whose autocast it is.
+    model = trainer.accelerator.prepare_model(policy)
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=settings.lr)
 
     def step(rows: Tensor) -> float:
@@ -153,7 +155,7 @@ def trl_step(
         for part in parts:
             inputs = collate([example(row) for row in part.tolist()])
             trainer.current_gradient_accumulation_steps = len(parts)
-            total += float(trainer.training_step(policy, inputs, num_items_in_batch=None))
+            total += float(trainer.training_step(model, inputs, num_items_in_batch=None))
         trainer.accelerator.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 
 import pytest
 
@@ -50,3 +51,19 @@ def test_stages_by_name():
     assert "real_model" in chosen_stages(["all"], has_model=True)
     with pytest.raises(SystemExit, match="no such stage"):
         chosen_stages(["crad"], has_model=False)
+
+
+def test_the_end_of_the_program_is_the_end_of_its_stages(tmp_path, monkeypatch):
+    """What goes on computing would hold the device, and spoil what is measured next."""
+    monkeypatch.setattr(gpu, "STAGES", {"a": stage("import time; time.sleep(600)", alongside="b"), "b": stage("")})
+    run = Run(argparse.Namespace(output=tmp_path / "gpu", small=False, device="cpu", model=None))
+    started = []
+
+    def stopped(name, process, began):
+        started.append(process)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(run, "_wait", stopped)
+    with pytest.raises(SystemExit):
+        run.stage("a")
+    assert [process.returncode for process in started] == [-signal.SIGKILL]

@@ -48,3 +48,10 @@ def test_short_micro_batches_compile_for_grouped_heads():
     results = results_of("--parts", "heads", "--sizes", "40", "90", "2000")
     assert {one["ratio"] for one in results} == {1, 2, 4, 8}
     assert all(one["kernels"] and one["graphs"]["flex forward"] == 1 for one in results)
+
+
+def test_code_does_not_depend_on_the_first_size():
+    """A run that goes on after a stop begins with another micro-batch than it did, and is to compute the same."""
+    few, many = results_of("--parts", "first_sizes")
+    assert few["kernels"] == many["kernels"]
+    assert len(many["kernels"]) == 1

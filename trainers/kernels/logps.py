@@ -266,8 +266,13 @@ def _exponentials(logits_RV: Tensor, bias_V: Tensor | None, targets_R: Tensor) -
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile for all sizes, so that the passes over the logits become one, which reads them as they are."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    """Compile for all sizes, so that the passes over the logits become one, which reads them as they are.
+
+    The same code, whatever size comes first. Inductor would split the sums of a few rows among programs, and keep that
+    for the full micro-batches behind them; and a run that goes on after a stop begins with another size than it did.
+    """
+    options = {"split_reductions": False, "deterministic": True}
+    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
 
 
 def _normalise(logits_RV: Tensor, bias_V: Tensor | None, targets_R: Tensor) -> tuple[Tensor, Tensor]:
