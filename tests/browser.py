@@ -108,6 +108,10 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
+    def until(self, condition: str) -> None:
+        """Wait for what the browser does in a task of its own, such as the toggle event of a <details>."""
+        self.run(f"new Promise(done => {{ const look = () => {condition} ? done() : setTimeout(look, 5); look(); }})")
+
     def press(self, key: str) -> None:
         """Press and release a key: a letter, or a name of KEY_CODES."""
         text = {"Enter": "\r", "Tab": "", "Escape": "", "Backspace": ""}.get(key, key)

@@ -262,6 +262,7 @@ def test_sorting_filtering_and_comparing_by_keys_and_clicks(browser, tmp_path):
     browser.press("Enter")  # the button has the focus
     assert browser.run(f"{column}.ariaSort") == "descending"
     browser.click(".gate > summary")
+    browser.until("document.querySelector('#sample-tools .found').textContent")
     assert len(texts("article.sample")) == 36
     assert texts("#sample-tools .found") == ["36 of 36 prompts"]
     choose("label", "theft")
