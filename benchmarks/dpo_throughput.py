@@ -395,20 +395,38 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
     }
 
 
-def profile(arguments: argparse.Namespace, layout: Layout, folder: Path) -> None:
-    """Where the time of a step of each contender goes: processor time of the operators themselves, largest first."""
+def profile(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict[str, object]:
+    """Where the time of a step of each contender goes: of the operators or a GPU's kernels themselves, largest first.
+
+    Where the kernels of a GPU take less than the step, it waits for the host.
+    """
+    on_gpu = layout.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    found: dict[str, object] = {}
     with ExitStack() as stack:
         _, batches, steps = build_steps(arguments, layout, folder, stack)
         for name, step in steps.items():
-            step(batches[-1])
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for batch in (batches[-1], batches[0]):
+                step(batch)
+            started = now(layout.device)
+            step(batches[0])
+            seconds = now(layout.device) - started
+            with torch.profiler.profile(activities=activities) as profiler:
                 step(batches[0])
-            rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
-            total = sum(row.self_cpu_time_total for row in rows)
-            print(f"{name}: {total / 1e6:.2f} s")
-            for row in rows[:16]:
-                share = row.self_cpu_time_total / total
-                print(f"  {row.key:48}{row.count:7}{row.self_cpu_time_total / 1e6:8.3f} s{share:8.1%}")
+                now(layout.device)
+            times = {
+                row.key: (row.self_device_time_total if on_gpu else row.self_cpu_time_total) / 1e6
+                for row in profiler.key_averages()
+                if not on_gpu or row.device_type == torch.autograd.DeviceType.CUDA
+            }
+            total = sum(times.values())
+            kind = "kernels" if on_gpu else "operators"
+            print(f"{name}: a step takes {seconds:.3f} s; under the profiler its {kind} take {total:.3f} s")
+            largest = dict(sorted(times.items(), key=lambda item: -item[1])[:24])
+            for key, value in largest.items():
+                print(f"  {key[:100]:100}{value:8.4f} s{value / total:8.1%}")
+            found[name] = {"step_seconds": seconds, "profiled_seconds": total, "largest": largest}
+    return found
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
@@ -522,7 +540,7 @@ def main() -> None:
             if arguments.peak:
                 print(peak_of_one_step(arguments, layout, Path(folder)))
             elif arguments.profile:
-                profile(arguments, layout, Path(folder))
+                result.update(profile(arguments, layout, Path(folder)))
             else:
                 result.update(measure(arguments, layout, Path(folder)))
 
@@ -532,9 +550,10 @@ def main() -> None:
             print(f"{name:12}{value:8.2f} GiB")
     else:
         launch(worker, TrainConfig(exp_name="benchmark", device=arguments.device))
-        if arguments.peak or arguments.profile:
+        if arguments.peak:
             return
-        print_table(result)
+        if not arguments.profile:
+            print_table(result)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
     if arguments.print_json:

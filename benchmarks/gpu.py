@@ -115,6 +115,10 @@ STAGES: dict[str, Stage] = {
         _throughput(*SMALL, "--contenders", "literal_bf16", "packed_bf16"), 260,
         (at_least("times_literal", 4), at_least("times_trl", 2), at_least("mfu_with_head", 0.45)),
     ),
+    "profile_1b": Stage(  # kernels of less than the step: it waits for the host
+        _throughput(*DPO_1B, "--contenders", "packed_bf16_compiled", "--profile"),
+        _throughput(*SMALL, "--contenders", "packed_bf16", "--profile"), 100,
+    ),
     "sft_1b": Stage(
         _throughput(
             "--task", "sft", *DPO_1B, "--contenders", "trl_packed_bf16", "packed_bf16", "packed_bf16_compiled",

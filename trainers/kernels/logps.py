@@ -271,7 +271,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     The same code, whatever size comes first. Inductor would split the sums of a few rows among programs, and keep that
     for the full micro-batches behind them; and a run that goes on after a stop begins with another size than it did.
     """
-    options = {"split_reductions": False, "deterministic": True}
+    options: dict[str, Any] = {"split_reductions": False, "deterministic": True}
     return torch.compile(function, dynamic=True, fullgraph=True, options=options)
 
 
