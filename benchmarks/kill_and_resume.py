@@ -139,12 +139,6 @@ def stop_once(runs: Runs, name: str, is_moment: Callable[[Path, float], bool]) -
     return f"status {status} after {seconds:.1f} s; {', '.join(saved) or 'nothing saved'}"
 
 
-def has_row(run: Path, metric: str) -> bool:
-    """Whether a row of metrics with this one was written."""
-    metrics = run / "metrics.jsonl"
-    return metrics.exists() and metric in metrics.read_text(encoding="utf-8")
-
-
 MOMENTS: dict[str, Callable[[Path, float], bool]] = {
     "start-up": lambda run, seconds: seconds > 1.0,
     "first evaluation": lambda run, seconds: (run / "metrics.jsonl").exists(),  # opened, nothing measured yet
