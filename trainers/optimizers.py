@@ -38,6 +38,8 @@ class RMSprop(torch.optim.RMSprop):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here evaluates the loss again
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
+            # A tensor: a number would be compiled in, and the learning rate changes. One for all: each is a kernel.
+            lr = torch.full((), group["lr"], device=local_part(group["params"][0]).device)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -47,8 +49,6 @@ class RMSprop(torch.optim.RMSprop):
                     state["square_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["step"] += 1
                 target, gradient, average = map(local_part, (parameter, parameter.grad, state["square_avg"]))
-                # A tensor: a number would be compiled in, and the learning rate changes.
-                lr = torch.full((), group["lr"], device=target.device)
                 self._one_pass(target, gradient, average, lr, group["alpha"], group["eps"])
 
 
