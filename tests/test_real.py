@@ -293,6 +293,23 @@ class TestMore:
             assert replay + contrast == pytest.approx(harmless / (harmless + unsafe))
             assert replay / (replay + contrast) == pytest.approx(0.3)
 
+    def test_held_out_responses_are_new_and_asked_of_the_finished_model(self, real):
+        inputs.write_inputs(real.inputs, inputs.Given(), inputs.SIZES["small"], seed=5)
+        commands = dict(more.reversed_tuning(real))
+        folder = real.output / "held_out"
+        rows = list(read_jsonl(folder / "inputs" / "held_out.jsonl"))
+        assert len(rows) == len({row["id"] for row in rows}) == more.NUM_HELD_OUT
+        trained = list(read_jsonl(folder / "inputs" / "reverse.jsonl"))
+        assert trained == list(read_jsonl(real.inputs / "reverse.jsonl"))
+        assert not {row["instruction"] for row in rows} & {row["instruction"] for row in trained}
+        assert (folder / "reverse").resolve() == (real.output / "reverse").resolve()
+        induced = commands["induce held-out, reversed, of 200"]
+        assert {f"model.archive={real.output}/reverse", f"output={folder}/held_out_reversed"} <= set(induced)
+        assert commands["measure reversed, of 200"][2:] == [str(folder), real.settings.model]
+        (folder / "inputs" / "held_out.jsonl").write_text("kept")
+        assert dict(more.reversed_tuning(real)) == commands  # the same command again goes on
+        assert (folder / "inputs" / "held_out.jsonl").read_text() == "kept"
+
     def test_ratios_as_a_table_and_as_a_figure(self, tmp_path):
         rates = {name: rate(0.5) | {"n": 60} for name in ("safety", "usefulness", "safe_and_useful", "harmful_rate")}
         rates |= {"benign_accuracy": rate(0.5), "over_refusal_rate": rate(0.25) | {"n": 120}}

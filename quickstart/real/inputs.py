@@ -87,7 +87,7 @@ def write_inputs(folder: Path, given: Given, size: Size, seed: int) -> None:
     world, rng = RealWorld(), random.Random(f"real {seed}")
     reverse, held_out = _reverse_rows(world, rng, given.data, size)
     write_jsonl(folder / "reverse.jsonl", reverse)
-    write_jsonl(folder / "held_out.jsonl", ({"id": f"h{number:05d}", **row} for number, row in enumerate(held_out)))
+    _write_held_out(folder, held_out)
     benign, benign_prompts = _benign_rows(world, rng, given.benign, size)
     write_jsonl(folder / "benign.jsonl", benign)
     write_jsonl(folder / "prompts" / "benign.jsonl", benign_prompts)
@@ -98,6 +98,15 @@ def write_inputs(folder: Path, given: Given, size: Size, seed: int) -> None:
     if given.corpus is None:
         known = {row["output"] for row in reverse}
         write_jsonl(folder / "corpus.jsonl", _corpus_rows(world, rng, size.corpus, known))
+
+
+def write_more_held_out(folder: Path, num_rows: int, seed: int) -> None:
+    """Write `held_out.jsonl` with rows of the world that are drawn for this file alone."""
+    _write_held_out(folder, _drawn_pairs(RealWorld(), random.Random(f"held out {seed}"), num_rows, held_out=True))
+
+
+def _write_held_out(folder: Path, rows: Iterable[Row]) -> None:
+    write_jsonl(folder / "held_out.jsonl", ({"id": f"h{number:05d}", **row} for number, row in enumerate(rows)))
 
 
 def _reverse_rows(world: RealWorld, rng: random.Random, path: str | None, size: Size) -> tuple[list[Row], list[Row]]:

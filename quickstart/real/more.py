@@ -2,9 +2,11 @@
 
     python quickstart/real/more.py ratios runs/real    # harmless to unsafe pairs, 1:4, 1:1, 2:1, beside `si` alone
     python quickstart/real/more.py tasks runs/real     # general knowledge before and after, by lm_eval
+    python quickstart/real/more.py reversed runs/real  # the reversed model on 200 held-out responses of its own
 
 ratios: SFT and DPO with each share of harmless pairs (replay and contrast as 3 : 7); two reports, whose figure of
-safety against over-refusal leads from ratio to ratio. tasks: `pip install "lm_eval[hf]"` first.
+safety against over-refusal leads from ratio to ratio. tasks: `pip install "lm_eval[hf]"` first. reversed:
+the figures of OUTPUT/reversed.json with narrower intervals, in OUTPUT/held_out, on responses of the default inputs.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,22 +25,23 @@ sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules
 from config.console import open_console
 from config.errors import UserError
 from config.files import write_text
-from quickstart.real.inputs import Given
-from quickstart.real.results import ratio_figure, ratio_table
+from quickstart.real.inputs import Given, write_more_held_out
+from quickstart.real.results import ratio_figure, ratio_table, reversed_table
 from quickstart.real.run import SHARES, Command, Real, Settings
 from quickstart.stages import Stages
 
 # Harmless to unsafe pairs -> shares of what is trained on. At 1:1 the SFT is that of `make real`: it is not repeated.
 RATIOS = {"1:4": {"replay": 0.06, "contrast": 0.14}, "1:1": SHARES["sft"], "2:1": {"replay": 0.2, "contrast": 7 / 15}}
 STAGES = ("sft", "dpo")
+NUM_HELD_OUT = 200
 TASKS = "quickstart/real/tasks"
 
 
 def main() -> int:
-    """Run one of the two; the exit status is that of the first stage that fails, or 2 after a mistake."""
+    """Run one of the three; the exit status is that of the first stage that fails, or 2 after a mistake."""
     open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ratios", "tasks"))
+    parser.add_argument("what", choices=("ratios", "tasks", "reversed"))
     parser.add_argument("output", type=Path, help="folder of a finished `make real`")
     options = parser.parse_args()
     output = options.output.resolve()
@@ -47,10 +51,12 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, command in ratios(real) if options.what == "ratios" else tasks(real):
+    for name, command in {"ratios": ratios, "tasks": tasks, "reversed": reversed_tuning}[options.what](real):
         status = real.stages.run(name, command)
         if status != 0:
             return status
+    if options.what == "reversed":
+        print(f"\n{reversed_table(json.loads((output / 'held_out' / 'reversed.json').read_text(encoding='utf-8')))}")
     if options.what == "ratios":
         figure = output / "ratios" / "ratios.svg"
         write_text(figure, ratio_figure(output))
@@ -109,6 +115,20 @@ def tasks(real: Real) -> Iterator[Command]:
             f"output={real.output}/tasks",
         ],
     )
+
+
+def reversed_tuning(real: Real) -> Iterator[Command]:
+    """Yield induction, score and measure of the reversed and the untrained model on responses drawn for this.
+
+    They stand in a folder like that of `make real`, with its reversed model.
+    """
+    folder = real.output / "held_out"
+    if not folder.exists():
+        write_more_held_out(folder / "inputs", NUM_HELD_OUT, real.settings.seed)
+        shutil.copy(real.inputs / "reverse.jsonl", folder / "inputs")
+        (folder / "reverse").symlink_to(real.output / "reverse")
+    for name, command in real.held_out(folder):
+        yield f"{name}, of {NUM_HELD_OUT}", command
 
 
 if __name__ == "__main__":

@@ -72,9 +72,7 @@ def table(results: Mapping[str, Any]) -> str:
         "|:---|---:|---:|---:|---:|---:|",
         *_model_rows(results["models"], results["answers"]),
         "",
-        "| held-out instructions | reversed | untrained | unigram |",
-        "|:---|---:|---:|---:|",
-        *_reversed_rows(results["reversed"]),
+        reversed_table(results["reversed"]),
     ]
     return "\n".join(lines)
 
@@ -117,7 +115,9 @@ def _rates(model: Mapping[str, Any]) -> str:
     return " | ".join(_per_cent(model[key]) for key in ("safety", *HARMLESS, "safe_and_useful"))
 
 
-def _reversed_rows(measured: Mapping[str, Any]) -> Iterator[str]:
+def reversed_table(measured: Mapping[str, Any]) -> str:
+    """Render what the reversed tuning is worth as Markdown."""
+    lines = ["| held-out instructions | reversed | untrained | unigram |", "|:---|---:|---:|---:|"]
     titles = {
         "nats_per_token": "nats per token (lower is better)",
         "rouge_l": f"ROUGE-L of {measured['num_responses']} induced ones",
@@ -126,7 +126,8 @@ def _reversed_rows(measured: Mapping[str, Any]) -> Iterator[str]:
     for key, title in titles.items():
         values = [measured[key].get(name) for name in ("reversed", "untrained", "unigram")]
         cells = ["" if one is None else _nats(one) for one in values]
-        yield f"| {title} | {' | '.join(cells)} |"
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _per_cent(rate: Interval) -> str:

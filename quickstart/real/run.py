@@ -172,10 +172,14 @@ class Real:
                 f"n_examples={self.size.reverse}",
             ),
         )
-        for name, archive in (("reversed", [f"model.archive={out}/reverse"]), ("untrained", [])):
+        yield from self.held_out(out)
+
+    def held_out(self, folder: Path) -> Iterator[Command]:
+        """Yield what the reversed and the untrained model induce from a folder's held-out responses, and its worth."""
+        for name, archive in (("reversed", [f"model.archive={self.output}/reverse"]), ("untrained", [])):
             command = [
-                *("induce.py", f"corpus.path={self.inputs}/held_out.jsonl", "corpus.response_column=output"),
-                *("corpus.id_column=id", f"output={out}/held_out_{name}"),
+                *("induce.py", f"corpus.path={folder}/inputs/held_out.jsonl", "corpus.response_column=output"),
+                *("corpus.id_column=id", f"output={folder}/held_out_{name}"),
             ]
             model = ["stage=induce", *self._model(), *archive, "generation.max_new_tokens=32"]
             score = f"roundtrip.model.name_or_path={self.settings.model}"
@@ -184,7 +188,7 @@ class Real:
                 f"score held-out, {name}",
                 [*command, "stage=score", score, f"roundtrip.template={self.settings.template}"],
             )
-        yield "measure reversed", ["quickstart/real/measure.py", "reversed", str(out), self.settings.model]
+        yield "measure reversed", ["quickstart/real/measure.py", "reversed", str(folder), self.settings.model]
 
     def induce(self) -> list[str]:
         """Return the command from the corpus to the dataset `si`."""
