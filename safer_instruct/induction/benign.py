@@ -26,11 +26,13 @@ from safer_instruct.induction.ledgers import check_chain, stage_ledgers
 from safer_instruct.induction.shard import complete
 from safer_instruct.induction.stages import Stage, expert_configuration, paid, require_records
 from safer_instruct.text.examples import Example, in_shard, is_unicode, normalise, text_id
+from safer_instruct.text.messages import has_history
 from safer_instruct.text.prompts import Prompt, reversed_target
 from safer_instruct.text.readers import read_rows, require_columns
 
 REPLAY, CONTRAST = BENIGN_STAGES
 NEIGHBOUR, SCREEN, ANSWER = BENIGN_STAGES[CONTRAST]
+LATER_TURN = "later_turn"  # why a row is left out: it goes on with a conversation
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def read_benign(
         if settings.max_rows is not None and len(examples) >= settings.max_rows:
             break
         texts = [row["instruction"], row.get("input") or "", row["output"] if replay.answers == "file" else ""]
-        reason = _why_no_prompt(texts, needed)
+        reason = LATER_TURN if has_history(row.get("history")) else _why_no_prompt(texts, needed)
         if not reason:
             instruction = reversed_target(texts[0].strip(), texts[1].strip())
             key = normalise(instruction)
@@ -98,14 +100,28 @@ def _why_no_prompt(texts: Sequence[Any], needed: Sequence[str]) -> str:
 
 
 def read_unsafe(rows: Sequence[Example], num_rows: int | None) -> Prompts:
-    """Draw the unsafe instructions that get a neighbour: `num_rows` (None: all) by a hash, one row of each."""
+    """Draw the unsafe instructions that get a neighbour: `num_rows` (None: all) by a hash, one row of each.
+
+    A later turn of a conversation says too little alone, and what was said before it is no harmless beginning: none of
+    these gets one. A neighbour is asked without the row's system prompt.
+
+    Raises:
+        UserError: There are only later turns.
+    """
+    alone = [row for row in rows if not row.history]
+    if not alone:
+        raise UserError(
+            f"path: all {len(rows)} rows are later turns of conversations (column history), and stage=contrast makes "
+            "neighbours of first turns: give a dataset that has some"
+        )
     first: dict[str, Example] = {}
-    for row in rows:
+    for row in alone:
         first.setdefault(normalise(row.instruction or ""), row)
     drawn = sorted(first, key=lambda instruction: text_id("contrast", instruction))[:num_rows]
     kept = set(drawn)
-    examples = [replace(row, id=text_id(row.instruction or "")) for key, row in first.items() if key in kept]
-    return Prompts(examples, Counter(repeated_instruction=len(rows) - len(first)))
+    examples = [replace(row, id=text_id(row.instruction or ""), system="") for key, row in first.items() if key in kept]
+    dropped = {LATER_TURN: len(rows) - len(alone), "repeated_instruction": len(alone) - len(first)}
+    return Prompts(examples, Counter(dropped))
 
 
 def replay_configuration(
