@@ -217,11 +217,14 @@ def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget 
         template = NO_TEMPLATE if FORMS[settings.form].prompt is not None or question is not None else "chat"
         guard = TemplatedModel(settings.model, settings.generation, device, template=template, prompts=[])
         return GuardJudge(guard, settings.form, question)
+    from safer_instruct.generation.models import load_tokenizer
+    from safer_instruct.generation.trained_as import model_template
+
+    tokenizer, keys = load_tokenizer(settings.model), {"key": "expert", "model_key": "expert.model", "default": "chat"}
+    asked_with = model_template(settings.model, tokenizer, settings.template, **keys)
     if isinstance(settings, StrongRejectSettings):
         asked = [STRONGREJECT.render("", "")]
-        judge = TemplatedModel(settings.model, settings.generation, device, template=settings.template, prompts=asked)
+        judge = TemplatedModel(settings.model, settings.generation, device, template=asked_with, prompts=asked)
         return StrongRejectJudge(judge, settings.threshold)
     rubrics = [SCREEN.render("", ""), RESPOND.render(""), JUDGE.render("", "")]
-    return LLMExpert(
-        TemplatedModel(settings.model, settings.generation, device, template=settings.template, prompts=rubrics)
-    )
+    return LLMExpert(TemplatedModel(settings.model, settings.generation, device, template=asked_with, prompts=rubrics))

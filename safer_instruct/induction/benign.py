@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
 from config.names import BENIGN_STAGES
@@ -19,8 +19,10 @@ from config.paths import find_path
 from config.settings import BackendSettings, BenignSettings, ModelSettings, ReplaySettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.experts.verdicts import HARMLESS
-from safer_instruct.generation.backends import model_name
+from safer_instruct.generation.backends import TemplatedModel, model_name
 from safer_instruct.generation.completions import Request, TextGenerator, describe_decoding
+from safer_instruct.generation.models import load_tokenizer
+from safer_instruct.generation.trained_as import model_template
 from safer_instruct.induction.ledger import Record, read_ledger, shard_path
 from safer_instruct.induction.ledgers import check_chain, stage_ledgers
 from safer_instruct.induction.shard import complete
@@ -29,6 +31,9 @@ from safer_instruct.text.examples import Example, in_shard, is_unicode, normalis
 from safer_instruct.text.messages import has_history
 from safer_instruct.text.prompts import Prompt, reversed_target
 from safer_instruct.text.readers import read_rows, require_columns
+
+if TYPE_CHECKING:
+    import torch
 
 REPLAY, CONTRAST = BENIGN_STAGES
 NEIGHBOUR, SCREEN, ANSWER = BENIGN_STAGES[CONTRAST]
@@ -124,15 +129,22 @@ def read_unsafe(rows: Sequence[Example], num_rows: int | None) -> Prompts:
     return Prompts(examples, Counter(dropped))
 
 
-def replay_configuration(
-    replay: ReplaySettings, model: ModelSettings, generation: BackendSettings, generator: TextGenerator | None
-) -> dict[str, Any]:
-    """Return what the records of the replay stage depend on; an answer of the file is part of its row's id."""
-    if generator is None:
-        return {"answers": replay.answers}
+def starting_model(
+    replay: ReplaySettings, model: ModelSettings, generation: BackendSettings, device: torch.device
+) -> tuple[TextGenerator | None, dict[str, Any]]:
+    """Return what answers, checked, and what the records of the replay stage depend on.
+
+    Where the answers are the file's, there is no model, and each is part of its row's id.
+    """
+    if replay.answers == "file":
+        return None, {"answers": replay.answers}
+    template = model_template(model, load_tokenizer(model), replay.template, key="replay", model_key="model")
+    empty = [Prompt("", "", "")]
+    generator = TemplatedModel(model, generation, device, template=template, prompts=empty, key="generation")
+    generator.check()
     asked = {"answers": replay.answers, "model": model_name(model), "model_fingerprint": generator.fingerprint}
     decoding = {f"generation.{name}": value for name, value in describe_decoding(generation).items()}
-    return {**asked, "replay.template": replay.template, **decoding}
+    return generator, {**asked, "replay.template": template, **decoding}
 
 
 def run_replay(
