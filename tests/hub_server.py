@@ -20,7 +20,7 @@ _ASKED = re.compile(
 
 @contextmanager
 def hub_server(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serve the folders `root/models/ORG/NAME` and `root/datasets/ORG/NAME`; yield the address, and what was fetched."""
+    """Serve `root/models/ORG/NAME` and `root/datasets/ORG/NAME`; yield the address, and what was fetched so far."""
     fetched: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

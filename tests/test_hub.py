@@ -140,10 +140,10 @@ def test_a_run_on_names_of_the_hub_is_the_run_on_its_files(
     for kind, source in (("datasets", folder), ("models", Path(tiny_model_folder))):
         shutil.copytree(source, tmp_path / "served" / kind / "org" / "name")
     common = ["loss=sft", "model=tiny", "datasets=[si]", "datasets.si.template=plain", "datasets.si.eval_fraction=0"]
-    common += ["datasets.si.config=small", "n_epochs=1", "optimizer=AdamW", "lr=1e-3", "warmup_steps=0"]
-    local = [f"model.name_or_path={tiny_model_folder}", f"datasets.si.path={folder}", "exp_name=local"]
+    common += ["n_epochs=1", "optimizer=AdamW", "lr=1e-3", "warmup_steps=0"]
+    local = [f"model.name_or_path={tiny_model_folder}", f"datasets.si.path={folder}/data/train.jsonl", "exp_name=local"]
     named = ["model.name_or_path=org/name", "datasets.si.path=org/name", "exp_name=named"]
-    named += [f"datasets.si.streaming={streaming}"]
+    named += ["datasets.si.config=small", f"datasets.si.streaming={streaming}"]
     with hub_server(tmp_path / "served") as (address, fetched):
         online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         run([*common, *local], tmp_path)
