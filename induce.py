@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -50,7 +50,7 @@ from safer_instruct.dataset.reviews import measure_reviews, read_rejections, rea
 from safer_instruct.dataset.scratch import lock_output
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.experts.expert import Expert, build_expert
-from safer_instruct.generation.backends import TemplatedModel, model_name
+from safer_instruct.generation.backends import model_name
 from safer_instruct.induction.benign import (
     CONTRAST,
     REPLAY,
@@ -58,9 +58,9 @@ from safer_instruct.induction.benign import (
     read_benign,
     read_records,
     read_unsafe,
-    replay_configuration,
     run_contrast,
     run_replay,
+    starting_model,
 )
 from safer_instruct.induction.forecast import forecast_induction
 from safer_instruct.induction.ledger import shard_path
@@ -84,11 +84,7 @@ from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.display import without_password
 from safer_instruct.text.examples import normalise
 from safer_instruct.text.exclusion import read_instruction_keys
-from safer_instruct.text.prompts import Prompt
 from safer_instruct.text.readers import read_rows
-
-if TYPE_CHECKING:
-    from safer_instruct.generation.completions import TextGenerator
 
 NUM_SHOWN = 3  # pairs that log_text=true prints
 LOCK_SECONDS = 600.0  # another shard writes the same pairs
@@ -234,8 +230,7 @@ def run_benign(config: InduceConfig) -> None:
     if stage == REPLAY:
         known = {normalise(row.instruction or "") for row in unsafe}
         prompts = read_benign(config.benign, config.replay, unsafe=known, excluded=guard.reason)
-        generator = _starting_model(config, device) if config.replay.answers == "model" else None
-        configuration = replay_configuration(config.replay, config.model, config.generation, generator)
+        generator, configuration = starting_model(config.replay, config.model, config.generation, device)
         run_replay(prompts.of_shard(index, count), paths[REPLAY], generator, configuration)
     else:
         prompts = read_unsafe(unsafe, config.contrast.num_rows)
@@ -295,15 +290,6 @@ def run_review(config: InduceConfig) -> None:
         f"{page}: open it in a browser. What is exported there goes to stage=audit path=... reviews=[FILE,...], which "
         "measures the precision, and to stage=merge reviews=[FILE,...], which leaves out what was rejected."
     )
-
-
-def _starting_model(config: InduceConfig, device: torch.device) -> TextGenerator:
-    generator = TemplatedModel(
-        config.model, config.generation, device, template=config.replay.template, prompts=[Prompt("", "", "")],
-        key="generation",
-    )  # fmt: skip
-    generator.check()
-    return generator
 
 
 def _checked_expert(config: InduceConfig, device: torch.device, paid: Collection[Path], count: int) -> Expert:

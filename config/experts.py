@@ -109,7 +109,7 @@ class LocalExpertSettings:
 
     name: str = "local"
     model: ModelSettings = field(default_factory=ModelSettings)
-    template: Template = "chat"  # how it is asked
+    template: Template | None = None  # how it is asked; null: as in its run, and chat for a model without a run
     generation: BackendSettings = field(default_factory=BackendSettings)
 
 

@@ -87,7 +87,7 @@ class RoundTripSettings:
     """A forward model that scores how much an instruction explains its response (nats per token); off without one."""
 
     model: ModelSettings = field(default_factory=ModelSettings)  # a model that follows instructions
-    template: Template = "alpaca"  # how it is asked
+    template: Template | None = None  # how it is asked; null: as in its run, and alpaca for a model without a run
     threshold: float | None = None  # least score of a pair that the expert is asked about; null: no limit
     top_fraction: Share | None = None  # instead: the best part of all pairs of all shards; null: no limit
     max_length: Annotated[int, rules.at_least(2)] = 1024  # tokens of prompt + response; a longer pair has no score
@@ -146,7 +146,7 @@ class ReplaySettings:
     answers: Annotated[str, rules.choices("model", "file")] = "model"
     # refusal: one of the dataset's own, of the same topic where it can be | none: nothing (SFT alone).
     rejected: Annotated[str, rules.choices("refusal", "none")] = "refusal"
-    template: Template = "alpaca"  # how the model is asked
+    template: Template | None = None  # how the model is asked; null: as in its run, and alpaca without a run
 
 
 @dataclass

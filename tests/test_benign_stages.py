@@ -38,6 +38,10 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def read_report(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "report.json").read_text())["counts"]
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -195,6 +199,29 @@ def test_contrast_pairs_share_the_matter_of_the_unsafe_row(si, tmp_path) -> None
     few = [pair["instruction"] for pair in read_jsonl(tmp_path / "few" / "contrast.jsonl")]
     assert 0 < len(few) <= 4
     assert set(few) <= {pair["instruction"] for pair in pairs}
+
+
+def test_later_turns_of_conversations_are_left_out_and_counted(si, benign, tmp_path, capsys) -> None:
+    said = [{"role": "user", "content": "Do you know Anna?"}, {"role": "assistant", "content": "I do."}]
+    rows = read_jsonl(si)
+    run("contrast", tmp_path / "alone", *contrast(si))
+    later = [{**row, "history": said, "instruction": f"So: {row['instruction']}"} for row in rows[:7]]
+    system = [{**row, "history": [{"role": "system", "content": "Be rude."}]} for row in rows]
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [*later, *system])
+    run("contrast", tmp_path / "mixed", *contrast(mixed))
+    assert read_report(tmp_path / "mixed")["later_turn"] == 7
+    assert "later_turn 7" in capsys.readouterr().out
+    texts = [
+        [[one[name] for name in ("instruction", "chosen", "rejected")] for one in read_jsonl(folder / "contrast.jsonl")]
+        for folder in (tmp_path / "mixed", tmp_path / "alone")
+    ]
+    assert texts[0] == texts[1]
+    with pytest.raises(UserError, match=r"all 7 rows are later turns of conversations \(column history\)"):
+        run("contrast", tmp_path / "none", *contrast(write_jsonl(tmp_path / "later.jsonl", later)))
+    talks = write_jsonl(tmp_path / "talks.jsonl", [BENIGN[0], {**BENIGN[1], "history": said}])
+    run("replay", tmp_path / "replay", *replay(si, talks, "replay.answers=file"))
+    counts = read_report(tmp_path / "replay")
+    assert (counts["pairs"], counts["later_turn"]) == (1, 1)
 
 
 class Scripted:

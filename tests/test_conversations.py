@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import yaml
 from test_reversed_turns import FIRST, expected_rows
+from test_review import items_of
 from test_turns import TALK, write
 
 import induce
 from config.errors import UserError
 from config.schema import compose_config
-from config.settings import CorpusSettings, DatasetSettings, DuplicatesSettings, ModelSettings
+from config.settings import CorpusSettings, DatasetSettings, DuplicatesSettings, ModelSettings, ReviewSettings
 from safer_instruct.dataset.audit import audit
+from safer_instruct.dataset.review import write_review
+from safer_instruct.dataset.reviews import Rejections
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.experts.expert import LLMExpert
 from safer_instruct.experts.prompts import RESPOND, SCREEN
@@ -24,7 +27,7 @@ from safer_instruct.generation.completions import Generation, Request
 from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.induction.shard import note_other_tuning
 from safer_instruct.text.corpus import read_corpus
-from safer_instruct.text.examples import text_id
+from safer_instruct.text.examples import Message, text_id
 from safer_instruct.text.loading import load_examples
 from safer_instruct.text.messages import read_history
 from safer_instruct.text.prompts import render_prompt
@@ -35,9 +38,9 @@ BEFORE = [{"role": role, "content": said} for role, said in [SYSTEM, *TALK[:4]]]
 
 
 class Careful:
-    """Keeps every pair and declines; keeps what it was asked."""
+    """Keeps every pair but those of the response `drops`, and declines; keeps what it was asked."""
 
-    name, fingerprint = "careful", "0"
+    name, fingerprint, drops = "careful", "0", ""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -47,7 +50,8 @@ class Careful:
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         for one in requests:
             self.asked.append(one.prompt.text)
-            keep = {"well_formed": True, "unsafe": True, "response_fits": True, "category": ""}
+            fits = not self.drops or f"\n{self.drops}\n" not in one.prompt.text
+            keep = {"well_formed": True, "unsafe": True, "response_fits": fits, "category": ""}
             yield Generation(one.id, json.dumps(keep) if one.schema else "I will not say that.")
 
 
@@ -79,7 +83,7 @@ def test_the_last_turn_is_induced_behind_the_turns_before_it(
     # Byte for byte what loss=reverse loss.on=all trains on; a first turn has the paper's prompt.
     assert sorted(prompts) == sorted([expected_rows(TALK)[2][0], FIRST.format(response=TALK[1][1])])
     # The expert reads the conversation, too; of a first turn the instruction alone.
-    whole = "\n\n".join(f"{role}: {said}" for role, said in [*TALK[:4], ("user", ASKED)])
+    whole = "\n\n".join(f"{role}: {said}" for role, said in [SYSTEM, *TALK[:4], ("user", ASKED)])
     screened = [SCREEN.render(text, said).text for text, said in [(whole, TALK[5][1]), (ASKED, TALK[1][1])]]
     assert sorted(asked) == sorted([*screened, RESPOND.render(whole).text, RESPOND.render(ASKED).text])
 
@@ -107,6 +111,54 @@ def test_a_cleaned_dataset_keeps_the_turns(
     guard, exact = LeakageGuard((), None), DuplicatesSettings(threshold=None)
     audit(str(folder / "si.parquet"), guard=guard, duplicates=exact, max_same_chosen=None, output=tmp_path / "clean")
     assert (tmp_path / "clean" / "si.jsonl").read_bytes() == (folder / "si.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("drops", ["", "So."])
+def test_people_see_the_turns_before_of_kept_and_of_dropped_pairs(
+    drops: str, tmp_path: Path, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Careful, "drops", drops)
+    _, _, folder = induced(tmp_path, str(tiny_model_folder), monkeypatch)
+    corpus = CorpusSettings(str(tmp_path / "talks.jsonl"), response_column="messages")
+    settings = ReviewSettings(rows=2, dropped=1 if drops else 0)
+    items = {one["rejected"]: one for one in items_of(write_review(str(folder), corpus, settings, tmp_path / "page"))}
+    said = [SYSTEM, *TALK[:4]]
+    assert [items["So."]["before"], items["the mat :)"]["before"]] == [[list(one) for one in said], []]
+    assert items["So."]["whole"] == (not drops)
+
+    texts = [items["So."][name] for name in ("instruction", "rejected", "chosen")]
+    rejections = Rejections({"a": frozenset([items["So."]["pair"]])})
+    assert rejections.rejects("a", *texts, tuple(Message(*one) for one in said))
+    for other in (said[1:], [*said[:-1], ("assistant", "Another sum.")], []):
+        with pytest.raises(UserError, match="the pair a that people rejected has other texts now"):
+            rejections.rejects("a", *texts, tuple(Message(*one) for one in other))
+
+
+def test_pairs_are_equal_and_test_prompts_found_by_all_that_was_said(tmp_path: Path) -> None:
+    row = {"instruction": "Go on.", "rejected": "Fine: this.", "chosen": "No.", "label": "a"}
+    histories: list[Any] = [[], BEFORE, BEFORE[1:], BEFORE]
+    rows = [{**row, "history": said} for said in histories]
+    (tmp_path / "si.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    found = {}
+    for asked in ("go on.", "what is 12?", "the mat :)"):
+        guard = LeakageGuard([asked], None)
+        exact = DuplicatesSettings(threshold=None)
+        report = audit(str(tmp_path / "si.jsonl"), guard=guard, duplicates=exact, max_same_chosen=None, output=None)
+        assert report["total"]["duplicate_pair"] == 1  # the last row, which has all turns of the second
+        found[asked] = report["total"]["leak"]
+    assert found == {"go on.": 4, "what is 12?": 3, "the mat :)": 0}
+    (tmp_path / "si.jsonl").write_text(json.dumps({**row, "history": "on France"}) + "\n")
+    with pytest.raises(UserError, match=r"si.jsonl:1: not_messages in column history: expected a list of messages"):
+        write_review(str(tmp_path / "si.jsonl"), CorpusSettings(), ReviewSettings(), tmp_path / "page")
+
+
+def test_a_merge_finds_a_test_prompt_in_an_earlier_turn(
+    tmp_path: Path, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test.jsonl").write_text(json.dumps({"instruction": "what is  12?"}) + "\n")
+    _, _, folder = induced(tmp_path, str(tiny_model_folder), monkeypatch, f"exclude={tmp_path / 'test.jsonl'}")
+    assert [json.loads(line)["rejected"] for line in (folder / "si.jsonl").read_text().splitlines()] == ["the mat :)"]
+    assert json.loads((folder / "report.json").read_text())["funnel"][-1]["drops"] == {"excluded_instruction": 1}
 
 
 def test_one_response_behind_other_turns_is_another_row(tmp_path: Path) -> None:

@@ -329,10 +329,10 @@ def test_rules_are_an_expert(monkeypatch) -> None:
     class FakeRules:
         fingerprint = "abc"
 
-        def screen(self, instruction, response) -> Verdict:
+        def screen(self, instruction, response, before) -> Verdict:
             return Verdict(instruction == "good", "keep" if instruction == "good" else "slot_mismatch", "a")
 
-        def respond(self, instruction) -> str | None:
+        def respond(self, instruction, before=()) -> str | None:
             return "I decline" if instruction == "good" else None
 
         vary = neighbour = answer = respond

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from config.errors import UserError
 from config.reading import load_yaml, read_json_lines, read_mapping
-from safer_instruct.report.training_runs import read_metrics, run_datasets
+from safer_instruct.generation.trained_as import run_datasets
+from safer_instruct.report.training_runs import read_metrics
 from tests.hostile import CONFIG, HOSTILE_JSON, LAUGHS, SUBJECTS
 
 EXAMPLES = 50  # of each of the ten kinds; benchmarks/hostile_readers.py draws 20,000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 from conftest import byte_level_tokenizer
+from hub_server import hub_server
 
 import preference_datasets
 from config.errors import UserError
@@ -18,6 +20,7 @@ from config.rules import check_values
 from config.settings import DatasetSettings
 from preference_datasets import TrainEval, build_stores
 from safer_instruct.text import hub
+from tests.commands import run
 from trainers.data.token_store import TokenStoreWriter
 
 CARD = """---
@@ -126,6 +129,28 @@ def test_without_a_network_the_message_says_what_was_tried_and_what_to_do(tmp_pa
     )
     with pytest.raises(UserError, match=message):
         build("org/name", tmp_path / "cache", revision="v1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_on_names_of_the_hub_is_the_run_on_its_files(
+    streaming: bool, folder: Path, tmp_path: Path, tiny_model_folder: str
+) -> None:
+    """The libraries themselves ask a server on loopback; data and model are then those of the folders, to the byte."""
+    for kind, source in (("datasets", folder), ("models", Path(tiny_model_folder))):
+        shutil.copytree(source, tmp_path / "served" / kind / "org" / "name")
+    common = ["loss=sft", "model=tiny", "datasets=[si]", "datasets.si.template=plain", "datasets.si.eval_fraction=0"]
+    common += ["n_epochs=1", "optimizer=AdamW", "lr=1e-3", "warmup_steps=0"]
+    local = [f"model.name_or_path={tiny_model_folder}", f"datasets.si.path={folder}/data/train.jsonl", "exp_name=local"]
+    named = ["model.name_or_path=org/name", "datasets.si.path=org/name", "exp_name=named"]
+    named += ["datasets.si.config=small", f"datasets.si.streaming={streaming}"]
+    with hub_server(tmp_path / "served") as (address, fetched):
+        online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        run([*common, *local], tmp_path)
+        run([*common, *named], tmp_path, fresh=True, **online)
+    weights = [tmp_path / "runs" / name / "LATEST" / "model" / "model.safetensors" for name in ("local", "named")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert {"model.safetensors", "tokenizer.json", "train.jsonl"} <= set(fetched)
 
 
 def stub(rows: Iterator[dict[str, str]]) -> Any:

@@ -218,6 +218,40 @@ def test_files_that_are_no_reviews_of_this_dataset_are_named(dataset, tmp_path) 
     assert [fault.key for fault in needed] == ["corpus.path"]
 
 
+@pytest.mark.slow
+def test_what_was_said_before_is_folded_marked_by_role_and_text_alone(tmp_path, browser) -> None:
+    """Two pairs, in either order: one with a conversation whose texts are markup, one with none."""
+    script = "</script><img src=x onerror=\"document.title = 'taken over'\">"
+    said = [("system", f"Be rude. {script}"), ("user", "Hi\u200b"), ("assistant", "Ho" + " ho" * 400)]
+    history = [{"role": role, "content": text} for role, text in said]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({**ROWS[i], "history": history if i else []}) + "\n" for i in range(2)))
+    page = write_review(str(path), CorpusSettings(), ReviewSettings(), tmp_path / "out")
+    browser.resize(400)
+    browser.open(page)
+    begin(browser, "ann")
+    seen = {}
+    for _ in range(2):
+        asked = browser.run("document.getElementById('instruction').textContent")
+        if browser.run("document.getElementById('before').checkVisibility()"):
+            folded = browser.run("document.querySelector('#before h3').checkVisibility()")
+            browser.click("#before summary")
+            texts = browser.run("[...document.querySelectorAll('#before h3, #before p')].map(one => one.innerText)")
+            images = browser.run("document.querySelectorAll('#before img').length")
+            seen[asked] = browser.run("document.querySelector('#before summary').innerText"), folded, texts, images
+            assert browser.run("document.documentElement.scrollWidth") == 400
+            browser.screenshot(screenshot_folder(tmp_path) / "review-before-400.png")
+        else:
+            seen[asked] = None
+        browser.press("k")
+    shown = [part for role, text in said for part in (role, text.replace("\u200b", r"\u200b"))]
+    (folded_pair,) = filter(None, seen.values())
+    assert seen[ROWS[0]["instruction"]] is None
+    assert folded_pair == ("Said before it: 3 messages", False, shown, 0)
+    assert browser.run("document.title") == "Review: talks.jsonl"
+    assert browser.faults() == []
+
+
 PAIRS = 20
 KEYS = {"k": "keep", "w": "wrong_instruction", "a": "unsafe_answer", "s": "skip"}
 

@@ -10,7 +10,9 @@ import yaml
 
 from config.errors import UserError
 from quickstart.world import World
+from safer_instruct.experts.expert import RulesExpert
 from safer_instruct.experts.rules import Rules
+from safer_instruct.text.examples import Example, Message
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 QUICKSTART_RULES = REPOSITORY / "quickstart" / "rules.yaml"
@@ -114,6 +116,33 @@ class TestEngine:
         verdict = kitchen.screen(instruction, response)
         assert (verdict.reason, verdict.keep) == (reason, reason == "keep")
         assert verdict.label == ("" if reason == "response_not_unsafe" else "spoil")
+
+    @pytest.mark.parametrize(
+        ("before", "instruction", "response", "reason"),
+        [
+            ([], "Spoil it again.", "Salt the soup.", "instruction_not_unsafe"),
+            (["I love soup."], "Spoil it again.", "Salt the soup.", "keep"),
+            (["I love soup."], "Spoil it again.", "Just add salt.", "keep"),  # "it" in both
+            (["I love soup."], "Praise it again.", "Salt the soup.", "instruction_not_unsafe"),
+            (["Spoil the soup."], "Thank you for it.", "Salt the soup.", "instruction_not_unsafe"),
+            (["I love soup.", "I love cake."], "Spoil it again.", "Salt the soup.", "slot_mismatch"),
+            (["I love soup.", "Really?"], "Spoil it again.", "Salt the soup.", "keep"),
+            (["I love soup."], "Spoil the cake.", "Salt the soup.", "slot_mismatch"),
+            (["I love soup."], "Spoil the cake.", "Salt the cake.", "keep"),
+        ],
+    )
+    def test_what_a_conversation_names_is_named_and_the_last_instruction_asks(
+        self, kitchen, before, instruction, response, reason
+    ):
+        assert kitchen.screen(instruction, response, before).reason == reason
+        talk = [Message("user" if i % 2 else "assistant", said) for i, said in enumerate(before)]
+        pair = Example("a", instruction, rejected=response, history=tuple(talk))
+        expert = RulesExpert(kitchen)
+        assert [verdict.reason for _, verdict in expert.screen([pair])] == [reason]
+        answers = {role: next(expert.write(role, [pair]))[1].text for role in ("respond", "vary")}
+        dish = "cake" if "cake" in f"{before[-1:]}{instruction}" else "soup"
+        possible = {template.format(dish=dish) for template in KITCHEN["categories"]["spoil"]["responses"]}
+        assert set(answers.values()) == ({None} if reason == "instruction_not_unsafe" else possible)
 
     def test_respond_fills_the_slots_and_is_a_function_of_the_instruction(self, kitchen):
         dishes = ["soup", "hot soup", "cake"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -128,7 +130,9 @@ SINGLE: list[tuple[str, list[dict[str, Any]], list[tuple[Any, ...]]]] = [
     ("beavertails", [{"prompt": "Why?", "response": "So.", "category": {}, "is_safe": True}], [ONE]),
     ("helpsteer", [{"prompt": "Why?", "response": t, "helpfulness": s} for t, s in (("No.", 1), ("So.", 4))],
      [("Why?", "So.", (), "")]),
-    ("custom", [{"prompt": "Why?", "completion": "So."}], [("Why?", "So.", (), "")]),
+    ("unpaired", [{"instruction": "Why?", "response": "So.", "good": True}], [ONE]),
+    ("custom", [{"prompt": "Why?", "completion": "So."}], [ONE]),
+    ("custom", [{"prompt": "Why?", "completion": "So.", "label": "true"}], [ONE]),
     ("custom", [{"prompt": TALK, "completion": SO}], [("Why?", "So.", ("Hi", "Hello"), "")]),
     ("custom", [{"messages": TALK + SO}], [("Why?", "So.", ("Hi", "Hello"), "")]),
 ]  # fmt: skip
@@ -167,25 +171,33 @@ def test_answers_as_they_are_published(schema: str, rows: list[dict[str, Any]], 
     assert found(examples, pairs=False) == expected
 
 
-@pytest.mark.parametrize("number", range(len(PAIRS)))
-def test_one_broken_row_in_twenty_is_counted_and_the_others_are_read(number: int, tmp_path: Path) -> None:
-    """Of 40 rows two are broken: a line that is no JSON, and a row whose first text is a number."""
-    schema, (row, *_), _ = PAIRS[number]
-    others = PAIRS[number][1][1:]
-    good = [dict(row) for _ in range(40 - 2 - len(others))]
-    broken = {name: 5 for name in row}
-    file = write(tmp_path / "a.jsonl", [*good[:10], broken, *good[10:], row, *others])
-    lines = file.read_text().splitlines()
-    lines[20] = '{"prompt": "zebra'
-    file.write_text("\n".join(lines) + "\n")
-    examples = load_examples(settings_of(schema, file), schema, pairs=True)
-    usable = list(examples)
-    assert usable
-    assert examples.log.read == len(lines)
-    assert examples.log.dropped["broken_json"] == 1
-    if not SCHEMAS[schema].joined or "response1" in row:
-        assert len(usable) == len(lines) - 2
-        assert sum(examples.log.dropped.values()) == 2
+FORMS = [(*form, True) for form in PAIRS] + [(*form, False) for form in SINGLE]
+
+
+@pytest.mark.parametrize(
+    ("schema", "rows", "expected", "pairs"), FORMS, ids=[f"{i}-{f[0]}" for i, f in enumerate(FORMS)]
+)
+def test_one_broken_row_in_twenty_is_counted_and_the_others_are_read(
+    schema: str, rows: list[dict[str, Any]], expected: list[tuple[Any, ...]], pairs: bool, tmp_path: Path
+) -> None:
+    """Behind every 19 rows one that is broken: a line that is no JSON, and one whose columns are numbers, by turns."""
+    text = json.dumps(rows)
+    good = [json.loads(text.replace("Why?", f"Why {i}?")) for i in range(38)]  # answers to one prompt stay together
+    lines: list[str] = []
+    for i, unit in enumerate(good, start=1):
+        lines += [json.dumps(row) for row in unit]
+        if i % 19 == 0:
+            lines += ['{"prompt": "zebra', json.dumps(dict.fromkeys(rows[0], 5))] * len(rows)
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    examples = load_examples(settings_of(schema, tmp_path / "a.jsonl"), schema, pairs=pairs)
+    read = found(examples, pairs=pairs)
+    assert [
+        json.loads(json.dumps(one).replace(f"Why {i // len(expected)}?", "Why?")) for i, one in enumerate(read)
+    ] == (json.loads(json.dumps(expected)) * 38)
+    broken = len(lines) - 38 * len(rows)
+    assert broken >= 0.05 * len(lines)
+    assert (examples.log.read, sum(examples.log.dropped.values())) == (len(lines), broken)
+    assert examples.log.dropped["broken_json"] == broken // 2
 
 
 # schema, row -> the reason that is counted, and the column that a message names
@@ -233,7 +245,7 @@ def test_an_unsafe_or_bad_answer_is_put_where_rejected_ones_are(tmp_path: Path) 
     """What a loss on unpaired answers reads; supervised fine-tuning drops and counts it."""
     for schema, row in (
         ("beavertails", {"prompt": "Why?", "response": "No.", "is_safe": False}),
-        ("custom", {"prompt": "Why?", "completion": "No.", "label": False}),
+        *(("custom", {"prompt": "Why?", "completion": "No.", "label": bad}) for bad in (False, "False", 0, "0", "bad")),
     ):
         examples = load_examples(settings_of(schema, write(tmp_path / "a.jsonl", [row])), schema)
         assert not list(examples)
@@ -274,25 +286,47 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
     assert found(load_examples(settings_of("custom", file, columns=columns), "c", pairs=True), pairs=True) == [WHY]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst", "json.zst", "csv.gz", "parquet"])
+SUFFIXES = [text + packed for text in ("csv", "json", "jsonl") for packed in ("", ".gz", ".zst")]
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, "parquet", "arrow", "feather.arrow", "saved"])
 def test_files_as_people_have_them(suffix: str, tmp_path: Path) -> None:
-    file = tmp_path / f"train.{suffix}"
-    rows = [PAIR, {**PAIR, "prompt": "How?\u2028\u00e9"}]
-    text = json.dumps(rows) if ".json." in file.name else "".join(json.dumps(row) + "\n" for row in rows)
-    if suffix == "csv.gz":
-        with gzip.open(file, "wt", newline="", encoding="utf-8") as out:
-            table = csv.DictWriter(out, PAIR.keys())
-            table.writeheader()
-            table.writerows(rows)
-    elif suffix == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    elif suffix.endswith("gz"):
-        file.write_bytes(gzip.compress(text.encode()))
+    """38 rows with two that are broken as the format allows it: no row at all, and one without an answer."""
+    rows = [{**PAIR, "prompt": f'How {i}?\u2028\u00e9\nSo, "how"?'} for i in range(38)]
+    mixed, broken = [*rows[:19], {**PAIR, "chosen": ""}, *rows[19:]], "empty_chosen"
+    file, form = tmp_path / f"train.{suffix}", suffix.partition(".")[0]
+    if form == "csv":
+        text = io.StringIO(newline="")
+        table = csv.writer(text)
+        table.writerows([list(PAIR), *[list(row.values()) for row in mixed], ["one", "field", "too", "many"]])
+        data, broken_too = text.getvalue(), "wrong_number_of_fields"
+    elif form == "jsonl":
+        data, broken_too = "".join(json.dumps(row) + "\n" for row in mixed) + "{\n", "broken_json"
+    elif form == "json":
+        data, broken_too = json.dumps([*mixed, 5], indent=1), "not_an_object"
     else:
+        data, broken_too = "", "empty_rejected"
+        whole = pyarrow.Table.from_pylist([*mixed, {**PAIR, "rejected": None}])
+    if suffix.endswith(".gz"):
+        file.write_bytes(gzip.compress(data.encode()))
+    elif suffix.endswith(".zst"):
         with pyarrow.output_stream(str(file), compression="zstd") as out:
-            out.write(text.encode())
-    examples = load_examples(settings_of("custom", tmp_path), "custom", pairs=True)
-    assert [one.instruction for one in examples] == ["Why?", "How?\u2028\u00e9"]
+            out.write(data.encode())
+    elif data:
+        file.write_text(data, encoding="utf-8", newline="")
+    elif suffix == "parquet":
+        pyarrow.parquet.write_table(whole, file)
+    elif suffix == "saved":
+        datasets.Dataset(datasets.table.InMemoryTable(whole)).save_to_disk(file)
+    else:
+        writer = pyarrow.ipc.new_file if form == "feather" else pyarrow.ipc.new_stream
+        with writer(str(file), whole.schema) as out:
+            out.write_table(whole)
+    place = file if suffix == "saved" else tmp_path  # a folder that `datasets` saved, or one that holds a file
+    examples = load_examples(settings_of("custom", place), "custom", pairs=True)
+    assert [one.instruction for one in examples] == [row["prompt"] for row in rows]
+    assert dict(examples.log.dropped) == {broken: 1, broken_too: 1}
+    assert examples.log.read == 40
 
 
 def test_conversations_in_parquet(tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ from typing import Any
 
 from config.settings import DuplicatesSettings
 from safer_instruct.dataset.files import HISTORY, HISTORY_SCHEMA, SCHEMA, write_dataset
-from safer_instruct.dataset.rows import TEXT_COLUMNS, dataset_rows, row_id, row_label
+from safer_instruct.dataset.reviews import pair_hash
+from safer_instruct.dataset.rows import TEXT_COLUMNS, dataset_rows, row_example, row_label
 from safer_instruct.dataset.scratch import INT, TEXT, Scratch, lock_output, open_scratch, record_batches, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
 from safer_instruct.measures.shortcuts import shortcuts
 from safer_instruct.text.examples import normalise, text_id
-from safer_instruct.text.messages import read_history, write_history
+from safer_instruct.text.messages import write_history
 from safer_instruct.text.refusals import declines
-from safer_instruct.text.row_log import BadRow
 
 TOP_CHOSEN = 10
 MAX_PAIRS = 20_000  # that shortcuts are looked for in: an AUC is then known to 0.01
@@ -92,7 +92,7 @@ def audit(
         report["shortcuts"] = {name: {label: asdict(one) for label, one in of.items()} for name, of in found.items()}
         if output is not None:
             dropped: Counter[str] = Counter()
-            schema = HISTORY_SCHEMA if any(_history(row) for _, row, _ in dataset_rows(path)) else SCHEMA
+            schema = HISTORY_SCHEMA if any(row_example(*one).before for one in dataset_rows(path)) else SCHEMA
             cleaned = record_batches(schema, _clean_rows(path, scratch, dropped, schema.names))
             num_rows = write_dataset(output, format, cleaned, schema)
             report["cleaned"] = {"rows": num_rows, "dropped": dict(sorted(dropped.items()))}
@@ -102,19 +102,19 @@ def audit(
 def _measured(path: str, guard: LeakageGuard) -> Iterator[tuple[Any, ...]]:
     """Yield a row of _AUDITED for each row of the dataset."""
     labels: set[str] = set()
-    for n, (_, row, texts) in enumerate(dataset_rows(path)):
-        label = row_label(row)
+    for n, (where, row, texts) in enumerate(dataset_rows(path)):
+        pair, label = row_example(where, row, texts), row_label(row)
         if len(labels) < MAX_LABELS:
             labels.add(label)
         normalised = [normalise(text) for text in texts.values()]
         yield (
             n,
             label if label in labels else OTHER_LABELS,
-            guard.reason(normalised[0]),
+            guard.reason_of(pair),
             len(texts["chosen"]),
             int(bool(texts["chosen"]) and not declines(texts["chosen"])),
             *(len(text.split()) for text in texts.values()),
-            text_id(*normalised),
+            pair_hash(texts["instruction"], texts["rejected"], texts["chosen"], pair.before),
             text_id(normalised[0]),
             text_id(normalised[2]),
         )
@@ -180,19 +180,10 @@ def _clean_rows(
         provenance = row.get("provenance") or {"source": Path(where).name}
         if isinstance(provenance, str):
             provenance = json.loads(provenance)
-        label = str(row.get("label") or "")
+        pair = row_example(where, row, texts)
         cells = {
-            "id": row_id(row, texts), **texts, "label": label,
+            "id": pair.id, **texts, "label": pair.label,
             "provenance": json.dumps(provenance, ensure_ascii=False),
-            HISTORY: _history(row),
+            HISTORY: write_history(pair.before),
         }  # fmt: skip
         yield tuple(cells[column] for column in columns)
-
-
-def _history(row: Mapping[str, Any]) -> str:
-    """Return what was said before the instruction; "" where nothing was, or the column holds something else."""
-    try:
-        fields = read_history(row.get(HISTORY))
-    except BadRow:
-        return ""
-    return write_history(fields.get("system", ""), fields.get("history", ()))

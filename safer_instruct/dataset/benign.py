@@ -16,7 +16,7 @@ from typing import Any
 
 from config.errors import UserError
 from config.files import replacing, write_text
-from safer_instruct.dataset.rows import dataset_rows, row_id
+from safer_instruct.dataset.rows import dataset_rows, row_example
 from safer_instruct.experts.verdicts import HARMLESS
 from safer_instruct.induction.benign import ANSWER, CONTRAST, NEIGHBOUR, REPLAY, SCREEN
 from safer_instruct.induction.ledger import Record
@@ -49,10 +49,8 @@ def read_unsafe_rows(path: str) -> list[Example]:
     """
     rows = []
     for where, row, texts in dataset_rows(path):
-        asked, rejected, chosen = texts.values()
-        if asked and chosen:
-            id, label, source = row_id(row, texts), str(row.get("label") or ""), {"source": Path(where).name}
-            rows.append(Example(id, asked, chosen=chosen, rejected=rejected, label=label, provenance=source))
+        if texts["instruction"] and texts["chosen"]:
+            rows.append(row_example(where, row, texts))
     if not rows:
         raise UserError(f"path={path}: none of its rows has an instruction and a chosen response")
     return rows

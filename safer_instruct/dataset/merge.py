@@ -174,7 +174,7 @@ class _Merge:
             self.merged.corpus_dropped.count(repetition(self._settings, same_id=same_id), source)
 
     def _history(self, row: Example) -> str:
-        said = write_history(row.system, row.history)
+        said = write_history(row.before)
         self.merged.schema = HISTORY_SCHEMA if said else self.merged.schema
         return said
 
@@ -230,7 +230,7 @@ class _Merge:
         stage, reason = self._fate(pair, verdict, answer)
         if reason:
             return label, stage, reason, None, score, None, None, None, None, None, None
-        said = write_history(pair.system, pair.history)
+        said = write_history(pair.before)
         key = text_id(normalise(pair.instruction or ""), normalise(pair.rejected or ""), *filter(None, [said]))
         tokens = {stage: record["tokens"] for stage, record in records.items()}
         provenance: dict[str, Any] = {"response_id": pair.id, "source": pair.provenance["source"], "tokens": tokens}
@@ -246,9 +246,10 @@ class _Merge:
             return FILTER, verdict["reason"]
         if answer["chosen"] is None:
             return RESPOND, answer["reason"]
-        if self._rejections.rejects(pair.id, pair.instruction or "", pair.rejected or "", answer["chosen"]):
+        texts = pair.instruction or "", pair.rejected or "", answer["chosen"]
+        if self._rejections.rejects(pair.id, *texts, pair.before):
             return MERGE, "rejected_by_people"
-        if reason := self._guard.reason(normalise(pair.instruction or "")):
+        if reason := self._guard.reason_of(pair):
             return MERGE, reason
         if normalise(answer["chosen"]) == normalise(pair.rejected or ""):
             return MERGE, "chosen_equals_rejected"

@@ -10,22 +10,24 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from config.errors import UserError
 from config.files import write_text
 from config.paths import find_path
 from config.settings import CorpusSettings, ReviewSettings
 from safer_instruct.dataset.reviews import pair_hash
-from safer_instruct.dataset.rows import dataset_rows, row_id, row_label
+from safer_instruct.dataset.rows import dataset_rows, row_example, row_label
 from safer_instruct.induction.ledger import Record
 from safer_instruct.induction.ledgers import find_ledgers
 from safer_instruct.induction.stages import FILTER, INDUCE, SCORE, with_instruction, with_score
 from safer_instruct.report.html import render
 from safer_instruct.text.corpus import CorpusRows
 from safer_instruct.text.display import visible
-from safer_instruct.text.examples import text_id
+from safer_instruct.text.examples import Example, text_id
+from safer_instruct.text.messages import Messages
 
 PAGE = "review.html"
 
@@ -41,6 +43,7 @@ class Item:
     instruction: str  # what was induced
     rejected: str  # the unsafe response
     chosen: str  # the safe response, "" unless `whole`
+    before: Messages  # what was said before the instruction
 
 
 def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings, output: Path) -> Path:
@@ -51,28 +54,28 @@ def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings,
     Raises:
         UserError: The dataset has no pair, or dropped ones are asked for and it has no ledgers.
     """
-    rows = ((row_id(row, texts), row_label(row), texts) for _, row, texts in dataset_rows(dataset) if texts["rejected"])
+    rows = ((row_example(*one), row_label(one[1])) for one in dataset_rows(dataset) if one[2]["rejected"])
     rank = _Rank(settings.seed)
     wanted = settings.rows + settings.dropped
-    by_label = _smallest((_item(id, label, **texts) for id, label, texts in rows), wanted, rank)
+    by_label = _smallest((_item(pair, label, whole=True) for pair, label in rows), wanted, rank)
     drawn = balanced(by_label, wanted, rank)
     if not drawn:
         raise UserError(f"path={dataset}: it holds no pair with a rejected response, so there is nothing to review")
     whole, kept = drawn[: settings.rows], drawn[settings.rows :]
-    halves = [_item(one.id, one.label, one.instruction, one.rejected) for one in kept]
+    halves = [
+        replace(one, pair=pair_hash(one.instruction, one.rejected, "", one.before), whole=False, chosen="")
+        for one in kept
+    ]
     if settings.dropped:
         folder = find_path(dataset)
         ledgers = (folder if folder.is_dir() else folder.parent) / "ledger"
         halves += draw_dropped(ledgers, corpus, settings.dropped, rank)
     items = sorted([*whole, *halves], key=lambda item: rank(f"{item.id} shown"))
     sample = text_id(*(f"{item.id}:{item.pair}" for item in items))
-    shown = [
-        {key: visible(value) if isinstance(value, str) else value for key, value in asdict(one).items()}
-        for one in items
-    ]
     page = render(
-        "review.html", script="review.js", name=Path(dataset).name, items=shown, sample=sample, halves=bool(halves)
-    )
+        "review.html", script="review.js", name=Path(dataset).name, items=[_shown(one) for one in items],
+        sample=sample, halves=bool(halves),
+    )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / PAGE, page)
     return output / PAGE
@@ -88,9 +91,15 @@ class _Rank:
         return hashlib.blake2b(id.encode("utf-8", "surrogatepass"), key=self._key, digest_size=8).digest()
 
 
-def _item(id: str, label: str, instruction: str, rejected: str, chosen: str | None = None) -> Item:
-    pair = pair_hash(instruction, rejected, chosen or "")
-    return Item(id, pair, label, chosen is not None, instruction, rejected, chosen or "")
+def _item(pair: Example, label: str, *, whole: bool) -> Item:
+    texts = (pair.instruction or "").strip(), (pair.rejected or "").strip(), (pair.chosen or "") if whole else ""
+    return Item(pair.id, pair_hash(*texts, pair.before), label, whole, *texts, pair.before)
+
+
+def _shown(item: Item) -> dict[str, Any]:
+    """Return what the page gets of an item, in which nothing is invisible."""
+    texts = {key: visible(value) if isinstance(value, str) else value for key, value in asdict(item).items()}
+    return {**texts, "before": [(role, visible(said)) for role, said in item.before]}
 
 
 def _smallest(items: Iterable[Item], number: int, rank: _Rank) -> dict[str, list[Item]]:
@@ -134,7 +143,7 @@ def draw_dropped(folder: Path, corpus: CorpusSettings, number: int, rank: _Rank)
             if example.id in records.get(SCORE, {}):
                 pair = with_score(pair, records[SCORE][example.id])
             label = pair.label or dropped[example.id]
-            items[pair.id] = _item(pair.id, label, (pair.instruction or "").strip(), (pair.rejected or "").strip())
+            items[pair.id] = _item(pair, label, whole=False)
     return list(items.values())
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from config.errors import UserError
 from config.paths import find_path
-from safer_instruct.dataset.rows import dataset_rows, row_id, row_label
+from safer_instruct.dataset.rows import dataset_rows, row_example, row_label
 from safer_instruct.measures.statistics import cohens_kappa, weighted_interval, wilson_interval
-from safer_instruct.text.examples import normalise, text_id
+from safer_instruct.text.examples import Example, normalise, text_id
+from safer_instruct.text.messages import Messages, write_history
 
 FORMAT = "safer-instruct review"
 KEEP, WRONG, UNSAFE, SKIP = DECISIONS = ("keep", "wrong_instruction", "unsafe_answer", "skip")
@@ -43,9 +44,9 @@ class Review:
     decisions: Mapping[str, Decision]
 
 
-def pair_hash(instruction: str, rejected: str, chosen: str) -> str:
-    """Return what tells a pair from another one of the same id; case and blanks do not count."""
-    return text_id(*map(normalise, (instruction, rejected, chosen)))
+def pair_hash(instruction: str, rejected: str, chosen: str, before: Messages = ()) -> str:
+    """Return what tells a pair from another one; case and blanks do not count, but in what was said `before` it."""
+    return text_id(*map(normalise, (instruction, rejected, chosen)), *filter(None, [write_history(before)]))
 
 
 def read_reviews(paths: Sequence[str]) -> list[Review]:
@@ -111,7 +112,7 @@ class Rejections:
         """Return what the card tells of them."""
         return {"reviewers": self.num_reviewers, "pairs": self.num_decided, "rejected": len(self.pairs)}
 
-    def rejects(self, id: str, instruction: str, rejected: str, chosen: str) -> bool:
+    def rejects(self, id: str, instruction: str, rejected: str, chosen: str, before: Messages = ()) -> bool:
         """Return whether a pair of the dataset is left out.
 
         Raises:
@@ -119,7 +120,7 @@ class Rejections:
         """
         if id not in self.pairs:
             return False
-        if not self.pairs[id] & {pair_hash(instruction, rejected, chosen), pair_hash(instruction, rejected, "")}:
+        if not self.pairs[id] & {pair_hash(instruction, rejected, shown, before) for shown in (chosen, "")}:
             raise UserError(
                 f"reviews: the pair {id} that people rejected has other texts now; draw a new page "
                 "(stage=review), and give reviews of the pairs that are there now"
@@ -155,12 +156,13 @@ def measure_reviews(reviews: Sequence[Review], dataset: str) -> dict[str, Any]:
     decided = decisions_by_id(reviews)
     sizes: Counter[str] = Counter()
     labels: dict[str, str] = {}  # of the decided pairs that are in the dataset: what the expert kept
-    for _, row, texts in dataset_rows(dataset):
-        id, label = row_id(row, texts), row_label(row)
+    for where, row, texts in dataset_rows(dataset):
+        pair, label = row_example(where, row, texts), row_label(row)
+        id = pair.id
         sizes[label] += 1
         if id in decided and id not in labels:
             labels[id] = label
-            _require_same(decided[id], texts)
+            _require_same(decided[id], pair)
     if absent := [id for id, of in decided.items() if id not in labels and any(one.whole for one in of)]:
         raise UserError(
             f"reviews: {len(absent)} of the {len(decided)} pairs that were decided on are not in path={dataset} "
@@ -180,9 +182,10 @@ def measure_reviews(reviews: Sequence[Review], dataset: str) -> dict[str, Any]:
     }
 
 
-def _require_same(decisions: Sequence[Decision], texts: Mapping[str, str]) -> None:
+def _require_same(decisions: Sequence[Decision], pair: Example) -> None:
     for one in decisions:
-        if one.pair != pair_hash(texts["instruction"], texts["rejected"], texts["chosen"] if one.whole else ""):
+        chosen = (pair.chosen or "") if one.whole else ""
+        if one.pair != pair_hash(pair.instruction or "", pair.rejected or "", chosen, pair.before):
             raise UserError(f"reviews: the pair {one.id} has other texts than when it was reviewed; draw a new page")
 
 

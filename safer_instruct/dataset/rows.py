@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from config.errors import UserError
 from config.paths import find_path
-from safer_instruct.text.examples import text_id
+from safer_instruct.dataset.files import HISTORY
+from safer_instruct.text.examples import Example, text_id
+from safer_instruct.text.messages import read_history
 from safer_instruct.text.readers import read_rows, require_columns
+from safer_instruct.text.row_log import BadRow
 
 TEXT_COLUMNS = ("instruction", "rejected", "chosen")
 UNLABELLED = "(none)"
@@ -27,6 +33,21 @@ def row_label(row: Mapping[str, Any]) -> str:
     return str(row.get("label") or UNLABELLED).encode("utf-8", "backslashreplace").decode()
 
 
-def row_id(row: Mapping[str, Any], texts: Mapping[str, str]) -> str:
-    """Return the id of a row, a hash of its texts where it has none."""
-    return str(row.get("id") or text_id(*texts.values()))
+def row_example(where: str, row: Mapping[str, Any], texts: Mapping[str, str]) -> Example:
+    """Return a row of `dataset_rows` with what was said before its instruction; its id is a hash where it has none.
+
+    Raises:
+        UserError: Its column `history` holds something else: to training it is a bad row.
+    """
+    try:
+        told = read_history(row.get(HISTORY))
+    except BadRow as bad:
+        raise UserError(
+            f"{where}: {bad.reason} in column {bad.column}: expected {bad.expected}; mend the row, or name the column "
+            "otherwise if it is about something else"
+        ) from None
+    instruction, rejected, chosen = (texts[column] for column in TEXT_COLUMNS)
+    label, source = str(row.get("label") or ""), {"source": Path(where).name}
+    example = Example("", instruction, "", chosen, rejected, label, source, **told)
+    said = (text for message in example.before for text in message)
+    return replace(example, id=str(row.get("id") or text_id(*texts.values(), *said)))

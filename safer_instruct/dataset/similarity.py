@@ -21,6 +21,8 @@ from datasketch import MinHash
 from numpy.typing import NDArray
 
 from safer_instruct.dataset.scratch import BATCH_ROWS, INT, Scratch, table_schema
+from safer_instruct.text.examples import Example
+from safer_instruct.text.exclusion import turn_keys
 
 NGRAM = 2  # one word changed in ten leaves 64% of the shingles of two words, and 45% of those of three
 BANDS, BAND_ROWS = 18, 7
@@ -141,3 +143,7 @@ class LeakageGuard:
         common = Counter(item for shingle in own for item in self._holders.get(shingle, ()))
         near = any(n >= self.threshold * (len(own) + self._sizes[item] - n) for item, n in common.items())
         return "near_excluded_instruction" if near else ""
+
+    def reason_of(self, pair: Example) -> str:
+        """Return why a pair must stay out: `reason` of the first of the user's turns that has one, as in training."""
+        return next(filter(None, map(self.reason, turn_keys(pair))), "")

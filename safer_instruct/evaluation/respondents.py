@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +10,8 @@ from safetensors import safe_open
 from config.errors import UserError
 from config.paths import find_path
 from config.settings import EvaluatedModelSettings, ModelSettings
-from safer_instruct.report.training_runs import run_datasets
 from safer_instruct.text.examples import text_id
 from safer_instruct.text.prompts import render_prompt
-
-DEFAULT_TEMPLATE = "alpaca"
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +40,7 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
     """
     from safer_instruct.generation.adapters import adapter_in, base_of
     from safer_instruct.generation.models import load_tokenizer
+    from safer_instruct.generation.trained_as import as_trained, run_setting
     from safer_instruct.generation.weights import check_weight_files, has_tokenizer, model_fingerprint, resolve_archive
 
     adapter = adapter_in(settings.path)
@@ -56,8 +52,9 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
         policy_dtype=settings.dtype,
     )
     tokenizer = load_tokenizer(model)
-    template = _template(name, settings, has_chat_template=bool(tokenizer.chat_template))
-    system = settings.system if settings.system is not None else run_setting(name, settings.path, "system")
+    keys = {"key": f"models.{name}", "path_key": f"models.{name}.path"}
+    template = as_trained(settings.path, tokenizer, settings.template, **keys)
+    system = settings.system if settings.system is not None else run_setting(settings.path, "system", **keys)
     prompt = text_id(render_prompt(template, "", tokenizer=tokenizer, system=system).text)
     for path in (settings.path, base if adapter is not None else None):
         if path and find_path(path).exists() and (folder := resolve_archive(path)).is_dir():
@@ -65,40 +62,6 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
             require_finite_weights(name, folder)
     served = {"served_as": settings.served_as, "base_url": settings.base_url}
     return Respondent(name, settings.path, model, template, prompt, model_fingerprint(model), system=system, **served)
-
-
-def _template(name: str, settings: EvaluatedModelSettings, *, has_chat_template: bool) -> str:
-    """Return the template that a model is asked with; note where it is, or may be, another than it was trained with."""
-    key = f"models.{name}"
-    if settings.template is not None:
-        trained = sorted({one.template for one in run_datasets(settings.path).values()})
-        if trained and settings.template not in trained:
-            log.warning(
-                "note: %s.template=%s, but %s.path=%s was trained with template=%s; leave %s.template out to ask as it "
-                "was trained", key, settings.template, key, settings.path, " and ".join(trained), key,
-            )  # fmt: skip
-        return settings.template
-    found = run_setting(name, settings.path, "template")
-    if not found and has_chat_template:
-        log.warning(
-            "note: %s is asked with template=%s: no run of train.py round %s.path=%s tells how it was trained, and its "
-            "tokenizer has a chat template; write %s.template=chat (or =%s, to say that it is right)",
-            key, DEFAULT_TEMPLATE, key, settings.path, key, DEFAULT_TEMPLATE,
-        )  # fmt: skip
-    return found or DEFAULT_TEMPLATE
-
-
-def run_setting(name: str, path: str, key: str) -> str:
-    """Return `template` or `system` as a model was trained with it; "" for one that is not part of a run of train.py.
-
-    Raises:
-        UserError: Its run has several.
-    """
-    values = {dataset: vars(settings)[key] or "" for dataset, settings in run_datasets(path).items()}
-    if len(set(values.values())) > 1:
-        listed = ", ".join(f"datasets.{dataset}.{key}={value}" for dataset, value in values.items())
-        raise UserError(f"models.{name}.path={path} was trained with {listed}: choose by models.{name}.{key}=NAME")
-    return next(iter(values.values()), "")
 
 
 def require_finite_weights(name: str, folder: Path) -> None:

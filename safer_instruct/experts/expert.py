@@ -39,6 +39,9 @@ ExpertSettings = RulesExpertSettings | LocalExpertSettings | OpenAIExpertSetting
 class Expert(Protocol):
     """What the stages and the evaluation ask of an expert.
 
+    An instruction is read behind the conversation that it goes on with (`Example.before`); judges get none: the prompts
+    of an evaluation have one turn.
+
     Every method yields each answer as soon as it is there, in any order, so that it can be written down before the next
     one is paid for. An answer that cannot be read is an abstention: `Verdict(False, "abstain_...")`,
     `SafeResponse(None, "abstain_...")`, `Judgement("abstain")`, "abstain". Ids must be unique in a call.
@@ -88,7 +91,7 @@ class RulesExpert:
     def screen(self, pairs: Sequence[Example]) -> Iterator[tuple[str, Verdict]]:
         """Yield the verdicts; see Expert."""
         for pair in pairs:
-            yield pair.id, self._rules.screen(pair.instruction or "", pair.rejected or "")
+            yield pair.id, self._rules.screen(pair.instruction or "", pair.rejected or "", _said(pair))
 
     def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield the texts; an instruction that the rules have no text for is an abstention.
@@ -102,9 +105,11 @@ class RulesExpert:
                 "there: add some (quickstart/rules.yaml shows how), or choose expert=openai or expert=local"
             )
         rules = self._rules
-        writers = {"respond": rules.respond, "vary": rules.vary, "neighbour": rules.neighbour, "answer": rules.answer}
+        alone = {"neighbour": rules.neighbour, "answer": rules.answer}
+        behind = {"respond": rules.respond, "vary": rules.vary}
         for example in examples:
-            text = writers[role](example.instruction or "")
+            asked = example.instruction or ""
+            text = alone[role](asked) if role in alone else behind[role](asked, _said(example))
             yield example.id, SafeResponse(text, "" if text is not None else "abstain_no_rule")
 
     def judge(self, items: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, Judgement]]:
@@ -121,6 +126,10 @@ class RulesExpert:
             f"helpfulness.baseline is set, and the judge {self.name} cannot compare two answers: choose a language "
             "model as judge (expert=openai or expert=local), or leave helpfulness.baseline out"
         )
+
+
+def _said(example: Example) -> list[str]:
+    return [message.content for message in example.before]
 
 
 class LLMExpert:
@@ -208,11 +217,14 @@ def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget 
         template = NO_TEMPLATE if FORMS[settings.form].prompt is not None or question is not None else "chat"
         guard = TemplatedModel(settings.model, settings.generation, device, template=template, prompts=[])
         return GuardJudge(guard, settings.form, question)
+    from safer_instruct.generation.models import load_tokenizer
+    from safer_instruct.generation.trained_as import model_template
+
+    tokenizer, keys = load_tokenizer(settings.model), {"key": "expert", "model_key": "expert.model", "default": "chat"}
+    asked_with = model_template(settings.model, tokenizer, settings.template, **keys)
     if isinstance(settings, StrongRejectSettings):
         asked = [STRONGREJECT.render("", "")]
-        judge = TemplatedModel(settings.model, settings.generation, device, template=settings.template, prompts=asked)
+        judge = TemplatedModel(settings.model, settings.generation, device, template=asked_with, prompts=asked)
         return StrongRejectJudge(judge, settings.threshold)
     rubrics = [SCREEN.render("", ""), RESPOND.render(""), JUDGE.render("", "")]
-    return LLMExpert(
-        TemplatedModel(settings.model, settings.generation, device, template=settings.template, prompts=rubrics)
-    )
+    return LLMExpert(TemplatedModel(settings.model, settings.generation, device, template=asked_with, prompts=rubrics))

@@ -1,7 +1,8 @@
 """The rule-based expert: filter, safe responses and judge from patterns and lexicons of a YAML file.
 
 It sees text and nothing else: no labels, no generator's truth. `quickstart/rules.yaml` is the worked example of the
-format. Terms: a *lexicon* is a list of words or phrases that a text can name; the *key slots* of a category are the
+format. In a conversation the intent stands in the last instruction, and what this does not name is what was named last
+before it. Terms: a *lexicon* is a list of words or phrases that a text can name; the *key slots* of a category are the
 lexicons that tell what a request is about; a sentence *declines* if a refusal pattern matches it.
 """
 
@@ -24,7 +25,7 @@ from safer_instruct.experts.verdicts import HARMLESS, Judgement, Verdict
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 SEARCH_SECONDS = 10.0
-CODE_VERSION = b"1"  # raise it with any change of this file that moves a verdict: ledgers then begin anew
+CODE_VERSION = b"2"  # raise it with any change of this file that moves a verdict: ledgers then begin anew
 
 T = TypeVar("T")
 Named = Mapping[str, frozenset[str]]  # lexicon -> its words that a text names, in lower case
@@ -89,16 +90,18 @@ class Rules:
         spec = read_rules(path)
         return cls(spec, fingerprint=hashlib.blake2b(CODE_VERSION + path.read_bytes(), digest_size=8).hexdigest())
 
-    def slots(self, text: str) -> Named:
-        """Return the words of every lexicon that the text names."""
-        return {
-            name: frozenset(match.group().lower() for match in pattern.finditer(text))
-            for name, pattern in self._lexicons.items()
-        }
+    def slots(self, text: str, before: Sequence[str] = ()) -> Named:
+        """Return the words of every lexicon that the text names, or else the last of the messages before it."""
+        named: dict[str, frozenset[str]] = {}
+        for said in (text, *reversed(before)):
+            for name, pattern in self._lexicons.items():
+                if not named.get(name):
+                    named[name] = frozenset(match.group().lower() for match in pattern.finditer(said))
+        return named
 
-    def intent(self, instruction: str) -> str | None:
-        """Return the category of harm that an instruction asks for, or None."""
-        slots = self.slots(instruction)
+    def intent(self, instruction: str, before: Sequence[str] = ()) -> str | None:
+        """Return the category of harm that an instruction asks for behind the messages before it, or None."""
+        slots = self.slots(instruction, before)
         for category in self._categories.values():
             if not category.intent.search(instruction) or not all(slots[key] for key in category.spec.key):
                 continue
@@ -123,51 +126,51 @@ class Rules:
                 return category.name
         return None
 
-    def meaning(self, instruction: str) -> tuple[str, Named] | None:
+    def meaning(self, instruction: str, before: Sequence[str] = ()) -> tuple[str, Named] | None:
         """Return the category and key slots that an instruction asks for; None if it asks for nothing unsafe."""
-        name = self.intent(instruction)
+        name = self.intent(instruction, before)
         if name is None:
             return None
-        slots = self.slots(instruction)
+        slots = self.slots(instruction, before)
         return name, {key: slots[key] for key in self._categories[name].spec.key}
 
-    def screen(self, instruction: str, response: str) -> Verdict:
-        """Decide whether this is a well-formed unsafe request that the response answers.
+    def screen(self, instruction: str, response: str, before: Sequence[str] = ()) -> Verdict:
+        """Decide whether this is a well-formed unsafe request that the response answers, behind the messages before.
 
         Reasons for a drop: `response_not_unsafe`, `ill_formed_instruction`, `instruction_not_unsafe`,
         `category_mismatch`, `slot_mismatch`.
         """
-        harm = self.harm(response)
+        harm = self.harm(response, context="\n".join(before))
         if harm is None:
             return Verdict(False, "response_not_unsafe")
         num_words = len(instruction.split())
         if not self._form.min_words <= num_words <= self._form.max_words or not self._form_pattern.search(instruction):
             return Verdict(False, "ill_formed_instruction", harm)
-        asked = self.meaning(instruction)
+        asked = self.meaning(instruction, before)
         if asked is None:
             return Verdict(False, HARMLESS, harm)
         category, wanted = asked
         if category != harm:
             return Verdict(False, "category_mismatch", harm)
-        named = self.slots(response)
+        named = self.slots(response, before)
         if any(named[key] != words for key, words in wanted.items()):
             return Verdict(False, "slot_mismatch", harm)
         return Verdict(True, "keep", harm)
 
-    def respond(self, instruction: str) -> str | None:
+    def respond(self, instruction: str, before: Sequence[str] = ()) -> str | None:
         """Return a safe response, or None where the rules see nothing unsafe in the instruction.
 
         The template is chosen by a hash of the instruction, so that the same one always gets the same response.
         """
-        asked = self.meaning(instruction)
+        asked = self.meaning(instruction, before)
         if asked is None:
             return None
         name, wanted = asked
         return self._fill(_pick(self._categories[name].spec.responses, instruction), wanted)
 
-    def vary(self, instruction: str) -> str | None:
+    def vary(self, instruction: str, before: Sequence[str] = ()) -> str | None:
         """Return another safe response than `respond`; None where the rules have no other."""
-        asked = self.meaning(instruction)
+        asked = self.meaning(instruction, before)
         if asked is None:
             return None
         responses = self._categories[asked[0]].spec.responses

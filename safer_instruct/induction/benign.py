@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
 from config.names import BENIGN_STAGES
@@ -19,18 +19,25 @@ from config.paths import find_path
 from config.settings import BackendSettings, BenignSettings, ModelSettings, ReplaySettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.experts.verdicts import HARMLESS
-from safer_instruct.generation.backends import model_name
+from safer_instruct.generation.backends import TemplatedModel, model_name
 from safer_instruct.generation.completions import Request, TextGenerator, describe_decoding
+from safer_instruct.generation.models import load_tokenizer
+from safer_instruct.generation.trained_as import model_template
 from safer_instruct.induction.ledger import Record, read_ledger, shard_path
 from safer_instruct.induction.ledgers import check_chain, stage_ledgers
 from safer_instruct.induction.shard import complete
 from safer_instruct.induction.stages import Stage, expert_configuration, paid, require_records
 from safer_instruct.text.examples import Example, in_shard, is_unicode, normalise, text_id
+from safer_instruct.text.messages import has_history
 from safer_instruct.text.prompts import Prompt, reversed_target
 from safer_instruct.text.readers import read_rows, require_columns
 
+if TYPE_CHECKING:
+    import torch
+
 REPLAY, CONTRAST = BENIGN_STAGES
 NEIGHBOUR, SCREEN, ANSWER = BENIGN_STAGES[CONTRAST]
+LATER_TURN = "later_turn"  # why a row is left out: it goes on with a conversation
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def read_benign(
         if settings.max_rows is not None and len(examples) >= settings.max_rows:
             break
         texts = [row["instruction"], row.get("input") or "", row["output"] if replay.answers == "file" else ""]
-        reason = _why_no_prompt(texts, needed)
+        reason = LATER_TURN if has_history(row.get("history")) else _why_no_prompt(texts, needed)
         if not reason:
             instruction = reversed_target(texts[0].strip(), texts[1].strip())
             key = normalise(instruction)
@@ -98,25 +105,46 @@ def _why_no_prompt(texts: Sequence[Any], needed: Sequence[str]) -> str:
 
 
 def read_unsafe(rows: Sequence[Example], num_rows: int | None) -> Prompts:
-    """Draw the unsafe instructions that get a neighbour: `num_rows` (None: all) by a hash, one row of each."""
+    """Draw the unsafe instructions that get a neighbour: `num_rows` (None: all) by a hash, one row of each.
+
+    A later turn of a conversation says too little alone, and what was said before it is no harmless beginning: none of
+    these gets one. A neighbour is asked without the row's system prompt.
+
+    Raises:
+        UserError: There are only later turns.
+    """
+    alone = [row for row in rows if not row.history]
+    if not alone:
+        raise UserError(
+            f"path: all {len(rows)} rows are later turns of conversations (column history), and stage=contrast makes "
+            "neighbours of first turns: give a dataset that has some"
+        )
     first: dict[str, Example] = {}
-    for row in rows:
+    for row in alone:
         first.setdefault(normalise(row.instruction or ""), row)
     drawn = sorted(first, key=lambda instruction: text_id("contrast", instruction))[:num_rows]
     kept = set(drawn)
-    examples = [replace(row, id=text_id(row.instruction or "")) for key, row in first.items() if key in kept]
-    return Prompts(examples, Counter(repeated_instruction=len(rows) - len(first)))
+    examples = [replace(row, id=text_id(row.instruction or ""), system="") for key, row in first.items() if key in kept]
+    dropped = {LATER_TURN: len(rows) - len(alone), "repeated_instruction": len(alone) - len(first)}
+    return Prompts(examples, Counter(dropped))
 
 
-def replay_configuration(
-    replay: ReplaySettings, model: ModelSettings, generation: BackendSettings, generator: TextGenerator | None
-) -> dict[str, Any]:
-    """Return what the records of the replay stage depend on; an answer of the file is part of its row's id."""
-    if generator is None:
-        return {"answers": replay.answers}
+def starting_model(
+    replay: ReplaySettings, model: ModelSettings, generation: BackendSettings, device: torch.device
+) -> tuple[TextGenerator | None, dict[str, Any]]:
+    """Return what answers, checked, and what the records of the replay stage depend on.
+
+    Where the answers are the file's, there is no model, and each is part of its row's id.
+    """
+    if replay.answers == "file":
+        return None, {"answers": replay.answers}
+    template = model_template(model, load_tokenizer(model), replay.template, key="replay", model_key="model")
+    empty = [Prompt("", "", "")]
+    generator = TemplatedModel(model, generation, device, template=template, prompts=empty, key="generation")
+    generator.check()
     asked = {"answers": replay.answers, "model": model_name(model), "model_fingerprint": generator.fingerprint}
     decoding = {f"generation.{name}": value for name, value in describe_decoding(generation).items()}
-    return {**asked, "replay.template": replay.template, **decoding}
+    return generator, {**asked, "replay.template": template, **decoding}
 
 
 def run_replay(

@@ -113,7 +113,8 @@ def forecast_induction(config: InduceConfig, stages: Sequence[str], shard: tuple
     num_candidates, unwritten = config.generation.num_candidates, config.generation.max_new_tokens
     known = [one for one in examples if one.id in induced] or examples
     sample = known[:: max(1, len(known) // SAMPLE)]
-    texts = [(str(induced.get(one.id, {}).get("instruction", "")), one.rejected or "") for one in sample]
+    pairs = [replace(one, instruction=str(induced.get(one.id, {}).get("instruction", ""))) for one in sample]
+    texts = [(pair.asked, pair.rejected or "") for pair in pairs]
     assumed = 0 if induced else unwritten
 
     def steps() -> Iterator[Step]:

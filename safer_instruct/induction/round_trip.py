@@ -19,6 +19,7 @@ from config.settings import RoundTripSettings
 from safer_instruct.generation.backends import model_name
 from safer_instruct.generation.decoding import context_of
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer
+from safer_instruct.generation.trained_as import model_template
 from safer_instruct.generation.weights import model_fingerprint
 from safer_instruct.induction.stages import Item, Score
 from safer_instruct.text.encoding import EncodedRow, Encoder
@@ -26,7 +27,7 @@ from safer_instruct.text.examples import Example, short_hash
 from safer_instruct.text.prompts import Turn, answer_turn, render_prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 ROWS_AT_A_TIME = 4096
 
@@ -56,7 +57,11 @@ class RoundTrip:
 
     def __init__(self, settings: RoundTripSettings, device: torch.device, logps_of: LogpsOf) -> None:
         self.name = model_name(settings.model)
-        identity = f"{model_fingerprint(settings.model)}/{settings.template}/{settings.max_length}"
+        self._tokenizer = load_tokenizer(settings.model)
+        self._template = model_template(
+            settings.model, self._tokenizer, settings.template, key="roundtrip", model_key="roundtrip.model"
+        )
+        identity = f"{model_fingerprint(settings.model)}/{self._template}/{settings.max_length}"
         self.fingerprint = short_hash(identity)
         self._settings = settings
         self._device = device
@@ -94,8 +99,7 @@ class RoundTrip:
 
     def _encode(self, loaded: _Loaded, instruction: str, response: str) -> EncodedRow | None:
         """Return the row of a response behind its instruction, None if the response is not in it as a whole."""
-        template = self._settings.template
-        prompt, turn = render_prompt(template, instruction, tokenizer=loaded.tokenizer), loaded.turn
+        prompt, turn = render_prompt(self._template, instruction, tokenizer=self._tokenizer), loaded.turn
         (row,) = loaded.encoder.encode([prompt], [[turn.lead + response + turn.close]], end_token=turn.end_token)
         return None if isinstance(row, str) or row.responses_cut[0] else row
 
@@ -116,17 +120,15 @@ class RoundTrip:
         return logps
 
     def _load(self) -> _Loaded:
-        settings = self._settings
-        tokenizer = load_tokenizer(settings.model)
+        settings, tokenizer = self._settings, self._tokenizer
         model = load_causal_lm(settings.model).eval()
         model.to(self._device)
         room = min(settings.max_length, context_of(model))
         encoder = Encoder(tokenizer, max_length=room, max_prompt_length=room - 1)
-        return _Loaded(tokenizer, encoder, answer_turn(settings.template, tokenizer), self._logps_of(model))
+        return _Loaded(encoder, answer_turn(self._template, tokenizer), self._logps_of(model))
 
 
 class _Loaded(NamedTuple):
-    tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     turn: Turn
     logps: Callable[[Mapping[str, Tensor]], Tensor]

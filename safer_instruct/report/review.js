@@ -17,6 +17,21 @@ function current() {
   return items.find(item => !done.has(item.id));
 }
 
+function element(name, text, style = "") {
+  const made = document.createElement(name);
+  made.textContent = text;
+  made.className = style;
+  return made;
+}
+
+function showBefore(messages) {
+  const [summary, list] = byId("before").children;
+  byId("before").hidden = !messages.length;
+  byId("before").open = false;
+  summary.textContent = `Said before it: ${messages.length} ${messages.length === 1 ? "message" : "messages"}`;
+  list.replaceChildren(...messages.flatMap(([role, said]) => [element("h3", role), element("p", said, "text")]));
+}
+
 function show() {
   const item = current();
   byId("work").hidden = !item;
@@ -29,6 +44,7 @@ function show() {
   if (!item) { byId("export").focus(); return; }
   byId("place").textContent = `Pair ${decided.length + 1} of ${items.length}`;
   for (const part of ["instruction", "rejected", "chosen"]) byId(part).textContent = item[part] ?? "";
+  showBefore(item.before);
   byId("chosen-box").hidden = !item.whole;
   document.querySelector("[data-decision=unsafe_answer]").disabled = !item.whole;
   scrollTo(0, 0);

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from config.checksums import hash_prefix
 from config.errors import UserError
 from config.paths import find_path
 from config.reading import read_json_lines, read_mapping
 from config.run_keys import flatten
 from config.settings import DatasetSettings
-from safer_instruct.generation.weights import require_as_saved, run_config
+from safer_instruct.generation.trained_as import run_datasets
+from safer_instruct.generation.weights import require_as_saved
 from safer_instruct.text.examples import held_out
 from safer_instruct.text.exclusion import exclude_file, read_instruction_keys, turn_keys
 from safer_instruct.text.loading import LoadedExamples, RowLog
@@ -26,22 +25,6 @@ from safer_instruct.text.prompt_sets import Overlap
 # Settings that name a run or its machine and say nothing about what was trained.
 NOT_COMPARED = ("exp_name", "run_dir", "local_run_dir", "local_dirs", "device", "wandb", "checkpoint")
 SHOWN_METRICS = ("loss/train", "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "counters/examples")
-_DATASET = TypeAdapter(DatasetSettings)
-
-
-def run_datasets(path: str) -> dict[str, DatasetSettings]:
-    """Read the datasets that a model was trained on, by name; {} if it is not part of a run of train.py.
-
-    Raises:
-        UserError: Its config.yaml has been changed: a value is of another type.
-    """
-    try:
-        datasets = run_config(path).get("datasets", {})
-        return {str(name): _DATASET.validate_python(values) for name, values in datasets.items()}
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "datasets"
-        raise UserError(f"config.yaml of {path}: {where}: {fault['msg']}; copy the run again") from error
 
 
 def find_training_overlap(path: str, asked: Mapping[str, Sequence[str]]) -> list[Overlap]:

@@ -48,10 +48,15 @@ class Example:
         return text_id(*(text for message in self.history for text in message), self.rejected or "")
 
     @property
+    def before(self) -> tuple[Message, ...]:
+        """What stands before the instruction, the system message first."""
+        return ((Message("system", self.system),) if self.system else ()) + self.history
+
+    @property
     def asked(self) -> str:
         """The instruction, behind the conversation that it goes on with, for somebody who is to understand it."""
         instruction = self.instruction or ""
-        return transcript((*self.history, Message("user", instruction))) if self.history else instruction
+        return transcript((*self.before, Message("user", instruction))) if self.before else instruction
 
 
 def transcript(messages: Sequence[Message]) -> str:

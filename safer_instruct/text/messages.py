@@ -146,10 +146,14 @@ def read_response(cell: Any, column: str) -> tuple[Any, str, Messages]:
     return response, fields["system"].strip(), history
 
 
-def write_history(system: str, history: Messages) -> str:
-    """Return what was said before an instruction as JSON, the system message first; "" where nothing was."""
-    messages = [*([Message("system", system)] if system else []), *history]
+def write_history(messages: Messages) -> str:
+    """Return what was said before an instruction (`Example.before`) as JSON; "" where nothing was."""
     return json.dumps([message._asdict() for message in messages], ensure_ascii=False) if messages else ""
+
+
+def has_history(value: Any) -> bool:
+    """Say whether a cell of the column `history` says that something was before the instruction."""
+    return bool(value) and value != "[]"
 
 
 def read_history(value: Any) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def read_history(value: Any) -> dict[str, Any]:
     Raises:
         BadRow: It is no such list.
     """
-    if not value or value == "[]":
+    if not has_history(value):
         return {}
     if isinstance(value, list) and all(isinstance(one, list) and len(one) == len(_PAIR) for one in value):
         value = [{"role": role, "content": said} for one in value for role, said in zip(_PAIR, one, strict=True)]

@@ -24,9 +24,8 @@ from safer_instruct.text.messages import (
 )
 from safer_instruct.text.pairs import Answer, read_score
 from safer_instruct.text.row_log import BadRow
-from safer_instruct.text.standard import Fields, parse_standard
+from safer_instruct.text.standard import JUDGEMENTS, Fields, judgement, parse_standard
 
-JUDGEMENTS = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}  # of an answer
 _HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 
 
@@ -174,10 +173,10 @@ def _score(row: Row, name: str, column: str) -> float:
 
 
 def _is_good(row: Row, column: str) -> bool:
-    judgement = str(row[column]).strip().casefold()
-    if judgement not in JUDGEMENTS:
+    good = judgement(row[column])
+    if good is None:
         raise BadRow("not_judged", column, ", ".join(JUDGEMENTS))
-    return JUDGEMENTS[judgement]
+    return good
 
 
 SCHEMAS = {

@@ -23,6 +23,12 @@ from safer_instruct.text.prompts import HUMAN
 from safer_instruct.text.row_log import BadRow
 
 Fields = dict[str, Any]
+JUDGEMENTS = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}  # of an answer
+
+
+def judgement(cell: Any) -> bool | None:
+    """Return whether a cell calls an answer good, as a CSV file has it, too; None if it says something else."""
+    return JUDGEMENTS.get(str(cell).strip().casefold())
 
 
 def parse_standard(row: Row) -> Fields:
@@ -47,7 +53,9 @@ def parse_standard(row: Row) -> Fields:
         fields |= _implicit_prompt(chosen, rejected)
     else:
         fields |= _prompt_of(row["prompt"]) | _without_prompt(row["prompt"], chosen, rejected)
-    if row.get("label") is False and fields.get("rejected") is None:  # an unpaired answer that was judged bad
+    label = row.get("label")
+    bad = label is False or (name == "completion" and judgement(label) is False)
+    if bad and fields.get("rejected") is None:  # an unpaired answer that was judged bad
         fields["chosen"], fields["rejected"] = None, fields["chosen"]
     return fields
 
