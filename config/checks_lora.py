@@ -46,6 +46,9 @@ def _check_base(config: TrainConfig) -> Iterator[Fault]:
     if lora.quantize is not None and config.trainer.name != "BasicTrainer":
         why = "weights in 4 bits are not sharded; write trainer=BasicTrainer"
         yield misfit("model.lora.quantize", lora.quantize, why, "trainer.name")
+    if lora.quantize is not None and config.model.policy_dtype == "float64":
+        why = "bitsandbytes quantises no weights of 64 bits; leave model.policy_dtype=float64 out"
+        yield misfit("model.lora.quantize", lora.quantize, why, "model.policy_dtype")
 
 
 def _check_saving(config: TrainConfig) -> Iterator[Fault]:
@@ -59,14 +62,3 @@ def _check_saving(config: TrainConfig) -> Iterator[Fault]:
             "whoever reads the adapter merges it into the base as it is on disk"
         )
         yield misfit("checkpoint.merge", True, why, "model.lora.quantize")
-
-
-def check_quantized(config: TrainConfig) -> Iterator[Fault]:
-    """Find out whether this machine can keep a base in 4 bits; imports torch, which takes seconds."""
-    if config.model.lora.quantize is None:
-        return
-    import torch
-
-    if config.device == "cpu" or not torch.cuda.is_available():
-        why = f"4 bits need a CUDA device, and this run has none (device={config.device}); leave it out"
-        yield misfit("model.lora.quantize", config.model.lora.quantize, why, "device")

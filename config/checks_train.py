@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from config.checks import check_device, check_hub, check_lengths
-from config.checks_lora import check_lora, check_quantized
+from config.checks_lora import check_lora
 from config.checks_loss import check_loss, check_reference, check_rows
 from config.names import INSTALL_TORCHAO, TORCHAO_OPTIMIZERS
 from config.paths import find_path
@@ -31,7 +31,7 @@ def check_train(config: TrainConfig) -> list[Fault]:
         *check_lora(config),
         *check_hub(config.push_to_hub),
     ]
-    return faults or [*check_device(config.device), *_check_optimizer(config), *check_quantized(config)]
+    return faults or [*check_device(config.device), *_check_optimizer(config)]
 
 
 def _check_run(config: TrainConfig) -> Iterator[Fault]:

@@ -25,7 +25,7 @@ class LoraSettings:
     target_modules: list[str] | None = None
     use_rslora: bool = False  # scale by alpha / sqrt(r)
     use_dora: bool = False  # also train the length of each row of the weights
-    # Keep the base in 4 bits, by bitsandbytes and on a GPU (QLoRA); null: in policy_dtype.
+    # Keep the base in 4 bits, by bitsandbytes (QLoRA); null: in policy_dtype.
     quantize: Annotated[str, rules.choices("nf4", "fp4")] | None = None
 
     @property

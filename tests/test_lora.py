@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import train
-from config.checks_lora import check_lora, check_quantized
+from config.checks_lora import check_lora
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import (
@@ -373,6 +373,7 @@ FAULTS = [
     (["model.lora.r=4", "checkpoint.policy_pt=true"], "write checkpoint.merge=true, too"),
     (["model.lora.r=4", "model.lora.quantize=nf4", "checkpoint.merge=true"], "is rounded to 4 bits"),
     (["model.lora.r=4", "model.lora.quantize=nf4", "trainer=FSDPTrainer"], "weights in 4 bits are not sharded"),
+    (["model.lora.r=4", "model.lora.quantize=nf4", "model.policy_dtype=float64"], "quantises no weights of 64 bits"),
 ]
 
 
@@ -392,13 +393,6 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     peft_is_missing, bitsandbytes_is_missing = check_lora(compose_config("config", words))
     assert "model.lora.r=4: it needs the package peft, which is not installed: pip install peft" in str(peft_is_missing)
     assert str(bitsandbytes_is_missing).endswith("pip install bitsandbytes")
-
-
-def test_four_bits_need_a_gpu():
-    words = ["model=tiny", "loss=sft", "exp_name=a", "model.lora.r=4", "model.lora.quantize=nf4", "device=cpu"]
-    (fault,) = check_quantized(compose_config("config", words))
-    assert "4 bits need a CUDA device, and this run has none (device=cpu)" in fault.message
-    assert not list(check_quantized(compose_config("config", words[:-2])))
 
 
 def peft_folder(folder: Path, model, lora: LoraSettings = LORA, base: str = "") -> Path:

@@ -3,12 +3,14 @@
 import shutil
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,11 +20,12 @@ from tests.tiny_models import GROUPED
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
 from trainers.estimates import checkpoint_bytes
-from trainers.optimizers import build_optimizer
+from trainers.optimizers import build_optimizer, set_learning_rate
 from trainers.run.data_only import load_data_only
 from trainers.run.plain_state import plain_state, wrapped_state
 from trainers.run.run_dir import RunDir
 
+COMPILE = torch.compile
 SETTINGS = tiny_settings(
     optimizer="AdamW8bit", optimizer_args={"weight_decay": 0.1}, n_epochs=2,
     checkpoint=CheckpointSettings(every_examples=20),
@@ -89,20 +92,32 @@ def test_a_run_that_was_cut_ends_as_one_that_was_not(tmp_path):
     assert whole["bytes"] == sum(size.values())
 
 
+def moved(name: str) -> torch.Tensor:
+    """How far 20 steps with other learning rates move a matrix."""
+    start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = build_optimizer([parameter], tiny_settings(optimizer=name, optimizer_args={"weight_decay": 0.1}))
+    for step in range(20):
+        parameter.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step)) + 1
+        set_learning_rate(optimizer, 1e-2 / (step + 1))
+        optimizer.step()
+    return parameter.detach() - start
+
+
 @pytest.mark.usefixtures("torchao")
 def test_it_is_adamw_but_for_the_rounding():
     """Against torch's own, from the same gradients: a step is off by less than 2% of the learning rate's reach."""
-    start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    ends = []
-    for name in ("AdamW", "AdamW8bit"):
-        parameter = torch.nn.Parameter(start.clone())
-        settings = tiny_settings(optimizer=name, lr=1e-2, optimizer_args={"weight_decay": 0.1})
-        optimizer = build_optimizer([parameter], settings)
-        for step in range(20):
-            parameter.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step)) + 1
-            optimizer.step()
-        ends.append(parameter.detach() - start)
-    assert (ends[1] - ends[0]).abs().mean() < 0.02 * ends[0].abs().mean()
+    expected = moved("AdamW")
+    assert (moved("AdamW8bit") - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
+@pytest.mark.usefixtures("torchao")
+def test_the_compiled_step_is_the_same(monkeypatch):
+    """One graph for all learning rates; what Inductor makes of it is Inductor's."""
+    expected, compilations = moved("AdamW8bit"), CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=compilations))
+    assert torch.equal(moved("AdamW8bit"), expected)
+    assert compilations.frame_count == 1
 
 
 def test_any_wrapping_tensor_is_written_as_its_parts_and_read_into_them(tmp_path):

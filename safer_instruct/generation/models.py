@@ -117,9 +117,9 @@ def _set_in_template(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, An
 def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
     """Load a causal LM on the CPU, with the weights of `archive` where that is set, and all dropout switched off.
 
-    An adapter that is the archive is merged. A base in 4 bits is on its GPU. Without dropout the policy computes what
-    the reference does, so that DPO starts at ln 2. Functional dropouts, such as a config's `attention_dropout`, are no
-    `nn.Dropout` modules, and would stay on in training.
+    An adapter that is the archive is merged. A base in 4 bits is on the GPU, if there is one. Without dropout the
+    policy computes what the reference does, so that DPO starts at ln 2. Functional dropouts, such as a config's
+    `attention_dropout`, are no `nn.Dropout` modules, and would stay on in training.
 
     Without a `dtype` the weights have `settings.policy_dtype`.
 
@@ -168,6 +168,9 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # a rate that is written into the model's code
+        elif hasattr(module, "support_avx512bf16_for_cpu"):
+            # An evaluation on a CPU would turn these 4 bits, for good, into those of a kernel without a gradient.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
