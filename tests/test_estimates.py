@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -211,6 +212,23 @@ def test_three_real_steps_leave_nothing_behind(command, model_folder, tmp_path, 
     assert taken[0] == taken[2] != taken[1]  # between two of the run's first, its largest batch
     assert leftovers(tmp_path) == set()
     assert files(model_folder) == before
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_dry_run_after_a_step(command, tmp_path, here, monkeypatch, capsys):
+    taken, original = [], Trainer.train_step
+
+    def asked(self, batch, *arguments):
+        self.layout.stop.ask(signal.SIGTERM)
+        taken.append(batch)
+        return original(self, batch, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", asked)
+    with pytest.raises(SystemExit) as stopped:
+        here("loss=sft", "dry_run=true", *command)
+    assert (stopped.value.code, len(taken)) == (75, 1)
+    assert "stopped as asked; nothing of a dry run stays" in capsys.readouterr().err
+    assert leftovers(tmp_path) == set()
 
 
 @pytest.mark.slow

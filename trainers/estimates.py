@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from torch.utils._pytree import tree_leaves
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader, passes_multiple
 from trainers.distributed.layout import gather_objects
+from trainers.distributed.preemption import Preempted
 from trainers.lora import adapter_of
 from trainers.reference import renewal_is_due
 from trainers.run.metrics import peak_memory_gib
 from trainers.run.plain_state import plain_state
 from trainers.trainer import Trainer
 
+T = TypeVar("T")
 MEASURED = 2  # micro-batches of a process in a step that is timed: the second one finds a gradient to add to
 
 
@@ -120,7 +122,7 @@ class Measured:
 
 
 def measure(trainer: Trainer) -> Measured:
-    """Take three steps and evaluate; every process must come here.
+    """Take three steps and evaluate; every process must come here. Raises Preempted after a step: the run is to stop.
 
     The trainer is before its first step, under `debug`. Its training loader is an excerpt (of MEASURED micro-batches)
     of the first global batch of the run, its evaluation loader one of the batch that has the largest micro-batch.
@@ -134,8 +136,10 @@ def measure(trainer: Trainer) -> Measured:
     for loader in (first, largest, first):
         (batch,) = loader.batches()
         batch, trainer.train_loader = replace(batch, start_examples=trainer.progress.examples), loader
-        seconds = _seconds(partial(trainer.train_step, batch), device)
-    forward_seconds = [_seconds(trainer.evaluate, device) for _ in range(2)][-1]  # the first one warms up
+        agreed, seconds = _timed(partial(trainer.train_step, batch), device)
+        if agreed.stop:
+            raise Preempted("stopped as asked; nothing of a dry run stays" if trainer.layout.is_main else "")
+    forward_seconds = [_timed(trainer.evaluate, device)[1] for _ in range(2)][-1]  # the first one warms up
     weights, optimizer = checkpoint_bytes(trainer)
     return Measured(
         step_seconds=(seconds - sum(updates[-2:])) / count_work(first).positions,
@@ -147,11 +151,10 @@ def measure(trainer: Trainer) -> Measured:
     )
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time a call, the device's part included."""
+def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Return what a call returns, and its seconds, the device's part included."""
     started = _now(device)
-    work()
-    return _now(device) - started
+    return work(), _now(device) - started
 
 
 def _now(device: torch.device) -> float:
