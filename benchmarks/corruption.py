@@ -180,7 +180,7 @@ def store_cost(folder: Path, *, rows: int, repetitions: int) -> dict[str, float]
         shutil.rmtree(folder / "cache", ignore_errors=True)
         open_stores()
 
-    found = costs(with_and_without({"build": build}), 1)
+    found = costs(with_and_without({"build": build}), 2)  # the first one loads what it needs
     found |= costs(with_and_without({"open": open_stores}), repetitions) | {"rows": float(rows)}
     return with_ratios(found, ("build", "open"))
 

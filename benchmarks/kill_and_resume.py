@@ -74,7 +74,7 @@ class Runs:
             "optimizer=AdamW", "checkpoint.every_examples=24", "checkpoint.keep_last=2", "wandb.enabled=false",
             "minimum_log_interval_secs=0", "datasets.si.eval_fraction=0.2",
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # threads as the caller has them
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, str(ROOT / "train.py"), *arguments], cwd=self.folder, env=environment, stdout=log,

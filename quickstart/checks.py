@@ -16,6 +16,7 @@ from safer_instruct.experts.rules import Rules
 from safer_instruct.text.corpus import read_corpus
 
 ROWS_LOOKED_AT = 200  # of a user's corpus, before minutes are spent on it
+FIRST_INDUCED = 20  # of those, before all of it is induced
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -24,19 +25,21 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def check_corpus(corpus: str, rules_path: str) -> str:
-    """Return why nothing could be made of a user's corpus, "" if the rules see harm in its first rows."""
-    try:
-        rules = Rules.from_yaml(rules_path)
-        rows = read_corpus(CorpusSettings(corpus, max_rows=ROWS_LOOKED_AT)).examples
-    except UserError as error:
-        return str(error)
-    if any(rules.harm(row.rejected or "") for row in rows):
-        return ""
-    return (
-        f"the rules in {rules_path} see nothing harmful in the first {len(rows)} responses of {corpus}, so that no "
-        "pair would be left; write rules for it (docs/adding.md, An expert) and give them as --rules FILE"
-    )
+def harmful_responses(corpus: str, rules_path: str) -> list[str]:
+    """Return the first FIRST_INDUCED responses of a user's corpus that the rules call harmful.
+
+    Raises:
+        UserError: Corpus or rules cannot be read, or there is no such response.
+    """
+    rules = Rules.from_yaml(rules_path)
+    rows = read_corpus(CorpusSettings(corpus, max_rows=ROWS_LOOKED_AT)).examples
+    harmful = [row.rejected for row in rows if row.rejected and rules.harm(row.rejected)]
+    if not harmful:
+        raise UserError(
+            f"the rules in {rules_path} see nothing harmful in the first {len(rows)} responses of {corpus}, so that no "
+            "pair would be left; write rules for it (docs/adding.md, An expert) and give them as --rules FILE"
+        )
+    return harmful[:FIRST_INDUCED]
 
 
 def part_of_text(world: World, rules: Rules, instruction: str) -> str | None:

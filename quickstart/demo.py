@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +23,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
 
 from config.console import open_console
-from quickstart.checks import assert_no_leak, check_corpus, figures, induction_report, render_figures, render_induction
+from config.errors import UserError
+from quickstart.checks import (
+    assert_no_leak,
+    figures,
+    harmful_responses,
+    induction_report,
+    render_figures,
+    render_induction,
+)
 from quickstart.stages import Stages, move_other_aside
 from quickstart.world import World, write_demo_data
 
 MODEL, RULES = "quickstart/model", "quickstart/rules.yaml"
+FIRST = "first.jsonl"
 SOURCES = ("seen", "new_values", "new_phrasing", "near", "benign")
 
 
@@ -63,14 +72,15 @@ def main() -> int:
     options = parser.parse_args()
     settings = Settings(options.seed, options.skip_reverse, options.corpus, options.rules, options.part)
     os.chdir(REPOSITORY)
-    fault = check_corpus(settings.corpus, settings.rules) if settings.corpus else ""
-    if fault:
-        print(f"demo.py: {fault}", file=sys.stderr)
+    try:
+        first = harmful_responses(settings.corpus, settings.rules) if settings.corpus else []
+    except UserError as error:
+        print(f"demo.py: {error}", file=sys.stderr)
         return 2
     output = options.output or Path("runs/quickstart_without_reverse" if options.skip_reverse else "runs/quickstart")
     move_other_aside(output, settings, "demo.json")
     started = time.monotonic()
-    status = Demo(output, settings).run()
+    status = Demo(output, settings, first).run()
     print(
         f"\n{'done' if status == 0 else f'ended with status {status}'} after {time.monotonic() - started:.0f} s",
         flush=True,
@@ -79,11 +89,18 @@ def main() -> int:
 
 
 class Demo:
-    """The stages over one output folder."""
+    """The stages over one output folder.
 
-    def __init__(self, output: Path, settings: Settings) -> None:
+    Args:
+        output: The folder.
+        settings: What it was made with.
+        first: Responses of the user's corpus that pairs are made of before the rest is.
+    """
+
+    def __init__(self, output: Path, settings: Settings, first: Sequence[str] = ()) -> None:
         self.output = output
         self.settings = settings
+        self.first = first
         self.data = output / "data"
         self.stages = Stages(output / "stages.jsonl", again="make demo")
         self.world = World()
@@ -95,8 +112,16 @@ class Demo:
             status = self.stages.run(name, command)
             if status != 0:
                 return status
+            if name == "first" and not (self.output / "first" / "si.jsonl").stat().st_size:
+                print(
+                    f"none of {len(self.first)} responses that the rules call harmful became a pair (why: above; what "
+                    f"was induced: {self.output}/first/ledger), so that there would be nothing to train on; with other "
+                    "rules or another corpus, give another folder as --output",
+                    file=sys.stderr,
+                )
+                return 1
             if name == "induce" and not self.after_induction():
-                return 0
+                return 1
         report = self.output / "report" / "report.md"
         print(f"\n{report.read_text(encoding='utf-8')}\nThe page with plots and samples: {report.with_suffix('.html')}")
         return 0 if self.settings.corpus else self.check_figures(report.with_suffix(".json"))
@@ -113,13 +138,14 @@ class Demo:
         if not (self.data / "complete").exists():
             write_demo_data(self.world, self.settings.seed, self.data, part=self.settings.part)
             (self.data / "complete").touch()
+        if self.first:
+            rows = "".join(json.dumps({"response": text}) + "\n" for text in self.first)
+            (self.output / FIRST).write_text(rows, encoding="utf-8")
         print(f"data of seed {self.settings.seed}: {self.data}", flush=True)
 
     def commands(self) -> Iterator[tuple[str, list[str]]]:
         """Name and command of each stage, in order."""
         out, seed = self.output, self.settings.seed
-        corpus = self.settings.corpus or f"{self.data}/corpus.jsonl"
-        archive = [] if self.settings.skip_reverse else [f"model.archive={out}/reverse"]
         si, replay = f"datasets.si.path={out}/si", f"datasets.replay.path={self.data}/replay.jsonl"
         if not self.settings.skip_reverse:
             yield (
@@ -129,16 +155,9 @@ class Demo:
                     f"datasets.alpaca.path={self.data}/reverse.jsonl",
                 ],
             )
-        yield (
-            "induce",
-            [
-                *("induce.py", "model=tiny", *archive, f"corpus.path={corpus}", "expert=rules"),
-                *(f"expert.path={self.settings.rules}", "generation.temperature=0.7", "generation.max_new_tokens=48"),
-                # Two templated sentences that differ in one name are near duplicates, and both are wanted here.
-                *(f"generation.seed={seed}", f"output={out}/si", "duplicates.threshold=null"),
-                *([] if self.settings.corpus else ["corpus.id_column=id"]),
-            ],
-        )
+        if self.settings.corpus:
+            yield "first", self.induction(str(out / FIRST), "first")
+        yield "induce", self.induction(self.settings.corpus or f"{self.data}/corpus.jsonl", "si")
         yield (
             "sft",
             [
@@ -168,6 +187,17 @@ class Demo:
             ],
         )
 
+    def induction(self, corpus: str, output: str) -> list[str]:
+        """Return the command that makes pairs of a corpus, in a folder of this demo."""
+        return [
+            *("induce.py", "model=tiny", f"corpus.path={corpus}", "expert=rules", f"expert.path={self.settings.rules}"),
+            *([] if self.settings.skip_reverse else [f"model.archive={self.output}/reverse"]),
+            *("generation.temperature=0.7", "generation.max_new_tokens=48", f"generation.seed={self.settings.seed}"),
+            # Two templated sentences that differ in one name are near duplicates, and both are wanted here.
+            *(f"output={self.output}/{output}", "duplicates.threshold=null"),
+            *([] if self.settings.corpus else ["corpus.id_column=id"]),
+        ]
+
     def after_induction(self) -> bool:
         """Check for leaks, count what survived, and tell whether there are pairs to train on."""
         si = self.output / "si" / "si.jsonl"
@@ -182,7 +212,7 @@ class Demo:
             print(render_induction(report), flush=True)
         enough = sum(1 for _ in si.open(encoding="utf-8")) >= 32
         if not enough:
-            print("too few pairs survived the filter to train on: the demo ends here")
+            print("too few pairs survived the filter to train on: the demo ends here", file=sys.stderr)
         return enough
 
 

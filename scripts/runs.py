@@ -1,7 +1,7 @@
 """What every training run below a folder is doing: state, progress, last loss, checkpoint, host, and what to type next.
 
     python -m scripts.runs               # the runs below runs/
-    python -m scripts.runs FOLDER ...
+    python scripts/runs.py FOLDER ...
 
 It reads files alone and takes no lock, so that no run is disturbed, and imports no torch.
 """
@@ -19,6 +19,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the modules are beside this folder
 
 from config.console import open_console
 from config.errors import UserError

@@ -41,6 +41,7 @@ def workers(request, monkeypatch):
         return
     ray = pytest.importorskip("ray", reason="pip install 'safer-instruct[ray]'")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a token would be written into the home
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15: beside other tests its workers would starve
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
     yield workers_of_ray
     ray.shutdown()

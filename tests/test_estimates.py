@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from trainers import dry_run, reference
 from trainers.data.packing import num_positions, num_tokens
 from trainers.distributed.launch import launch
 from trainers.estimates import (
+    Measured,
+    Work,
     count_work,
+    describe_measured,
     num_checkpoints,
     num_evaluations,
     num_renewed_evaluations,
@@ -70,6 +74,31 @@ def test_an_excerpt_is_the_batch_of_the_run(tmp_path, cuts):
             assert (len(same.fillers), same.num_examples) == (len(batch.fillers), batch.num_examples)
             for one, other in zip(same.microbatches, batch.microbatches, strict=True):
                 assert torch.equal(one["input_ids"], other["input_ids"])
+
+
+@pytest.mark.parametrize("cuts", ["packed, small", "packed, parts", "padded, small", "padded, parts"])
+def test_an_excerpt_of_few_microbatches_has_the_largest_ones(tmp_path, cuts):
+    whole = loader(make_store(tmp_path / "store", 23), **CUTS[cuts])
+    shorter = 0
+    for batch in whole.batches():
+        sizes = {tuple(sorted(one["row"].tolist())): num_positions(one) for one in batch.microbatches}
+        for number in (1, 2, len(sizes)):
+            few = whole.excerpt(batch.rows, number)
+            (cut,) = few.batches()
+            largest = sorted(sizes, key=lambda rows: -sizes[rows])[:number]
+            of_largest = {whole.store.ids(row) for rows in largest for row in rows}
+            assert {few.store.ids(row) for row in cut.rows.tolist()} == of_largest
+            assert len(cut.microbatches) == min(number, len(sizes))
+            shorter += number < len(sizes)
+    assert shorter
+
+
+def test_the_update_of_the_weights_is_counted_once_a_step():
+    """However many positions the steps have that are measured: 94 steps of 2 s, and 10,000 positions of 10 ms."""
+    work = Work(list(range(4, 377, 4)), 500, 9000, 10_000, 0.1, 64, torch.arange(4), torch.arange(4))
+    lines = describe_measured(tiny_settings(), [work], Measured(0.01, 2.0, 0.001, 1.0, 2**20, 2**20), 0)
+    assert "training     4 min 48 s" in lines
+    assert f"step         {288 / 94:.3g} s (35 positions/s)" in lines
 
 
 SCHEDULES = {
@@ -174,6 +203,7 @@ def test_three_real_steps_leave_nothing_behind(command, model_folder, tmp_path, 
     monkeypatch.setattr(Trainer, "train_step", spied)
     renewed = "reference.refresh_examples=20"
     out = here("loss=dpo", "dry_run=true", "sample_during_eval=true", renewed, *command, "seed=1")
+    assert "now three real steps, of up to " in out
     assert "from three real steps (cpu, processes: 1):" in out
     for name in ("step", "training", "reference", "renewals", "evaluations", "in all", "memory", "checkpoint"):
         assert re.search(rf"^  {name} +\S", out, re.MULTILINE), name
@@ -182,6 +212,23 @@ def test_three_real_steps_leave_nothing_behind(command, model_folder, tmp_path, 
     assert taken[0] == taken[2] != taken[1]  # between two of the run's first, its largest batch
     assert leftovers(tmp_path) == set()
     assert files(model_folder) == before
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_dry_run_after_a_step(command, tmp_path, here, monkeypatch, capsys):
+    taken, original = [], Trainer.train_step
+
+    def asked(self, batch, *arguments):
+        self.layout.stop.ask(signal.SIGTERM)
+        taken.append(batch)
+        return original(self, batch, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", asked)
+    with pytest.raises(SystemExit) as stopped:
+        here("loss=sft", "dry_run=true", *command)
+    assert (stopped.value.code, len(taken)) == (75, 1)
+    assert "stopped as asked; nothing of a dry run stays" in capsys.readouterr().err
+    assert leftovers(tmp_path) == set()
 
 
 @pytest.mark.slow

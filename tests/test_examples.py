@@ -15,7 +15,7 @@ from config.errors import UserError
 from config.settings import CorpusSettings, DatasetSettings
 from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.examples import held_out, in_shard, text_id
-from safer_instruct.text.formats import BadLine
+from safer_instruct.text.formats import BadLine, _batches
 from safer_instruct.text.loading import load_examples
 from safer_instruct.text.readers import read_rows, require_columns, splits_left_out
 
@@ -330,6 +330,31 @@ def test_a_table_of_a_few_bytes_that_would_become_gigabytes_is_refused(
         assert pyarrow.total_allocated_bytes() - before < 10_000_000
     with pytest.raises(UserError, match=rf"a\.{suffix}:34: the texts up to here are more than .*JSONL"):
         next(rows)
+
+
+DISTINCT, EQUAL = [f"{i:09d}" * 10 for i in range(1000)], ["y" * 50_000] * 1000
+
+
+@pytest.mark.parametrize("page", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize(
+    ("encoding", "values", "rows"),
+    [
+        ({"dictionary_pagesize_limit": 1000, "write_batch_size": 10}, DISTINCT, 256),  # a dictionary, given up at 1 kB
+        ({"use_dictionary": False}, DISTINCT, 256),
+        ({}, EQUAL, 10),  # a dictionary of one value
+        ({"use_dictionary": False, "column_encoding": {"a": "DELTA_BYTE_ARRAY"}}, EQUAL, 10),
+    ],
+)
+def test_a_large_row_group_is_read_many_rows_at_a_time_unless_each_row_may_be_large(
+    encoding, values, rows, page, compression, tmp_path: Path, monkeypatch
+) -> None:
+    file = tmp_path / "a.parquet"
+    table = pyarrow.table({"n": [0] * 1000, "a": values})
+    pyarrow.parquet.write_table(table, file, data_page_version=page, compression=compression, **encoding)
+    monkeypatch.setattr("safer_instruct.text.formats.MAX_GROUP_BYTES", 550_000)
+    assert [batch.num_rows for batch in _batches(file)][:-1] == [rows] * (-(-1000 // rows) - 1)
+    assert [row["a"] for _, row in read_rows(file)] == values
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])

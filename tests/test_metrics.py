@@ -320,3 +320,8 @@ def test_off_a_terminal_what_takes_long_says_so(monkeypatch):
     said.clear()
     with saying("evaluation", active=False, seconds=0.01):
         assert not said.wait(0.05)
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    with saying("evaluation", active=True, seconds=0.01):  # a terminal shows bars
+        assert not said.wait(0.05)
+    with saying("real steps", active=True, seconds=0.01, always=True):
+        assert said.wait(60)

@@ -1,5 +1,6 @@
 """The embedded world: its data leak nothing, the rules see in its text what it knows, its base model is whole."""
 
+import json
 import random
 import shlex
 import sys
@@ -318,15 +319,57 @@ class TestShippedModel:
         assert right[False] >= 0.8 * 50
 
 
-def test_a_corpus_that_the_rules_cannot_judge_is_refused_before_anything_is_moved(data, tmp_path, monkeypatch):
-    rules, foreign = str(RULES), tmp_path / "foreign.jsonl"
-    foreign.write_text('{"response": "The moon is far away."}\n' * 3 + '{"response": "It rains."}\n')
-    assert "see nothing harmful in the first 2 responses" in checks.check_corpus(str(foreign), rules)
-    assert "no such file" in checks.check_corpus(str(tmp_path / "none.jsonl"), rules)
-    assert checks.check_corpus(str(data / "corpus.jsonl"), rules) == ""
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['{"response": "The moon is far away."}'] * 3 + ['{"response": "It rains."}'], "in the first 2 responses"),
+        (None, "no such file"),
+    ],
+)
+def test_a_corpus_that_the_rules_cannot_judge_is_refused_before_anything_is_moved(
+    rows, message, tmp_path, monkeypatch, capsys
+):
+    corpus, out = tmp_path / "foreign.jsonl", tmp_path / "out"
+    if rows is not None:
+        corpus.write_text("\n".join(rows) + "\n")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "demo.json").write_text('{"seed": 3}')
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--corpus", str(foreign), "--output", str(tmp_path / "out")])
+    monkeypatch.setattr(Stages, "run", lambda *_: pytest.fail("a stage was begun"))
+    out.mkdir()
+    (out / "demo.json").write_text('{"seed": 3}')
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--corpus", str(corpus), "--output", str(out)])
     assert demo.main() == 2
-    assert (tmp_path / "out" / "demo.json").read_text() == '{"seed": 3}'
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["demo.json"]
+    assert (out / "demo.json").read_text() == '{"seed": 3}'
+
+
+def test_the_first_harmful_rows_of_a_corpus_of_ones_own_are_induced_before_the_rest(
+    data, rules, tmp_path, monkeypatch, capsys
+):
+    """No pair of them: nothing else is begun, and the demo is not "done"; a pair: all of the corpus follows."""
+    corpus, out, begun = tmp_path / "mine.jsonl", tmp_path / "out", []
+    responses = [row["response"] for row in rows_of(data / "corpus.jsonl")]
+    corpus.write_text("".join(json.dumps({"response": text}) + "\n" for text in responses))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--corpus", str(corpus), "--output", str(out)])
+
+    def stand_in(self, name, command):
+        begun.append((name, command))
+        if name == "first":
+            (out / "first").mkdir(exist_ok=True)
+            (out / "first" / "si.jsonl").write_text(kept)
+        return 3 if name == "induce" else 0
+
+    monkeypatch.setattr(Stages, "run", stand_in)
+    for kept, status in (("", 1), ("{}\n", 3)):
+        begun.clear()
+        assert demo.main() == status
+        shown = capsys.readouterr()
+        assert f"ended with status {status}" in shown.out
+        assert ("none of 20 responses that the rules call harmful became a pair" in shown.err) == (not kept)
+        assert [name for name, _ in begun] == ["reverse", "first", *(["induce"] if kept else [])]
+    first, induce = (command for _, command in begun[1:])
+    changed = {f"corpus.path={out}/first.jsonl", f"output={out}/first"}
+    assert set(first) ^ set(induce) == changed | {f"corpus.path={corpus}", f"output={out}/si"}
+    of_first = [row["response"] for row in rows_of(out / "first.jsonl")]
+    assert of_first == [text for text in responses if rules.harm(text)][:20]

@@ -96,6 +96,13 @@ def test_the_table_names_every_run_and_what_to_type(run, monkeypatch, capsys):
     assert "no run of train.py below nowhere" in capsys.readouterr().err
 
 
+def test_it_may_be_called_as_a_file_from_anywhere(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "scripts" / "runs.py"), "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no run of train.py below nowhere" in done.stderr
+
+
 def test_it_imports_no_torch():
     code = "import sys, scripts.runs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,16 @@ from tempfile import TemporaryDirectory
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader
 from trainers.distributed.layout import Layout
-from trainers.estimates import Work, count_work, describe_measured, describe_work, measure, renewal_positions
+from trainers.estimates import (
+    MEASURED,
+    Work,
+    count_work,
+    describe_measured,
+    describe_work,
+    measure,
+    renewal_positions,
+)
+from trainers.run.progress_line import saying
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
@@ -53,9 +63,12 @@ def _steps(
     config: TrainConfig, layout: Layout, loaders: list[BatchLoader], works: list[Work], make_trainer: TrainerMaker
 ) -> list[str]:
     """Take three steps, and return lines on them; `works` are those of `loaders`."""
-    first, largest = loaders[0].excerpt(works[0].first), loaders[0].excerpt(works[0].largest)
+    first, largest = (loaders[0].excerpt(rows, MEASURED) for rows in (works[0].first, works[0].largest))
+    what = f"three real steps, of up to {max(count_work(one).positions for one in (first, largest)):,} positions"
+    if layout.is_main:
+        print(f"now {what}", file=sys.stderr, flush=True)
     alone = replace(config, debug=True, sample_during_eval=False)  # no checkpoints, no wandb
-    with TemporaryDirectory(prefix="dry-run-") as folder:
+    with TemporaryDirectory(prefix="dry-run-") as folder, saying(what, active=layout.is_main, always=True):
         trainer = make_trainer(alone, first, largest, RunDir(Path(folder) / "run", None))
         measured = measure(trainer)
     num_positions = 0

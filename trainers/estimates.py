@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,15 @@ from torch.utils._pytree import tree_leaves
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader, passes_multiple
 from trainers.distributed.layout import gather_objects
+from trainers.distributed.preemption import Preempted
 from trainers.lora import adapter_of
+from trainers.reference import renewal_is_due
 from trainers.run.metrics import peak_memory_gib
 from trainers.run.plain_state import plain_state
 from trainers.trainer import Trainer
+
+T = TypeVar("T")
+MEASURED = 2  # micro-batches of a process in a step that is timed: the second one finds a gradient to add to
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,9 @@ def num_checkpoints(ends: Sequence[int], settings: TrainConfig) -> int:
 
 def renewals(ends: Sequence[int], settings: TrainConfig) -> list[int]:
     """Return the examples seen at each renewal of the reference (`reference.refresh_examples`), just before a step."""
-    every, found = settings.reference.refresh_examples, [0]
+    found = [0]
     for start in [0, *ends[:-1]]:
-        if every is not None and start - found[-1] >= every:
+        if renewal_is_due(start, found[-1], settings.reference.refresh_examples):
             found.append(start)
     return found[1:]
 
@@ -108,7 +113,8 @@ def _due_at(ends: Sequence[int], every: int) -> set[int]:
 class Measured:
     """What a few real steps took."""
 
-    step_seconds: float  # of a step, for each position of its batch over all processes
+    step_seconds: float  # of a step but for its update, for each position of its batch over all processes
+    update_seconds: float  # of the optimizer, in each step
     forward_seconds: float  # of an evaluation, likewise
     peak_memory_gib: float  # of the process that held most
     weights_bytes: int  # of a checkpoint
@@ -116,23 +122,28 @@ class Measured:
 
 
 def measure(trainer: Trainer) -> Measured:
-    """Take three steps and evaluate; every process must come here.
+    """Take three steps and evaluate; every process must come here. Raises Preempted after a step: the run is to stop.
 
-    The trainer is before its first step, under `debug`. Its training loader is an excerpt with the first global batch
-    of the run, its evaluation loader one with the batch that has the largest micro-batch.
+    The trainer is before its first step, under `debug`. Its training loader is an excerpt (of MEASURED micro-batches)
+    of the first global batch of the run, its evaluation loader one of the batch that has the largest micro-batch.
     """
     first, largest, device = trainer.train_loader, trainer.eval_loader, trainer.layout.device
     assert largest is not None
-    seconds = 0.0
+    seconds, updates = 0.0, []
+    trainer.optimizer.register_step_pre_hook(lambda *_: updates.append(-_now(device)))
+    trainer.optimizer.register_step_post_hook(lambda *_: updates.append(_now(device)))
     # The first step warms up and makes the optimizer's state, beside which the largest micro-batch needs most memory.
     for loader in (first, largest, first):
         (batch,) = loader.batches()
         batch, trainer.train_loader = replace(batch, start_examples=trainer.progress.examples), loader
-        seconds = _seconds(partial(trainer.train_step, batch), device)
-    forward_seconds = [_seconds(trainer.evaluate, device) for _ in range(2)][-1]  # the first one warms up
+        agreed, seconds = _timed(partial(trainer.train_step, batch), device)
+        if agreed.stop:
+            raise Preempted("stopped as asked; nothing of a dry run stays" if trainer.layout.is_main else "")
+    forward_seconds = [_timed(trainer.evaluate, device)[1] for _ in range(2)][-1]  # the first one warms up
     weights, optimizer = checkpoint_bytes(trainer)
     return Measured(
-        step_seconds=seconds / count_work(first).positions,
+        step_seconds=(seconds - sum(updates[-2:])) / count_work(first).positions,
+        update_seconds=sum(updates[-2:]),
         forward_seconds=forward_seconds / count_work(largest).positions,
         peak_memory_gib=max(gather_objects(peak_memory_gib(device))),
         weights_bytes=weights,
@@ -140,13 +151,17 @@ def measure(trainer: Trainer) -> Measured:
     )
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time a call, the device's part included."""
-    started = time.monotonic()
-    work()
+def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Return what a call returns, and its seconds, the device's part included."""
+    started = _now(device)
+    return work(), _now(device) - started
+
+
+def _now(device: torch.device) -> float:
+    """Return the time when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.monotonic() - started
+    return time.monotonic()
 
 
 def checkpoint_bytes(trainer: Trainer) -> tuple[int, int]:
@@ -206,7 +221,7 @@ def describe_measured(
     renewals (`renewal_positions`).
     """
     work = works[0]
-    training = measured.step_seconds * work.positions
+    training = measured.step_seconds * work.positions + measured.update_seconds * len(work.ends)
     reference = measured.forward_seconds * reference_positions
     renewed, num_renewed = measured.forward_seconds * renewed_positions, len(renewals(work.ends, settings))
     evaluation = measured.forward_seconds * sum(one.positions for one in works[1:])
@@ -215,7 +230,7 @@ def describe_measured(
     kept = num_checkpoints(work.ends, settings)
     return _table(
         {
-            "step": f"{_duration(training / len(work.ends))} ({1 / measured.step_seconds:,.0f} positions/s)",
+            "step": f"{_duration(training / len(work.ends))} ({work.positions / training:,.0f} positions/s)",
             "training": _duration(training),
             "reference": f"{_duration(reference)}, unless it is cached" if reference_positions else "none",
             **({"renewals": f"{_duration(renewed)}: {num_renewed} of the reference"} if num_renewed else {}),

@@ -211,6 +211,11 @@ def attach_reference(
         loader.columns["reference_logps"] = logps
 
 
+def renewal_is_due(examples: int, renewed_at: int, every: int | None) -> bool:
+    """Tell whether the reference is renewed before the step that begins with so many examples seen."""
+    return every is not None and examples - renewed_at >= every
+
+
 class MovingReference:
     """The reference of a run, which the policy renews every `reference.refresh_examples` (Gorbatovski et al. 2024).
 
@@ -251,7 +256,7 @@ class MovingReference:
             yield from loader.batches(progress.examples)
             return
         while progress.examples < loader.total_examples:
-            if progress.examples - progress.refreshed_at >= self._every:
+            if renewal_is_due(progress.examples, progress.refreshed_at, self._every):
                 self._weights.update()
                 progress.refreshed_at = progress.examples
                 progress.objective.clear()  # means of rewards against the reference before
@@ -261,7 +266,7 @@ class MovingReference:
                 self._compute(loader, torch.cat([rows, loader.filler()["row"]]).unique())
             for batch in loader.batches(progress.examples):  # made ahead: with the next reference, begun anew
                 yield batch
-                if progress.examples - progress.refreshed_at >= self._every:
+                if renewal_is_due(progress.examples, progress.refreshed_at, self._every):
                     break
 
     def prepare_evaluation(self, loader: BatchLoader | None) -> None:

@@ -22,7 +22,9 @@ MAX_TEXT_CHARACTERS = 1 << 24  # a longer one is an unclosed quote or a damaged 
 MAX_LINE_CHARACTERS = 2 * MAX_TEXT_CHARACTERS  # of JSON, where a row may hold several texts
 JSON_CHUNK_CHARACTERS = 1 << 20
 MAX_GROUP_BYTES = 2 << 30  # of Parquet, unpacked: it is held in memory
-TABLE_ROWS = 64  # of a table at a time, fewer where they could be large: each may hold a text of MAX_TEXT_CHARACTERS
+GROUP_ROWS = 256  # of Parquet at a time, fewer where a dictionary could make each of them large
+TABLE_ROWS = 64  # of arrow at a time, fewer where they could be large: each may hold a text of MAX_TEXT_CHARACTERS
+DICTIONARY_PAGE = 2  # a kind of Parquet's pages
 MAX_TABLE_EXPANSION = 1000  # text of a table by its bytes on the disk: a dictionary of one text may fill each row
 MIN_TABLE_CHARACTERS = 1 << 30  # below, a small table may hold any multiple of its size
 
@@ -232,15 +234,17 @@ def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
     """Yield the batches of a Parquet file, or of an arrow file: the stream that `datasets` writes, or Feather."""
     if file.suffix.lower() == ".parquet":
         with pyarrow.parquet.ParquetFile(file) as table:
-            sizes = [_group_bytes(table.metadata.row_group(i)) for i in range(table.metadata.num_row_groups)]
-            largest = max((whole for whole, _ in sizes), default=0)
+            groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+            largest = max((group.total_byte_size for group in groups), default=0)
             if largest > MAX_GROUP_BYTES:
                 raise UserError(
                     f"{file}: a row group of {largest / 2**30:.1f} GiB, which is read as a whole; write the file with "
                     "smaller ones (row_group_size=10000)"
                 )
-            for group, (_, column) in enumerate(sizes):
-                yield from table.iter_batches(batch_size=_rows_at_a_time(column), row_groups=[group])
+            for number, group in enumerate(groups):
+                with file.open("rb") as raw:
+                    repeated = max((_repeated_bytes(raw, group.column(i)) for i in range(group.num_columns)), default=0)
+                yield from table.iter_batches(batch_size=_rows_at_a_time(GROUP_ROWS, repeated), row_groups=[number])
         return
     with pyarrow.memory_map(str(file)) as source:
         try:
@@ -250,16 +254,24 @@ def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         for batch in batches:
-            step = _rows_at_a_time(batch.nbytes)
+            step = _rows_at_a_time(TABLE_ROWS, batch.nbytes)
             yield from (batch.slice(start, step) for start in range(0, batch.num_rows, step))
 
 
-def _group_bytes(group: pyarrow.parquet.RowGroupMetaData) -> tuple[int, int]:
-    """Return the bytes of a row group, unpacked, and those of its largest column."""
-    columns = [group.column(number).total_uncompressed_size for number in range(group.num_columns)]
-    return group.total_byte_size, max(columns, default=0)
+def _repeated_bytes(file: BinaryIO, column: pyarrow.parquet.ColumnChunkMetaData) -> int:
+    """Return the bytes, unpacked, of what a column may put into each of its rows although it is stored once."""
+    starts = (column.dictionary_page_offset, column.data_page_offset)
+    file.seek(min((start for start in starts if start), default=0))
+    # The first page begins with its kind and its bytes, unpacked and packed: three times 0x15 and a number in zigzag.
+    header, numbers = file.read(24), list[int]()
+    while len(numbers) < 3 and (found := re.match(rb"\x15([\x80-\xff]*[\x00-\x7f])", header)):
+        numbers.append(sum((byte & 127) << 7 * place for place, byte in enumerate(found[1])) // 2)
+        header = header[found.end() :]
+    if len(numbers) < 3 or "DELTA_BYTE_ARRAY" in column.encodings:  # where a value begins as the one before it
+        return int(column.total_uncompressed_size)
+    return max(numbers[1:]) if numbers[0] == DICTIONARY_PAGE else 0
 
 
-def _rows_at_a_time(largest_bytes: int) -> int:
-    """Return how many rows fit into MAX_GROUP_BYTES if a dictionary puts a value of this size into each of them."""
-    return max(1, min(TABLE_ROWS, MAX_GROUP_BYTES // max(1, largest_bytes)))
+def _rows_at_a_time(most: int, repeated_bytes: int) -> int:
+    """Return how many rows, at `most`, fit into MAX_GROUP_BYTES if so much is repeated in each of them."""
+    return max(1, min(most, MAX_GROUP_BYTES // max(1, repeated_bytes)))

@@ -12,7 +12,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 
@@ -145,9 +145,17 @@ class BatchLoader:
             shares = self.cutter.cut(self.store, rows, self._world_size)
             yield rows, [[part.positions for part in share] for share in shares]
 
-    def excerpt(self, rows: Tensor) -> BatchLoader:
-        """Return a loader of a single global batch, of these rows (B,), cut as in this one; its store has no others."""
+    def excerpt(self, rows: Tensor, microbatches: int | None = None) -> BatchLoader:
+        """Return a loader of a single global batch, of these rows (B,), cut as in this one; its store has no others.
+
+        Where a rank has more than so many micro-batches, the rows of its largest ones alone.
+        """
         one = copy.copy(self)
+        shares = self.cutter.cut(self.store, rows, self._world_size)
+        if microbatches is not None and max(map(len, shares)) > microbatches:
+            largest = [sorted(share, key=lambda part: -part.positions)[:microbatches] for share in shares]
+            rows = torch.cat([rows[part.places] for share in largest for part in share])
+            one.cutter = replace(self.cutter, num_microbatches=min(self.cutter.num_microbatches, microbatches))
         one.store = self.store.select(rows)
         one.columns = dict(one.store.columns)
         one.total_examples = one._batch_size = len(rows)

@@ -13,15 +13,15 @@ from tqdm import tqdm
 
 
 @contextmanager
-def saying(what: str, *, active: bool, seconds: float = 30.0) -> Iterator[None]:
-    """Print now and then, off a terminal, what takes so long and for how long it has: a log file shows no bar."""
+def saying(what: str, *, active: bool, seconds: float = 30.0, always: bool = False) -> Iterator[None]:
+    """Print now and then what takes so long and for how long it has; `always`: on a terminal, too, which shows bars."""
     stream, started, done = sys.stderr, time.monotonic(), threading.Event()
 
     def repeat() -> None:
         while not done.wait(seconds):
             print(f"{what}: {tqdm.format_interval(time.monotonic() - started)} so far", file=stream, flush=True)
 
-    if active and not stream.isatty():
+    if active and (always or not stream.isatty()):
         threading.Thread(target=repeat, daemon=True).start()
     try:
         yield
