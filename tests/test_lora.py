@@ -5,12 +5,14 @@ import os
 import shutil
 import signal
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
 import train
@@ -215,6 +217,49 @@ def test_recomputed_activations_give_the_same_gradients(how):
         assert all(one.grad is None for one in model.parameters() if not one.requires_grad)
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def first_gradients(folder: Path, settings, *, model: torch.nn.Module | None = None, evaluate: bool):
+    """A trainer with the gradients of its first batch, its adapter far from zero; that batch, and its mean loss.
+
+    A new adapter's B is zero, and so would the gradients of A be.
+    """
+    kept = []
+
+    def work(layout):
+        with RunDir.open(folder / "run", config={}, manifest={}) as run:
+            trainer = tiny_trainer(folder, layout, run, settings, model=model)
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in trainer.policy.parameters():
+                    if parameter.requires_grad:
+                        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            if evaluate:
+                trainer.evaluate()
+            trainer.policy.train()
+            trainer.reference.is_policy = lambda examples: False  # its rewards are not 0
+            batch = next(trainer.train_loader.batches())
+            loss = trainer.accumulate_gradients(batch, float(batch.num_examples))[1] / batch.num_examples
+            kept.extend([trainer, batch, loss.item()])
+
+    launch(work, settings)
+    return kept
+
+
+def test_compiled_blocks_give_the_same_gradients(tmp_path, monkeypatch):
+    """Their graphs, differentiated; what Inductor makes of a graph is Inductor's. Packed attention lies between two."""
+    torch.compiler.reset()  # of what other tests had compiled by another backend
+    compilations = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compilations))
+    found = []
+    for compile in (False, True):
+        settings = lora_settings("sft", trainer=TrainerSettings(name="BasicTrainer", compile=compile))
+        trainer, _, loss = first_gradients(tmp_path / str(compile), settings, evaluate=False)
+        assert (compilations.frame_count > 0) == compile
+        found.append((loss, [one.grad for one in trainer.policy.parameters() if one.requires_grad]))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-6)
+    for plain, compiled in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=0, atol=float(1e-5 * plain.abs().max()))
 
 
 SHARDED = {"dpo": "llama", "sft": "gpt_neox"}  # loss -> model

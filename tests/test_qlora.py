@@ -19,11 +19,10 @@ from config.settings import (
 from safer_instruct.evaluation.respondents import check_model
 from safer_instruct.generation.models import load_causal_lm
 from tests.commands import write_pairs
+from tests.test_lora import first_gradients
 from tests.tiny_models import GROUPED, exact_norms
-from tests.tiny_runs import tiny_settings, tiny_trainer
-from trainers.distributed.launch import launch
+from tests.tiny_runs import tiny_settings
 from trainers.lora import adapter_of, start_adapter
-from trainers.run.run_dir import RunDir
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.46'")
 # bitsandbytes' other kernel for CPUs, which must not run, takes multiples of 32 alone.
@@ -88,29 +87,12 @@ def test_gradients_after_an_evaluation_are_those_of_the_weights_that_the_four_bi
 ):
     """An evaluation is what makes bitsandbytes change its weights, on some CPUs."""
     settings = settings_of(base, kind, packing=packing)
-    kept = {}
-
-    def work(layout):
-        with RunDir.open(tmp_path / "run", config={}, manifest={}) as run:
-            trainer = tiny_trainer(tmp_path, layout, run, settings, model=load_causal_lm(settings.model))
-            generator = torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for parameter in trainer.policy.parameters():
-                    if parameter.requires_grad:  # B is zero, and A's gradient would be
-                        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-            trainer.evaluate()
-            trainer.policy.train()
-            batch = next(trainer.train_loader.batches())
-            trainer.reference.is_policy = lambda examples: False  # the adapter is not zero
-            _, loss = trainer.accumulate_gradients(batch, float(batch.num_examples))
-            kept.update(policy=trainer.policy, loss=loss, rows=batch.rows.tolist(), store=trainer.train_loader.store)
-
-    launch(work, settings)
-    policy = kept["policy"]
+    trainer, batch, found = first_gradients(tmp_path, settings, model=load_causal_lm(settings.model), evaluate=True)
+    policy = trainer.policy
     plain = dequantised(policy)
-    loss = dpo_loss(plain, kept["store"], kept["rows"])
+    loss = dpo_loss(plain, trainer.train_loader.store, batch.rows.tolist())
     loss.backward()
-    assert kept["loss"].item() / len(kept["rows"]) == pytest.approx(loss.item(), abs=1e-6)
+    assert found == pytest.approx(loss.item(), abs=1e-6)
     expected = peft.get_peft_model_state_dict(plain, state_dict={n: p.grad for n, p in plain.named_parameters()})
     parameters = dict(policy.named_parameters())
     assert len(expected) == len(adapter_of(policy).names) == 28
