@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from dataclasses import asdict, replace
+from multiprocessing import util
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,7 @@ def model_folder(tmp_path_factory, tokenizer):
 @pytest.fixture
 def command(model_folder, tmp_path, monkeypatch):
     pairs = write_pairs(tmp_path / "pairs.jsonl", 40)
+    util.get_temp_dir()  # of the test session, where the server of tests/warm.py has its socket
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     return ["model=blank_model", f"model.name_or_path={model_folder}", "wandb.enabled=false", *FAST,
