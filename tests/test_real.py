@@ -309,6 +309,9 @@ class TestMore:
         (folder / "inputs" / "held_out.jsonl").write_text("kept")
         assert dict(more.reversed_tuning(real)) == commands  # the same command again goes on
         assert (folder / "inputs" / "held_out.jsonl").read_text() == "kept"
+        (folder / "reverse").unlink()  # as if stopped before the link
+        dict(more.reversed_tuning(real))
+        assert list(read_jsonl(folder / "inputs" / "held_out.jsonl")) == rows
 
     def test_ratios_as_a_table_and_as_a_figure(self, tmp_path):
         rates = {name: rate(0.5) | {"n": 60} for name in ("safety", "usefulness", "safe_and_useful", "harmful_rate")}

@@ -123,7 +123,7 @@ def reversed_tuning(real: Real) -> Iterator[Command]:
     They stand in a folder like that of `make real`, with its reversed model.
     """
     folder = real.output / "held_out"
-    if not folder.exists():
+    if not (folder / "reverse").is_symlink():  # made last: a stop before it begins again
         write_more_held_out(folder / "inputs", NUM_HELD_OUT, real.settings.seed)
         shutil.copy(real.inputs / "reverse.jsonl", folder / "inputs")
         (folder / "reverse").symlink_to(real.output / "reverse")
