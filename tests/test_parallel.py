@@ -29,7 +29,7 @@ from config.settings import (
 from safer_instruct.generation.hf import HFGenerator
 from tests.conftest import byte_level_tokenizer, tiny_llama
 from tests.ranks import Ranks, read, run_ranks
-from tests.tiny_models import SUPPORTED, tiny_model
+from tests.tiny_models import PACKABLE, WITH_SDPA, tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed.launch import launch
 from trainers.distributed.parallelize import KEPT_BY_SELECTIVE, find_blocks
@@ -160,7 +160,7 @@ def train_and_keep_logits(layout, folder, settings):
             kept["logits"] = self.policy.eval()(IDS).logits
 
     Trainer.train = train_and_keep
-    for name in SUPPORTED:
+    for name in WITH_SDPA:
         train(layout, folder, name, settings, name)
         if layout.is_main:
             torch.save(kept["logits"], folder / name / "logits.pt")
@@ -175,7 +175,7 @@ def sharded(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", PACKABLE)
 def test_every_architecture_is_sharded_materialised_and_saved(tmp_path, sharded, name):
     """Losses of one process; and what is saved has, to the last bit, the logits of the sharded model in training."""
     start(tmp_path, "one", settings_of("sft", 2, 1, 1, n_epochs=1, activation_checkpointing=True), name)

@@ -58,11 +58,12 @@ BUILDERS = {
 }
 SUPPORTED = ["llama", "mistral", "qwen2_tied", "gpt_neox", "gpt2", "gptj"]
 # Before transformers 5.18 GPT-J has an attention of its own alone, which packed rows cannot take the place of.
+WITH_SDPA = [name for name in SUPPORTED if name != "gptj" or GPTJForCausalLM._supports_sdpa]
 PACKABLE = [
     pytest.param(
         name,
         marks=pytest.mark.skipif(
-            name == "gptj" and not GPTJForCausalLM._supports_sdpa,
+            name not in WITH_SDPA,
             reason="GPT-J has no sdpa in this version of transformers: it is trained with packing=false",
         ),
     )

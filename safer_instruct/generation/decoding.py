@@ -61,8 +61,6 @@ def stop_where_answers_end(model: PreTrainedModel, tokenizer: PreTrainedTokenize
     ends = end_tokens(model, tokenizer)
     if frozenset(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]) != ends:
         config.eos_token_id = sorted(ends)
-        # Published configs hold values that transformers saves only where nothing has changed since it read them.
-        config._original_object_hash = hash(config)
 
 
 def say_what_is_not_read(config: GenerationConfig, read: Collection[str]) -> None:

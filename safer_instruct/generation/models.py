@@ -256,8 +256,11 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
             f"{config.model_type}, which is for images or sound, or an encoder. Save its language model as a folder, "
             "and give that."
         )
-    # Refused here, because transformers says only that one may ask it for support.
-    if isinstance(kind, type) and settings.attn_implementation == "sdpa" and not kind._supports_sdpa:
+    # Refused here: newer versions of transformers say only that one may ask them for support, and older ones compute a
+    # soft-capped model without its cap.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    lacks_sdpa = capped or not getattr(kind, "_supports_sdpa", True)
+    if settings.attn_implementation == "sdpa" and lacks_sdpa:
         raise UserError(
             f"{settings.name_or_path}: {kind.__name__} has no sdpa attention in transformers "
             f"{transformers.__version__}; write model.attn_implementation=eager and, to train it, packing=false."

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from config.checksums import CHECKSUMS, write_checksums
@@ -273,10 +273,14 @@ def _save_model(
     folder: Path, exporter: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     transformers_logging.disable_progress_bar()  # the run has a line of its own
+    decoding, exporter.generation_config = exporter.generation_config, GenerationConfig()
     try:
         exporter.save_pretrained(folder, state_dict=weights)
     finally:
         transformers_logging.enable_progress_bar()
+        exporter.generation_config = decoding
+    # Published configs hold values that `save_pretrained` refuses, such as a temperature where nothing is sampled.
+    decoding.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
