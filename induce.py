@@ -82,8 +82,7 @@ from safer_instruct.provenance import package_versions
 from safer_instruct.shards import resolve_shard
 from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.display import without_password
-from safer_instruct.text.examples import normalise
-from safer_instruct.text.exclusion import read_instruction_keys
+from safer_instruct.text.exclusion import read_instruction_keys, turn_keys
 from safer_instruct.text.readers import read_rows
 
 NUM_SHOWN = 3  # pairs that log_text=true prints
@@ -228,7 +227,7 @@ def run_benign(config: InduceConfig) -> None:
     refusals = Refusals(unsafe, str(config.path)) if draws else None  # now: a dataset without any is said at once
     guard = LeakageGuard(read_instruction_keys(config.exclude), config.exclude_similarity)
     if stage == REPLAY:
-        known = {normalise(row.instruction or "") for row in unsafe}
+        known = {turn_keys(row)[-1] for row in unsafe}
         prompts = read_benign(config.benign, config.replay, unsafe=known, excluded=guard.reason)
         generator, configuration = starting_model(config.replay, config.model, config.generation, device)
         run_replay(prompts.of_shard(index, count), paths[REPLAY], generator, configuration)
