@@ -189,12 +189,16 @@ def test_one_response_behind_other_turns_is_another_row(tmp_path: Path) -> None:
     assert corpus.dropped.counts == {"duplicate_response": 1}
 
 
-def test_scores_are_of_single_responses(
+def test_later_turns_are_scored_behind_the_turns_before(
     tmp_path: Path, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"talks.jsonl:1 is a conversation of several turns, and stage=score reads"):
-        induced(tmp_path, str(tiny_model_folder), monkeypatch, f"roundtrip.model.name_or_path={tiny_model_folder}")
+    model = f"roundtrip.model.name_or_path={tiny_model_folder}"
+    with pytest.raises(UserError, match=r"talks.jsonl:1: roundtrip.template=alpaca has "):
+        induced(tmp_path, str(tiny_model_folder), monkeypatch, model)
     assert not (tmp_path / "si" / "ledger").exists()
+    _, _, folder = induced(tmp_path, str(tiny_model_folder), monkeypatch, model, "roundtrip.template=vicuna")
+    rows = [json.loads(line) for line in (folder / "si.jsonl").read_text().splitlines()]
+    assert [isinstance(row["provenance"]["round_trip"], float) for row in rows] == [True, True]
 
 
 def test_a_reversed_model_of_another_tuning_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
