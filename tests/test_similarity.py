@@ -80,7 +80,9 @@ RAIN = "Where does the rain come from that falls on the hills in the north of th
 COINS = "Which of the two coins in my left pocket is worth more than the other one today, and to whom?"
 SO = "Because warm air holds more water than cold air does, and gives it back where it has to rise."
 NO = "By counting what is left over in the evening, and by writing it down before the night comes."
-RULES = "You answer in whole sentences, you never say who you are, and you keep to what was asked of you here."
+RULES = (
+    f"You answer in whole sentences, you never say who you are, and you keep to what was asked of you: {RAIN} {COINS}"
+)
 
 
 def said(*texts: str) -> tuple[Message, ...]:
@@ -99,6 +101,9 @@ READ = [
     (Example("", "Name one fruit.", rejected="An apple.", system=RULES), False),
     (Example("", "Say it again.", rejected="It again.", system=RULES), False),  # only the system prompt is the same
     (Example("", "Why?", rejected=SO + " Always."), True),
+    (Example("", "Why?", rejected=SO, history=said("Rain?", "Yes.")), False),
+    (Example("", "Why?", rejected=SO, history=said("Coins?", "No.")), False),  # most of the text is the same
+    (Example("", "Why?", rejected=SO, history=said("rain", "yes")), True),
 ]
 
 
