@@ -44,7 +44,7 @@ from safer_instruct.induction.status import live_line
 from safer_instruct.measures.rates import summarize
 from safer_instruct.report.tables import HEADLINE, extra_tables, shown_metrics
 from safer_instruct.shards import resolve_shard
-from safer_instruct.text.exclusion import instruction_key
+from safer_instruct.text.exclusion import turn_keys
 
 if TYPE_CHECKING:
     from trainers.data.token_store import TokenStore
@@ -163,7 +163,7 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation, progress: Advan
     ids: dict[str, list[str]] = {}
     for example in load_examples(pairs, "pairs", pairs=True):
         labels.setdefault(example.id, []).append(example.label)
-        ids.setdefault(instruction_key(str(example.instruction), example.input), []).append(example.id)
+        ids.setdefault(turn_keys(example)[-1], []).append(example.id)
     trained_on = count_trained_on(evaluation.respondents, ids)
     logps: dict[str, torch.Tensor] = {}
     stores: dict[str, TokenStore] = {}

@@ -65,7 +65,7 @@ from safer_instruct.induction.benign import (
 from safer_instruct.induction.forecast import forecast_induction
 from safer_instruct.induction.ledger import shard_path
 from safer_instruct.induction.ledgers import find_ledgers, require_own_folder, require_same_shards
-from safer_instruct.induction.round_trip import RoundTrip, require_single_turns
+from safer_instruct.induction.round_trip import RoundTrip
 from safer_instruct.induction.shard import (
     budget_left,
     kept_pairs,
@@ -82,8 +82,7 @@ from safer_instruct.provenance import package_versions
 from safer_instruct.shards import resolve_shard
 from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.display import without_password
-from safer_instruct.text.examples import normalise
-from safer_instruct.text.exclusion import read_instruction_keys
+from safer_instruct.text.exclusion import read_instruction_keys, turn_keys
 from safer_instruct.text.readers import read_rows
 
 NUM_SHOWN = 3  # pairs that log_text=true prints
@@ -124,12 +123,13 @@ def run_shard(config: InduceConfig) -> None:
     paid = {stage: paths[stage] for stage in (FILTER, RESPOND, VARY)}
     expert = _checked_expert(config, device, paid.values(), count) if paid.keys() & set(stages) else None
     corpus = read_corpus(config.corpus, index=index, count=count)
-    if SCORE in stages:
-        require_single_turns(corpus.examples)
+    scorer = RoundTrip(config.roundtrip, device, logps_of) if SCORE in stages else None
+    if scorer:
+        scorer.check(corpus.examples)
     if INDUCE in stages:
         run_induce(config.model, config.generation, corpus.examples, paths[INDUCE], device)
-    if SCORE in stages:
-        run_score(RoundTrip(config.roundtrip, device, logps_of), corpus.examples, paths)
+    if scorer:
+        run_score(scorer, corpus.examples, paths)
     if FILTER in stages and expert:
         min_score = resolve_min_score(config.roundtrip, paths, count)
         run_filter(expert, corpus.examples, paths, min_score=min_score)
@@ -228,7 +228,7 @@ def run_benign(config: InduceConfig) -> None:
     refusals = Refusals(unsafe, str(config.path)) if draws else None  # now: a dataset without any is said at once
     guard = LeakageGuard(read_instruction_keys(config.exclude), config.exclude_similarity)
     if stage == REPLAY:
-        known = {normalise(row.instruction or "") for row in unsafe}
+        known = {turn_keys(row)[-1] for row in unsafe}
         prompts = read_benign(config.benign, config.replay, unsafe=known, excluded=guard.reason)
         generator, configuration = starting_model(config.replay, config.model, config.generation, device)
         run_replay(prompts.of_shard(index, count), paths[REPLAY], generator, configuration)

@@ -111,6 +111,7 @@ class LocalExpertSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     template: Template | None = None  # how it is asked; null: as in its run, and chat for a model without a run
     generation: BackendSettings = field(default_factory=BackendSettings)
+    system: str | None = None  # what it is told before each prompt; null: as in its run, and nothing without a run
 
 
 @dataclass

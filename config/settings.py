@@ -88,6 +88,7 @@ class RoundTripSettings:
 
     model: ModelSettings = field(default_factory=ModelSettings)  # a model that follows instructions
     template: Template | None = None  # how it is asked; null: as in its run, and alpaca for a model without a run
+    system: str | None = None  # what it is told before each conversation; null: as in its run, or as the row says
     threshold: float | None = None  # least score of a pair that the expert is asked about; null: no limit
     top_fraction: Share | None = None  # instead: the best part of all pairs of all shards; null: no limit
     max_length: Annotated[int, rules.at_least(2)] = 1024  # tokens of prompt + response; a longer pair has no score
@@ -147,6 +148,7 @@ class ReplaySettings:
     # refusal: one of the dataset's own, of the same topic where it can be | none: nothing (SFT alone).
     rejected: Annotated[str, rules.choices("refusal", "none")] = "refusal"
     template: Template | None = None  # how the model is asked; null: as in its run, and alpaca without a run
+    system: str | None = None  # what it is told before each prompt; null: as in its run, and nothing without a run
 
 
 @dataclass

@@ -34,6 +34,7 @@ from safer_instruct.text.prompts import render_prompt
 
 SYSTEM = ("system", "You are rude.")
 ASKED = "What did he write at last?"
+TALKS = [[SYSTEM, *TALK], TALK[:2], [("user", "Hm?")]]
 BEFORE = [{"role": role, "content": said} for role, said in [SYSTEM, *TALK[:4]]]
 
 
@@ -56,10 +57,10 @@ class Careful:
 
 
 def induced(
-    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, *words: str
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, *words: str, talks: Sequence[Any] = TALKS
 ) -> tuple[list[str], list[str], Path]:
-    """Run all stages on three conversations; return what model and expert were asked, and the dataset's folder."""
-    write(tmp_path / "talks.jsonl", [[SYSTEM, *TALK], TALK[:2], [("user", "Hm?")]])
+    """Run all stages on conversations; return what model and expert were asked, and the dataset's folder."""
+    write(tmp_path / "talks.jsonl", talks)
     prompts: list[str] = []
     expert = Careful()
 
@@ -152,6 +153,24 @@ def test_pairs_are_equal_and_test_prompts_found_by_all_that_was_said(tmp_path: P
         write_review(str(tmp_path / "si.jsonl"), CorpusSettings(), ReviewSettings(), tmp_path / "page")
 
 
+def test_pairs_are_nearly_equal_by_all_that_was_said(
+    tmp_path: Path, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One instruction (the model writes no other) and one response: the last row alone has been there before."""
+    words = " ".join(f"w{i}" for i in range(40))
+    asked = [words, " ".join(reversed(words.split())), f"{words} x"]
+    talks = [[("user", one), ("assistant", "Yes."), ("user", "?"), ("assistant", f"So: {words}")] for one in asked]
+    _, _, folder = induced(tmp_path, str(tiny_model_folder), monkeypatch, "duplicates.threshold=null", talks=talks)
+    every = (folder / "si.jsonl").read_text().splitlines()
+    assert len(every) == 3
+    guard = LeakageGuard((), None)
+    clean, near = tmp_path / "clean", DuplicatesSettings()
+    audit(str(folder / "si.jsonl"), guard=guard, duplicates=near, max_same_chosen=None, output=clean)
+    assert (clean / "si.jsonl").read_text().splitlines() == every[:2]
+    induced(tmp_path, str(tiny_model_folder), monkeypatch, talks=talks)
+    assert (folder / "si.jsonl").read_text().splitlines() == every[:2]
+
+
 def test_a_merge_finds_a_test_prompt_in_an_earlier_turn(
     tmp_path: Path, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,12 +189,16 @@ def test_one_response_behind_other_turns_is_another_row(tmp_path: Path) -> None:
     assert corpus.dropped.counts == {"duplicate_response": 1}
 
 
-def test_scores_are_of_single_responses(
+def test_later_turns_are_scored_behind_the_turns_before(
     tmp_path: Path, tiny_model_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"talks.jsonl:1 is a conversation of several turns, and stage=score reads"):
-        induced(tmp_path, str(tiny_model_folder), monkeypatch, f"roundtrip.model.name_or_path={tiny_model_folder}")
+    model = f"roundtrip.model.name_or_path={tiny_model_folder}"
+    with pytest.raises(UserError, match=r"talks.jsonl:1: roundtrip.template=alpaca has "):
+        induced(tmp_path, str(tiny_model_folder), monkeypatch, model)
     assert not (tmp_path / "si" / "ledger").exists()
+    _, _, folder = induced(tmp_path, str(tiny_model_folder), monkeypatch, model, "roundtrip.template=vicuna")
+    rows = [json.loads(line) for line in (folder / "si.jsonl").read_text().splitlines()]
+    assert [isinstance(row["provenance"]["round_trip"], float) for row in rows] == [True, True]
 
 
 def test_a_reversed_model_of_another_tuning_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -219,7 +219,10 @@ def test_broken_folders_of_datasets(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(whole)
     (file,) = whole.glob("*.arrow")
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"data-00000-of-00001\.arrow: not a readable arrow file"):
+        list(read_rows(whole))
+    (whole / "state.json").write_text(json.dumps({"_data_files": [], "_indices_data_files": [{"filename": "x"}]}))
+    with pytest.raises(UserError, match="a folder of `datasets` that cannot be read"):
         list(read_rows(whole))
 
 
@@ -299,11 +302,24 @@ def test_blanks_in_a_json_list_are_skipped_at_any_border_of_the_buffer(tmp_path:
         assert found == [("2", 1), ("102", 2)]
 
 
-def test_a_row_group_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch) -> None:
-    file = write(tmp_path / "a.parquet", [{"a": "x" * 99 + str(i)} for i in range(50)])
-    assert len(list(read_rows(file))) == 50
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.parquet", r"a\.parquet: a row group of .* GiB.*row_group_size"),
+        ("a.arrow", r"a\.arrow: a record batch of .* GiB.*max_chunksize"),
+        ("saved", r"data-00000-of-00001\.arrow: a record batch of .* GiB.*max_chunksize"),
+    ],
+)
+def test_a_part_of_a_table_that_would_fill_the_memory_is_refused(name, message, tmp_path: Path, monkeypatch) -> None:
+    file, rows = tmp_path / name, [{"a": "x" * 99 + str(i)} for i in range(50)]
+    if name == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(file)
+    else:
+        write(file, rows)
+    place = file / "data-00000-of-00001.arrow" if name == "saved" else file
+    assert list(read_rows(file)) == [(f"{place}:{number}", row) for number, row in enumerate(rows, start=1)]
     monkeypatch.setattr("safer_instruct.text.formats.MAX_GROUP_BYTES", 1000)
-    with pytest.raises(UserError, match=r"a\.parquet: a row group of .* GiB.*row_group_size"):
+    with pytest.raises(UserError, match=message):
         list(read_rows(file))
 
 
@@ -355,6 +371,30 @@ def test_a_large_row_group_is_read_many_rows_at_a_time_unless_each_row_may_be_la
     monkeypatch.setattr("safer_instruct.text.formats.MAX_GROUP_BYTES", 550_000)
     assert [batch.num_rows for batch in _batches(file)][:-1] == [rows] * (-(-1000 // rows) - 1)
     assert [row["a"] for _, row in read_rows(file)] == values
+
+
+INDICES = pyarrow.array([0] * 1000, pyarrow.int32())
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize(
+    ("column", "rows"),
+    [
+        (pyarrow.array(DISTINCT), 256),
+        (pyarrow.array([[{"a": text}] for text in DISTINCT]), 256),
+        (pyarrow.DictionaryArray.from_arrays(INDICES, EQUAL[:1]), 10),
+        (pyarrow.RunEndEncodedArray.from_arrays(pyarrow.array([1000], pyarrow.int32()), EQUAL[:1]), 10),
+        (pyarrow.StructArray.from_arrays([pyarrow.DictionaryArray.from_arrays(INDICES, EQUAL[:1])], ["b"]), 10),
+    ],
+)
+def test_a_large_record_batch_is_read_as_a_row_group_is(column, rows, compression, tmp_path: Path, monkeypatch) -> None:
+    file, table = tmp_path / "a.arrow", pyarrow.table({"n": [0] * 1000, "a": column})
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    monkeypatch.setattr("safer_instruct.text.formats.MAX_GROUP_BYTES", 550_000)
+    assert [batch.num_rows for batch in _batches(file)][:-1] == [rows] * (-(-1000 // rows) - 1)
+    assert [row["a"] for _, row in read_rows(file)] == column.to_pylist()
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])

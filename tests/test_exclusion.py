@@ -1,6 +1,7 @@
 """What training leaves out and what evaluation reports as trained on: one rule, whatever the file is called."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -8,7 +9,8 @@ import yaml
 from config.settings import DatasetSettings
 from preference_datasets import build_stores
 from safer_instruct.report.training_runs import find_training_overlap
-from safer_instruct.text.exclusion import instruction_key
+from safer_instruct.text.exclusion import instruction_key, turn_keys
+from safer_instruct.text.loading import load_examples
 
 ROWS = [("seen  One", ""), ("Left out", ""), ("translate", "a sentence")]
 
@@ -59,6 +61,32 @@ def test_rows_of_the_evaluation_file_are_left_out_by_both(tmp_path, tokenizer):
     write(tmp_path / "held.json", ROWS[2:])
     settings = DatasetSettings(str(tmp_path / "si.json"), "si", eval_path=str(tmp_path / "held.json"))
     assert trained_and_reported(tmp_path, tokenizer, settings) == (2, {"seen  One", "Left out"})
+
+
+def test_a_later_turn_is_what_it_was_behind(tmp_path, tokenizer):
+    """The same short question behind another conversation is neither left out nor reported."""
+    said = [[["Rain?", "Yes."]], [["Coins?", "No."]], []]
+    rows = [
+        {"instruction": "Why?", "chosen": f"no {i}", "rejected": "yes", "history": one} for i, one in enumerate(said)
+    ]
+    (tmp_path / "si.json").write_text(json.dumps(rows))
+    (tmp_path / "out.json").write_text(json.dumps(rows[:1]))
+    settings = DatasetSettings(str(tmp_path / "si.json"), "si", template="hh", eval_fraction=0.0)
+    whole = build_stores(
+        {"si": replace(settings, exclude=str(tmp_path / "out.json"))}, loss="preference", tokenizer=tokenizer,
+        max_length=512, max_prompt_length=400, cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    assert (whole.report["num_train"], whole.report["datasets"]["si"]["dropped"]) == (2, {"excluded": 1})
+    keys = {turn_keys(example)[-1]: [example.chosen] for example in load_examples(settings, "si")}
+    assert len(keys) == 3
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"datasets": {"si": vars(settings)}}))
+    (tmp_path / "si.json").write_text(json.dumps(rows[1:2]))
+    (overlap,) = find_training_overlap(str(tmp_path), keys)
+    assert overlap.prompt_ids == ("no 1", "no 2")  # what had nothing before it is looked for in every turn
+    held = replace(settings, eval_path=str(tmp_path / "si.json"))  # train.py leaves out what begins as one of its rows
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"datasets": {"si": vars(held)}}))
+    (overlap,) = find_training_overlap(str(tmp_path), keys)
+    assert overlap.prompt_ids == ()
 
 
 def test_an_exclude_file_that_is_gone_hides_no_overlap(tmp_path):

@@ -1,6 +1,7 @@
 """Losses on single answers: rows, metrics, and the divergence term against a loop over explicit mismatched pairs."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -153,6 +154,61 @@ def test_judged_answers_are_read(tmp_path, tokenizer):
     assert stores.train.columns["is_good"].tolist() == [True] * 4 + [False] * 4
     assert [tokenizer.decode(stores.train.row(i)[1][:-1]).strip() for i in (0, 7)] == ["apple 0", "apple 7"]
     assert stores.report["datasets"]["d"]["dropped"] == {"not_judged": 2}
+
+
+ASKED = {"role": "user", "content": "Name a fruit"}
+ONE_JUDGEMENT = [
+    *((word, True) for word in (True, 1, 1.0, "True", "1", "1.0", " Good ", "desirable", "safe", "yes")),
+    *((word, False) for word in (False, 0, 0.0, "False", "0", "0.0", "bad", "UNDESIRABLE", "unsafe", "no")),
+]
+
+
+@pytest.mark.parametrize("form", ["completion", "messages", "csv"])
+def test_every_form_of_unpaired_answers_is_judged_by_one_rule(form, tmp_path, tokenizer):
+    words, expected = zip(*ONE_JUDGEMENT, strict=True)
+    if form == "csv":
+        lines = ["prompt,completion,label", *(f"Name a fruit,apple {i},{word}" for i, word in enumerate(words))]
+        (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+        path = str(tmp_path / "a.csv")
+    else:
+        answers = [{"role": "assistant", "content": f"apple {i}"} for i in range(len(words))]
+        forms = {
+            "completion": lambda i: {"prompt": "Name a fruit", "completion": f"apple {i}"},
+            "messages": lambda i: {"messages": [ASKED, answers[i]]},
+        }
+        path = write(tmp_path / "a.jsonl", [{**forms[form](i), "label": word} for i, word in enumerate(words)])
+    settings = DatasetSettings(path=path, schema="custom", template="plain", eval_fraction=0)
+    stores = build(tmp_path, tokenizer, settings)
+    assert stores.train.columns["is_good"].tolist() == list(expected)
+    named = [{"prompt": "Name a fruit", "chosen": "apple", "label": label} for label in ("hate", None, "False")]
+    settings = replace(settings, path=write(tmp_path / "named.jsonl", named))
+    assert build(tmp_path, tokenizer, settings).train.columns["is_good"].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("label", "where"),
+    [
+        ({"label": "violence"}, "column label"), ({"label": 0.7}, "column label"), ({"label": None}, "column label"),
+        ({"label": 2}, "column label"), ({}, "column label"),
+        ({"completion": None, "responses": ["apple"], "scores": [1]}, "column responses"),
+    ],
+)  # fmt: skip
+def test_what_is_no_judgement_is_no_good_answer(label, where, tmp_path, tokenizer):
+    row = {"prompt": "Name a fruit", "completion": "apple", **label}
+    settings = DatasetSettings(path=write(tmp_path / "a.jsonl", [row]), schema="custom", template="plain")
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: {where} does not say whether the answer is good.* expected .*"):
+        build(tmp_path, tokenizer, settings)
+    good = {"completion": "apple", "responses": None, "label": "good"}
+    some = replace(settings, path=write(tmp_path / "b.jsonl", [{**row, **good}, row]))
+    strict = r"b\.jsonl:2: bad row \w+: not judged in column \w+ \(.* is expected\)"
+    with pytest.raises(UserError, match=strict):
+        build(tmp_path, tokenizer, replace(some, on_bad_row="error"))
+    if "responses" not in label:  # a label of fine-tuning is a category
+        stores = build_stores(
+            {"d": replace(settings, eval_fraction=0)}, loss="likelihood", tokenizer=tokenizer, max_length=64,
+            max_prompt_length=48, cache_dir=tmp_path / "cache",
+        )  # fmt: skip
+        assert len(stores.train) == 1
 
 
 def test_judged_answers_of_some_labels(tmp_path, tokenizer):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import induce
 from config.checks_induce import check_induce
@@ -28,7 +31,7 @@ from safer_instruct.induction.stages import (
     stage_score,
     with_instructions,
 )
-from safer_instruct.text.examples import Example
+from safer_instruct.text.examples import Example, Message
 from safer_instruct.text.prompts import render_alpaca
 
 PAIRS = [
@@ -63,18 +66,75 @@ def test_the_score_is_its_definition(model, max_batch_tokens) -> None:
     tokenizer = load_tokenizer(model)
     settings = RoundTripSettings(model, max_batch_tokens=max_batch_tokens)
     scorer = RoundTrip(settings, torch.device("cpu"), induce.logps_of)
-    items = [(("row", i), *pair) for i, pair in enumerate(PAIRS)]
+    items = [(("row", i), Example("", asked, rejected=said)) for i, (asked, said) in enumerate(PAIRS)]
     scores = dict(scorer.score(items))
-    for key, instruction, response in items:
+    for (key, _), (instruction, response) in zip(items, PAIRS, strict=True):
         given, alone = (literal(model, tokenizer, text, response) for text in (instruction, ""))
         assert scores[key].nats_per_token == pytest.approx(given - alone, abs=2e-5)  # float32 against float64
         assert scores[key].tokens > len(response.split())
     assert scores["row", 2].nats_per_token == 0.0, "an empty instruction explains nothing"
 
 
+TALK = (Message("user", "List three fruits."), Message("assistant", "apple, banana"))
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# What is asked: by the chat template above, and typed by hand. The run's system prompt goes before the row's own.
+PREFIX = "<user>List three fruits.</s>\n<assistant>apple, banana</s>\n<user>"
+
+
+@pytest.mark.parametrize(
+    ("system", "before"),
+    [(None, "<system>You count.</s>\n"), ("Be brief.", "<system>Be brief.</s>\n"), ("", "")],
+)
+def test_the_score_of_a_later_turn_is_its_definition(tiny_model_folder, tmp_path, system, before) -> None:
+    """The earlier turns stand in both prompts, with the instruction and without; plain transformers in float64."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(CHAT)
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder).double(), AutoTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def per_token(prompt: str, response: str) -> float:
+        given = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
+        assert ids[: len(given)] == given
+        logps = lm(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(float(logps[i - 1, ids[i]]) for i in range(len(given), len(ids))) / (len(ids) - len(given))
+
+    asked = "Which of them is red?"
+    pair = Example("", asked, rejected="The apple.", system="You count.", history=TALK)
+    model = ModelSettings(str(folder), policy_dtype="float64")
+    scorer = RoundTrip(RoundTripSettings(model, "chat", system), torch.device("cpu"), induce.logps_of)
+    first = replace(pair, history=())
+    found = dict(
+        scorer.score([(("later", 0), pair), (("first", 0), first), (("later", 1), replace(pair, instruction=""))])
+    )
+    expected = [per_token(f"{before}{PREFIX}{text}</s>\n<assistant>", "The apple.") for text in (asked, "")]
+    assert found["later", 0].nats_per_token == pytest.approx(expected[0] - expected[1], abs=1e-12)
+    assert found["later", 1].nats_per_token == 0.0
+    expected = [per_token(f"{before}<user>{text}</s>\n<assistant>", "The apple.") for text in (asked, "")]
+    assert found["first", 0].nats_per_token == pytest.approx(expected[0] - expected[1], abs=1e-12)
+    scorer.check([pair, first])
+
+
+def test_a_template_without_a_place_is_said_before_anything_runs(model) -> None:
+    talk = Example("", rejected="word", history=TALK, provenance={"source": "t.jsonl:7"})
+    told = Example("", rejected="word", system="Be brief.", provenance={"source": "t.jsonl:8"})
+    scorer = RoundTrip(RoundTripSettings(model), torch.device("cpu"), induce.logps_of)
+    with pytest.raises(UserError, match=r"^corpus.path: t.jsonl:7: roundtrip.template=alpaca has one turn; write"):
+        scorer.check([Example(""), talk])
+    with pytest.raises(
+        UserError, match=r"t.jsonl:8: roundtrip.template=alpaca has no place .* with roundtrip.system=''"
+    ):
+        scorer.check([told])
+    RoundTrip(RoundTripSettings(model, system=""), torch.device("cpu"), induce.logps_of).check([told])
+
+
 def test_a_pair_that_does_not_fit_has_no_score(model) -> None:
     scorer = RoundTrip(RoundTripSettings(model, max_length=80), torch.device("cpu"), induce.logps_of)
-    items = [(("a", 0), "Say it", "word " * 200), (("b", 0), "Say it " * 200, "word"), (("c", 0), "Say it", "word")]
+    texts = {"a": ("Say it", "word " * 200), "b": ("Say it " * 200, "word"), "c": ("Say it", "word")}
+    items = [((id, 0), Example("", asked, rejected=said)) for id, (asked, said) in texts.items()]
     scores = dict(scorer.score(items))
     assert scores["a", 0] is None
     assert scores["b", 0] is None
@@ -98,9 +158,9 @@ class LikesTheLast:
         self.asked = []
 
     def score(self, items):
-        for key, instruction, response in items:
-            self.asked.append((key, instruction, response))
-            yield key, Score(float(instruction.split()[-1]), 10)
+        for key, pair in items:
+            self.asked.append(key)
+            yield key, Score(float(pair.instruction.split()[-1]), 10)
 
 
 def test_the_best_of_several_candidates_is_kept(tmp_path) -> None:

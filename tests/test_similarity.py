@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -10,8 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config.errors import UserError
 from safer_instruct.dataset.scratch import BATCH_ROWS, INT, TEXT, open_scratch, table_schema
 from safer_instruct.dataset.similarity import BAND_ROWS, BANDS, LeakageGuard, find_near_duplicates, shingles
+from safer_instruct.text.examples import Example, Message
+from safer_instruct.text.exclusion import read_instruction_keys
 
 
 def word_pairs(text: str) -> set[tuple[str, ...]]:
@@ -49,9 +54,12 @@ def literal(texts: list[str], threshold: float) -> list[bool]:
     return dropped
 
 
-def near_duplicates(texts: list[str], threshold: float, folder: Path, *, index: str = "memory") -> list[bool]:
+def near_duplicates(
+    texts: Sequence[str | Example], threshold: float, folder: Path, *, index: str = "memory"
+) -> list[bool]:
+    pairs = [Example("", text) if isinstance(text, str) else text for text in texts]
     with open_scratch(folder / "scratch", index) as scratch:
-        find_near_duplicates(enumerate(texts), threshold, scratch)
+        find_near_duplicates(enumerate(pairs), threshold, scratch)
         dropped = {n for (n,) in scratch.rows("near_duplicates", ["n"])}
     assert not (folder / "scratch").exists()
     return [n in dropped for n in range(len(texts))]
@@ -66,6 +74,43 @@ def test_near_duplicates_are_those_of_the_definition(tmp_path, index) -> None:
     assert expected.sum() > 60
     # LSH misses a pair of similarity 0.8 with probability 0.014, one of 0.9 hardly ever.
     assert (found & expected).sum() >= 0.97 * expected.sum()
+
+
+RAIN = "Where does the rain come from that falls on the hills in the north of the country every winter?"
+COINS = "Which of the two coins in my left pocket is worth more than the other one today, and to whom?"
+SO = "Because warm air holds more water than cold air does, and gives it back where it has to rise."
+NO = "By counting what is left over in the evening, and by writing it down before the night comes."
+RULES = (
+    f"You answer in whole sentences, you never say who you are, and you keep to what was asked of you: {RAIN} {COINS}"
+)
+
+
+def said(*texts: str) -> tuple[Message, ...]:
+    return tuple(Message(("user", "assistant")[number % 2], text) for number, text in enumerate(texts))
+
+
+# What was said before the pair, the pair, and whether it is nearly an earlier one: decided by reading them.
+READ = [
+    (Example("", "Why?", rejected=SO, history=said(RAIN, "From the sea.")), False),
+    (Example("", "Why?", rejected=SO, history=said(COINS, "The old one.")), False),  # another question
+    (Example("", "Why?", rejected=SO), False),
+    (Example("", "why", rejected=SO.upper(), history=said(RAIN.replace("hills", "Hills"), "From the sea!")), True),
+    (Example("", "Why?", rejected=SO, history=said(RAIN.replace("winter", "summer"), "From the sea.")), True),
+    (Example("", "How?", rejected=NO, history=said(RAIN, "From the sea.")), False),  # goes on otherwise
+    (Example("", "How?", rejected=NO, history=said(RAIN, "From the sea.", "Why?", SO)), False),
+    (Example("", "Name one fruit.", rejected="An apple.", system=RULES), False),
+    (Example("", "Say it again.", rejected="It again.", system=RULES), False),  # only the system prompt is the same
+    (Example("", "Why?", rejected=SO + " Always."), True),
+    (Example("", "Why?", rejected=SO, history=said("Rain?", "Yes.")), False),
+    (Example("", "Why?", rejected=SO, history=said("Coins?", "No.")), False),  # most of the text is the same
+    (Example("", "Why?", rejected=SO, history=said("rain", "yes")), True),
+]
+
+
+@pytest.mark.parametrize("index", ["memory", "disk"])
+def test_pairs_of_conversations_are_compared_as_a_person_reads_them(tmp_path, index) -> None:
+    pairs, expected = zip(*READ, strict=True)
+    assert near_duplicates(pairs, 0.7, tmp_path, index=index) == list(expected)
 
 
 def test_the_order_decides_who_stays(tmp_path) -> None:
@@ -119,6 +164,25 @@ def test_a_test_set_is_kept_out_exactly_and_nearly() -> None:
     for instruction in some_texts(200, 3):
         near = max(jaccard(instruction, other) for other in test_set) >= 0.6
         assert (guard.reason(instruction) != "") == near
+
+
+@pytest.mark.parametrize("threshold", [None, 0.6])
+def test_a_test_conversation_is_found_by_all_that_was_said(tmp_path, threshold) -> None:
+    rows = [
+        {"instruction": "Why?", "history": [[RAIN, "From the sea."]]},
+        {"instruction": "Say one word", "input": "of mine", "history": []},
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    guard = LeakageGuard(read_instruction_keys(tmp_path / "test.json"), threshold)
+    near = "near_excluded_instruction" if threshold else ""
+    assert {guard.reason_of(pair) for pair, _ in READ[1:3]} == {""}, "behind something else, and alone"
+    assert guard.reason_of(READ[0][0]) == "excluded_instruction"
+    assert guard.reason_of(READ[6][0]) == "excluded_instruction", "an earlier turn of it is the test set's"
+    assert guard.reason_of(READ[4][0]) == near
+    assert guard.reason_of(Example("", "say one word", "of mine", history=said(COINS, "No."))) == "excluded_instruction"
+    (tmp_path / "test.json").write_text(json.dumps([{"instruction": "Why?", "history": "of France"}]))
+    with pytest.raises(UserError, match=r"test.json:1: not_messages in column history: expected a list of messages"):
+        list(read_instruction_keys(tmp_path / "test.json"))
 
 
 def test_tables_give_back_their_rows_in_order(tmp_path) -> None:

@@ -24,6 +24,7 @@ from safer_instruct.dataset.scratch import INT, TEXT, Scratch, lock_output, open
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
 from safer_instruct.measures.shortcuts import shortcuts
 from safer_instruct.text.examples import normalise, text_id
+from safer_instruct.text.exclusion import turn_keys
 from safer_instruct.text.messages import write_history
 from safer_instruct.text.refusals import declines
 
@@ -82,8 +83,8 @@ def audit(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "audit"
         scratch = stack.enter_context(open_scratch(folder, duplicates.index))
         scratch.create("audited", _AUDITED, _measured(path, guard))
-        texts = ((n, f"{row['instruction']}\n{row['rejected']}") for n, (_, _, row) in enumerate(dataset_rows(path)))
-        find_near_duplicates(texts, duplicates.threshold, scratch)
+        pairs = ((n, row_example(*one)) for n, one in enumerate(dataset_rows(path)))
+        find_near_duplicates(pairs, duplicates.threshold, scratch)
         scratch.derive("with_pairs", _NUMBERED.format(key="pair", table="audited"))
         scratch.derive("numbered", _NUMBERED.format(key="chosen", table="with_pairs"))
         scratch.derive("found", _FOUND, max_same_chosen, order="n")
@@ -115,7 +116,7 @@ def _measured(path: str, guard: LeakageGuard) -> Iterator[tuple[Any, ...]]:
             int(bool(texts["chosen"]) and not declines(texts["chosen"])),
             *(len(text.split()) for text in texts.values()),
             pair_hash(texts["instruction"], texts["rejected"], texts["chosen"], pair.before),
-            text_id(normalised[0]),
+            text_id(turn_keys(pair)[-1]),
             text_id(normalised[2]),
         )
 

@@ -259,9 +259,12 @@ class _Merge:
         """Find the pairs that repeat an earlier one exactly, then those that do so nearly."""
         self._scratch.derive("exact", _REPEATED_PAIRS)
         self._scratch.derive("fates_so_far", _FATES.format(repeated="exact"), order="n")
-        pairs = compress(self._scratch.rows("pairs", ["n", "instruction", "rejected"]), self._kept("fates_so_far"))
-        texts = ((n, f"{instruction}\n{rejected}") for n, instruction, rejected in pairs)
-        find_near_duplicates(texts, threshold, self._scratch)
+        rows = self._scratch.rows("pairs", ["n", "instruction", "rejected", "history"])
+        pairs = (
+            (n, Example("", instruction, rejected=rejected, **read_history(said)))
+            for n, instruction, rejected, said in compress(rows, self._kept("fates_so_far"))
+        )
+        find_near_duplicates(pairs, threshold, self._scratch)
         self._scratch.derive("near", "SELECT n, 'near_duplicate_pair' AS reason FROM near_duplicates")
         self._scratch.derive("repeated", "FROM exact UNION ALL FROM near")
         self._scratch.derive("fates", _FATES.format(repeated="repeated"), order="n")

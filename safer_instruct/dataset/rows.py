@@ -7,24 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config.errors import UserError
 from config.paths import find_path
-from safer_instruct.dataset.files import HISTORY
 from safer_instruct.text.examples import Example, text_id
-from safer_instruct.text.messages import read_history
+from safer_instruct.text.messages import history_of
+from safer_instruct.text.prompts import reversed_target
 from safer_instruct.text.readers import read_rows, require_columns
-from safer_instruct.text.row_log import BadRow
 
 TEXT_COLUMNS = ("instruction", "rejected", "chosen")
 UNLABELLED = "(none)"
 
 
 def dataset_rows(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
-    """Yield (place, row, its texts), empty ones as ""."""
+    """Yield (place, row, its texts), empty ones as ""; a column `input` is part of the instruction."""
     for n, (where, row) in enumerate(read_rows(find_path(path))):
         if n == 0:
             require_columns(row, ["instruction", "chosen"], where)
-        yield where, row, {column: str(row.get(column) or "").strip() for column in TEXT_COLUMNS}
+        texts = {column: str(row.get(column) or "").strip() for column in TEXT_COLUMNS}
+        if texts["instruction"]:
+            texts["instruction"] = reversed_target(texts["instruction"], str(row.get("input") or "").strip())
+        yield where, row, texts
 
 
 def row_label(row: Mapping[str, Any]) -> str:
@@ -39,13 +40,7 @@ def row_example(where: str, row: Mapping[str, Any], texts: Mapping[str, str]) ->
     Raises:
         UserError: Its column `history` holds something else: to training it is a bad row.
     """
-    try:
-        told = read_history(row.get(HISTORY))
-    except BadRow as bad:
-        raise UserError(
-            f"{where}: {bad.reason} in column {bad.column}: expected {bad.expected}; mend the row, or name the column "
-            "otherwise if it is about something else"
-        ) from None
+    told = history_of(row, where)
     instruction, rejected, chosen = (texts[column] for column in TEXT_COLUMNS)
     label, source = str(row.get("label") or ""), {"source": Path(where).name}
     example = Example("", instruction, "", chosen, rejected, label, source, **told)

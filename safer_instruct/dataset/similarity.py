@@ -1,6 +1,8 @@
-"""Which texts are nearly the same: shingles, MinHash with locality-sensitive hashing, and a guard against test sets.
+"""Which pairs are nearly the same: shingles, MinHash with locality-sensitive hashing, and a guard against test sets.
 
-Two texts are as similar as the Jaccard index of their shingles (runs of NGRAM words, case and punctuation aside).
+Two texts are as similar as the Jaccard index of their shingles (runs of NGRAM words, case and punctuation aside). Two
+pairs are near where request and unsafe response are, and what was said before them is, too: "Why?" behind another
+conversation asks for something else, and so does another request behind the same one, or the same system prompt.
 Candidates come from LSH over datasketch's MinHash signatures; each is verified on the shingles themselves, so nothing
 is removed by an estimate. Symbols: b = BANDS bands of r = BAND_ROWS hashes; a pair of similarity s is a candidate with
 probability 1 - (1 - s^r)^b: 0.986 at s = 0.8, 0.9999 at 0.9, 2e-6 at 0.1.
@@ -11,7 +13,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -21,7 +23,7 @@ from datasketch import MinHash
 from numpy.typing import NDArray
 
 from safer_instruct.dataset.scratch import BATCH_ROWS, INT, Scratch, table_schema
-from safer_instruct.text.examples import Example
+from safer_instruct.text.examples import Example, transcript
 from safer_instruct.text.exclusion import turn_keys
 
 NGRAM = 2  # one word changed in ten leaves 64% of the shingles of two words, and 45% of those of three
@@ -31,7 +33,7 @@ NEIGHBOURS = 8  # members of one bucket that each further one is compared with, 
 _WORD = re.compile(r"\w+")
 _PERMUTATIONS = MinHash(num_perm=BANDS * BAND_ROWS, seed=1, scheme=SCHEME).permutations
 _SIGNATURES = pyarrow.schema(
-    [("n", INT), ("shingles", pyarrow.list_(pyarrow.uint32()))]
+    [("n", INT), *((name, pyarrow.list_(pyarrow.uint32())) for name in ("shingles", "said"))]
     + [(f"band{band}", pyarrow.uint64()) for band in range(BANDS)]
 )
 # A bucket of N texts has N^2 pairs: each text is compared with the first of the bucket and with those just before it.
@@ -45,13 +47,17 @@ _CANDIDATES = f"""
     )
     SELECT DISTINCT unnest(list_prepend(first, others)) AS earlier, n AS later FROM earlier WHERE first < n
 """
-_WITH_EARLIER = "SELECT earlier, later, shingles AS one FROM candidates JOIN signatures ON n = earlier"
+_WITH_EARLIER = (
+    "SELECT earlier, later, shingles AS one, said AS one_said FROM candidates JOIN signatures ON n = earlier"
+)
 _VERIFIED = """
     WITH sizes AS (
-        SELECT earlier, later, len(list_intersect(one, shingles)) AS common, len(one) + len(shingles) AS total
+        SELECT earlier, later, len(list_intersect(one, shingles)) AS common, len(one) + len(shingles) AS total,
+            len(list_intersect(one_said, said)) AS common_said, len(one_said) + len(said) AS total_said
         FROM with_earlier JOIN signatures ON n = later
     )
-    SELECT earlier, later FROM sizes WHERE common >= ? * (total - common)
+    SELECT earlier, later FROM sizes
+    WHERE common >= $1 * (total - common) AND common_said >= $1 * (total_said - common_said)
 """
 
 
@@ -62,15 +68,15 @@ def shingles(text: str) -> set[int]:
     return {zlib.crc32(" ".join(words[i : i + NGRAM]).encode("utf-8", "surrogatepass")) for i in runs}
 
 
-def find_near_duplicates(texts: Iterable[tuple[int, str]], threshold: float | None, scratch: Scratch) -> None:
-    """Create the table `near_duplicates (n)`: the texts that are nearly the same as an earlier one which stays.
+def find_near_duplicates(pairs: Iterable[tuple[int, Example]], threshold: float | None, scratch: Scratch) -> None:
+    """Create the table `near_duplicates (n)`: the pairs that are nearly the same as an earlier one which stays.
 
     Args:
-        texts: (n, text), by n from 0 on; numbers may be missing.
-        threshold: Similarity from which a text is a near duplicate, in (0, 1]; None: no text is.
-        scratch: Holds the index (about 350 bytes for a text of 50 words) and the table.
+        pairs: (n, pair), by n from 0 on; numbers may be missing.
+        threshold: Similarity from which a pair is a near duplicate, in (0, 1]; None: no pair is.
+        scratch: Holds the index (about 350 bytes for a pair of 50 words) and the table.
     """
-    numbered = iter(texts if threshold is not None else ())
+    numbered = iter(pairs if threshold is not None else ())
     chunks = iter(lambda: list(islice(numbered, BATCH_ROWS)), [])
     scratch.create_from_batches("signatures", _SIGNATURES, map(_signatures, chunks))
     for band in range(BANDS):  # one at a time: all together would need the memory of 18
@@ -90,14 +96,19 @@ def _dropped(pairs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int]]:
             yield (later,)
 
 
-def _signatures(texts: list[tuple[int, str]]) -> pyarrow.RecordBatch:
-    found = [shingles(text) for _, text in texts]
-    values = numpy.stack([_minhash(one) for one in found])
+def _signatures(pairs: list[tuple[int, Example]]) -> pyarrow.RecordBatch:
+    found = [shingles(f"{pair.instruction}\n{pair.rejected or ''}") for _, pair in pairs]
+    said = [shingles(transcript(pair.before)) for _, pair in pairs]
+    # Where both parts are near, the whole is: one signature finds the candidates.
+    values = numpy.stack([_minhash(one | before) for one, before in zip(found, said, strict=True)])
     bands = [_mix(values[:, start : start + BAND_ROWS]) for start in range(0, BANDS * BAND_ROWS, BAND_ROWS)]
-    ends = numpy.cumsum([0, *map(len, found)], dtype=numpy.int32)
-    flat = numpy.fromiter(chain.from_iterable(found), numpy.uint32, ends[-1])
-    numbers = numpy.fromiter((n for n, _ in texts), numpy.int32, len(texts))
-    return pyarrow.record_batch([numbers, pyarrow.ListArray.from_arrays(ends, flat), *bands], _SIGNATURES)
+    numbers = numpy.fromiter((n for n, _ in pairs), numpy.int32, len(pairs))
+    return pyarrow.record_batch([numbers, _lists(found), _lists(said), *bands], _SIGNATURES)
+
+
+def _lists(sets: Sequence[set[int]]) -> pyarrow.ListArray:
+    ends = numpy.cumsum([0, *map(len, sets)], dtype=numpy.int32)
+    return pyarrow.ListArray.from_arrays(ends, numpy.fromiter(chain.from_iterable(sets), numpy.uint32, ends[-1]))
 
 
 def _minhash(hashes: set[int]) -> NDArray[numpy.uint32]:
@@ -118,7 +129,8 @@ def _mix(values: NDArray[numpy.uint32]) -> NDArray[numpy.uint64]:
 class LeakageGuard:
     """Tells whether an instruction is one of a test set's, exactly or nearly: compared with all that share a shingle.
 
-    A test set is small, so its shingles are an inverted index in memory and the similarity is exact.
+    Both are keys of `text/exclusion.py`: what goes on with a conversation is the conversation up to it. A test set is
+    small, so its shingles are an inverted index in memory and the similarity is exact.
     """
 
     def __init__(self, instructions: Iterable[str], threshold: float | None) -> None:
@@ -145,5 +157,6 @@ class LeakageGuard:
         return "near_excluded_instruction" if near else ""
 
     def reason_of(self, pair: Example) -> str:
-        """Return why a pair must stay out: `reason` of the first of the user's turns that has one, as in training."""
-        return next(filter(None, map(self.reason, turn_keys(pair))), "")
+        """Return why a pair must stay out: `reason` of one of its `turn_keys`, an exact one first."""
+        keys = turn_keys(pair)
+        return "excluded_instruction" if self.exact & set(keys) else next(filter(None, map(self.reason, keys)), "")

@@ -40,7 +40,7 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
     """
     from safer_instruct.generation.adapters import adapter_in, base_of
     from safer_instruct.generation.models import load_tokenizer
-    from safer_instruct.generation.trained_as import as_trained, run_setting
+    from safer_instruct.generation.trained_as import as_trained
     from safer_instruct.generation.weights import check_weight_files, has_tokenizer, model_fingerprint, resolve_archive
 
     adapter = adapter_in(settings.path)
@@ -53,8 +53,8 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
     )
     tokenizer = load_tokenizer(model)
     keys = {"key": f"models.{name}", "path_key": f"models.{name}.path"}
-    template = as_trained(settings.path, tokenizer, settings.template, **keys)
-    system = settings.system if settings.system is not None else run_setting(settings.path, "system", **keys)
+    template, told = as_trained(settings.path, tokenizer, settings.template, settings.system, **keys)
+    system = told or ""
     prompt = text_id(render_prompt(template, "", tokenizer=tokenizer, system=system).text)
     for path in (settings.path, base if adapter is not None else None):
         if path and find_path(path).exists() and (folder := resolve_archive(path)).is_dir():

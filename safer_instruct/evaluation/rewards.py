@@ -98,7 +98,7 @@ def join_labels(ids: Iterable[str], labels: Mapping[str, Sequence[str]]) -> list
 
 
 def count_trained_on(respondents: Mapping[str, Respondent], pairs: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Count the pairs (ids by `instruction_key`) whose instruction each model's run was trained on.
+    """Count the pairs (ids by `turn_keys`) whose instruction each model's run was trained on.
 
     The reference counts too: it may have been trained on the chosen responses.
     """

@@ -209,22 +209,22 @@ def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget 
 
         return LLMExpert(expert_server(settings, budget))
     from safer_instruct.generation.backends import NO_TEMPLATE, TemplatedModel
+    from safer_instruct.generation.trained_as import AsTrained, model_as_trained
 
     if isinstance(settings, GuardExpertSettings):
         question = None
         if settings.prompt_file is not None:
             question = find_path(settings.prompt_file).read_text(encoding="utf-8")
         template = NO_TEMPLATE if FORMS[settings.form].prompt is not None or question is not None else "chat"
-        guard = TemplatedModel(settings.model, settings.generation, device, template=template, prompts=[])
+        guard = TemplatedModel(settings.model, settings.generation, device, AsTrained(template, None), prompts=[])
         return GuardJudge(guard, settings.form, question)
     from safer_instruct.generation.models import load_tokenizer
-    from safer_instruct.generation.trained_as import model_template
 
     tokenizer, keys = load_tokenizer(settings.model), {"key": "expert", "model_key": "expert.model", "default": "chat"}
-    asked_with = model_template(settings.model, tokenizer, settings.template, **keys)
+    asked_as = model_as_trained(settings.model, tokenizer, settings.template, settings.system, **keys)
     if isinstance(settings, StrongRejectSettings):
         asked = [STRONGREJECT.render("", "")]
-        judge = TemplatedModel(settings.model, settings.generation, device, template=asked_with, prompts=asked)
+        judge = TemplatedModel(settings.model, settings.generation, device, asked_as, prompts=asked)
         return StrongRejectJudge(judge, settings.threshold)
     rubrics = [SCREEN.render("", ""), RESPOND.render(""), JUDGE.render("", "")]
-    return LLMExpert(TemplatedModel(settings.model, settings.generation, device, template=asked_with, prompts=rubrics))
+    return LLMExpert(TemplatedModel(settings.model, settings.generation, device, asked_as, prompts=rubrics))

@@ -20,6 +20,7 @@ from safer_instruct.generation.completions import (
     second_request,
 )
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer
+from safer_instruct.generation.trained_as import AsTrained
 from safer_instruct.generation.vllm import VLLMGenerator
 from safer_instruct.generation.weights import model_fingerprint
 from safer_instruct.text.chat import without_bos
@@ -109,31 +110,31 @@ class TemplatedModel:
         model: ModelSettings,
         settings: BackendSettings,
         device: torch.device,
+        asked: AsTrained,
         *,
-        template: str,
         prompts: Sequence[Prompt],
         key: str = "expert.generation",
     ) -> None:
         """Identify the model; nothing is loaded.
 
-        `template` is NO_TEMPLATE where prompts are complete; there must be room for each of `prompts`, whose bodies are
-        empty; `key` is that of `settings` in the command, for messages.
+        The template is NO_TEMPLATE where prompts are complete; there must be room for each of `prompts`, whose bodies
+        are empty; `key` is that of `settings` in the command, for messages.
 
         Raises:
             UserError: There is no such model.
         """
         self.name = f"local:{Path(model.name_or_path).name}"
-        identity = f"{model_fingerprint(model)}/{template}/{describe_decoding(settings)}"
+        identity = f"{model_fingerprint(model)}/{asked.identity}/{describe_decoding(settings)}"
         self.fingerprint = short_hash(identity)
         self._model, self._settings, self._device = model, settings, device
-        self._template, self._prompts, self._key = template, prompts, key
+        self._asked, self._prompts, self._key = asked, prompts, key
         self._loaded: tuple[TextGenerator, PreTrainedTokenizerBase] | None = None
 
     def check(self) -> None:
         """Load the tokenizer, which is quick: a missing folder or chat template is said before the weights load."""
         tokenizer = load_tokenizer(self._model)
-        if self._template != NO_TEMPLATE:
-            render_prompt(self._template, "", tokenizer=tokenizer)
+        if self._asked.template != NO_TEMPLATE:
+            render_prompt(self._asked.template, "", tokenizer=tokenizer)
         if self._settings.backend == "openai":
             _server(self._settings, self._key).check()
 
@@ -160,10 +161,12 @@ class TemplatedModel:
         """Put the prompt, and what was said behind it, into one turn: few templates take a dialogue."""
         if request.conversation:
             return render_conversation(request.conversation, tokenizer)
-        if self._template == NO_TEMPLATE:
+        if self._asked.template == NO_TEMPLATE:
             return request.prompt._replace(head=without_bos(request.prompt.head, tokenizer))
         tail = "\n\n".join([request.prompt.tail, *request.turns])
-        return in_template(self._template, request.prompt._replace(tail=tail), tokenizer)
+        return in_template(
+            self._asked.template, request.prompt._replace(tail=tail), tokenizer, self._asked.system or ""
+        )
 
     def _load(self) -> tuple[TextGenerator, PreTrainedTokenizerBase]:
         tokenizer = load_tokenizer(self._model)
@@ -180,9 +183,9 @@ class TemplatedModel:
         return self._loaded
 
 
-def in_template(template: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def in_template(template: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, system: str = "") -> Prompt:
     """Put a whole prompt into a template as its instruction; what may be cut stays the prompt's own body."""
-    outer = render_prompt(template, prompt.text, tokenizer=tokenizer)
+    outer = render_prompt(template, prompt.text, tokenizer=tokenizer, system=system)
     if outer.body != prompt.text:  # a template that splits its instruction: a dialogue in the material under `hh`
         return outer
     return Prompt(outer.head + prompt.head, prompt.body, prompt.tail + outer.tail)

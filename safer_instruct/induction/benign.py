@@ -22,7 +22,7 @@ from safer_instruct.experts.verdicts import HARMLESS
 from safer_instruct.generation.backends import TemplatedModel, model_name
 from safer_instruct.generation.completions import Request, TextGenerator, describe_decoding
 from safer_instruct.generation.models import load_tokenizer
-from safer_instruct.generation.trained_as import model_template
+from safer_instruct.generation.trained_as import model_as_trained
 from safer_instruct.induction.ledger import Record, read_ledger, shard_path
 from safer_instruct.induction.ledgers import check_chain, stage_ledgers
 from safer_instruct.induction.shard import complete
@@ -138,13 +138,14 @@ def starting_model(
     """
     if replay.answers == "file":
         return None, {"answers": replay.answers}
-    template = model_template(model, load_tokenizer(model), replay.template, key="replay", model_key="model")
+    typed = replay.template, replay.system
+    asked_as = model_as_trained(model, load_tokenizer(model), *typed, key="replay", model_key="model")
     empty = [Prompt("", "", "")]
-    generator = TemplatedModel(model, generation, device, template=template, prompts=empty, key="generation")
+    generator = TemplatedModel(model, generation, device, asked_as, prompts=empty, key="generation")
     generator.check()
     asked = {"answers": replay.answers, "model": model_name(model), "model_fingerprint": generator.fingerprint}
     decoding = {f"generation.{name}": value for name, value in describe_decoding(generation).items()}
-    return generator, {**asked, "replay.template": template, **decoding}
+    return generator, {**asked, "replay.template": asked_as.template, **decoding}
 
 
 def run_replay(

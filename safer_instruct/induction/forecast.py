@@ -124,7 +124,7 @@ def forecast_induction(config: InduceConfig, stages: Sequence[str], shard: tuple
             yield Step(INDUCE, len(examples), prompts, asked, measure([paths[INDUCE]]), calls=num_candidates)
         if SCORE in stages:
             asked = replace(asked_model(config.roundtrip.model, config.generation), new_tokens=0)
-            prompts = [response for _, response in texts]
+            prompts = ["\n".join(both) for both in texts]
             twice = 2 * num_candidates  # with the instruction and without
             yield Step(SCORE, len(examples), prompts, asked, measure([paths[SCORE]]), False, twice, assumed)
         if FILTER in stages:

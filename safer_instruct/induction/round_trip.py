@@ -1,15 +1,17 @@
 """The round-trip score: how much an induced instruction explains its response, by a model that follows instructions.
 
 log P(response | instruction) - log P(response), per token of the response, under one forward model. P(response) is
-that of the same template with an empty instruction, so that the difference is the instruction's alone. A pair whose
-instruction has nothing to do with its response scores about 0, whatever the length or the fluency of the response.
+that of the same template with an empty instruction, behind the same earlier turns, so that the difference is the
+instruction's alone. A pair whose instruction has nothing to do with its response scores about 0, whatever the length
+or the fluency of the response.
 B = rows of a batch, T = tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +21,12 @@ from config.settings import RoundTripSettings
 from safer_instruct.generation.backends import model_name
 from safer_instruct.generation.decoding import context_of
 from safer_instruct.generation.models import load_causal_lm, load_tokenizer
-from safer_instruct.generation.trained_as import model_template
+from safer_instruct.generation.trained_as import model_as_trained
 from safer_instruct.generation.weights import model_fingerprint
 from safer_instruct.induction.stages import Item, Score
 from safer_instruct.text.encoding import EncodedRow, Encoder
 from safer_instruct.text.examples import Example, short_hash
-from safer_instruct.text.prompts import Turn, answer_turn, render_prompt
+from safer_instruct.text.prompts import Prompt, Turn, Unusable, answer_turn, render_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,20 +35,6 @@ ROWS_AT_A_TIME = 4096
 
 # A model -> the function that gives the log-probability of each response of a micro-batch, (B,) float64 in nats.
 LogpsOf = Callable[["PreTrainedModel"], Callable[[Mapping[str, Tensor]], Tensor]]
-
-
-def require_single_turns(examples: Sequence[Example]) -> None:
-    """Refuse a corpus of conversations, before anything runs: responses are scored behind their instruction alone.
-
-    Raises:
-        UserError: A response has something said before it.
-    """
-    later = next((example for example in examples if example.history), None)
-    if later is not None:
-        raise UserError(
-            f"corpus.path: {later.provenance['source']} is a conversation of several turns, and stage=score reads a "
-            "response behind its instruction alone: leave roundtrip.model out, or give a corpus of single responses"
-        )
 
 
 class RoundTrip:
@@ -58,15 +46,33 @@ class RoundTrip:
     def __init__(self, settings: RoundTripSettings, device: torch.device, logps_of: LogpsOf) -> None:
         self.name = model_name(settings.model)
         self._tokenizer = load_tokenizer(settings.model)
-        self._template = model_template(
-            settings.model, self._tokenizer, settings.template, key="roundtrip", model_key="roundtrip.model"
+        typed = settings.template, settings.system
+        self._asked = model_as_trained(
+            settings.model, self._tokenizer, *typed, key="roundtrip", model_key="roundtrip.model"
         )
-        identity = f"{model_fingerprint(settings.model)}/{self._template}/{settings.max_length}"
+        identity = f"{model_fingerprint(settings.model)}/{self._asked.identity}/{settings.max_length}"
         self.fingerprint = short_hash(identity)
         self._settings = settings
         self._device = device
         self._logps_of = logps_of
         self._loaded: _Loaded | None = None
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Look for conversations that the template has no place for, before anything runs.
+
+        Raises:
+            UserError: Naming the first.
+        """
+        # One of each kind is enough; what a chat template refuses for its roles is left without a score.
+        for example in {(bool(one.system), bool(one.history)): one for one in reversed(examples)}.values():
+            try:
+                self._prompt(example)
+            except Unusable as error:
+                if error.reason.startswith("no_place"):
+                    way_out = "; or leave it out with roundtrip.system=''" if "system" in error.reason else ""
+                    raise UserError(
+                        f"corpus.path: {example.provenance['source']}: roundtrip.{error}{way_out}"
+                    ) from error
 
     def score(self, items: Sequence[Item]) -> Iterator[tuple[tuple[str, int], Score | None]]:
         """Yield (key, score) of each pair; the score is None where the pair as a whole does not fit the context."""
@@ -77,19 +83,20 @@ class RoundTrip:
         self._loaded = loaded = self._loaded or self._load()
         rows: list[EncodedRow] = []
         places: list[tuple[int, int] | None] = []  # rows of (with, without) the instruction; None: not scored
-        alone: dict[str, int] = {}  # one row for all candidates of a response
-        for _, instruction, response in items:
-            given, without = (self._encode(loaded, text, response) for text in (instruction, ""))
+        alone: dict[tuple[Any, ...], int] = {}  # one row for all candidates of a response
+        for _, pair in items:
+            given, without = (self._encode(loaded, one) for one in (pair, replace(pair, instruction="")))
             if given is None or without is None or given.prompt_cut:
                 places.append(None)
                 continue
+            response = (*pair.before, pair.rejected)
             if response not in alone:
                 alone[response] = len(rows)
                 rows.append(without)
             places.append((len(rows), alone[response]))
             rows.append(given)
         logps = self._logps(loaded, rows)
-        for (key, _, _), place in zip(items, places, strict=True):
+        for (key, _), place in zip(items, places, strict=True):
             if place is None:
                 yield key, None
                 continue
@@ -97,10 +104,21 @@ class RoundTrip:
             given = rows[place[0]]
             yield key, Score(per_token[0] - per_token[1], len(given.prompt) + len(given.responses[0]))
 
-    def _encode(self, loaded: _Loaded, instruction: str, response: str) -> EncodedRow | None:
+    def _prompt(self, pair: Example) -> Prompt:
+        template, system = self._asked
+        return render_prompt(
+            template, pair.instruction or "", tokenizer=self._tokenizer, history=pair.history,
+            system=pair.system if system is None else system,
+        )  # fmt: skip
+
+    def _encode(self, loaded: _Loaded, pair: Example) -> EncodedRow | None:
         """Return the row of a response behind its instruction, None if the response is not in it as a whole."""
-        prompt, turn = render_prompt(self._template, instruction, tokenizer=self._tokenizer), loaded.turn
-        (row,) = loaded.encoder.encode([prompt], [[turn.lead + response + turn.close]], end_token=turn.end_token)
+        try:
+            prompt, turn = self._prompt(pair), loaded.turn
+        except Unusable:
+            return None
+        texts = [turn.lead + (pair.rejected or "") + turn.close]
+        (row,) = loaded.encoder.encode([prompt], [texts], end_token=turn.end_token)
         return None if isinstance(row, str) or row.responses_cut[0] else row
 
     @torch.no_grad()
@@ -125,7 +143,7 @@ class RoundTrip:
         model.to(self._device)
         room = min(settings.max_length, context_of(model))
         encoder = Encoder(tokenizer, max_length=room, max_prompt_length=room - 1)
-        return _Loaded(encoder, answer_turn(self._template, tokenizer), self._logps_of(model))
+        return _Loaded(encoder, answer_turn(self._asked.template, tokenizer), self._logps_of(model))
 
 
 class _Loaded(NamedTuple):

@@ -25,7 +25,7 @@ OPTIONAL_STAGES = (SCORE, VARY)
 ROWS_AT_A_TIME = 4096  # what is sorted by length together
 
 Stage = Callable[[Sequence[Example]], Iterator[Record]]  # yields one record (with the example's `id`) per example
-Item = tuple[tuple[str, int], str, str]  # ((row id, number of the candidate), instruction, response)
+Item = tuple[tuple[str, int], Example]  # ((row id, number of the candidate), the pair with that candidate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def stage_score(scorer: Scorer) -> Stage:
             scores[example.id] = [None] * len(found)
             for number, candidate in enumerate(found):
                 if not cheap_check(candidate):
-                    items.append(((example.id, number), candidate.instruction or "", example.rejected or ""))
+                    items.append(((example.id, number), candidate))
         for (id, number), score in scorer.score(items):
             scores[id][number] = None if score is None else round(score.nats_per_token, 4)
             tokens[id] += 0 if score is None else score.tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,15 @@ def find_training_overlap(path: str, asked: Mapping[str, Sequence[str]]) -> list
             loaded = LoadedExamples(settings, settings.eval_path, RowLog(name), pairs=False)
             held_out_keys.update(turn_keys(one)[0] for one in loaded)
     return [
-        _overlap_with(name, settings, {key: names for key, names in asked.items() if key not in held_out_keys})
+        _overlap_with(name, settings, asked, held_out_keys)
         for name, settings in datasets.items()
         if find_path(settings.path).exists()
     ]
 
 
-def _overlap_with(name: str, settings: DatasetSettings, asked: Mapping[str, Sequence[str]]) -> Overlap:
+def _overlap_with(
+    name: str, settings: DatasetSettings, asked: Mapping[str, Sequence[str]], held_out_keys: Set[str]
+) -> Overlap:
     exclude = exclude_file(settings)
     if exclude is not None and not exclude.exists():
         exclude = None  # moved since: too much overlap is reported, which is better than no report
@@ -58,8 +60,8 @@ def _overlap_with(name: str, settings: DatasetSettings, asked: Mapping[str, Sequ
     examples = LoadedExamples(settings, settings.path, RowLog(name), pairs=False)
     for example in examples:
         keys = turn_keys(example)
-        is_held_out = settings.eval_path is None and held_out(example.user_turns[0][0], settings.eval_fraction)
-        if excluded.isdisjoint(keys) and not is_held_out:
+        by_hash = settings.eval_path is None and held_out(example.user_turns[0][0], settings.eval_fraction)
+        if excluded.isdisjoint(keys) and keys[0] not in held_out_keys and not by_hash:
             found.update(name for key in keys for name in asked.get(key, ()))
     return Overlap(settings.path, examples.log.read, tuple(sorted(found)))
 

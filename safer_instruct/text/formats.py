@@ -21,9 +21,8 @@ Row = dict[str, Any]
 MAX_TEXT_CHARACTERS = 1 << 24  # a longer one is an unclosed quote or a damaged file, not a text
 MAX_LINE_CHARACTERS = 2 * MAX_TEXT_CHARACTERS  # of JSON, where a row may hold several texts
 JSON_CHUNK_CHARACTERS = 1 << 20
-MAX_GROUP_BYTES = 2 << 30  # of Parquet, unpacked: it is held in memory
-GROUP_ROWS = 256  # of Parquet at a time, fewer where a dictionary could make each of them large
-TABLE_ROWS = 64  # of arrow at a time, fewer where they could be large: each may hold a text of MAX_TEXT_CHARACTERS
+MAX_GROUP_BYTES = 2 << 30  # of a row group of Parquet or a record batch of arrow, unpacked: it is held in memory
+GROUP_ROWS = 256  # of it at a time, fewer where a dictionary could make each of them large
 DICTIONARY_PAGE = 2  # a kind of Parquet's pages
 MAX_TABLE_EXPANSION = 1000  # text of a table by its bytes on the disk: a dictionary of one text may fill each row
 MIN_TABLE_CHARACTERS = 1 << 30  # below, a small table may hold any multiple of its size
@@ -236,15 +235,11 @@ def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
         with pyarrow.parquet.ParquetFile(file) as table:
             groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
             largest = max((group.total_byte_size for group in groups), default=0)
-            if largest > MAX_GROUP_BYTES:
-                raise UserError(
-                    f"{file}: a row group of {largest / 2**30:.1f} GiB, which is read as a whole; write the file with "
-                    "smaller ones (row_group_size=10000)"
-                )
+            _require_room(file, "row group", largest, "row_group_size=10000")
             for number, group in enumerate(groups):
                 with file.open("rb") as raw:
                     repeated = max((_repeated_bytes(raw, group.column(i)) for i in range(group.num_columns)), default=0)
-                yield from table.iter_batches(batch_size=_rows_at_a_time(GROUP_ROWS, repeated), row_groups=[number])
+                yield from table.iter_batches(batch_size=_rows_at_a_time(repeated), row_groups=[number])
         return
     with pyarrow.memory_map(str(file)) as source:
         try:
@@ -254,7 +249,8 @@ def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         for batch in batches:
-            step = _rows_at_a_time(TABLE_ROWS, batch.nbytes)
+            _require_room(file, "record batch", batch.nbytes, "max_chunksize=10000")
+            step = _rows_at_a_time(max((column.nbytes for column in batch.columns if _repeats(column.type)), default=0))
             yield from (batch.slice(start, step) for start in range(0, batch.num_rows, step))
 
 
@@ -272,6 +268,23 @@ def _repeated_bytes(file: BinaryIO, column: pyarrow.parquet.ColumnChunkMetaData)
     return max(numbers[1:]) if numbers[0] == DICTIONARY_PAGE else 0
 
 
-def _rows_at_a_time(most: int, repeated_bytes: int) -> int:
-    """Return how many rows, at `most`, fit into MAX_GROUP_BYTES if so much is repeated in each of them."""
-    return max(1, min(most, MAX_GROUP_BYTES // max(1, repeated_bytes)))
+def _repeats(type: pyarrow.DataType) -> bool:
+    """Return whether arrow may store once what several rows of a type hold."""
+    kinds = pyarrow.types
+    views = (kinds.is_string_view, kinds.is_binary_view, kinds.is_list_view, kinds.is_large_list_view)
+    if any(is_kind(type) for is_kind in (kinds.is_dictionary, kinds.is_run_end_encoded, *views)):
+        return True
+    return any(_repeats(type.field(i).type) for i in range(type.num_fields))
+
+
+def _require_room(file: Path, what: str, num_bytes: int, how: str) -> None:
+    if num_bytes > MAX_GROUP_BYTES:
+        raise UserError(
+            f"{file}: a {what} of {num_bytes / 2**30:.1f} GiB, which is read as a whole; write the file with smaller "
+            f"ones ({how})"
+        )
+
+
+def _rows_at_a_time(repeated_bytes: int) -> int:
+    """Return how many rows, at most GROUP_ROWS, fit into MAX_GROUP_BYTES if so much is repeated in each of them."""
+    return max(1, min(GROUP_ROWS, MAX_GROUP_BYTES // max(1, repeated_bytes)))

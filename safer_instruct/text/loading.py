@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from safer_instruct.text.pairs import Pairing, best, make_pairs
 from safer_instruct.text.readers import read_rows, require_columns, usable_rows
 from safer_instruct.text.row_log import BadRow, RowLog
 from safer_instruct.text.schemas import SCHEMAS
-from safer_instruct.text.standard import Fields
+from safer_instruct.text.standard import Fields, parse_standard
 
 MAX_ID_CHARACTERS = 32  # a longer id of a file's own is hashed
 FREE_COLUMNS = frozenset({"id", "label", "provenance"})  # no schema needs to read them: they say nothing to a model
@@ -48,6 +49,8 @@ class LoadedExamples:
         self._labels = None if settings.labels is None else set(settings.labels)
         self._path, self._pairs, self._training = find_path(path), pairs, training
         self._single = single or settings.schema == "unpaired"
+        judged = single and settings.schema == "custom"
+        self._parse = partial(parse_standard, judged=True) if judged else schema.parse
         self._settings = settings
         self._hub = hub_dataset(log.name, settings) if path == settings.path else None
         self.log = log  # counts and ids of what was dropped, and why
@@ -77,24 +80,31 @@ class LoadedExamples:
 
     def _rows(self) -> Iterator[tuple[Fields, str, str]]:
         file, columns = None, self._settings.columns
+        parsed = False  # a row of the file
         if self._hub is None:
             rows = read_rows(self._path, columns=columns, training=self._training, bad_line=self._drop_line)
         else:
             rows = usable_rows(self._hub.rows(), columns, self._drop_line)
         for where, row in rows:
             if where.rpartition(":")[0] != file:  # the first row of each file
-                file = where.rpartition(":")[0]
+                file, parsed = where.rpartition(":")[0], False
                 self._require_columns(row, file)
             self.log.read += 1
             if self._known is not None:
                 self.log.unread.update(column for column, value in row.items() if value and column not in self._known)
             try:
-                fields = self._schema.parse(row)
+                fields = self._parse(row)
             except KeyError as error:
                 self._drop(BadRow("missing_field", str(error.args[0])), _row_id(row) or text_id(where), where)
             except BadRow as bad:
+                if bad.reason == "not_judged" and not parsed:  # another column is meant: no row of the file would do
+                    raise UserError(
+                        f"{where}: column {bad.column} does not say whether the answer is good, which is needed here: "
+                        f"expected {bad.expected}; datasets.{self.log.name}.columns.{bad.column}=NAME reads another"
+                    ) from None
                 self._drop(bad, _row_id(row) or text_id(where), where)
             else:
+                parsed = True
                 yield fields, _row_id(row), where
 
     def _require_columns(self, row: Row, file: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from config.errors import UserError
 from safer_instruct.text.examples import Message
 from safer_instruct.text.prompts import ASSISTANT, HUMAN
 from safer_instruct.text.row_log import BadRow
@@ -154,6 +155,21 @@ def write_history(messages: Messages) -> str:
 def has_history(value: Any) -> bool:
     """Say whether a cell of the column `history` says that something was before the instruction."""
     return bool(value) and value != "[]"
+
+
+def history_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return `read_history` of the column of a row that nothing may leave out.
+
+    Raises:
+        UserError: It holds something else: to training it is a bad row.
+    """
+    try:
+        return read_history(row.get("history"))
+    except BadRow as bad:
+        raise UserError(
+            f"{where}: {bad.reason} in column {bad.column}: expected {bad.expected}; mend the row, or name the column "
+            "otherwise if it is about something else"
+        ) from None
 
 
 def read_history(value: Any) -> dict[str, Any]:

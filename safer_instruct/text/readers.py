@@ -5,13 +5,12 @@ No file is ever held in memory as a whole, and no message quotes a text: it name
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-
-import pyarrow
 
 from config.checksums import CHECKSUMS, require_untouched
 from config.errors import UserError
@@ -154,12 +153,11 @@ def read_rows(
     """
     path = Path(path)
     files = data_files(path, training=training)
+    if path.is_dir() and _is_datasets_folder(path):
+        files = _datasets_files(path, splits_left_out(path) if training else ())
     for file in files:
         require_untouched(file)
-    rows: Iterable[tuple[str, Row | BadLine]] = chain.from_iterable(map(read_file, files))
-    if path.is_dir() and _is_datasets_folder(path):
-        rows = _read_datasets_folder(path, splits_left_out(path) if training else ())
-    return usable_rows(rows, columns or {}, bad_line)
+    return usable_rows(chain.from_iterable(map(read_file, files)), columns or {}, bad_line)
 
 
 def usable_rows(
@@ -189,21 +187,23 @@ def _is_datasets_folder(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _read_datasets_folder(path: Path, left_out: Collection[str]) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
-    import datasets  # slow to import, and most datasets are files
-
+def _datasets_files(path: Path, left_out: Collection[str]) -> list[Path]:
+    """Return the arrow files of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, in order."""
     try:
-        loaded = datasets.load_from_disk(str(path)).with_format(None)  # plain values, whatever it was saved with
-    except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException) as error:
+        whole = path / "dataset_dict.json"
+        splits = json.loads(whole.read_text(encoding="utf-8"))["splits"] if whole.is_file() else [""]
+        folders = [path / name for name in sorted(splits) if name not in left_out]
+        states = [json.loads((folder / "state.json").read_text(encoding="utf-8")) for folder in folders]
+        if any(state.get("_indices_data_files") for state in states):
+            raise ValueError("its rows stand in another order than in its files")
+        files = [
+            f / part["filename"] for f, state in zip(folders, states, strict=True) for part in state["_data_files"]
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: a folder of `datasets` that cannot be read ({type(error).__name__}); save it again, or copy all "
             "of its files"
         ) from error
-    splits = sorted(loaded.items()) if isinstance(loaded, datasets.DatasetDict) else [("", loaded)]
-    splits = [(name, split) for name, split in splits if name not in left_out]
-    if not any(len(split) for _, split in splits):
+    if not files:
         raise UserError(f"{path}: the dataset is empty; it must hold at least one row")
-    for name, split in splits:
-        for number, row in enumerate(split, start=1):
-            yield f"{path / name}:{number}", dict(row)
+    return files

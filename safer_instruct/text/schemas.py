@@ -24,7 +24,7 @@ from safer_instruct.text.messages import (
 )
 from safer_instruct.text.pairs import Answer, read_score
 from safer_instruct.text.row_log import BadRow
-from safer_instruct.text.standard import JUDGEMENTS, Fields, judgement, parse_standard
+from safer_instruct.text.standard import Fields, is_good, parse_standard
 
 _HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 
@@ -48,7 +48,7 @@ def _parse_si(row: Row) -> Fields:
 
 def _parse_unpaired(row: Row) -> Fields:
     """Put an answer where its judgement says: a good one is a chosen response, a bad one a rejected one."""
-    side = "chosen" if _is_good(row, "good") else "rejected"
+    side = "chosen" if is_good(row["good"], "good") else "rejected"
     return {**{name: row.get(name) for name in ("instruction", "input", "label")}, side: row["response"]}
 
 
@@ -125,7 +125,7 @@ def _parse_ultrafeedback(row: Row) -> Fields:
 def _parse_beavertails(row: Row) -> Fields:
     """Read BeaverTails (one answer, safe or not) or PKU-SafeRLHF (two answers, of which one is the safer)."""
     if "response_0" not in row:
-        side = "chosen" if _is_good(row, "is_safe") else "rejected"
+        side = "chosen" if is_good(row["is_safe"], "is_safe") else "rejected"
         return {"instruction": row["prompt"], side: row["response"]}
     safer = str(row["safer_response_id"])
     if safer not in ("0", "1"):
@@ -170,13 +170,6 @@ def _text(row: Any, name: str, column: str) -> str:
 
 def _score(row: Row, name: str, column: str) -> float:
     return read_score(row.get(name), column)
-
-
-def _is_good(row: Row, column: str) -> bool:
-    good = judgement(row[column])
-    if good is None:
-        raise BadRow("not_judged", column, ", ".join(JUDGEMENTS))
-    return good
 
 
 SCHEMAS = {

@@ -23,16 +23,27 @@ from safer_instruct.text.prompts import HUMAN
 from safer_instruct.text.row_log import BadRow
 
 Fields = dict[str, Any]
-JUDGEMENTS = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}  # of an answer
+# What calls an answer good, and what bad: JSON's values, those of CSV files, and those that pandas writes.
+_GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "safe")
+_BAD = ("false", "0", "0.0", "no", "bad", "undesirable", "unsafe")
 
 
-def judgement(cell: Any) -> bool | None:
-    """Return whether a cell calls an answer good, as a CSV file has it, too; None if it says something else."""
-    return JUDGEMENTS.get(str(cell).strip().casefold())
+def is_good(cell: Any, column: str) -> bool:
+    """Return whether a cell calls an answer good.
+
+    Raises:
+        BadRow: It says something else, or nothing.
+    """
+    word = str(cell).strip().casefold()
+    if word not in _GOOD + _BAD:
+        raise BadRow("not_judged", column, ", ".join(f"{good} or {bad}" for good, bad in zip(_GOOD, _BAD, strict=True)))
+    return word in _GOOD
 
 
-def parse_standard(row: Row) -> Fields:
+def parse_standard(row: Row, *, judged: bool = False) -> Fields:
     """Return what was asked and its answers; see the module.
+
+    With `judged`, an answer alone must have a judgement: its `label`, or the name of the column `chosen`.
 
     Raises:
         BadRow: The prompts of chosen and rejected differ, there is no prompt, or a column holds something else.
@@ -42,8 +53,11 @@ def parse_standard(row: Row) -> Fields:
         fields["system"] = row["system"]
     if row.get("chosen") is None and row.get("messages") is not None:
         asked, answer = read_to_answer(row["messages"], "messages")
-        return fields | _asked(asked, "messages") | {"chosen": answer}
+        fields |= _asked(asked, "messages") | {"chosen": answer}
+        return _put_where_judged(fields, "messages", judged=judged)
     if row.get("responses") is not None:
+        if judged:
+            raise BadRow("not_judged", "responses", "one answer with a label, or split_pairs=true")
         return fields | _prompt_of(row["prompt"]) | {"answers": _scored(row)}
     name = "chosen" if row.get("chosen") is not None else "completion"
     chosen, rejected = row.get(name), row.get("rejected")
@@ -53,11 +67,22 @@ def parse_standard(row: Row) -> Fields:
         fields |= _implicit_prompt(chosen, rejected)
     else:
         fields |= _prompt_of(row["prompt"]) | _without_prompt(row["prompt"], chosen, rejected)
-    label = row.get("label")
-    bad = label is False or (name == "completion" and judgement(label) is False)
-    if bad and fields.get("rejected") is None:  # an unpaired answer that was judged bad
-        fields["chosen"], fields["rejected"] = None, fields["chosen"]
-    return fields
+    return _put_where_judged(fields, name, judged=judged)
+
+
+def _put_where_judged(fields: Fields, name: str, *, judged: bool) -> Fields:
+    """Make an answer alone, of the column `name`, a rejected one where its label calls it bad."""
+    label = fields["label"]
+    if fields.get("rejected") is not None:
+        return fields
+    try:
+        # Elsewhere a label is the category of a row, which may be called "bad" or "0".
+        good = is_good(label, "label") if judged or name == "completion" or isinstance(label, bool) else True
+    except BadRow:
+        if judged and name != "chosen":
+            raise
+        good = True
+    return fields if good else {**fields, "chosen": None, "rejected": fields["chosen"]}
 
 
 def _asked(messages: Messages, column: str) -> Fields:
