@@ -1,4 +1,4 @@
-"""Losses against the newest TRL's own methods, called on the same log-probabilities (`requirements-bench.txt`).
+"""Losses against the newest TRL's own methods, called on the same log-probabilities.
 
 TRL's trainers compute a loss inside of the method that runs the model, so the model here is a stand-in that says given
 log-probabilities, and the trainer an object that only has the attributes that the method reads.
@@ -15,7 +15,7 @@ from trainers.losses import PAIR_LOSSES
 from trainers.losses.responses import Pairs
 from trainers.objectives import build_objective
 
-pytest.importorskip("trl", reason="TRL is not installed: pip install -r requirements-bench.txt")
+pytest.importorskip("trl", reason="TRL is not installed: pip install -r requirements-dev.txt")
 
 B, TOKENS, BETA, SMOOTHING = 6, 9, 0.3, 0.2
 LENGTHS = torch.tensor([[3, 5], [8, 2], [4, 4], [1, 8], [6, 7], [7, 1]])
