@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
 
 from config.checks import check_device, check_hub, check_lengths
 from config.checks_lora import check_lora
 from config.checks_loss import check_loss, check_reference, check_rows
-from config.names import INSTALL_TORCHAO, TORCHAO_OPTIMIZERS
+from config.names import INSTALL_TORCHAO, TORCHAO_OPTIMIZERS, WITHOUT_SHARDS
 from config.paths import find_path
 from config.rules import MISSING, Fault, check_values, misfit
 from config.settings import TrainConfig, TrainerSettings
@@ -140,30 +139,44 @@ def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
     if config.optimizer != "Muon" and config.fallback_optimizer is not None:
         why = f"optimizer={config.optimizer} steps all parameters; leave it out, or write optimizer=Muon"
         yield misfit("fallback_optimizer", config.fallback_optimizer, why, "optimizer")
+    if config.fallback_args and config.fallback_optimizer is None:
+        why = "there is no fallback_optimizer that takes them; leave them out"
+        yield misfit("fallback_args", config.fallback_args, why, "fallback_optimizer")
+    if config.decay_ratio != TrainConfig.decay_ratio and config.lr_scheduler != "wsd":
+        why = f"lr_scheduler={config.lr_scheduler} does not read it; leave it out, or write lr_scheduler=wsd"
+        yield misfit("decay_ratio", config.decay_ratio, why, "lr_scheduler")
+    if config.optimizer in (*TORCHAO_OPTIMIZERS, *WITHOUT_SHARDS) and config.trainer.name != "BasicTrainer":
+        is_torchs = config.optimizer in WITHOUT_SHARDS
+        what = "torch cannot take its step on sharded weights" if is_torchs else "a state of 8 bits is not sharded"
+        why = f"{what}; write trainer=BasicTrainer, or optimizer=AdamW, whose state is spread over the processes"
+        yield misfit("optimizer", config.optimizer, why, "trainer.name")
     if config.optimizer in TORCHAO_OPTIMIZERS:
-        if config.trainer.name != "BasicTrainer":
-            why = (
-                "a state of 8 bits is not sharded; write trainer=BasicTrainer, or optimizer=AdamW, whose state is "
-                "spread over the processes"
-            )
-            yield misfit("optimizer", config.optimizer, why, "trainer.name")
         try:
             import_module("torchao.optim")
         except ImportError as error:
             why = f"it is torchao's, which cannot be imported ({error}): {INSTALL_TORCHAO}"
             yield misfit("optimizer", config.optimizer, why)
             return
-    yield from _refused(config.optimizer, config.optimizer_args, "optimizer")
+    yield from _refused(config, "optimizer", "optimizer_args")
     if config.fallback_optimizer is not None:
-        yield from _refused(config.fallback_optimizer, config.fallback_args, "fallback_optimizer")
+        yield from _refused(config, "fallback_optimizer", "fallback_args")
 
 
-def _refused(name: str, arguments: dict[str, Any], key: str) -> Iterator[Fault]:
+def _refused(config: TrainConfig, key: str, args_key: str) -> Iterator[Fault]:
+    """Take a step of a dummy matrix: three betas are only refused there, and everything in a way of its own."""
     import torch
 
+    name, arguments = vars(config)[key], dict(vars(config)[args_key])
     module = import_module("torchao.optim") if name in TORCHAO_OPTIMIZERS else torch.optim
+    parameter = torch.nn.Parameter(torch.zeros(1, 1))
+    parameter.grad = torch.ones(1, 1)
+    if config.device != "cpu" and torch.cuda.is_available():
+        arguments.pop("capturable", None)  # is of a GPU, where the dummy is not
     try:
-        vars(module)[name]([torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3, **arguments)
-    except (TypeError, ValueError) as error:
-        args_key = "optimizer_args" if key == "optimizer" else "fallback_args"
-        yield misfit(args_key, arguments, f"these do not fit {key}={name}: {error}", key)
+        with torch.compiler.set_stance("force_eager"):
+            vars(module)[name]([parameter], lr=1e-3, **arguments).step()
+        why = "" if parameter.isfinite().all() else "its first step is not finite"
+    except Exception as error:
+        why = str(error)
+    if why:
+        yield misfit(args_key, vars(config)[args_key], f"these do not fit {key}={name}: {why}", key)

@@ -27,6 +27,7 @@ OPTIMIZERS = (
     "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop",
     "Rprop", "SGD",
 )  # fmt: skip
+WITHOUT_SHARDS = ("Adafactor", "Rprop")  # whose steps torch refuses on parameters that are sharded
 TORCHAO_OPTIMIZERS = ("AdamW8bit",)  # of the package torchao, an optional extra
 INSTALL_TORCHAO = "pip install --no-deps 'torchao>=0.18'"
 # Folders that a command of this repository makes: named where they are asked for and are not there.

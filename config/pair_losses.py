@@ -269,5 +269,7 @@ class AlphaPOSettings(SimPOSettings):
     """`loss=alphapo`: SimPO with a bent reward (Gupta et al. 2025)."""
 
     name: str = "alphapo"
+    beta: Positive = 2.5
+    gamma: NotNegative = 0.1  # the margin of the rewards
     # How the reward is bent; towards 0 it is SimPO's.
-    alpha: Annotated[float, lambda value: "" if value else "must not be 0; write loss=simpo"] = 0.25
+    alpha: Annotated[float, rules.other_than_zero("; write loss=simpo")] = 0.25

@@ -88,7 +88,8 @@ def is_below(key: str, roots: Iterable[str]) -> bool:
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the entry of `names` that `name` was probably meant to be, or None."""
     choices = sorted(names)
-    found = difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
+    found = [choice for choice in choices if choice.lower() == name.lower()]
+    found = found or difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
     if not found:  # `beta` for `loss.beta`, `path` for `datasets.si.path`
         leaves = {choice.split(".")[-1]: choice for choice in reversed(choices)}
         found = [leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.75)]
@@ -114,13 +115,23 @@ def choices(*names: str | bool) -> Rule:
 
 
 def at_least(least: float) -> Rule:
-    """Demand a number that is not below the least one."""
-    return lambda value: "" if value >= least else f"must be {least} or more"
+    """Demand a finite number that is not below the least one."""
+
+    def complain(value: float) -> str:
+        finite = ", and finite" if value == math.inf else ""
+        return "" if value >= least and not finite else f"must be {least} or more{finite}"
+
+    return complain
 
 
 def above(bound: float, complaint: str = "must be above {bound}, and finite") -> Rule:
     """Demand a finite number beyond the bound."""
     return lambda value: "" if bound < value < math.inf else complaint.format(bound=bound)
+
+
+def other_than_zero(note: str) -> Rule:
+    """Demand a finite number that is not 0."""
+    return lambda value: "" if value and math.isfinite(value) else f"must be finite and not 0{note}"
 
 
 def interval(bounds: str, note: str = "") -> Rule:

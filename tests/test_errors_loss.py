@@ -1,5 +1,7 @@
 """Mistakes in the choice of a loss and of its data, each one message before anything runs."""
 
+import math
+
 import pytest
 
 from config.checks_train import check_train
@@ -53,7 +55,9 @@ def test_a_mixture_is_typed_part_by_part():
         ("aot", {"form": "unpared"}, "loss.form=unpared: no such choice; did you mean unpaired?"),
         ("dpo", {"f_divergence": "jss"}, "loss.f_divergence=jss: no such choice; did you mean js?"),
         ("dpo", {"ld_alpha": 1.5}, "loss.ld_alpha=1.5: must lie in [0, 1]"),
-        ("alphapo", {"alpha": 0.0}, "loss.alpha=0.0: must not be 0"),
+        ("alphapo", {"alpha": 0.0}, "loss.alpha=0.0: must be finite and not 0; write loss=simpo"),
+        ("alphapo", {"alpha": math.nan}, "loss.alpha=nan: must be finite and not 0"),
+        ("dpop", {"penalty": math.inf}, "loss.penalty=inf: must be 0 or more, and finite"),
         ("simpo", {"gamma": -1.0}, "loss.gamma=-1.0: must be 0 or more"),
     ],
 )

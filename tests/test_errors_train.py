@@ -17,6 +17,7 @@ import train
 from config.checks_train import check_train
 from config.errors import UserError
 from config.help import KEYS, short_help
+from config.names import WITHOUT_SHARDS
 from config.overrides import PROGRAMS
 from config.schema import CONFIGS, compose_config
 from config.settings import DatasetSettings, DPOSettings, ModelSettings, TrainConfig
@@ -88,11 +89,16 @@ VALUES = [
     ("lr", float("inf"), "lr=inf: must be above 0, and finite"),
     ("lr", float("nan"), "lr=nan: must be above 0, and finite"),
     ("optimizer", "Adamm", "optimizer=Adamm: no such choice; did you mean Adam?"),
+    ("optimizer", "adamw", "optimizer=adamw: no such choice; did you mean AdamW?"),
+    ("optimizer", "LBFGS", "optimizer=LBFGS: no such choice."),  # evaluates the loss by itself
+    ("optimizer", "SparseAdam", "optimizer=SparseAdam: no such choice"),
     ("optimizer_args", {"beta": 1}, "do not fit optimizer=RMSprop"),
     ("optimizer", "Muon", "optimizer=Muon steps matrices alone"),
     ("fallback_optimizer", "AdamW", "fallback_optimizer=AdamW: optimizer=RMSprop steps all parameters"),
+    ("fallback_args", {"eps": 1e-6}, "there is no fallback_optimizer that takes them"),
     ("weight_decay_on", "matrix", "weight_decay_on=matrix: no such choice; did you mean matrices?"),
     ("decay_ratio", 0.0, "decay_ratio=0.0: must lie in (0, 1]"),
+    ("decay_ratio", 0.2, "decay_ratio=0.2: lr_scheduler=constant does not read it"),
     ("lr_scheduler", "cosin", "lr_scheduler=cosin: no such choice; did you mean cosine? Choices: constant"),
     ("warmup_ratio", 1.5, "warmup_ratio=1.5: must lie in [0, 1)"),
     ("max_grad_norm", 0.0, "max_grad_norm=0.0: must be above 0"),
@@ -145,6 +151,29 @@ def test_one_bad_value_is_one_line(key, value, message, tmp_path, tiny_model_fol
     (fault,) = check_train(config)
     assert message in fault.message
     assert key in (fault.key, *fault.others)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "optimizer=AdamW optimizer_args.betas=[0.9]",
+        "optimizer=AdamW optimizer_args.betas=[0.9,0.98,0.99]",
+        "optimizer=AdamW optimizer_args.fused=true optimizer_args.foreach=true",
+        "optimizer=AdamW optimizer_args.differentiable=true",
+        "optimizer=Muon fallback_optimizer=AdamW fallback_args.betas=[0.9,0.98,0.99]",
+        "optimizer=Muon fallback_optimizer=AdamW optimizer_args.ns_steps=1000",
+        "optimizer=RMSprop optimizer_args.alpha=2",
+    ],
+)
+def test_arguments_that_a_step_would_stumble_over(mistakes, words):
+    (line,) = mistakes(*words.split())
+    assert "}: these do not fit " in line
+
+
+@pytest.mark.parametrize("name", WITHOUT_SHARDS)
+def test_optimizers_that_step_no_shards(mistakes, name):
+    (line,) = mistakes(f"optimizer={name}", "trainer=FSDPTrainer")
+    assert line.startswith(f"optimizer={name}: torch cannot take its step on sharded weights; write trainer=Basic")
 
 
 def test_an_interpolation_of_nothing(mistakes):

@@ -139,6 +139,24 @@ def test_losses_and_gradients_stay_finite_far_out(name, beta, h, dtype):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["dpo", "cdpo", "ipo"])
+def test_values_are_the_dpo_repos(name):
+    """Typed from `preference_loss` of eric-mitchell/direct-preference-optimization, trainers.py, at its defaults' beta.
+
+    `ipo` is its key for the second branch, `label_smoothing` its key for cDPO.
+    """
+    policy, reference = vectors(64, seed=7, scale=60.0)
+    beta, label_smoothing, ipo = 0.1, 0.1 if name == "cdpo" else 0.0, name == "ipo"
+    logits = (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
+    if ipo:
+        expected = (logits - 1 / (2 * beta)) ** 2
+    else:
+        smooth = torch.nn.functional.logsigmoid(-beta * logits) * label_smoothing
+        expected = -torch.nn.functional.logsigmoid(beta * logits) * (1 - label_smoothing) - smooth
+    losses = PAIR_LOSSES[name](Pairs(policy, reference), LOSSES[name]())
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
 @pytest.mark.parametrize("name", ["dpo", "robust", "ipo", "hinge", "exo_pair", "discopop"])
 def test_f_divergences_are_those_of_the_table(name, divergence):

@@ -1,9 +1,10 @@
-"""Losses against the newest TRL's own methods, called on the same log-probabilities (`requirements-bench.txt`).
+"""Losses against the newest TRL's own methods, called on the same log-probabilities.
 
 TRL's trainers compute a loss inside of the method that runs the model, so the model here is a stand-in that says given
 log-probabilities, and the trainer an object that only has the attributes that the method reads.
 """
 
+import ast
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from trainers.losses import PAIR_LOSSES
 from trainers.losses.responses import Pairs
 from trainers.objectives import build_objective
 
-pytest.importorskip("trl", reason="TRL is not installed: pip install -r requirements-bench.txt")
+pytest.importorskip("trl", reason="TRL is not installed: pip install -r requirements-dev.txt")
 
 B, TOKENS, BETA, SMOOTHING = 6, 9, 0.3, 0.2
 LENGTHS = torch.tensor([[3, 5], [8, 2], [4, 4], [1, 8], [6, 7], [7, 1]])
@@ -156,6 +157,23 @@ def test_bco_pair_is_theirs_where_the_mean_of_the_rewards_is_0():
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_no_loss_of_theirs_is_left_out():
+    """TRL names its losses in the message about one that it does not have."""
+    with pytest.raises(ValueError, match="Should be one of") as refused:
+        theirs(token_logps(0), token_logps(1), loss_types=["?"])
+    names = ast.literal_eval(str(refused.value).partition("one of ")[2])
+    assert set(names) == {name for _, name, _ in DPO_TRAINER.values()} | {"bco_pair", "sft"}
+
+
+def test_the_likelihood_of_chosen_is_theirs_but_for_the_mean():
+    """ours = theirs - (sum of nll) / (sum of n) + mean over pairs of nll / n."""
+    policy, reference = token_logps(0), token_logps(1)
+    nll, num_tokens = -policy[:B].sum(1), LENGTHS[:, 0]
+    expected = theirs(policy, reference, loss_types=["sigmoid", "sft"], loss_weights=[1.0, 1.0])
+    expected += ((nll / num_tokens).mean() - nll.sum() / num_tokens.sum()).item()
+    assert ours(LOSSES["rpo"](beta=BETA), policy, reference) == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
 def test_a_mixture_is_theirs():
     policy, reference = token_logps(2), token_logps(3)
     parts = {"dpo": {"weight": 0.8, "beta": BETA}, "sppo_hard": {"weight": 0.2, "beta": BETA}}
@@ -168,6 +186,8 @@ def test_a_mixture_is_theirs():
     ("name", "keys", "attributes"),
     [
         ("cpo", {}, {"loss_type": "sigmoid", "alpha": 0.0}),
+        ("hinge", {}, {"loss_type": "hinge", "alpha": 0.0}),  # against a uniform reference
+        ("ipo", {}, {"loss_type": "ipo", "alpha": 0.0}),
         ("simpo", {"gamma": 0.6}, {"loss_type": "simpo", "alpha": 0.0, "simpo_gamma": 0.6}),
         ("alphapo", {"gamma": 0.6, "alpha": 0.25}, {"loss_type": "simpo", "alpha": 0.25, "simpo_gamma": 0.6}),
     ],

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config.errors import UserError
-from config.settings import TrainConfig
+from config.names import OPTIMIZERS, WITHOUT_SHARDS
+from config.settings import TrainConfig, TrainerSettings
+from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import tiny_settings, tiny_trainer
 from trainers.distributed import sharding
@@ -227,6 +229,37 @@ def test_warm_up_stable_decay():
     settings = TrainConfig(exp_name="x", lr=2.0, warmup_steps=2, lr_scheduler="wsd", decay_ratio=0.4)
     rates = [learning_rate(update, 10, settings) for update in range(11)]
     assert rates == pytest.approx([2 / 3, 4 / 3, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5, 0.0])
+    settings = TrainConfig(exp_name="x", lr=1.0, warmup_steps=7, lr_scheduler="wsd", decay_ratio=1.0)
+    rates = [learning_rate(update, 8, settings) for update in range(9)]
+    assert rates == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0.0])  # no jump
+
+
+STEPPED = {name: {"optimizer": name} for name in OPTIMIZERS if name not in WITHOUT_SHARDS} | {
+    "Muon": {**MUON, "lr": 1e-3}, "Muon and SGD": {**MUON, "lr": 1e-3, "fallback_optimizer": "SGD"},
+}  # fmt: skip
+
+
+def step_with_each(layout, folder):
+    """A run of each, `<name> of <processes>`: three batches of 4 rows."""
+    for name, keys in STEPPED.items():
+        settings = tiny_settings(**keys, n_examples=12, do_first_eval=False)
+        run = folder / f"{name} of {layout.world_size}"
+        opened = layout.main_only(lambda run=run: RunDir.open(run, config={}, manifest={}))
+        sharded = TrainerSettings("BasicTrainer" if layout.world_size == 1 else "FSDPTrainer")
+        with opened or RunDir(run, None) as of:
+            tiny_trainer(folder, layout, of, replace(settings, trainer=sharded)).train()
+
+
+def test_every_optimizer_steps_shards_as_it_steps_the_whole(tmp_path):
+    """Muon orthogonalises in bfloat16, which rounds a matrix in two parts otherwise than one."""
+    two = tiny_settings(trainer=TrainerSettings("FSDPTrainer", 2))
+    run_ranks(step_with_each, 2, two, tmp_path)
+    launch(lambda layout: step_with_each(layout, tmp_path), tiny_settings())
+    for name in STEPPED:
+        one, other = (load_file(tmp_path / f"{name} of {n}" / "LATEST/model/model.safetensors") for n in (1, 2))
+        tolerance = 1e-4 if name.startswith("Muon") else 1e-6
+        for key, tensor in one.items():
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=tolerance, msg=f"{name} {key}")
 
 
 def test_muon_trains_saves_and_goes_on(tmp_path):

@@ -17,7 +17,7 @@ from config.names import TORCHAO_OPTIMIZERS
 from config.settings import TrainConfig
 from trainers.distributed.sharding import local_part
 
-# Optimizers with a fused step on CPU and, in every supported torch, on CUDA.
+# Optimizers with a fused step on CPU and, in every supported torch, on CUDA; that of SGD refuses weights in shards.
 FUSED = ("Adam", "AdamW", "SGD")
 CHOOSE_THE_STEP = {"fused", "foreach", "capturable", "differentiable"}  # arguments that name an implementation
 
@@ -131,7 +131,8 @@ def _one_optimizer(
 ) -> torch.optim.Optimizer:
     arguments = dict(given)
     kind = getattr(import_module("torchao.optim") if name in TORCHAO_OPTIMIZERS else torch.optim, name)
-    if name in FUSED and not CHOOSE_THE_STEP & arguments.keys():
+    is_whole = local_part(parameters[0]) is parameters[0]
+    if name in FUSED and (is_whole or name != "SGD") and not CHOOSE_THE_STEP & arguments.keys():
         arguments["fused"] = True
     elif name == "RMSprop" and arguments.keys() <= {"alpha", "eps"} and parameters[0].is_cuda:
         kind = RMSprop
@@ -179,16 +180,17 @@ def learning_rate(update: int, num_updates: int, settings: TrainConfig) -> float
 
     It rises as (update + 1) / (warm-up + 1), the DPO repo's way, then stays, or falls to 0 at the end of the run as a
     line or half a cosine; wsd (warm-up, stable, decay) stays and falls as a line in the last `decay_ratio` of all
-    updates. A pure function, so that a resumed run has nothing to restore.
+    updates, where it is not below that line already. A pure function, so that a resumed run has nothing to restore.
     """
     warmup = num_warmup_steps(num_updates, settings)
+    warmed = settings.lr * min(1.0, (update + 1) / (warmup + 1))
+    if settings.lr_scheduler == "wsd":
+        return min(warmed, settings.lr * (num_updates - update) / (settings.decay_ratio * num_updates))
     if update < warmup:
-        return settings.lr * (update + 1) / (warmup + 1)
+        return warmed
     progress = (update - warmup) / max(1, num_updates - warmup)
     if settings.lr_scheduler == "linear":
         return settings.lr * max(0.0, 1 - progress)
-    if settings.lr_scheduler == "wsd":
-        return settings.lr * min(1.0, (num_updates - update) / (settings.decay_ratio * num_updates))
     if settings.lr_scheduler == "cosine":
         return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return settings.lr
