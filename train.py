@@ -67,7 +67,7 @@ from trainers.run.next_command import end_run, starting_line
 from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
 from trainers.run.saved import repair_links
-from trainers.run.speed_notes import speed_notes
+from trainers.run.speed import speed_notes
 from trainers.trainer import Trainer
 
 
