@@ -135,13 +135,8 @@ def stack_bars(axes: Axes, bars: Mapping[str, Sequence[float]], parts: Sequence[
 def plot_rates(title: str, metric: str, models: Models, group: str) -> Plot | None:
     """Draw one metric with 95% intervals: a row for each label (or source), in it a point for each model.
 
+    `metric` is the key of a rate in the report (`harmful_rate`), `group` is `by_label`, `by_source` or `by_set`;
     None if no model has the metric in any group.
-
-    Args:
-        title: Heading of the figure.
-        metric: Key of a rate in the report, `harmful_rate`.
-        models: `report["models"]`.
-        group: `by_label`, `by_source` or `by_set`.
     """
     names = groups_with(models, group, metric)
     if not names:

@@ -47,10 +47,8 @@ LABEL_GAP = 0.09  # of an axis: numbers nearer to each other would overlap
 def plot_sweep(runs: Sequence[TrainingRun], differing: Sequence[str], models: Models) -> list[Plot]:
     """Draw the first `MAX_RUNS` of the runs; [] where no setting differs, or nothing was measured of two of them.
 
-    Args:
-        runs: In the order of their table.
-        differing: Names of the settings that differ between them.
-        models: `report["models"]`: a run's, where one of its folders was evaluated.
+    The runs are in the order of their table; `models` is `report["models"]`: a run's, where one of its folders was
+    evaluated.
     """
     if not differing:
         return []

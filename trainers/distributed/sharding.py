@@ -149,13 +149,8 @@ def clip_grad_norm(
 
     The squares are summed in float64: in float32 their sum is off by some 1e-5, and differently for each layout. Most
     steps need no scaling, and are spared the second pass over all gradients. To know that, the host waits for the
-    device here, once in a step; the loss comes along, so that the caller need not wait again.
-
-    Args:
-        parameters: Sharded or not.
-        max_norm: The bound.
-        loss_sum: This process's sum of losses, a scalar.
-        layout: Of the parameters.
+    device here, once in a step; the loss comes along (`loss_sum` is this process's, a scalar), so that the caller need
+    not wait again.
     """
     gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     # On a GPU one read of the gradients, widened in registers; `vector_norm` would write a float64 copy of each.
