@@ -45,6 +45,7 @@ from safer_instruct.measures.rates import summarize
 from safer_instruct.report.tables import HEADLINE, extra_tables, shown_metrics
 from safer_instruct.shards import resolve_shard
 from safer_instruct.text.exclusion import turn_keys
+from trainers.distributed.launch import pick_device
 
 if TYPE_CHECKING:
     from trainers.data.token_store import TokenStore
@@ -57,7 +58,9 @@ def main(config: EvaluateConfig) -> None:
     spread = config if config.engine.name == "ray" and not config.compare else None
     if spread is not None:
         config = replace(config, engine=EngineSettings(), shard=ShardSettings(0, 1))
-    evaluation = None if config.compare else prepare(config, resolve_shard(config.shard, os.environ))
+    evaluation = (
+        None if config.compare else prepare(config, resolve_shard(config.shard, os.environ), pick_device(config.device))
+    )
     if config.dry_run and evaluation is not None:
         print(forecast_evaluation(config, evaluation))
         return
@@ -123,17 +126,10 @@ def load_model(respondent: Respondent, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def logps_of(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log-probabilities of a micro-batch and its numbers of tokens, by the kernel that training uses."""
-    from trainers.kernels.logps import sequence_logps
-
-    logps, num_tokens = sequence_logps(model, batch)
-    return logps, num_tokens
-
-
 def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, device: torch.device) -> list[float]:
     """Return log p(continuation | context) of each pair, in nats."""
     from safer_instruct.generation.models import load_tokenizer
+    from trainers.kernels.logps import sequence_logps
 
     tokenizer = load_tokenizer(respondent.model)
     model = load_model(respondent, device)
@@ -143,7 +139,7 @@ def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, d
         input_ids = torch.tensor([head + choice], device=device)
         is_choice = torch.arange(input_ids.shape[1], device=device)[None] >= len(head)
         batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(is_choice), "response_mask": is_choice}
-        scores.append(float(logps_of(model, batch)[0]))
+        scores.append(float(sequence_logps(model, batch)[0]))
     return scores
 
 
@@ -193,12 +189,14 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation, progress: Advan
     return describe_rewards(margins, labels_of_rows, evaluation.reward_scales, trained_on, settings)
 
 
+@torch.no_grad()
 def pair_logps(
     respondent: Respondent, store: TokenStore, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-probabilities and numbers of tokens of chosen and rejected, (N, 2) each, in the order of the store."""
     from trainers.data.batching import BatchLoader
     from trainers.data.cutters import PaddedCutter
+    from trainers.kernels.logps import sequence_logps
 
     model = load_model(respondent, device)
     loader = BatchLoader(store, PaddedCutter(pad_token_id=0), batch_size=batch_size)
@@ -207,7 +205,7 @@ def pair_logps(
     for batch in loader.batches():
         for microbatch in batch.microbatches:
             rows = microbatch["row"]
-            logps[rows], num_tokens[rows] = (column.cpu() for column in logps_of(model, microbatch.to(device)))
+            logps[rows], num_tokens[rows] = (column.cpu() for column in sequence_logps(model, microbatch.to(device)))
     if not logps.isfinite().all():
         raise UserError(
             f"models.{respondent.name}: its log-probabilities are not finite; its weights may not be, either"

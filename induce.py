@@ -84,6 +84,7 @@ from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.display import without_password
 from safer_instruct.text.exclusion import read_instruction_keys, turn_keys
 from safer_instruct.text.readers import read_rows
+from trainers.distributed.launch import pick_device
 
 NUM_SHOWN = 3  # pairs that log_text=true prints
 LOCK_SECONDS = 600.0  # another shard writes the same pairs
@@ -118,7 +119,7 @@ def run_shard(config: InduceConfig) -> None:
     if config.dry_run:
         print(forecast_induction(config, stages, (index, count)))
         return
-    device = torch.device(_device(config.device))
+    device = pick_device(config.device)
     paths = {stage: shard_path(ledgers, stage, index, count) for stage in STAGES}
     paid = {stage: paths[stage] for stage in (FILTER, RESPOND, VARY)}
     expert = _checked_expert(config, device, paid.values(), count) if paid.keys() & set(stages) else None
@@ -173,7 +174,8 @@ def logps_of(model: Any) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 def merge_shards(config: InduceConfig) -> None:
     """Write dataset, report and card from the ledgers of all shards."""
-    from safer_instruct.dataset.card import build_report, render_funnel, write_report  # matplotlib: no shard needs it
+    from safer_instruct.dataset.card import build_report, write_report  # matplotlib: no shard needs it
+    from safer_instruct.dataset.tables import funnel_table
 
     started = time.monotonic()
     output = Path(config.output)
@@ -203,7 +205,7 @@ def merge_shards(config: InduceConfig) -> None:
         report = build_report(merged, run=run, rejections=rejections, card=config.card)
         write_report(report, output)
     names = ", ".join(FILES[config.format])
-    print(render_funnel(report))
+    print(funnel_table(report).markdown)
     print(f"\n{report['num_rows']} pairs in {output} ({names}); counts and drops: {output / 'README.md'}")
     if not report["num_rows"]:
         print("No pair is left: the table `dropped by` in README.md tells why.")
@@ -222,7 +224,7 @@ def run_benign(config: InduceConfig) -> None:
     require_own_folder(output / "ledger", stage)
     require_same_shards(output / "ledger", count)
     paths = {name: shard_path(output / "ledger", name, index, count) for name in BENIGN_STAGES[stage]}
-    device = torch.device(_device(config.device))
+    device = pick_device(config.device)
     unsafe = read_unsafe_rows(config.path) if config.path else []
     draws = stage == CONTRAST or config.replay.rejected == "refusal"
     refusals = Refusals(unsafe, str(config.path)) if draws else None  # now: a dataset without any is said at once
@@ -299,11 +301,6 @@ def _checked_expert(config: InduceConfig, device: torch.device, paid: Collection
     expert = build_expert(config.expert, device, budget)
     expert.check()
     return expert
-
-
-def _device(name: str) -> str:
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return found if name == "auto" else name
 
 
 def _show(path: Path) -> None:

@@ -22,13 +22,14 @@ import torch
 import xxhash
 from tqdm import tqdm
 
+from config.checksums import hash_files
 from config.errors import UserError
 from config.pair_losses import Rows
 from config.paths import find_path
 from config.settings import DatasetSettings
 from safer_instruct.text.chat import special_token_texts
 from safer_instruct.text.encoding import EncodedRow, Encoder, prompt_token_ids, tokenizer_fingerprint
-from safer_instruct.text.example_encoder import ExampleEncoder
+from safer_instruct.text.example_encoder import ExampleEncoder, Targets
 from safer_instruct.text.examples import Example, held_out, text_id
 from safer_instruct.text.exclusion import exclude_file, key_hash, read_instruction_keys, turn_keys
 from safer_instruct.text.formats import data_suffix
@@ -37,7 +38,7 @@ from safer_instruct.text.loading import LoadedExamples, load_examples
 from safer_instruct.text.readers import data_files
 from safer_instruct.text.refusals import declines
 from safer_instruct.text.row_log import RowLog, describe, few_answered
-from trainers.data.cache import build_once, hash_files
+from trainers.data.cache import build_once
 from trainers.data.mixture import mixture
 from trainers.data.token_store import TokenStore, TokenStoreWriter
 
@@ -75,7 +76,7 @@ def build_stores(
     batch_size: int = 1,
     all_answers: bool = False,
 ) -> TrainEval:
-    """Encode the datasets, one behind the other, or find them in the cache.
+    """Encode the datasets, one behind the other, or find them in the cache; the store `eval` may have no rows.
 
     Args:
         datasets: Settings by name.
@@ -89,9 +90,6 @@ def build_stores(
         batch_size: A training split that is smaller gets a note.
         all_answers: All answers of a conversation are targets, not its last one alone; loss=reverse: all turns.
 
-    Returns:
-        The stores; `eval` may have no rows.
-
     Raises:
         UserError: Anything wrong with the files; no usable row for training (with the counts).
     """
@@ -100,10 +98,8 @@ def build_stores(
         raise UserError("datasets=[]: name at least one dataset")
     key = _content_key(datasets, f"{loss}{'-all' * all_answers}", tokenizer, (max_length, max_prompt_length))
 
-    def build(directory: Path) -> None:
-        _write_stores(directory, key, datasets, loss, tokenizer, encoder, all_answers=all_answers)
-
-    entry = build_once(cache_dir / "tokens", key, build)
+    targets = Targets(loss, tokenizer, encoder, all_answers)
+    entry = build_once(cache_dir / "tokens", key, lambda directory: _write_stores(directory, key, datasets, targets))
     train, held = TokenStore(entry / "train"), TokenStore(entry / "eval")
     report: dict[str, Any] = dict(train.meta["report"])
     if any(settings.weight is not None for settings in datasets.values()):
@@ -170,18 +166,9 @@ def _content_key(
     return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
-def _write_stores(
-    directory: Path,
-    key: str,
-    datasets: Mapping[str, DatasetSettings],
-    loss: Loss,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    *,
-    all_answers: bool,
-) -> None:
+def _write_stores(directory: Path, key: str, datasets: Mapping[str, DatasetSettings], targets: Targets) -> None:
     """Fill a cache entry: train/, eval/ and rows.jsonl (what happened to which row)."""
-    segments = 3 if loss == "preference" else 2
+    segments = 3 if targets.loss == "preference" else 2
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(TokenStoreWriter(directory / split, key=f"{key}-{split}", num_segments=segments))
@@ -192,21 +179,14 @@ def _write_stores(
         in_eval_files: set[int] = set()
         parts = {
             name: _DatasetWriter(
-                settings,
-                loss,
-                tokenizer,
-                encoder,
-                RowLog(name, settings.on_bad_row, events=events),
-                writers,
-                in_eval_files,
-                all_answers=all_answers,
+                settings, targets, RowLog(name, settings.on_bad_row, events=events), writers, in_eval_files
             )
             for name, settings in datasets.items()
         }
         for part in parts.values():
             part.write_eval_file()
         reports = {name: part.write() for name, part in parts.items()}
-        report = {"loss": loss, "datasets": reports}
+        report = {"loss": targets.loss, "datasets": reports}
         if not writers["train"].num_rows:
             held = f", all {writers['eval'].num_rows} usable rows are held out" if writers["eval"].num_rows else ""
             raise UserError(f"no usable row to train on{held}; what became of the rows:\n{describe(report)}")
@@ -218,21 +198,13 @@ class _DatasetWriter:
     """Encodes one dataset into the two stores."""
 
     def __init__(
-        self,
-        settings: DatasetSettings,
-        loss: Loss,
-        tokenizer: PreTrainedTokenizerBase,
-        encoder: Encoder,
-        log: RowLog,
-        writers: Mapping[str, TokenStoreWriter],
+        self, settings: DatasetSettings, targets: Targets, log: RowLog, writers: Mapping[str, TokenStoreWriter],
         in_eval_files: set[int],
-        *,
-        all_answers: bool,
-    ) -> None:
-        self._settings, self._loss, self._log, self._writers = settings, loss, log, writers
-        self._pairs = loss == "preference" or (loss == "answers" and settings.split_pairs)
-        self._special = special_token_texts(tokenizer)
-        self._rows = ExampleEncoder(settings, loss, tokenizer, encoder, log, all_answers=all_answers)
+    ) -> None:  # fmt: skip
+        self._settings, self._loss, self._log, self._writers = settings, targets.loss, log, writers
+        self._pairs = self._loss == "preference" or (self._loss == "answers" and settings.split_pairs)
+        self._special = special_token_texts(targets.tokenizer)
+        self._rows = ExampleEncoder(settings, targets, log)
         self._exclude_file = exclude_file(settings)
         self._excluded = set(map(key_hash, read_instruction_keys(self._exclude_file)))
         self._in_eval_files = in_eval_files  # shared by all datasets of the run

@@ -67,7 +67,7 @@ from trainers.run.next_command import end_run, starting_line
 from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
 from trainers.run.saved import repair_links
-from trainers.run.speed_notes import speed_notes
+from trainers.run.speed import speed_notes
 from trainers.trainer import Trainer
 
 
@@ -174,13 +174,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, str]:
     """Return the model of the config, laid out, and the key of its weights (empty where no reference asks for it).
 
-    Args:
-        config: Of the run.
-        layout: Where to put the model.
-        dtype: Of its weights; None: the policy's.
-        check: Raises a UserError for a model that will not do, in rank 0, before it is laid out.
-        compute_dtype: See `parallelize`.
-        is_trained: Whether there will be backward passes, which may recompute what they need.
+    The weights have `dtype`, without one the policy's. `check` raises a UserError for a model that will not do, in rank
+    0, before it is laid out. Where it `is_trained`, there will be backward passes, which may recompute what they need.
     """
     lora, (base, trained) = config.model.lora, split_archive(config.model)
 

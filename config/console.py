@@ -31,6 +31,14 @@ def _written_out(char: str) -> str:
     return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
 
 
+def duration(seconds: float) -> str:
+    """Write a time as people read it: `0.25 s`, `3 min 20 s`, `1 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class _Unfailing(io.FileIO):
     """A descriptor that swallows what cannot be written: a reader that is gone (`| head`), a log on a full disk."""
 

@@ -37,5 +37,10 @@ def machine_faults() -> Iterator[None]:
         ) from error
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class SaidElsewhere(UserError):
     """A `UserError` of another process of the same run, which says it: this one only has to end, with status 2."""

@@ -1,16 +1,21 @@
-"""What `--help` says: the groups of a program with their choices, and the keys that matter; nothing is composed."""
+"""What `--help` says of a program: its groups with their choices, and the keys that matter; nothing is composed.
+
+What a key means is the comment of its field in the source of the settings, for the reference, too.
+"""
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from config import paths
-from config.comments import comments
 from config.rules import MISSING, typed
 
 WIDTH = 120
@@ -64,3 +69,34 @@ def _columns(entries: Mapping[str, str]) -> list[str]:
         textwrap.fill(text, WIDTH, initial_indent=f"  {name:<{width - 2}}", subsequent_indent=" " * width)
         for name, text in entries.items()
     ]
+
+
+@functools.cache
+def comments(kind: type) -> dict[str, str]:
+    """Return the comment of each field of a dataclass, inherited ones included; "" where there is none."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not is_dataclass(base):
+            continue
+        lines = textwrap.dedent(inspect.getsource(base)).splitlines()
+        body = ast.parse("\n".join(lines)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement in body.body:
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                own = _comment(lines, statement)
+                found[statement.target.id] = own or found.get(statement.target.id, "")
+    return found
+
+
+def _comment(lines: list[str], statement: ast.AnnAssign) -> str:
+    """Return the comment behind a statement, or else the lines of comment above it."""
+    assert statement.end_lineno
+    behind = lines[statement.end_lineno - 1].encode()[statement.end_col_offset :].decode().strip()
+    if behind.startswith("#"):
+        return behind.lstrip("# ")
+    above: list[str] = []
+    for line in reversed(lines[: statement.lineno - 1]):
+        if not line.strip().startswith("#"):
+            break
+        above.insert(0, line.strip().lstrip("# "))
+    return " ".join(above)

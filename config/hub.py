@@ -9,7 +9,7 @@ from typing import Literal
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
-from config.errors import UserError
+from config.errors import UserError, first_line
 
 
 def push_folder(
@@ -29,9 +29,8 @@ def push_folder(
         patterns = None if files is None else list(files)
         api.upload_folder(repo_id=name, repo_type=kind, folder_path=folder, allow_patterns=patterns)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"push_to_hub={name}: the upload failed ({reason}). Log in with `hf auth login`, and give USER/NAME; the "
-            f"{kind} is complete in {folder}, and {again} tries again"
+            f"push_to_hub={name}: the upload failed ({first_line(error)}). Log in with `hf auth login`, and give "
+            f"USER/NAME; the {kind} is complete in {folder}, and {again} tries again"
         ) from error
     return str(address)

@@ -27,6 +27,17 @@ def find_path(path: str | Path) -> Path:
     return shipped if shipped.exists() else here
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the examples seen, of a folder `step-<examples>`."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def saved_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first; what has another name than they have is somebody else's."""
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((one for one in folders if re.fullmatch("step-[0-9]+", one.name) and one.is_dir()), key=step_of)
+
+
 def may_be_on_hub(path: str) -> bool:
     """Say whether what is no path here may be a dataset of the hub: ORG/NAME, and no typo in a folder that is there."""
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and Path(path).suffix.lower() not in FILE_SUFFIXES

@@ -19,7 +19,7 @@ from types import UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from config import settings
-from config.comments import comments
+from config.help import comments
 from config.rules import MISSING, Rule, typed
 from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 

@@ -22,8 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the modules are beside this folder
 
-from config.console import open_console
+from config.console import duration, open_console
 from config.errors import UserError
+from config.paths import saved_checkpoints
 from config.reading import read_json_lines, read_mapping
 from safer_instruct.text.display import markdown_table
 
@@ -93,9 +94,7 @@ def read_status(path: Path, now: float) -> Status:
 def _read_status(path: Path, now: float) -> Status:
     config, manifest = read_mapping(path / "config.yaml"), read_mapping(path / "manifest.json")
     row = _last_row(path / "metrics.jsonl")
-    folders = path.glob("checkpoints/step-*")
-    steps = [step for step in folders if re.fullmatch("step-[0-9]+", step.name) and step.is_dir()]
-    newest = max(steps, key=lambda step: int(step.name[5:]), default=None)
+    newest = next(reversed(saved_checkpoints(path)), None)
     progress = {} if newest is None else read_mapping(newest / "state" / "progress.json")
     total = _total_examples(config, manifest)
     saved = progress.get("examples", 0)
@@ -151,16 +150,9 @@ def _is_running(path: Path, process: int, host: str, now: float) -> bool:
 
 
 def _row(status: Status, now: float) -> tuple[object, ...]:
-    age = "none" if status.checkpoint_at is None else f"{_duration(now - status.checkpoint_at)} ago"
+    age = "none" if status.checkpoint_at is None else f"{duration(now - status.checkpoint_at)} ago"
     total = "" if status.total is None else status.total
     return str(status.path), status.state, status.examples, total, status.loss, age, status.host
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from config.checksums import hash_files
 from config.errors import UserError
-from trainers.data.cache import build_once, hash_files, usable_dir
+from trainers.data.cache import build_once, usable_dir
 
 
 def fill(directory: Path) -> None:

@@ -17,9 +17,9 @@ from safer_instruct.generation.completions import split_thought
 from safer_instruct.generation.models import _set_in_template
 from safer_instruct.text.chat import chat_turn
 from safer_instruct.text.encoding import prompt_token_ids
+from safer_instruct.text.example_encoder import each_answer
 from safer_instruct.text.examples import Example, Message
 from safer_instruct.text.prompts import render_prompt
-from safer_instruct.text.turns import each_answer
 from trainers.data.token_store import TokenStore
 
 TALK = [("user", "Hi!"), ("assistant", "Hello."), ("user", "Why?"), ("assistant", "So.")]

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from config import checksums
 from config.checksums import CHECKSUMS, write_checksums
 from config.errors import UserError
+from config.paths import saved_checkpoints
 from config.run_keys import differing_keys
 from config.settings import CheckpointSettings
 from safer_instruct.generation.models import resolve_archive
@@ -36,7 +37,7 @@ from trainers.run import checkpoint
 from trainers.run.checkpoint import CheckpointWriter
 from trainers.run.resume import load_checkpoint, load_weights
 from trainers.run.run_dir import RunDir
-from trainers.run.saved import RunProgress, best_checkpoint, discard, repair_links, saved_checkpoints
+from trainers.run.saved import RunProgress, best_checkpoint, discard, repair_links
 
 IDS = torch.arange(3, 15)[None]
 

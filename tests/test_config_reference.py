@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from config import rules, settings
-from config.comments import comments
+from config.help import comments
 from config.paths import REPOSITORY
 from config.schema import compose_config
 from scripts.config_reference import PAGE, _type, render_page

@@ -21,7 +21,7 @@ from safer_instruct.experts.verdicts import Judgement
 from safer_instruct.generation.completions import Generation, Request
 from safer_instruct.generation.hf import HFGenerator
 from safer_instruct.text.examples import Example
-from safer_instruct.text.prompt_sets import load_prompt_set
+from safer_instruct.text.prompt_sets import read_prompts
 from safer_instruct.text.prompts import render_conversation
 
 HELP, DECLINE = "Sure: one, two, three.", "I'm sorry, but I can't help with that."
@@ -290,5 +290,5 @@ def test_prompt_sets_by_name(name: str, tmp_path: Path) -> None:
         path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows))
     settings = compose_config("evaluate", [f"prompts={name}"]).prompts[name]
     settings.path = str(path)
-    found = [(one.instruction, one.label, one.kind, one.source) for one in load_prompt_set(name, settings)]
+    found = [(one.instruction, one.label, one.kind, one.source) for one, _ in read_prompts(name, settings)]
     assert found == expected

@@ -23,6 +23,7 @@ TOKENIZER = byte_level_tokenizer(add_bos=True)
     ("num_rows", "weights", "expected"),
     [
         ({"a": 10, "b": 4}, {"a": None, "b": None}, {"a": 10, "b": 4}),
+        ({"a": 0}, {"a": None}, {"a": 0}),
         ({"a": 100, "b": 40}, {"a": 0.5, "b": 0.5}, {"a": 40, "b": 40}),
         ({"a": 100, "b": 40}, {"a": None, "b": 0.2}, {"a": 100, "b": 25}),
         ({"a": 100, "b": 300, "c": 90}, {"a": None, "b": None, "c": 0.5}, {"a": 22, "b": 68, "c": 90}),

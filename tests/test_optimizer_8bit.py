@@ -22,8 +22,8 @@ from trainers.distributed.launch import launch
 from trainers.estimates import checkpoint_bytes
 from trainers.optimizers import build_optimizer, set_learning_rate
 from trainers.run.data_only import load_data_only
-from trainers.run.plain_state import plain_state, wrapped_state
 from trainers.run.run_dir import RunDir
+from trainers.run.state import plain_state, wrapped_state
 
 COMPILE = torch.compile
 SETTINGS = tiny_settings(

@@ -22,8 +22,8 @@ from tests.warm import fork_server
 from trainers import trainer
 from trainers.distributed import launch as parallel
 from trainers.run import checkpoint
-from trainers.run.rng import random_state, set_random_state
 from trainers.run.run_dir import RunDir
+from trainers.run.state import random_state, set_random_state
 
 TIMINGS = {"examples_per_second", "tokens_per_second", "data_wait_seconds", "memory/peak"}
 

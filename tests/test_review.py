@@ -15,9 +15,9 @@ from config.checks_induce import check_induce
 from config.errors import UserError
 from config.schema import compose_config
 from config.settings import CorpusSettings, ReviewSettings
-from safer_instruct.dataset.audit_report import review_tables
 from safer_instruct.dataset.review import write_review
 from safer_instruct.dataset.reviews import Rejections, measure_reviews, pair_hash, read_rejections, read_reviews
+from safer_instruct.dataset.tables import review_tables
 from safer_instruct.measures.statistics import weighted_interval, wilson_interval
 from tests.browser import Browser, find_chromium, screenshot_folder
 from tests.test_stages import SECRET, run_all

@@ -20,7 +20,7 @@ from config.schema import compose_config
 from config.settings import TrainConfig
 from tests.commands import metrics, run, start, without_times, write_alpaca, write_pairs
 from trainers.run.next_command import typed
-from trainers.run.speed_notes import speed_notes
+from trainers.run.speed import speed_notes
 
 pytestmark = pytest.mark.slow
 

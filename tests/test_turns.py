@@ -17,9 +17,9 @@ from config.errors import UserError
 from config.settings import DatasetSettings
 from preference_datasets import build_stores
 from safer_instruct.text.encoding import prompt_token_ids
+from safer_instruct.text.example_encoder import each_answer
 from safer_instruct.text.examples import Example, Message
 from safer_instruct.text.prompts import Unusable, render_prompt
-from safer_instruct.text.turns import each_answer
 from trainers.data.batching import BatchLoader
 from trainers.data.cutters import PackedCutter, PaddedCutter
 from trainers.data.packing import num_target_tokens, num_tokens

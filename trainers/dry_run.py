@@ -39,13 +39,9 @@ def print_estimate(
 ) -> None:
     """Print what the run would be and, unless `dry_run=data`, what it would take; every process must come here.
 
-    Args:
-        config: Of the run.
-        layout: Of its processes.
-        loaders: For training and, if anything is held out, for evaluation.
-        cut: What of the rows was cut -> number of them.
-        count_parameters: Of the model, without loading it.
-        make_trainer: Its trainer, from settings, batches to train and to evaluate on, and a run directory.
+    `loaders` are for training and, if anything is held out, for evaluation; `cut` counts what of the rows was cut;
+    `count_parameters` loads no model; `make_trainer` takes settings, batches to train and to evaluate on, and a run
+    directory.
     """
     works = layout.on_main(lambda: [count_work(loader) for loader in loaders])
     if layout.is_main:  # now: the steps may fail

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from config.console import duration
 from config.settings import TrainConfig
 from trainers.data.batching import BatchLoader, passes_multiple
 from trainers.distributed.layout import gather_objects
@@ -20,7 +21,7 @@ from trainers.distributed.preemption import Preempted
 from trainers.lora import adapter_of
 from trainers.reference import renewal_is_due
 from trainers.run.metrics import peak_memory_gib
-from trainers.run.plain_state import plain_state
+from trainers.run.state import plain_state
 from trainers.trainer import Trainer
 
 T = TypeVar("T")
@@ -230,12 +231,12 @@ def describe_measured(
     kept = num_checkpoints(work.ends, settings)
     return _table(
         {
-            "step": f"{_duration(training / len(work.ends))} ({work.positions / training:,.0f} positions/s)",
-            "training": _duration(training),
-            "reference": f"{_duration(reference)}, unless it is cached" if reference_positions else "none",
-            **({"renewals": f"{_duration(renewed)}: {num_renewed} of the reference"} if num_renewed else {}),
-            "evaluations": f"{_duration(times * evaluation)}: {times} of {_duration(evaluation)}, without samples",
-            "in all": f"{_duration(training + reference + renewed + times * evaluation)}, without loading and saving",
+            "step": f"{duration(training / len(work.ends))} ({work.positions / training:,.0f} positions/s)",
+            "training": duration(training),
+            "reference": f"{duration(reference)}, unless it is cached" if reference_positions else "none",
+            **({"renewals": f"{duration(renewed)}: {num_renewed} of the reference"} if num_renewed else {}),
+            "evaluations": f"{duration(times * evaluation)}: {times} of {duration(evaluation)}, without samples",
+            "in all": f"{duration(training + reference + renewed + times * evaluation)}, without loading and saving",
             "memory": f"{measured.peak_memory_gib:.2f} GiB at the peak of a process",
             "checkpoint": f"{_size(size)} (weights {_size(measured.weights_bytes)}, optimizer "
             f"{_size(measured.optimizer_bytes)}); {kept} kept: {_size(kept * size)}",
@@ -245,13 +246,6 @@ def describe_measured(
 
 def _table(lines: Mapping[str, str]) -> str:
     return "\n".join(f"  {name:<13}{text}" for name, text in lines.items())
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _size(count: float) -> str:

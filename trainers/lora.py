@@ -74,11 +74,8 @@ def add_adapter(model: Any, settings: LoraSettings, *, base: str, seed: int) -> 
 def targets(model: Any, asked: list[str] | None) -> list[str]:
     """Return which linear layers get an adapter, by the ends of their names.
 
-    The output embedding never does: log-probabilities are computed from its matrix.
-
-    Args:
-        model: A causal LM.
-        asked: What the user names; None: all there are.
+    The output embedding never does: log-probabilities are computed from its matrix. `asked` is what the user names;
+    None: all there are.
 
     Raises:
         UserError: With the candidates.
@@ -111,13 +108,9 @@ def adapter_of(model: Any) -> Adapter | None:
 
 
 def save_adapter(folder: Path, adapter: Adapter, weights: Mapping[str, Tensor], base: Mapping[str, Any]) -> None:
-    """Write peft's folder, and beside its files what the base is.
+    """Write peft's folder, and beside its files what the base is (JSON).
 
-    Args:
-        folder: Made if it is not there.
-        adapter: Of the policy.
-        weights: By the names of the policy's parameters, on the host.
-        base: JSON.
+    `weights` are on the host, by the names of the policy's parameters.
     """
     config = deepcopy(adapter.config)
     config.inference_mode = True  # a reader gets frozen weights, unless it asks for others
@@ -169,10 +162,8 @@ def start_adapter(model: Any, settings: LoraSettings, trained: Path | None, *, b
 def merged(exporter: nn.Module, adapter: Adapter, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of the model that base and adapter make together, under the names of the base alone.
 
-    Args:
-        exporter: The base on the meta device.
-        adapter: Of the policy.
-        weights: By the names of the policy's parameters, on the host; those of the base may be overwritten.
+    `exporter` is the base on the meta device; `weights` are on the host, by the names of the policy's parameters, and
+    those of the base may be overwritten.
     """
     import peft
     from peft.tuners.lora import LoraLayer

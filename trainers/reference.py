@@ -114,6 +114,7 @@ def reference_logps(
     return torch.from_file(str(file), shared=False, size=math.prod(shape), dtype=torch.float64).view(shape)
 
 
+@torch.no_grad()
 def computed_logps(
     model: Any,
     store: TokenStore,
@@ -127,8 +128,29 @@ def computed_logps(
     """Compute what `reference_logps` keeps, in memory; nothing but NaN except in rank 0."""
     by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]
     loader = BatchLoader(store.select(by_length), cutter, batch_size=256, device=layout.device)
+    logps_of = partial(response_logps, forward_function(model, sequence_logps, autocast=autocast), ld_alpha=ld_alpha)
+    was_training = model.training
+    model.eval()
+    found: list[tuple[Tensor, Tensor]] = []  # row numbers (B,), log-probabilities (B, C)
+    number = 0
+    # The loader cuts as if there were one process, and each process skips what is the others'.
+    with tqdm(total=len(loader.store), desc="reference", unit=" rows", disable=None if layout.is_main else True) as bar:
+        for global_batch in loader.batches():
+            for batch in global_batch.microbatches:
+                if number % layout.world_size == layout.rank:
+                    found.append((batch["row"], logps_of(batch.to(layout.device, non_blocking=True))[0]))
+                number += 1
+            bar.update(global_batch.num_examples)
+    if layout.rank >= (number % layout.world_size or layout.world_size):  # the others have one more: keep step
+        logps_of(loader.filler().to(layout.device))
+    reshard(model)
+    model.train(was_training)
+    parts: list[Any] = [None] * layout.world_size
+    # Copied to the host only here: the device has not been waited for between two micro-batches.
+    own = [(places, logps.cpu()) for places, logps in found]
+    dist.gather_object(own, parts if layout.is_main else None, dst=0)
     result = torch.full((len(store), store.num_segments - 1), math.nan, dtype=torch.float64)
-    for places, logps in _logps_of_rows(model, loader, layout, autocast, ld_alpha):
+    for places, logps in (one for part in parts if part is not None for one in part):
         result[by_length[places]] = logps.view(-1, result.shape[1])
     return result
 
@@ -154,36 +176,6 @@ def _on_every_file_system(directory: Path, key: str, size: int, layout: Layout) 
         dist.broadcast(values, src=0)
         build_once(directory, key, lambda folder: values.numpy().tofile(folder / LOGPS))
     return entry
-
-
-@torch.no_grad()
-def _logps_of_rows(
-    model: Any, loader: BatchLoader, layout: Layout, autocast: torch.dtype | None, ld_alpha: float | None
-) -> list[tuple[Tensor, Tensor]]:
-    """Return (row numbers (B,), log-probabilities (B, C)) of each micro-batch, on the host; nothing but in rank 0."""
-    forward = forward_function(model, sequence_logps, autocast=autocast)
-    logps_of = partial(response_logps, forward, ld_alpha=ld_alpha)
-    was_training = model.training
-    model.eval()
-    found: list[tuple[Tensor, Tensor]] = []
-    number = 0
-    # The loader cuts as if there were one process, and each process skips what is the others'.
-    with tqdm(total=len(loader.store), desc="reference", unit=" rows", disable=None if layout.is_main else True) as bar:
-        for global_batch in loader.batches():
-            for batch in global_batch.microbatches:
-                if number % layout.world_size == layout.rank:
-                    found.append((batch["row"], logps_of(batch.to(layout.device, non_blocking=True))[0]))
-                number += 1
-            bar.update(global_batch.num_examples)
-    if layout.rank >= (number % layout.world_size or layout.world_size):  # the others have one more: keep step
-        logps_of(loader.filler().to(layout.device))
-    reshard(model)
-    model.train(was_training)
-    parts: list[Any] = [None] * layout.world_size
-    # Copied to the host only here: the device has not been waited for between two micro-batches.
-    own = [(rows, logps.cpu()) for rows, logps in found]
-    dist.gather_object(own, parts if layout.is_main else None, dst=0)
-    return [one for part in parts if part is not None for one in part]
 
 
 def attach_reference(

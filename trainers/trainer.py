@@ -213,8 +213,7 @@ class Trainer:
     def accumulate_gradients(self, batch: GlobalBatch, num_units: float) -> tuple[list[LossOutput], Tensor]:
         """Add the gradient of the global batch's mean loss to the policy's.
 
-        Returns:
-            what the objective said of each pass of this process (see `LossOutput.detached`), and the sum of the losses.
+        Returns what the objective said of each pass of this process (see `LossOutput.detached`), and the sum of losses.
         """
         outputs = []
         self.objective.begin_batch(self.logps_of, batch.passes, self.layout.device)

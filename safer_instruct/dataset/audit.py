@@ -70,10 +70,7 @@ def audit(
     """Count what is wrong with a dataset, and write one without it if there is an `output`.
 
     The columns of `path` are instruction and chosen, and perhaps rejected, label, id, provenance. Of the rows with one
-    safe response `max_same_chosen` stay; None keeps all.
-
-    Returns:
-        The report as JSON values.
+    safe response `max_same_chosen` stay; None keeps all. The report that is returned is JSON.
     """
     with ExitStack() as stack:
         if output is not None:

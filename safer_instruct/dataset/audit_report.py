@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from config.files import write_text
 from safer_instruct.dataset.audit import FINDINGS
-from safer_instruct.dataset.pages import interval, render_audit_page
+from safer_instruct.dataset.pages import render_audit_page
+from safer_instruct.dataset.tables import found_table, interval, review_tables, shortcut_table, word_table
 from safer_instruct.measures.shortcuts import Auc
 from safer_instruct.report.dataset_plots import plot_parts
 from safer_instruct.report.plots import Plot
-from safer_instruct.report.tables import Table, interval_text
-from safer_instruct.text.display import escape_markdown, markdown_table
+from safer_instruct.text.display import escape_markdown
 from safer_instruct.text.row_log import MIN_ANSWERED
 
 
 def render_audit(report: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
-    names = list(report["total"])
-    labels = [(escape_markdown(label), counts) for label, counts in report["by_label"].items()]
-    table = [(label, *(counts[name] for name in names)) for label, counts in [*labels, ("**all**", report["total"])]]
-    parts = [markdown_table(["label", *(name.replace("_", " ") for name in names)], table, markup=[0])]
+    parts = [found_table(report).markdown]
     rows = max(1, report["rows"])
     chosen, test = report["chosen"], report["test_set"]
     most = ", ".join(
@@ -41,15 +38,9 @@ def render_audit(report: Mapping[str, Any]) -> str:
             f"Test set: {test['found_in_dataset']} of its {test['instructions']} instructions are in the data."
         )
     parts.append("\n".join([*sentences, answered_sentence(report["total"])]))
-    parts.append(render_shortcuts(report["shortcuts"]))
-    words = [(column, *values.values()) for column, values in report["words"].items()]
-    parts.append(markdown_table(["words", "mean", "median", "95%", "most"], words))
-    if "reviews" in report:
-        parts += [
-            f"{table.title}:\n\n{markdown_table(table.header, table.rows, left=table.left)}\n\n"
-            f"{escape_markdown(table.caption)}"
-            for table in review_tables(report["reviews"])
-        ]
+    tables = [shortcut_table(report), word_table(report), *review_tables(report.get("reviews"))]
+    told = [f"{table.title}:\n\n{table.markdown}\n\n{escape_markdown(table.caption)}".strip() for table in tables]
+    parts += [told[0], *filter(None, [_shortcut_sentence(report["shortcuts"])]), *told[1:]]
     if "cleaned" in report:
         drops = ", ".join(f"{reason} {n}" for reason, n in report["cleaned"]["dropped"].items()) or "nothing"
         parts.append(f"Written without them: {report['cleaned']['rows']} rows (dropped: {drops}).")
@@ -69,62 +60,21 @@ def answered_sentence(total: Mapping[str, int]) -> str:
     )
 
 
-def render_shortcuts(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Return the table of AUCs with 95% intervals, a row for each label, and a sentence for each shortcut."""
-    names = [name.replace("_", " ") for name in found]
-    labels = next(iter(found.values()))
-    rows = [
-        (escape_markdown(label) or "**all**", labels[label]["n"], *(interval(of[label]) for of in found.values()))
-        for label in [*(one for one in labels if one), ""]
-    ]
-    heading = "How far chosen and rejected are told apart by shallow means (AUC; 0.5: not at all, 0 or 1: wholly):"
-    lines = [f"{heading}\n\n{markdown_table(['label', 'pairs', *names], rows, markup=[0])}"]
-    overall = {name: of[""] for name, of in zip(names, found.values(), strict=True)}
+def _shortcut_sentence(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Say by which shallow means chosen and rejected are told apart, loudly; "" if by none."""
+    overall = {name.replace("_", " "): of[""] for name, of in found.items()}
     told = [f"{name} (AUC {interval(one)})" for name, one in overall.items() if Auc(**one).is_shortcut]
-    if told:
-        lines.append(
-            f"**Chosen and rejected are told apart by {', by '.join(told)} alone, so a model can learn that in "
-            "place of what is harmful: mix in pairs with an answer chosen and a refusal rejected (stage=replay, "
-            "stage=contrast), and vary the safe responses.**"
-        )
-    return "\n\n".join(lines)
-
-
-def review_tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """Show what people decided: precision by label, and the agreement of each two."""
-    rows = []
-    for label, one in [*found["by_label"].items(), ("all", found["total"])]:
-        precision = one["precision"]
-        text = interval_text(precision["value"], precision["low"], precision["high"])
-        counts = [str(one[key]) for key in ("rows", "reviewed", "kept", "wrong_instruction", "unsafe_answer")]
-        rows.append([label, *counts, text])
-    names = ", ".join(found["reviewers"])
-    yield Table(
-        "Precision, by people",
-        ["label", "rows", "reviewed", "kept", "wrong instruction", "unsafe answer", "precision"],
-        rows,
-        f"Reviewed by {names}. Precision: pairs that fewer than half of those who decided on them reject, per cent "
-        "with 95% Wilson intervals; of all labels weighed by their rows. Faults are counted by decision, not by pair.",
-    )
-    rows = []
-    for pair in found["agreement"]:
-        for label, one in [("all", pair), *pair["by_label"].items()]:
-            counts = [str(one["n"]), str(one["agreed"])]
-            rows.append([f"{pair['first']}, {pair['second']}", label, *counts, interval(one["kappa"])])
-    yield Table(
-        "Agreement",
-        ["who", "label", "pairs", "agreed", "kappa"],
-        rows,
-        "Cohen's kappa with its 95% interval over the pairs that both decided on, as they were drawn; - where it is "
-        "undefined (one of them says the same throughout). With the expert: whether the instruction is right, which is "
-        "what its filter judges; pairs that it dropped are there where review.dropped was given.",
-        left=(0, 1),
+    if not told:
+        return ""
+    return (
+        f"**Chosen and rejected are told apart by {', by '.join(told)} alone, so a model can learn that in "
+        "place of what is harmful: mix in pairs with an answer chosen and a refusal rejected (stage=replay, "
+        "stage=contrast), and vary the safe responses.**"
     )
 
 
 def write_audit(report: Mapping[str, Any], output: Path) -> None:
     """Write audit.json, audit.md, audit.html and the figures, each as a whole or not at all."""
-    tables = list(review_tables(report["reviews"])) if "reviews" in report else []
     figures = audit_figures(report)
     page = f"# Audit of {escape_markdown(report['path'])}\n\n{render_audit(report)}\n"
     for name, plot in figures.items():
@@ -134,7 +84,7 @@ def write_audit(report: Mapping[str, Any], output: Path) -> None:
         (output / "audit_chosen.svg").unlink(missing_ok=True)  # of an earlier audit, in which a response was repeated
     write_text(output / "audit.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_text(output / "audit.md", page)
-    write_text(output / "audit.html", render_audit_page(report, tables, list(figures.values())))
+    write_text(output / "audit.html", render_audit_page(report, list(figures.values())))
 
 
 def audit_figures(report: Mapping[str, Any]) -> dict[str, Plot]:
@@ -158,4 +108,4 @@ def audit_figures(report: Mapping[str, Any]) -> dict[str, Plot]:
 
 def _figure(title: str, bars: Mapping[str, list[int]], parts: list[tuple[str, str]]) -> Plot:
     described = "; ".join(f"{name}: {sizes[0]} of {sum(sizes)}" for name, sizes in bars.items())
-    return Plot(title, f"{title}: {parts[0][0]}. {described}.", plot_parts(bars, parts, "rows"))
+    return Plot(title, f"{title}: {parts[0][0]}. {described}.", plot_parts(bars, parts))

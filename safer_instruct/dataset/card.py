@@ -13,13 +13,14 @@ from config.files import write_text
 from config.settings import CardSettings
 from safer_instruct.dataset.files import ARROW, HISTORY, JSONL, PARQUET
 from safer_instruct.dataset.merge import MERGE, Merged
-from safer_instruct.dataset.origin import provenance_of_all
 from safer_instruct.dataset.pages import render_dataset_page
 from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
 from safer_instruct.dataset.rows import UNLABELLED
+from safer_instruct.dataset.tables import drop_table, funnel_table, label_table
+from safer_instruct.induction.ledgers import provenance_of_all
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND
 from safer_instruct.report.dataset_plots import plot_funnel
-from safer_instruct.text.display import markdown_code, markdown_table, percent
+from safer_instruct.text.display import markdown_code, markdown_table
 
 PLOT, PAGE = "funnel.svg", "dataset.html"
 DROPPING = (FILTER, RESPOND, MERGE)
@@ -114,11 +115,7 @@ def write_report(report: Mapping[str, Any], output: Path) -> None:
 
 
 def push_dataset(output: Path, name: str, files: Sequence[str]) -> str:
-    """Upload dataset, card and report; the ledgers stay here, and so does the arrow folder: it has the same rows again.
-
-    Raises:
-        UserError: As `push_folder`.
-    """
+    """Upload dataset, card and report; the ledgers stay here, as does the arrow folder: it has the same rows again."""
     from config.hub import push_folder  # its library takes a while to import
 
     wanted = [*(file for file in files if file != ARROW), "README.md", "report.json", PLOT]
@@ -144,15 +141,13 @@ that do not fit, and answers the others safely. {_checked(report["reviewed"])}
 
 ## How many rows came through
 
-{render_funnel(report)}
+{funnel_table(report).markdown}
 
-Kept by the filter: {_percent(report["kept_rate"])}.
-
-{_labels(report)}
+{label_table(report).markdown}
 
 ![Where the rows of each label went]({PLOT})
 
-{_drops(report)}
+{drop_table(report).markdown}
 
 ## Columns
 
@@ -213,32 +208,3 @@ def _cost(report: Mapping[str, Any]) -> str:
 
 def _model(made: Mapping[str, Any], name: str, fingerprint: str = "") -> str:
     return f"{markdown_code(made[name])} (fingerprint {markdown_code(made[fingerprint or f'{name}_fingerprint'])})"
-
-
-def render_funnel(report: Mapping[str, Any]) -> str:
-    """Return the funnel as a Markdown table."""
-    rows = [(stage["stage"], stage["in"], stage["out"], _percent(stage["rate"])) for stage in report["funnel"]]
-    return markdown_table(["stage", "rows in", "rows out", "share"], rows)
-
-
-def _labels(report: Mapping[str, Any]) -> str:
-    rows = [
-        (label, counts["induced"], counts["kept"], counts["out"], _percent(counts["rate"]))
-        for label, counts in report["by_label"].items()
-    ]
-    return markdown_table(["label", "induced", "kept by the filter", "in the dataset", "share"], rows)
-
-
-def _drops(report: Mapping[str, Any]) -> str:
-    rows = [
-        (stage["stage"], reason, number)
-        for stage in report["funnel"]
-        for reason, number in sorted(stage["drops"].items(), key=lambda item: -item[1])
-    ]
-    if not rows:
-        return "No row was dropped."
-    return markdown_table(["dropped by", "reason", "rows"], rows, left=[0, 1])
-
-
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{percent(rate)}%"

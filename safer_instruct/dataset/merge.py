@@ -20,12 +20,11 @@ import pyarrow
 from config.errors import UserError
 from config.settings import CorpusSettings, DuplicatesSettings
 from safer_instruct.dataset.files import HISTORY_SCHEMA, SCHEMA, write_dataset
-from safer_instruct.dataset.origin import provenance_of_all
 from safer_instruct.dataset.reviews import NOTHING_REJECTED, Rejections
 from safer_instruct.dataset.scratch import FLOAT, INT, LONG, TEXT, Scratch, lock_output, open_scratch, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
 from safer_instruct.induction.ledger import Record, is_final
-from safer_instruct.induction.ledgers import StageLedgers
+from safer_instruct.induction.ledgers import StageLedgers, provenance_of_all
 from safer_instruct.induction.stages import (
     FILTER,
     INDUCE,

@@ -5,34 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from safer_instruct.dataset.tables import (
+    drop_table,
+    found_table,
+    label_table,
+    review_tables,
+    shortcut_table,
+    word_table,
+)
 from safer_instruct.report.dataset import funnel
-from safer_instruct.report.html import Answer, Bar, Section, render_summary
+from safer_instruct.report.html import Answer, Bar, Section, render
 from safer_instruct.report.plots import Plot
-from safer_instruct.report.tables import Table
 from safer_instruct.text.display import percent
 
 MAX_BARS = 10  # of one answer
 
 
-def render_audit_page(report: Mapping[str, Any], reviews: Sequence[Table], figures: Sequence[Plot]) -> str:
-    """Render `audit.html` from the report of `audit.audit`, the tables of what people decided, and the figures."""
-    names = list(report["total"])
-    rows = [[label, *(str(counts[name]) for name in names)] for label, counts in report["by_label"].items()]
-    labels = Table("Found, by label", ["label", *(name.replace("_", " ") for name in names)], rows)
-    words = Table(
-        "Words of the columns that are not empty",
-        ["column", "mean", "median", "95%", "most"],
-        [[column, *map(str, values.values())] for column, values in report["words"].items()],
-    )
+def render_audit_page(report: Mapping[str, Any], figures: Sequence[Plot]) -> str:
+    """Render `audit.html` from the report of `audit.audit` and the figures."""
+    reviews = review_tables(report.get("reviews"))
     sections = [
-        Section("By label", f"{len(rows)} labels", tables=[labels], plots=figures, shown=True),
+        Section(
+            "By label", f"{len(report['by_label'])} labels", tables=[found_table(report)], plots=figures, shown=True
+        ),
         *[Section(table.title, f"{len(table.rows)} rows", tables=[table], shown=True) for table in reviews],
-        Section("Shortcuts, by label", "how far chosen and rejected are told apart", tables=[_shortcuts(report)]),
-        Section("Lengths", "words of each column", tables=[words]),
+        Section("Shortcuts, by label", "how far chosen and rejected are told apart", tables=[shortcut_table(report)]),
+        Section("Lengths", "words of each column", tables=[word_table(report)]),
     ]
     clean = report["rows"] - sum(report["total"][name] for name in report["findings"])
     lead = f"{report['rows']:,} rows, {report['total']['answered']:,} of them with an answer in place of a refusal."
-    return render_summary(
+    return render(
+        "summary.html",
         kicker="audit",
         title=report["path"],
         lead=lead,
@@ -86,49 +89,19 @@ def _checked(reviews: Mapping[str, Any] | None) -> Answer:
     return Answer(question, f"{percent(precision['value'])}%", interval, words, bars)
 
 
-def interval(one: Mapping[str, Any] | None) -> str:
-    """Write a number with its interval, such as `0.52 [0.48, 0.56]`; `-` where there is none."""
-    if one is None or one["value"] is None:
-        return "-"
-    return f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
-
-
-def _shortcuts(report: Mapping[str, Any]) -> Table:
-    found = report["shortcuts"]
-    rows = []
-    for label in next(iter(found.values())):
-        cells = [of[label] for of in found.values()]
-        rows.append([label or "all", str(cells[0]["n"]), *map(interval, cells)])
-    header = ["label", "pairs", *(name.replace("_", " ") for name in found)]
-    return Table("Shortcuts, by label", header, rows, "AUC with its 95% interval.")
-
-
 def render_dataset_page(report: Mapping[str, Any], figure: Plot) -> str:
     """Render `dataset.html`, the page beside the card, from `card.build_report` and the figure of its rows."""
     labels = dict(sorted(report["by_label"].items(), key=lambda item: -item[1]["induced"]))
-    table = Table(
-        "By label",
-        ["label", "induced", "kept by the filter", "in the dataset", "share"],
-        [
-            [label, str(one["induced"]), str(one["kept"]), str(one["out"]), percent(one["rate"])]
-            for label, one in labels.items()
-        ],
-        "Share: of the induced pairs that are in the dataset, per cent.",
-    )
-    drops = [
-        [stage["stage"], reason.replace("_", " "), str(number)]
-        for stage in report["funnel"]
-        for reason, number in sorted(stage["drops"].items(), key=lambda item: -item[1])
-    ]
+    drops = drop_table(report)
     sections = [
         Section("From the corpus to the dataset", "the funnel", steps=funnel(report), shown=True),
-        Section("By label", f"{len(labels)} labels", tables=[table], plots=[figure]),
+        Section("By label", f"{len(labels)} labels", tables=[label_table(report)], plots=[figure]),
     ]
-    if drops:
-        reasons = Table("Why rows were dropped", ["dropped by", "reason", "rows"], drops, left=(0, 1))
-        sections.append(Section("Why rows were dropped", f"{len(drops)} reasons", tables=[reasons]))
+    if drops.rows:
+        sections.append(Section(drops.title, f"{len(drops.rows)} reasons", tables=[drops]))
     corpus = report["funnel"][0]["in"]
-    return render_summary(
+    return render(
+        "summary.html",
         kicker="dataset",
         title="A preference dataset",
         lead=f"{report['num_rows']:,} pairs, made from {corpus:,} unsafe responses by reversed instruction tuning.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from safer_instruct.text.examples import Example, text_id
 from safer_instruct.text.messages import Messages
 
 PAGE = "review.html"
+
+Rank = Callable[[str], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings,
         UserError: The dataset has no pair, or dropped ones are asked for and it has no ledgers.
     """
     rows = ((row_example(*one), row_label(one[1])) for one in dataset_rows(dataset) if one[2]["rejected"])
-    rank = _Rank(settings.seed)
+    rank = _ranked(settings.seed)
     wanted = settings.rows + settings.dropped
     by_label = _smallest((_item(pair, label, whole=True) for pair, label in rows), wanted, rank)
     drawn = balanced(by_label, wanted, rank)
@@ -81,14 +83,10 @@ def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings,
     return output / PAGE
 
 
-class _Rank:
-    """A random number for each id: the same for the same seed, whatever the order of the rows."""
-
-    def __init__(self, seed: int) -> None:
-        self._key = str(seed).encode()
-
-    def __call__(self, id: str) -> bytes:
-        return hashlib.blake2b(id.encode("utf-8", "surrogatepass"), key=self._key, digest_size=8).digest()
+def _ranked(seed: int) -> Rank:
+    """Return what draws a number for each id: the same for the same seed, whatever the order of the rows."""
+    key = str(seed).encode()
+    return lambda id: hashlib.blake2b(id.encode("utf-8", "surrogatepass"), key=key, digest_size=8).digest()
 
 
 def _item(pair: Example, label: str, *, whole: bool) -> Item:
@@ -102,7 +100,7 @@ def _shown(item: Item) -> dict[str, Any]:
     return {**texts, "before": [(role, visible(said)) for role, said in item.before]}
 
 
-def _smallest(items: Iterable[Item], number: int, rank: _Rank) -> dict[str, list[Item]]:
+def _smallest(items: Iterable[Item], number: int, rank: Rank) -> dict[str, list[Item]]:
     """Return the `number` items of each label with the lowest ranks, in their order; only these are held."""
     heaps: dict[str, dict[str, Item]] = {}
 
@@ -117,7 +115,7 @@ def _smallest(items: Iterable[Item], number: int, rank: _Rank) -> dict[str, list
     return {label: smallest(held) for label, held in heaps.items()}
 
 
-def balanced(by_label: dict[str, list[Item]], number: int, rank: _Rank) -> list[Item]:
+def balanced(by_label: dict[str, list[Item]], number: int, rank: Rank) -> list[Item]:
     """Take from each label in turn until there are `number`; which labels come first in a turn is drawn, too."""
     drawn: list[Item] = []
     turn = 0
@@ -128,7 +126,7 @@ def balanced(by_label: dict[str, list[Item]], number: int, rank: _Rank) -> list[
     return drawn[:number]
 
 
-def draw_dropped(folder: Path, corpus: CorpusSettings, number: int, rank: _Rank) -> list[Item]:
+def draw_dropped(folder: Path, corpus: CorpusSettings, number: int, rank: Rank) -> list[Item]:
     """Draw pairs that the filter dropped, from the ledgers that the dataset was made from."""
     ledgers = find_ledgers(folder)
     dropped = {record["id"]: record["label"] for record, _ in ledgers[FILTER].records() if not record["keep"]}

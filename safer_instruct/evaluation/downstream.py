@@ -151,10 +151,7 @@ def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, continuation
 
 
 def check_choices(respondent: Respondent, choices: Sequence[Sequence[Any]], score: ChoiceScorer) -> dict[str, Any]:
-    """Compare the log-likelihoods of choices with our own.
-
-    Returns:
-        `{"n", "largest_difference"}`, in nats.
+    """Compare the log-likelihoods of choices with our own: `{"n", "largest_difference"}`, in nats.
 
     Raises:
         UserError: They differ by more than the rounding of the model's dtype: one of the two programs computes

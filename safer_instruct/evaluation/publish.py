@@ -22,11 +22,12 @@ from safer_instruct.measures.rates import JudgedOutput, single_outcome, summariz
 from safer_instruct.provenance import git_state, package_versions
 from safer_instruct.report.curves import plot_compared, plot_runs, read_curves
 from safer_instruct.report.dataset import read_induction_report
-from safer_instruct.report.document import build_report, describe_prompts, headline_text, render_markdown, write_json
+from safer_instruct.report.document import build_report, describe_prompts, render_markdown, write_json
 from safer_instruct.report.evaluations import find_finished, read_evaluations, sample_row, write_samples
 from safer_instruct.report.page import pick_samples, render_page
 from safer_instruct.report.plots import Plot
 from safer_instruct.report.sweeps import plot_sweep
+from safer_instruct.report.tables import HEADLINE, rates_table, shown_metrics
 from safer_instruct.report.training_runs import compare_training_runs, read_training_run
 from safer_instruct.text.display import without_password
 
@@ -121,7 +122,7 @@ def _publish(
     # Last: whoever finds it finds the others.
     write_checksums(output, owner="evaluation", files=[output / "report.json", output / "samples.jsonl"])
     if report["models"] and report["prompts"]:
-        print(headline_text(report["models"]))
+        print(rates_table(report["models"], shown_metrics(report["models"], HEADLINE)).markdown)
     print(f"\n{report['summary']}\n\nreport: {output / 'report.html'}")
     return report
 

@@ -69,14 +69,12 @@ class Evaluation:
         return list(chain.from_iterable(self.prompt_sets.values()))
 
 
-def prepare(config: EvaluateConfig, shard: tuple[int, int]) -> Evaluation:
+def prepare(config: EvaluateConfig, shard: tuple[int, int], device: torch.device) -> Evaluation:
     """Read everything but weights: whatever is wrong is said before the first minute is spent.
 
     Raises:
         UserError: A prompt set, model, judge or file of the report is missing or broken.
     """
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if config.device == "auto" else config.device)
     prompt_sets = load_prompt_sets(config.prompts)
     induction_report = config.induction_report or find_induction_report([one.path for one in config.models.values()])
     dataset = read_induction_report(induction_report) if induction_report else None

@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from config.checksums import hash_prefix
-from config.errors import UserError
+from config.checksums import hash_files
+from config.errors import UserError, first_line
 from config.paths import find_path
 from config.reading import read_mapping
 from config.settings import ModelSettings
 from safer_instruct.generation.weights import (
     check_same_architecture,
     check_weight_files,
-    first_line,
     is_adapter,
     require_as_saved,
     resolve_archive,
@@ -98,7 +96,7 @@ def base_hash(name: str) -> str:
         return ""
     folder = resolve_archive(name)
     files = [folder] if folder.is_file() else [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    return xxhash.xxh3_128_hexdigest(" ".join(map(hash_prefix, sorted(files))).encode())
+    return hash_files(sorted(files))
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrainedModel:

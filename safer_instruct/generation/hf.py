@@ -246,12 +246,7 @@ class _RowSampler(LogitsProcessor):
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Zero all but the smallest set of most probable tokens whose mass reaches `top_p` (Holtzman et al. 2020).
 
-    Args:
-        probabilities: (B, V).
-        top_p: In (0, 1].
-
-    Returns:
-        (B, V), not renormalised; the most probable token is always kept.
+    (B, V) -> (B, V), not renormalised; the most probable token is always kept.
     """
     ordered, index = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from config.errors import UserError
+from config.errors import UserError, first_line
 from config.paths import find_path
 from config.settings import ModelSettings
 from safer_instruct.generation.adapters import adapter_in, base_of, merge_adapter, quantization
@@ -42,7 +42,6 @@ from safer_instruct.generation.weights import (
     check_same_architecture,
     check_tied,
     check_weight_files,
-    first_line,
     has_tokenizer,
     is_adapter,
     read_policy_pt,
@@ -249,7 +248,7 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
             f"{settings.name_or_path}: its config.json cannot be used ({first_line(error)}). The folder must hold a "
             "causal language model that this version of transformers knows."
         ) from error
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None and not settings.trust_remote_code:
         raise UserError(
             f"{settings.name_or_path}: transformers {transformers.__version__} has no causal language model of type "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from config.checksums import require_untouched
-from config.errors import UserError
-from config.paths import find_path
+from config.errors import UserError, first_line
+from config.paths import find_path, saved_checkpoints
 from config.reading import read_mapping
 from config.run_keys import checkpoint_owner
 from config.settings import ModelSettings
@@ -48,9 +47,7 @@ def resolve_archive(path: str) -> Path:
     if found.is_file():
         return found
     # Without LATEST: a run that was killed between the two renames of its first checkpoint.
-    saved = [path for path in found.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", path.name)]
-    newest = sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))[-1:]
-    checkpoints = (found / "LATEST", *newest, found)
+    checkpoints = (found / "LATEST", *saved_checkpoints(found)[-1:], found)
     for folder in (*(path / kind for path in checkpoints for kind in ("model", "adapter")), found):
         if (folder / "config.json").is_file() or is_adapter(folder):
             return folder
@@ -127,11 +124,7 @@ def require_as_saved(path: Path, *, weights: bool = True) -> None:
 
 
 def run_config(path: str) -> dict[str, Any]:
-    """Read the settings that a model was trained with; {} if it is not part of a run of train.py.
-
-    Args:
-        path: The run, or a checkpoint or model folder in it.
-    """
+    """Read the settings of the run of train.py that is at a path, or around it (a checkpoint, a model); {} without."""
     folder = find_path(path)
     for candidate in (folder, *folder.resolve().parents[:3]):
         file = candidate / "config.yaml"
@@ -224,11 +217,6 @@ def read_policy_pt(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a dictionary with an entry `state` (name -> tensor), as the DPO repo saves.")
     return state
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from config.errors import UserError
 from config.names import BENIGN_STAGES
 from safer_instruct.induction.ledger import Record, read_header, scan_ledger, shard_count, shard_path
-from safer_instruct.induction.stages import OPTIONAL_STAGES, STAGES, stage_digest
+from safer_instruct.induction.stages import FILTER, INDUCE, OPTIONAL_STAGES, RESPOND, SCORE, STAGES, stage_digest
 
 _OFFSET_BITS = 40  # of a place: its ledger's number stands above them
 
@@ -121,3 +121,25 @@ def require_own_folder(ledgers: Path, stage: str) -> None:
             f"{ledgers} holds {min(foreign)} of another stage: stage={stage} makes a dataset of its own; give another "
             "output=FOLDER"
         )
+
+
+def provenance_of_all(ledgers: Mapping[str, StageLedgers]) -> dict[str, Any]:
+    """Return what all rows of the merged dataset have in common: models, decoding, prompts."""
+    induced, screened = ledgers[INDUCE].configuration, ledgers[FILTER].configuration
+    shared = {
+        "reversed_model": induced["model"],
+        "reversed_model_fingerprint": induced["model_fingerprint"],
+        "reversed_prompt": induced["prompt"],
+        **{name: induced[f"generation.{name}"] for name in ("temperature", "top_p", "max_new_tokens", "seed")},
+        "num_candidates": induced.get("generation.num_candidates", 1),
+    }
+    for stage in (FILTER, RESPOND):
+        expert = ledgers[stage].configuration
+        shared[f"{stage}_expert"] = expert["expert"]
+        shared[f"{stage}_expert_fingerprint"] = expert["expert_fingerprint"]
+        shared[f"{stage}_prompt"] = expert["expert_prompt"]
+    if SCORE in ledgers:
+        scored = ledgers[SCORE].configuration
+        shared |= {name: scored[name] for name in ("forward_model", "forward_fingerprint")}
+        shared["min_round_trip"] = screened.get("roundtrip.min_score")
+    return shared

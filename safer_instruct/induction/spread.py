@@ -14,11 +14,7 @@ from safer_instruct.induction.status import live_line
 
 
 def spread_stages(config: InduceConfig, run_shard: Callable[[InduceConfig], None]) -> None:
-    """Let the workers do the stages of all shards.
-
-    Raises:
-        UserError: As `run_on_ray`.
-    """
+    """Let the workers do the stages of all shards, as `run_on_ray` does."""
     for stage in waves(config):
         work = partial(_run_one, run_shard, replace(config, stage=stage))
         run_on_ray(work, config.shard.count or 1, config.engine, partial(live_line, Path(config.output) / "ledger"))

@@ -87,10 +87,7 @@ class PairedDifference:
 def compare_paired(both: Sequence[tuple[bool, bool]], *, seed: int = 0) -> PairedDifference | None:
     """Compute the exact McNemar test and the bootstrap interval of the difference of two shares over the same prompts.
 
-    `both` says of each prompt whether it counts for the first model, and for the second.
-
-    Returns:
-        None without a prompt.
+    `both` says of each prompt whether it counts for the first model, and for the second; without one there is None.
     """
     if not both:
         return None
@@ -132,11 +129,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def cohens_kappa(counts: Sequence[Sequence[int]]) -> tuple[float, float, float] | None:
     """Measure agreement beyond chance, with its 95% interval (Cohen 1960; Fleiss, Cohen and Everitt 1969).
 
-    Args:
-        counts: Square table: rows are the first judge's classes, columns the second's.
-
-    Returns:
-        (kappa, low, high); None where it is undefined: no row, or both judges say the same one thing throughout.
+    Returns (kappa, low, high) of a square table, in whose rows are the first judge's classes, in its columns the
+    second's; None where it is undefined: no row, or both judges say the same one thing throughout.
     """
     from statsmodels.stats.inter_rater import cohens_kappa as kappa_of
 

@@ -140,11 +140,8 @@ def plot_curves(
 ) -> Plot | None:
     """Draw lines over examples seen; None where no curve has a point.
 
-    Args:
-        title: Heading of the figure.
-        unit: What the y-axis shows, "nats".
-        curves: For each line its points (examples seen, value), ascending.
-        level: A value to compare with, and its words.
+    `unit` is what the y-axis shows ("nats"), `level` a value to compare with, and its words; the points of a line,
+    (examples seen, value), ascend.
     """
     curves = {name: points for name, points in curves.items() if points}
     if not curves:

@@ -10,6 +10,7 @@ from typing import Any
 
 from config.errors import UserError
 from config.paths import find_path
+from config.reading import read_mapping
 
 # The stages of induce.py's report, and what is left after each.
 FUNNEL_WORDS = {
@@ -37,19 +38,14 @@ def read_induction_report(path: str) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing, or is no such report.
     """
-    try:
-        document = json.loads(find_path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"induction_report={path}: no such file; name the report.json in a dataset folder") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"induction_report={path}: not a JSON file ({error})") from None
+    document = read_mapping(find_path(path), "induction_report=FILE names the report.json in a dataset folder")
     try:
         funnel(document)
     except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"induction_report={path}: not the report.json of induce.py (it has no readable funnel)"
         ) from None
-    return dict(document)
+    return document
 
 
 def funnel(report: Mapping[str, Any]) -> list[FunnelStep]:

@@ -18,11 +18,7 @@ MAX_LABELS = 30  # of a figure: those with the most rows
 
 
 def plot_funnel(report: Mapping[str, Any]) -> Plot:
-    """Draw one bar for each label of a dataset, cut by where its rows ended.
-
-    Args:
-        report: Of `card.build_report`.
-    """
+    """Draw one bar for each label in the report of `card.build_report`, cut by where its rows ended."""
     labels = dict(sorted(report["by_label"].items(), key=lambda item: -item[1]["induced"])[:MAX_LABELS])
     bars = {}
     for label, counts in labels.items():
@@ -30,20 +26,16 @@ def plot_funnel(report: Mapping[str, Any]) -> Plot:
         bars[label] = [sizes[key] for key, _, _ in FUNNEL_PARTS]
     title = "Where the rows of each label went"
     described = "; ".join(f"{label}: {sizes[0]} of {sum(sizes)} in the dataset" for label, sizes in bars.items())
-    svg = plot_parts(bars, [(words, color) for _, words, color in FUNNEL_PARTS], "rows")
+    svg = plot_parts(bars, [(words, color) for _, words, color in FUNNEL_PARTS])
     return Plot(title, f"{title}. {described}.", svg)
 
 
-def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str]], unit: str) -> str:
-    """Draw stacked horizontal bars, each with the size of its first part and of the whole.
+def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str]]) -> str:
+    """Draw stacked horizontal bars of rows, each with the size of its first part and of the whole, as SVG.
 
     Args:
         bars: Name -> the sizes of its parts.
         parts: Words of the legend and colour of each part.
-        unit: Of the axis.
-
-    Returns:
-        SVG.
     """
     with styled():
         axes = new_axes(1.2 + 0.32 * max(1, len(bars)), width_inches=6.4)
@@ -51,5 +43,5 @@ def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str
         for row, sizes in enumerate(bars.values()):
             axes.text(sum(sizes), row, f" {sizes[0]} of {sum(sizes)}", va="center", fontsize=8)
         axes.set_xlim(0, 1.2 * max([1, *map(sum, bars.values())]))
-        axes.set_xlabel(unit)
+        axes.set_xlabel("rows")
         return to_svg(axes, transparent=False)  # cards are also read on dark pages

@@ -24,7 +24,6 @@ from safer_instruct.report.tables import (
     Models,
     extra_tables,
     group_tables,
-    rate_text,
     rates_table,
     shown_metrics,
 )
@@ -164,7 +163,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         tables = [rates_table(models, headline, "", words), rates_table(models, further, "Further rates"), *tables]
     for table in tables:
         texts = [f"## {escape_markdown(table.title)}" if table.title else "", escape_markdown(table.caption)]
-        sections += [*filter(None, texts), markdown_table(table.header, table.rows, left=table.left)]
+        sections += [*filter(None, texts), table.markdown]
     if report["dataset"] is not None:
         steps = [[step.name, str(step.rows), step.note] for step in funnel(report["dataset"])]
         sections += ["## The dataset", markdown_table(["stage", "rows", "note"], steps, left=(0, 2))]
@@ -173,19 +172,6 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         header = ["stage", "seconds", "command"]
         sections += ["## How it was made", markdown_table(header, stages, left=(0, 2), markup=(2,))]
     return "\n\n".join(sections) + "\n"
-
-
-def headline_text(models: Models) -> str:
-    """Write the headline rates as a plain table for a console: per cent with 95% intervals and n."""
-    views = shown_metrics(models, HEADLINE)
-    columns = [["", *(view.title for view in views)]]
-    columns += [[name, *(rate_text(model[view.key]) for view in views)] for name, model in models.items()]
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for title, *rates in zip(*columns, strict=True):
-        cells = [rate.rjust(width) for rate, width in zip(rates, widths[1:], strict=True)]
-        lines.append("  ".join([title.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

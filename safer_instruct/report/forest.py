@@ -14,11 +14,7 @@ MAX_ROWS = 24
 
 
 def plot_forest(entries: Sequence[Mapping[str, Any]]) -> Plot | None:
-    """Draw the last two models' differences with 95% intervals, a row for each rate; None without a comparison.
-
-    Args:
-        entries: Of `comparisons.compare_models`.
-    """
+    """Draw the last two models' differences (`compare_models`) with 95% intervals, a row for each rate, if any."""
     rows = last_pair(entries)[:MAX_ROWS]
     if not rows:
         return None

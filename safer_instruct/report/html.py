@@ -44,81 +44,32 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One of the figures that a page begins with.
+    """One of the figures that a page begins with."""
 
-    Attributes:
-        question: Its heading.
-        value: The number, with its unit.
-        interval: "95% interval 12.1 to 18.3", "" where there is none.
-        words: What the number is.
-        bars: The same for every model, or label.
-        axis: Words at the left, the middle and the right end of the bars' axis.
-    """
-
-    question: str
-    value: str
-    interval: str
-    words: str
-    bars: Sequence[Bar] = ()
-    axis: tuple[str, str, str] = ("0", "50", "100%")
+    question: str  # its heading
+    value: str  # the number, with its unit
+    interval: str  # "95% interval 12.1 to 18.3", "" where there is none
+    words: str  # what the number is
+    bars: Sequence[Bar] = ()  # the same for every model, or label
+    axis: tuple[str, str, str] = (
+        "0",
+        "50",
+        "100%",
+    )  # words at the left, the middle and the right end of the bars' axis
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a page, behind a click unless it is `shown`.
+    """A part of a page, behind a click unless it is `shown`."""
 
-    Attributes:
-        title: Its heading.
-        about: What the click opens: "12 rows".
-        tables: With sortable columns.
-        plots: Beside each other.
-        steps: Of a funnel.
-        words: A sentence below the heading.
-        shown: Whether it is open from the start.
-        folded: Words of a further click that opens the tables, "" where there is none.
-    """
-
-    title: str
-    about: str = ""
-    tables: Sequence[Table] = ()
-    plots: Sequence[Plot] = ()
-    steps: Sequence[FunnelStep] = ()
-    words: str = ""
-    shown: bool = False
-    folded: str = ""
-
-
-def render_summary(
-    *,
-    kicker: str,
-    title: str,
-    lead: str,
-    answers: Sequence[Answer],
-    sections: Sequence[Section],
-    notes: Sequence[str] = (),
-    made: Sequence[tuple[str, str]] = (),
-) -> str:
-    """Render a page of figures and tables, without any text of a dataset.
-
-    Args:
-        kicker: What kind of page it is.
-        title: What it is about.
-        lead: The finding in a sentence.
-        answers: Three of them.
-        sections: The rest.
-        notes: Warnings.
-        made: (what, how) it was made with.
-    """
-    return render(
-        "summary.html",
-        kicker=kicker,
-        title=title,
-        lead=lead,
-        answers=answers,
-        sections=sections,
-        notes=notes,
-        made=made,
-    )
+    title: str  # its heading
+    about: str = ""  # what the click opens: "12 rows"
+    tables: Sequence[Table] = ()  # with sortable columns
+    plots: Sequence[Plot] = ()  # beside each other
+    steps: Sequence[FunnelStep] = ()  # of a funnel
+    words: str = ""  # a sentence below the heading
+    shown: bool = False  # whether it is open from the start
+    folded: str = ""  # words of a further click that opens the tables, "" where there is none
 
 
 def render(template: str, *, script: str = "page.js", **values: Any) -> str:

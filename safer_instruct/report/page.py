@@ -39,12 +39,9 @@ FIGURES = (
 def render_page(
     report: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], curves: Sequence[Plot]
 ) -> str:
-    """Render the page of a report.
+    """Render the page of the report of `document.build_report`, with figures of the training runs.
 
-    Args:
-        report: What `document.build_report` made.
-        samples: For each prompt set the prompts to show, as `pick_samples` gives them; empty: no samples.
-        curves: Figures of the training runs.
+    `samples` has for each prompt set the prompts to show, as `pick_samples` gives them; empty: no samples.
     """
     models = report["models"]
     report = {**report, "run": {"date": "", **report["run"]}}  # an earlier version's report has none

@@ -135,14 +135,8 @@ def stack_bars(axes: Axes, bars: Mapping[str, Sequence[float]], parts: Sequence[
 def plot_rates(title: str, metric: str, models: Models, group: str) -> Plot | None:
     """Draw one metric with 95% intervals: a row for each label (or source), in it a point for each model.
 
-    Args:
-        title: Heading of the figure.
-        metric: Key of a rate in the report, `harmful_rate`.
-        models: `report["models"]`.
-        group: `by_label`, `by_source` or `by_set`.
-
-    Returns:
-        The figure; None if no model has the metric in any group.
+    `metric` is the key of a rate in the report (`harmful_rate`), `group` is `by_label`, `by_source` or `by_set`;
+    None if no model has the metric in any group.
     """
     names = groups_with(models, group, metric)
     if not names:
@@ -160,7 +154,7 @@ def plot_rates(title: str, metric: str, models: Models, group: str) -> Plot | No
             axes.errorbar(
                 [rate["value"] for rate in rates.values()],
                 [row + (index - (len(models) - 1) / 2) * spread for row in rates],
-                xerr=_whiskers(list(rates.values())),
+                xerr=whiskers(list(rates.values())),
                 **_point(index),
                 label=short_name(model_name),
             )
@@ -183,7 +177,7 @@ def _range(sizes: Iterable[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
-def _whiskers(rates: Sequence[Mapping[str, float]]) -> list[list[float]]:
+def whiskers(rates: Sequence[Mapping[str, float]]) -> list[list[float]]:
     """Return how far the intervals reach below and above; an end may differ from the value by one rounding error."""
     return [
         [max(0.0, rate["value"] - rate["low"]) for rate in rates],
@@ -269,7 +263,7 @@ def plot_trade_off(models: Models) -> Plot | None:
         axes = new_axes(3.0)
         for index, (name, rates) in enumerate(points.items()):
             x, y = (rate["value"] for rate in rates)
-            across, up = (_whiskers([rate]) for rate in rates)
+            across, up = (whiskers([rate]) for rate in rates)
             axes.errorbar(x, y, xerr=across, yerr=up, **_point(index), label=short_name(name, 30))
         for before, after in pairwise(points.values()):
             ends = [(rates[0]["value"], rates[1]["value"]) for rates in (after, before)]

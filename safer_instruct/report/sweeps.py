@@ -23,7 +23,7 @@ from config.pair_losses import PreferenceLossSettings
 from config.paths import find_path
 from safer_instruct.measures.statistics import wilson_interval
 from safer_instruct.report.curves import MAX_RUNS
-from safer_instruct.report.plots import FAINT, INK, MARKERS, MODEL_COLORS, Plot, new_axes, styled, to_svg
+from safer_instruct.report.plots import FAINT, INK, MARKERS, MODEL_COLORS, Plot, new_axes, styled, to_svg, whiskers
 from safer_instruct.report.tables import NOT_COUNTED, Models
 from safer_instruct.report.training_runs import TrainingRun
 from safer_instruct.text.display import percent, short_name
@@ -47,10 +47,8 @@ LABEL_GAP = 0.09  # of an axis: numbers nearer to each other would overlap
 def plot_sweep(runs: Sequence[TrainingRun], differing: Sequence[str], models: Models) -> list[Plot]:
     """Draw the first `MAX_RUNS` of the runs; [] where no setting differs, or nothing was measured of two of them.
 
-    Args:
-        runs: In the order of their table.
-        differing: Names of the settings that differ between them.
-        models: `report["models"]`: a run's, where one of its folders was evaluated.
+    The runs are in the order of their table; `models` is `report["models"]`: a run's, where one of its folders was
+    evaluated.
     """
     if not differing:
         return []
@@ -149,8 +147,7 @@ def _frontier(
         axes = new_axes(3.0)
         for number, kl in kls.items():
             beta, rate = _beta(runs[number]), rates[number]
-            ends = None if rate["low"] is None else [[max(0.0, rate["value"] - rate["low"])],
-                                                     [max(0.0, rate["high"] - rate["value"])]]  # fmt: skip
+            ends = None if rate["low"] is None else whiskers([rate])
             drawn = axes.errorbar(
                 kl, rate["value"], yerr=ends, fmt=MARKERS[betas.index(beta) % len(MARKERS)],
                 color=colors[beta], markersize=5.5, elinewidth=1.2, capsize=1.8,

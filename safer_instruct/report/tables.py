@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safer_instruct.measures.comparisons import ALL_SOURCES
-from safer_instruct.text.display import percent
+from safer_instruct.text.display import markdown_table, percent
 
 COMPARISONS = "Models compared on the same prompts"
 MAX_DISAGREEMENTS = 50  # listed in a table; report.json has all
@@ -50,21 +50,18 @@ METRIC_WORDS = {view.key: view.title.lower() for view in HEADLINE}
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table of a report.
+    """One table of a report."""
 
-    Attributes:
-        title: Its heading.
-        header: Words of the columns.
-        rows: Cells as text, one list for each row.
-        caption: How to read it.
-        left: Columns of words; numbers stand on the right.
-    """
+    title: str  # its heading
+    header: Sequence[str]  # words of the columns
+    rows: Sequence[Sequence[str]]  # cells as text, one list for each row
+    caption: str = ""  # how to read it
+    left: Sequence[int] = (0,)  # columns of words; numbers stand on the right
 
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    left: Sequence[int] = (0,)
+    @property
+    def markdown(self) -> str:
+        """The table as Markdown, without title and caption."""
+        return markdown_table(self.header, self.rows, left=self.left)
 
 
 def shown_metrics(models: Models, views: Sequence[MetricView]) -> list[MetricView]:

@@ -91,21 +91,13 @@ def _number(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """A run of train.py.
+    """A run of train.py."""
 
-    Attributes:
-        name: Of its folder.
-        path: Its folder.
-        settings: "loss.beta" -> 0.1.
-        metrics: The last value of each.
-        held_out: Rows that one of its evaluations counts; 0 where its manifest does not tell.
-    """
-
-    name: str
-    path: str
-    settings: Mapping[str, Any]
-    metrics: Mapping[str, float]
-    held_out: int = 0
+    name: str  # of its folder
+    path: str  # its folder
+    settings: Mapping[str, Any]  # "loss.beta" -> 0.1
+    metrics: Mapping[str, float]  # the last value of each
+    held_out: int = 0  # rows that one of its evaluations counts; 0 where its manifest does not tell
 
 
 def read_training_run(name: str, folder: Path) -> TrainingRun:

@@ -21,8 +21,7 @@ class _Reader(HTMLParser):
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in _BLOCKS:
-            self.parts.append("\n")
+        self.handle_starttag(tag, [])
 
 
 def html_text(fragment: str) -> str:

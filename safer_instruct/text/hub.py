@@ -38,11 +38,7 @@ def source_of(name: str, settings: DatasetSettings) -> Source:
 
 
 def hub_dataset(name: str, settings: DatasetSettings) -> HubDataset | None:
-    """Return the dataset that the library is to read: no path here, or a folder in the form of those on the hub.
-
-    Raises:
-        UserError: See `source_of`.
-    """
+    """Return the dataset that the library is to read: no path here, or a folder in the form of those on the hub."""
     by_library = settings.split or settings.config or settings.streaming or may_be_on_hub(settings.path)
     return HubDataset(name, settings) if by_library else None
 

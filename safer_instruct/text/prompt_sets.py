@@ -43,7 +43,7 @@ def load_prompt_sets(sets: Mapping[str, PromptSetSettings]) -> dict[str, list[Ev
     errors: list[str] = []
     for name, settings in sets.items():
         try:
-            loaded[name] = load_prompt_set(name, settings)
+            loaded[name] = [prompt for prompt, _ in read_prompts(name, settings)]
         except UserError as error:
             errors.append(f"prompts.{name}: {error}")
     if errors:
@@ -51,17 +51,8 @@ def load_prompt_sets(sets: Mapping[str, PromptSetSettings]) -> dict[str, list[Ev
     return loaded
 
 
-def load_prompt_set(name: str, settings: PromptSetSettings) -> list[EvaluationPrompt]:
-    """Read the prompts of one file (JSONL, CSV, JSON or Parquet with a column `instruction`), in the file's order.
-
-    Raises:
-        UserError: As `load_prompt_sets`.
-    """
-    return [prompt for prompt, _ in read_prompts(name, settings)]
-
-
 def read_prompts(name: str, settings: PromptSetSettings) -> Iterator[tuple[EvaluationPrompt, Mapping[str, Any]]]:
-    """Yield the prompts of one file, each with the row that it stems from.
+    """Yield the prompts of one file (with a column `instruction`), in its order, each with the row that it stems from.
 
     An instruction that a file without ids asks again is a prompt of its own, under the first one's id with a number.
 

@@ -6,11 +6,11 @@ behind the last colon.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from config.errors import UserError
+from config.rules import suggest
 from safer_instruct.text.chat import Turn, chat_frames, chat_turn
 from safer_instruct.text.examples import Message, transcript
 
@@ -125,9 +125,8 @@ def render_prompt(
         Unusable: the template has no place for a system prompt or for earlier turns, or a chat template refuses these.
     """
     if name not in TEMPLATE_NAMES:
-        near = difflib.get_close_matches(name, TEMPLATE_NAMES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"template={name}: the templates are {', '.join(TEMPLATE_NAMES)}{hint}")
+        known = f"{suggest(name, TEMPLATE_NAMES)} Templates: {', '.join(TEMPLATE_NAMES)}"
+        raise UserError(f"template={name}: there is no such template{known}")
     if system and name in TEMPLATES:
         raise Unusable("no_place_for_system", f"template={name} has no place for a system prompt; chat and vicuna do")
     if history and name in TEMPLATES and name != HH:

@@ -15,28 +15,23 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import xxhash
 from filelock import FileLock, Timeout
 
 from config.checksums import find_damage, write_checksums
 from config.errors import UserError
 from config.files import sync
 
-HASH_CHUNK_BYTES = 1 << 20
 TEMPORARY = ".tmp-"
 
 
 def build_once(directory: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the entry `directory/key`, built by `build` unless it is there and whole.
+    """Return the entry `directory/key`, never to be written to, built by `build` unless it is there and whole.
 
     Args:
         directory: The cache; made where it does not exist.
         key: Hash of the entry's content; a file name.
         build: Fills the empty directory that it is given. Runs at most once at a time over all processes that see
             this file system; where it fails, the next process tries again.
-
-    Returns:
-        The complete entry, never to be written to.
 
     Raises:
         UserError: The disk is full, or the folder is another user's. Whatever else `build` raises passes through.
@@ -123,14 +118,3 @@ def usable_dir(candidates: Sequence[str]) -> Path:
         else:
             return path
     raise UserError(f"local_dirs: none of the folders can be written to: {', '.join(reasons) or 'none is given'}")
-
-
-def hash_files(paths: Sequence[Path]) -> str:
-    """Return the xxh3-128 of the files' contents, in the order given; their names do not count."""
-    digest = xxhash.xxh3_128()
-    for path in paths:
-        digest.update(path.stat().st_size.to_bytes(8, "little"))
-        with path.open("rb") as source:
-            while chunk := source.read(HASH_CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -24,22 +24,15 @@ class SeenKeys(NamedTuple):
     with its first response, another response. Its keys are all that they see, in the order of their positions and the
     queries themselves last. So a prefix stands there once for each sequence that shares it, and a prompt once for each
     response.
-
-    Attributes:
-        query_starts: (N + 1,) int32, where the queries of each sequence start in the micro-batch, and T.
-        key_starts: (N + 1,) int32, where its keys start in `places`, and K.
-        longest: the most queries and the most keys of a sequence.
-        places: (K,) int32, the place of each key in the micro-batch; None where it is its own: nothing is shared.
-        by_place: (K,) int32, the keys in the order of their places.
-        copies: (T,) int32, how often each place is a key.
     """
 
-    query_starts: Tensor
-    key_starts: Tensor
-    longest: tuple[int, int]
+    query_starts: Tensor  # (N + 1,) int32, where the queries of each sequence start in the micro-batch, and T
+    key_starts: Tensor  # (N + 1,) int32, where its keys start in `places`, and K
+    longest: tuple[int, int]  # the most queries and the most keys of a sequence
+    # (K,) int32, the place of each key in the micro-batch; None where it is its own: nothing is shared.
     places: Tensor | None = None
-    by_place: Tensor | None = None
-    copies: Tensor | None = None
+    by_place: Tensor | None = None  # (K,) int32, the keys in the order of their places
+    copies: Tensor | None = None  # (T,) int32, how often each place is a key
 
 
 class PackedLayout:

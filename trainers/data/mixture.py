@@ -8,21 +8,6 @@ import torch
 from torch import Tensor
 
 
-def resolve_shares(num_rows: Mapping[str, int], weights: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the share of each dataset, which sum to 1; those without a weight share the rest by their sizes.
-
-    Args:
-        num_rows: Rows by dataset.
-        weights: Shares by dataset, checked (`checks_train`): all given ones sum to 1, or some to less.
-    """
-    given = sum(weight for weight in weights.values() if weight is not None)
-    others = sum(num_rows[name] for name, weight in weights.items() if weight is None)
-    return {
-        name: (1 - given) * num_rows[name] / max(others, 1) if weight is None else weight
-        for name, weight in weights.items()
-    }
-
-
 def mixture(num_rows: Mapping[str, int], weights: Mapping[str, float | None]) -> dict[str, Tensor]:
     """Choose rows of each dataset so that they have their shares; no row is repeated, and as many as can be are used.
 
@@ -31,15 +16,18 @@ def mixture(num_rows: Mapping[str, int], weights: Mapping[str, float | None]) ->
 
     Args:
         num_rows: Rows by dataset.
-        weights: As `resolve_shares`; where all are None, every row is used.
+        weights: Shares by dataset, checked (`checks_train`): all given ones sum to 1, or some to less; those without a
+            weight share the rest by their sizes.
 
     Returns:
         The rows (M,) int64 of each dataset, counted from its own first, in ascending order.
     """
-    shares = resolve_shares(num_rows, weights)
-    if all(weight is None for weight in weights.values()):
-        return {name: torch.arange(number) for name, number in num_rows.items()}
-    total = min(num_rows[name] / share for name, share in shares.items() if share > 0)
+    rest = 1 - sum(weight for weight in weights.values() if weight is not None)
+    others = sum(num_rows[name] for name, weight in weights.items() if weight is None)
+    shares = {
+        name: rest * num_rows[name] / max(others, 1) if weight is None else weight for name, weight in weights.items()
+    }
+    total = min((num_rows[name] / share for name, share in shares.items() if share > 0), default=0.0)
     chosen = {}
     for name, share in shares.items():
         order = torch.randperm(num_rows[name], generator=torch.Generator().manual_seed(0))

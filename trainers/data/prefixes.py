@@ -36,11 +36,7 @@ def no_prefixes(num_rows: int) -> Prefixes:
 def shared_prefixes(store: TokenStore, rows: Tensor) -> Prefixes:
     """Find families of rows whose prompts have MIN_TOKENS or more first tokens in common.
 
-    The last token of a prompt stays with its row: it predicts the first one of the responses.
-
-    Args:
-        store: of N rows.
-        rows: (B,) row numbers.
+    The last token of a prompt stays with its row: it predicts the first one of the responses. `rows` are (B,) numbers.
     """
     found = no_prefixes(len(rows))
     room = store.lengths[rows, 0].long() - 1

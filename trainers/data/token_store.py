@@ -81,11 +81,7 @@ class TokenStore:
         return self._ids[place].decode()
 
     def select(self, rows: Tensor) -> Self:
-        """Return a store of these rows, in this order, over the same maps; its key and content tell the selection.
-
-        Args:
-            rows: (M,) int64 row numbers of this store.
-        """
+        """Return a store of rows (M,), int64, in this order, over the same maps; key and content tell the selection."""
         chosen = type(self).__new__(type(self))
         chosen.__dict__.update(self.__dict__)
         chosen._index = rows if self._index is None else self._index[rows]

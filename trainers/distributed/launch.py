@@ -133,13 +133,8 @@ def work_in_group(
 ) -> None:
     """Join the process group and work.
 
-    Args:
-        place: Of this process.
-        stop: Its request to stop.
-        worker: What to do.
-        settings: Of the run.
-        address: The port of the launcher's store on this machine; "env": MASTER_ADDR and MASTER_PORT tell; None: this
-            process is alone and needs no port, so that runs started at once cannot take each other's.
+    `address` is the port of the launcher's store on this machine; "env": MASTER_ADDR and MASTER_PORT tell; None: this
+    process is alone and needs no port, so that runs started at once cannot take each other's.
     """
     check_numbers(settings, place.world_size)
     device = pick_device(settings.device, place.local_rank)

@@ -109,8 +109,3 @@ def share_from_main(values: Tensor) -> None:
     """Overwrite every process's `values` (contiguous, of one shape and dtype in all of them) by rank 0's."""
     if dist.get_world_size() > 1:
         dist.broadcast(values.view(-1).view(torch.uint8), src=0)  # as bytes: gloo has no booleans
-
-
-def stop_requested(layout: Layout) -> bool:
-    """Whether any process was asked to stop: the same answer in all of them."""
-    return bool(sum_over_processes(torch.tensor(int(bool(layout.stop)))).item())

@@ -75,14 +75,8 @@ def parallelize(
 ) -> None:
     """Apply shortcuts, activation checkpointing, compilation and sharding to a model, in place, in this order and once.
 
-    Args:
-        model: Whole; on the meta device if it will be sharded.
-        layout: Where it goes.
-        trainer: Whether to compile, and how FSDP treats the parameters.
-        packing: Whether its rows are packed.
-        block_name: See `find_blocks`.
-        compute_dtype: What a sharded model computes in; None: its own dtype.
-        activation_checkpointing: As the setting of this name.
+    The model is whole, and on the meta device if it will be sharded; `compute_dtype` is what it computes in then, None:
+    its own dtype. `packing` says whether its rows are packed.
     """
     blocks = find_blocks(model, block_name)
     if packing and not trainer.compile:
@@ -136,12 +130,9 @@ def place_model(
 ) -> Any:
     """Return a model on its device, laid out: no process but rank 0 ever holds more than its shard and one tensor.
 
-    Args:
-        loaded: The model on the CPU, in rank 0; None in the others (`layout.main_only`).
-        skeleton: Makes the same model on the meta device.
-        prepare: `parallelize` with its other arguments bound.
-        layout: Where to put it.
-        cpu_offload: Keep the shards in host memory.
+    `loaded` is the model on the CPU, in rank 0, and None in the others (`layout.main_only`); `skeleton` makes the same
+    one on the meta device; `prepare` is `parallelize` with its other arguments bound. With `cpu_offload` the shards
+    stay in host memory.
     """
     if layout.mesh is None:
         assert loaded is not None

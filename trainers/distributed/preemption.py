@@ -58,11 +58,7 @@ class StopRequest:
     """Whether this process, or the launcher that started it, was asked to stop."""
 
     def __init__(self, asked_elsewhere: Callable[[], bool] = lambda: False) -> None:
-        """Begin with nothing asked.
-
-        Args:
-            asked_elsewhere: tells whether other processes were asked; cheap, because it is called at every step.
-        """
+        """Begin with nothing asked; what tells whether other processes were is cheap: it is called at every step."""
         self._asked_elsewhere = asked_elsewhere
         self._asked_at: float | None = None
         self._closed = False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trainers.distributed.layout import Layout, share_from_main, stop_requested, sum_over_processes
+from trainers.distributed.layout import Layout, share_from_main, sum_over_processes
 from trainers.distributed.preemption import Preempted
 
 
@@ -121,19 +121,6 @@ def reduce_gradients_in_backward(model: nn.Module, reduce: bool) -> None:
         model.set_requires_gradient_sync(reduce)
 
 
-def unsharded_gradient_bytes(model: nn.Module, compute_dtype: str | None = None) -> int:
-    """Return what the whole gradients of a sharded model take in each process, between the micro-batches of a step.
-
-    They are kept there until the last micro-batch reduces them, unless `trainer.reduce_every_microbatch`. 0 for a model
-    that is not sharded: its gradients are whole in any case. `compute_dtype` is that of `parallelize`; with one,
-    gradients accumulate in float32, the dtype in which they are reduced.
-    """
-    if not isinstance(model, FSDPModule):
-        return 0
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return sum(parameter.numel() * (4 if compute_dtype else parameter.element_size()) for parameter in trained)
-
-
 @contextmanager
 def same_logits(model: nn.Module, layout: Layout) -> Iterator[None]:
     """Put rank 0's logits in every process, so that all of them sample the same tokens and make as many passes.
@@ -144,7 +131,7 @@ def same_logits(model: nn.Module, layout: Layout) -> Iterator[None]:
 
     def share(module: nn.Module, arguments: Any, output: Any) -> None:
         share_from_main(output.logits)
-        if stop_requested(layout):
+        if sum_over_processes(torch.tensor(int(bool(layout.stop)))):  # the same answer in all of them
             raise Preempted
 
     handle = model.register_forward_hook(share)
@@ -158,20 +145,12 @@ def same_logits(model: nn.Module, layout: Layout) -> Iterator[None]:
 def clip_grad_norm(
     parameters: Iterable[nn.Parameter], max_norm: float, loss_sum: Tensor, layout: Layout
 ) -> tuple[float, float]:
-    """Scale the gradients down to a global L2 norm of at most `max_norm`.
+    """Scale the gradients down to a global L2 norm of at most `max_norm`; return (norm before, loss of all processes).
 
     The squares are summed in float64: in float32 their sum is off by some 1e-5, and differently for each layout. Most
     steps need no scaling, and are spared the second pass over all gradients. To know that, the host waits for the
-    device here, once in a step; the loss comes along, so that the caller need not wait again.
-
-    Args:
-        parameters: Sharded or not.
-        max_norm: The bound.
-        loss_sum: This process's sum of losses, a scalar.
-        layout: Of the parameters.
-
-    Returns:
-        The norm before, and the sum of losses over all processes.
+    device here, once in a step; the loss comes along (`loss_sum` is this process's, a scalar), so that the caller need
+    not wait again.
     """
     gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     # On a GPU one read of the gradients, widened in registers; `vector_norm` would write a float64 copy of each.

@@ -45,11 +45,7 @@ class _Child:
 
 
 def start_processes(work: Callable[[Place, StopRequest], None], num_processes: int) -> None:
-    """Run `work(place, stop)` in processes of this node; return when all have ended well.
-
-    Args:
-        work: Pickled, as all of `multiprocessing`'s spawned work is.
-        num_processes: How many.
+    """Run `work(place, stop)`, which is pickled, in processes of this node; return when all have ended well.
 
     Raises:
         Preempted: they were asked to stop, and did.

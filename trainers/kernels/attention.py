@@ -43,22 +43,15 @@ MAX_COMPILATIONS = 64
 
 @dataclass(eq=False)
 class PackedMask:
-    """What the layers get as their attention mask.
+    """What the layers get as their attention mask."""
 
-    Attributes:
-        kernel: What computes the attention; the fields below `window` are what that kernel reads.
-        dtype: What it computes in on a GPU: under autocast, queries and keys come out of the rotary embedding in
-            float32, which has no flash kernel and half the speed.
-        needed: Places whose last hidden states are asked for, (N,) int64; None: all.
-        num_positions: T.
-        window: Positions that a token sees, itself included; None: all before it.
-    """
-
-    kernel: Kernel
+    kernel: Kernel  # what computes the attention; the fields below `window` are what that kernel reads
+    # What it computes in on a GPU: under autocast, queries and keys come out of the rotary embedding in float32, which
+    # has no flash kernel and half the speed.
     dtype: torch.dtype
-    needed: Tensor | None
-    num_positions: int
-    window: int | None
+    needed: Tensor | None  # places whose last hidden states are asked for, (N,) int64; None: all
+    num_positions: int  # T
+    window: int | None  # positions that a token sees, itself included; None: all before it
     flex: Callable[..., Any] = flex_attention
     blocks: BlockMask | None = None
     seen: SeenKeys | None = None

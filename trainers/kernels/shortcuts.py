@@ -37,10 +37,8 @@ def gradient_so_far(weight: Tensor) -> Tensor | None:
 def embed(module: nn.Module, input_ids: Tensor) -> Tensor | None:
     """Return what a plain `nn.Embedding` does, (T,) -> (T, D); its gradient is added to `weight.grad` by `backward()`.
 
-    `torch.autograd.grad` must not be asked for it: it would get None once there is such a gradient.
-
-    Returns:
-        None for other modules, which may scale, normalise or project.
+    `torch.autograd.grad` must not be asked for it: it would get None once there is such a gradient. For other modules,
+    which may scale, normalise or project, there is None.
     """
     if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return None

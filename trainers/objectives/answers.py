@@ -11,11 +11,11 @@ from torch import Tensor
 from config.settings import AnswerLossSettings
 from trainers.losses import ANSWER_LOSSES
 from trainers.losses.responses import Answers, LogpsOf
-from trainers.objectives.output import LossOutput, refuse_start, reward_tolerance
+from trainers.objectives.output import LossOutput, Objective, refuse_start, reward_tolerance
 from trainers.objectives.passes import ForwardPasses, Responses
 
 
-class AnswerObjective:
+class AnswerObjective(Objective):
     """The mean over single answers of one of ANSWER_LOSSES, against cached reference log-probabilities.
 
     z0, how far the policy has moved on answers to other prompts, is max(0, mean over the global batch of
@@ -26,7 +26,8 @@ class AnswerObjective:
 
     def __init__(self, settings: AnswerLossSettings) -> None:
         """Take the group `loss`, whose rows are answers."""
-        self.settings, self.state = settings, dict[str, float]()
+        super().__init__()
+        self.settings = settings
         self.passes = ForwardPasses(needs_reference=True)
         self._whole: Responses | None = None
 
@@ -60,10 +61,6 @@ class AnswerObjective:
             "logps_{split}/chosen": logps[is_good],
             "logps_{split}/rejected": logps[~is_good],
         }
-
-    def num_units(self, batch: TensorDict) -> int:
-        """Count answers."""
-        return len(batch["row"])
 
     def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
         """Require rewards of 0: before the first step the policy is the reference.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import torch
 from tensordict import TensorDict
@@ -62,11 +62,13 @@ class LossOutput:
         return torch.stack([values.double() for values in self.metrics.values()]).isfinite().all(dim=0)
 
 
-class Objective(Protocol):
-    """The trainer's view of a loss."""
+class Objective:
+    """The trainer's view of a loss; as it stands here, of one whose examples each have a loss of their own."""
 
-    needs_reference: bool
-    state: dict[str, float]  # numbers that go on from batch to batch; a checkpoint keeps them
+    needs_reference = False
+
+    def __init__(self) -> None:
+        self.state: dict[str, float] = {}  # numbers that go on from batch to batch; a checkpoint keeps them
 
     def begin_batch(self, logps_of: LogpsOf, passes: Sequence[tuple[TensorDict, bool]], device: torch.device) -> None:
         """Learn what the losses of a global batch need of all its rows, before the first of them.
@@ -76,9 +78,11 @@ class Objective(Protocol):
 
     def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
         """Return the sum of the losses of one micro-batch, and its metrics."""
+        raise NotImplementedError
 
     def num_units(self, batch: TensorDict) -> int:
         """Count the units that the loss of this micro-batch, still on the host, sums over."""
+        return len(batch["row"])
 
     def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
         """Raise a UserError if what must hold before the first step of a fresh run does not.

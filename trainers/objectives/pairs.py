@@ -13,7 +13,7 @@ from config.settings import LossSettings, PairLossSettings, PreferenceLossSettin
 from trainers.losses import PAIR_LOSSES
 from trainers.losses.lengths import ld_alpha_of
 from trainers.losses.responses import LogpsOf, Pairs, nats_per_token, pair_weights, reward_accuracy
-from trainers.objectives.output import LossOutput, refuse_start, reward_tolerance
+from trainers.objectives.output import LossOutput, Objective, refuse_start, reward_tolerance
 from trainers.objectives.passes import ForwardPasses, Responses
 
 
@@ -22,7 +22,7 @@ def wpo_of(part: PairLossSettings) -> str:
     return part.wpo if isinstance(part, PreferenceLossSettings) else "none"
 
 
-class PreferenceObjective:
+class PreferenceObjective(Objective):
     """The sum over the parts of a loss (one, but for `mixture`) of
 
         weight x (preference loss, weighed by `wpo`, + nll_weight x nats per token of chosen)
@@ -32,7 +32,8 @@ class PreferenceObjective:
 
     def __init__(self, settings: LossSettings) -> None:
         """Take the group `loss`, whose rows are pairs."""
-        self.name, self.state = settings.name, dict[str, float]()
+        super().__init__()
+        self.name = settings.name
         self.parts: list[tuple[float, PairLossSettings]] = weighted_parts(settings)
         self.needs_reference = settings.needs_reference
         # Rewards are shown on the scale of the first part that has a reference, if one has.
@@ -102,10 +103,6 @@ class PreferenceObjective:
         losses = function(self._pairs(part, whole), part)
         gradient = losses.sum() - losses.sum().detach()  # 0, with a gradient
         return losses.detach()[self._whole.places(own.rows)] + gradient / len(own.rows)
-
-    def num_units(self, batch: TensorDict) -> int:
-        """Count pairs."""
-        return len(batch["row"])
 
     def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
         """Require rewards of 0 and the loss that goes with them: before the first step the policy is the reference.

@@ -70,10 +70,7 @@ class ForwardPasses:
     ) -> Responses:
         """Return the rows of the global batch, (G,) ascending, from all processes; no gradient.
 
-        Args:
-            logps_of: Of the policy.
-            passes: This process's micro-batches, each with whether it counts; as many as the others have.
-            device: Where they are run.
+        `passes` are this process's micro-batches, each with whether it counts; as many as the others have.
         """
         alone = len(passes) == 1
         with torch.set_grad_enabled(alone and torch.is_grad_enabled()):

@@ -42,17 +42,17 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from config.checksums import CHECKSUMS, write_checksums
-from config.errors import SaidElsewhere, UserError
+from config.errors import SaidElsewhere, UserError, first_line
 from config.files import sync, write_text
+from config.paths import saved_checkpoints
 from config.settings import CheckpointSettings
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import full_parameters
 from trainers.lora import Adapter, adapter_of, merged, save_adapter
 from trainers.run.model_card import render_model_card
-from trainers.run.plain_state import plain_state
-from trainers.run.rng import random_state
 from trainers.run.run_dir import RunDir, remove
-from trainers.run.saved import RunProgress, best_checkpoint, discard, point, saved_checkpoints
+from trainers.run.saved import RunProgress, best_checkpoint, discard, point
+from trainers.run.state import plain_state, random_state
 from trainers.run.state_writer import HashingWriter
 
 Unlogged = dict[str, tuple[float, float]]  # metric -> (sum, count)
@@ -253,7 +253,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
         return f"rank {rank}: {type(cause).__name__}: {reason(cause)}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def plain_class(policy: PreTrainedModel) -> Any:

@@ -19,13 +19,11 @@ class MetricSums:
     """Sums and counts of named quantities; a sum stays on the device where it was made until it is asked for."""
 
     def __init__(self) -> None:
-        """Begin empty."""
         self._sums: dict[str, Tensor | float] = {}  # a tensor (float64) where it is a GPU's: to read it is to wait
         self._counts: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
 
     def __len__(self) -> int:
-        """Return how many quantities there are."""
         return len(self._sums)
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:

@@ -125,7 +125,6 @@ class MetricsLog:
             self._wandb = None
 
     def __enter__(self) -> Self:
-        """Return the log itself."""
         return self
 
     def __exit__(

@@ -41,13 +41,7 @@ LIMITS = """\
 
 
 def render_model_card(config: Mapping[str, Any], manifest: Mapping[str, Any], progress: Mapping[str, Any]) -> str:
-    """Return the card as Markdown.
-
-    Args:
-        config: Of the run, as in config.yaml.
-        manifest: Of the run, as in manifest.json.
-        progress: Where it stood, as in state/progress.json.
-    """
+    """Return the card as Markdown, from what config.yaml, manifest.json and state/progress.json of a run hold."""
     loss, model = config["loss"]["name"], config["model"]
     base = str(model["name_or_path"])
     tags = {"license": config["license"], "library_name": "transformers", "pipeline_tag": "text-generation"}

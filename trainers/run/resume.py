@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 
 from config.checksums import everything, find_damage
 from config.errors import UserError
+from config.paths import saved_checkpoints
 from trainers.distributed.layout import Layout, gather_objects
 from trainers.distributed.sharding import fill_model, full_state
 from trainers.lora import adapter_of, read_adapter
 from trainers.run.checkpoint import Unlogged, plain_class, reason
 from trainers.run.data_only import load_data_only
-from trainers.run.plain_state import plain_state, wrapped_state
-from trainers.run.rng import set_random_state
 from trainers.run.run_dir import RunDir
-from trainers.run.saved import RunProgress, read_progress, saved_checkpoints, unusable
+from trainers.run.saved import RunProgress, read_progress, unusable
+from trainers.run.state import plain_state, set_random_state, wrapped_state
 
 PROGRESS = "state/progress.json"
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import yaml
@@ -31,26 +30,18 @@ def remove(path: Path) -> None:
 
 
 class RunDir:
-    """A locked run directory. Use `with RunDir.open(...) as run`; the lock goes with the process, however it ends.
-
-    Attributes:
-        path: the directory.
-        checkpoints: where the checkpoints are.
-        latest, best: links to the newest and, with `checkpoint.keep_best`, to the best of them.
-        metrics, samples: files of JSON lines.
-        config, manifest: as the process that has opened it has written them.
-    """
+    """A locked run directory. Use `with RunDir.open(...) as run`; the lock goes with the process, however it ends."""
 
     def __init__(self, path: Path, lock: FileLock | None, config: Mapping[str, Any] | None = None) -> None:
         """Use `open`, or `RunDir(path, None)` in a process beside the one that has opened it."""
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.latest = path / "LATEST"
-        self.best = path / "BEST"
+        self.latest = path / "LATEST"  # link to the newest of them
+        self.best = path / "BEST"  # link to the best of them, with `checkpoint.keep_best`
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
-        self._lock, self.config = lock, config or {}
-        self.manifest: Mapping[str, Any] = {}
+        self._lock, self.config = lock, config or {}  # as the process that has opened it has written it
+        self.manifest: Mapping[str, Any] = {}  # likewise
 
     @classmethod
     def open(cls, path: Path, *, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Self:
@@ -134,13 +125,9 @@ class RunDir:
             self._lock.release()
 
     def __enter__(self) -> Self:
-        """Return the directory itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Give the directory back."""
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from config.errors import UserError
 from config.files import replacing, sync
+from config.paths import saved_checkpoints
 from config.settings import CheckpointSettings
 from trainers.run.run_dir import RunDir, remove
 
@@ -28,17 +28,6 @@ class RunProgress:
     identity: dict[str, str] = field(default_factory=dict)  # what a resumed run must agree on: keys of data, weights
     objective: dict[str, float] = field(default_factory=dict)  # what it keeps from batch to batch
     log: dict[str, Any] = field(default_factory=dict)  # state of the metrics log: lengths of its files, wandb id
-
-
-def step_of(folder: Path) -> int:
-    """Return the examples seen, of a folder `step-<examples>`."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def saved_checkpoints(run_path: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first; what has another name than they have is somebody else's."""
-    folders = (run_path / "checkpoints").glob("step-*")
-    return sorted((one for one in folders if re.fullmatch("step-[0-9]+", one.name) and one.is_dir()), key=step_of)
 
 
 def unusable(folder: Path, damage: str) -> UserError:
