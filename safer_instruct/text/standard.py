@@ -23,7 +23,10 @@ from safer_instruct.text.prompts import HUMAN
 from safer_instruct.text.row_log import BadRow
 
 Fields = dict[str, Any]
-JUDGEMENTS = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}  # of an answer
+JUDGEMENTS = {  # of an answer
+    **dict.fromkeys(("true", "1", "1.0", "good", "yes", "safe", "desirable"), True),
+    **dict.fromkeys(("false", "0", "0.0", "bad", "no", "unsafe", "undesirable"), False),
+}
 
 
 def judgement(cell: Any) -> bool | None:
