@@ -189,7 +189,8 @@ def _write_stores(directory: Path, key: str, datasets: Mapping[str, DatasetSetti
         report = {"loss": targets.loss, "datasets": reports}
         if not writers["train"].num_rows:
             held = f", all {writers['eval'].num_rows} usable rows are held out" if writers["eval"].num_rows else ""
-            raise UserError(f"no usable row to train on{held}; what became of the rows:\n{describe(report)}")
+            first = "".join(f"\n  first: {why}" for part in parts.values() for why in part.log.why.values())
+            raise UserError(f"no usable row to train on{held}; what became of the rows:\n{describe(report)}{first}")
         for writer in writers.values():
             writer.finish({"report": report})
 
@@ -201,7 +202,7 @@ class _DatasetWriter:
         self, settings: DatasetSettings, targets: Targets, log: RowLog, writers: Mapping[str, TokenStoreWriter],
         in_eval_files: set[int],
     ) -> None:  # fmt: skip
-        self._settings, self._loss, self._log, self._writers = settings, targets.loss, log, writers
+        self._settings, self._loss, self.log, self._writers = settings, targets.loss, log, writers
         self._pairs = self._loss == "preference" or (self._loss == "answers" and settings.split_pairs)
         self._special = special_token_texts(targets.tokenizer)
         self._rows = ExampleEncoder(settings, targets, log)
@@ -219,7 +220,7 @@ class _DatasetWriter:
 
     def write(self) -> dict[str, Any]:
         """Encode the rows of `path`, and return the dataset's part of the report."""
-        settings, log = self._settings, self._log
+        settings, log = self._settings, self.log
         self._encode(self._load(settings.path), None)
         values, counts = np.unique(np.frombuffer(self._targets, np.uint64), return_counts=True)
         return {
@@ -238,13 +239,13 @@ class _DatasetWriter:
 
     def _load(self, path: str, *, training: bool = True) -> LoadedExamples:
         single = self._loss == "answers" and not self._pairs
-        return LoadedExamples(self._settings, path, self._log, pairs=self._pairs, training=training, single=single)
+        return LoadedExamples(self._settings, path, self.log, pairs=self._pairs, training=training, single=single)
 
     def _encode(self, loaded: LoadedExamples, split: str | None) -> None:
         """Encode a file's rows in batches; `split` None: by hash of the instruction, up to max_rows."""
         examples = iter(self._usable(loaded, split))
         left = math.inf if split is not None or self._settings.max_rows is None else self._settings.max_rows
-        with tqdm(desc=f"encoding {self._log.name}", unit=" rows", disable=None) as bar:
+        with tqdm(desc=f"encoding {self.log.name}", unit=" rows", disable=None) as bar:
             while chunk := list(islice(examples, int(min(left, ROWS_AT_ONCE)))):
                 for example, target, rows in self._rows.encode(chunk):
                     for number, row in enumerate(rows):
@@ -261,11 +262,11 @@ class _DatasetWriter:
             texts = [example.instruction, example.input, example.chosen, rejected]
             texts += [example.system, *(turn.content for turn in example.history)]
             if not self._excluded.isdisjoint(asked):
-                self._log.drop_example("excluded", example)
+                self.log.drop_example("excluded", example)
             elif split is None and asked[0] in self._in_eval_files:
-                self._log.drop_example("in_eval_file", example)
+                self.log.drop_example("in_eval_file", example)
             elif any(token in text for text in texts if text for token in self._special):
-                self._log.drop_example("special_token", example)
+                self.log.drop_example("special_token", example)
             else:
                 if split is not None:
                     self._in_eval_files.add(asked[0])
@@ -283,15 +284,15 @@ class _DatasetWriter:
                 self._writers[split].append(id, (row.prompt, response), is_good=is_good)
         else:
             self._writers[split].append(id, (row.prompt, *row.responses))
-        self._log.counts[split] += 1
+        self.log.counts[split] += 1
         self._answered += not declines(str(example.chosen))
         if row.prompt_cut:
-            self._log.note("prompt_cut", example)
+            self.log.note("prompt_cut", example)
         names = ("chosen_cut", "rejected_cut") if len(row.responses) == 2 else ("response_cut",)
         for name, cut in zip(names, row.responses_cut, strict=True):
             if cut:
-                self._log.note(name, example)
+                self.log.note(name, example)
         if (example.chosen or "").startswith(str(example.instruction)):
-            self._log.note("chosen_begins_with_its_instruction", example)
+            self.log.note("chosen_begins_with_its_instruction", example)
         if row.straddled:
-            self._log.note("boundary_merge", example)
+            self.log.note("boundary_merge", example)

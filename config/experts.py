@@ -13,10 +13,13 @@ from config.names import GUARDS
 from config.rules import MISSING, Count, ExistingPath, Share, Template
 from config.training import ModelSettings
 
-# "OPENING CLOSING" of what families of models think aloud: DeepSeek R1 and Qwen 3, Mistral, Cohere, Seed, GPT-OSS.
+# "OPENING CLOSING" of what families of models think aloud: DeepSeek R1 and Qwen 3, Exaone, Mistral, Cohere, Seed, Kimi,
+# OpenThinker, Gemma 4, GPT-OSS.
 THOUGHT_TAGS = (
-    "<think> </think>", "<thinking> </thinking>", "[THINK] [/THINK]", "<|START_THINKING|> <|END_THINKING|>",
-    "<seed:think> </seed:think>", "<|channel|> <|message|>",
+    "<think> </think>", "<thinking> </thinking>", "<thought> </thought>", "<reasoning> </reasoning>",
+    "<reflection> </reflection>", "<scratchpad> </scratchpad>", "[THINK] [/THINK]",
+    "<|START_THINKING|> <|END_THINKING|>", "<seed:think> </seed:think>", "\u25c1think\u25b7 \u25c1/think\u25b7",
+    "<|begin_of_thought|> <|end_of_thought|>", "<|channel>thought <channel|>", "<|channel|> <|message|>",
 )  # fmt: skip
 ThoughtTag = Annotated[
     str,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import FAMILIES, R1, R1_EOS, build_tokenizer
+from chat_templates import FAMILIES, R1, R1_EOS, build_tokenizer, chatml
 from conftest import byte_level_tokenizer
 
 from config.errors import UserError
@@ -15,7 +15,7 @@ from config.settings import THOUGHT_TAGS, DatasetSettings
 from preference_datasets import build_stores
 from safer_instruct.generation.completions import split_thought
 from safer_instruct.generation.models import _set_in_template
-from safer_instruct.text.chat import chat_turn
+from safer_instruct.text.chat import chat_frames, chat_turn
 from safer_instruct.text.encoding import prompt_token_ids
 from safer_instruct.text.example_encoder import each_answer
 from safer_instruct.text.examples import Example, Message
@@ -98,6 +98,13 @@ def test_a_thought_that_is_opened_for_the_model_is_refused_with_the_difference_a
             chat_turn(tokenizer)
         _set_in_template(tokenizer, {variable: False})
         assert chat_turn(tokenizer) == ("", "", R1_EOS)
+
+
+def test_a_template_that_changes_a_text_is_refused() -> None:
+    tokenizer = byte_level_tokenizer(add_bos=True)
+    tokenizer.chat_template = chatml().replace("m['content']", "m['content'] | upper")
+    with pytest.raises(UserError, match="does not show a user's turn exactly once"):
+        chat_frames(tokenizer, ("user",))
 
 
 def test_a_template_that_ends_no_answer_is_refused_before_training(tmp_path: Path) -> None:

@@ -102,6 +102,12 @@ SECRET = "private text"
         ("a.jsonl", b'{"a": 1}\n' * 9000 + b'{"a": "private text\xe9"}', "a.jsonl:9001: bytes that are not UTF-8"),
         ("a.parquet", b"private text", "a.parquet: not a readable parquet file"),
         ("a.json", b'{\n "rows": ["private text"]\n}', r"a.json:1: broken JSON.* one list of objects"),
+        (
+            "a.json",
+            b'[{"a": 1}]\n{"a": "private text"}',
+            r"a.json:1: the list of rows ends here, but the file does not",
+        ),
+        ("a.csv", b"a,b, a\n1,2,private text\n", "a.csv: two columns are called a"),
         ("a.txt", b"private text", "a data file ends in one of"),
     ],
 )
@@ -251,6 +257,8 @@ def test_nothing_is_trained_on_that_is_named_for_evaluation(tmp_path: Path) -> N
     assert names("train.jsonl", "validation.jsonl", "test.jsonl") == ["train.jsonl"]
     assert names("train-0-of-2.csv", "train-1-of-2.csv", "test-0-of-1.csv") == ["train-0-of-2.csv", "train-1-of-2.csv"]
     assert names("hate.csv", "testimony.csv", "dev.csv") == ["hate.csv", "testimony.csv"]
+    assert names("si_train.csv", "si_test.csv", "si-val-00000-of-00001.csv") == ["si_train.csv"]
+    assert names("a.csv", "contest.csv", "my_test.csv", "a.holdout.csv", "Held-Out.csv") == ["a.csv", "contest.csv"]
     with pytest.raises(UserError, match=r"holds only dev\.csv, test\.csv"):
         names("dev.csv", "test.csv")
     splits = {name: datasets.Dataset.from_list([{"name": name}]) for name in ("train", "test")}
@@ -267,6 +275,10 @@ def test_columns_are_read_under_our_names(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match=r"to read another column in its place, write s\.columns\.instruction=Prompt$"):
         require_columns(["Prompt", "chosen"], ["instruction"], "f.csv", "s.columns")
+    with pytest.raises(UserError, match=r"s\.columns\.instruction=INSTRUCTION s\.columns\.chosen=Chosen$"):
+        require_columns(["INSTRUCTION", "Chosen"], ["instruction", "chosen"], "f.csv", "s.columns")
+    (tmp_path / "blanks.csv").write_text('a, "b c" ,d\n1,2,3\n'.replace('"', ""))
+    assert [row for _, row in read_rows(tmp_path / "blanks.csv")] == [{"a": "1", "b c": "2", "d": "3"}]
     with pytest.raises(UserError, match=r"found are: a\\u001b\[2J"):
         require_columns(["a\x1b[2J"], ["b"], "f.csv")
     names = {"instruction": "ask", "rejected": "bad_answr"}

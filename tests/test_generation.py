@@ -221,6 +221,9 @@ def test_prompts_given_as_tokens_are_asked_as_they_are(model, tokenizer) -> None
         assert results[id].prompt_tokens == len(prompt)
 
 
+ANALYSIS, FINAL = (f"<|channel|>{name}<|message|>" for name in ("analysis", "final"))
+
+
 @pytest.mark.parametrize(
     ("text", "prompt", "expected"),
     [
@@ -232,6 +235,22 @@ def test_prompts_given_as_tokens_are_asked_as_they_are(model, tokenizer) -> None
         ("<think>a", "", ("<think>a", "", False)),
         ("a", "Assistant: <think>\n", ("a", "", False)),
         (" leading space", "", ("", " leading space", True)),
+        ("<THINK>a</Think>\nb", "", ("<THINK>a</Think>", "b", True)),
+        ("a</THINK>b", "<THINK>\n", ("a</THINK>", "b", True)),
+        ("<think>a<think>b</think>c</think>d", "", ("<think>a<think>b</think>c</think>", "d", True)),
+        ("Sure.<think>a</think>b", "", ("Sure.<think>a</think>", "b", True)),
+        ("<reasoning>a</reasoning>b", "", ("<reasoning>a</reasoning>", "b", True)),
+        ("\u25c1think\u25b7a\u25c1/think\u25b7b", "", ("\u25c1think\u25b7a\u25c1/think\u25b7", "b", True)),
+        ("<think>a</think><answer>\nb\n</answer>", "", ("<think>a</think>", "b", True)),
+        ("<answer>b</answer>", "", ("", "<answer>b</answer>", True)),  # without a thought nobody knows what it is
+        ("b\n<think>\na", "", ("b\n<think>\na", "", False)),
+        ("the tag <think> opens", "", ("", "the tag <think> opens", True)),
+        (
+            f"{ANALYSIS}a<|end|><|start|>assistant{FINAL}b",
+            "",
+            (f"{ANALYSIS}a<|end|><|start|>assistant{FINAL}", "b", True),
+        ),
+        (f"{ANALYSIS}a", "", (f"{ANALYSIS}a", "", False)),
     ],
 )
 def test_a_thought_is_parted_from_its_answer(text, prompt, expected) -> None:

@@ -193,7 +193,9 @@ def test_no_chat_template_is_said_before_training(folder: Path, tmp_path: Path) 
 # generation_config.json
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"max_new_tokens": 0}', '{"watermarking_config": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"eos_token_id": "2"}', '{"max_new_tokens": 0}', '{"watermarking_config": {"a": 1}}']
+)
 def test_a_generation_config_that_cannot_be_used_is_named(folder: Path, text: str) -> None:
     (folder / "generation_config.json").write_text(text)
     assert "generation_config.json cannot be used" in refuse(settings_of(folder))

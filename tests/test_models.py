@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from config.errors import UserError
@@ -219,7 +220,8 @@ def test_folder_without_model(tmp_path):
 
 
 def test_config_that_is_no_model(folder):
-    for text in ('{"a": 1}', '{"a":'):
+    typed = json.dumps(json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 0})
+    for text in ('{"a": 1}', '{"a":', "[]", '{"a":' * 20_000 + "1" + "}" * 20_000, typed):
         (folder / "config.json").write_text(text)
         assert "config.json cannot be used" in refuse(ModelSettings(name_or_path=str(folder)))
 
@@ -238,6 +240,20 @@ def test_missing_shard(folder):
     assert "1 of 2 weight files are missing, first model-2.safetensors" in refuse(
         ModelSettings(name_or_path=str(folder))
     )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda one: one.view(-1).__setitem__(0, float("inf")) or one, "embed_tokens.weight holds NaN or infinite"),
+        (lambda one: one.to(torch.int8), r"embed_tokens.weight holds whole numbers (I8)"),
+    ],
+)
+def test_weights_that_are_no_weights(folder, spoil, message):
+    file, name = folder / "model.safetensors", "model.embed_tokens.weight"
+    weights = load_file(file)
+    save_file({**weights, name: spoil(weights[name])}, file, metadata={"format": "pt"})
+    assert message in refuse(ModelSettings(name_or_path=str(folder)))
 
 
 @pytest.mark.parametrize("length", [4, 60, -100])
@@ -291,9 +307,10 @@ def test_token_ids_beyond_the_vocabulary_are_refused(folder):
 
 
 def test_tokenizer_that_is_not_there(folder):
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"holds no tokenizer.*model\.tokenizer_name_or_path=FOLDER"):
-        load_tokenizer(ModelSettings(name_or_path=str(folder)))
+    for spoil in ((folder / "tokenizer.json").unlink, lambda: (folder / "config.json").write_text('{"a":' * 20_000)):
+        spoil()
+        with pytest.raises(UserError, match=r"holds no tokenizer.*model\.tokenizer_name_or_path=FOLDER"):
+            load_tokenizer(ModelSettings(name_or_path=str(folder)))
 
 
 def test_tokenizer_without_eos(folder):

@@ -226,6 +226,30 @@ BROKEN: list[tuple[str, dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
+def in_parts(talk: list[dict[str, str]]) -> list[dict[str, Any]]:
+    return [{"role": one["role"], "content": [{"type": "text", "text": one["content"]}]} for one in talk]
+
+
+@pytest.mark.parametrize("write_as", [json.dumps, repr, in_parts])
+def test_messages_as_texts_and_in_parts_are_messages(write_as: Any, tmp_path: Path) -> None:
+    row = {"chosen": write_as(TALK + SO), "rejected": write_as(TALK + NO)}
+    examples = load_examples(settings_of("custom", write(tmp_path / "a.jsonl", [row])), "c", pairs=True)
+    assert found(examples, pairs=True) == [TALKED]
+
+
+def test_messages_are_no_text(tmp_path: Path) -> None:
+    """A schema of plain texts would train on the list itself: such rows are dropped, and the message says why."""
+    rows = [{"instruction": "Why?", "chosen": json.dumps(SO), "rejected": json.dumps(NO)}]
+    examples = load_examples(settings_of("si", write(tmp_path / "a.jsonl", rows)), "si", pairs=True)
+    assert found(examples, pairs=True) == []
+    assert examples.log.dropped == {"not_text": 1}
+    with pytest.raises(UserError, match=r"(?s)not text 1.*first: .*a.jsonl:1: not text in column chosen .*=\[custom\]"):
+        build_stores(
+            {"si": settings_of("si", tmp_path / "a.jsonl")}, loss="preference", max_length=99, max_prompt_length=66,
+            tokenizer=byte_level_tokenizer(add_bos=False), cache_dir=tmp_path / "cache",
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(("schema", "row", "reason", "column"), BROKEN)
 def test_a_broken_row_says_file_line_column_and_what_was_expected(
     schema: str, row: dict[str, Any], reason: str, column: str, tmp_path: Path

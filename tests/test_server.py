@@ -344,6 +344,8 @@ def row_of(prompt: str) -> int | None:
         (400, {"error": {"message": "hard limit", "code": "billing_hard_limit_reached"}}),
         (403, {"error": {"message": "empty", "type": "insufficient_balance"}}),
         (429, {"error": {"message": "slow", "code": "quota_exceeded"}}),
+        (400, {"error": {"message": "Access denied", "code": "Arrearage"}}),
+        (200, {"error": {"message": "Insufficient credits", "code": 402}}),
     ],
 )
 def test_an_account_without_money_stops_with_everything_kept(reply) -> None:
@@ -365,11 +367,21 @@ def test_an_account_without_money_stops_with_everything_kept(reply) -> None:
     assert len(server.requests) == 8 + 1 + 22
 
 
-def test_refusals_that_name_no_reason_stop_the_run_where_nothing_is_taken_any_more() -> None:
-    """400 without a code behind 8 answers: what was answered before is refused, too, so it is not the rows."""
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (400, {"error": {"message": "Your credit is too low"}}),
+        (403, {"error": "Your credit is too low"}),
+        (403, {"code": 30001, "message": "Your credit is too low"}),
+        (400, [{"error": {"code": 400, "message": "Your credit is too low"}}]),
+    ],
+    ids=["object", "text", "bare", "list"],
+)
+def test_refusals_that_name_no_reason_stop_the_run_where_nothing_is_taken_any_more(reply) -> None:
+    """No code of an account behind 8 answers: what was answered before is refused, too, so it is not the rows."""
 
     def answer(prompt: str, number: int):
-        return GOOD if number < 8 or "ready" in prompt else (400, {"error": {"message": "Your credit is too low"}})
+        return GOOD if number < 8 or "ready" in prompt else reply
 
     with loopback(answer) as server:
         done = []
@@ -492,7 +504,8 @@ def test_a_password_in_the_address_is_masked(caplog) -> None:
     assert "ssw0rd" not in str(caught.value) + caplog.text
     command = f"python induce.py expert.base_url={url} output=x"
     assert "ssw0rd" not in without_password(command)
-    assert without_password("a@b.c ://d e@f") == "a@b.c ://d e@f"
+    assert without_password("a@b.c ://d e@f? g") == "a@b.c ://d e@f? g"
+    assert without_password("at https://h/v1?api-key=abc&v=2 'http://h?k=1'") == "at https://h/v1?*** 'http://h?***'"
 
 
 def test_no_line_for_each_request(caplog) -> None:
@@ -524,6 +537,68 @@ def test_what_a_model_thinks_aloud_is_no_part_of_its_answer() -> None:
     assert [verdicts[id].reason for id in "0123"] == ["keep", "keep", "abstain_truncated", "abstain_truncated"]
     assert [responses[id].text for id in "0123"] == ["I will not.", "I will not.", None, None]
     assert (generation.text, generation.thought.strip()) == ("I will not.", thought.strip())
+
+
+@pytest.mark.parametrize(
+    ("finish", "expected"),
+    [
+        (None, ("so", "")), ("stop", ("so", "")), ("eos_token", ("so", "")), ("end_turn", ("so", "")),
+        ("COMPLETE", ("so", "")), ("length", (None, "abstain_truncated")), ("max_tokens", (None, "abstain_truncated")),
+        ("model_length", (None, "abstain_truncated")), ("MAX_TOKENS", (None, "abstain_truncated")),
+        ("content_filter", (None, "abstain_content_filter")), ("SAFETY", (None, "abstain_content_filter")),
+        ("sensitive", (None, "abstain_content_filter")), ("refusal", (None, "abstain_content_filter")),
+        ("tool_calls", (None, "abstain_tool_calls")), ("error", (None, "abstain_unfinished")),
+        ("abort", (None, "abstain_unfinished")), ("insufficient_system_resource", (None, "abstain_unfinished")),
+    ],
+)  # fmt: skip
+def test_a_text_is_an_answer_where_its_server_says_that_it_has_ended(finish, expected) -> None:
+    with loopback(lambda prompt, _: (200, completion("so", finish if row_of(prompt) == 1 else "stop"))) as server:
+        expert = build_expert(settings(server.url, concurrency=1, max_retries=1), CPU)
+        found = {id: (one.text, one.reason) for id, one in expert.write("respond", pairs(3))}
+    assert found == {"0": ("so", ""), "1": expected, "2": ("so", "")}
+
+
+PART = {"type": "text", "text": "so"}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": [PART]}, ("so", "")),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, PART]}, ("so", "hm")),
+        ({"content": None, "refusal": "I will not."}, ("I will not.", "")),
+        ({"content": "so", "reasoning": "hm"}, ("so", "hm")),
+    ],
+    ids=["part", "parts", "refusal", "parted"],
+)  # fmt: skip
+def test_the_forms_of_a_message(message, expected) -> None:
+    with loopback(lambda *_: (200, {"choices": [{"message": message, "finish_reason": "stop"}]})) as server:
+        (found,) = generator(server.url).generate([Request("a", Prompt("", "Take item 0 now", ""))])
+    assert (found.text, found.thought) == expected
+
+
+def test_an_error_in_the_place_of_a_completion_is_that_error() -> None:
+    error = {"code": 403, "message": "flagged"}
+    replies = {1: {"error": error}, 3: {"choices": [{"error": {"code": 502}, "finish_reason": "error", "message": {}}]}}
+    with loopback(lambda prompt, _: (200, replies.get(row_of(prompt) or 0, completion(GOOD)))) as server:
+        expert = build_expert(settings(server.url, concurrency=1, max_retries=1), CPU)
+        reasons = {id: one.reason for id, one in expert.screen(pairs(5))}
+    assert reasons == dict.fromkeys("024", "keep") | {"1": "abstain_http_403", "3": "abstain_http_502"}
+
+
+@pytest.mark.parametrize("status", [401, 429, 500])
+def test_a_server_s_words_are_shown_without_the_key(status) -> None:
+    words = "no sk-nothing at http://me:ssw0rd@host: buy more"
+    with loopback(lambda *_: (status, {"error": {"message": words}})) as server:
+        expert = build_expert(settings(server.url, max_retries=1, patience_seconds=0.5), CPU)
+        with pytest.raises(UserError, match=r"no \*\*\* at http://\*\*\*@host: buy more"):
+            expert.check()
+
+
+def test_a_rate_is_no_quota() -> None:
+    slow = (429, {"error": {"message": "slow", "code": "Throttling.AllocationQuota"}})
+    with loopback(lambda _, number: slow if number in (2, 3) else GOOD) as server:
+        assert all(verdict.keep for _, verdict in build_expert(settings(server.url), CPU).screen(pairs(5)))
 
 
 @pytest.mark.parametrize("url", ["http://[bad/v1", "localhost:8000/v1", "http://host:port/v1", "ftp://host/v1"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from config.checksums import hash_files
@@ -22,6 +22,7 @@ from config.paths import find_path
 from config.reading import read_mapping
 from config.settings import ModelSettings
 from safer_instruct.generation.weights import (
+    UNUSABLE,
     check_same_architecture,
     check_weight_files,
     is_adapter,
@@ -120,7 +121,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrained
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that are missing: said below
             adapted = peft.PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError) as error:
+    except UNUSABLE as error:
         raise UserError(f"the adapter {folder} cannot be put into {name}: {first_line(error)}") from error
     strange = stored ^ set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if strange:

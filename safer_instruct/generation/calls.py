@@ -112,10 +112,6 @@ class Run:
     async def _require_served(self, client: Any, pending: Sequence[Refused]) -> None:
         """Stop the run if the server refuses what it took before (or a test), or has taken nothing at all."""
         before, many = self._answered, len(pending) >= REFUSALS
-        if before is not None and pending[-1].status == 403:
-            # What gateways say of single inputs: with anything answered it is not the key.
-            self._served_at = time.monotonic()
-            return
         try:
             if before is None and many:
                 raise pending[-1]
@@ -230,11 +226,12 @@ class Run:
         return self._answered_at > asked_at
 
     def _gone(self, id: str, failure: Failed) -> UserError:
-        # The server's own words may quote the request, so only the row's id is shown.
         what = {
             "timeout": f"no answer within {self.settings.timeout_seconds:g} s",
             "http_429": f"HTTP 429: too many requests, even at {self.slots.limit} at a time",
+            "unfinished": "it ends no answer",
             "malformed_reply": "it answers, but not with a completion; an OpenAI address usually ends in /v1",
         }.get(failure.reason, failure.reason.replace("http_", "HTTP ").replace("no_connection", "no answer"))
+        what += f": {failure.words}" if failure.words else ""
         tail = "" if self._is_probe else f" This was row {id}, with nothing answered in the meantime. {KEPT}"
         return UserError(f"{self.generator.address} ({self.generator.key}.base_url): {what}.{tail}")

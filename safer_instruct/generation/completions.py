@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -75,21 +76,27 @@ def row_seed(seed: int, id: str, num_bytes: int = 8) -> int:
 
 
 def split_thought(text: str, tags: Sequence[str], *, prompt: str = "") -> tuple[str, str, bool]:
-    """Part what a reasoning model thinks aloud from its answer, which follows the last closing tag.
+    """Part what a reasoning model thinks aloud from its answer, which follows the last closing tag, in any case.
 
-    Each tag is "OPENING CLOSING" of a family of models. Many chat templates end in the opening tag, which `text` then
-    lacks: so `prompt` is looked at, too.
+    A thought that begins a line behind it has not ended. Each tag is "OPENING CLOSING" of a family of models. Many chat
+    templates end in the opening tag, which `text` then lacks: so `prompt` is looked at, too.
 
     Returns:
         (thought, answer, whether the thought has ended): ("", text, True) without a thought.
     """
-    pairs = [tag.split() for tag in tags]
-    ends = [text.rfind(closing) + len(closing) for _, closing in pairs if closing in text]
-    if ends:
-        return text[: max(ends)], text[max(ends) :].lstrip(), True
-    if any(text.lstrip().startswith(opening) or prompt.rstrip().endswith(opening) for opening, _ in pairs):
+    pairs = [[re.compile(re.escape(part), re.IGNORECASE) for part in tag.split()] for tag in tags]
+    end = max((found.end() for _, closing in pairs for found in closing.finditer(text)), default=0)
+    thought, answer = text[:end], text[end:].lstrip() if end else text
+    begun = [re.compile(rf"^[ \t]*{opening.pattern}", re.IGNORECASE | re.MULTILINE) for opening, _ in pairs]
+    opened = not end and any(re.search(rf"{opening.pattern}\s*$", prompt, re.IGNORECASE) for opening, _ in pairs)
+    if opened or any(opening.search(answer) for opening in begun) or (tags and _CHANNEL.search(thought)):
         return text, "", False
-    return "", text, True
+    wrapped = _WRAPPED.fullmatch(answer.strip()) if end else None
+    return thought, wrapped[2].strip() if wrapped else answer, True
+
+
+_CHANNEL = re.compile(r"<\|channel\|>(?!\s*final)[^<]*<\|message\|>$")  # of GPT-OSS: all but one are thoughts
+_WRAPPED = re.compile(r"<(answer|response)>(.*)</\1>", re.IGNORECASE | re.DOTALL)  # behind a thought
 
 
 def without_thought(generation: Generation, tags: Sequence[str], prompt: Prompt) -> Generation:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from transformers import GenerationConfig
 
 from config.errors import UserError
-from safer_instruct.generation.weights import first_line
+from safer_instruct.generation.weights import UNUSABLE, first_line
 from safer_instruct.generation.window import UNLIMITED
 from safer_instruct.text.chat import chat_end_token
 
@@ -31,8 +31,13 @@ def read_generation_config(source: Path | str) -> GenerationConfig | None:
     if isinstance(source, str) or not file.is_file():
         return None
     try:
-        return GenerationConfig.from_pretrained(source)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        config = GenerationConfig.from_pretrained(source)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(config, name)
+            if not all(isinstance(one, int | None) for one in (ids if isinstance(ids, list) else [ids])):
+                raise ValueError(f"{name}={ids!r} is no number of a token")
+        return config
+    except UNUSABLE as error:
         raise UserError(
             f"{file} cannot be used ({first_line(error)}). Mend it, or move it away: how tokens are chosen is set "
             "by generation.* of the command."

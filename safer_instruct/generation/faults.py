@@ -8,12 +8,14 @@ import socket
 import time
 import urllib.parse
 from collections.abc import Sequence
+from typing import Any
 
 from safer_instruct.generation.completions import Request
-from safer_instruct.text.display import visible
+from safer_instruct.text.display import visible, without_password
 
 KEPT = "Finished rows are kept: the same command goes on from there."
-ACCOUNT = re.compile("billing|balance|quota|credit|payment")  # in an error's code or type: nothing is left to spend
+# In an error's code or type: nothing is left to spend; unless it is a rate that is exceeded.
+ACCOUNT, RATE = re.compile("arrear|balance|billing|credit|payment|quota"), re.compile("rate.?limit|throttl")
 # Error codes that are about one request's content or length.
 ROW_CODES = {
     "content_filter", "content_policy_violation", "data_inspection_failed", "context_length_exceeded",
@@ -22,6 +24,7 @@ ROW_CODES = {
 MAX_SHOWN = 300  # characters of a server's own words
 # Words of the prompts that servers use, too: such a word in a message quotes no row.
 COMMON = {"answer", "check", "data", "language", "model", "request", "response", "this"}
+MIN_SECRET = 8  # characters of a key; a shorter one is the text that a server without keys is given
 
 
 class Refused(Exception):
@@ -38,16 +41,19 @@ class Refused(Exception):
 class Failed(Exception):
     """An attempt that may succeed later."""
 
-    def __init__(self, reason: str, wait_seconds: float | None = None, *, throttled: bool = False) -> None:
+    def __init__(
+        self, reason: str, wait_seconds: float | None = None, *, throttled: bool = False, words: str = ""
+    ) -> None:
         super().__init__(reason)
-        self.reason = reason  # for the counts: http_500, timeout, no_connection, malformed_reply
+        self.reason = reason  # for the counts: http_500, timeout, no_connection, malformed_reply, unfinished
+        self.words = words  # the server's own
         self.wait_seconds = wait_seconds  # what the server asked to wait, None if it did not
         self.throttled = throttled  # True if it was only asked too often
 
 
 def is_about_account(status: int, codes: Sequence[str]) -> bool:
     """Return whether nothing can be asked for until somebody pays; `codes` are the error's code and type."""
-    return status == 402 or any(ACCOUNT.search(code.lower()) for code in codes)
+    return status == 402 or any(ACCOUNT.search(code.lower()) and not RATE.search(code.lower()) for code in codes)
 
 
 def is_about_row(status: int, codes: Sequence[str]) -> bool:
@@ -64,10 +70,12 @@ def is_address(url: str) -> bool:
         return False
 
 
-def own_words(body: object, request: Request) -> str:
+def own_words(fields: dict[str, Any], request: Request, secret: str = "") -> str:
     """Return what the server says in an error, "" where it shares a word with the request: it may quote the row."""
-    fields = body if isinstance(body, dict) else {}
-    said = visible(str(fields.get("message") or fields.get("detail") or ""))[:MAX_SHOWN]
+    said = str(fields.get("message") or fields.get("detail") or "")[: 10 * MAX_SHOWN]
+    if len(secret) >= MIN_SECRET:
+        said = said.replace(secret, "***")
+    said = visible(without_password(said))[:MAX_SHOWN]
     shared = set(re.findall(r"[\w-]{4,}", said.lower())) & set(re.findall(r"[\w-]{4,}", request.prompt.text.lower()))
     return "" if request.id != "the test" and shared - COMMON else " ".join(said.split())
 

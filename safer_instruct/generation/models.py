@@ -7,7 +7,6 @@ a `policy.pt` of the DPO repo. Nothing is unpickled that could run code, and no 
 
 from __future__ import annotations
 
-import json
 import pickle
 import urllib.error
 import urllib.request
@@ -21,7 +20,6 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import constants
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -38,6 +36,7 @@ from config.settings import ModelSettings
 from safer_instruct.generation.adapters import adapter_in, base_of, merge_adapter, quantization
 from safer_instruct.generation.decoding import read_generation_config
 from safer_instruct.generation.weights import (
+    UNUSABLE,
     check_loading_info,
     check_same_architecture,
     check_tied,
@@ -47,6 +46,7 @@ from safer_instruct.generation.weights import (
     read_policy_pt,
     refuse_gguf,
     require_as_saved,
+    require_finite,
     resolve_archive,
     train_text_alone,
 )
@@ -68,7 +68,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     source = folder if has_tokenizer(folder) else _source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, json.JSONDecodeError) as error:
+    except UNUSABLE as error:
         raise UserError(
             f"{name} holds no tokenizer that can be read ({first_line(error)}). It needs tokenizer.json (or "
             "tokenizer.model and sentencepiece installed); model.tokenizer_name_or_path=FOLDER takes it from elsewhere."
@@ -162,6 +162,8 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
             model, info = loaded
     check_loading_info(info, weights, settings.name_or_path)
     check_tied(model, weights)
+    advice = "nothing can be trained from it, or asked of it; give an earlier checkpoint, or copy it again"
+    require_finite(model.named_parameters(), str(archive or settings.name_or_path), advice)
     train_text_alone(model)
     model.generation_config = generation_config or model.generation_config
     for module in model.modules():
@@ -243,7 +245,7 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
     source = _source(settings.name_or_path)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNUSABLE as error:
         raise UserError(
             f"{settings.name_or_path}: its config.json cannot be used ({first_line(error)}). The folder must hold a "
             "causal language model that this version of transformers knows."
@@ -279,7 +281,7 @@ def _check_same_architecture(config: PretrainedConfig, archive: Path, settings: 
         # Without the flag, transformers would ask on a terminal whether to run code that the archive brings.
         found = AutoConfig.from_pretrained(archive, trust_remote_code=settings.trust_remote_code)
         own, other = config.to_dict(), found.to_dict()
-    except (OSError, ValueError, KeyError) as error:
+    except UNUSABLE as error:
         raise UserError(f"archive {archive}: its config.json cannot be used ({first_line(error)}).") from error
     check_same_architecture(own, other, archive, settings.name_or_path)
 
@@ -296,7 +298,7 @@ def _readable_errors(name: str) -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{name}: refused, a pickled weight file is damaged or holds more than tensors.") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError, KeyError, AssertionError) as error:
+    except UNUSABLE as error:
         raise UserError(f"{name}: the model cannot be loaded: {first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)

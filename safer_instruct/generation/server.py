@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,14 @@ from safer_instruct.generation.faults import (
     own_words,
 )
 from safer_instruct.generation.pacing import Budget, retry_after_seconds
+from safer_instruct.generation.replies import (
+    error_fields,
+    error_inside,
+    message_texts,
+    read_finish,
+    token_count,
+    utf8,
+)
 from safer_instruct.text.display import without_password
 from safer_instruct.text.examples import short_hash
 
@@ -45,7 +53,6 @@ for library in ("openai", "httpx", "httpx2"):  # the client's transport is one o
 UNSUPPORTED = {"unsupported_parameter", "unsupported_value"}
 DROPPABLE = {"temperature", "top_p", "seed", "response_format"}
 LIMITS = ("max_tokens", "max_completion_tokens")  # of new tokens: older and newer name
-MAX_TOKENS = 10**9  # more than any reply can have used
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +128,7 @@ class OpenAIGenerator:
         Raises:
             UserError: The key's variable is not set or holds no key, or the address is malformed.
         """
-        variable = self.settings.api_key_env
-        key = os.environ.get(variable, "").strip()  # files of secrets often end in a newline
+        variable, key = self.settings.api_key_env, self._key()
         if not key:
             raise UserError(
                 f"{self.key} reads the server's key from the environment variable {variable}, which is not set: export "
@@ -141,6 +147,9 @@ class OpenAIGenerator:
             # A redirect would send the prompt to an address that nobody has named, or turn it into a GET.
             http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
         )
+
+    def _key(self) -> str:
+        return os.environ.get(self.settings.api_key_env, "").strip()  # files of secrets often end in a newline
 
     async def attempt(self, client: openai.AsyncOpenAI, request: Request) -> Generation:
         """Send one request; returns its completion.
@@ -161,13 +170,18 @@ class OpenAIGenerator:
         except openai.APIConnectionError as error:
             raise Failed(f"no_connection ({cause_of(error)})") from None
         except openai.APIStatusError as error:
-            if self._leave_out(error, options):
+            fields = error_fields(error.body)
+            if self._leave_out(fields, options):
                 return await self.attempt(client, request)
-            raise self._status_error(error, request) from None
+            raise self._status_error(error.status_code, fields, error.response.headers, request) from None
         try:
-            generation = self._read(request.id, json.loads(raw.content))
+            body = json.loads(raw.content)
+            inside = error_inside(body)
+            generation = None if inside else self._read(request.id, body)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Failed("malformed_reply", retry_after_seconds(raw.headers)) from None
+        if inside or generation is None:
+            raise self._status_error(*inside, raw.headers, request)
         return without_thought(generation, self._thought_tags, request.prompt)
 
     def _options(self, request: Request) -> dict[str, Any]:
@@ -191,10 +205,10 @@ class OpenAIGenerator:
             options["response_format"] = {"type": "json_schema", "json_schema": named}
         return {name: value for name, value in options.items() if name not in self._unsupported}
 
-    def _leave_out(self, error: openai.APIStatusError, options: dict[str, Any]) -> bool:
+    def _leave_out(self, error: Mapping[str, Any], options: dict[str, Any]) -> bool:
         """Note a parameter that the model does not take; True if the request can be sent without it."""
-        name = str(error.param)
-        if error.code not in UNSUPPORTED or name not in options or name not in {LIMITS[0], *DROPPABLE}:
+        name = str(error.get("param"))
+        if str(error.get("code")) not in UNSUPPORTED or name not in options or name not in {LIMITS[0], *DROPPABLE}:
             return False
         if name not in self._unsupported:
             self._unsupported.add(name)
@@ -204,35 +218,36 @@ class OpenAIGenerator:
 
     def _read(self, id: str, body: Any) -> Generation:
         choice, usage = body["choices"][0], body.get("usage") or {}
-        answer = choice["message"] if self.decoding.chat else choice
-        text = answer["content" if self.decoding.chat else "text"]
-        thought = answer.get("reasoning_content") or answer.get("reasoning")  # of a server that parts them itself
-        if not isinstance(text, str | None):
-            raise ValueError("the text of a completion must be a string")
-        reason = choice.get("finish_reason")
-        prompt_tokens, new_tokens = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+        prompt_tokens, new_tokens = (token_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+        cost = self.budget.charge(prompt_tokens, new_tokens)
+        truncated, error = read_finish(choice.get("finish_reason"))
+        text = thought = ""
+        if not error:
+            text, thought = message_texts(choice["message"]) if self.decoding.chat else (choice["text"], "")
         return Generation(
             id=id,
-            text=_utf8(text or ""),
-            truncated=reason == "length",
+            text=utf8(text),
+            truncated=truncated,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
-            error="content_filter" if reason == "content_filter" else "",
-            cost=self.budget.charge(prompt_tokens, new_tokens),
-            thought=_utf8(thought) if isinstance(thought, str) else "",
+            error=error,
+            cost=cost,
+            thought=utf8(thought),
         )
 
-    def _status_error(self, error: openai.APIStatusError, request: Request) -> Exception:
-        """Sort an HTTP status into Refused, Failed, or a UserError that stops the run."""
-        status, codes, words = error.status_code, (str(error.code), str(error.type)), own_words(error.body, request)
+    def _status_error(
+        self, status: int, fields: dict[str, Any], headers: Mapping[str, str], request: Request
+    ) -> Exception:
+        """Sort an error into Refused, Failed, or a UserError that stops the run."""
+        codes = (str(fields.get("code")), str(fields.get("type")))
+        words = own_words(fields, request, self._key())
         said = f"HTTP {status}{f': {words}' if words else ''}"
         if is_about_account(status, codes):
             return UserError(
                 f"{self.address}: {said}: the account's quota is used up, or it has nothing left to pay with. {KEPT}"
             )
         if status in (408, 409, 425, 429) or status >= 500:
-            wait = retry_after_seconds(error.response.headers)
-            return Failed(f"http_{status}", wait, throttled=status == 429)
+            return Failed(f"http_{status}", retry_after_seconds(headers), throttled=status == 429, words=words)
         if status == 401:
             return self.refusal_error(Refused(status, words))
         if status == 404:
@@ -246,6 +261,7 @@ class OpenAIGenerator:
         """Return what to tell the user where everything is refused."""
         if refused.status in (401, 403):
             why = f"the key in {self.settings.api_key_env} is not accepted"
+            why += ", or its account may not do this (any more)" if refused.status == 403 else ""
         elif refused.status < 400:
             why = f"it redirects to another address: give the final one as {self.key}.base_url"
         else:
@@ -299,18 +315,3 @@ def budget_of(settings: OpenAIExpertSettings, *, shards: int = 1) -> Budget:
         price_prompt=settings.price_prompt,
         price_completion=settings.price_completion,
     )
-
-
-def _count(value: Any) -> int:
-    """Return a number of tokens, 0 where a server does not tell.
-
-    Raises:
-        ValueError: It is no such number: charged to the budget, it would end the run.
-    """
-    if not isinstance(value, int | float | None) or not 0 <= (value or 0) <= MAX_TOKENS:
-        raise ValueError("not a number of tokens")
-    return int(value or 0)
-
-
-def _utf8(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from config.checksums import require_untouched
@@ -25,6 +26,12 @@ FREE_CONFIG_KEYS = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "max_position_embeddings", "task_specific_params", "model_type",
 }  # fmt: skip
+# What transformers and peft raise for a folder that is of no use: its files can make them fail in any way.
+UNUSABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError,
+    RuntimeError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+WHOLE_NUMBERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}  # safetensors' names
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
@@ -158,12 +165,18 @@ def check_weight_files(folder: Path) -> None:
             raise UserError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}.")
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as tensors:
+                kinds = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{file}: damaged or truncated ({file.stat().st_size} bytes; {first_line(error)}). Copy it again."
             ) from error
+        whole = next((key for key, kind in kinds.items() if key.endswith(".weight") and kind in WHOLE_NUMBERS), None)
+        if whole and "quantization_config" not in read_mapping(folder / "config.json"):
+            raise UserError(
+                f"{file}: {whole} holds whole numbers ({kinds[whole]}), and config.json does not say how they "
+                "were made (quantization_config); give the weights that they were made from"
+            )
 
 
 def check_same_architecture(own: Mapping[str, Any], other: Mapping[str, Any], archive: Path, name: str) -> None:
@@ -217,6 +230,19 @@ def read_policy_pt(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a dictionary with an entry `state` (name -> tensor), as the DPO repo saves.")
     return state
+
+
+def require_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str, advice: str) -> None:
+    """Refuse weights with a NaN or an infinity in them: whatever such a model computes means nothing.
+
+    Raises:
+        UserError: Naming the first such tensor.
+    """
+    for name, tensor in tensors:
+        # NaN and infinity survive a sum, which takes a tenth of the time of `isfinite` and no memory; but the sum of
+        # finite numbers may overflow, too.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise UserError(f"{where}: {name} holds NaN or infinite numbers, so that {advice}")
 
 
 def check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:

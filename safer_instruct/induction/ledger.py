@@ -23,6 +23,8 @@ from safer_instruct.text.examples import Example
 
 FORMAT = 1
 WRITTEN_AT = "at"  # seconds since the epoch on each line, for `stage=status`; no part of the record
+# How the reasons begin for which a server gave no answer to a row: refused, broken off, or nothing came.
+NOT_ANSWERED = ("http_", "malformed_reply", "no_connection", "timeout", "unfinished")
 SYNC_SECONDS = 1.0  # an fsync at most this often, and at the end of every batch
 
 Record = dict[str, Any]
@@ -117,7 +119,7 @@ class Ledger:
 def is_final(record: Mapping[str, Any]) -> bool:
     """Return whether a row is not asked again: what a server refused may be answered tomorrow, or by another one."""
     reason = str(record.get("reason") or record.get("error") or "")
-    return not reason.removeprefix("abstain_").startswith("http_")
+    return not reason.removeprefix("abstain_").startswith(NOT_ANSWERED)
 
 
 def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from config.errors import UserError
 from config.names import BENIGN_STAGES
-from safer_instruct.induction.ledger import WRITTEN_AT, parse_line, shard_count, shard_path
+from safer_instruct.induction.ledger import NOT_ANSWERED, WRITTEN_AT, parse_line, shard_count, shard_path
 from safer_instruct.induction.ledgers import present_stages
 from safer_instruct.text.display import markdown_table
 
 RATE_SECONDS = 600.0  # the rate is that of the last ten minutes of a ledger
 QUIET_SECONDS = 120.0  # a shard that writes nothing for longer has stopped, or waits
 _COST = re.compile(rb'"cost": ([0-9.e-]+)')
-_REFUSED = re.compile(rb'"(reason|error)": "(abstain_)?http_')
+_REFUSED = re.compile(rf'"(reason|error)": "(abstain_)?({"|".join(NOT_ANSWERED)})'.encode())
 _KEEP = re.compile(rb'"keep": true')
 _TIME = re.compile(rb'"' + WRITTEN_AT.encode() + rb'": ([0-9.]+)\}$')
 

@@ -141,8 +141,8 @@ def _asked(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, 
 
 
 def _mark(number: int) -> str:
-    """Return what stands for a message's text while a template is applied: no template holds it."""
-    return f"\u2063MESSAGE{number}\u2063"
+    """Return what stands for a message's text while a template is applied: no template holds it, or may change it."""
+    return f"\u2063Message{number}\u2063"
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options: Any) -> str:

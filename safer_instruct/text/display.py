@@ -22,8 +22,9 @@ def percent(value: float | None) -> str:
 
 
 def without_password(text: str) -> str:
-    """Mask user and password of the web addresses in a text: http://***@host/v1."""
-    return re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
+    """Mask user, password and query of the web addresses in a text: http://***@host/v1?***."""
+    text = re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
+    return re.sub(r"(://[^?\s'\"]{1,300}\?)[^\s'\"]+", r"\1***", text)
 
 
 def markdown_table(

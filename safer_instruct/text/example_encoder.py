@@ -60,7 +60,7 @@ class ExampleEncoder:
                 texts.append(self._texts(example))
                 kept.append(example)
             except Unusable as unusable:
-                self._log.drop_example(unusable.reason, example)
+                self._log.drop_example(unusable.reason, example, str(unusable))
         firsts = self._encode_texts(self._encoder, [answers[0] for answers in texts])
         later = iter(self._encode_texts(self._later, [text for answers in texts for text in answers[1:]]))
         for example, answers, first in zip(kept, texts, firsts, strict=True):

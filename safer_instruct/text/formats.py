@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from config.errors import UserError
+from safer_instruct.text.display import visible
 
 Row = dict[str, Any]
 
@@ -107,7 +108,10 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
     with _open_text(file, newline="") as lines:
         reader = csv.reader(_without_nul(lines, file), strict=True)
         try:
-            header = next(reader, [])
+            header = [name.strip() for name in next(reader, [])]
+            twice = next((name for name in header if name and header.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f"{file}: two columns are called {visible(twice)}; rename or remove one of them")
             line = reader.line_num + 1
             for values in reader:
                 if values and len(values) != len(header):
@@ -185,6 +189,7 @@ def _read_json(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
         while True:
             start = _next_item(text, position)
             if text[start : start + 1] == "]":
+                _require_end(text[start + 1 :], source, f"{file}:{line + text.count(chr(10), position, start)}")
                 return
             try:
                 row, end = decoder.raw_decode(text, start)
@@ -205,6 +210,13 @@ def _read_json(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
             line += text.count("\n", position, start)
             yield line, _object(row, f"{file}:{line}")
             line, position = line + text.count("\n", start, end), end
+
+
+def _require_end(rest: str, source: TextIO, where: str) -> None:
+    while rest:
+        if rest.strip():
+            raise UserError(f"{where}: the list of rows ends here, but the file does not; write all rows into one list")
+        rest = source.read(JSON_CHUNK_CHARACTERS)
 
 
 def _next_item(text: str, position: int) -> int:

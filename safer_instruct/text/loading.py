@@ -13,6 +13,7 @@ from config.settings import DatasetSettings
 from safer_instruct.text.examples import Example, Message, is_unicode, text_id
 from safer_instruct.text.formats import BadLine, Row
 from safer_instruct.text.hub import hub_dataset
+from safer_instruct.text.messages import is_messages
 from safer_instruct.text.pairs import Pairing, best, make_pairs
 from safer_instruct.text.readers import read_rows, require_columns, usable_rows
 from safer_instruct.text.row_log import BadRow, RowLog
@@ -148,9 +149,10 @@ class LoadedExamples:
         if not isinstance(fields.get("label"), (list, dict, type(None))):
             fields["label"] = str(fields["label"])  # a number, true, a date: files hold labels of any type
         texts = {name: value for name, value in fields.items() if value is not None}
-        wrong = next((name for name, value in texts.items() if not isinstance(value, str)), None)
+        wrong = next((name for name, value in texts.items() if not isinstance(value, str) or is_messages(value)), None)
         if wrong is not None:
-            self._drop(BadRow("not_text", wrong, "a text"), id or text_id(where), where)
+            expected = "a text; datasets=[custom] reads messages" if is_messages(texts[wrong]) else "a text"
+            self._drop(BadRow("not_text", wrong, expected), id or text_id(where), where)
             return
         stripped = {name: value.strip() for name, value in texts.items()}
         turns = tuple(Message(role, content.strip()) for role, content in history)
@@ -185,6 +187,8 @@ class LoadedExamples:
 
 
 def _is_conversation(cell: Any) -> bool:
+    if isinstance(cell, str):
+        return is_messages(cell)
     first = cell[0] if isinstance(cell, list) and cell else None
     return isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ ROLES = {
     "model": "assistant", "bot": "assistant",
 }  # fmt: skip
 _SPEAKER = re.compile(f"({HUMAN}|{ASSISTANT})")
+_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:""")  # messages by JSON, or by Python
 _PAIR = ("user", "assistant")
 _EXPECTED = "a list of messages, each with a role (or from) and a content (or value)"
 
@@ -27,19 +29,26 @@ Messages = tuple[Message, ...]
 
 
 def read_messages(value: Any, column: str) -> Messages:
-    """Read a list of {"role", "content"} or of {"from", "value"}, or such a list as JSON text (a cell of a CSV file).
+    """Read a list of {"role", "content"} or of {"from", "value"}, or such a list as text (a cell of a CSV file).
 
     Raises:
         BadRow: It is no such list, or a role is unknown.
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = _read_literal(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise BadRow("not_messages", column, _EXPECTED) from None
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRow("not_messages", column, _EXPECTED)
     return tuple(_read_message(one, f"{column}[{number}]") for number, one in enumerate(value))
+
+
+def _read_literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text.strip())  # what pandas writes for a list
 
 
 def _read_message(value: Any, column: str) -> Message:
@@ -48,14 +57,16 @@ def _read_message(value: Any, column: str) -> Message:
     role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
     if not isinstance(role, str) or role.casefold() not in ROLES:
         raise BadRow("unknown_role", column, "one of system, user, assistant (or human, gpt)")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text")) for part in content)
     if not isinstance(content, str):
         raise BadRow("not_text", column, "a text as content")
     return Message(ROLES[role.casefold()], content)
 
 
 def is_messages(value: Any) -> bool:
-    """Say whether a cell holds a conversation rather than one text."""
-    return not isinstance(value, str) and isinstance(value, Sequence)
+    """Say whether a cell holds a conversation, perhaps written as a text, rather than one text."""
+    return bool(_AS_TEXT.match(value)) if isinstance(value, str) else isinstance(value, Sequence)
 
 
 def read_transcript(text: Any, column: str) -> Messages:

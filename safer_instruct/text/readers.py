@@ -19,15 +19,18 @@ from safer_instruct.text.formats import DATA_SUFFIXES, MAX_TEXT_CHARACTERS, BadL
 
 DATASET_FILES = ("si.jsonl", "si.parquet")  # what induce.py calls its dataset: the rest of such a folder is not data
 NOT_DATA = frozenset({"report.json", "manifest.json", "dataset_info.json", "state.json", "test_set.csv", CHECKSUMS})
-# How the name of a split begins.
-HELD_OUT_SPLIT = re.compile(r"(test|validation|valid|val|dev|evaluation|eval)(?![a-z])", re.IGNORECASE)
-TRAIN_SPLIT = re.compile(r"train(?![a-z])", re.IGNORECASE)
+# Words in the name of a split.
+HELD_OUT_SPLIT, TRAIN_SPLIT = (
+    re.compile(rf"(?<![a-z])({words})(?![a-z])", re.IGNORECASE)
+    for words in ("test(ing|set)?|valid(ation)?|val|dev|eval(uation)?|(held|hold)[-_ ]?out", "train(ing|set)?")
+)
 
 # What people call the columns that a message may ask for.
 SYNONYMS = {
     "instruction": ("prompt", "question", "query", "goal", "behavior", "request"),
     "chosen": ("output", "response", "completion", "answer", "preferred"),
     "output": ("response", "completion", "answer", "chosen"),
+    "good": ("label", "is_safe", "desirable"),
     "rejected": ("dispreferred", "unsafe", "bad"),
     "response": ("output", "text", "completion", "answer", "rejected", "messages", "conversations"),
 }
@@ -56,8 +59,8 @@ def require_columns(
 
 def _likely(name: str, columns: Collection[str]) -> str:
     """Return the column that probably holds what `name` stands for, "" if none does."""
-    by_name = {str(column).lower(): str(column) for column in columns}
-    return next((by_name[other] for other in SYNONYMS.get(name, ()) if other in by_name), "")
+    by_name = {str(column).strip().lower(): str(column) for column in columns}
+    return next((by_name[other] for other in (name, *SYNONYMS.get(name, ())) if other in by_name), "")
 
 
 def data_files(path: Path, *, training: bool = False) -> list[Path]:
@@ -77,7 +80,10 @@ def data_files(path: Path, *, training: bool = False) -> list[Path]:
     files = _folder_files(path)
     if not files:
         found = ", ".join(sorted(visible(file.name) for file in path.iterdir())[:10]) or "nothing"
-        raise UserError(f"{path}: no data file ({', '.join('*' + s for s in DATA_SUFFIXES)}) in it; it holds {found}")
+        wanted = ", ".join(f"*{suffix}" for suffix in DATA_SUFFIXES)
+        raise UserError(
+            f"{path}: no data file ({wanted}) in it, give the path of a folder that has some; it holds {found}"
+        )
     left_out = splits_left_out(path) if training else []
     return [file for file in files if file.relative_to(path).parts[0] not in left_out]
 
@@ -85,7 +91,7 @@ def data_files(path: Path, *, training: bool = False) -> list[Path]:
 def splits_left_out(path: Path) -> list[str]:
     """Return the parts of a folder (files, or splits of a DatasetDict) that nothing may be trained on by default.
 
-    Where a part is named `train...`, all others; else those named like a split to evaluate on.
+    Where a part has `train` in its name, all others; else those named like a split to evaluate on.
 
     Raises:
         UserError: Nothing would be left.
@@ -101,8 +107,8 @@ def left_out_of(parts: Sequence[str], where: str, otherwise: str) -> list[str]:
 
     `where` they are, and what to give `otherwise` where one of them is meant, are for the message.
     """
-    train = [part for part in parts if TRAIN_SPLIT.match(part)]
-    left_out = [part for part in parts if (part not in train if train else HELD_OUT_SPLIT.match(part))]
+    train = [part for part in parts if TRAIN_SPLIT.search(part)]
+    left_out = [part for part in parts if (part not in train if train else HELD_OUT_SPLIT.search(part))]
     if parts and left_out == list(parts):
         raise UserError(
             f"{where}: holds only {', '.join(parts)}, which are not for training by their names; give "

@@ -42,6 +42,7 @@ class RowLog:
     # Rows by what happened to them: train, eval, a reason to drop or to skip, a kind of cut, ...
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    why: dict[str, str] = field(default_factory=dict)  # reason to drop -> what the first such row lacks, and where
     ids: dict[str, list[str]] = field(default_factory=dict)  # the first ids of each kind
     # Columns that the schema does not read -> rows in which they are not empty.
     unread: Counter[str] = field(default_factory=Counter)
@@ -54,9 +55,10 @@ class RowLog:
 
     def drop(self, reason: str, id: str, where: str, *, column: str = "", expected: str = "") -> None:
         """Count a row that goes; raise a UserError instead where on_bad_row=error and the row is bad."""
+        place = f" in column {column}" if column else ""
+        wanted = f" ({expected} is expected)" if expected else ""
+        self.why.setdefault(reason, f"{where}: {reason.replace('_', ' ')}{place}{wanted}")
         if self.on_bad_row == "error" and reason not in SKIPS:
-            place = f" in column {column}" if column else ""
-            wanted = f" ({expected} is expected)" if expected else ""
             raise UserError(
                 f"{where}: bad row {id}: {reason.replace('_', ' ')}{place}{wanted}; mend the row, or drop and count "
                 f"such rows with datasets.{self.name}.on_bad_row=drop"
@@ -64,9 +66,12 @@ class RowLog:
         self.dropped[reason] += 1
         self._remember(reason, id, where, column=column, expected=expected)
 
-    def drop_example(self, reason: str, example: Example) -> None:
+    def drop_example(self, reason: str, example: Example, why: str = "") -> None:
         """Count a row that goes though it could be read."""
-        self.drop(reason, example.id, str(example.provenance["where"]))
+        where = str(example.provenance["where"])
+        if why:
+            self.why.setdefault(reason, f"{where}: {why}")
+        self.drop(reason, example.id, where)
 
     def _remember(self, kind: str, id: str, where: str, **details: str) -> None:
         ids = self.ids.setdefault(kind, [])

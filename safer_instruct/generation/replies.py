@@ -1,0 +1,85 @@
+"""What the reply of a server holds: a text and how it ended, or an error, in the forms that the servers have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from safer_instruct.generation.faults import MAX_SHOWN, Failed
+from safer_instruct.text.display import visible
+
+MAX_TOKENS = 10**9  # more than any reply can have used
+# In a finish_reason: the text was withheld, or calls a tool that nobody offered; it was cut; it has ended.
+_ENDS = {
+    "content_filter": re.compile("block|filter|guardrail|moderat|prohibit|recitation|refus|safety|sensitive|toxic"),
+    "tool_calls": re.compile("function|tool"),
+    "truncated": re.compile("length|limit|max_|window"),
+    "": re.compile("complete|done|^end|eos|finish|stop"),
+}
+
+
+def error_fields(body: Any) -> dict[str, Any]:
+    """Return the fields of an error (message, code, type, param): an object or a text, alone, in `error` or a list."""
+    while isinstance(body, list | dict) and (inner := body[:1] if isinstance(body, list) else body.get("error")):
+        body = inner[0] if isinstance(body, list) else inner
+    if isinstance(body, str):
+        return {} if body.lstrip().startswith("<") else {"message": body}  # a page is for a browser
+    return body if isinstance(body, dict) else {}
+
+
+def error_inside(body: Any) -> tuple[int, dict[str, Any]] | None:
+    """Return the status and the fields of an error in the place of a completion, None if a reply holds none."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    for holder in (body, *(choices if isinstance(choices, list) else ())[:1]):
+        if isinstance(holder, dict) and holder.get("error"):
+            fields = error_fields(holder)
+            code = fields.get("code")
+            return (code if isinstance(code, int) and 400 <= code < 600 else 500), fields
+    return None
+
+
+def read_finish(reason: Any) -> tuple[bool, str]:
+    """Return whether a text was cut at a limit, and why it is no answer ("" if it is one), by its finish_reason.
+
+    Raises:
+        Failed: The server broke off, or what it says is unknown.
+    """
+    said = str(reason or "stop").lower()  # some say nothing
+    for what, words in _ENDS.items():
+        if words.search(said):
+            return what == "truncated", what.replace("truncated", "")
+    raise Failed("unfinished", words=f"finish_reason={visible(said)[:MAX_SHOWN]}")
+
+
+def token_count(value: Any) -> int:
+    """Return a number of tokens, 0 where a server does not tell.
+
+    Raises:
+        ValueError: It is no such number: charged to the budget, it would end the run.
+    """
+    if not isinstance(value, int | float | None) or not 0 <= (value or 0) <= MAX_TOKENS:
+        raise ValueError("not a number of tokens")
+    return int(value or 0)
+
+
+def message_texts(message: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the answer of a message, and the thought that the server has parted from it.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: It is no message.
+    """
+    content = message["content"] or message.get("refusal") or ""  # OpenAI's models decline in a field of its own
+    thought = message.get("reasoning_content") or message.get("reasoning") or ""
+    if isinstance(content, list):  # parts, of which some are thoughts (Mistral)
+        thought = "".join(_joined(part["thinking"]) for part in content if part["type"] == "thinking")
+    return _joined(content), thought if isinstance(thought, str) else ""
+
+
+def _joined(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def utf8(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which JSON can hold."""
+    return text.encode("utf-8", "replace").decode()
