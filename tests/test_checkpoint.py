@@ -382,6 +382,13 @@ def test_a_checkpoint_that_is_a_link_retires(tmp_path):
     assert not (checkpoints / "step-8").exists()
 
 
+def test_a_link_to_nothing_makes_place_for_a_checkpoint(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-8").symlink_to(tmp_path / "gone")
+    train(tmp_path, tiny_settings(checkpoint=CheckpointSettings(keep_last=None)))
+    assert (tmp_path / "run" / "checkpoints" / "step-8" / "model" / "model.safetensors").is_file()
+
+
 def test_an_empty_folder_in_place_of_a_checkpoint_is_named(tmp_path):
     settings = tiny_settings()
     train(tmp_path, settings)

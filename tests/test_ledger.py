@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from config.errors import UserError
-from safer_instruct.induction.ledger import Ledger, read_ledger, run_stage, shard_count, shard_path
+from safer_instruct.induction.ledger import Ledger, is_final, read_ledger, run_stage, shard_count, shard_path
 from safer_instruct.induction.status import read_progress
 from safer_instruct.text.examples import Example
 
@@ -241,3 +241,10 @@ def test_what_a_server_refused_is_asked_again_and_what_it_answered_is_not(tmp_pa
     _, records = read_ledger(path)
     assert (records["a"]["keep"], records["b"]["reason"]) == (True, "abstain_unreadable")
     assert read_progress(path, 1.0).is_done
+
+
+@pytest.mark.parametrize("why", ["http_403", "malformed_reply", "no_connection", "timeout", "unfinished"])
+def test_a_row_without_an_answer_is_asked_again(why):
+    assert not is_final({"id": "a", "reason": f"abstain_{why}"})
+    assert not is_final({"id": "a", "error": why})
+    assert all(is_final({"id": "a", "reason": f"abstain_{said}"}) for said in ("unreadable", "truncated", "empty"))

@@ -307,7 +307,8 @@ def test_token_ids_beyond_the_vocabulary_are_refused(folder):
 
 
 def test_tokenizer_that_is_not_there(folder):
-    for spoil in ((folder / "tokenizer.json").unlink, lambda: (folder / "config.json").write_text('{"a":' * 20_000)):
+    config = folder / "tokenizer_config.json"
+    for spoil in (lambda: config.write_text('{"a":' * 20_000), (folder / "tokenizer.json").unlink):
         spoil()
         with pytest.raises(UserError, match=r"holds no tokenizer.*model\.tokenizer_name_or_path=FOLDER"):
             load_tokenizer(ModelSettings(name_or_path=str(folder)))

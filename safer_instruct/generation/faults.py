@@ -77,7 +77,7 @@ def own_words(fields: dict[str, Any], request: Request, secret: str = "") -> str
         said = said.replace(secret, "***")
     said = visible(without_password(said))[:MAX_SHOWN]
     shared = set(re.findall(r"[\w-]{4,}", said.lower())) & set(re.findall(r"[\w-]{4,}", request.prompt.text.lower()))
-    return "" if request.id != "the test" and shared - COMMON else " ".join(said.split())
+    return "" if request.id != "the test" and shared - COMMON else " ".join(said.split()).rstrip(".")
 
 
 def cause_of(error: BaseException) -> str:

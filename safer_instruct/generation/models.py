@@ -66,6 +66,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     name = settings.tokenizer_name_or_path or settings.name_or_path
     folder = find_path(name)
     source = folder if has_tokenizer(folder) else _source(name)
+    vocabulary = _load_config(settings).get_text_config().vocab_size  # transformers reads it for a tokenizer, too
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except UNUSABLE as error:
@@ -75,7 +76,6 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no EOS token (eos_token), which must end every response.")
-    vocabulary = _load_config(settings).get_text_config().vocab_size
     _require_embeddings(tokenizer, vocabulary, settings)
     _set_in_template(tokenizer, settings.chat_template_kwargs)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
@@ -263,7 +263,7 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
     lacks_sdpa = capped or not getattr(kind, "_supports_sdpa", True)
     if settings.attn_implementation == "sdpa" and lacks_sdpa:
         raise UserError(
-            f"{settings.name_or_path}: {kind.__name__} has no sdpa attention in transformers "
+            f"{settings.name_or_path}: {getattr(kind, '__name__', kind)} has no sdpa attention in transformers "
             f"{transformers.__version__}; write model.attn_implementation=eager and, to train it, packing=false."
         )
     return config

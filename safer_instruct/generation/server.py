@@ -176,11 +176,11 @@ class OpenAIGenerator:
             raise self._status_error(error.status_code, fields, error.response.headers, request) from None
         try:
             body = json.loads(raw.content)
-            inside = error_inside(body)
-            generation = None if inside else self._read(request.id, body)
+            if (inside := error_inside(body)) is None:
+                generation = self._read(request.id, body)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Failed("malformed_reply", retry_after_seconds(raw.headers)) from None
-        if inside or generation is None:
+        if inside is not None:
             raise self._status_error(*inside, raw.headers, request)
         return without_thought(generation, self._thought_tags, request.prompt)
 

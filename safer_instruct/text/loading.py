@@ -151,8 +151,8 @@ class LoadedExamples:
         texts = {name: value for name, value in fields.items() if value is not None}
         wrong = next((name for name, value in texts.items() if not isinstance(value, str) or is_messages(value)), None)
         if wrong is not None:
-            expected = "a text; datasets=[custom] reads messages" if is_messages(texts[wrong]) else "a text"
-            self._drop(BadRow("not_text", wrong, expected), id or text_id(where), where)
+            other = ", or datasets=[custom], which reads messages," if _is_conversation(texts[wrong]) else ""
+            self._drop(BadRow("not_text", wrong, f"a text{other}"), id or text_id(where), where)
             return
         stripped = {name: value.strip() for name, value in texts.items()}
         turns = tuple(Message(role, content.strip()) for role, content in history)

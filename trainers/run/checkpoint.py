@@ -212,9 +212,8 @@ class CheckpointWriter:
                 synced.result()
             for written in (partial / CHECKSUMS, partial):
                 sync(written)
-            if (
-                final.is_symlink() or final.exists()
-            ):  # a run that went back to an earlier checkpoint has come here again
+            # A run that went back to an earlier checkpoint has come here again.
+            if final.is_symlink() or final.exists():
                 discard(final)
             partial.rename(final)
             point(self._run.latest, final)
