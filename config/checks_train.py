@@ -128,6 +128,9 @@ def _check_batches(config: TrainConfig) -> Iterator[Fault]:
         yield Fault("n_epochs", "n_epochs=null and n_examples=null: training would never end; set one of them")
 
 
+_OPTIMIZER_KEYS = {"optimizer": "optimizer_args", "fallback_optimizer": "fallback_args"}
+
+
 def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
     """Build the optimizers over a dummy matrix: only torch knows which arguments they take."""
     if config.optimizer == "Muon" and config.fallback_optimizer is None:
@@ -145,11 +148,8 @@ def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
     if config.decay_ratio != TrainConfig.decay_ratio and config.lr_scheduler != "wsd":
         why = f"lr_scheduler={config.lr_scheduler} does not read it; leave it out, or write lr_scheduler=wsd"
         yield misfit("decay_ratio", config.decay_ratio, why, "lr_scheduler")
-    if config.optimizer in (*TORCHAO_OPTIMIZERS, *WITHOUT_SHARDS) and config.trainer.name != "BasicTrainer":
-        is_torchs = config.optimizer in WITHOUT_SHARDS
-        what = "torch cannot take its step on sharded weights" if is_torchs else "a state of 8 bits is not sharded"
-        why = f"{what}; write trainer=BasicTrainer, or optimizer=AdamW, whose state is spread over the processes"
-        yield misfit("optimizer", config.optimizer, why, "trainer.name")
+    if config.trainer.name != "BasicTrainer":
+        yield from _check_sharded_steps(config)
     if config.optimizer in TORCHAO_OPTIMIZERS:
         try:
             import_module("torchao.optim")
@@ -157,9 +157,22 @@ def _check_optimizer(config: TrainConfig) -> Iterator[Fault]:
             why = f"it is torchao's, which cannot be imported ({error}): {INSTALL_TORCHAO}"
             yield misfit("optimizer", config.optimizer, why)
             return
-    yield from _refused(config, "optimizer", "optimizer_args")
-    if config.fallback_optimizer is not None:
-        yield from _refused(config, "fallback_optimizer", "fallback_args")
+    for key, args_key in _OPTIMIZER_KEYS.items():
+        if vars(config)[key] is not None:
+            yield from _refused(config, key, args_key)
+
+
+def _check_sharded_steps(config: TrainConfig) -> Iterator[Fault]:
+    for key, args_key in _OPTIMIZER_KEYS.items():
+        name = vars(config)[key]
+        if name in (*TORCHAO_OPTIMIZERS, *WITHOUT_SHARDS):
+            is_torchs = name in WITHOUT_SHARDS
+            what = "torch cannot take its step on sharded weights" if is_torchs else "a state of 8 bits is not sharded"
+            why = f"{what}; write trainer=BasicTrainer, or {key}=AdamW, whose state is spread over the processes"
+            yield misfit(key, name, why, "trainer.name")
+        elif name == "SGD" and vars(config)[args_key].get("fused"):
+            why = "torch cannot take this step of SGD on sharded weights; leave it out, or write trainer=BasicTrainer"
+            yield misfit(f"{args_key}.fused", True, why, "trainer.name")
 
 
 def _refused(config: TrainConfig, key: str, args_key: str) -> Iterator[Fault]:

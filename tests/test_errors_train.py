@@ -176,6 +176,14 @@ def test_optimizers_that_step_no_shards(mistakes, name):
     assert line.startswith(f"optimizer={name}: torch cannot take its step on sharded weights; write trainer=Basic")
 
 
+@pytest.mark.parametrize(
+    "roles", ["optimizer=SGD optimizer_args", "optimizer=Muon fallback_optimizer=SGD fallback_args"]
+)
+def test_a_fused_step_of_sgd_takes_no_shards(mistakes, roles):
+    (line,) = mistakes(*f"{roles}.fused=true".split(), "trainer=FSDPTrainer")
+    assert "args.fused=true: torch cannot take this step of SGD on sharded weights" in line
+
+
 def test_an_interpolation_of_nothing(mistakes):
     (line,) = mistakes("wandb.group=${loss.betta}")
     assert "loss.betta" in line
