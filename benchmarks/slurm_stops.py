@@ -72,6 +72,14 @@ class Stops:
         if kind in commands:
             self.cluster.run(*commands[kind], job)
 
+    def lift_limit(self, job: str) -> None:
+        """Give a job that met its time limit as much time as it needs, when it is queued again."""
+        while not int(self.cluster.job(job)["Restarts"]):
+            if self.cluster.state(job) in ENDED:
+                return
+            time.sleep(0.2)
+        self.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
+
     def repeat(self, number: int, straight: dict[str, Final]) -> list[dict[str, object]]:
         """Stop a run of each kind once; return what became of it beside the undisturbed run of its kind."""
         draw = random.Random(number)
@@ -87,6 +95,7 @@ class Stops:
                 waiting.remove(kind)
             waiting -= ended
             time.sleep(0.2)
+        self.lift_limit(jobs["limit"])
         self.cluster.wait_for_end(jobs["scancel"])
         logs = {kind: self.folder / f"slurm-train-{job}.out" for kind, job in jobs.items()}
         jobs["scancel"] = self.submit("scancel", names["scancel"])
@@ -108,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=10, help="of each way to stop a run")
     parser.add_argument("--epochs", type=int, default=5, help="of each run")
-    parser.add_argument("--limit-epochs", type=int, default=25, help="of each run whose time limit comes")
+    parser.add_argument("--limit-epochs", type=int, default=15, help="of each run whose time limit comes")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     temporary = tempfile.TemporaryDirectory
