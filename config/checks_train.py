@@ -189,7 +189,7 @@ def _refused(config: TrainConfig, key: str, args_key: str) -> Iterator[Fault]:
         with torch.compiler.set_stance("force_eager"):
             vars(module)[name]([parameter], lr=1e-3, **arguments).step()
         why = "" if parameter.isfinite().all() else "its first step is not finite"
-    except Exception as error:
+    except Exception as error:  # torch raises what it likes, a KeyError and an AssertionError among them
         why = str(error)
     if why:
         yield misfit(args_key, vars(config)[args_key], f"these do not fit {key}={name}: {why}", key)

@@ -166,7 +166,7 @@ def check_weight_files(folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
-                kinds = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+                kinds = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118  # no dictionary
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{file}: damaged or truncated ({file.stat().st_size} bytes; {first_line(error)}). Copy it again."
