@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from transformers import GenerationConfig
 
-from config.errors import UserError
-from safer_instruct.generation.weights import UNUSABLE, first_line
+from config.errors import UserError, first_line
+from safer_instruct.generation.weights import UNUSABLE
 from safer_instruct.generation.window import UNLIMITED
 from safer_instruct.text.chat import chat_end_token
 

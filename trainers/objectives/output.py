@@ -78,7 +78,7 @@ class Objective:
 
     def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
         """Return the sum of the losses of one micro-batch, and its metrics."""
-        raise NotImplementedError  # each loss has its own; what follows and precedes is right for most
+        raise NotImplementedError  # every loss has its own; the other methods suit most of them
 
     def num_units(self, batch: TensorDict) -> int:
         """Count the units that the loss of this micro-batch, still on the host, sums over."""
