@@ -29,7 +29,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def check_search(config: Any, ranges: Iterable[str]) -> Iterator[Fault]:
-    """Yield what is wrong with a search, given the composed config of a point, with Hydra's own, and the words that hold ranges.
+    """Yield what is wrong with a search; `config` is a point's, Hydra's own included, and `ranges` the words with one.
 
     A search asks after each run how good it was: without a metric it would fail only when the first run has ended.
     """
