@@ -74,7 +74,7 @@ class MixtureSettings(LossSettings):
     rows: ClassVar[Rows] = "pairs"
 
     name: str = "mixture"
-    # Loss -> its keys and its weight (default 1): {dpo: {weight: 0.8, beta: 0.2}, slic: {}}.
+    # Loss -> its keys and its weight (default 1): `{dpo: {weight: 0.8, beta: 0.2}, slic: {}}`.
     parts: dict[str, Any] = field(default_factory=dict)
 
     @property

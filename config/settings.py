@@ -70,7 +70,7 @@ class CorpusSettings:
     response_column: str = "response"  # column of the text, or of conversations that end with it
     label_column: str | None = None  # column of the category; null: `label`, if there is one
     id_column: str | None = None  # column with a row's id; null: a hash of the response
-    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's: {response: text}
+    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's: `{response: text}`
     max_rows: Count | None = None  # read this many rows from the start; null: all
     on_bad_row: BadRow = "drop"  # drop: skip the row and count it | error: stop
 
@@ -135,7 +135,7 @@ class BenignSettings:
     """`stage=replay`: the harmless instructions."""
 
     path: DataPath = MISSING  # file of instructions: column `instruction`, optionally `input` and `output`
-    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's: {instruction: prompt}
+    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's: `{instruction: prompt}`
     max_rows: Count | None = None  # use this many prompts from the start; null: all
 
 
@@ -225,7 +225,7 @@ class PromptSetSettings:
     source_column: str | None = None  # column with the source; null: `source`
     kind: PromptKind | None = None  # unsafe | benign | near; null: the column `kind` of the file
     kinds: dict[str, PromptKind] = field(default_factory=dict)  # value of the column `kind` -> one of the three
-    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's: {instruction: prompt}
+    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's: `{instruction: prompt}`
     max_rows: Count | None = None  # read this many prompts from the start; null: all
     hand_labels: dict[str, str] = field(default_factory=dict)  # responses=csv: model -> column of hand labels
 
@@ -300,8 +300,8 @@ class EvaluateConfig:
     sort_by: str | None = None  # compare: metric to sort the table by; a leading "-": largest first
     training_data: list[ExistingPath] = field(default_factory=list)  # training files to check the prompts against
     induction_report: str | None = None  # report.json of the training dataset; null: that of a model's run
-    curves: dict[str, str] = field(default_factory=dict)  # NAME: run whose curves to draw; {}: the models that are runs
-    stages_file: str | None = None  # JSONL of {"name", "command", "seconds"}: earlier stages to show in the report
+    curves: dict[str, str] = field(default_factory=dict)  # NAME: run whose curves to draw; `{}`: models that are runs
+    stages_file: str | None = None  # JSONL of `{"name", "command", "seconds"}`: earlier stages to show in the report
     engine: EngineSettings = field(default_factory=EngineSettings)  # which processes run the shards
     dry_run: bool = False  # estimate prompts, tokens, calls, cost and hours of the remaining work, and stop
     rate: dict[str, Rate] = field(default_factory=dict)  # dry_run: rows per second of one process: rate.generate=5

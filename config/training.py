@@ -56,7 +56,7 @@ class ModelSettings:
     attn_implementation: Annotated[str, rules.choices("sdpa", "eager", "flash_attention_2")] = "sdpa"
     lora: LoraSettings = field(default_factory=LoraSettings)  # an adapter that is trained instead of the weights
     trust_remote_code: bool = False  # run code that comes with the weights
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # for template=chat: {enable_thinking: false}
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # for template=chat: `{enable_thinking: false}`
 
 
 @dataclass
@@ -137,7 +137,7 @@ class DatasetSettings:
     streaming: bool = False  # on the hub: stream rows from the network, with no copy except the token store
     template: Template = "alpaca"  # how an instruction becomes a prompt
     system: str | None = None  # system prompt of each conversation; null: that of the row
-    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's: {instruction: prompt}
+    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's: `{instruction: prompt}`
     split_pairs: bool = False  # for losses on single answers: make chosen a good answer, rejected a bad one
     labels: list[str] | None = None  # keep only rows with one of these labels; null: keep all
     exclude: ExistingPath | None = None  # file of instructions to keep out of training (the published test_set.csv)
