@@ -188,11 +188,11 @@ def store_cost(folder: Path, *, rows: int, repetitions: int) -> dict[str, float]
 def main() -> None:
     """Print what became of the damages, and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, help="times that every file is damaged in every way; 0: none")
+    parser.add_argument("--seeds", type=int, default=10, help="damages of each kind to each file; 0: none")
     parser.add_argument("--hidden", type=int, default=512, help="width of the model; 512: 25M parameters")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of the token store")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the token store")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="corruption-") as name:
         folders = [Path(name, part) for part in ("matrix", "checkpoint", "store")]

@@ -481,10 +481,10 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("dpo", "sft"), default="dpo")
     parser.add_argument(
-        "--contenders", nargs="+", default=["literal", "packed"], help="the first is what ratios are of"
+        "--contenders", nargs="+", default=["literal", "packed"], help="ratios are relative to the first"
     )
     parser.add_argument("--memory", nargs="+", default=[], help="measure the memory of these instead")
-    parser.add_argument("--profile", action="store_true", help="say where the time of a step goes instead")
+    parser.add_argument("--profile", action="store_true", help="profile a step instead")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--lengths", choices=tuple(PROMPT_SCALE), default="si")
     parser.add_argument("--template", type=int, default=TEMPLATE, help="tokens that all prompts begin with")
@@ -493,7 +493,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--trl-rows", type=int, default=8, help="rows of one of TRL's micro-batches")
     parser.add_argument(
         "--trl-order", choices=("random", "length"), default="random",
-        help="of a batch's rows: random, as its trainers take them, or by length, which none of its settings does",
+        help="order of a batch's rows: random, as in TRL's trainers, or by length, which none of its settings does",
     )  # fmt: skip
     parser.add_argument("--literal-parts", type=int, default=4, help="micro-batches of the literal step")
     parser.add_argument("--max-tokens", type=int, default=None, help="positions of one of our micro-batches")
@@ -507,7 +507,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-json", action="store_true", help="the figures as the last line")
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=None, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     return parser
 
 

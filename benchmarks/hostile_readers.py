@@ -47,7 +47,7 @@ def attack(subject: Subject, examples: int, chosen_seed: int) -> tuple[dict[str,
 def main() -> None:
     """Print what each kind of file did to its readers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=20_000, help="over all kinds of files")
+    parser.add_argument("--examples", type=int, default=20_000, help="files in all, over all kinds")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tracebacks = hangs = 0

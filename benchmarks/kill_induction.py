@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--shards", type=int, nargs="+", default=[1])
-    parser.add_argument("--kills", type=int, default=50, help="of each shard")
+    parser.add_argument("--kills", type=int, default=50, help="kills of each shard")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/kill_induction.json"))
     options = parser.parse_args()

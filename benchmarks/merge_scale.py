@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
     parser.add_argument("--index", nargs="+", default=["off", "memory", "disk"])
-    parser.add_argument("--folder", type=Path, help="where the rows lie; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder of the rows; default: a temporary one")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/merge_scale.json"))
     parser.add_argument("--here", nargs=3, metavar=("FOLDER", "WHAT", "INDEX"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -115,9 +115,9 @@ class Stops:
 def main() -> None:
     """Run all repetitions, print a line for each stop, and the counts by kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=10, help="of each way to stop a run")
-    parser.add_argument("--epochs", type=int, default=5, help="of each run")
-    parser.add_argument("--limit-epochs", type=int, default=15, help="of each run whose time limit comes")
+    parser.add_argument("--repetitions", type=int, default=10, help="stops in each way")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of each run")
+    parser.add_argument("--limit-epochs", type=int, default=15, help="epochs of a run that reaches its time limit")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     temporary = tempfile.TemporaryDirectory

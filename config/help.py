@@ -44,9 +44,9 @@ def short_help(program: str, kind: type, groups: Mapping[str, Sequence[str]]) ->
             str(kind.__doc__).strip(),
             f"\nUsage: {paths.program(Path(program).stem)} KEY=VALUE ... [-m for sweeps: KEY=A,B,C]\n\nGroups:",
             *_columns(entries),
-            "\nThe keys that matter, with their defaults:",
+            "\nThe most important keys, with their defaults:",
             *_columns(keys),
-            "\n--help=all: every key. --cfg job: the settings of a command. What each key means, and may be: "
+            "\n--help=all: every key. --cfg job: the settings of a command. Meaning and values of each key: "
             "docs/configuration.md",
         ]
     )

@@ -24,7 +24,7 @@ class SFTSettings(LikelihoodLossSettings):
     """`loss=sft`: supervised fine-tuning on the chosen, or only, response."""
 
     name: str = "sft"
-    on: Annotated[str, rules.choices("last", "all")] = "last"  # answers of a conversation that are targets
+    on: Annotated[str, rules.choices("last", "all")] = "last"  # answers of a conversation to train on
 
 
 @dataclass
@@ -35,7 +35,7 @@ class ReverseSettings(LikelihoodLossSettings):
 
     name: str = "reverse"
     reduction: Annotated[str, rules.choices("sequence_sum", "token_mean")] = "token_mean"
-    on: Annotated[str, rules.choices("first", "all")] = "first"  # turns of a conversation that are learnt from
+    on: Annotated[str, rules.choices("first", "all")] = "first"  # turns of a conversation to train on
 
 
 @dataclass
@@ -47,8 +47,8 @@ class AnswerLossSettings(LossSettings):
     mismatched: ClassVar[bool] = False  # reads how the policy has moved on answers to other prompts
 
     beta: Positive = 0.1  # temperature of the implicit reward
-    good_weight: NotNegative = 1.0  # of good answers, lambda_D
-    bad_weight: NotNegative = 1.0  # of bad answers, lambda_U
+    good_weight: NotNegative = 1.0  # weight of good answers, lambda_D
+    bad_weight: NotNegative = 1.0  # weight of bad answers, lambda_U
 
 
 @dataclass
@@ -74,7 +74,7 @@ class MixtureSettings(LossSettings):
     rows: ClassVar[Rows] = "pairs"
 
     name: str = "mixture"
-    # Loss -> its keys, and the weight of it (1 where none is given): {dpo: {weight: 0.8, beta: 0.2}, slic: {}}.
+    # Loss -> its keys and its weight (default 1): `{dpo: {weight: 0.8, beta: 0.2}, slic: {}}`.
     parts: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -44,7 +44,7 @@ class PairLossSettings(LossSettings):
     normalised: ClassVar[bool] = False  # reads means per token, whatever its keys
 
     beta: Positive = 0.1  # temperature of the implicit reward
-    nll_weight: NotNegative = 0.0  # adds this x (nats per token of chosen), Pang et al. 2024
+    nll_weight: NotNegative = 0.0  # add this x (nats per token of chosen), Pang et al. 2024
 
     @property
     def per_token(self) -> bool:
@@ -56,12 +56,12 @@ class PairLossSettings(LossSettings):
 class PreferenceLossSettings(PairLossSettings):
     """A loss on the log-ratios of chosen and rejected to a reference."""
 
-    reference_free: bool = False  # a uniform reference: its log-ratio is 0, in loss and rewards alike
+    reference_free: bool = False  # use a uniform reference: its log-ratio is 0, in loss and rewards
     average_logps: bool = False  # divide log-probabilities by the response length in tokens (the IPO authors' form)
-    # Weigh a pair by how probable the policy finds its responses (Zhou et al. 2024): not at all | by their probability
-    # per token (plain) | by that over the one which a sample of the policy's has there (sampled, the paper's choice).
+    # Weight of a pair (Zhou et al. 2024): none | the probability per token that the policy gives its responses (plain)
+    # | that, relative to the expected probability of a token sampled from the policy (sampled, the paper's choice).
     wpo: Annotated[str, rules.choices("none", "plain", "sampled")] = "none"
-    # LD-DPO (Liu et al. 2024): what a token counts beyond the length of the shorter response; null: as all others.
+    # LD-DPO (Liu et al. 2024): weight of a token beyond the length of the shorter response; null: as all others.
     ld_alpha: Annotated[float, rules.interval("[0, 1]")] | None = None
 
     @property
@@ -79,9 +79,9 @@ class PreferenceLossSettings(PairLossSettings):
 class MarginLossSettings(PreferenceLossSettings):
     """A loss on the difference of the two log-ratios."""
 
-    # What keeps the policy near the reference (Wang et al. 2023, table 1); reverse_kl is DPO's.
+    # Divergence that keeps the policy near the reference (Wang et al. 2023, table 1); reverse_kl is DPO's.
     f_divergence: Annotated[str, rules.choices("reverse_kl", "forward_kl", "js", "alpha")] = "reverse_kl"
-    f_alpha: Annotated[float, rules.interval("(0, 1)")] = 0.5  # of f_divergence=alpha
+    f_alpha: Annotated[float, rules.interval("(0, 1)")] = 0.5  # alpha of f_divergence=alpha
 
 
 @dataclass
@@ -89,13 +89,13 @@ class DPOSettings(MarginLossSettings):
     """`loss=dpo`: direct preference optimisation (Rafailov et al. 2023, equation 7)."""
 
     name: str = "dpo"
-    # Probability that a preference is flipped (conservative DPO); 0: every preference is believed.
+    # Probability that a preference is flipped (conservative DPO); 0: trust every preference.
     label_smoothing: FlipRate = 0.0
 
 
 @dataclass
 class CDPOSettings(DPOSettings):
-    """`loss=cdpo`: conservative DPO (Mitchell 2023, equation 3), which is dpo with label smoothing."""
+    """`loss=cdpo`: conservative DPO (Mitchell 2023, equation 3), that is dpo with label smoothing."""
 
     name: str = "cdpo"
     label_smoothing: FlipRate = 0.1
@@ -103,7 +103,7 @@ class CDPOSettings(DPOSettings):
 
 @dataclass
 class RPOSettings(DPOSettings):
-    """`loss=rpo`: DPO and the likelihood of chosen (Pang et al. 2024, equation 1), which is dpo with nll_weight."""
+    """`loss=rpo`: DPO and the likelihood of chosen (Pang et al. 2024, equation 1), that is dpo with nll_weight."""
 
     name: str = "rpo"
     nll_weight: NotNegative = 1.0
@@ -111,7 +111,7 @@ class RPOSettings(DPOSettings):
 
 @dataclass
 class RobustSettings(MarginLossSettings):
-    """`loss=robust`: the DPO loss that flipped preferences leave unbiased (Chowdhury et al. 2024)."""
+    """`loss=robust`: a DPO loss that stays unbiased when preferences are flipped (Chowdhury et al. 2024)."""
 
     name: str = "robust"
     label_smoothing: FlipRate = 0.1  # probability that a preference is flipped
@@ -119,7 +119,7 @@ class RobustSettings(MarginLossSettings):
 
 @dataclass
 class IPOSettings(MarginLossSettings):
-    """`loss=ipo`: identity preference optimisation (Azar et al. 2023, equation 17); beta is tau there."""
+    """`loss=ipo`: identity preference optimisation (Azar et al. 2023, equation 17); beta is their tau."""
 
     name: str = "ipo"
 
@@ -142,10 +142,10 @@ class EXOPairSettings(MarginLossSettings):
 
 @dataclass
 class DiscoPOPSettings(MarginLossSettings):
-    """`loss=discopop`: the loss that a language model found (Lu et al. 2024)."""
+    """`loss=discopop`: a loss discovered by a language model (Lu et al. 2024)."""
 
     name: str = "discopop"
-    # Width of the change from the logistic to the exponential loss.
+    # Width of the transition from the logistic to the exponential loss.
     tau: Annotated[float, rules.interval("(0, 1)")] = 0.05
 
 
@@ -179,10 +179,10 @@ class APODownSettings(PreferenceLossSettings):
 
 @dataclass
 class DPOPSettings(PreferenceLossSettings):
-    """`loss=dpop`: DPO-positive, which holds chosen where the reference has it (Pal et al. 2024, equation 3)."""
+    """`loss=dpop`: DPO-positive, which keeps chosen at its reference likelihood (Pal et al. 2024, equation 3)."""
 
     name: str = "dpop"
-    penalty: NotNegative = 50.0  # lambda: of each nat that chosen falls below the reference
+    penalty: NotNegative = 50.0  # lambda: penalty per nat that chosen falls below the reference
 
 
 @dataclass
@@ -214,9 +214,9 @@ class AOTSettings(PairLossSettings):
     whole_batch: ClassVar[bool] = True
 
     name: str = "aot"
-    # What is sorted over the batch: differences of a pair, policy's and reference's | log-ratios of all responses.
+    # What to sort over the batch: differences within a pair, policy's and reference's | log-ratios of all responses.
     form: Annotated[str, rules.choices("paired", "unpaired")] = "paired"
-    label_smoothing: FlipRate = 0.0  # as of dpo
+    label_smoothing: FlipRate = 0.0  # probability that a preference is flipped
 
 
 @dataclass
@@ -224,8 +224,8 @@ class SLiCSettings(PairLossSettings):
     """`loss=slic`: sequence likelihood calibration (Zhao et al. 2023)."""
 
     name: str = "slic"
-    beta: Positive = 1.0  # the margin, delta there, in nats
-    likelihood_weight: NotNegative = 0.1  # lambda: of the log-probability of chosen
+    beta: Positive = 1.0  # the margin in nats, their delta
+    likelihood_weight: NotNegative = 0.1  # lambda: weight of the log-probability of chosen
 
 
 @dataclass
@@ -233,17 +233,17 @@ class CPOSettings(PairLossSettings):
     """`loss=cpo`: contrastive preference optimisation (Xu et al. 2024), with the likelihood of chosen."""
 
     name: str = "cpo"
-    nll_weight: NotNegative = 1.0  # of the likelihood term, in nats per token
+    nll_weight: NotNegative = 1.0  # weight of the likelihood term, in nats per token
 
 
 @dataclass
 class ORPOSettings(PairLossSettings):
-    """`loss=orpo`: odds ratio preference optimisation (Hong et al. 2024, equation 6); beta is lambda there."""
+    """`loss=orpo`: odds ratio preference optimisation (Hong et al. 2024, equation 6); beta is their lambda."""
 
     normalised: ClassVar[bool] = True
 
     name: str = "orpo"
-    nll_weight: NotNegative = 1.0  # of the likelihood term, in nats per token
+    nll_weight: NotNegative = 1.0  # weight of the likelihood term, in nats per token
 
 
 @dataclass
@@ -255,7 +255,7 @@ class SimPOSettings(PairLossSettings):
     name: str = "simpo"
     beta: Positive = 2.0
     gamma: NotNegative = 1.0  # the margin of the rewards (the paper, TRL)
-    # The margin as a multiple of beta, in place of gamma (the authors' code); null: gamma counts.
+    # The margin as a multiple of beta, instead of gamma (the authors' code); null: use gamma.
     gamma_beta_ratio: NotNegative | None = None
 
     @property
@@ -271,5 +271,5 @@ class AlphaPOSettings(SimPOSettings):
     name: str = "alphapo"
     beta: Positive = 2.5
     gamma: NotNegative = 0.1  # the margin of the rewards
-    # How the reward is bent; towards 0 it is SimPO's.
+    # Curvature of the reward; near 0 it is SimPO's.
     alpha: Annotated[float, rules.other_than_zero("; write loss=simpo")] = 0.25

@@ -16,16 +16,16 @@ from config.rules import MISSING, BadRow, Count, Device, Dtype, ExistingPath, Hu
 
 @dataclass
 class LoraSettings:
-    """An adapter of low rank that is trained in place of the weights, by peft (docs/lora.md)."""
+    """A low-rank adapter (peft) that is trained instead of the weights (docs/lora.md)."""
 
-    r: Count | None = None  # its rank; null: no adapter, all weights are trained
-    alpha: Count | None = None  # it is scaled by alpha / r; null: 2 r
-    dropout: Annotated[float, rules.interval("[0, 1)")] = 0.0  # of what the adapter reads
-    # Linear layers that get one, by the ends of their names: [q_proj, v_proj]; null: all but the output embedding.
+    r: Count | None = None  # its rank; null: no adapter, train all weights
+    alpha: Count | None = None  # the adapter is scaled by alpha / r; null: 2 r
+    dropout: Annotated[float, rules.interval("[0, 1)")] = 0.0  # on the adapter's input
+    # Linear layers with an adapter, by the ends of their names: [q_proj, v_proj]; null: all but the output embedding.
     target_modules: list[str] | None = None
     use_rslora: bool = False  # scale by alpha / sqrt(r)
     use_dora: bool = False  # also train the length of each row of the weights
-    # Keep the base in 4 bits, by bitsandbytes (QLoRA); null: in policy_dtype.
+    # Keep the base in 4 bits with bitsandbytes (QLoRA); null: in policy_dtype.
     quantize: Annotated[str, rules.choices("nf4", "fp4")] | None = None
 
     @property
@@ -37,53 +37,53 @@ class LoraSettings:
 
 @dataclass
 class ModelSettings:
-    """A causal language model and the dtypes that it runs in."""
+    """A causal language model and its dtypes."""
 
-    # The folder of the weights, or the model's id on the Hugging Face hub where the network allows.
+    # The folder of the weights, or the model's id on the Hugging Face hub if the network allows.
     name_or_path: Annotated[
         str, rules.model_path, "the folder of the weights (config.json, *.safetensors), or the model's id on the hub"
     ] = MISSING
     tokenizer_name_or_path: str | None = None  # folder or id of the tokenizer; null: the model's own
-    # What to start from: a run, a checkpoint, a model folder, an adapter of peft, or a policy.pt; null: name_or_path.
+    # Weights to start from: a run, a checkpoint, a model folder, a peft adapter, or a policy.pt; null: name_or_path.
     archive: Annotated[str, rules.weights_path] | None = None
-    block_name: str | None = None  # class of the transformer blocks that FSDP shards; null: found in the model
+    block_name: str | None = None  # class of the transformer blocks that FSDP shards; null: detected
     policy_dtype: Dtype = "float32"  # dtype of the trained weights
     fsdp_policy_mp: Dtype | None = None  # dtype that FSDP computes in; null: policy_dtype
-    reference_dtype: Dtype | None = None  # dtype of the reference; null: the policy's, so that the first rewards are 0
-    # dtype of matrix products, over weights that keep theirs; null: no autocast. docs/performance.md has the errors.
+    reference_dtype: Dtype | None = None  # dtype of the reference; null: the policy's, so the first rewards are 0
+    # dtype of matrix products; the weights keep theirs. null: no autocast. Accuracy: docs/performance.md.
     autocast: Annotated[str, rules.choices("bfloat16")] | None = None
-    # Kernel of the attention; packing=true has one of its own and asks for sdpa.
+    # Attention kernel; packing=true has its own kernel and requires sdpa.
     attn_implementation: Annotated[str, rules.choices("sdpa", "eager", "flash_attention_2")] = "sdpa"
-    lora: LoraSettings = field(default_factory=LoraSettings)  # an adapter that is trained in place of the weights
+    lora: LoraSettings = field(default_factory=LoraSettings)  # an adapter that is trained instead of the weights
     trust_remote_code: bool = False  # run code that comes with the weights
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # of template=chat: {enable_thinking: false}
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # for template=chat: `{enable_thinking: false}`
 
 
 @dataclass
 class TrainerSettings:
-    """How the model is laid out over processes. All but `name` and `compile` are FSDPTrainer's."""
+    """How the model is laid out over processes. All keys except `name` and `compile` are for FSDPTrainer."""
 
-    name: Annotated[str, rules.choices("BasicTrainer", "FSDPTrainer")] = "BasicTrainer"  # one process | all of the job
-    num_processes: Count | None = None  # processes started on this machine; null: one for each GPU, or two on a CPU
+    name: Annotated[str, rules.choices("BasicTrainer", "FSDPTrainer")] = "BasicTrainer"  # one process | all in the job
+    num_processes: Count | None = None  # processes to start on this machine; null: one per GPU, or two on a CPU
     num_replicas: Count = 1  # HSDP: copies of the model, each sharded over world size / num_replicas processes
     reshard_after_forward: bool = True  # free a block's gathered parameters between its forward and backward pass
     cpu_offload: bool = False  # keep parameters, gradients and optimizer state in host memory (needs a GPU)
     compile: bool = False  # torch.compile each transformer block
-    # Reduce gradients after each micro-batch: less memory, more traffic than once a step (docs/distributed.md).
+    # Reduce gradients after each micro-batch, not once a step: less memory, more traffic (docs/distributed.md).
     reduce_every_microbatch: bool = False
 
 
 @dataclass
 class WandbSettings:
-    """Weights & Biases. Metrics go to `metrics.jsonl` in any case."""
+    """Weights & Biases. Metrics always go to `metrics.jsonl`, too."""
 
     enabled: bool = True  # false: wandb is not imported
-    # auto: online where a key is present, offline otherwise.
+    # auto: online if a key is present, offline otherwise.
     mode: Annotated[str, rules.choices("auto", "online", "offline", "disabled")] = "auto"
     entity: str | None = None  # user or team; null: the login's default
-    project: str = "safer-instruct"  # project that the run is shown in
-    group: str | None = None  # runs of one group are shown together; null: none
-    tags: list[str] = field(default_factory=list)  # words to find the run by
+    project: str = "safer-instruct"  # project of the run
+    group: str | None = None  # runs of a group are shown together; null: none
+    tags: list[str] = field(default_factory=list)  # tags of the run
 
 
 @dataclass
@@ -91,10 +91,10 @@ class CheckpointSettings:
     """What a run writes besides its last checkpoint."""
 
     every_examples: Count | None = None  # examples between two checkpoints; null: one at every evaluation
-    keep_last: Count | None = None  # how many of the newest are kept; null: all
-    keep_best: str | None = None  # also keep the one that is best by this metric of an evaluation, such as loss/eval
-    asynchronous: bool = True  # train on while a checkpoint is written
-    merge: bool = False  # model.lora: also write the model that base and adapter make together
+    keep_last: Count | None = None  # how many of the newest to keep; null: all
+    keep_best: str | None = None  # also keep the best by this evaluation metric, such as loss/eval
+    asynchronous: bool = True  # keep training while a checkpoint is written
+    merge: bool = False  # model.lora: also write the merged model
     policy_pt: bool = False  # also write the DPO repo's policy.pt
 
 
@@ -102,55 +102,55 @@ class CheckpointSettings:
 class EMASettings:
     """An exponential moving average of the trained weights."""
 
-    # Share of the average that each step keeps: 0.999 averages over some 1,000 steps; null: no average.
+    # Share of the average that each step keeps: 0.999 averages over about 1,000 steps; null: no average.
     decay: Annotated[float, rules.interval("(0, 1)", "; 0.999 averages over some 1,000 steps")] | None = None
-    save: bool = True  # also save it as `model/`, as it is evaluated; false: `model/` has the policy's own weights
+    save: bool = True  # save the average as `model/`; false: `model/` has the policy's own weights
 
 
 @dataclass
 class ReferenceSettings:
-    """A reference that is renewed by the policy (TR-DPO, Gorbatovski et al. 2024); needs a loss that reads one."""
+    """A reference that follows the policy (TR-DPO, Gorbatovski et al. 2024); needs a loss that reads one."""
 
-    refresh_examples: Count | None = None  # examples from one renewal to the next; null: the initial weights stay it
-    # Share of the policy's weights in the renewed reference, the rest is the reference before; 1: the policy itself.
+    refresh_examples: Count | None = None  # examples between two renewals; null: never renew
+    # Share of the policy's weights in the new reference; the rest comes from the old one. 1: the policy itself.
     refresh_alpha: Share = 1.0
 
 
 @dataclass
 class EarlyStopSettings:
-    """When a run ends before its data."""
+    """When a run stops early."""
 
-    # Largest share of refusals among sampled held-out prompts that should be answered; null: the run goes to its end.
+    # Stop above this share of refusals among sampled held-out prompts that should be answered; null: never.
     over_refusal: Annotated[float, rules.interval("[0, 1)", "; 0.1 allows one refusal in ten")] | None = None
 
 
 @dataclass
 class DatasetSettings:
-    """One dataset: where it is and how its rows read."""
+    """One dataset: where it is and how to read its rows."""
 
     path: HubPath = MISSING  # a file, a folder of several, a folder made by induce.py, or ORG/NAME on the hub
-    # Which columns the rows have.
+    # Format of the rows.
     schema: Annotated[str, rules.choices(*SCHEMAS), f"how its rows read: {' | '.join(SCHEMAS)}"] = MISSING
-    config: str | None = None  # on the hub: the part of the dataset to read, where it has several; null: the only one
-    split: str | None = None  # on the hub: what to read; null: what is called train, else all but test, validation, ...
+    config: str | None = None  # on the hub: the part of the dataset to read; null: the only one
+    split: str | None = None  # on the hub: split to read; null: train, or else all but test, validation, ...
     revision: str | None = None  # on the hub: commit, branch or tag; null: main
-    streaming: bool = False  # on the hub: read rows from the network, and keep no copy beside the token store
+    streaming: bool = False  # on the hub: stream rows from the network, with no copy except the token store
     template: Template = "alpaca"  # how an instruction becomes a prompt
-    system: str | None = None  # what the assistant is told before each conversation; null: what the row says
-    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> the file's: {instruction: prompt}
-    split_pairs: bool = False  # losses on single answers: chosen is a good answer, rejected a bad one
+    system: str | None = None  # system prompt of each conversation; null: that of the row
+    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's: `{instruction: prompt}`
+    split_pairs: bool = False  # for losses on single answers: make chosen a good answer, rejected a bad one
     labels: list[str] | None = None  # keep only rows with one of these labels; null: keep all
-    exclude: ExistingPath | None = None  # file whose instructions must not be trained on (the published test_set.csv)
-    eval_path: ExistingPath | None = None  # evaluation file; null: rows are held out by the hash of their instruction
-    # Share of the instructions that is held out where eval_path is null.
+    exclude: ExistingPath | None = None  # file of instructions to keep out of training (the published test_set.csv)
+    eval_path: ExistingPath | None = None  # evaluation file; null: hold out rows by the hash of their instruction
+    # Share of the instructions to hold out if eval_path is null.
     eval_fraction: Annotated[float, rules.interval("[0, 1)", "; 0.05 holds out 5%")] = 0.05
     max_rows: Count | None = None  # read this many usable rows from the start; null: all
-    # This dataset's share of the training rows; null: of what the others leave, a part by its size.
+    # This dataset's share of the training rows; datasets with null split the rest by size.
     weight: Annotated[float, rules.interval("(0, 1]", "; leave the dataset out to have none of it")] | None = None
     on_bad_row: BadRow = "drop"  # drop: skip the row and count it | error: stop
-    # Pairs of several answers with scores: the best and the worst | all that differ.
+    # Pairs from several scored answers: the best and the worst | every two that differ.
     pairing: Annotated[str, rules.choices(*PAIRINGS)] = "best_worst"
-    # Least difference of the scores of a pair; shp: least ratio of the votes.
+    # Smallest difference between the scores of a pair; shp: smallest ratio of the votes.
     min_margin: Annotated[float, rules.at_least(0)] = 0.0
 
 
@@ -160,8 +160,8 @@ class TrainConfig:
 
     exp_name: Annotated[str, "the name of the run, which lives in runs/<exp_name>"] = MISSING  # name of the run
     model: ModelSettings = field(default_factory=ModelSettings)  # the policy
-    loss: Any = MISSING  # one of LOSSES, by `loss=NAME`
-    datasets: dict[str, DatasetSettings] = field(default_factory=dict)  # by name; all are trained on together
+    loss: Any = MISSING  # set by `loss=NAME`
+    datasets: dict[str, DatasetSettings] = field(default_factory=dict)  # by name; a run trains on all of them
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     wandb: WandbSettings = field(default_factory=WandbSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -169,60 +169,60 @@ class TrainConfig:
     reference: ReferenceSettings = field(default_factory=ReferenceSettings)
 
     seed: Annotated[int, rules.at_least(0)] = 0  # order of the batches, dropout, sampling
-    batch_size: Count = 4  # examples (pairs) of one optimizer step, over all processes
-    eval_batch_size: Count = 16  # examples (pairs) of one evaluation batch, over all processes
-    gradient_accumulation_steps: Count = 1  # micro-batches of one step, at least
-    packing: bool = True  # no padding, and the prompt of a pair computed once; false: padded rows, same numbers, slower
-    # Token positions of one micro-batch; null: 1024 on a CPU, 8192 on a GPU, no limit where rows are padded.
+    batch_size: Count = 4  # examples (pairs) per optimizer step, over all processes
+    eval_batch_size: Count = 16  # examples (pairs) per evaluation batch, over all processes
+    gradient_accumulation_steps: Count = 1  # minimum number of micro-batches per step
+    packing: bool = True  # no padding, and each pair's prompt computed once; false: padded rows, same numbers, slower
+    # Maximum token positions of a micro-batch; null: 1024 on a CPU, 8192 on a GPU, no limit for padded rows.
     max_tokens_per_microbatch: Count | None = None
-    max_length: int = 512  # tokens of prompt + response
-    max_prompt_length: Count = 256  # tokens of the prompt, smaller than max_length
+    max_length: int = 512  # maximum tokens of prompt + response
+    max_prompt_length: Count = 256  # maximum tokens of the prompt, smaller than max_length
     n_epochs: Count | None = 1  # passes over the data; null: n_examples decides
-    n_examples: Count | None = None  # stop after this many examples if n_epochs has not ended before; null: no limit
-    n_eval_examples: Count | None = 256  # held-out examples of one evaluation; null: all
-    # Class of torch.optim; AdamW8bit: torchao's, whose state has 8 bits in place of 32.
+    n_examples: Count | None = None  # stop after this many examples, if n_epochs does not end first; null: no limit
+    n_eval_examples: Count | None = 256  # held-out examples per evaluation; null: all
+    # Class of torch.optim; AdamW8bit: torchao's, with 8-bit state instead of 32-bit.
     optimizer: Annotated[str, rules.choices(*OPTIMIZERS, *TORCHAO_OPTIMIZERS)] = "RMSprop"
     optimizer_args: dict[str, Any] = field(default_factory=dict)  # its other arguments: betas, eps, weight_decay, ...
-    # Optimizer of what `optimizer` cannot step: Muon leaves vectors, embeddings and head; null: there is no such thing.
+    # Optimizer for what `optimizer` cannot step (for Muon: vectors, embeddings and head); null: none needed.
     fallback_optimizer: Annotated[str, rules.choices("AdamW", "Adam", "RMSprop", "SGD")] | None = None
-    fallback_args: dict[str, Any] = field(default_factory=dict)  # its other arguments; its learning rate is lr, too
-    # What weight_decay of the two is for: all parameters | all but vectors, which are norms and biases.
+    fallback_args: dict[str, Any] = field(default_factory=dict)  # its other arguments; its learning rate is also lr
+    # Parameters that weight_decay applies to: all | all except vectors (norms and biases).
     weight_decay_on: Annotated[str, rules.choices("all", "matrices")] = "all"
     lr: Annotated[float, rules.above(0)] = 5e-7  # learning rate after the warm-up
-    # Course of the learning rate after the warm-up; all but constant end at 0, wsd linearly in its last steps.
+    # Learning rate after the warm-up; all but constant end at 0, wsd with a linear decay at the end.
     lr_scheduler: Annotated[str, rules.choices(*SCHEDULERS)] = "constant"
     warmup_steps: Annotated[int, rules.at_least(0)] = 150  # optimizer steps of the warm-up
-    # Share of all steps that warms up, in place of warmup_steps; null: warmup_steps counts.
+    # Share of all steps to warm up over, instead of warmup_steps; null: use warmup_steps.
     warmup_ratio: Annotated[float, rules.interval("[0, 1)", "; 0.03 warms up over 3% of the steps")] | None = None
-    # lr_scheduler=wsd: share of all steps in which the learning rate falls.
+    # lr_scheduler=wsd: share of all steps over which the learning rate decays.
     decay_ratio: Annotated[float, rules.interval("(0, 1]")] = 0.1
-    max_grad_norm: Annotated[float, rules.above(0)] = 10.0  # a longer gradient is scaled down to this norm
+    max_grad_norm: Annotated[float, rules.above(0)] = 10.0  # clip the gradient to this norm
     # What the backward pass recomputes: nothing (false) | all but matrix products (selective) | whole blocks (true).
     activation_checkpointing: Annotated[bool | str, rules.choices("none", "selective", "full", True, False)] = False
-    # Where a loss or gradient is not finite: stop the run | skip the step.
+    # If a loss or gradient is not finite: stop the run | skip the step.
     on_non_finite: Annotated[str, rules.choices("stop", "skip")] = "stop"
 
     do_first_eval: bool = True  # evaluate before the first step
     eval_every: Count = 20_000  # examples between two evaluations
-    # Answer evaluation prompts at each evaluation, into samples.jsonl; the share that declines is refusals_eval/KIND.
+    # Answer prompts at each evaluation: answers go to samples.jsonl, the share that declines to refusals_eval/KIND.
     sample_during_eval: bool = False
-    n_eval_model_samples: Annotated[int, rules.at_least(0)] = 16  # prompts that sample_during_eval answers
+    n_eval_model_samples: Annotated[int, rules.at_least(0)] = 16  # prompts to answer with sample_during_eval
     early_stop: EarlyStopSettings = field(default_factory=EarlyStopSettings)
-    # hydra/sweeper=optuna: the metric of a run's last evaluation that is searched for, such as rewards_eval/accuracies.
+    # hydra/sweeper=optuna: the metric of a run's last evaluation to search by, such as rewards_eval/accuracies.
     sweep_metric: str | None = None
-    max_new_tokens: Count | None = None  # tokens of such an answer; null: what max_length leaves beside the prompt
+    max_new_tokens: Count | None = None  # maximum tokens of such an answer; null: the rest of max_length
     minimum_log_interval_secs: Annotated[float, rules.at_least(0)] = 1.0  # seconds between two logged steps
 
     device: Device = "auto"  # auto: a GPU if there is one | cpu | cuda | cuda:1
-    tf32: bool = False  # float32 matrix products of a GPU in TF32: many times as fast, inputs rounded to 10 bits
+    tf32: bool = False  # run float32 matrix products on a GPU in TF32: many times faster, inputs rounded to 10 bits
     run_dir: str | None = None  # folder of the run; null: runs/<exp_name>
-    local_run_dir: str | None = None  # the DPO repo's name of run_dir
-    local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # for token store and reference: first usable
-    fsdp_port: int | None = None  # port where the processes of one machine meet; null: one that is free
-    debug: bool = False  # write nothing to wandb, and no checkpoints
-    log_text: bool = False  # let samples reach wandb and the console
-    # License of the model, as the Hugging Face hub calls it (apache-2.0), for the model card of its checkpoints.
+    local_run_dir: str | None = None  # the DPO repo's name for run_dir
+    local_dirs: list[str] = field(default_factory=lambda: [".cache"])  # token store and reference cache: first usable
+    fsdp_port: int | None = None  # port where the processes of one machine meet; null: a free one
+    debug: bool = False  # write no checkpoints, and nothing to wandb
+    log_text: bool = False  # allow samples in wandb and on the console
+    # License for the model card, as named on the Hugging Face hub (apache-2.0).
     license: str = "unknown"
-    push_to_hub: HubName | None = None  # USER/NAME: upload the last checkpoint's model/, privately; null: nothing
+    push_to_hub: HubName | None = None  # USER/NAME: upload the last checkpoint's model/, privately; null: no upload
     # true: estimate the run from its data and three real steps, then stop | data: from the data alone.
     dry_run: Annotated[bool | str, rules.choices("data", True, False)] = False

@@ -63,10 +63,10 @@ def main() -> int:
     """Run all stages; the exit status is that of the first one that fails."""
     open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of data, batches and sampling")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, batches and sampling")
     parser.add_argument("--skip-reverse", action="store_true", help="ablation: induce with the base model itself")
-    parser.add_argument("--corpus", help="unsafe responses of your own (a column `response`) instead of the world's")
-    parser.add_argument("--rules", default=RULES, help="the expert's rules")
+    parser.add_argument("--corpus", help="your own unsafe responses (column `response`) instead of the world's")
+    parser.add_argument("--rules", default=RULES, help="rules file of the expert")
     parser.add_argument("--part", choices=("test", "dev"), default="test", help="dev: for choosing settings")
     parser.add_argument("--output", type=Path, help="default: runs/quickstart, or runs/quickstart_without_reverse")
     options = parser.parse_args()

@@ -43,11 +43,13 @@ INTRODUCTION = """\
 
 <!-- Written by `python -m scripts.config_reference` from config/. Do not edit: edit the comments there. -->
 
-Each key is typed on the command line as it stands here: `python train.py lr=1e-6 model.policy_dtype=bfloat16`.
-`GROUP=NAME` takes a file of `config/GROUP/`, whose keys can be overridden behind it. Unknown keys, values out of range
-and keys that do not fit each other are all reported at once, before anything is loaded. `--help` prints the groups and
-defaults, `--cfg job` the config of a command. `NAME` stands for a name of yours. A default of *must be set* has to be
-given, by the command or by the group's file.
+Every key of the command line, with its values, default and meaning. Type keys as shown here:
+`python train.py lr=1e-6 model.policy_dtype=bfloat16`. `GROUP=NAME` loads a file of `config/GROUP/`, whose keys you can
+override. `NAME` stands for a name of your choice. The command, or the group's file, must give a value where the default
+is *must be set*.
+
+All errors are reported together, before anything is loaded: unknown keys, values out of range, and keys that do not fit
+each other. `--help` prints the groups and defaults, and `--cfg job` the config of a command.
 """
 
 

@@ -229,6 +229,9 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     dpo = (tmp_path / "site" / "stages" / "dpo.html").read_text(encoding="utf-8")
     assert dpo.count("<math") >= 2
     assert "arithmatex" not in dpo
+    for page, braces in (("configuration", "{instruction: prompt}"), ("data", "{role, content}")):
+        html = (tmp_path / "site" / f"{page}.html").read_text(encoding="utf-8")
+        assert braces in html, "at the end of a cell, braces outside of code are read as attributes and vanish"
 
 
 def test_messages_that_the_questions_quote_are_those_of_the_code():

@@ -416,7 +416,7 @@ def test_help(monkeypatch, capsys):
 @pytest.mark.parametrize(("name", "kind"), CONFIGS.items())
 def test_the_ten_keys_of_the_help_are_keys_with_a_meaning(name, kind):
     program = PROGRAMS[name]
-    text = short_help(program, kind, {"loss": ["dpo"]}).partition("The keys that matter")[2]
+    text = short_help(program, kind, {"loss": ["dpo"]}).partition("The most important keys")[2]
     shown = dict(re.findall(r"^  (\S+?)=\S+ +(\S.*)$", text, re.MULTILINE))
     assert tuple(shown) == KEYS[program]
     assert len(shown) == 10

@@ -65,14 +65,16 @@ def main() -> int:
     """Run all stages; the exit status is that of the first one that fails, or 2 after a mistake in the command."""
     open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of data, batches and sampling")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, batches and sampling")
     parser.add_argument("--size", choices=sorted(SIZES), default="small", help="rows of each stage")
     parser.add_argument("--model", default=MODEL, help="folder of the pretrained model")
-    parser.add_argument("--template", default="chat", choices=("chat", "alpaca", "plain"), help="how it is asked")
-    parser.add_argument("--expert", choices=("rules", "local"), help="default: rules, which know the default inputs")
+    parser.add_argument("--template", default="chat", choices=("chat", "alpaca", "plain"), help="its prompt template")
+    parser.add_argument(
+        "--expert", choices=("rules", "local"), help="default: rules; local with your own corpus or pairs"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/real"))
     for name in GIVEN:
-        parser.add_argument(f"--{name}", help="a file of your own; see quickstart/real/inputs.py")
+        parser.add_argument(f"--{name}", help="your own file; see quickstart/real/inputs.py")
     options = parser.parse_args()
     here = Path.cwd()
     os.chdir(REPOSITORY)
