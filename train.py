@@ -66,13 +66,13 @@ from trainers.run.early_stop import is_over
 from trainers.run.next_command import end_run, starting_line
 from trainers.run.resume import is_finished
 from trainers.run.run_dir import RunDir
-from trainers.run.saved import repair_links
+from trainers.run.saved import read_progress, repair_links, require_measured
 from trainers.run.speed import speed_notes
 from trainers.trainer import Trainer
 
 
-def main(config: TrainConfig) -> None:
-    """Train, or with `dry_run` say what that would take."""
+def main(config: TrainConfig) -> float | None:
+    """Train, or with `dry_run` say what that would take; return the last value of `sweep_metric`, if it is set."""
     manifest = {
         "command": sys.orig_argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -80,6 +80,11 @@ def main(config: TrainConfig) -> None:
         "packages": package_versions(),
     }
     launch(partial(work, config=config, manifest=manifest), config)
+    if config.sweep_metric is None or config.dry_run or config.debug:
+        return None
+    evaluation = read_progress(Path(config.run_dir or "") / "LATEST").evaluation
+    require_measured("sweep_metric", config.sweep_metric, evaluation)  # of a run that was finished before, too
+    return evaluation[config.sweep_metric]
 
 
 def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Is a seeded run the same to the last byte each time, with as many threads as torch takes by itself?
 
     python -m benchmarks.same_bytes                                   # every loss, packed and padded, five times each
-    python -m benchmarks.same_bytes --losses dpo sft --processes 2    # sharded over two processes
+    python -m benchmarks.same_bytes --processes 2                     # sharded over two processes
 
 A line for each case: how many different models its runs ended in, which has to be one. Pairs are the quick start's
 benign ones, of unlike lengths; a run takes three steps of the tiny model. `benchmarks/kill_and_resume.py` does the same
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,25 +25,47 @@ from benchmarks.losses_table import EXTRA, SHARED
 from config.schema import compose_config
 from config.settings import LOSSES
 from quickstart.world import World, replay_rows, write_jsonl
-from train import main
+from train import work
+from trainers.distributed.launch import launch
+from trainers.distributed.layout import Layout
 
 NUM_PAIRS, STEPS = 48, 3
 
 
-def digest_of(run: Path, pairs: Path, cache: Path, arguments: Sequence[str]) -> str:
+def digest_of(layout: Layout, run: Path, pairs: Path, cache: Path, arguments: Sequence[str]) -> str:
     """Train, and return the hash of the weights that the run ended in."""
     config = compose_config(
         "config", [*SHARED, f"run_dir={run}", f"n_examples={16 * STEPS}", f"datasets.si.path={pairs}", *arguments]
     )
     config.local_dirs = [str(cache)]
-    with (run.parent / f"{run.name}.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        main(config)
+    with (run.parent / f"{run.name}-{layout.rank}.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        work(layout, config=config, manifest={})
     return hashlib.sha256((run / "LATEST" / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
 def losses() -> list[str]:
     """Return the losses that pairs train; `reverse` is that of `sft` on other text."""
     return [name for name in LOSSES if name != "reverse"]
+
+
+def run_cases(layout: Layout, *, folder: Path, losses: Sequence[str], times: int, trainer: Sequence[str]) -> None:
+    """Run every case `times` times in the processes of one launch; rank 0 prints what became of each, and counts."""
+    unequal = 0
+    for loss in losses:
+        for packing in ("true", "false"):
+            arguments = [f"loss={loss}", f"packing={packing}", *EXTRA.get(loss, []), *trainer]
+            found = set()
+            for number in range(times):
+                one = folder / f"{loss}-{packing}-{number}"
+                words = [*arguments, f"exp_name={one.name}"]
+                found.add(digest_of(layout, one, folder / "pairs.jsonl", folder / f"cache-{number}", words))
+            unequal += len(found) > 1
+            if layout.is_main:
+                kind = "packed" if packing == "true" else "padded"
+                print(f"{loss:20}{kind:8}{times} runs, {len(found)} different", flush=True)
+    if layout.is_main:
+        print(f"{unequal} of {2 * len(losses)} cases differ")
+        (folder / "unequal").write_text(str(unequal))
 
 
 def run() -> int:
@@ -53,25 +76,14 @@ def run() -> int:
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     sharded = ["trainer=FSDPTrainer", f"trainer.num_processes={options.processes}", "device=cpu"]
-    unequal = 0
+    trainer = sharded if options.processes > 1 else []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.processes} process(es)", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_jsonl(folder / "pairs.jsonl", replay_rows(World(), 0, num_rows=NUM_PAIRS))
-        for loss in options.losses:
-            for packing in ("true", "false"):
-                arguments = [f"loss={loss}", f"packing={packing}", *EXTRA.get(loss, [])]
-                arguments += sharded if options.processes > 1 else []
-                found = set()
-                for number in range(options.times):
-                    one = folder / f"{loss}-{packing}-{number}"
-                    words = [*arguments, f"exp_name={one.name}"]
-                    found.add(digest_of(one, folder / "pairs.jsonl", folder / f"cache-{number}", words))
-                unequal += len(found) > 1
-                kind = "packed" if packing == "true" else "padded"
-                print(f"{loss:20}{kind:8}{options.times} runs, {len(found)} different", flush=True)
-    print(f"{unequal} of {2 * len(options.losses)} cases differ")
-    return int(unequal > 0)
+        cases = partial(run_cases, folder=folder, losses=options.losses, times=options.times, trainer=trainer)
+        launch(cases, compose_config("config", [*SHARED, "loss=dpo", *trainer]))
+        return int((folder / "unequal").read_text() != "0")
 
 
 if __name__ == "__main__":

@@ -57,10 +57,12 @@ def _check_run(config: TrainConfig) -> Iterator[Fault]:
         why = "name a folder for the token store and the reference cache: local_dirs=[.cache]"
         yield misfit("local_dirs", [], why)
     best = config.checkpoint.keep_best
-    if best is not None and "eval" not in best:
-        why = "must be what an evaluation measures, such as loss/eval or rewards_eval/accuracies"
-        yield misfit("checkpoint.keep_best", best, why)
-    elif best is not None and config.ema.decay is not None and not config.ema.save:
+    for key, metric in (("checkpoint.keep_best", best), ("sweep_metric", config.sweep_metric)):
+        if metric is not None and "eval" not in metric:
+            yield misfit(
+                key, metric, "must be what an evaluation measures, such as loss/eval or rewards_eval/accuracies"
+            )
+    if best is not None and config.ema.decay is not None and not config.ema.save:
         why = "with ema.save=false the average is evaluated and other weights are saved; leave one of the two out"
         yield misfit("checkpoint.keep_best", best, why, "ema.save")
     if config.ema.decay is None and not config.ema.save:

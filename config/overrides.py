@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from config.rules import Fault, is_below, nearest, suggest
+from config.searches import PLUGINS, check_search, is_installed
 from config.spelling import OTHER_NAMES, PRESETS, free_key, listed_datasets, spell
 
 CONFIG_DIR = Path(__file__).resolve().parent
@@ -34,11 +35,6 @@ MANDATORY_GROUPS = {"config": ("loss", "model"), "induce": (), "evaluate": ()}
 UNREADABLE = (
     yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError,
 )  # fmt: skip
-# Choices of Hydra's own groups that a plug-in brings: the name by which it registers them, and its package.
-PLUGINS = {
-    "slurm": ("submitit_slurm", "hydra-submitit-launcher"),
-    "joblib": ("joblib", "hydra-joblib-launcher"),
-}
 TYPES: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"
 }  # fmt: skip
@@ -92,6 +88,7 @@ class Reader:
         self.faults: dict[str, Fault] = {}  # what is wrong with the words, by message
         self.arguments: list[str] = []  # the words as Hydra is to be given them
         self.swept: list[str] = []  # keys that take several values, as Hydra knows them
+        self._ranges: list[str] = []  # words that hold one: lr=interval(1e-6,1e-4)
         sweeps = [words for text in texts if (words := self._parse(text, multirun))]
         self._sweeping = {words[0].key for words in sweeps if len(words) > 1}
         usable = {word.key for words in sweeps for word in words}
@@ -121,6 +118,7 @@ class Reader:
         if isinstance(override.value(), Glob | IntervalSweep):  # the sweeper alone knows the values
             self.arguments.append(text)
             self.swept.append(key)
+            self._ranges += [text] if isinstance(override.value(), IntervalSweep) else []
             return []
         if override.is_sweep_override() and not multirun:
             values = override.get_value_string()
@@ -169,13 +167,13 @@ class Reader:
             self._fault(key, f"{text}: {here}{meant} Its groups: {', '.join(own)}")
             return False
         names = [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
-        plugins = PLUGINS if group.startswith("hydra/") else {}
-        options = [one for one in options if one not in plugins or plugins[one][0] in options]
+        plugins = {one: package for one, package in PLUGINS.items() if group.startswith("hydra/")}
+        options = [one for one in options if one not in plugins or is_installed(plugins[one])]
         wrong = [name for name in names if name not in options]
         for name in wrong:
             meant = suggest(name, options, 0.5)
             if name in plugins:
-                meant = f" without a plug-in that is not installed: pip install {plugins[name][1]}."
+                meant = f" without a plug-in that is not installed: pip install {plugins[name]}."
             if group == "model" and "/" in name:
                 meant = f"; a folder is written model=blank_model model.name_or_path={name}."
             self._fault(key, f"{text}: {group} has no choice {name!r}{meant} Choices: {', '.join(options)}")
@@ -195,6 +193,8 @@ class Reader:
                 refused.add(group)
                 options = ", ".join(group_options(group, self._search))
                 self._fault(group, f"{group} is not set: write {group}=CHOICE. Choices: {options}")
+        for fault in check_search(config, self._ranges):
+            self._fault(fault.key, fault.message)
         swept = ", ".join(word.said for word in words if word.key in self._sweeping)
         return Point(swept, config, refused)
 

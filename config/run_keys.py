@@ -13,6 +13,7 @@ import yaml
 FREE_KEYS = (
     "exp_name", "run_dir", "local_run_dir", "local_dirs", "device", "fsdp_port", "debug", "dry_run", "log_text",
     "minimum_log_interval_secs", "on_non_finite", "wandb", "checkpoint", "push_to_hub", "license",
+    "sweep_metric",
     # Up to rounding: how the same batches are cut and laid out.
     "trainer", "gradient_accumulation_steps", "max_tokens_per_microbatch", "activation_checkpointing",
 )  # fmt: skip

@@ -183,33 +183,34 @@ def _checked_configs(read: Reader, check: Callable[[Any], list[Fault]] | None) -
     return configs
 
 
-def run_command(command: Command, main: Callable[[Any], None]) -> None:
-    """Run `main(config)` for a command, and for each point of a sweep (`-m`).
+def run_command(command: Command, main: Callable[[Any], Any]) -> None:
+    """Run `main(config)` for a command, and for each point of a sweep (`-m`); what it returns is for the sweeper.
 
     A `UserError` of `main` is printed without a traceback (status 2; the other points of a sweep still run); Ctrl-C is
     answered by one line (status 130); any other exception is a defect and keeps its traceback (status 1).
     """
     # Libraries have a line for each request, font and table: of theirs only warnings, but for the points of a sweep.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for told in ("safer_instruct", "hydra"):
+    for told in ("safer_instruct", "hydra", "hydra_plugins"):
         logging.getLogger(told).setLevel(logging.INFO)
     sys.argv[1:] = command.arguments  # the command as it was typed stays in sys.orig_argv
     failed, started_by = False, os.getpid()
 
-    def run(composed: DictConfig) -> None:
+    def run(composed: DictConfig) -> Any:
         nonlocal failed
         try:
             with machine_faults():
                 composed = listed_datasets(composed, HydraConfig.get().overrides.task)
-                main(_place(to_dataclass(composed), _sweep_point(command.swept)))
+                return main(_place(to_dataclass(composed), _sweep_point(command.swept)))
         except UserError as error:
             if not isinstance(error, SaidElsewhere):
                 _print_error(str(error))
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 sys.exit(USER_ERROR_STATUS)
-            if os.getpid() != started_by:  # a launcher's process: the sweep learns of it by the exception
-                raise
             failed = True
+            searches = HydraConfig.get().runtime.choices.get("hydra/sweeper") == "optuna"
+            if searches or os.getpid() != started_by:  # a search, or a launcher's sweep, learns of it by the exception
+                raise
         except KeyboardInterrupt:
             _print_error("interrupted; the same command goes on from what was saved")
             sys.exit(INTERRUPTED_STATUS)
@@ -219,6 +220,10 @@ def run_command(command: Command, main: Callable[[Any], None]) -> None:
     except UserError as error:  # of the first point that failed in a launcher's process
         _print_error(str(error))
         failed = True
+    except ValueError:
+        if not failed:
+            raise
+        _print_error("no point of the search came to its end")  # Optuna then has no best one
     if failed:
         sys.exit(USER_ERROR_STATUS)
 

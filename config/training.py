@@ -208,6 +208,8 @@ class TrainConfig:
     sample_during_eval: bool = False
     n_eval_model_samples: Annotated[int, rules.at_least(0)] = 16  # prompts to answer with sample_during_eval
     early_stop: EarlyStopSettings = field(default_factory=EarlyStopSettings)
+    # hydra/sweeper=optuna: the metric of a run's last evaluation to search by, such as rewards_eval/accuracies.
+    sweep_metric: str | None = None
     max_new_tokens: Count | None = None  # maximum tokens of such an answer; null: the rest of max_length
     minimum_log_interval_secs: Annotated[float, rules.at_least(0)] = 1.0  # seconds between two logged steps
 

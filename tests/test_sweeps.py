@@ -20,7 +20,7 @@ from config.overrides import CONFIG_DIR, Reader
 from config.paths import REPOSITORY
 from config.schema import compose_config, register_schemas
 from config.settings import TrainConfig
-from tests.commands import errors_of
+from tests.commands import errors_of, metrics, run, write_pairs
 from trainers.distributed.preemption import PREEMPTED_STATUS
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -232,12 +232,14 @@ def test_scripts_are_clean_for_shellcheck():
 PLUGINS = {
     "hydra/launcher=slurm": ("hydra-submitit-launcher", "SlurmLauncher"),
     "hydra/launcher=joblib": ("hydra-joblib-launcher", "JoblibLauncher"),
+    "hydra/sweeper=optuna": ("hydra-optuna-sweeper", "OptunaSweeper"),
 }
 
 
 @pytest.mark.parametrize("choice", PLUGINS)
-def test_launchers_compose_or_are_refused_with_their_package(choice, monkeypatch, capsys):
+def test_plugins_compose_or_are_refused_with_their_package(choice, monkeypatch, capsys):
     words = ["-m", choice, "loss=dpo", "model=tiny", f"datasets.si.path={__file__}", "exp_name=x", "loss.beta=0.1,0.2"]
+    words += ["sweep_metric=loss/eval"]
     package, target = PLUGINS[choice]
     if find_plugin(package) is None:
         (line,) = errors_of(words, monkeypatch, capsys)[1:]
@@ -250,6 +252,66 @@ def test_launchers_compose_or_are_refused_with_their_package(choice, monkeypatch
     group = choice.split("=")[0].removeprefix("hydra/")
     assert all(point.config.hydra[group]._target_.endswith(target) for point in read.points)
     assert [point.config.loss.beta for point in read.points] == [0.1, 0.2]
+
+
+def needs_optuna() -> None:
+    if find_plugin("hydra-optuna-sweeper") is None:
+        pytest.skip("hydra-optuna-sweeper is not installed")
+
+
+SEARCH = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.n_jobs=1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "expected"),
+    [
+        (["-m"], "lr=interval", "a range needs a search: add hydra/sweeper=optuna"),
+        (SEARCH, "hydra/sweeper=optuna", "write sweep_metric=METRIC"),
+        (
+            [*SEARCH, "sweep_metric=rewards_eval/accuracies"],
+            "hydra.sweeper.direction=minimize",
+            "write hydra.sweeper.direction=maximize",
+        ),
+        ([*SEARCH, "sweep_metric=loss/eval", "dry_run=true"], "dry_run=true", "leave hydra/sweeper=optuna out"),
+        ([*SEARCH, "sweep_metric=loss/train"], "sweep_metric=loss/train", "must be what an evaluation measures"),
+    ],
+)
+def test_a_search_that_could_not_end_does_not_begin(words, key, expected, monkeypatch, capsys):
+    if words != ["-m"]:
+        needs_optuna()
+    command = [*words, "loss=dpo", "model=tiny", f"datasets.si.path={__file__}", "exp_name=x", "lr=interval(1e-7,1e-5)"]
+    (line,) = errors_of(command, monkeypatch, capsys)[1:]
+    assert line.strip().startswith(f"- {key}")
+    assert expected in line
+
+
+@pytest.mark.slow
+def test_a_search_finds_the_best_of_its_runs_and_typed_again_trains_none(tmp_path):
+    needs_optuna()
+    command = [
+        *SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.max_failure_rate=1", "sweep_metric=loss/eval",
+        "lr=tag(log,interval(1e-4,1e-2))", "loss=sft", "model=tiny", "optimizer=AdamW", "warmup_steps=0",
+        f"datasets.si.path={write_pairs(tmp_path / 'pairs.jsonl')}", "exp_name=found", "n_examples=8",
+    ]  # fmt: skip
+    runs = tmp_path / "runs" / "found"
+    best = []
+    for done in (0, 3):
+        out, _ = run(command, tmp_path)
+        assert out.count(" is finished: 8 examples") == done
+        found = yaml.safe_load((runs / "optimization_results.yaml").read_text())
+        best.append((found["best_value"], found["best_params"]["lr"]))
+    losses = {}
+    for folder in runs.glob("lr=*"):
+        last = [row["loss/eval"] for row in metrics(folder) if "loss/eval" in row][-1]
+        losses[last] = float(folder.name.removeprefix("lr="))
+    assert len(losses) == 3
+    assert best == [(min(losses), losses[min(losses)])] * 2
+
+    out, err = run(
+        [*command, "sweep_metric=rewards_eval/accuracies", "hydra.sweeper.direction=maximize"], tmp_path, status=2
+    )
+    assert err.rstrip().endswith("no point of the search came to its end")
+    assert "Traceback" not in err
 
 
 def find_plugin(package: str) -> importlib.metadata.Distribution | None:

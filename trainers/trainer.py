@@ -260,7 +260,7 @@ class Trainer:
 
         Raises:
             Preempted: in the middle: the evaluation is made anew when the run goes on.
-            UserError: it does not measure what `checkpoint.keep_best` names.
+            UserError: it does not measure what `checkpoint.keep_best` or `sweep_metric` names.
         """
         devices = [self.layout.device] if self.layout.device.type == "cuda" else []
         means: dict[str, float] = {}
@@ -275,7 +275,8 @@ class Trainer:
                     samples = self.sampler(self.policy)
                 means |= refusal_rates(samples)
         reshard(self.policy)
-        require_measured(self.settings.checkpoint.keep_best, means)
+        require_measured("checkpoint.keep_best", self.settings.checkpoint.keep_best, means)
+        require_measured("sweep_metric", self.settings.sweep_metric, means)
         return means, samples
 
     def _evaluation_means(self, loader: BatchLoader) -> dict[str, float]:

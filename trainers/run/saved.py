@@ -11,6 +11,7 @@ from typing import Any
 from config.errors import UserError
 from config.files import replacing, sync
 from config.paths import saved_checkpoints
+from config.searches import lower_is_better
 from config.settings import CheckpointSettings
 from trainers.run.run_dir import RunDir, remove
 
@@ -57,16 +58,11 @@ def discard(folder: Path) -> None:
     remove(discarded)
 
 
-def lower_is_better(metric: str) -> bool:
-    """Return whether a metric is best when small, as losses are; rewards, accuracies, log-probabilities are not."""
-    return "loss" in metric or metric.startswith("nll")
-
-
-def require_measured(metric: str | None, evaluation: Mapping[str, float]) -> None:
-    """Raise a UserError if an evaluation lacks what `checkpoint.keep_best` names."""
+def require_measured(key: str, metric: str | None, evaluation: Mapping[str, float]) -> None:
+    """Raise a UserError if an evaluation lacks the metric that a key of the command names."""
     if metric is not None and metric not in evaluation:
         raise UserError(
-            f"checkpoint.keep_best={metric}: an evaluation of this run does not measure it; choose one of "
+            f"{key}={metric}: an evaluation of this run does not measure it; choose one of "
             f"{', '.join(sorted(evaluation)) or 'none: nothing is held out'}."
         )
 
