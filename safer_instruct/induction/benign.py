@@ -231,11 +231,7 @@ def read_records(folder: Path, stage: str, count: int) -> dict[str, dict[str, Re
         return {name: {} for name in BENIGN_STAGES[stage]}
     ledgers = {name: stage_ledgers(folder, name, count) for name in BENIGN_STAGES[stage]}
     check_chain(folder, ledgers)
-    found: dict[str, dict[str, Record]] = {name: {} for name in ledgers}
-    for name, of_stage in ledgers.items():
-        for record, _ in of_stage.records():
-            found[name].setdefault(record["id"], record)
-    return found
+    return {name: of_stage.by_id() for name, of_stage in ledgers.items()}
 
 
 def num_missing(stage: str, prompts: Sequence[Example], records: Mapping[str, Mapping[str, Record]]) -> int:
