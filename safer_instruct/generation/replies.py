@@ -43,7 +43,7 @@ def error_inside(body: Any) -> tuple[int, dict[str, Any]] | None:
     """Return the status and the fields of an error in the place of a completion, None if a reply holds none."""
     choices = body.get("choices") if isinstance(body, dict) else None
     holders = [one for one in (body, *(choices or ())[:1]) if isinstance(one, dict) and one.get("error")]
-    fields = error_fields(holders[0] if holders else {} if choices else body)
+    fields = error_fields(holders[0] if holders else {} if choices or isinstance(body, str) else body)
     if not holders and not any(isinstance(fields.get(name), str) for name in SAID):
         return None
     return error_status(fields, 500), fields
