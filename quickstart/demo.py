@@ -32,7 +32,7 @@ from quickstart.checks import (
     render_figures,
     render_induction,
 )
-from quickstart.stages import Stages, move_other_aside
+from quickstart.stages import Stages, from_anywhere, move_other_aside
 from quickstart.world import World, write_demo_data
 
 MODEL, RULES = "quickstart/model", "quickstart/rules.yaml"
@@ -66,18 +66,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of data, batches and sampling")
     parser.add_argument("--skip-reverse", action="store_true", help="ablation: induce with the base model itself")
     parser.add_argument("--corpus", help="unsafe responses of your own (a column `response`) instead of the world's")
-    parser.add_argument("--rules", default=RULES, help="the expert's rules")
+    parser.add_argument("--rules", help=f"the expert's rules; default: {RULES}")
     parser.add_argument("--part", choices=("test", "dev"), default="test", help="dev: for choosing settings")
-    parser.add_argument("--output", type=Path, help="default: runs/quickstart, or runs/quickstart_without_reverse")
+    parser.add_argument("--output", help="default: runs/quickstart, or runs/quickstart_without_reverse")
     options = parser.parse_args()
-    settings = Settings(options.seed, options.skip_reverse, options.corpus, options.rules, options.part)
+    here = Path.cwd()
     os.chdir(REPOSITORY)
+    corpus, rules = from_anywhere(here, options.corpus), from_anywhere(here, options.rules) or RULES
+    settings = Settings(options.seed, options.skip_reverse, corpus, rules, options.part)
     try:
         first = harmful_responses(settings.corpus, settings.rules) if settings.corpus else []
     except UserError as error:
         print(f"demo.py: {error}", file=sys.stderr)
         return 2
-    output = options.output or Path("runs/quickstart_without_reverse" if options.skip_reverse else "runs/quickstart")
+    default = "runs/quickstart_without_reverse" if options.skip_reverse else "runs/quickstart"
+    output = Path(from_anywhere(here, options.output) or default)
     move_other_aside(output, settings, "demo.json")
     started = time.monotonic()
     status = Demo(output, settings, first).run()

@@ -192,6 +192,18 @@ def test_a_schema_is_sent_where_the_server_takes_one() -> None:
     assert 1 <= schemas[3] <= 32, "only what was under way before the first refusal"
 
 
+def test_a_server_that_breaks_on_a_schema_is_told_with_the_way_out() -> None:
+    def answer(prompt: str, number: int):
+        return (500, {"error": {"message": "no grammar"}}) if "response_format" in server.requests[number][1] else GOOD
+
+    with loopback(answer) as server:
+        with pytest.raises(
+            UserError, match=r"HTTP 500: no grammar\. .*expert\.structured_output=never asks without one"
+        ):
+            build_expert(settings(server.url, max_retries=0), CPU).check()
+        build_expert(settings(server.url, structured_output="never"), CPU).check()
+
+
 def test_what_cannot_be_read_is_asked_for_once_more() -> None:
     """Row 0: the second answer is good; row 1: it is not; row 2: there is no second; the first is paid for, too."""
 

@@ -297,7 +297,10 @@ class OpenAIGenerator:
                 assert refused is not None
                 raise self.refusal_error(refused)
             except UserError as error:
-                raise UserError(f"a test of the server failed: {error}".replace(f" {KEPT}", "")) from None
+                said = f"a test of the server failed: {error}".replace(f" {KEPT}", "")
+                if schema is not None and "HTTP 5" in said:
+                    said += f" Perhaps it takes no JSON schema: {self.key}.structured_output=never asks without one."
+                raise UserError(said) from None
 
 
 async def _next(answers: AsyncIterator[list[Generation]]) -> list[Generation]:
