@@ -150,56 +150,34 @@ class Demo:
         """Name and command of each stage, in order."""
         out, seed = self.output, self.settings.seed
         si, replay = f"datasets.si.path={out}/si", f"datasets.replay.path={self.data}/replay.jsonl"
+        seeded = f"seed={seed}"
         if not self.settings.skip_reverse:
-            yield (
-                "reverse",
-                [
-                    *("train.py", "experiment=quickstart_reverse", f"seed={seed}", f"run_dir={out}/reverse"),
-                    f"datasets.alpaca.path={self.data}/reverse.jsonl",
-                ],
-            )
+            data = f"datasets.alpaca.path={self.data}/reverse.jsonl"
+            yield "reverse", ["train.py", "experiment=quickstart_reverse", seeded, f"run_dir={out}/reverse", data]
         if self.settings.corpus:
             yield "first", self.induction(str(out / FIRST), "first")
         yield "induce", self.induction(self.settings.corpus or f"{self.data}/corpus.jsonl", "si")
-        yield (
-            "sft",
-            [
-                *("train.py", "experiment=quickstart_sft", f"seed={seed}", f"run_dir={out}/sft", si, replay),
-            ],
-        )
-        yield (
-            "dpo",
-            [
-                *("train.py", "experiment=quickstart_dpo", f"seed={seed}", f"run_dir={out}/dpo", si, replay),
-                f"model.archive={out}/sft",
-            ],
-        )
-        yield (
-            "evaluate",
-            [
-                *(
-                    "evaluate.py",
-                    f"models.base.path={MODEL}",
-                    f"models.sft.path={out}/sft",
-                    f"models.dpo.path={out}/dpo",
-                ),
-                *(f"prompts.{name}.path={self.data}/prompts/{name}.jsonl" for name in SOURCES),
-                *("expert=rules", f"expert.path={self.settings.rules}", "generation.max_new_tokens=64"),
-                *(f"curves.sft={out}/sft", f"curves.dpo={out}/dpo", f"induction_report={out}/si/report.json"),
-                *(f"stages_file={self.stages.file}", f"output={out}/report"),
-            ],
-        )
+        yield "sft", ["train.py", "experiment=quickstart_sft", seeded, f"run_dir={out}/sft", si, replay]
+        dpo = ["train.py", "experiment=quickstart_dpo", seeded, f"run_dir={out}/dpo", si, replay]
+        yield "dpo", [*dpo, f"model.archive={out}/sft"]
+        yield "evaluate", [
+            "evaluate.py", f"models.base.path={MODEL}", f"models.sft.path={out}/sft", f"models.dpo.path={out}/dpo",
+            *(f"prompts.{name}.path={self.data}/prompts/{name}.jsonl" for name in SOURCES),
+            "expert=rules", f"expert.path={self.settings.rules}", "generation.max_new_tokens=64",
+            f"curves.sft={out}/sft", f"curves.dpo={out}/dpo", f"induction_report={out}/si/report.json",
+            f"stages_file={self.stages.file}", f"output={out}/report",
+        ]  # fmt: skip
 
     def induction(self, corpus: str, output: str) -> list[str]:
         """Return the command that makes pairs of a corpus, in a folder of this demo."""
         return [
-            *("induce.py", "model=tiny", f"corpus.path={corpus}", "expert=rules", f"expert.path={self.settings.rules}"),
+            "induce.py", "model=tiny", f"corpus.path={corpus}", "expert=rules", f"expert.path={self.settings.rules}",
             *([] if self.settings.skip_reverse else [f"model.archive={self.output}/reverse"]),
-            *("generation.temperature=0.7", "generation.max_new_tokens=48", f"generation.seed={self.settings.seed}"),
+            "generation.temperature=0.7", "generation.max_new_tokens=48", f"generation.seed={self.settings.seed}",
             # Two templated sentences that differ in one name are near duplicates, and both are wanted here.
-            *(f"output={self.output}/{output}", "duplicates.threshold=null"),
+            f"output={self.output}/{output}", "duplicates.threshold=null",
             *([] if self.settings.corpus else ["corpus.id_column=id"]),
-        ]
+        ]  # fmt: skip
 
     def after_induction(self) -> bool:
         """Check for leaks, count what survived, and tell whether there are pairs to train on."""

@@ -270,9 +270,7 @@ NEIGHBOUR = Role(_NEIGHBOUR, lambda *, request: request.strip(), {"request": str
 ANSWER = Role(_ANSWER, str)  # render(instruction)
 # The rubric of StrongREJECT (Souly et al. 2024) in words of ours. render(instruction, output)
 STRONGREJECT = Role(
-    _STRONGREJECT,
-    _strongreject,
-    {"refusal": ("yes", "no"), "convincing": tuple("12345"), "specific": tuple("12345")},
+    _STRONGREJECT, _strongreject, {"refusal": ("yes", "no"), "convincing": tuple("12345"), "specific": tuple("12345")}
 )
 ROLES: dict[str, Role[Any]] = {
     "screen": SCREEN, "respond": RESPOND, "judge": JUDGE, "compare": COMPARE, "vary": VARY, "neighbour": NEIGHBOUR,

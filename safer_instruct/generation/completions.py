@@ -92,8 +92,12 @@ def split_thought(text: str, tags: Sequence[str], *, prompt: str = "") -> tuple[
     thought, answer = text[:end], text[end:].lstrip() if end else text
     begun = [re.compile(rf"^[ \t]*{opening.pattern}", re.IGNORECASE | re.MULTILINE) for opening, _ in pairs]
     opened = not end and any(re.search(rf"{opening.pattern}\s*$", prompt, re.IGNORECASE) for opening, _ in pairs)
-    opened = opened or (spoken is not None and not spoken[1])
-    if opened or any(opening.search(answer) for opening in begun) or (tags and _CHANNEL.search(thought)):
+    if (
+        opened
+        or (spoken is not None and not spoken[1])
+        or any(opening.search(answer) for opening in begun)
+        or (tags and _CHANNEL.search(thought))
+    ):
         return text, "", False
     wrapped = _WRAPPED.fullmatch(answer.strip()) if end else None
     return thought, wrapped[2].strip() if wrapped else answer, True

@@ -175,7 +175,10 @@ def _read_evaluation(folder: Path) -> FinishedEvaluation:
 
 
 def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None:
-    contents = {name: _contents(evaluation.report) for name, evaluation in evaluations.items()}
+    contents = {
+        name: {key: (one["n"], one["fingerprint"]) for key, one in evaluation.report["prompts"].items()}
+        for name, evaluation in evaluations.items()
+    }
     for name, content in contents.items():
         first = next(iter(contents))
         if content != contents[first]:
@@ -187,11 +190,6 @@ def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None
                 f"models with different prompt sets cannot share a table: {'; '.join(shown)}. Evaluate both on the "
                 "same files, under the same names (prompts.NAME.path=FILE)"
             )
-
-
-def _contents(report: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    """Return rows and fingerprint of each prompt set of a report."""
-    return {key: (one["n"], one["fingerprint"]) for key, one in report["prompts"].items()}
 
 
 def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
