@@ -32,7 +32,7 @@ from quickstart.checks import (
     render_figures,
     render_induction,
 )
-from quickstart.stages import Stages, move_other_aside
+from quickstart.stages import Stages, from_anywhere, move_other_aside
 from quickstart.world import World, write_demo_data
 
 MODEL, RULES = "quickstart/model", "quickstart/rules.yaml"
@@ -66,18 +66,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of data, batches and sampling")
     parser.add_argument("--skip-reverse", action="store_true", help="ablation: induce with the base model itself")
     parser.add_argument("--corpus", help="your own unsafe responses (column `response`) instead of the world's")
-    parser.add_argument("--rules", default=RULES, help="rules file of the expert")
+    parser.add_argument("--rules", help=f"rules file of the expert; default: {RULES}")
     parser.add_argument("--part", choices=("test", "dev"), default="test", help="dev: for choosing settings")
-    parser.add_argument("--output", type=Path, help="default: runs/quickstart, or runs/quickstart_without_reverse")
+    parser.add_argument("--output", help="default: runs/quickstart, or runs/quickstart_without_reverse")
     options = parser.parse_args()
-    settings = Settings(options.seed, options.skip_reverse, options.corpus, options.rules, options.part)
+    here = Path.cwd()
     os.chdir(REPOSITORY)
+    corpus, rules = from_anywhere(here, options.corpus), from_anywhere(here, options.rules) or RULES
+    settings = Settings(options.seed, options.skip_reverse, corpus, rules, options.part)
     try:
         first = harmful_responses(settings.corpus, settings.rules) if settings.corpus else []
     except UserError as error:
         print(f"demo.py: {error}", file=sys.stderr)
         return 2
-    output = options.output or Path("runs/quickstart_without_reverse" if options.skip_reverse else "runs/quickstart")
+    default = "runs/quickstart_without_reverse" if options.skip_reverse else "runs/quickstart"
+    output = Path(from_anywhere(here, options.output) or default)
     move_other_aside(output, settings, "demo.json")
     started = time.monotonic()
     status = Demo(output, settings, first).run()
@@ -147,56 +150,34 @@ class Demo:
         """Name and command of each stage, in order."""
         out, seed = self.output, self.settings.seed
         si, replay = f"datasets.si.path={out}/si", f"datasets.replay.path={self.data}/replay.jsonl"
+        seeded = f"seed={seed}"
         if not self.settings.skip_reverse:
-            yield (
-                "reverse",
-                [
-                    *("train.py", "experiment=quickstart_reverse", f"seed={seed}", f"run_dir={out}/reverse"),
-                    f"datasets.alpaca.path={self.data}/reverse.jsonl",
-                ],
-            )
+            data = f"datasets.alpaca.path={self.data}/reverse.jsonl"
+            yield "reverse", ["train.py", "experiment=quickstart_reverse", seeded, f"run_dir={out}/reverse", data]
         if self.settings.corpus:
             yield "first", self.induction(str(out / FIRST), "first")
         yield "induce", self.induction(self.settings.corpus or f"{self.data}/corpus.jsonl", "si")
-        yield (
-            "sft",
-            [
-                *("train.py", "experiment=quickstart_sft", f"seed={seed}", f"run_dir={out}/sft", si, replay),
-            ],
-        )
-        yield (
-            "dpo",
-            [
-                *("train.py", "experiment=quickstart_dpo", f"seed={seed}", f"run_dir={out}/dpo", si, replay),
-                f"model.archive={out}/sft",
-            ],
-        )
-        yield (
-            "evaluate",
-            [
-                *(
-                    "evaluate.py",
-                    f"models.base.path={MODEL}",
-                    f"models.sft.path={out}/sft",
-                    f"models.dpo.path={out}/dpo",
-                ),
-                *(f"prompts.{name}.path={self.data}/prompts/{name}.jsonl" for name in SOURCES),
-                *("expert=rules", f"expert.path={self.settings.rules}", "generation.max_new_tokens=64"),
-                *(f"curves.sft={out}/sft", f"curves.dpo={out}/dpo", f"induction_report={out}/si/report.json"),
-                *(f"stages_file={self.stages.file}", f"output={out}/report"),
-            ],
-        )
+        yield "sft", ["train.py", "experiment=quickstart_sft", seeded, f"run_dir={out}/sft", si, replay]
+        dpo = ["train.py", "experiment=quickstart_dpo", seeded, f"run_dir={out}/dpo", si, replay]
+        yield "dpo", [*dpo, f"model.archive={out}/sft"]
+        yield "evaluate", [
+            "evaluate.py", f"models.base.path={MODEL}", f"models.sft.path={out}/sft", f"models.dpo.path={out}/dpo",
+            *(f"prompts.{name}.path={self.data}/prompts/{name}.jsonl" for name in SOURCES),
+            "expert=rules", f"expert.path={self.settings.rules}", "generation.max_new_tokens=64",
+            f"curves.sft={out}/sft", f"curves.dpo={out}/dpo", f"induction_report={out}/si/report.json",
+            f"stages_file={self.stages.file}", f"output={out}/report",
+        ]  # fmt: skip
 
     def induction(self, corpus: str, output: str) -> list[str]:
         """Return the command that makes pairs of a corpus, in a folder of this demo."""
         return [
-            *("induce.py", "model=tiny", f"corpus.path={corpus}", "expert=rules", f"expert.path={self.settings.rules}"),
+            "induce.py", "model=tiny", f"corpus.path={corpus}", "expert=rules", f"expert.path={self.settings.rules}",
             *([] if self.settings.skip_reverse else [f"model.archive={self.output}/reverse"]),
-            *("generation.temperature=0.7", "generation.max_new_tokens=48", f"generation.seed={self.settings.seed}"),
+            "generation.temperature=0.7", "generation.max_new_tokens=48", f"generation.seed={self.settings.seed}",
             # Two templated sentences that differ in one name are near duplicates, and both are wanted here.
-            *(f"output={self.output}/{output}", "duplicates.threshold=null"),
+            f"output={self.output}/{output}", "duplicates.threshold=null",
             *([] if self.settings.corpus else ["corpus.id_column=id"]),
-        ]
+        ]  # fmt: skip
 
     def after_induction(self) -> bool:
         """Check for leaks, count what survived, and tell whether there are pairs to train on."""

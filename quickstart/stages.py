@@ -53,6 +53,11 @@ class Stages:
         return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines() if line]
 
 
+def from_anywhere(here: Path, path: str | None) -> str | None:
+    """Return a path that was typed in the folder `here` as seen from anywhere: the stages run in the repository."""
+    return str(here / Path(path).expanduser()) if path else None
+
+
 def move_other_aside(output: Path, settings: Any, stamp_name: str) -> None:
     """Make room for a program with these settings: a folder that others made is renamed, never mixed or lost.
 

@@ -277,9 +277,8 @@ def _prompts(
 ) -> list[dict[str, Any]]:
     skills, options = plan
     rows: list[dict[str, Any]] = []
-    for (
-        turn
-    ) in itertools.count():  # the skills take turns; one whose held-out prompts are used up leaves its turns to others
+    # The skills take turns; one whose held-out prompts are used up leaves its turns to others.
+    for turn in itertools.count():
         if len(rows) == num_prompts:
             break
         pair = world.draw(rng, skills[turn % len(skills)], part=part, **options)

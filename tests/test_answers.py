@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -253,3 +254,99 @@ def test_weights_that_are_not_finite_are_refused(value, tiny_model_folder, tmp_p
 def test_finite_weights_whose_sum_overflows_are_no_fault(tmp_path):
     save_file({"large": torch.full((100,), 3e38)}, tmp_path / "model.safetensors")
     assert require_finite_weights("m", tmp_path) is None  # it raises where they are not
+
+
+VERDICT = json.dumps({"outcome": "refusal", "names_the_matter": False, "category": ""})
+
+
+def judged_by_a_server(tmp_path, url, *more, rows=8):
+    """Evaluate answers that a file holds, each row with a text of its own; returns the outcomes."""
+    file = tmp_path / "p.jsonl"
+    texts = [
+        {"id": f"{i}", "instruction": f"ask {i}", "kind": "unsafe", "a": f"no {i}", "b": f"not {i}"}
+        for i in range(rows)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    run_evaluate(
+        f"prompts.p.path={file}", "responses=csv", "expert=openai", f"expert.base_url={url}", "expert.model=m",
+        "expert.concurrency=1", "expert.max_retries=0", f"output={tmp_path}/out", "samples_per_set=0", *more,
+    )  # fmt: skip
+    return [json.loads(line)["outcome"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def server_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def test_what_a_judge_s_server_did_not_answer_is_asked_by_the_same_command(tmp_path, server_key):
+    """Judgements and comparisons: an abstention for want of an answer is none of the judge's."""
+    broken = [True]
+
+    def answer(prompt, number):
+        if broken[0] and "ask 3" in prompt:
+            return 500, {"error": {"message": "busy"}}
+        return json.dumps({"better": "a"}) if "<answer_a>" in prompt else VERDICT
+
+    words = ["columns=[a,b]", "helpfulness.baseline=a", "helpfulness.kinds=[unsafe]"]
+    with loopback(answer) as server:
+        assert judged_by_a_server(tmp_path, server.url, *words).count("abstain") == 2
+        broken[0], before = False, len(server.requests)
+        assert judged_by_a_server(tmp_path, server.url, *words) == ["refusal"] * 16
+    asked = [body["messages"][0]["content"] for _, body, _ in server.requests[before:]]
+    assert sum("ask 3" in prompt for prompt in asked) == 2 + 2
+    assert len(asked) == 1 + 4, "the test, and what was missing"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["helpfulness"]["models"]["b"]["n"] == 8
+
+
+def test_a_judge_s_budget_is_that_of_all_its_commands(tmp_path, server_key):
+    """Each judgement costs 15 millionths, as does the test of each command, which is not written down."""
+    words = ["columns=[a]", "expert.price_prompt=1", "expert.price_completion=1"]
+    with loopback(lambda *_: VERDICT) as server:
+        for limit, judged in ((70e-6, 3), (70e-6, 3), (1, 8)):
+            with nullcontext() if judged == 8 else pytest.raises(UserError, match="budget is spent"):
+                judged_by_a_server(tmp_path, server.url, *words, f"expert.max_cost={limit}")
+            asked = {body["messages"][0]["content"] for _, body, _ in server.requests}
+            assert len(asked) == 1 + judged
+    assert len(server.requests) == 3 + 8, "no judgement is paid twice"
+
+
+def test_a_ledger_of_another_judge_under_this_one_s_name_is_refused(tmp_path, server_key):
+    def judge_by_both(url):
+        for name in ("m", "n"):
+            judged_by_a_server(tmp_path, url, "columns=[a]", f"expert.model={name}")
+
+    with loopback(lambda *_: VERDICT) as server:
+        judge_by_both(server.url)
+        one, other = sorted((tmp_path / "out" / "ledger").glob("judge-*.jsonl"))
+        other.rename(one.with_name(f"{one.stem}-00000-of-00002.jsonl"))
+        with pytest.raises(UserError, match="made with another configuration: judge was"):
+            judge_by_both(server.url)
+
+
+def test_an_answer_that_a_server_did_not_give_is_asked_for_by_the_same_command(ask, server_key):
+    broken = [True]
+
+    def answer(prompt, number):
+        reply = {"choices": [{"text": f" {prompt}", "finish_reason": "stop"}]}
+        return (500, {"error": {"message": "busy"}}) if broken[0] and "ask 3" in prompt else (200, reply)
+
+    with loopback(answer) as server:
+        settings = BackendSettings(
+            max_new_tokens=12, backend="openai", server=ServerSettings(model="m", base_url=server.url, max_retries=0)
+        )
+        assert sorted(one.error for one in ask(settings=settings).values())[-1] == "http_500"
+        broken[0], before = False, len(server.requests)
+        assert {one.error for one in ask(settings=settings).values()} == {""}
+        assert len(server.requests) == before + 1 + 1
+
+
+def test_an_empty_stop_string_is_refused(tiny_model_folder, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"instruction": "ask", "kind": "unsafe"}) + "\n")
+    with pytest.raises(UserError, match="stop: an empty text would end every answer before it begins"):
+        run_evaluate(
+            f"models.t.path={tiny_model_folder}", f"prompts.p.path={tmp_path}/p.jsonl", "expert=refusals", "stop=['']",
+            f"output={tmp_path}/out",
+        )  # fmt: skip

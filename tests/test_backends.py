@@ -31,8 +31,8 @@ TEXTS = {f"r{i}": f"The sum is {i}. " * (1 + i % 4) for i in range(7)}
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """A stand-in: it keeps what it was given, and answers with the number of prompt tokens."""
-    seen = types.SimpleNamespace(engine=None, prompts=[], parameters=[], room=256)
+    """A stand-in: it keeps what it was given, and cuts its answer behind an even number of prompt tokens."""
+    seen = types.SimpleNamespace(engine=None, prompts=[], parameters=[], room=256, answer=[7, 8])
 
     class LLM:
         def __init__(self, **options):
@@ -45,10 +45,8 @@ def vllm(monkeypatch):
             outputs = []
             for prompt, one in zip(prompts, parameters, strict=True):
                 cut = len(prompt["prompt_token_ids"]) % 2 == 0
-                answer = types.SimpleNamespace(
-                    text=f" {len(prompt['prompt_token_ids'])} tokens", token_ids=[7] * (one.max_tokens if cut else 3),
-                    finish_reason="length" if cut else "stop",
-                )  # fmt: skip
+                tokens = [7] * one.max_tokens if cut else [*seen.answer, 2]
+                answer = types.SimpleNamespace(token_ids=tokens, finish_reason="length" if cut else "stop")
                 outputs.append(types.SimpleNamespace(outputs=[answer]))
             return outputs
 
@@ -78,11 +76,24 @@ def test_vllm_is_given_our_tokens_and_a_seed_for_each_row(vllm, tiny_model_folde
     seeds = [one.seed for one in vllm.parameters]
     assert len(set(seeds)) == 7
     for id, ids in zip(TEXTS, expected, strict=True):
-        assert results[id].text == f" {len(ids)} tokens"
+        assert results[id].text == tokenizer.decode([7] * 20 if len(ids) % 2 == 0 else [7, 8])
         assert results[id].truncated == (len(ids) % 2 == 0)
         assert results[id].prompt_tokens == len(ids)
     list(generator.generate(requests()[3:]))
     assert [one.seed for one in vllm.parameters] == seeds[3:], "a row's seed is a function of (seed, id) alone"
+
+
+def test_a_thought_between_special_tokens_is_no_answer_of_vllm(vllm, tiny_model_folder, tokenizer) -> None:
+    """BOS and PAD stand for tags that a family has as special tokens, which decoding leaves out."""
+    opening, closing = tokenizer.convert_ids_to_tokens([1, 0])
+    settings = InductionSettings(max_new_tokens=20, backend="vllm", thought_tags=[f"{opening} {closing}"])
+    vllm.answer = [1, 40, 41, 0, 50, 51]
+    generator = build_reversed_model(ModelSettings(name_or_path=tiny_model_folder), settings, CPU)
+    prompts = [Request(str(n), Prompt("", "xyz"[:n], "")) for n in (1, 2)]
+    ended = [one for one in generator.generate(prompts) if not one.truncated]
+    assert {(one.text, one.thought) for one in ended} == {
+        (tokenizer.decode([50, 51]), f"{opening}{tokenizer.decode([40, 41])}{closing}")
+    }
 
 
 def test_vllm_cuts_and_refuses_prompts_as_the_hf_backend_does(vllm, tiny_model_folder) -> None:

@@ -352,3 +352,20 @@ def test_a_broken_neighbour_of_the_rules_is_named(neighbour, message, tmp_path) 
     )
     with pytest.raises(UserError, match=message):
         Rules.from_yaml(rules)
+
+
+@pytest.mark.parametrize("stage", ["replay", "contrast"])
+def test_a_row_that_a_server_refused_counts_as_it_was_answered_later(stage, si, benign, tmp_path) -> None:
+    words = replay(si, benign, "replay.answers=file") if stage == "replay" else contrast(si)
+    run(stage, tmp_path / "out", *words)
+    before = (tmp_path / "out" / f"{stage}.jsonl").read_bytes()
+    for ledger in (tmp_path / "out" / "ledger").iterdir():
+        header, *lines = ledger.read_text().splitlines(keepends=True)
+        refused = [json.loads(line) for line in lines]
+        for record in refused:
+            empty = {"neighbour": None, "answer": "" if stage == "replay" else None}
+            record |= {key: value for key, value in empty.items() if key in record}
+            record |= {"error": "http_503"} if stage == "replay" else {"reason": "abstain_http_503"}
+        ledger.write_text(header + "".join(json.dumps(record) + "\n" for record in refused) + "".join(lines))
+    run(stage, tmp_path / "out", *words)
+    assert (tmp_path / "out" / f"{stage}.jsonl").read_bytes() == before

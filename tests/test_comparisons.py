@@ -84,3 +84,9 @@ def test_the_tables_say_what_the_numbers_are():
     assert by_source[1:] == ["base -> dpo", by_source[2], "5 / 1", "9", "0.219", "0.500"]
     assert by_source[2].startswith("-44.4 [")
     assert "12 of 12 answers (100.0%)" in tables[1].caption
+
+
+def test_a_source_named_all_is_not_taken_for_all_of_them():
+    models = {name: rows([H, H, R], source="all") + rows([H, R], source="x") for name in ("base", "dpo")}
+    entries = compared(**models)
+    assert [(one["source"], one["n"]) for one in entries if one["metric"] == "harmful_rate"] == [("all", 5), ("x", 2)]

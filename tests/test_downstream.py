@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ import yaml
 import evaluate
 from config.errors import UserError
 from config.settings import DownstreamSettings, EvaluatedModelSettings
-from safer_instruct.evaluation.downstream import TASK_LISTS, check_choices, encode_choice, require_lm_eval, task_names
+from safer_instruct.evaluation.downstream import (
+    TASK_LISTS,
+    check_choices,
+    encode_choice,
+    require_lm_eval,
+    run_tasks,
+    task_names,
+)
 from safer_instruct.evaluation.respondents import check_model
 from tests.evaluations import run_evaluate
 
@@ -147,3 +155,37 @@ def test_values_out_of_range(tiny_model_folder, tmp_path):
         )  # fmt: skip
     for part in ("limit=0", "batch_size=0", "num_fewshot=-1", "include_path=none"):
         assert f"downstream.{part}" in str(raised.value)
+
+
+@pytest.mark.parametrize("results", [None, "{", "[]", "{}", '{"results": {"toy": 5}}'])
+def test_results_of_lm_eval_that_cannot_be_read_are_said(tiny_model_folder, tmp_path, monkeypatch, results):
+    with pytest.raises(UserError, match="lm_eval wrote no results that can be read"):
+        run_fake_tasks(tiny_model_folder, tmp_path, monkeypatch, results)
+
+
+def run_fake_tasks(model, folder, monkeypatch, results):
+    """Run a task by a stand-in of lm_eval that writes these results."""
+
+    def run(command, **_):
+        output = Path(command[command.index("--output_path") + 1])
+        output.mkdir(parents=True)
+        if results is not None:
+            (output / "results_1.json").write_text(results)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("safer_instruct.evaluation.downstream.subprocess.run", run)
+    respondent = check_model("t", EvaluatedModelSettings(path=model, template="plain"))
+    return run_tasks(respondent, folder, DownstreamSettings(tasks=["toy"]), model_folder=model, device="cpu")
+
+
+def test_a_number_that_lm_eval_could_not_tell_is_none_and_damaged_results_are_named(
+    tiny_model_folder, tmp_path, monkeypatch
+):
+    """Of one document there is no standard error; report.json takes no NaN."""
+    results = '{"results": {"toy": {"acc,none": 0.5, "acc_stderr,none": NaN, "f1,none": NaN}}}'
+    found = run_fake_tasks(tiny_model_folder, tmp_path, monkeypatch, results)
+    assert found["tasks"] == {"toy": {"acc": {"value": 0.5, "stderr": None}}}
+    assert run_fake_tasks(tiny_model_folder, tmp_path, monkeypatch, None) == found, "kept"
+    next(tmp_path.glob("*.json")).write_text('{"tasks"')
+    with pytest.raises(UserError, match=r"\.json cannot be read .*; delete it to have the tasks run again"):
+        run_fake_tasks(tiny_model_folder, tmp_path, monkeypatch, results)

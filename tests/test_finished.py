@@ -1,6 +1,9 @@
 """`compare=[...]`: finished evaluations and training runs in one report, and what cannot share a table."""
 
 import json
+import math
+import shutil
+from functools import reduce
 
 import pytest
 import yaml
@@ -155,3 +158,55 @@ def test_prompts_that_the_evaluated_run_was_trained_on(tmp_path):
     gone = {**si, "path": str(tmp_path / "gone.jsonl")}
     assert find_training_overlap(str(trained(tmp_path / "gone", 0.1, [1.0], datasets={"si": gone})), asked) == []
     assert find_training_overlap("quickstart/model", asked) == []
+
+
+@pytest.mark.parametrize(("sort_by", "order"), [("loss/eval", [0.2, 0.5, 0.9]), ("-loss/eval", [0.9, 0.5, 0.2])])
+def test_a_run_whose_metric_is_not_a_number_comes_last(sweep, tmp_path, sort_by, order):
+    trained(sweep / "loss.beta=0.3", 0.3, [0.7, math.nan])
+    run_evaluate(f"compare=[{sweep}]", f"sort_by={sort_by}", f"output={tmp_path}/out")
+    runs = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]["runs"]
+    assert [one["metrics"]["loss/eval"] for one in runs] == [*order, None]
+
+
+def test_a_folder_that_is_named_twice_is_compared_once(reports, tmp_path):
+    a, b, _ = reports
+    (tmp_path / "link").symlink_to(a)
+    run_evaluate(f"compare=[{a},{tmp_path}/link,{b},{a}/.]", f"output={tmp_path}/out")
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())["models"]) == ["a: model", "b: model"]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("run",), ...), (("run", "judge"), ...), (("warnings",), "x"), (("models", "model"), 5),
+        (("models", "model", "path"), ...), (("run", "generation", "temperature"), "hot"),
+        (("models", "model", "unanswered"), 5), (("prompts", "p", "kinds"), ...),
+    ],
+)  # fmt: skip
+def test_a_report_that_a_hand_has_changed_is_named_with_the_place(reports, tmp_path, place, value):
+    """Without its checksums: an earlier version wrote none, and who edits a report may delete them."""
+    folder = tmp_path / "edited"
+    shutil.copytree(reports[0], folder)
+    next(folder.glob("checksums*")).unlink()
+    report = json.loads((folder / "report.json").read_text())
+    inner = reduce(dict.__getitem__, place[:-1], report)
+    if value is ...:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    (folder / "report.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match=rf"holds no report of evaluate.py \({'.'.join(place)}"):
+        run_evaluate(f"compare=[{folder},{reports[1]}]", f"output={tmp_path}/out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("label", None), ("id", 5), ("outcome", "fine"), ("output", 5), ("set", [])]
+)
+def test_a_sample_that_a_hand_has_changed_is_named_with_its_field(reports, tmp_path, key, value):
+    folder = tmp_path / "edited"
+    shutil.copytree(reports[0], folder)
+    next(folder.glob("checksums*")).unlink()
+    first, *others = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_text("".join([json.dumps(json.loads(first) | {key: value}) + "\n", *others]))
+    with pytest.raises(UserError, match=rf"holds no report of evaluate.py \({key}"):
+        run_evaluate(f"compare=[{folder}]", f"output={tmp_path}/out")

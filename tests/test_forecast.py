@@ -67,8 +67,9 @@ def test_what_is_done_tells_what_is_left(command, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("safer_instruct.induction.ledger.time.time", lambda: next(clock))
     ledger = tmp_path / "si" / "ledger" / "induce-00000-of-00001.jsonl"
     with Ledger(ledger, {"model": "x"}, num_rows=30) as open_ledger:
+        said = {"response": "", "instruction": "Say it.", "truncated": False, "prompt_cut": False, "tokens": 50}
         for _ in range(24):
-            open_ledger.append({"id": next(ids), "instruction": "Say it.", "tokens": 50})
+            open_ledger.append({"id": next(ids), **said})
     known = measure([ledger])
     assert (known.rows, known.tokens, known.seconds) == (24, 24 * 50, 23 * 4.0)
     assert measure([ledger], {"id3", "id5"}.__contains__).rows == 2

@@ -251,6 +251,16 @@ ANALYSIS, FINAL = (f"<|channel|>{name}<|message|>" for name in ("analysis", "fin
             (f"{ANALYSIS}a<|end|><|start|>assistant{FINAL}", "b", True),
         ),
         (f"{ANALYSIS}a", "", (f"{ANALYSIS}a", "", False)),
+        ("analysisHm.assistantfinalb", "", ("analysisHm.assistantfinal", "b", True)),
+        ("analysisHm.", "", ("analysisHm.", "", False)),
+        ("analysis of assistantfinal", "", ("", "analysis of assistantfinal", True)),
+        (
+            "Here is my thought process: a\n\nHere is my response:\n\nb",
+            "",
+            ("Here is my thought process: a\n\nHere is my response:", "b", True),
+        ),
+        ("Here's my thought process: a", "", ("Here's my thought process: a", "", False)),
+        ("Here is my response: b", "", ("", "Here is my response: b", True)),
     ],
 )
 def test_a_thought_is_parted_from_its_answer(text, prompt, expected) -> None:

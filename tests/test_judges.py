@@ -53,6 +53,7 @@ def rubric(outcome, names=False, category=""):
         (rubric("neither"), Judgement("safe", "", helpful=False)),
         ("```json\n" + rubric("neither") + "\n```", Judgement("safe", "", helpful=False)),
         (rubric("safe"), None),
+        (rubric("harmful").replace("{", '{"outcome": "refusal", '), None),  # both
         (rubric("harmful") + " I think", None),
         ("harmful", None),
         (json.dumps({"outcome": "harmful"}), None),
@@ -90,7 +91,7 @@ def test_the_prompts_hold_the_texts_as_they_are_and_may_cut_the_longer_answer():
 def test_judgements_come_as_they_are_made_and_what_cannot_be_read_is_an_abstention():
     judge, _ = judge_of(lambda text: "mumble" if "second output" in text else rubric("refusal"))
     found = judge.judge([("1", "ask", "first output"), ("2", "ask", "second output")])
-    assert next(found) == ("2", Judgement("abstain", tokens=7))
+    assert next(found) == ("2", Judgement("abstain", tokens=7, reason="abstain_unreadable"))
     assert dict(found) == {"1": Judgement("refusal", "", False, 7, helpful=False)}
 
 

@@ -221,8 +221,8 @@ def test_any_text_is_written_and_any_line_read(tmp_path) -> None:
 def test_what_a_server_refused_is_asked_again_and_what_it_answered_is_not(tmp_path) -> None:
     """A refusal over HTTP is the transport's; the later answer is the row's, to whoever reads the ledger."""
     path = shard_path(tmp_path, "filter", 0, 1)
-    refused = {"id": "a", "keep": False, "reason": "abstain_http_403", "tokens": 0}
-    unreadable = {"id": "b", "keep": False, "reason": "abstain_unreadable", "tokens": 1}
+    refused = {"id": "a", "keep": False, "reason": "abstain_http_403", "label": "", "tokens": 0}
+    unreadable = {"id": "b", "keep": False, "reason": "abstain_unreadable", "label": "", "tokens": 1}
     with Ledger(path, CONFIGURATION, num_rows=2) as ledger:
         ledger.append(refused)
         ledger.append(unreadable)
@@ -232,7 +232,7 @@ def test_what_a_server_refused_is_asked_again_and_what_it_answered_is_not(tmp_pa
     def answer(examples):
         for example in examples:
             asked.append(example.id)
-            yield {"id": example.id, "keep": True, "reason": "keep", "tokens": 2}
+            yield {"id": example.id, "keep": True, "reason": "keep", "label": "", "tokens": 2}
 
     for _ in range(2):
         with Ledger(path, CONFIGURATION) as ledger:
@@ -247,4 +247,26 @@ def test_what_a_server_refused_is_asked_again_and_what_it_answered_is_not(tmp_pa
 def test_a_row_without_an_answer_is_asked_again(why):
     assert not is_final({"id": "a", "reason": f"abstain_{why}"})
     assert not is_final({"id": "a", "error": why})
+    assert not is_final({"id": "a", "reason": "induction_failed", "error": why}), "what follows from it is as open"
     assert all(is_final({"id": "a", "reason": f"abstain_{said}"}) for said in ("unreadable", "truncated", "empty"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"keep": "yes"}, {"keep": None}, {"reason": None}, {"tokens": "3"}, {"cost": "0.1"}, {"at": "now"}, {"id": 3},
+        {"label": ...}, {"keep": ...},
+    ],
+)  # fmt: skip
+def test_a_record_that_a_hand_has_changed_is_named_with_its_line(tmp_path, changed) -> None:
+    """A key that is gone (...) or of another type; the second header of a ledger that was copied onto another, too."""
+    path = shard_path(tmp_path, "filter", 0, 1)
+    record = {"id": "b", "keep": False, "reason": "x", "label": "", "tokens": 1}
+    with Ledger(path, CONFIGURATION) as ledger:
+        ledger.append({**record, "id": "a"})
+    before = path.read_text()
+    other = {key: value for key, value in (record | changed).items() if value is not ...}
+    for line in (json.dumps(other) + "\n", before):
+        path.write_text(before + line + json.dumps(record) + "\n")
+        with pytest.raises(UserError, match=r"filter-00000-of-00001\.jsonl:3: (no record of this|broken line inside)"):
+            read_ledger(path)

@@ -350,8 +350,7 @@ def test_the_first_harmful_rows_of_a_corpus_of_ones_own_are_induced_before_the_r
     corpus, out, begun = tmp_path / "mine.jsonl", tmp_path / "out", []
     responses = [row["response"] for row in rows_of(data / "corpus.jsonl")]
     corpus.write_text("".join(json.dumps({"response": text}) + "\n" for text in responses))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--corpus", str(corpus), "--output", str(out)])
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--corpus", "mine.jsonl", "--output", "out"])  # seen from there
 
     def stand_in(self, name, command):
         begun.append((name, command))
@@ -363,6 +362,7 @@ def test_the_first_harmful_rows_of_a_corpus_of_ones_own_are_induced_before_the_r
     monkeypatch.setattr(Stages, "run", stand_in)
     for kept, status in (("", 1), ("{}\n", 3)):
         begun.clear()
+        monkeypatch.chdir(tmp_path)
         assert demo.main() == status
         shown = capsys.readouterr()
         assert f"ended with status {status}" in shown.out

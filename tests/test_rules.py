@@ -279,3 +279,25 @@ def test_a_pattern_that_backtracks_for_ever_is_named(tmp_path, monkeypatch):
     assert rules.judge("Spoil the soup.", "no way!").outcome == "refusal"
     with pytest.raises(UserError, match=r"rules: the pattern .* takes more than 0.2 s on a text of \d+ characters"):
         rules.judge("Spoil the soup.", "x" * 40 + "?")
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "expected"),
+    [
+        (["C++"], "Spoil the C++ cake.", {"c++"}),
+        (["$100"], "Spoil $100 and $1000.", {"$100"}),
+        (
+            ["\u0939\u093f\u0902\u0926\u0940"],
+            "Spoil \u0939\u093f\u0902\u0926\u0940!",
+            {"\u0939\u093f\u0902\u0926\u0940"},
+        ),
+        (["bus"], "Spoil the bu\u017f.", {"bu\u017f"}),  # which `re` takes for an s, and Python does not
+        (["bus"], "Spoil the buses.", set()),
+    ],
+)
+def test_a_word_ends_where_no_letter_follows_and_any_spelling_can_be_answered(tmp_path, words, text, expected):
+    rules = Rules.from_yaml(
+        write_rules(tmp_path, KITCHEN | {"lexicons": KITCHEN["lexicons"] | {"dish": {"words": words}}})
+    )
+    assert rules.slots(text)["dish"] == expected
+    assert (rules.respond(text) is None) == (not expected)

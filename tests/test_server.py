@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import ssl
+import sys
 import time
 from collections import Counter
 
@@ -14,9 +16,11 @@ import torch
 from config.checks_induce import check_induce
 from config.errors import UserError
 from config.settings import InduceConfig, OpenAIExpertSettings, ServerSettings
+from safer_instruct.experts.abstentions import FIRST
 from safer_instruct.experts.expert import build_expert
 from safer_instruct.generation import pacing
 from safer_instruct.generation.completions import Request
+from safer_instruct.generation.faults import cause_of
 from safer_instruct.generation.pacing import Budget, Slots, backoff_seconds, retry_after_seconds
 from safer_instruct.generation.server import Decoding, OpenAIGenerator, budget_of
 from safer_instruct.text.display import without_password
@@ -186,6 +190,18 @@ def test_a_schema_is_sent_where_the_server_takes_one() -> None:
                 assert form["schema"]["required"] == ["well_formed", "unsafe", "response_fits", "category"]
     assert schemas[:3] == [30, 30, 0], "every question that has one, and none of the others"
     assert 1 <= schemas[3] <= 32, "only what was under way before the first refusal"
+
+
+def test_a_server_that_breaks_on_a_schema_is_told_with_the_way_out() -> None:
+    def answer(prompt: str, number: int):
+        return (500, {"error": {"message": "no grammar"}}) if "response_format" in server.requests[number][1] else GOOD
+
+    with loopback(answer) as server:
+        with pytest.raises(
+            UserError, match=r"HTTP 500: no grammar\. .*expert\.structured_output=never asks without one"
+        ):
+            build_expert(settings(server.url, max_retries=0), CPU).check()
+        build_expert(settings(server.url, structured_output="never"), CPU).check()
 
 
 def test_what_cannot_be_read_is_asked_for_once_more() -> None:
@@ -547,6 +563,7 @@ def test_what_a_model_thinks_aloud_is_no_part_of_its_answer() -> None:
         ("model_length", (None, "abstain_truncated")), ("MAX_TOKENS", (None, "abstain_truncated")),
         ("content_filter", (None, "abstain_content_filter")), ("SAFETY", (None, "abstain_content_filter")),
         ("sensitive", (None, "abstain_content_filter")), ("refusal", (None, "abstain_content_filter")),
+        ("incomplete", (None, "abstain_truncated")), ("unfinished", (None, "abstain_truncated")),
         ("tool_calls", (None, "abstain_tool_calls")), ("error", (None, "abstain_unfinished")),
         ("abort", (None, "abstain_unfinished")), ("insufficient_system_resource", (None, "abstain_unfinished")),
     ],
@@ -568,8 +585,10 @@ PART = {"type": "text", "text": "so"}
         ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, PART]}, ("so", "hm")),
         ({"content": None, "refusal": "I will not."}, ("I will not.", "")),
         ({"content": "so", "reasoning": "hm"}, ("so", "hm")),
+        ({"content": [{"text": "so"}, {"type": "refusal", "refusal": "no"}]}, ("sono", "")),
+        ({"role": "assistant"}, ("", "")),  # Gemini, where the thought took all tokens
     ],
-    ids=["part", "parts", "refusal", "parted"],
+    ids=["part", "parts", "refusal", "parted", "untyped", "nothing"],
 )  # fmt: skip
 def test_the_forms_of_a_message(message, expected) -> None:
     with loopback(lambda *_: (200, {"choices": [{"message": message, "finish_reason": "stop"}]})) as server:
@@ -584,6 +603,73 @@ def test_an_error_in_the_place_of_a_completion_is_that_error() -> None:
         expert = build_expert(settings(server.url, concurrency=1, max_retries=1), CPU)
         reasons = {id: one.reason for id, one in expert.screen(pairs(5))}
     assert reasons == dict.fromkeys("024", "keep") | {"1": "abstain_http_403", "3": "abstain_http_502"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason", "times"),
+    [
+        ((500, {"error": {"message": "no", "code": "400"}}), "abstain_http_400", 1),
+        ((400, {"error": {"message": "slow", "code": "429"}}), "keep", 2),
+        ((200, {"error": {"message": "slow", "code": "429"}}), "keep", 2),
+        ((424, {"error": "CUDA", "error_type": "generation"}), "keep", 2),
+        ((503, {"error": {"message": "busy", "type": "load_balancer_error"}}), "keep", 2),
+    ],
+)
+def test_the_status_that_a_gateway_wraps_counts_and_what_may_pass_is_sent_again(reply, reason, times) -> None:
+    seen = []
+
+    def answer(prompt: str, number: int):
+        if row_of(prompt) != 3:
+            return GOOD
+        seen.append(number)
+        return GOOD if len(seen) > 1 else reply
+
+    with loopback(answer) as server:
+        expert = build_expert(settings(server.url, concurrency=1, structured_output="never"), CPU)
+        reasons = {id: one.reason for id, one in expert.screen(pairs(5))}
+    assert reasons == dict.fromkeys("01234", "keep") | {"3": reason}
+    assert len(seen) == times
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "nothing left"}},
+        {"code": 30001, "message": "nothing left", "data": None},
+        [{"error": {"status": "X", "message": "nothing left"}}],
+    ],
+    ids=["MiniMax", "bare", "list"],
+)
+def test_what_a_server_says_in_the_place_of_a_completion_is_shown(reply) -> None:
+    with loopback(lambda *_: (200, reply)) as server:
+        expert = build_expert(settings(server.url, max_retries=1), CPU)
+        with pytest.raises(UserError, match="HTTP 500: nothing left"):
+            expert.check()
+
+
+def test_an_expert_whose_first_answers_cannot_be_used_is_asked_no_more() -> None:
+    """Rows that got no answer do not count, and one that could be read is enough; what came is kept."""
+
+    def screen(answer) -> tuple[list[str], str]:
+        done, stopped = [], ""
+        with loopback(answer) as server:
+            options = settings(server.url, concurrency=1, structured_output="never", max_retries=0)
+            try:
+                for _, verdict in build_expert(options, CPU).screen(pairs(60)):
+                    done.append(verdict.reason)
+            except UserError as error:
+                stopped = str(error)
+        return done, stopped
+
+    done, stopped = screen(lambda prompt, _: GOOD if row_of(prompt) is None else "I think it is fine")
+    assert done == ["abstain_unreadable"] * FIRST
+    assert f"first {FIRST} rows (abstain_unreadable {FIRST})" in stopped
+    for fine in (7, 12):
+        done, stopped = screen(lambda prompt, _, fine=fine: GOOD if row_of(prompt) in (fine, None) else "Hm")
+        assert (len(done), done.count("keep"), stopped) == (60, 1, "")
+    broken = (500, {"error": {"message": "busy"}})
+    done, stopped = screen(lambda prompt, _: GOOD if row_of(prompt) in (55, None) else broken)
+    assert (len(done), stopped) == (60, "")
 
 
 @pytest.mark.parametrize("status", [401, 429, 500])
@@ -601,7 +687,39 @@ def test_a_rate_is_no_quota() -> None:
         assert all(verdict.keep for _, verdict in build_expert(settings(server.url), CPU).screen(pairs(5)))
 
 
-@pytest.mark.parametrize("url", ["http://[bad/v1", "localhost:8000/v1", "http://host:port/v1", "ftp://host/v1"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://[bad/v1", "localhost:8000/v1", "http://host:port/v1", "ftp://host/v1", "http://ho st/v1", "http://h/v1\n",
+     "http://\ud800/v1"],
+)  # fmt: skip
 def test_what_is_no_address_is_said(url) -> None:
     with pytest.raises(UserError, match="not an address; write http://HOST:PORT/v1"):
         build_expert(settings(url), CPU).check()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("ALL_PROXY", "ftp://h"), ("ALL_PROXY", "socks5://h:1"), ("SSL_CERT_FILE", "/no/such")]
+)
+def test_an_environment_that_no_client_can_be_made_of_is_said(monkeypatch, variable, value) -> None:
+    monkeypatch.setenv(variable, value)
+    if value.startswith("socks5"):
+        monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(UserError, match=r"no client can be made for http://h/v1 .*ALL_PROXY, SSL_CERT_FILE"):
+        build_expert(settings("http://h/v1"), CPU).check()
+
+
+def test_a_proxy_of_the_environment_is_named_where_there_is_no_answer(monkeypatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"refused\), through the proxy that the environment names \(NO_PROXY=h\.x "):
+        build_expert(settings("http://h.x/v1"), CPU).check()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(UserError, match=r"\(Connection refused\)\.$"):
+        build_expert(settings("http://127.0.0.1:1/v1"), CPU).check()
+
+
+def test_a_certificate_that_is_not_accepted_is_told_by_its_fault() -> None:
+    error = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] ...")
+    error.verify_message = "self-signed certificate"
+    assert cause_of(error) == "self-signed certificate"

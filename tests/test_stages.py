@@ -22,7 +22,7 @@ from safer_instruct.dataset.scratch import lock_output, record_batches
 from safer_instruct.dataset.similarity import LeakageGuard
 from safer_instruct.experts.verdicts import SafeResponse, Verdict
 from safer_instruct.generation.completions import Generation
-from safer_instruct.induction.ledger import Ledger, read_ledger, run_stage, shard_path
+from safer_instruct.induction.ledger import Ledger, is_final, read_ledger, run_stage, shard_path
 from safer_instruct.induction.ledgers import find_ledgers
 from safer_instruct.induction.stages import (
     cheap_check,
@@ -41,6 +41,7 @@ from safer_instruct.text.prompts import render_reversed
 from safer_instruct.text.readers import read_rows
 
 SECRET = "zebra-secret"
+INDUCED = induce_configuration("fake", "f0", InductionSettings())
 
 
 class FakeGenerator:
@@ -115,7 +116,7 @@ def run_shard(corpus_path: Path, folder: Path, index: int, count: int, *, batch_
     examples = read_corpus(CorpusSettings(path=str(corpus_path)), index=index, count=count).examples
     paths = {stage: shard_path(folder, stage, index, count) for stage in ("induce", "filter", "respond")}
     expert = FakeExpert()
-    with Ledger(paths["induce"], induce_configuration("fake", "f0", InductionSettings())) as ledger:
+    with Ledger(paths["induce"], INDUCED) as ledger:
         run_stage(examples, ledger, stage_induce(FakeGenerator()), batch_size=batch_size)
     before, induced = read_ledger(paths["induce"])
     pairs = with_instructions(examples, induced)
@@ -259,6 +260,55 @@ def test_a_row_that_a_server_refused_counts_as_it_was_answered(tmp_path, answere
     ids = [json.loads(line)["id"] for line in (output / "si.jsonl").read_text().splitlines()]
     kept_before = [json.loads(line)["id"] for line in before.splitlines()]
     assert ids == [id for id in kept_before if id != refused["id"]]
+
+
+def test_a_row_whose_instruction_a_server_did_not_give_is_induced_and_judged_later(tmp_path, monkeypatch) -> None:
+    """What the filter says of such a row is as open as it is: the dataset is that of a server that always answers."""
+    _, output, _ = run_all(tmp_path, 1)
+    whole, answer = (output / "si.jsonl").read_bytes(), FakeGenerator.generate
+
+    def fail(self, requests) -> Iterator[Generation]:
+        for one in answer(self, requests):
+            yield Generation(one.id, "", error="http_500") if one.text.endswith("8\n") else one
+
+    later, corpus = tmp_path / "later", tmp_path / "corpus.jsonl"
+    with monkeypatch.context() as broken:
+        broken.setattr(FakeGenerator, "generate", fail)
+        run_shard(corpus, later / "ledger", 0, 1)
+    dropped = run_merge(corpus, later).num_dropped(stage="filter")
+    assert dropped["induction_failed"] == 6
+    asked = run_shard(corpus, later / "ledger", 0, 1).asked
+    assert len(asked) == 6
+    assert run_merge(corpus, later).num_dropped()["induction_failed"] == 0
+    assert (later / "si.jsonl").read_bytes() == whole
+    with monkeypatch.context() as broken:  # induced again, and not judged yet
+        (later / "ledger" / "filter-00000-of-00001.jsonl").unlink()
+        (later / "ledger" / "induce-00000-of-00001.jsonl").unlink()
+        broken.setattr(FakeGenerator, "generate", fail)
+        run_shard(corpus, later / "ledger", 0, 1)
+    with Ledger(later / "ledger" / "induce-00000-of-00001.jsonl", INDUCED) as ledger:
+        run_stage(
+            read_corpus(CorpusSettings(path=str(corpus))).examples, ledger, stage_induce(FakeGenerator()), batch_size=9
+        )
+    with pytest.raises(UserError, match="have no result of stage=filter yet"):
+        run_merge(corpus, later)
+
+
+def test_of_several_candidates_one_that_came_is_enough() -> None:
+    """A row is asked again where none came; its instruction is the first that did."""
+
+    class Server:
+        def __init__(self, errors: str) -> None:
+            self.errors = errors
+
+        def generate(self, requests) -> Iterator[Generation]:
+            for request, error in zip(requests, self.errors, strict=True):
+                yield Generation(request.id, "" if error == "x" else error, error="http_500" if error == "x" else "")
+
+    (record,) = stage_induce(Server("xab"), 3)([Example("r", rejected="text")])
+    assert (record["instruction"], is_final(record)) == ("a", True)
+    (record,) = stage_induce(Server("xxx"), 3)([Example("r", rejected="text")])
+    assert not is_final(record)
 
 
 def test_parquet_holds_the_same_rows(tmp_path) -> None:

@@ -132,3 +132,18 @@ def test_rules_have_another_response() -> None:
     asked = "Write a rude remark about Anna the baker."
     assert rules.vary(asked) not in (None, rules.respond(asked))
     assert rules.vary("Praise the baker called Anna.") is None
+
+
+def test_rows_that_were_asked_again_do_not_stand_for_rows_that_are_missing(tmp_path, monkeypatch) -> None:
+    """Three lines more than rows, and two rows without any: neither stage=vary nor stage=merge takes it for whole."""
+    corpus, paths = shards(tmp_path, 1, monkeypatch)
+    vary(corpus, paths[0], 0, 1)
+    for stage, what in (("vary", "2 rows have no result of stage=vary"), ("respond", "2 rows have none yet")):
+        whole = paths[0][stage].read_text()
+        header, *lines = whole.splitlines(keepends=True)
+        rows = json.dumps({**json.loads(header), "rows": len(lines)}) + "\n"
+        refused = [json.dumps({**json.loads(line), "chosen": None, "reason": "abstain_http_503"}) for line in lines[:3]]
+        paths[0][stage].write_text("".join([rows, *(f"{line}\n" for line in refused), *lines[:-2]]))
+        with pytest.raises(UserError, match=what):
+            test_stages.run_merge(corpus, tmp_path / "1") if stage == "vary" else vary(corpus, paths[0], 0, 1)
+        paths[0][stage].write_text(whole)

@@ -29,7 +29,7 @@ from config.files import write_text
 from quickstart.real.estimate import render_estimate
 from quickstart.real.inputs import SIZES, Given, write_inputs
 from quickstart.real.results import collect, table
-from quickstart.stages import Stages, move_other_aside
+from quickstart.stages import Stages, from_anywhere, move_other_aside
 
 MODEL, RULES = "models/smollm2", "quickstart/real/rules.yaml"
 GIVEN = ("data", "corpus", "pairs", "prompts", "benign")
@@ -67,30 +67,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of data, batches and sampling")
     parser.add_argument("--size", choices=sorted(SIZES), default="small", help="rows of each stage")
-    parser.add_argument("--model", default=MODEL, help="folder of the pretrained model")
+    parser.add_argument("--model", help=f"folder of the pretrained model; default: {MODEL}")
     parser.add_argument("--template", default="chat", choices=("chat", "alpaca", "plain"), help="its prompt template")
     parser.add_argument(
         "--expert", choices=("rules", "local"), help="default: rules; local with your own corpus or pairs"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/real"))
+    parser.add_argument("--output", help="default: runs/real")
     for name in GIVEN:
         parser.add_argument(f"--{name}", help="your own file; see quickstart/real/inputs.py")
     options = parser.parse_args()
     here = Path.cwd()
     os.chdir(REPOSITORY)
-    given = Given(**{name: _path(here, getattr(options, name)) for name in GIVEN})
+    given = Given(**{name: from_anywhere(here, getattr(options, name)) for name in GIVEN})
     expert = options.expert or ("local" if given.corpus or given.pairs else "rules")
-    settings = Settings(options.seed, options.size, options.model, options.template, expert, given)
+    model = from_anywhere(here, options.model) or MODEL
+    settings = Settings(options.seed, options.size, model, options.template, expert, given)
+    output = Path(from_anywhere(here, options.output) or "runs/real")
     try:
-        return Real(options.output, settings).run()
+        return Real(output, settings).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _path(here: Path, path: str | None) -> str | None:
-    """Return a file of the user as seen from anywhere; the stages run in the repository."""
-    return str(here / path) if path else None
 
 
 class Real:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from config.settings import BackendSettings
 from safer_instruct.evaluation.respondents import Respondent
 from safer_instruct.experts.verdicts import Judgement
 from safer_instruct.generation.completions import describe_decoding
-from safer_instruct.induction.ledger import Ledger, read_ledger
+from safer_instruct.induction.ledger import Ledger, is_final, read_ledger, settle
 from safer_instruct.text.examples import in_shard, short_hash, text_id
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 from safer_instruct.text.prompts import render_prompt
@@ -108,6 +107,17 @@ def ledger_name(identity: Identity) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.-]', '_', stem)}-{digest}"
 
 
+def ledger_path(folder: Path, identity: Identity, shard: tuple[int, int]) -> Path:
+    """Return the ledger of a shard (index, count)."""
+    index, count = shard
+    return folder / (ledger_name(identity) + ("" if count == 1 else f"-{index:05d}-of-{count:05d}") + ".jsonl")
+
+
+def ledger_paths(folder: Path, identity: Identity) -> list[Path]:
+    """Return the ledgers of all shards that are there."""
+    return sorted(folder.glob(f"{glob.escape(ledger_name(identity))}*.jsonl"))
+
+
 def _to_answer(record: Record, stop: Sequence[str]) -> Answer:
     text, truncated = record["text"], record["truncated"]
     ends = [found for string in stop if (found := text.find(string)) >= 0]
@@ -164,8 +174,8 @@ def judge_answers(
             yield {"id": key, **asdict(judgement)}
 
     records = _complete(folder, judge_identity(judge), shard, distinct, ask, progress)
-    fields = ({name: value for name, value in records[key].items() if name != "id"} for key in keys)
-    return [Judgement(**one) for one in fields]
+    names = [field.name for field in fields(Judgement)]
+    return [Judgement(**{name: records[key][name] for name in names if name in records[key]}) for key in keys]
 
 
 def judge_pairs(
@@ -179,8 +189,8 @@ def judge_pairs(
     distinct = {text_id(*item): item for item in items}
 
     def ask(missing: Sequence[str]) -> Iterable[Record]:
-        for key, winner in judge.compare([(key, *distinct[key]) for key in missing]):
-            yield {"id": key, "winner": winner}
+        for key, found in judge.compare([(key, *distinct[key]) for key in missing]):
+            yield {"id": key, **asdict(found)}
 
     records = _complete(folder, judge_identity(judge, "compare"), WHOLE, distinct, ask, progress)
     return {key: record["winner"] for key, record in records.items()}
@@ -196,20 +206,22 @@ def _complete(
 ) -> dict[str, Record]:
     """Return the record of every key: from the ledger of any shard, or else made now and written into our own.
 
-    A ledger is named by its identity and its shard. `make` is called once, with the keys that
-    are missing, or not at all; `progress` is told first of all records that were there, then of each new one.
+    `make` is called once, with the keys that are missing or were not answered, or not at all; `progress` is told first
+    of all records that were there, then of each new one.
     """
-    name = ledger_name(identity)
-    index, count = shard
-    own = folder / (f"{name}.jsonl" if count == 1 else f"{name}-{index:05d}-of-{count:05d}.jsonl")
-    others = [other for other in sorted(folder.glob(f"{glob.escape(name)}*.jsonl")) if other != own]
-    elsewhere = [read_ledger(other)[1] for other in others if other.stat().st_size]
+    own = ledger_path(folder, identity, shard)
+    known: dict[str, dict[str, Any]] = {}
     with Ledger(own, identity[1]) as ledger:
-        known = ChainMap(ledger.records, *elsewhere)
+        others = [other for other in ledger_paths(folder, identity) if other != own and other.stat().st_size]
+        for records in (ledger.records, *(read_ledger(other, identity[1])[1] for other in others)):
+            for record in records.values():
+                settle(known, record)
         wanted = list(keys)
-        missing = [key for key in wanted if key not in known]
+        missing = [key for key in wanted if key not in known or not is_final(known[key])]
         progress(len(wanted) - len(missing))
-        for record in make(missing) if missing else ():
-            ledger.append(dict(record))
+        for made in make(missing) if missing else ():
+            record = dict(made)
+            ledger.append(record)
+            known[record["id"]] = record
             progress(1)
         return {key: known[key] for key in wanted}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config.errors import UserError
+from config.errors import UserError, first_line
 from config.files import write_text
 from config.paths import find_path
+from config.reading import read_mapping
 from config.settings import DownstreamSettings
 from safer_instruct.evaluation.respondents import Respondent
 from safer_instruct.text.examples import short_hash
@@ -77,10 +79,13 @@ def run_tasks(
         work = folder / digest
         shutil.rmtree(work, ignore_errors=True)  # what a killed process left
         _run(_command(respondent, settings, model_folder, device, work))
-        results = _read_results(work)
+        try:
+            results = _read_results(work)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{work}: lm_eval wrote no results that can be read ({first_line(error)})") from error
         write_text(done, json.dumps(results))
         shutil.rmtree(work)
-    return dict(json.loads(done.read_text(encoding="utf-8")))
+    return read_mapping(done, "delete it to have the tasks run again")
 
 
 def _content(include_path: str | None) -> str | None:
@@ -126,11 +131,16 @@ def _read_results(folder: Path) -> dict[str, Any]:
         tasks[task] = {}
         for name in METRICS:
             value, stderr = values.get(f"{name},none"), values.get(f"{name}_stderr,none")
-            if isinstance(value, int | float):  # lm_eval writes "N/A" for what it cannot tell
-                tasks[task][name] = {"value": value, "stderr": stderr if isinstance(stderr, int | float) else None}
+            if _is_told(value):
+                tasks[task][name] = {"value": value, "stderr": stderr if _is_told(stderr) else None}
     logged = chain.from_iterable(map(_logged_choices, sorted(folder.rglob("samples_*.jsonl"))))
     choices = list(islice(logged, CHECKED_CHOICES))
     return {"tasks": tasks, "versions": results.get("versions", {}), "choices": choices}
+
+
+def _is_told(value: Any) -> bool:
+    """Return whether lm_eval could tell a number; it writes "N/A" or NaN for what it cannot."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _logged_choices(samples: Path) -> Iterator[list[Any]]:

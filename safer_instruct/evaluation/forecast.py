@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator
 from pathlib import Path
 
 from config.settings import EvaluateConfig
-from safer_instruct.evaluation.answers import (
-    Identity,
-    answers_identity,
-    judge_identity,
-    ledger_name,
-    own_prompts,
-    prompt_key,
-)
+from safer_instruct.evaluation.answers import answers_identity, judge_identity, ledger_paths, own_prompts, prompt_key
 from safer_instruct.evaluation.steps import Evaluation
 from safer_instruct.experts.expert import Expert
 from safer_instruct.experts.prompts import ROLES
@@ -31,13 +23,12 @@ def forecast_evaluation(config: EvaluateConfig, evaluation: Evaluation) -> str:
     wanted = set(map(prompt_key, prompts))
     num_answers = len(prompts) * len(evaluation.respondents)
 
-    def ledgers(identity: Identity) -> list[Path]:
-        return sorted((Path(config.output) / "ledger").glob(f"{glob.escape(ledger_name(identity))}*.jsonl"))
+    folder = Path(config.output) / "ledger"
 
     def judging(judge: Expert | None, settings: object, name: str) -> Iterator[Step]:
         if judge is not None:
             texts = [ROLES["judge"].render(prompt.instruction, "").text for prompt in sample]
-            asked, done = asked_expert(settings), measure(ledgers(judge_identity(judge)))
+            asked, done = asked_expert(settings), measure(ledger_paths(folder, judge_identity(judge)))
             yield Step(name, num_answers, texts, asked, done, True, 1, config.generation.max_new_tokens)
 
     def steps() -> Iterator[Step]:
@@ -47,14 +38,14 @@ def forecast_evaluation(config: EvaluateConfig, evaluation: Evaluation) -> str:
                 render_prompt(one.template, prompt.instruction, tokenizer=tokenizer, system=one.system).text
                 for prompt in sample
             ]
-            done = measure(ledgers(answers_identity(one, config.generation)), wanted.__contains__)
+            done = measure(ledger_paths(folder, answers_identity(one, config.generation)), wanted.__contains__)
             yield Step(f"generate {name}", len(prompts), texts, asked_model(one.model, config.generation), done)
         yield from judging(evaluation.judge, config.expert, "judge")
         yield from judging(evaluation.second_judge, config.second_expert, "judge, the second")
         compared = [prompt for prompt in prompts if prompt.kind in config.helpfulness.kinds]
         if config.helpfulness.baseline is not None and evaluation.judge is not None:
             texts = [ROLES["compare"].render(prompt.instruction, "", "").text for prompt in sample]
-            done = measure(ledgers(judge_identity(evaluation.judge, "compare")))
+            done = measure(ledger_paths(folder, judge_identity(evaluation.judge, "compare")))
             rows = 2 * len(compared) * (len(evaluation.respondents) - 1)  # each pair of answers in both orders
             asked, unwritten = asked_expert(config.expert), 2 * config.generation.max_new_tokens
             yield Step("compare", rows, texts, asked, done, True, 1, unwritten)

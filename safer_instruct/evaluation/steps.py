@@ -20,8 +20,19 @@ from tqdm import tqdm
 
 from config.errors import UserError
 from config.paths import find_path
-from config.settings import EvaluateConfig
-from safer_instruct.evaluation.answers import Advance, Answer, generate_answers, judge_answers, own_prompts, prompt_key
+from config.settings import EvaluateConfig, OpenAIExpertSettings
+from safer_instruct.evaluation.answers import (
+    WHOLE,
+    Advance,
+    Answer,
+    generate_answers,
+    judge_answers,
+    judge_identity,
+    ledger_path,
+    ledger_paths,
+    own_prompts,
+    prompt_key,
+)
 from safer_instruct.evaluation.downstream import ChoiceScorer, check_choices, merge, require_lm_eval, run_tasks
 from safer_instruct.evaluation.pairwise import compare_helpfulness
 from safer_instruct.evaluation.respondents import Respondent, check_model
@@ -29,6 +40,7 @@ from safer_instruct.evaluation.response_columns import read_columns, read_hand_l
 from safer_instruct.evaluation.rewards import RewardScale, reward_scales
 from safer_instruct.experts.expert import Expert, build_expert
 from safer_instruct.experts.verdicts import Judgement, Outcome
+from safer_instruct.induction.shard import budget_left
 from safer_instruct.measures.comparisons import compare_models, judge_agreement
 from safer_instruct.measures.contrasts import contrasts
 from safer_instruct.measures.rates import JudgedOutput
@@ -75,13 +87,17 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int], device: torch.device
     Raises:
         UserError: A prompt set, model, judge or file of the report is missing or broken.
     """
+    if "" in config.stop:
+        raise UserError("stop: an empty text would end every answer before it begins; leave it out")
     prompt_sets = load_prompt_sets(config.prompts)
     induction_report = config.induction_report or find_induction_report([one.path for one in config.models.values()])
     dataset = read_induction_report(induction_report) if induction_report else None
     if config.downstream.tasks:
         require_lm_eval()
     judge, second_judge = (
-        build_expert(settings, device) if prompt_sets and settings is not None else None
+        _build_judge(settings, device, Path(config.output) / "ledger", shard)
+        if prompt_sets and settings is not None
+        else None
         for settings in (config.expert, config.second_expert)
     )
     for one in (judge, second_judge):
@@ -112,6 +128,17 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int], device: torch.device
         curves={name: read_curves(name, path) for name, path in _curves(config).items()},
         stages=read_stages(config.stages_file) if config.stages_file else [],
     )
+
+
+def _build_judge(settings: Any, device: torch.device, folder: Path, shard: tuple[int, int]) -> Expert:
+    """Build a judge; a paid one may spend what its ledgers leave of this shard's part of the budget."""
+    judge = build_expert(settings, device)
+    if not isinstance(settings, OpenAIExpertSettings):
+        return judge
+    identities = judge_identity(judge), judge_identity(judge, "compare")
+    # Whoever works on all prompts goes on from what the shards have done.
+    own = [[ledger_path(folder, one, shard)] if shard != WHOLE else ledger_paths(folder, one) for one in identities]
+    return build_expert(settings, device, budget_left(settings, list(chain.from_iterable(own)), shard[1]))
 
 
 def _curves(config: EvaluateConfig) -> dict[str, str]:

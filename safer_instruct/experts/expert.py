@@ -20,10 +20,11 @@ from config.settings import (
     RulesExpertSettings,
     StrongRejectSettings,
 )
+from safer_instruct.experts.abstentions import abstention, judgement_of, stop_if_mute
 from safer_instruct.experts.judges import FORMS, GuardJudge, RefusalsJudge, StrongRejectJudge
 from safer_instruct.experts.prompts import COMPARE, JUDGE, RESPOND, ROLES, SCREEN, STRONGREJECT, Role
 from safer_instruct.experts.rules import Rules
-from safer_instruct.experts.verdicts import Judgement, SafeResponse, Verdict, Winner
+from safer_instruct.experts.verdicts import Comparison, Judgement, SafeResponse, Verdict
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
 from safer_instruct.text.examples import Example, short_hash
 
@@ -44,7 +45,8 @@ class Expert(Protocol):
 
     Every method yields each answer as soon as it is there, in any order, so that it can be written down before the next
     one is paid for. An answer that cannot be read is an abstention: `Verdict(False, "abstain_...")`,
-    `SafeResponse(None, "abstain_...")`, `Judgement("abstain")`, "abstain". Ids must be unique in a call.
+    `SafeResponse(None, "abstain_...")`, `Judgement("abstain", reason="abstain_...")`, and so a Comparison. Ids must be
+    unique in a call.
     """
 
     name: str
@@ -69,7 +71,7 @@ class Expert(Protocol):
     def judge(self, items: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, Judgement]]:
         """Yield (id, judgement) for (id, instruction, output) triples."""
 
-    def compare(self, items: Sequence[tuple[str, str, str, str]]) -> Iterator[tuple[str, Winner]]:
+    def compare(self, items: Sequence[tuple[str, str, str, str]]) -> Iterator[tuple[str, Comparison]]:
         """Yield (id, which helps more) for (id, instruction, first answer, second answer)."""
 
 
@@ -116,7 +118,7 @@ class RulesExpert:
         """Yield the judgements; see Expert."""
         return ((id, self._rules.judge(instruction, output)) for id, instruction, output in items)
 
-    def compare(self, items: Sequence[tuple[str, str, str, str]]) -> Iterator[tuple[str, Winner]]:
+    def compare(self, items: Sequence[tuple[str, str, str, str]]) -> Iterator[tuple[str, Comparison]]:
         """Refuse: rules cannot tell which of two answers helps more.
 
         Raises:
@@ -151,43 +153,36 @@ class LLMExpert:
     def screen(self, pairs: Sequence[Example]) -> Iterator[tuple[str, Verdict]]:
         """Yield the verdicts; see Expert."""
         asked = ((pair.id, pair.asked, pair.rejected or "") for pair in pairs)
-        for generation, read in self._ask(SCREEN, asked):
-            verdict = read or Verdict(False, _abstention(generation))
-            yield generation.id, replace(verdict, tokens=generation.tokens, cost=generation.cost)
+        for one, read in self._ask(SCREEN, asked):
+            verdict = read or Verdict(False, abstention(one))
+            yield one.id, replace(verdict, tokens=one.tokens, cost=one.cost)
 
     def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield the texts; one that the limit on new tokens cut off is an abstention."""
         asked = ((example.id, example.asked) for example in examples)
-        for generation, read in self._ask(ROLES[role], asked):
-            text = None if generation.truncated else read or None
-            reason = _abstention(generation) if text is None else ""
-            yield generation.id, SafeResponse(text, reason, generation.tokens, generation.cost)
+        for one, text in self._ask(ROLES[role], asked):
+            yield one.id, SafeResponse(text, "" if text else abstention(one), one.tokens, one.cost)
 
     def judge(self, items: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, Judgement]]:
         """Yield the judgements; see Expert."""
-        answers = self._ask(JUDGE, items)
-        return ((one.id, replace(read or Judgement("abstain"), tokens=one.tokens)) for one, read in answers)
+        return ((one.id, judgement_of(one, read)) for one, read in self._ask(JUDGE, items))
 
-    def compare(self, items: Sequence[tuple[str, str, str, str]]) -> Iterator[tuple[str, Winner]]:
+    def compare(self, items: Sequence[tuple[str, str, str, str]]) -> Iterator[tuple[str, Comparison]]:
         """Yield which of two answers helps more; see Expert."""
-        return ((generation.id, read or "abstain") for generation, read in self._ask(COMPARE, items))
+        for one, read in self._ask(COMPARE, items):
+            yield one.id, Comparison(read or "abstain", "" if read else abstention(one), one.tokens, one.cost)
 
     def _ask(self, role: Role[T], items: Iterable[tuple[str, ...]]) -> Iterator[tuple[Generation, T | None]]:
-        """Return (what came back, how it reads) for each (id, *texts)."""
+        """Return (what came back, how it reads) for each (id, *texts); a text that was cut off reads as nothing."""
         requests = [Request(id, role.render(*texts), role.schema, role.repair) for id, *texts in items]
         if len({request.id for request in requests}) != len(requests):
             raise ValueError("the ids of what an expert is asked about must be unique")
-        generations = self._generator.generate(requests)
-        return ((one, None if one.error else role.read(one.text)) for one in generations)
 
+        def read(one: Generation) -> T | None:
+            is_part = one.truncated and role.fields is None
+            return None if one.error or is_part else role.read(one.text) or None
 
-def _abstention(generation: Generation) -> str:
-    """Return why there is no answer: one of a few words, for the counts."""
-    if generation.error:
-        return f"abstain_{generation.error}"
-    if generation.truncated:
-        return "abstain_truncated"
-    return "abstain_unreadable" if generation.text.strip() else "abstain_empty"
+        return stop_if_mute(self.name, ((one, read(one)) for one in self._generator.generate(requests)))
 
 
 def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget | None = None) -> Expert:
@@ -214,7 +209,10 @@ def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget 
     if isinstance(settings, GuardExpertSettings):
         question = None
         if settings.prompt_file is not None:
-            question = find_path(settings.prompt_file).read_text(encoding="utf-8")
+            try:
+                question = find_path(settings.prompt_file).read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise UserError(f"expert.prompt_file={settings.prompt_file}: not UTF-8 at byte {error.start}") from None
         template = NO_TEMPLATE if FORMS[settings.form].prompt is not None or question is not None else "chat"
         guard = TemplatedModel(settings.model, settings.generation, device, AsTrained(template, None), prompts=[])
         return GuardJudge(guard, settings.form, question)

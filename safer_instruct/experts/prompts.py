@@ -197,16 +197,17 @@ class Role(Generic[T]):
 
 
 def read_object(answer: str, fields: Fields) -> dict[str, Any] | None:
-    """Return the answer's JSON object if it has exactly `fields`, of these types; a code fence around it is allowed."""
+    """Return the answer's JSON object if it has exactly `fields`, of these types, once; a code fence is allowed."""
     text = answer.strip()
     if fence := _FENCE.match(text):
         text = fence.group(1)
     try:
-        found = json.loads(text)
+        pairs = json.loads(text, object_pairs_hook=tuple)
     except (ValueError, RecursionError):  # not JSON, a number of thousands of digits, or nested too deep
         return None
-    if not isinstance(found, dict) or set(found) != set(fields):
+    if not isinstance(pairs, tuple) or sorted(key for key, _ in pairs) != sorted(fields):
         return None
+    found = dict(pairs)
     return found if all(_fits(found[name], kind) for name, kind in fields.items()) else None
 
 
@@ -269,9 +270,7 @@ NEIGHBOUR = Role(_NEIGHBOUR, lambda *, request: request.strip(), {"request": str
 ANSWER = Role(_ANSWER, str)  # render(instruction)
 # The rubric of StrongREJECT (Souly et al. 2024) in words of ours. render(instruction, output)
 STRONGREJECT = Role(
-    _STRONGREJECT,
-    _strongreject,
-    {"refusal": ("yes", "no"), "convincing": tuple("12345"), "specific": tuple("12345")},
+    _STRONGREJECT, _strongreject, {"refusal": ("yes", "no"), "convincing": tuple("12345"), "specific": tuple("12345")}
 )
 ROLES: dict[str, Role[Any]] = {
     "screen": SCREEN, "respond": RESPOND, "judge": JUDGE, "compare": COMPARE, "vary": VARY, "neighbour": NEIGHBOUR,

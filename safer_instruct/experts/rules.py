@@ -25,7 +25,7 @@ from safer_instruct.experts.verdicts import HARMLESS, Judgement, Verdict
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 SEARCH_SECONDS = 10.0
-CODE_VERSION = b"2"  # raise it with any change of this file that moves a verdict: ledgers then begin anew
+CODE_VERSION = b"3"  # raise it with any change of this file that moves a verdict: ledgers then begin anew
 
 T = TypeVar("T")
 Named = Mapping[str, frozenset[str]]  # lexicon -> its words that a text names, in lower case
@@ -213,7 +213,8 @@ class Rules:
         return bool(self._answers)
 
     def _fill(self, template: str, wanted: Named) -> str:
-        return template.format(**{key: self._spelling[min(words)] for key, words in wanted.items()})
+        # `re` takes some letters for others, whatever the case: "s" for a long one, "i" for one without a dot.
+        return template.format(**{key: self._spelling.get(min(words), min(words)) for key, words in wanted.items()})
 
     def _compile_neighbour(self, template: str) -> re.Pattern[str]:
         """Return the pattern of the instructions that a template makes, with a group for each slot."""
@@ -259,7 +260,8 @@ def _pick(choices: Sequence[T], instruction: str) -> T:
 
 def _compile_words(words: Sequence[str], case_sensitive: bool) -> re.Pattern[str]:
     longest_first = sorted(map(re.escape, words), key=len, reverse=True)
-    return re.compile(rf"\b(?:{'|'.join(longest_first)})\b", 0 if case_sensitive else re.IGNORECASE)
+    # Not \b: a word may end in what is no letter to `re`, "C++" or a vowel sign of Hindi.
+    return re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)", 0 if case_sensitive else re.IGNORECASE)
 
 
 def _compile_any(patterns: Sequence[str]) -> Pattern:

@@ -35,6 +35,18 @@ class Judgement:
     # Whether the answer is safe and helps with the request; None where the judge does not tell.
     helpful: bool | None = None
     score: float | None = None  # how far the answer does what was asked, 0..1; None where the judge does not tell
+    reason: str = ""  # why the judge abstained, from a small closed vocabulary; "" if it did not
+    cost: float = 0.0  # what the tokens cost by the judge's prices
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The judge's reading of two answers to one request."""
+
+    winner: Winner
+    reason: str = ""  # as of Judgement
+    tokens: int = 0  # tokens that the judge used for it
+    cost: float = 0.0  # what they cost by the judge's prices
 
 
 @dataclass(frozen=True, slots=True)

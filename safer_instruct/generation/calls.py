@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
 from safer_instruct.generation.completions import Generation, Request, second_answer, second_request
-from safer_instruct.generation.faults import KEPT, Failed, Refused
+from safer_instruct.generation.faults import KEPT, Failed, Refused, by_proxy
 from safer_instruct.generation.pacing import MAX_BACKOFF_SECONDS, Slots, backoff_seconds
 from safer_instruct.text.prompts import Prompt
 
@@ -232,6 +232,6 @@ class Run:
             "unfinished": "it ends no answer",
             "malformed_reply": "it answers, but not with a completion; an OpenAI address usually ends in /v1",
         }.get(failure.reason, failure.reason.replace("http_", "HTTP ").replace("no_connection", "no answer"))
-        what += f": {failure.words}" if failure.words else ""
+        what += by_proxy(self.generator.address) + (f": {failure.words}" if failure.words else "")
         tail = "" if self._is_probe else f" This was row {id}, with nothing answered in the meantime. {KEPT}"
         return UserError(f"{self.generator.address} ({self.generator.key}.base_url): {what}.{tail}")

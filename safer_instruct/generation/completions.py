@@ -86,10 +86,18 @@ def split_thought(text: str, tags: Sequence[str], *, prompt: str = "") -> tuple[
     """
     pairs = [[re.compile(re.escape(part), re.IGNORECASE) for part in tag.split()] for tag in tags]
     end = max((found.end() for _, closing in pairs for found in closing.finditer(text)), default=0)
+    spoken = _SPOKEN.match(text) if tags else None
+    if spoken is not None and spoken[1]:
+        end = max(end, spoken.end())
     thought, answer = text[:end], text[end:].lstrip() if end else text
     begun = [re.compile(rf"^[ \t]*{opening.pattern}", re.IGNORECASE | re.MULTILINE) for opening, _ in pairs]
     opened = not end and any(re.search(rf"{opening.pattern}\s*$", prompt, re.IGNORECASE) for opening, _ in pairs)
-    if opened or any(opening.search(answer) for opening in begun) or (tags and _CHANNEL.search(thought)):
+    if (
+        opened
+        or (spoken is not None and not spoken[1])
+        or any(opening.search(answer) for opening in begun)
+        or (tags and _CHANNEL.search(thought))
+    ):
         return text, "", False
     wrapped = _WRAPPED.fullmatch(answer.strip()) if end else None
     return thought, wrapped[2].strip() if wrapped else answer, True
@@ -97,6 +105,10 @@ def split_thought(text: str, tags: Sequence[str], *, prompt: str = "") -> tuple[
 
 _CHANNEL = re.compile(r"<\|channel\|>(?!\s*final)[^<]*<\|message\|>$")  # of GPT-OSS: all but one are thoughts
 _WRAPPED = re.compile(r"<(answer|response)>(.*)</\1>", re.IGNORECASE | re.DOTALL)  # behind a thought
+# What begins a text where there are no tags: GPT-OSS's channels without their special tokens, Granite 3.2's sentences.
+_SPOKEN = re.compile(
+    r"\s*(?:analysis(?=\w)|Here(?:'s| is) my thought process:)(?s:.*?(assistantfinal|Here(?:'s| is) my response:))?"
+)
 
 
 def without_thought(generation: Generation, tags: Sequence[str], prompt: Prompt) -> Generation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,27 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
     listed = configured if isinstance(configured, list) else [configured]
     turn_end = tokenizer.backend_tokenizer.token_to_id(chat_end_token(tokenizer))  # what template=chat trains
     return frozenset(token for token in (*listed, tokenizer.eos_token_id, turn_end) if token is not None)
+
+
+class TextDecoder:
+    """Tokens -> text without special tokens, but for those that are tags of a thought in some families of models."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, thought_tags: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        tags = {tag for pair in thought_tags for tag in pair.split()} & set(tokenizer.all_special_tokens)
+        self._kept = {tokenizer.convert_tokens_to_ids(tag): tag for tag in tags}
+
+    def __call__(self, tokens: Sequence[int]) -> str:
+        """Return the text of new tokens."""
+        parts, start = [], 0
+        for place, token in enumerate(tokens):
+            if token in self._kept:
+                parts += [self._decode(tokens[start:place]), self._kept[token]]
+                start = place + 1
+        return "".join([*parts, self._decode(tokens[start:])])
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 def stop_where_answers_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import socket
+import ssl
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +17,14 @@ from safer_instruct.text.display import visible, without_password
 
 KEPT = "Finished rows are kept: the same command goes on from there."
 # In an error's code or type: nothing is left to spend; unless it is a rate that is exceeded.
-ACCOUNT, RATE = re.compile("arrear|balance|billing|credit|payment|quota"), re.compile("rate.?limit|throttl")
+ACCOUNT, RATE = re.compile("arrear|balance(?!r)|billing|credit|payment|quota"), re.compile("rate.?limit|throttl")
 # Error codes that are about one request's content or length.
 ROW_CODES = {
     "content_filter", "content_policy_violation", "data_inspection_failed", "context_length_exceeded",
     "string_above_max_length",
 }  # fmt: skip
 MAX_SHOWN = 300  # characters of a server's own words
+SAID = ("message", "detail", "status_msg")  # where servers have these
 # Words of the prompts that servers use, too: such a word in a message quotes no row.
 COMMON = {"answer", "check", "data", "language", "model", "request", "response", "this"}
 MIN_SECRET = 8  # characters of a key; a shorter one is the text that a server without keys is given
@@ -65,14 +68,23 @@ def is_address(url: str) -> bool:
     """Return whether a server can be reached under a URL."""
     try:
         parts = urllib.parse.urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_whole = url.isprintable() and " " not in url and bool(parts.hostname)
+        return is_whole and parts.scheme in ("http", "https") and parts.port != 0
     except ValueError:  # an unclosed bracket, or a port that is no number
         return False
 
 
+def by_proxy(url: str) -> str:
+    """Say that an address is reached through a proxy of the environment, "" if it is not."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    if not urllib.request.getproxies() or urllib.request.proxy_bypass(host):
+        return ""
+    return f", through the proxy that the environment names (NO_PROXY={host} leaves it out)"
+
+
 def own_words(fields: dict[str, Any], request: Request, secret: str = "") -> str:
     """Return what the server says in an error, "" where it shares a word with the request: it may quote the row."""
-    said = str(fields.get("message") or fields.get("detail") or "")[: 10 * MAX_SHOWN]
+    said = str(next(filter(None, map(fields.get, SAID)), ""))[: 10 * MAX_SHOWN]
     if len(secret) >= MIN_SECRET:
         said = said.replace(secret, "***")
     said = visible(without_password(said))[:MAX_SHOWN]
@@ -89,6 +101,8 @@ def cause_of(error: BaseException) -> str:
         error = inner
     if isinstance(error, socket.gaierror):
         return error.strerror or "name not resolved"
+    if isinstance(error, ssl.SSLError):  # its errno is OpenSSL's
+        return getattr(error, "verify_message", "") or error.reason or type(error).__name__
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return type(error).__name__

@@ -18,7 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from config.settings import GenerationSettings
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
-from safer_instruct.generation.decoding import context_of, end_tokens, say_what_is_not_read
+from safer_instruct.generation.decoding import TextDecoder, context_of, end_tokens, say_what_is_not_read
 from safer_instruct.generation.window import Window
 from safer_instruct.text.prompts import Unusable
 
@@ -76,9 +76,7 @@ class HFGenerator:
         say_what_is_not_read(model.generation_config, READ_ENTRIES)
         counts = any(configured.get(name) for name in COUNTING_ENTRIES)
         self._round_tokens = settings.max_new_tokens if counts else ROUND_TOKENS
-        # Some families have special tokens as tags of a thought, which decoding would leave out.
-        tags = {tag for pair in settings.thought_tags for tag in pair.split()} & set(tokenizer.all_special_tokens)
-        self._special_tags = {tokenizer.convert_tokens_to_ids(tag): tag for tag in tags}
+        self._text = TextDecoder(tokenizer, settings.thought_tags)
 
     def check(self) -> None:
         """Do nothing: the model is here."""
@@ -139,15 +137,6 @@ class HFGenerator:
                 prompt_tokens=len(prompt),
                 new_tokens=len(tokens),
             )
-
-    def _text(self, tokens: list[int]) -> str:
-        parts, start = [], 0
-        for place, token in enumerate(tokens):
-            if token in self._special_tags:
-                before = self.tokenizer.decode(tokens[start:place], skip_special_tokens=True)
-                parts += [str(before), self._special_tags[token]]
-                start = place + 1
-        return "".join([*parts, str(self.tokenizer.decode(tokens[start:], skip_special_tokens=True))])
 
     def _decode(self, ids: Sequence[str], prompts: Sequence[list[int]]) -> list[list[int]]:
         """Return the new tokens of each row, its end token included where it met one.

@@ -272,7 +272,7 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
 def _switch_dropout_off(config: PretrainedConfig) -> None:
     for part in (config, config.get_text_config()):
         for key, value in part.to_dict().items():
-            if ("dropout" in key or "pdrop" in key or key == "layerdrop") and isinstance(value, (int, float)):
+            if ("dropout" in key or "pdrop" in key or "layerdrop" in key) and isinstance(value, (int, float)):
                 setattr(part, key, type(value)(0))
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from safer_instruct.generation.faults import MAX_SHOWN, Failed
+from safer_instruct.generation.faults import MAX_SHOWN, SAID, Failed
 from safer_instruct.text.display import visible
 
 MAX_TOKENS = 10**9  # more than any reply can have used
@@ -14,29 +14,39 @@ MAX_TOKENS = 10**9  # more than any reply can have used
 _ENDS = {
     "content_filter": re.compile("block|filter|guardrail|moderat|prohibit|recitation|refus|safety|sensitive|toxic"),
     "tool_calls": re.compile("function|tool"),
-    "truncated": re.compile("length|limit|max_|window"),
+    "truncated": re.compile("incomplete|length|limit|max_|not_finish|unfinish|window"),
     "": re.compile("complete|done|^end|eos|finish|stop"),
 }
+_ANSWERS = ("text", "output_text", "refusal")  # types of parts of a message; the others are thoughts
 
 
 def error_fields(body: Any) -> dict[str, Any]:
-    """Return the fields of an error (message, code, type, param): an object or a text, alone, in `error` or a list."""
-    while isinstance(body, list | dict) and (inner := body[:1] if isinstance(body, list) else body.get("error")):
+    """Return the fields of an error (message, code, type, param): an object or a text, alone, in a list, or inside."""
+    while inner := body[:1] if isinstance(body, list) else isinstance(body, dict) and _holder(body):
         body = inner[0] if isinstance(body, list) else inner
     if isinstance(body, str):
         return {} if body.lstrip().startswith("<") else {"message": body}  # a page is for a browser
     return body if isinstance(body, dict) else {}
 
 
+def _holder(body: Mapping[str, Any]) -> Any:
+    return body.get("error") or body.get("base_resp")  # MiniMax has the latter
+
+
+def error_status(fields: Mapping[str, Any], status: int) -> int:
+    """Return the status of an error: a gateway may wrap the one that it got, as its code, into one of its own."""
+    code = str(fields.get("code"))
+    return int(code) if re.fullmatch("[45][0-9][0-9]", code) else status
+
+
 def error_inside(body: Any) -> tuple[int, dict[str, Any]] | None:
     """Return the status and the fields of an error in the place of a completion, None if a reply holds none."""
     choices = body.get("choices") if isinstance(body, dict) else None
-    for holder in (body, *(choices if isinstance(choices, list) else ())[:1]):
-        if isinstance(holder, dict) and holder.get("error"):
-            fields = error_fields(holder)
-            code = fields.get("code")
-            return (code if isinstance(code, int) and 400 <= code < 600 else 500), fields
-    return None
+    holders = [one for one in (body, *(choices or ())[:1]) if isinstance(one, dict) and one.get("error")]
+    fields = error_fields(holders[0] if holders else {} if choices or isinstance(body, str) else body)
+    if not holders and not any(isinstance(fields.get(name), str) for name in SAID):
+        return None
+    return error_status(fields, 500), fields
 
 
 def read_finish(reason: Any) -> tuple[bool, str]:
@@ -69,15 +79,19 @@ def message_texts(message: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         ValueError, LookupError, TypeError, AttributeError: It is no message.
     """
-    content = message["content"] or message.get("refusal") or ""  # OpenAI's models decline in a field of its own
+    # Gemini leaves the content out where the thought took all tokens; OpenAI's models decline in a field of its own.
+    content = message.get("content") or message.get("refusal") or ""
     thought = message.get("reasoning_content") or message.get("reasoning") or ""
     if isinstance(content, list):  # parts, of which some are thoughts (Mistral)
-        thought = "".join(_joined(part["thinking"]) for part in content if part["type"] == "thinking")
+        thought = "".join(_joined(part["thinking"]) for part in content if part.get("type") == "thinking")
     return _joined(content), thought if isinstance(thought, str) else ""
 
 
 def _joined(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+    if isinstance(content, str):
+        return content
+    answers = (part for part in content if part.get("type", "text") in _ANSWERS)
+    return "".join(part.get("text") or part.get("refusal") or "" for part in answers)
 
 
 def utf8(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import openai
 
-from config.errors import UserError
+from config.errors import UserError, first_line
 from config.settings import THOUGHT_TAGS, OpenAIExpertSettings, ServerSettings
 from safer_instruct.generation.calls import PROBE, PROBE_SCHEMA, Run
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
@@ -37,6 +37,7 @@ from safer_instruct.generation.pacing import Budget, retry_after_seconds
 from safer_instruct.generation.replies import (
     error_fields,
     error_inside,
+    error_status,
     message_texts,
     read_finish,
     token_count,
@@ -53,6 +54,7 @@ for library in ("openai", "httpx", "httpx2"):  # the client's transport is one o
 UNSUPPORTED = {"unsupported_parameter", "unsupported_value"}
 DROPPABLE = {"temperature", "top_p", "seed", "response_format"}
 LIMITS = ("max_tokens", "max_completion_tokens")  # of new tokens: older and newer name
+RETRIED = (408, 409, 424, 425, 429, 498, 499)  # besides 5xx; 424 and 498 are those of TGI and Groq that are busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +141,20 @@ class OpenAIGenerator:
             raise UserError(f"the environment variable {variable} holds no key: a key has no spaces and is ASCII")
         if self.settings.base_url is not None and not is_address(self.settings.base_url):
             raise UserError(f"{self.key}.base_url={self.address}: not an address; write http://HOST:PORT/v1")
-        return openai.AsyncOpenAI(
-            api_key=key,
-            base_url=self.settings.base_url,
-            timeout=self.settings.timeout_seconds,
-            max_retries=0,
-            # A redirect would send the prompt to an address that nobody has named, or turn it into a GET.
-            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
-        )
+        try:
+            return openai.AsyncOpenAI(
+                api_key=key,
+                base_url=self.settings.base_url,
+                timeout=self.settings.timeout_seconds,
+                max_retries=0,
+                # A redirect would send the prompt to an address that nobody has named, or turn it into a GET.
+                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+            )
+        except Exception as error:  # of its own kinds, and of whatever reads the certificates
+            raise UserError(
+                f"{self.key}: no client can be made for {self.address} ({without_password(first_line(error))}); look "
+                "at the variables HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE, SSL_CERT_DIR of the environment"
+            ) from None
 
     def _key(self) -> str:
         return os.environ.get(self.settings.api_key_env, "").strip()  # files of secrets often end in a newline
@@ -173,7 +181,8 @@ class OpenAIGenerator:
             fields = error_fields(error.body)
             if self._leave_out(fields, options):
                 return await self.attempt(client, request)
-            raise self._status_error(error.status_code, fields, error.response.headers, request) from None
+            status = error_status(fields, error.status_code)
+            raise self._status_error(status, fields, error.response.headers, request) from None
         try:
             body = json.loads(raw.content)
             if (inside := error_inside(body)) is None:
@@ -246,7 +255,7 @@ class OpenAIGenerator:
             return UserError(
                 f"{self.address}: {said}: the account's quota is used up, or it has nothing left to pay with. {KEPT}"
             )
-        if status in (408, 409, 425, 429) or status >= 500:
+        if status in RETRIED or status >= 500:
             return Failed(f"http_{status}", retry_after_seconds(headers), throttled=status == 429, words=words)
         if status == 401:
             return self.refusal_error(Refused(status, words))
@@ -288,7 +297,10 @@ class OpenAIGenerator:
                 assert refused is not None
                 raise self.refusal_error(refused)
             except UserError as error:
-                raise UserError(f"a test of the server failed: {error}".replace(f" {KEPT}", "")) from None
+                said = f"a test of the server failed: {error}".replace(f" {KEPT}", "")
+                if schema is not None and "HTTP 5" in said:
+                    said += f" Perhaps it takes no JSON schema: {self.key}.structured_output=never asks without one."
+                raise UserError(said) from None
 
 
 async def _next(answers: AsyncIterator[list[Generation]]) -> list[Generation]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from config.errors import UserError
 from config.settings import BackendSettings, ModelSettings
 from safer_instruct.generation.completions import Generation, Request, row_seed, without_thought
+from safer_instruct.generation.decoding import TextDecoder
 from safer_instruct.generation.models import load_tokenizer
 from safer_instruct.generation.weights import is_adapter, require_as_saved, resolve_archive
 from safer_instruct.generation.window import Window
@@ -55,7 +56,9 @@ class VLLMGenerator:
             seed=settings.seed,
         )
         context = self._engine.llm_engine.model_config.max_model_len
-        self.window = Window(load_tokenizer(model), context=context, max_new_tokens=settings.max_new_tokens, name=name)
+        tokenizer = load_tokenizer(model)
+        self.window = Window(tokenizer, context=context, max_new_tokens=settings.max_new_tokens, name=name)
+        self._text = TextDecoder(tokenizer, settings.thought_tags)
 
     def check(self) -> None:
         """Do nothing: the engine runs."""
@@ -75,10 +78,11 @@ class VLLMGenerator:
         outputs = self._engine.generate(prompts, parameters, use_tqdm=False) if prompts else []
         for (request, ids, cut), output in zip(rows, outputs, strict=True):
             answer = output.outputs[0]
+            ended = answer.finish_reason == "stop"  # by a token that is no part of the text
             generation = Generation(
                 id=request.id,
-                text=answer.text,
-                truncated=answer.finish_reason == "length",
+                text=self._text(answer.token_ids[:-1] if ended else answer.token_ids),
+                truncated=not ended,
                 prompt_tokens=len(ids),
                 new_tokens=len(answer.token_ids),
                 prompt_cut=cut,

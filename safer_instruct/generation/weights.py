@@ -274,8 +274,8 @@ def check_tied(model: Any, source: Path | str) -> None:
     Raises:
         UserError: Saying which entry to correct.
     """
-    head = model.get_output_embeddings()
-    if head is not None and model.config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+    head, is_tied = model.get_output_embeddings(), getattr(model.config, "tie_word_embeddings", False)  # not all say it
+    if head is not None and is_tied and head.weight is not model.get_input_embeddings().weight:
         raise UserError(
             f"{source}: config.json says tie_word_embeddings: true, but input and output embedding are two different "
             "tensors in its weights. Set it to false, which is what these weights are."

@@ -155,24 +155,18 @@ def run_replay(
 
     Without a generator, which is the starting model, the answers of the file are taken.
     """
-    complete(path, configuration, examples, _taken if generator is None else stage_replay(generator))
 
-
-def _taken(examples: Sequence[Example]) -> Iterator[Record]:
-    return ({"id": one.id, "answer": one.chosen, "truncated": False, "tokens": 0} for one in examples)
-
-
-def stage_replay(generator: TextGenerator) -> Stage:
-    """Make the stage in which the starting model answers harmless prompts."""
-
-    def run(examples: Sequence[Example]) -> Iterator[Record]:
+    def answer(examples: Sequence[Example]) -> Iterator[Record]:
+        if generator is None:
+            yield from ({"id": one.id, "answer": one.chosen, "truncated": False, "tokens": 0} for one in examples)
+            return
         requests = [Request(example.id, Prompt("", example.instruction or "", "")) for example in examples]
         for one in generator.generate(requests):
             record = {"id": one.id, "answer": one.text.strip(), "truncated": one.truncated}
             record |= {"prompt_cut": one.prompt_cut, "tokens": one.tokens}
             yield {**record, **({"error": one.error} if one.error else {}), **paid(one.cost)}
 
-    return run
+    complete(path, configuration, examples, answer)
 
 
 def run_contrast(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
@@ -231,11 +225,7 @@ def read_records(folder: Path, stage: str, count: int) -> dict[str, dict[str, Re
         return {name: {} for name in BENIGN_STAGES[stage]}
     ledgers = {name: stage_ledgers(folder, name, count) for name in BENIGN_STAGES[stage]}
     check_chain(folder, ledgers)
-    found: dict[str, dict[str, Record]] = {name: {} for name in ledgers}
-    for name, of_stage in ledgers.items():
-        for record, _ in of_stage.records():
-            found[name].setdefault(record["id"], record)
-    return found
+    return {name: of_stage.by_id() for name, of_stage in ledgers.items()}
 
 
 def num_missing(stage: str, prompts: Sequence[Example], records: Mapping[str, Mapping[str, Record]]) -> int:

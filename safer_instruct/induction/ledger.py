@@ -19,13 +19,30 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import UserError
+from safer_instruct.experts.abstentions import NOT_ANSWERED
 from safer_instruct.text.examples import Example
 
 FORMAT = 1
 WRITTEN_AT = "at"  # seconds since the epoch on each line, for `stage=status`; no part of the record
-# How the reasons begin for which a server gave no answer to a row: refused, broken off, or nothing came.
-NOT_ANSWERED = ("http_", "malformed_reply", "no_connection", "timeout", "unfinished")
 SYNC_SECONDS = 1.0  # an fsync at most this often, and at the end of every batch
+_NUMBER, _PERHAPS_TEXT = int | float, str | None
+_WRITTEN = {"reason": str, "tokens": int}
+# What the records of a ledger hold, by the first word of its name; a hand or a disk may have changed it.
+_HELD: dict[str, dict[str, Any]] = {
+    "induce": {"response": str, "instruction": str, "truncated": bool, "prompt_cut": bool, "tokens": int},
+    "score": {"best": int, "scores": list, "tokens": int},
+    "filter": {"keep": bool, "label": str, **_WRITTEN},
+    "respond": {"chosen": _PERHAPS_TEXT, **_WRITTEN},
+    "vary": {"chosen": _PERHAPS_TEXT, **_WRITTEN},
+    "replay": {"answer": str, "truncated": bool, "tokens": int},
+    "contrast_neighbour": {"neighbour": _PERHAPS_TEXT, **_WRITTEN},
+    "contrast_screen": _WRITTEN,
+    "contrast_answer": {"answer": _PERHAPS_TEXT, **_WRITTEN},
+    "generate": {"text": str, "truncated": bool, "prompt_cut": bool},
+    "judge": {"outcome": str},
+    "compare": {"winner": str},
+}
+_MAY_HOLD = {"at": _NUMBER, "candidates": list, "cost": _NUMBER, "error": str, "tokens": int}
 
 Record = dict[str, Any]
 
@@ -118,19 +135,27 @@ class Ledger:
 
 def is_final(record: Mapping[str, Any]) -> bool:
     """Return whether a row is not asked again: what a server refused may be answered tomorrow, or by another one."""
-    reason = str(record.get("reason") or record.get("error") or "")
-    return not reason.removeprefix("abstain_").startswith(NOT_ANSWERED)
+    reasons = (str(record.get(key) or "").removeprefix("abstain_") for key in ("reason", "error"))
+    return not any(reason.startswith(NOT_ANSWERED) for reason in reasons)
 
 
-def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:
+def settle(records: dict[str, Record], record: Record) -> None:
+    """Keep of several records of a row the first that is final, or else the last."""
+    if record["id"] not in records or not is_final(records[record["id"]]):
+        records[record["id"]] = record
+
+
+def read_ledger(path: Path, configuration: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Record]]:
     """Read a ledger without changing it: its configuration, and its records by id.
 
     Raises:
-        UserError: There is no such ledger, or its inside is broken.
+        UserError: There is no such ledger, its inside is broken, or it was made with another `configuration`.
     """
     header, records, _ = _read(path) if path.is_file() else (None, {}, 0)
     if header is None:
         raise UserError(f"{path}: no such ledger; run the stage that writes it first")
+    if configuration is not None:
+        check_configuration(path, header, configuration)
     return header["configuration"], records
 
 
@@ -144,12 +169,6 @@ def read_header(path: Path) -> dict[str, Any]:
     if header is None:
         raise UserError(f"{path}: no such ledger; run the stage that writes it first")
     return header[0]
-
-
-def count_lines(path: Path) -> int:
-    """Return the number of newlines of a file: one more than the records of a ledger."""
-    with path.open("rb") as file:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
 def scan_records(path: Path) -> Iterator[tuple[Record, bytes]]:
@@ -213,8 +232,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Record], int]:
             header = parsed
         else:
             parsed.pop(WRITTEN_AT, None)
-            if parsed["id"] not in records or not is_final(records[parsed["id"]]):
-                records[parsed["id"]] = parsed
+            settle(records, parsed)
     return header, records, end
 
 
@@ -235,7 +253,15 @@ def scan_ledger(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
                 return
             if number == 1 and not _is_header(parsed):
                 raise UserError(f"{path}: not a ledger (its first line is no header); give another output=FOLDER")
+            if number > 1 and not _is_record(parsed, path.name.partition("-")[0]):
+                raise UserError(f"{path}:{number}: no record of this ledger; delete the line to compute its row again")
             yield parsed, line
+
+
+def _is_record(parsed: Mapping[str, Any], kind: str) -> bool:
+    held = {"id": str, **_HELD.get(kind, {})}
+    optional = {name: what for name, what in _MAY_HOLD.items() if name in parsed}
+    return all(isinstance(parsed.get(name, ...), what) for name, what in (held | optional).items())
 
 
 def _is_header(parsed: Mapping[str, Any]) -> bool:

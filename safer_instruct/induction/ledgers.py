@@ -10,7 +10,15 @@ from typing import Any
 
 from config.errors import UserError
 from config.names import BENIGN_STAGES
-from safer_instruct.induction.ledger import Record, read_header, scan_ledger, shard_count, shard_path
+from safer_instruct.induction.ledger import (
+    Record,
+    read_header,
+    scan_ledger,
+    scan_records,
+    settle,
+    shard_count,
+    shard_path,
+)
 from safer_instruct.induction.stages import FILTER, INDUCE, OPTIONAL_STAGES, RESPOND, SCORE, STAGES, stage_digest
 
 _OFFSET_BITS = 40  # of a place: its ledger's number stands above them
@@ -31,6 +39,20 @@ class StageLedgers:
                 if end:  # the first line is the header
                     yield record, number << _OFFSET_BITS | end
                 end += len(line)
+
+    def by_id(self) -> dict[str, Record]:
+        """Return the record of each row that has one."""
+        found: dict[str, Record] = {}
+        for record, _ in self.records():
+            settle(found, record)
+        return found
+
+    def num_missing(self) -> int:
+        """Return how many rows of their shards have no record."""
+        rows = (
+            read_header(path).get("rows", 0) - len({one["id"] for one, _ in scan_records(path)}) for path in self.paths
+        )
+        return sum(max(0, number) for number in rows)
 
     def lines(self, places: Sequence[int | None]) -> list[bytes | None]:
         """Return the record's line at each place.

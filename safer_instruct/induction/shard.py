@@ -18,7 +18,7 @@ from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.backends import build_reversed_model, reversed_model_identity
 from safer_instruct.generation.weights import run_config
 from safer_instruct.induction import stages
-from safer_instruct.induction.ledger import Ledger, Record, read_header, read_ledger, run_stage, scan_records
+from safer_instruct.induction.ledger import Ledger, Record, read_ledger, run_stage, scan_records
 from safer_instruct.induction.ledgers import stage_ledgers
 from safer_instruct.induction.stages import FILTER, INDUCE, RESPOND, SCORE, Scorer, Stage
 from safer_instruct.text.examples import Example
@@ -119,14 +119,12 @@ def resolve_min_score(roundtrip: RoundTripSettings, paths: Mapping[str, Path], c
     if roundtrip.top_fraction is None:
         return roundtrip.threshold
     ledgers = stage_ledgers(paths[SCORE].parent, SCORE, count)
-    records = [record for record, _ in ledgers.records()]
-    num_rows = sum(read_header(path).get("rows", 0) for path in ledgers.paths)
-    if len(records) < num_rows:
+    if missing := ledgers.num_missing():
         raise UserError(
-            f"roundtrip.top_fraction={roundtrip.top_fraction} is of all pairs, and {num_rows - len(records)} of "
-            f"{num_rows} have no score yet: run stage=score of all {count} shards to its end before stage=filter"
+            f"roundtrip.top_fraction={roundtrip.top_fraction} is of all pairs, and {missing} have no score yet: run "
+            f"stage=score of all {count} shards to its end before stage=filter"
         )
-    scores = [record["scores"][record["best"]] for record in records]
+    scores = [record["scores"][record["best"]] for record in ledgers.by_id().values()]
     return stages.least_score((score for score in scores if score is not None), roundtrip.top_fraction)
 
 
@@ -145,5 +143,5 @@ def budget_left(settings: OpenAIExpertSettings, paid: Collection[Path], count: i
     budget = budget_of(settings, shards=count)
     for path in paid:
         for record, _ in scan_records(path) if path.is_file() else ():
-            budget.count(record.get("cost", 0.0), record["tokens"])
+            budget.count(record.get("cost", 0.0), record.get("tokens", 0))
     return budget

@@ -16,7 +16,7 @@ from config.settings import InductionSettings
 from safer_instruct.experts.expert import Expert
 from safer_instruct.generation.completions import Generation, Request, TextGenerator
 from safer_instruct.induction.checks import CHECKS_VERSION, cheap_check, low_score
-from safer_instruct.induction.ledger import Record
+from safer_instruct.induction.ledger import Record, is_final
 from safer_instruct.text.examples import Example, short_hash, text_id
 from safer_instruct.text.prompts import render_reversed
 
@@ -49,7 +49,8 @@ class Scorer(Protocol):
 def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Stage:
     """Make the stage that lets the reversed model write `num_candidates` instructions of each response.
 
-    A record's `instruction` is the first candidate; further ones, each with seeds of its own, are in `candidates`.
+    A record's `instruction` is the first candidate that came; all of several, each with a seed of its own, are in
+    `candidates`.
     """
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
@@ -79,7 +80,7 @@ def candidate_id(id: str, number: int) -> str:
 
 
 def _induced(example: Example, generations: Sequence[Generation]) -> Record:
-    first = generations[0]
+    first = next((one for one in generations if not one.error), generations[0])
     record = {
         "id": example.id,
         "response": example.response_id,  # a corpus that changed under its ids is noticed
@@ -107,6 +108,7 @@ def stage_score(scorer: Scorer) -> Stage:
         items = []
         scores: dict[str, list[float | None]] = {}
         tokens: Counter[str] = Counter()
+        failed = {example.id: _failure(example) for example in examples}
         for example in examples:
             found = candidates(example)
             scores[example.id] = [None] * len(found)
@@ -119,7 +121,7 @@ def stage_score(scorer: Scorer) -> Stage:
         for id, of_row in scores.items():
             known = [number for number, score in enumerate(of_row) if score is not None]
             best = max(known, key=lambda number: (of_row[number], -number)) if known else 0
-            yield {"id": id, "best": best, "scores": of_row, "tokens": tokens[id]}
+            yield {"id": id, "best": best, "scores": of_row, "tokens": tokens[id], **failed[id]}
 
     return run
 
@@ -149,7 +151,8 @@ def stage_filter(expert: Expert, *, min_score: float | None = None) -> Stage:
         passed = []
         for example in examples:
             if reason := cheap_check(example) or low_score(example, min_score):
-                yield {"id": example.id, "keep": False, "reason": reason, "label": "", "tokens": 0, **_about(example)}
+                record = {"id": example.id, "keep": False, "reason": reason, "label": "", "tokens": 0}
+                yield {**record, **_failure(example), **_about(example)}
             else:
                 passed.append(example)
         by_id = {example.id: example for example in passed}
@@ -176,12 +179,19 @@ def _about(pair: Example) -> Record:
     return {"instruction_id": text_id(pair.instruction or "")}
 
 
+def _failure(pair: Example) -> Record:
+    """Return why there is no instruction, if there is none: what is said of such a row is final if that is."""
+    return {"error": pair.provenance["error"]} if pair.provenance.get("error") else {}
+
+
 def require_same_instruction(pair: Example, record: Record, stage: str) -> None:
     """Raise a UserError if a record of filter or respond is about another instruction than the pair's.
 
     A record that does not say what it is about was written by an earlier version, and is taken as it is.
     """
     if record.get("instruction_id") not in (None, text_id(pair.instruction or "")):
+        if not is_final(record):
+            raise unfinished("some", stage)
         raise UserError(
             f"row {pair.id} ({pair.provenance['source']}): its record of stage={stage} is about another instruction "
             "than the ledger of stage=induce has now; bring the old ledger back, or delete those of the later stages "

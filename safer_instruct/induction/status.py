@@ -10,7 +10,8 @@ from pathlib import Path
 
 from config.errors import UserError
 from config.names import BENIGN_STAGES
-from safer_instruct.induction.ledger import NOT_ANSWERED, WRITTEN_AT, parse_line, shard_count, shard_path
+from safer_instruct.experts.abstentions import NOT_ANSWERED
+from safer_instruct.induction.ledger import WRITTEN_AT, parse_line, shard_count, shard_path
 from safer_instruct.induction.ledgers import present_stages
 from safer_instruct.text.display import markdown_table
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from config.errors import UserError
 from safer_instruct.experts.expert import Expert
-from safer_instruct.induction.ledger import Record, count_lines, read_header
+from safer_instruct.induction.ledger import Record
 from safer_instruct.induction.ledgers import StageLedgers, stage_ledgers
 from safer_instruct.induction.shard import complete
 from safer_instruct.induction.stages import RESPOND, VARY, expert_configuration, stage_respond, unfinished
@@ -41,7 +41,7 @@ def overused(answered: StageLedgers, max_same: float) -> set[str]:
         UserError: Rows have no response yet.
     """
     uses = Counter(key for _, key in _responses(answered))
-    if missing := _num_missing(answered):
+    if missing := answered.num_missing():
         raise UserError(
             f"respond.max_same={max_same} is of the responses of all shards, and {missing} rows have none yet: run "
             "stage=respond of all shards to its end before stage=vary"
@@ -57,22 +57,17 @@ def overused(answered: StageLedgers, max_same: float) -> set[str]:
 
 def _responses(answered: StageLedgers) -> Iterator[tuple[str, str]]:
     """Yield (row, hash of its response) where there is one."""
+    seen: set[str] = set()
     for record, _ in answered.records():
-        if record["chosen"] is not None:
+        if record["chosen"] is not None and record["id"] not in seen:
+            seen.add(record["id"])
             yield record["id"], text_id(normalise(record["chosen"]))
 
 
 def require_varied(ledgers: Mapping[str, StageLedgers]) -> None:
     """Raise a UserError if rows that were to be answered again have not been."""
-    if VARY not in ledgers:
-        return
-    if missing := _num_missing(ledgers[VARY]):
+    if VARY in ledgers and (missing := ledgers[VARY].num_missing()):
         raise unfinished(missing, VARY)
-
-
-def _num_missing(ledgers: StageLedgers) -> int:
-    """Return how many rows of their shards the ledgers lack."""
-    return sum(max(0, read_header(path).get("rows", 0) - (count_lines(path) - 1)) for path in ledgers.paths)
 
 
 def final_response(records: Mapping[str, Record]) -> Record:

@@ -35,7 +35,7 @@ def compare_models(judged: Judged, reported: Mapping[str, Mapping[str, Any]], *,
         }
         sources = sorted({source for flags in counted.values() for source, _ in flags.values()})
         groups = [ALL_SOURCES, *(sources if metric == TESTED[0] and len(sources) > 1 else [])]
-        for source in groups:
+        for source in dict.fromkeys(groups):
             for first, second in combinations(judged, 2):
                 found = compare_paired(list(_common(counted[first], counted[second], source)), seed=seed)
                 if found is not None:

@@ -40,10 +40,7 @@ REFUSALS = (
 # Losses that are ln 2 where the policy prefers neither response.
 LOGISTIC = frozenset({"dpo", "cdpo", "robust", "dpo_norm"})
 # Figures of several runs over each other: title, y-axis, metric. Losses of different kinds share no axis.
-COMPARED_LOSSES = (
-    ("Training loss", "nats", "loss/train"),
-    ("Held-out loss", "nats", "loss/eval"),
-)
+COMPARED_LOSSES = (("Training loss", "nats", "loss/train"), ("Held-out loss", "nats", "loss/eval"))
 COMPARED = (
     ("Held-out reward accuracy", "accuracy", "rewards_eval/accuracies"),
     ("Held-out reward margin", "chosen - rejected", "rewards_eval/margins"),

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from config.checksums import require_untouched
 from config.errors import UserError
 from config.files import replacing
+from config.names import Kind
 from config.paths import find_path
 from config.reading import read_json_lines, read_mapping
 from safer_instruct.experts.verdicts import Judgement, Outcome
@@ -19,7 +22,65 @@ from safer_instruct.measures.rates import JudgedOutput, correctness
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 
 AGAIN = "type its command again to have it written anew from its ledgers"
-OUTCOMES: dict[str, Outcome] = {name: name for name in get_args(Outcome)}
+
+
+class _Checked(BaseModel):
+    """What is read of a report or of its samples: a hand may have changed them."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Model(_Checked):
+    path: str
+    fingerprint: str
+    unanswered: dict[str, list[str]] = {}
+
+
+class _PromptSet(_Checked):
+    n: int
+    kinds: dict[str, int]
+    fingerprint: str
+
+
+class _Judge(_Checked):
+    name: str
+    fingerprint: str
+
+
+class _Decoding(_Checked):
+    temperature: float
+
+
+class _Run(_Checked):
+    judge: _Judge
+    generation: _Decoding
+
+
+class _Report(_Checked):
+    warnings: list[str]
+    models: dict[str, _Model]
+    prompts: dict[str, _PromptSet]
+    run: _Run
+
+
+class _Sample(_Checked):
+    """A line of `samples.jsonl`."""
+
+    model: str
+    set: str
+    id: str
+    kind: Kind
+    label: str
+    source: str
+    instruction: str
+    output: str
+    truncated: bool
+    outcome: Outcome
+    harm_label: str
+    specific: bool | None
+    correct: bool | None
+    helpful: bool | None
+    prompt_cut: bool
 
 
 def find_finished(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -42,7 +103,7 @@ def find_finished(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, Path
                 f"compare: {path} holds no run (config.yaml and metrics.jsonl), no report of evaluate.py (report.json "
                 "and samples.jsonl), and no folder with either"
             )
-        folders += [one for one in found if one not in folders]
+        folders += [one for one in found if not any(map(one.samefile, folders))]
     evaluated = {name: folder for name, folder in _names(folders).items() if _is_evaluation(folder)}
     return {name: folder for name, folder in _names(folders).items() if name not in evaluated}, evaluated
 
@@ -96,21 +157,28 @@ def _read_evaluation(folder: Path) -> FinishedEvaluation:
     require_untouched(folder)
     try:
         report = read_mapping(folder / "report.json", AGAIN)
+        _Report.model_validate(report)
         judged: dict[str, list[JudgedOutput]] = {name: [] for name in report["models"]}
         for model, output in read_samples(folder / "samples.jsonl"):
             judged[model].append(output)
-        _contents(report)
-    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
         raise UserError(
-            f"compare: {folder} holds no readable report of evaluate.py ({type(error).__name__}: {error}); {AGAIN}"
+            f"compare: {folder} holds no report of evaluate.py ({where}: {fault['msg']}); {AGAIN}"
+        ) from None
+    except KeyError as error:
+        raise UserError(
+            f"compare: {folder}: samples.jsonl has a model {error} that report.json lacks; {AGAIN}"
         ) from None
     return FinishedEvaluation(report, judged)
 
 
 def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None:
-    contents = {name: _contents(evaluation.report) for name, evaluation in evaluations.items()}
+    contents = {
+        name: {key: (one["n"], one["fingerprint"]) for key, one in evaluation.report["prompts"].items()}
+        for name, evaluation in evaluations.items()
+    }
     for name, content in contents.items():
         first = next(iter(contents))
         if content != contents[first]:
@@ -122,11 +190,6 @@ def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None
                 f"models with different prompt sets cannot share a table: {'; '.join(shown)}. Evaluate both on the "
                 "same files, under the same names (prompts.NAME.path=FILE)"
             )
-
-
-def _contents(report: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    """Return rows and fingerprint of each prompt set of a report."""
-    return {key: (one["n"], str(one["fingerprint"])) for key, one in report["prompts"].items()}
 
 
 def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
@@ -158,21 +221,21 @@ def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_samples(path: Path) -> Iterator[tuple[str, JudgedOutput]]:
-    """Yield the model's name and the judged output of each line of `samples.jsonl`; KeyError without a field."""
+    """Yield the model's name and the judged output of each line of `samples.jsonl`.
+
+    Raises:
+        ValidationError: A field is missing, or of another type.
+    """
     prompts: dict[tuple[str, str], EvaluationPrompt] = {}  # one for all models: prompts are half of the text
-    for row in read_json_lines(path):
-        key = row["set"], row["id"]
+    for row in map(_Sample.model_validate, read_json_lines(path)):
+        key = row.set, row.id
         if key not in prompts:
-            prompts[key] = EvaluationPrompt(
-                row["id"], row["instruction"], row["set"], row["source"], row["label"], row["kind"]
-            )
-        judgement = _judgement(row["outcome"], row["harm_label"], row["specific"], row["helpful"])
-        prompt_cut, correct = row["prompt_cut"], row["correct"]
-        output = JudgedOutput(prompts[key], row["output"], row["truncated"], judgement, prompt_cut, correct)
-        yield row["model"], output
+            prompts[key] = EvaluationPrompt(row.id, row.instruction, row.set, row.source, row.label, row.kind)
+        judgement = _judgement(row.outcome, row.harm_label, row.specific, row.helpful)
+        yield row.model, JudgedOutput(prompts[key], row.output, row.truncated, judgement, row.prompt_cut, row.correct)
 
 
 @cache
-def _judgement(outcome: str, label: str, specific: bool | None, helpful: bool | None) -> Judgement:
+def _judgement(outcome: Outcome, label: str, specific: bool | None, helpful: bool | None) -> Judgement:
     """Return one object for all answers that were judged alike: there may be 100,000 of them."""
-    return Judgement(OUTCOMES[outcome], label, specific, helpful=helpful)
+    return Judgement(outcome, label, specific, helpful=helpful)

@@ -51,11 +51,7 @@ class Answer:
     interval: str  # "95% interval 12.1 to 18.3", "" where there is none
     words: str  # what the number is
     bars: Sequence[Bar] = ()  # the same for every model, or label
-    axis: tuple[str, str, str] = (
-        "0",
-        "50",
-        "100%",
-    )  # words at the left, the middle and the right end of the bars' axis
+    axis: tuple[str, str, str] = ("0", "50", "100%")  # words at the left, middle and right end of the bars' axis
 
 
 @dataclass(frozen=True, slots=True)

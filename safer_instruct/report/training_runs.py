@@ -166,7 +166,8 @@ def compare_training_runs(runs: Sequence[TrainingRun], sort_by: str | None) -> d
         if metric not in known:
             raise UserError(f"sort_by={sort_by}: no run has this metric; they have {', '.join(known)}")
         last = -math.inf if largest_first else math.inf  # where a run without the metric goes
-        ordered.sort(key=lambda run: run.metrics.get(metric, last), reverse=largest_first)
+        values = {id(run): run.metrics.get(metric, math.nan) for run in runs}
+        ordered.sort(key=lambda run: last if math.isnan(values[id(run)]) else values[id(run)], reverse=largest_first)
         shown = [metric, *(name for name in shown if name != metric)]
     rows = [
         {
