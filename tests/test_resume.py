@@ -72,7 +72,7 @@ def arm(function: str, calls: int) -> None:
         "evaluate": (trainer.Trainer, "_evaluation_means"),
         "write model": (checkpoint, "_save_model"),
         "fsync": (checkpoint, "fsync_tree"),
-        "point": (checkpoint, "_point"),
+        "point": (checkpoint, "point"),
         "discard": (checkpoint, "discard"),
         "rmtree": (checkpoint.shutil, "rmtree"),
         "resume": (trainer, "load_checkpoint"),

@@ -230,6 +230,7 @@ class MovingReference:
         self._every, self._alpha = settings.reference.refresh_examples, settings.reference.refresh_alpha
         self._weights = None if self._every is None else FollowingWeights(policy, self._alpha)
         self._autocast, self._ld_alpha = autocast_dtype(settings.model.autocast), ld_alpha_of(settings.loss)
+        self._model = settings.model
         self._evaluated_at = 0  # when the reference was renewed whose log-probabilities the evaluation loader has
         self.progress = RunProgress()
 
@@ -238,8 +239,10 @@ class MovingReference:
         return {} if self._weights is None else {"reference": self._weights.values}
 
     def is_policy(self, examples: int) -> bool:
-        """Tell whether, so many examples into the run, policy and reference have the same weights."""
-        return examples == self.progress.refreshed_at and (examples == 0 or self._alpha == 1)
+        """Tell whether, so many examples into the run, policy and reference compute the same in training."""
+        # An adapter is read through its dropout in training alone: that shows unless it is new, and zero.
+        exact = self._model.lora.dropout == 0 or (examples == 0 and self._model.archive is None)
+        return exact and examples == self.progress.refreshed_at and (examples == 0 or self._alpha == 1)
 
     def batches(self, loader: BatchLoader) -> Iterator[GlobalBatch]:
         """Yield the batches that the run has not seen yet, each with the reference of its time."""

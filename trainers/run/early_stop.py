@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from config.settings import EarlyStopSettings
-from trainers.run.checkpoint import RunProgress
-
-OVER_REFUSAL = "refusals_eval/benign"  # share of the sampled prompts that should be answered and were declined
+from trainers.run.saved import OVER_REFUSAL, RunProgress
 
 
 def refusal_rates(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:

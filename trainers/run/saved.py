@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from config.files import replacing, sync
 from config.paths import saved_checkpoints
 from config.settings import CheckpointSettings
 from trainers.run.run_dir import RunDir, remove
+
+OVER_REFUSAL = "refusals_eval/benign"  # share of the sampled prompts that should be answered and were declined
 
 
 @dataclass
@@ -58,8 +61,8 @@ def discard(folder: Path) -> None:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Return whether a metric is best when small, as losses are; rewards, accuracies, log-probabilities are not."""
-    return "loss" in metric or metric.startswith("nll")
+    """Return whether a metric is best when small, as losses and over-refusal are; rewards and accuracies are not."""
+    return "loss" in metric or metric.startswith("nll") or metric == OVER_REFUSAL
 
 
 def require_measured(metric: str | None, evaluation: Mapping[str, float]) -> None:
@@ -78,8 +81,8 @@ def best_checkpoint(folders: list[Path], metric: str | None) -> Path | None:
     scores = {}
     for folder in folders:
         progress = read_progress(folder)
-        if progress.evaluated_at == progress.examples and metric in progress.evaluation:
-            value = progress.evaluation[metric]
+        value = progress.evaluation.get(metric, math.nan)  # a NaN is neither better nor worse than others
+        if progress.evaluated_at == progress.examples and not math.isnan(value):
             scores[folder] = (-value if lower_is_better(metric) else value, progress.examples)
     return max(scores, key=lambda folder: scores[folder], default=None)
 
