@@ -165,14 +165,10 @@ def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple
 
 
 def load_model(
-    config: TrainConfig,
-    layout: Layout,
-    *,
-    dtype: str | None = None,
-    check: Callable[[PreTrainedModel], None] = lambda model: None,
-    compute_dtype: str | None = None,
+    config: TrainConfig, layout: Layout, *, dtype: str | None = None,
+    check: Callable[[PreTrainedModel], None] = lambda model: None, compute_dtype: str | None = None,
     is_trained: bool = True,
-) -> tuple[PreTrainedModel, str]:
+) -> tuple[PreTrainedModel, str]:  # fmt: skip
     """Return the model of the config, laid out, and the key of its weights (empty where no reference asks for it).
 
     The weights have `dtype`, without one the policy's. `check` raises a UserError for a model that will not do, in rank

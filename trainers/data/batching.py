@@ -80,18 +80,10 @@ class BatchLoader:
     """
 
     def __init__(
-        self,
-        store: TokenStore,
-        cutter: Cutter,
-        *,
-        batch_size: int,
-        seed: int | None = None,
-        num_epochs: int | None = 1,
-        num_examples: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        self, store: TokenStore, cutter: Cutter, *, batch_size: int, seed: int | None = None,
+        num_epochs: int | None = 1, num_examples: int | None = None, rank: int = 0, world_size: int = 1,
         device: torch.device = CPU,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if num_epochs is None and num_examples is None:
             raise ValueError("one of num_epochs and num_examples must be given, or the loader would never end")
         if batch_size < 1 or not 0 <= rank < world_size:
