@@ -54,7 +54,7 @@ from trainers.distributed.parallelize import parallelize, place_model
 from trainers.distributed.sharding import forward_function, reshard
 from trainers.dry_run import print_estimate
 from trainers.kernels.attention import PACKED, use_packed_attention
-from trainers.kernels.head_check import check_head
+from trainers.kernels.head_check import check_head, check_training
 from trainers.kernels.logps import autocast_dtype
 from trainers.kernels.self_check import check_packed_attention, packed_and_alone
 from trainers.lora import add_adapter, start_adapter
@@ -158,6 +158,7 @@ def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple
     def check(policy: PreTrainedModel) -> None:
         require_context(config, stores, policy)
         check_head(policy)
+        check_training(policy)
 
     policy, weights = load_model(config, layout, check=check, compute_dtype=config.model.fsdp_policy_mp)
     if config.packing:  # now: on its device, and with the kernel that will run there
@@ -169,14 +170,10 @@ def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple
 
 
 def load_model(
-    config: TrainConfig,
-    layout: Layout,
-    *,
-    dtype: str | None = None,
-    check: Callable[[PreTrainedModel], None] = lambda model: None,
-    compute_dtype: str | None = None,
+    config: TrainConfig, layout: Layout, *, dtype: str | None = None,
+    check: Callable[[PreTrainedModel], None] = lambda model: None, compute_dtype: str | None = None,
     is_trained: bool = True,
-) -> tuple[PreTrainedModel, str]:
+) -> tuple[PreTrainedModel, str]:  # fmt: skip
     """Return the model of the config, laid out, and the key of its weights (empty where no reference asks for it).
 
     The weights have `dtype`, without one the policy's. `check` raises a UserError for a model that will not do, in rank
@@ -237,30 +234,30 @@ def build_loaders(
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Batches for training, and for each evaluation (None: nothing is held out)."""
     cutter = partial(
-        build_cutter,
-        packing=config.packing,
-        device=layout.device,
-        pad_token_id=tokenizer.pad_token_id,
+        build_cutter, packing=config.packing, device=layout.device, pad_token_id=tokenizer.pad_token_id,
         max_tokens=config.max_tokens_per_microbatch,
-    )
+    )  # fmt: skip
     place: dict[str, Any] = {"rank": layout.rank, "world_size": layout.world_size, "device": layout.device}
     train = BatchLoader(
-        stores.train,
-        cutter(num_microbatches=config.gradient_accumulation_steps),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        num_epochs=config.n_epochs,
-        num_examples=config.n_examples,
-        **place,
-    )
+        stores.train, cutter(num_microbatches=config.gradient_accumulation_steps), batch_size=config.batch_size,
+        seed=config.seed, num_epochs=config.n_epochs, num_examples=config.n_examples, **place,
+    )  # fmt: skip
     if not len(stores.eval):
         return train, None
     return train, BatchLoader(stores.eval, cutter(), batch_size=config.eval_batch_size, **place)
 
 
 def require_context(config: TrainConfig, stores: TrainEval, policy: PreTrainedModel) -> None:
-    """Raise a UserError if a row is longer than the model's context: a table of positions would end in a crash."""
+    """Raise a UserError if a row is longer than the model's context: a table of positions would end in a crash.
+
+    Or longer than where longrope (Phi-3) changes the frequencies of all rows of a micro-batch: the log-probabilities of
+    a row would depend on those beside it.
+    """
     context = context_of(policy)
+    ropes = getattr(policy.config.get_text_config(), "rope_parameters", None) or {}
+    for rope in (ropes, *(one for one in ropes.values() if isinstance(one, dict))):
+        if rope.get("rope_type") == "longrope":
+            context = min(context, rope["original_max_position_embeddings"])
     longest = max(int(sequence_lengths(store.lengths).max()) for store in (stores.train, stores.eval) if len(store))
     if longest > context:
         raise UserError(

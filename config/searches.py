@@ -12,6 +12,7 @@ from config.rules import Fault, misfit
 PLUGINS = {
     "slurm": "hydra-submitit-launcher", "joblib": "hydra-joblib-launcher", "optuna": "hydra-optuna-sweeper",
 }  # fmt: skip
+OVER_REFUSAL = "refusals_eval/benign"  # share of the sampled prompts that should be answered and were declined
 
 
 def is_installed(package: str) -> bool:
@@ -24,8 +25,8 @@ def is_installed(package: str) -> bool:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Return whether a metric is best when small, as losses are; rewards, accuracies, log-probabilities are not."""
-    return "loss" in metric or metric.startswith("nll")
+    """Return whether a metric is best when small, as losses and over-refusal are; rewards and accuracies are not."""
+    return "loss" in metric or metric.startswith("nll") or metric == OVER_REFUSAL
 
 
 def check_search(config: Any, ranges: Iterable[str]) -> Iterator[Fault]:

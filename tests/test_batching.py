@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainers.data.batching import BatchLoader, GlobalBatch, permutation
 from trainers.data.cutters import PaddedCutter, build_cutter
-from trainers.data.token_store import TokenStore, TokenStoreWriter
+from trainers.data.token_store import TokenStore, TokenStoreWriter, sequence_lengths
 
 PAD = 0
 
@@ -302,6 +302,20 @@ def test_the_default_limit_is_of_the_device_and_of_packed_rows_alone() -> None:
         padded = build_cutter(packing=False, device=kind, pad_token_id=PAD, num_microbatches=3)
         assert padded == PaddedCutter(PAD, None, 3)
         assert padded.forward_only(kind) == PaddedCutter(PAD, 16_384)
+
+
+def test_the_shortest_row_is_looked_for_once(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each batch that leaves a process without rows: with a million rows that would take longer than a step."""
+    calls, visited = [], BatchLoader.rows_visited
+    monkeypatch.setattr(BatchLoader, "rows_visited", lambda self: calls.append(self) or visited(self))
+    idle = loader(store, batch_size=2, rank=2, world_size=3)
+    fillers = [one for batch in idle.batches() for one in batch.fillers]
+    assert len(fillers) > 2
+    assert len(calls) == 1
+    shortest = sequence_lengths(store.lengths).min()
+    assert all(sequence_lengths(store.lengths[one["row"]]) == shortest for one in fillers)
+    other = idle.excerpt(sequence_lengths(store.lengths).argsort(descending=True)[:2])
+    assert other.filler()["row"].item() in (0, 1)  # of its own store
 
 
 def test_a_loader_without_end_is_refused(store: TokenStore) -> None:

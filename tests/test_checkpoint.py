@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -191,6 +192,16 @@ def test_accuracies_are_best_when_large(tmp_path):
     # The later of two equals; step-20 carries the figures of another step.
     assert best_checkpoint(folders, "rewards_eval/accuracies").name == "step-12"
     assert best_checkpoint(folders, "loss/eval") is None
+
+
+@pytest.mark.parametrize("metric", ["loss/eval", "refusals_eval/benign"])
+def test_the_best_is_the_smallest_loss_or_over_refusal_and_never_nan(tmp_path, metric):
+    for step, value in ((4, math.nan), (8, 0.25), (12, 0.5), (16, math.nan)):
+        progress = RunProgress(examples=step, evaluated_at=step, evaluation={metric: value})
+        state = tmp_path / "checkpoints" / f"step-{step}" / "state"
+        state.mkdir(parents=True)
+        (state / "progress.json").write_text(json.dumps(asdict(progress)))
+    assert best_checkpoint(saved_checkpoints(tmp_path), metric).name == "step-8"
 
 
 def test_a_best_that_is_not_measured_is_refused(tmp_path):

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from config.settings import LOSSES, CheckpointSettings, DPOSettings, EMASettings, ReferenceSettings, TrainerSettings
+from config.settings import (
+    LOSSES,
+    CheckpointSettings,
+    DPOSettings,
+    EMASettings,
+    LoraSettings,
+    ReferenceSettings,
+    TrainerSettings,
+)
 from tests.ranks import run_ranks
 from tests.test_errors_loss import faults
 from tests.tiny_models import tiny_model
@@ -236,3 +244,12 @@ ERRORS = [
 def test_errors(tmp_path, loss, changes, message):
     (found,) = faults(tmp_path, LOSSES[loss](), changes=changes)
     assert message in found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_renewed_reference_of_an_adapter(tmp_path, dropout):
+    """Its dropout is training's alone: behind a renewal the weights are the same, and the rewards not 0."""
+    model = replace(tiny_settings().model, lora=LoraSettings(r=4, dropout=dropout))
+    run = start(tmp_path, "run", settings_of("renewed", lr=1e-2, model=model))
+    largest = [abs(one) for one, examples in rows(run, "rewards_train/margins", "counters/examples") if examples == 16]
+    assert (largest[0] > 1e-3) == (dropout > 0)

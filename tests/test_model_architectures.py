@@ -12,19 +12,28 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+)
 from transformers import logging as transformers_logging
+from transformers.masking_utils import sdpa_mask
 
 from config.errors import UserError
-from config.settings import ModelSettings
+from config.settings import ModelSettings, TrainConfig
+from preference_datasets import TrainEval
 from safer_instruct.generation.decoding import context_of
 from safer_instruct.generation.models import load_causal_lm
 from tests.test_packing import PAIRS, SHARED, in_order, logps_and_gradients, microbatch, store_of
 from tests.tiny_models import GROUPED
+from train import require_context
 from trainers.data.token_store import TokenStore
 from trainers.distributed.parallelize import find_blocks
 from trainers.kernels.attention import use_packed_attention
-from trainers.kernels.head_check import check_head
+from trainers.kernels.head_check import check_head, check_training
 from trainers.kernels.logps import sequence_logps
 from trainers.kernels.self_check import check_packed_attention, packed_and_alone
 from trainers.kernels.shortcuts import use_needed_positions
@@ -48,6 +57,14 @@ PACKED: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**SMALL, **EXPERTS, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1},
     "qwen3_moe": {**SMALL, **EXPERTS},
     "olmoe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+MIXING = {  # beside attention, what no mask keeps apart: convolutions, states that go on from token to token
+    "lfm2": {**SMALL, "layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {
+        **SMALL, **EXPERTS, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+        "shared_expert_intermediate_size": 24, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
 }  # fmt: skip
 EAGER = {
     "gemma2": {**SMALL, "sliding_window": 64, "final_logit_softcapping": 3.0},  # and soft caps in its attention
@@ -190,3 +207,107 @@ def test_a_multi_modal_folder_is_trained_on_text_and_goes_on(here: Callable[...,
     here(*command)
     again = load_file(folder / "checkpoints" / "step-8" / "model" / "model.safetensors")
     assert all(torch.equal(again[key], tensor) for key, tensor in trained.items())
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_rows_is_refused_and_padded_is_plain_transformers(name: str, tmp_path: Path) -> None:
+    plain = saved(name, MIXING[name], tmp_path / "model")
+    store = store_of(tmp_path / "store", PAIRS, shared=SHARED)
+    model = loaded(tmp_path / "model")
+    with torch.no_grad():
+        padded = microbatch(store, packing=False)
+        found = in_order(padded, sequence_logps(model, padded)[0])
+        torch.testing.assert_close(found, plain_logps(plain, store), rtol=0, atol=1e-5)  # float32 inside
+    use_packed_attention(model)
+    with pytest.raises(UserError, match="computes other states for packed rows"):
+        check_packed_attention(*packed_and_alone(model, device=torch.device("cpu")), name=name)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModelForMaskedLM])
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
+def test_an_encoder_is_refused(name: str, kind: Any, tmp_path: Path) -> None:
+    """Transformers makes a causal LM of it, whose tokens see the ones behind them, which they are to predict."""
+    arguments = {key: value for key, value in SMALL.items() if "head" not in key}
+    config = AutoConfig.for_model(name, **arguments, num_attention_heads=2)
+    kind.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="lets a token see the one behind it, as an encoder does"):
+        loaded(tmp_path / "model")
+
+
+def test_a_router_with_noise_is_refused(tmp_path: Path) -> None:
+    saved("phimoe", {**SMALL, "num_local_experts": 4}, tmp_path / "model")
+    model = loaded(tmp_path / "model")
+    with pytest.raises(UserError, match="PhimoeForCausalLM computes other states in training than in evaluation"):
+        check_training(model)
+    saved("mixtral", PACKED["mixtral"], tmp_path / "without")
+    check_training(loaded(tmp_path / "without"))
+
+
+def test_an_attention_that_is_asked_for_more_than_packed_rows_have_is_refused(tmp_path: Path) -> None:
+    """Such as sparse attention, whose blocks leave nothing out in the short rows of the check."""
+    saved("qwen3", PACKED["qwen3"], tmp_path / "model")
+    model = loaded(tmp_path / "model")
+    use_packed_attention(model)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "block_indices": torch.zeros(1)}), with_kwargs=True
+        )
+    with pytest.raises(UserError, match="Qwen3Attention attends with block_indices"):
+        packed_and_alone(model, device=torch.device("cpu"))
+    without = {key: value for key, value in SMALL.items() if key != "head_dim"}
+    saved("falcon", without, tmp_path / "falcon")
+    with pytest.raises(UserError, match="FalconForCausalLM takes no attention from outside"):
+        use_packed_attention(loaded(tmp_path / "falcon"))
+
+
+def test_a_head_in_float32_over_states_of_16_bits(tmp_path: Path) -> None:
+    """As some models keep it in whatever dtype they are loaded: its products are of float32."""
+    saved("qwen3", PACKED["qwen3"], tmp_path / "model")
+    model = loaded(tmp_path / "model").bfloat16()
+    model.lm_head.float()
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    check_head(model)
+    batch = microbatch(store_of(tmp_path / "store", PAIRS), packing=False)
+    logps, _, agreements = sequence_logps(model, batch, agreements=True)
+    with torch.no_grad():
+        expected = plain_logps(model, store_of(tmp_path / "store", PAIRS))
+    torch.testing.assert_close(in_order(batch, logps), expected.double(), rtol=0, atol=0.2)
+    assert agreements.isfinite().all()
+
+
+def test_a_kernel_of_a_gpu_does_not_run_in_the_checks(tmp_path: Path) -> None:
+    """The model is on the CPU when its head is looked at; it attends as asked for afterwards."""
+
+    def on_a_gpu(*arguments: Any, **keywords: Any) -> None:
+        raise RuntimeError("needs a GPU")
+
+    AttentionInterface.register("on_a_gpu", on_a_gpu)
+    AttentionMaskInterface.register("on_a_gpu", sdpa_mask)
+    saved("qwen3", PACKED["qwen3"], tmp_path / "model")
+    model = loaded(tmp_path / "model")
+    model.set_attn_implementation("on_a_gpu")
+    check_head(model)
+    check_training(model)
+    assert model.config._attn_implementation == "on_a_gpu"
+
+
+def test_rows_beyond_which_a_rotary_embedding_depends_on_the_micro_batch_are_refused(tmp_path: Path) -> None:
+    """Longrope takes other frequencies for all rows of a micro-batch that has one longer row (some nats for each)."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope |= {"original_max_position_embeddings": 40, "factor": 1.6}
+    plain = saved("llama", {**SMALL, "rope_parameters": rope}, tmp_path / "model")
+    model, config = loaded(tmp_path / "model"), TrainConfig()
+    config.model.name_or_path = "FOLDER"
+    for name, longest in (("fits", 20), ("beyond", 40)):
+        store = store_of(tmp_path / name, [(4, 3, 5), (10, longest, 20)])
+        batch = microbatch(store, packing=False)
+        with torch.no_grad():
+            error = in_order(batch, sequence_logps(model, batch)[0]) - plain_logps(plain, store)
+        stores = TrainEval(store, store.select(torch.empty(0, dtype=torch.int64)), {})
+        if name == "fits":
+            assert error.abs().max() < 1e-11
+            require_context(config, stores, model)
+            continue
+        assert error[0].abs().max() > 0.1
+        with pytest.raises(UserError, match="the longest row has 50 tokens, and the context of FOLDER is 40"):
+            require_context(config, stores, model)

@@ -29,14 +29,9 @@ TrainerMaker = Callable[[TrainConfig, BatchLoader, BatchLoader, RunDir], Trainer
 
 
 def print_estimate(
-    config: TrainConfig,
-    layout: Layout,
-    loaders: list[BatchLoader],
-    *,
-    cut: Mapping[str, int],
-    count_parameters: Callable[[], int],
-    make_trainer: TrainerMaker,
-) -> None:
+    config: TrainConfig, layout: Layout, loaders: list[BatchLoader], *, cut: Mapping[str, int],
+    count_parameters: Callable[[], int], make_trainer: TrainerMaker,
+) -> None:  # fmt: skip
     """Print what the run would be and, unless `dry_run=data`, what it would take; every process must come here.
 
     `loaders` are for training and, if anything is held out, for evaluation; `cut` counts what of the rows was cut;

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
@@ -79,13 +77,6 @@ class TwoOptimizers(torch.optim.Optimizer):
             part.step()
 
 
-def optimizer_names() -> list[str]:
-    """Return the classes of `torch.optim` that step once per gradient (LBFGS wants to evaluate the loss by itself)."""
-    classes = inspect.getmembers(torch.optim, inspect.isclass)
-    others = ("Optimizer", "LBFGS", "SparseAdam")
-    return [name for name, kind in classes if issubclass(kind, torch.optim.Optimizer) and name not in others]
-
-
 def build_optimizer(
     parameters: Iterable[nn.Parameter], settings: TrainConfig, tables: Collection[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
@@ -95,20 +86,14 @@ def build_optimizer(
 
     Args:
         parameters: To be trained.
-        settings: Names and arguments.
+        settings: Names and arguments, checked (`config/checks_train.py`).
         tables: Those matrices that hold a row a token (embeddings, head), which Muon leaves to its fallback: what it
             does to a matrix as a whole makes no sense of them.
 
     Raises:
-        UserError: for a name that `torch.optim` lacks (the nearest is suggested), arguments that it refuses, or
-            parameters that no optimizer steps.
+        UserError: for arguments that it refuses, or parameters that no optimizer steps.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    names = [*optimizer_names(), *TORCHAO_OPTIMIZERS]
-    if settings.optimizer not in names:
-        near = difflib.get_close_matches(settings.optimizer, names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"optimizer={settings.optimizer} is not in torch.optim; {hint}It has {', '.join(names)}.")
     if settings.optimizer != "Muon":
         return _one_optimizer(settings.optimizer, parameters, settings, settings.optimizer_args)
     left = {id(parameter) for parameter in tables} | {id(one) for one in parameters if one.ndim != 2}

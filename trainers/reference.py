@@ -57,18 +57,9 @@ def weights_key(model: Any) -> str:
 
 
 def reference_logps(
-    model: Any,
-    store: TokenStore,
-    rows: Tensor,
-    *,
-    layout: Layout,
-    cache_dir: Path,
-    weights: str,
-    cutter: Cutter,
-    autocast: torch.dtype | None = None,
-    compute_dtype: str | None = None,
-    ld_alpha: float | None = None,
-) -> Tensor:
+    model: Any, store: TokenStore, rows: Tensor, *, layout: Layout, cache_dir: Path, weights: str, cutter: Cutter,
+    autocast: torch.dtype | None = None, compute_dtype: str | None = None, ld_alpha: float | None = None,
+) -> Tensor:  # fmt: skip
     """Return log-probabilities of the C responses of a row, in nats: (N, C) float64, memory-mapped; NaN in other rows.
 
     Every process must come here.
@@ -116,15 +107,9 @@ def reference_logps(
 
 @torch.no_grad()
 def computed_logps(
-    model: Any,
-    store: TokenStore,
-    rows: Tensor,
-    *,
-    layout: Layout,
-    cutter: Cutter,
-    autocast: torch.dtype | None,
+    model: Any, store: TokenStore, rows: Tensor, *, layout: Layout, cutter: Cutter, autocast: torch.dtype | None,
     ld_alpha: float | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute what `reference_logps` keeps, in memory; nothing but NaN except in rank 0."""
     by_length = rows[torch.argsort(sequence_lengths(store.lengths[rows]), descending=True, stable=True)]
     loader = BatchLoader(store.select(by_length), cutter, batch_size=256, device=layout.device)
@@ -179,16 +164,9 @@ def _on_every_file_system(directory: Path, key: str, size: int, layout: Layout) 
 
 
 def attach_reference(
-    model: Any,
-    loaders: Sequence[BatchLoader],
-    *,
-    layout: Layout,
-    cache_dir: Path,
-    weights: str,
-    autocast: torch.dtype | None = None,
-    compute_dtype: str | None = None,
-    ld_alpha: float | None = None,
-) -> None:
+    model: Any, loaders: Sequence[BatchLoader], *, layout: Layout, cache_dir: Path, weights: str,
+    autocast: torch.dtype | None = None, compute_dtype: str | None = None, ld_alpha: float | None = None,
+) -> None:  # fmt: skip
     """Give each loader the column `reference_logps`, (N, C), that a preference objective reads.
 
     `model` must have the run's initial weights, see above; the trainer compares `weights`, their key, with that of the
@@ -230,6 +208,7 @@ class MovingReference:
         self._every, self._alpha = settings.reference.refresh_examples, settings.reference.refresh_alpha
         self._weights = None if self._every is None else FollowingWeights(policy, self._alpha)
         self._autocast, self._ld_alpha = autocast_dtype(settings.model.autocast), ld_alpha_of(settings.loss)
+        self._model = settings.model
         self._evaluated_at = 0  # when the reference was renewed whose log-probabilities the evaluation loader has
         self.progress = RunProgress()
 
@@ -238,8 +217,10 @@ class MovingReference:
         return {} if self._weights is None else {"reference": self._weights.values}
 
     def is_policy(self, examples: int) -> bool:
-        """Tell whether, so many examples into the run, policy and reference have the same weights."""
-        return examples == self.progress.refreshed_at and (examples == 0 or self._alpha == 1)
+        """Tell whether, so many examples into the run, policy and reference compute the same in training."""
+        # An adapter is read through its dropout in training alone: that shows unless it is new, and zero.
+        exact = self._model.lora.dropout == 0 or (examples == 0 and self._model.archive is None)
+        return exact and examples == self.progress.refreshed_at and (examples == 0 or self._alpha == 1)
 
     def batches(self, loader: BatchLoader) -> Iterator[GlobalBatch]:
         """Yield the batches that the run has not seen yet, each with the reference of its time."""

@@ -178,6 +178,7 @@ class Trainer:
                 of before the step.
         """
         started = time.monotonic()
+        state = dict(self.objective.state)
         self.policy.train()
         agreed = self._agree(batch)
         outputs, loss_sum = self.accumulate_gradients(batch, agreed.num_units)
@@ -192,15 +193,16 @@ class Trainer:
             add_metrics(self.train_metrics, "train", outputs, loss_sum, agreed.own_units)
             self.train_metrics.add("grad_norm", grad_norm, 1.0)
             self.train_metrics.add("learning_rate", lr, 1.0)
-        elif self.settings.on_non_finite == "skip":
+        else:  # not taken: it leaves nothing in the means of later steps
+            self.objective.state.clear()
+            self.objective.state.update(state)
+            if self.settings.on_non_finite == "stop":
+                raise self._not_finite(batch, outputs, total_loss, grad_norm)
             self.progress.skipped += 1
-        else:
-            raise self._not_finite(batch, outputs, total_loss, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.examples += batch.num_examples
         self.progress.updates += 1
-        step_seconds = time.monotonic() - started
-        self.speed.add(self.train_metrics, batch, step_seconds=step_seconds, wait_seconds=wait_seconds)
+        self.speed.add(self.train_metrics, batch, step_seconds=time.monotonic() - started, wait_seconds=wait_seconds)
         return agreed
 
     def _agree(self, batch: GlobalBatch) -> Agreement:

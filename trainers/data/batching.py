@@ -80,24 +80,17 @@ class BatchLoader:
     """
 
     def __init__(
-        self,
-        store: TokenStore,
-        cutter: Cutter,
-        *,
-        batch_size: int,
-        seed: int | None = None,
-        num_epochs: int | None = 1,
-        num_examples: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        self, store: TokenStore, cutter: Cutter, *, batch_size: int, seed: int | None = None,
+        num_epochs: int | None = 1, num_examples: int | None = None, rank: int = 0, world_size: int = 1,
         device: torch.device = CPU,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if num_epochs is None and num_examples is None:
             raise ValueError("one of num_epochs and num_examples must be given, or the loader would never end")
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"{batch_size=} must be positive, and 0 <= {rank=} < {world_size=}")
         self.store, self.cutter = store, cutter
         self.columns: dict[str, Tensor] = dict(store.columns)
+        self._shortest: Tensor | None = None  # a filler's row, (1,)
         self._batch_size, self._seed = batch_size, seed
         self._rank, self._world_size, self._device = rank, world_size, device
         limits = [num_examples, None if num_epochs is None else num_epochs * len(store)]
@@ -159,14 +152,15 @@ class BatchLoader:
         one.store = self.store.select(rows)
         one.columns = dict(one.store.columns)
         one.total_examples = one._batch_size = len(rows)
-        one._seed, one.steps = None, 1
+        one._seed, one.steps, one._shortest = None, 1, None
         return one
 
     def filler(self) -> TensorDict:
         """Make a micro-batch of the shortest row that the run visits."""
-        rows = self.rows_visited()  # only these have reference log-probabilities
-        shortest = rows[sequence_lengths(self.store.lengths[rows]).argmin()].view(1)
-        return self._collate(self.cutter.cut(self.store, shortest, 1)[0][0])
+        if self._shortest is None:  # half a second in a million rows
+            rows = self.rows_visited()  # only these have reference log-probabilities
+            self._shortest = rows[sequence_lengths(self.store.lengths[rows]).argmin()].view(1)
+        return self._collate(self.cutter.cut(self.store, self._shortest, 1)[0][0])
 
     def previous(self, examples: int) -> int:
         """Return the examples seen before the batch that carried the run to `examples` of them."""

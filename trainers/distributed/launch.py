@@ -124,13 +124,9 @@ def _port_taken(what: str, instead: str, error: BaseException) -> UserError:
 
 
 def work_in_group(
-    place: Place,
-    stop: StopRequest,
-    *,
-    worker: Callable[[Layout], None],
-    settings: TrainConfig,
+    place: Place, stop: StopRequest, *, worker: Callable[[Layout], None], settings: TrainConfig,
     address: int | str | None,
-) -> None:
+) -> None:  # fmt: skip
     """Join the process group and work.
 
     `address` is the port of the launcher's store on this machine; "env": MASTER_ADDR and MASTER_PORT tell; None: this

@@ -87,15 +87,6 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def gather_from_processes(values: Tensor) -> Tensor:
-    """Return every process's `values`, of one shape in all of them: (world size, ...)."""
-    if dist.get_world_size() == 1:
-        return values[None]
-    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, values)
-    return torch.stack(gathered)
-
-
 def gather_objects(value: T) -> list[T]:
     """Return every process's value (picklable), by rank, in all of them."""
     if dist.get_world_size() == 1:

@@ -64,15 +64,9 @@ def find_blocks(model: nn.Module, name: str | None) -> list[nn.Module]:
 
 
 def parallelize(
-    model: nn.Module,
-    layout: Layout,
-    *,
-    trainer: TrainerSettings,
-    packing: bool,
-    block_name: str | None = None,
-    compute_dtype: str | None = None,
-    activation_checkpointing: bool | str = False,
-) -> None:
+    model: nn.Module, layout: Layout, *, trainer: TrainerSettings, packing: bool, block_name: str | None = None,
+    compute_dtype: str | None = None, activation_checkpointing: bool | str = False,
+) -> None:  # fmt: skip
     """Apply shortcuts, activation checkpointing, compilation and sharding to a model, in place, in this order and once.
 
     The model is whole, and on the meta device if it will be sharded; `compute_dtype` is what it computes in then, None:
@@ -121,13 +115,9 @@ def _shard(
 
 
 def place_model(
-    loaded: nn.Module | None,
-    skeleton: Callable[[], nn.Module],
-    prepare: Callable[[nn.Module], None],
-    layout: Layout,
-    *,
-    cpu_offload: bool = False,
-) -> Any:
+    loaded: nn.Module | None, skeleton: Callable[[], nn.Module], prepare: Callable[[nn.Module], None], layout: Layout,
+    *, cpu_offload: bool = False,
+) -> Any:  # fmt: skip
     """Return a model on its device, laid out: no process but rank 0 ever holds more than its shard and one tensor.
 
     `loaded` is the model on the CPU, in rank 0, and None in the others (`layout.main_only`); `skeleton` makes the same

@@ -35,7 +35,9 @@ from trainers.kernels.cpu_attention import Piece, attend_by_pieces, pieces_of
 from trainers.kernels.flash_attention import attend_by_flash
 
 PACKED = "packed"
-ATTENTION_ARGUMENTS = {"softcap", "s_aux", "position_bias"}  # of some layers of transformers; no kernel here has them
+# What layers of transformers pass beside the mask that changes no score. Anything else that they ask of a kernel (soft
+# caps, sinks, biases, blocks of keys) is lacking here, and may show in longer rows than the check of the packed states.
+NO_SCORES = {"position_ids", "cache_position", "is_causal"}
 # Compilations of flex_attention. Its sizes are dynamic, so that a run needs about three; torch's own limit of 8 is for
 # all calls of one process, which a test or a sweep in one process exceeds.
 MAX_COMPILATIONS = 64
@@ -144,7 +146,9 @@ def _attention(
             sliding_window=sliding_window, **keywords,
         )  # fmt: skip
     window = attention_mask.window
-    refused = [name for name in ATTENTION_ARGUMENTS if keywords.get(name) is not None] + ["dropout"] * (dropout > 0)
+    refused = [name for name, value in keywords.items() if not (value is None or value is False or name in NO_SCORES)]
+    if dropout > 0:
+        refused.append("dropout")
     if sliding_window != window:  # chunks, or a layer and a mask that do not belong together
         refused.append(f"a window of {sliding_window} under a mask of {window}")
     if refused:
@@ -216,6 +220,8 @@ def use_packed_attention(model: Any) -> None:
             "needs packing=false (slower), or leave model.attn_implementation=sdpa"
         )
     model.set_attn_implementation(PACKED)
+    if model.config._attn_implementation != PACKED:
+        raise UserError(f"{type(model).__name__} takes no attention from outside; write packing=false")
 
 
 def packed_states(model: Any, batch: Mapping[str, Any], embedded_TD: Tensor | None = None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,12 +41,12 @@ def check_head(model: Any) -> None:
         seen["output"] = torch.linspace(-100, 100, output.numel(), device=device).view(output.shape).to(output.dtype)
         return seen["output"]
 
-    was_training = model.training
-    model.eval()
     handle = head.register_forward_hook(spy)
     try:
-        expected = hidden_states(model, input_ids, mask)
-        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        with _in_evaluation(model):
+            expected = hidden_states(model, input_ids, mask)
+            with_another = hidden_states(model, input_ids + input_ids, mask)  # tokens 0 and 2
+            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
     except PROBE_ERRORS as error:
         raise UserError(
             f"{type(model).__name__} does not run on tokens, their mask and positions alone ({type(error).__name__}: "
@@ -52,9 +54,10 @@ def check_head(model: Any) -> None:
         ) from error
     finally:
         handle.remove()
-        model.train(was_training)
     problem, cap = None, soft_cap(model)
-    if "input" in seen and seen["difference"].abs().max() > 1e-2 * expected.abs().max():
+    if _differ(with_another[:, 0], expected[:, 0]):
+        problem = "lets a token see the one behind it, as an encoder does"
+    elif "input" in seen and seen["difference"].abs().max() > 1e-2 * expected.abs().max():
         problem = "has an output embedding that is more than a matrix and a bias"
     elif "input" not in seen or not _equal(seen["input"], expected):
         problem = "changes its hidden states before the output embedding"
@@ -68,5 +71,47 @@ def check_head(model: Any) -> None:
         )
 
 
+@torch.no_grad()
+def check_training(model: Any) -> None:
+    """Refuse a model that computes otherwise in training than in evaluation: a router with noise, batch norms.
+
+    A reference is computed in evaluation, and a loss would compare it with something else.
+
+    Raises:
+        UserError: with the class of the model.
+    """
+    input_ids = torch.arange(16, device=next(model.parameters()).device)[None]
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    with _in_evaluation(model):
+        expected = hidden_states(model, input_ids, mask)
+        found = hidden_states(model.train(), input_ids, mask)
+    if _differ(found, expected):
+        raise UserError(
+            f"{type(model).__name__} computes other states in training than in evaluation, where the reference is "
+            "computed: by a router that adds noise, say. Use a model without that."
+        )
+
+
+@contextmanager
+def _in_evaluation(model: Any) -> Iterator[None]:
+    """Evaluate with an attention that runs on any device: the model is on the CPU still, whatever its kernel."""
+    was_training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    if attention not in ("sdpa", "eager"):
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        if attention not in ("sdpa", "eager"):
+            model.set_attn_implementation(attention)
+
+
+def _differ(found: Tensor, expected: Tensor) -> bool:
+    """Tell whether states differ by more than rounding: experts share matrix products."""
+    moved = (found - expected).norm() / expected.norm()
+    return bool(moved > (1e-3 if expected.dtype.itemsize > 2 else 0.1))
+
+
 def _equal(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and torch.allclose(found, expected, equal_nan=True)
+    return found.shape == expected.shape and torch.allclose(found.to(expected.dtype), expected, equal_nan=True)

@@ -130,6 +130,7 @@ def token_logps(
     device = states_RD.device.type
     if torch.is_autocast_enabled(device):
         states_RD, weight = (x.to(torch.get_autocast_dtype(device)) for x in (states_RD, weight))
+    states_RD = states_RD.to(weight.dtype)  # some models keep their head in float32
     with torch.autocast(device, enabled=False):
         if cap is not None:
             # Autograd's copies of the logits are those of one part, which is computed again in the backward pass.
@@ -145,7 +146,7 @@ def log_agreements(head: Any, states_RD: Tensor, cap: float | None) -> Tensor:
     """Return log(sum over the vocabulary of p^2) of each row, (R,): another product with the head."""
     measure = _compiled(_log_agreement) if states_RD.is_cuda else _log_agreement
     parts = [states for states, _ in _parts(states_RD, states_RD, head.weight)]
-    return torch.cat([measure(F.linear(states, head.weight, head.bias), cap) for states in parts])
+    return torch.cat([measure(F.linear(states.to(head.weight.dtype), head.weight, head.bias), cap) for states in parts])
 
 
 def _log_agreement(logits_RV: Tensor, cap: float | None) -> Tensor:

@@ -53,7 +53,7 @@ class PreferenceObjective(Objective):
         self._whole = self.passes.whole_batch(logps_of, passes, device)
         for part in means:
             rewards = part.beta * torch.cat(self._pairs(part, self._whole).ratios)
-            if rewards.isfinite().all():  # the step will be refused, or left out
+            if rewards.isfinite().all():  # or a bad row would show in the losses of all
                 self.state["reward_sum"] = self.state.get("reward_sum", 0.0) + rewards.sum().item()
                 self.state["rewards"] = self.state.get("rewards", 0.0) + len(rewards)
 

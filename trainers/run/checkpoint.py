@@ -97,15 +97,10 @@ class CheckpointWriter:
         self._exporter: PreTrainedModel | None = None  # of the first checkpoint: its layers take time to build
 
     def save(
-        self,
-        *,
-        policy: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
-        progress: RunProgress,
-        unlogged: Unlogged | None = None,
-        shards: Mapping[str, Mapping[str, Tensor]] | None = None,
+        self, *, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: RunProgress,
+        unlogged: Unlogged | None = None, shards: Mapping[str, Mapping[str, Tensor]] | None = None,
         published: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin `checkpoints/step-<examples>`; every process must come here. Waits for the one before it.
 
         `shards` go into `state/` beside the optimizer; within `published` the policy has the weights for `model/`.
@@ -176,16 +171,9 @@ class CheckpointWriter:
             raise self._failure(partial, error) from error
 
     def _complete(
-        self,
-        partial: Path,
-        final: Path,
-        exporter: PreTrainedModel,
-        adapter: Adapter | None,
-        weights: dict[str, Tensor],
-        state: dict[str, Any],
-        shards: Future[Any],
-        digests: dict[Path, str],
-    ) -> None:
+        self, partial: Path, final: Path, exporter: PreTrainedModel, adapter: Adapter | None,
+        weights: dict[str, Tensor], state: dict[str, Any], shards: Future[Any], digests: dict[Path, str],
+    ) -> None:  # fmt: skip
         """Turn the copies into a complete checkpoint, in the thread of rank 0."""
         try:
             try:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from config.searches import OVER_REFUSAL
 from config.settings import EarlyStopSettings
-from trainers.run.checkpoint import RunProgress
-
-OVER_REFUSAL = "refusals_eval/benign"  # share of the sampled prompts that should be answered and were declined
+from trainers.run.saved import RunProgress
 
 
 def refusal_rates(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trainers.distributed.layout import gather_from_processes
+from trainers.distributed.layout import gather_objects
 
 
 class MetricSums:
@@ -22,9 +22,6 @@ class MetricSums:
         self._sums: dict[str, Tensor | float] = {}  # a tensor (float64) where it is a GPU's: to read it is to wait
         self._counts: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
-
-    def __len__(self) -> int:
-        return len(self._sums)
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:
         """Add a sum (scalar) over `count` things to a quantity's mean."""
@@ -59,7 +56,7 @@ class MetricSums:
             return {}
         own, peaks = sorted(self.state().items()), sorted(self._peaks.items())
         rows = [pair for _, pair in own] + [(value, 0.0) for _, value in peaks]
-        gathered = gather_from_processes(torch.tensor(rows, dtype=torch.float64))  # (processes, quantities, 2)
+        gathered = torch.tensor(gather_objects(rows), dtype=torch.float64)  # (processes, quantities, 2)
         self._sums, self._counts, self._peaks = {}, {}, {}
         totals = gathered[:, : len(own)].sum(0).tolist()
         means = {name: total / count for (name, _), (total, count) in zip(own, totals, strict=True) if count}

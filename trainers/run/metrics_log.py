@@ -53,14 +53,9 @@ class MetricsLog:
     """`metrics.jsonl`, `samples.jsonl` and wandb of one run; use as a context manager."""
 
     def __init__(
-        self,
-        run: RunDir,
-        settings: TrainConfig,
-        config: Mapping[str, Any],
-        state: Mapping[str, Any],
-        *,
+        self, run: RunDir, settings: TrainConfig, config: Mapping[str, Any], state: Mapping[str, Any], *,
         active: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Open them where `state` (of the checkpoint that is resumed, or empty) left off: later rows are dropped.
 
         One that is not active, as in every process but the first, writes nothing.

@@ -56,13 +56,9 @@ def _require_whole(run: RunDir, folder: Path, files: set[str] | None) -> None:
 
 
 def load_checkpoint(
-    run: RunDir,
-    *,
-    policy: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    layout: Layout,
+    run: RunDir, *, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, layout: Layout,
     shards: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> tuple[RunProgress, Unlogged] | None:
+) -> tuple[RunProgress, Unlogged] | None:  # fmt: skip
     """Put the run's newest checkpoint into policy, optimizer and random generators; return None if there is none.
 
     The tensors of `shards` are filled with what was saved from their like.

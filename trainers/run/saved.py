@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +75,8 @@ def best_checkpoint(folders: list[Path], metric: str | None) -> Path | None:
     scores = {}
     for folder in folders:
         progress = read_progress(folder)
-        if progress.evaluated_at == progress.examples and metric in progress.evaluation:
-            value = progress.evaluation[metric]
+        value = progress.evaluation.get(metric, math.nan)  # a NaN is neither better nor worse than others
+        if progress.evaluated_at == progress.examples and not math.isnan(value):
             scores[folder] = (-value if lower_is_better(metric) else value, progress.examples)
     return max(scores, key=lambda folder: scores[folder], default=None)
 
