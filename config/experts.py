@@ -20,6 +20,7 @@ THOUGHT_TAGS = (
     "<reflection> </reflection>", "<scratchpad> </scratchpad>", "[THINK] [/THINK]",
     "<|START_THINKING|> <|END_THINKING|>", "<seed:think> </seed:think>", "\u25c1think\u25b7 \u25c1/think\u25b7",
     "<|begin_of_thought|> <|end_of_thought|>", "<|channel>thought <channel|>", "<|channel|> <|message|>",
+    "<antThinking> </antThinking>", "<|inner_prefix|> <|inner_suffix|>",
 )  # fmt: skip
 ThoughtTag = Annotated[
     str,

@@ -13,10 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from config.errors import UserError
 from config.settings import ModelSettings
-from safer_instruct.generation.models import load_causal_lm, load_tokenizer
+from safer_instruct.generation.models import load_causal_lm, load_tokenizer, meta_causal_lm
 from safer_instruct.generation.weights import model_fingerprint, resolve_archive
 from safer_instruct.text.chat import special_token_texts
 from tests.conftest import byte_level_tokenizer, tiny_llama
@@ -178,6 +179,21 @@ def test_all_dropout_is_off_in_training(tmp_path, kind):
     rates = {key: value for key, value in model.config.to_dict().items() if "drop" in key and "summary" not in key}
     assert rates
     assert not any(rates.values())
+
+
+def test_dropout_in_a_models_code_is_off_where_the_weights_are_filled_in_later_too(folder, monkeypatch):
+    """FSDP trains the model that is made without weights; a rate that no config knows must be off in it as well."""
+
+    def init(self, config, original=LlamaMLP.__init__):
+        original(self, config)
+        self.hard_coded = torch.nn.Dropout(0.5)
+
+    monkeypatch.setattr(LlamaMLP, "__init__", init)
+    settings = ModelSettings(name_or_path=str(folder))
+    for model in (load_causal_lm(settings), meta_causal_lm(settings)):
+        rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+        assert rates
+        assert not any(rates)
 
 
 def test_fingerprint_follows_the_content(folder, tiny_model_folder):

@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -131,16 +132,12 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     config = _load_config(settings)
     _switch_dropout_off(config)
     options = {
+        **_construction(settings, dtype),
         "config": config,
-        "dtype": DTYPES[dtype or settings.policy_dtype],
-        "attn_implementation": settings.attn_implementation,
         "ignore_mismatched_sizes": True,  # reported by us, with the names
         "output_loading_info": True,
-        "trust_remote_code": settings.trust_remote_code,
         **quantization(settings.lora.quantize, DTYPES[dtype or settings.policy_dtype]),
     }
-    if options["dtype"] == torch.float64:
-        options["experts_implementation"] = "eager"  # the default for a mixture of experts has no float64
     source = _source(settings.name_or_path)
     generation_config = read_generation_config(source)
     archive = resolve_archive(settings.archive) if settings.archive else None
@@ -164,15 +161,7 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     check_tied(model, weights)
     advice = "nothing can be trained from it, or asked of it; give an earlier checkpoint, or copy it again"
     require_finite(model.named_parameters(), str(archive or settings.name_or_path), advice)
-    train_text_alone(model)
-    model.generation_config = generation_config or model.generation_config
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # a rate that is written into the model's code
-        elif hasattr(module, "support_avx512bf16_for_cpu"):
-            # An evaluation on a CPU would turn these 4 bits, for good, into those of a kernel without a gradient.
-            module.support_avx512bf16_for_cpu = False
-    return model
+    return _prepared(model, generation_config)
 
 
 def meta_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
@@ -186,14 +175,32 @@ def meta_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
     config = _load_config(settings)
     _switch_dropout_off(config)
     with torch.device("meta"), _readable_errors(settings.name_or_path):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=DTYPES[dtype or settings.policy_dtype],
-            attn_implementation=settings.attn_implementation,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    model.generation_config = read_generation_config(_source(settings.name_or_path)) or model.generation_config
+        model = AutoModelForCausalLM.from_config(config, **_construction(settings, dtype))
+    return _prepared(model, read_generation_config(_source(settings.name_or_path)))
+
+
+def _construction(settings: ModelSettings, dtype: str | None) -> dict[str, Any]:
+    """Return the arguments that decide how a model computes, whether its weights are loaded or filled in later."""
+    options = {
+        "dtype": DTYPES[dtype or settings.policy_dtype],
+        "attn_implementation": settings.attn_implementation,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if options["dtype"] == torch.float64:
+        options["experts_implementation"] = "eager"  # the default for a mixture of experts has no float64
+    return options
+
+
+def _prepared(model: PreTrainedModel, generation_config: GenerationConfig | None) -> PreTrainedModel:
+    """Switch off what would make a model train otherwise than it is evaluated; return it."""
     train_text_alone(model)
+    model.generation_config = generation_config or model.generation_config
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # a rate that is written into the model's code
+        elif hasattr(module, "support_avx512bf16_for_cpu"):
+            # An evaluation on a CPU would turn these 4 bits, for good, into those of a kernel without a gradient.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
