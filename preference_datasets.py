@@ -111,7 +111,10 @@ def build_stores(
     report |= {"num_train": len(train), "num_eval": len(held), "notes": notes}
     # Not part of the cached report: the same contents may lie under other names now.
     sources = {name: source_of(name, settings) for name, settings in datasets.items()}
-    report["files"] = {name: {"read": source.read, "left_out": source.left_out} for name, source in sources.items()}
+    report["files"] = {
+        name: {"read": source.read, "left_out": source.left_out, "others": source.others}
+        for name, source in sources.items()
+    }
     return TrainEval(train, held, report)
 
 

@@ -7,11 +7,13 @@ Hydra stops at its first error. So it composes the groups alone, and each other 
 from __future__ import annotations
 
 import itertools
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from hydra import compose
@@ -24,9 +26,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from config.rules import Fault, is_below, nearest, suggest
+from config.rules import MISSING, Fault, is_below, nearest, suggest, typed
 from config.searches import PLUGINS, check_search, is_installed
-from config.spelling import OTHER_NAMES, PRESETS, free_key, listed_datasets, spell
+from config.spelling import OTHER_NAMES, expected, free_key, listed_datasets, quoted, spell
 
 CONFIG_DIR = Path(__file__).resolve().parent
 PROGRAMS = {"config": "train.py", "induce": "induce.py", "evaluate": "evaluate.py"}
@@ -35,9 +37,6 @@ MANDATORY_GROUPS = {"config": ("loss", "model"), "induce": (), "evaluate": ()}
 UNREADABLE = (
     yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError,
 )  # fmt: skip
-TYPES: dict[Any, str] = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"
-}  # fmt: skip
 
 
 class Word(NamedTuple):
@@ -108,13 +107,19 @@ class Reader:
             return []
         try:
             override = _parsed(text)
-        except HydraException:
+        except (HydraException, ValueError, RecursionError):  # 5,000 digits, 500 brackets
             override = None
         if override is None or not override.key_or_group:  # `lr = 1` is three words; Hydra reads `=` as an empty key
+            key, _, value = text.partition("=")
             hint = "quote a value that holds spaces, commas, brackets or quotes, such as \"key='a, b'\""
-            self._fault(text.split("=")[0].strip(), f"{text}: not a valid override: write key=value; {hint}")
+            if re.fullmatch(r"[+~]*[\w./@-]+", key) and key.isascii() and value and value[0] not in "[{'\"=, ":
+                hint = f"as text: {shlex.quote(f'{key}={quoted(value)}')}"
+            self._fault(key.strip(), f"{text}: not a valid override: write key=value; {hint}")
             return []
         key, name = override.key_or_group, override.get_key_element()
+        if isinstance(override.value(), Glob) and not group_options(key, self._search):
+            self._fault(key, f"{text}: glob chooses among the files of a group, and {key} is none")
+            return []
         if isinstance(override.value(), Glob | IntervalSweep):  # the sweeper alone knows the values
             self.arguments.append(text)
             self.swept.append(key)
@@ -140,9 +145,10 @@ class Reader:
         override = _parsed(text)
         key = override.get_key_element().lstrip("+~")
         options, free = group_options(key, self._search), free_key(self._kind, key)
-        if options:
+        if options and not override.is_delete():
             return Word(key, text, text, True) if self._is_choice(key, text, override.value(), options) else None
-        if key.startswith("hydra.") or (override.is_delete() and free is not None):
+        is_entry = free is not None and (len(free.names) == 1 or free.is_inner or not is_dataclass(free.entry))
+        if key.startswith("hydra.") or (override.is_delete() and is_entry):
             return Word(key, text, text, False)
         if override.is_delete():
             self._fault(key, f"{text}: {key} cannot be removed; set it to null or to another value")
@@ -153,8 +159,10 @@ class Reader:
             similar = nearest(free.names[0], group_options(free.root, self._search)) if free.names else None
             if similar is None or text[0] == "+":
                 spelled = spell(override, free)
-            elif similar == free.names[0] and free.is_inner:  # columns of a chosen dataset: Hydra adds them by `++`
-                spelled = f"++{text}"
+            elif similar == free.names[0] and (free.is_inner or free.is_dictionary):
+                spelled = f"++{text}"  # columns of a chosen dataset, which Hydra adds by `++`
+            elif similar == key.partition(".")[2] and not isinstance(override.value(), dict):
+                spelled = text.replace("=", ".path=", 1)
         return Word(key, text, spelled or text.lstrip("+"), False)
 
     def _is_choice(self, group: str, text: str, value: Any, options: list[str]) -> bool:
@@ -166,7 +174,7 @@ class Reader:
             meant = suggest(group, [field.name for field in fields(self._kind)])
             self._fault(key, f"{text}: {here}{meant} Its groups: {', '.join(own)}")
             return False
-        names = [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
+        names = [typed(one) for one in (value if isinstance(value, list) else [value])]
         plugins = {one: package for one, package in PLUGINS.items() if group.startswith("hydra/")}
         options = [one for one in options if one not in plugins or is_installed(plugins[one])]
         wrong = [name for name in names if name not in options]
@@ -246,7 +254,10 @@ class Reader:
         if is_unset and group != word.key:
             return {word.key, self._unknown(word, word.key, None, config)}
         try:
-            config.merge_with(settings)
+            if override.value() == MISSING:  # merged, it would change nothing
+                OmegaConf.update(config, override.key_or_group, MISSING)
+            else:
+                config.merge_with(settings)
             return set()
         except (ConfigAttributeError, ConfigKeyError, ValidationError) as error:
             key = max(word.key, error.full_key or "", key=len)  # the longer one points into a dictionary that was given
@@ -254,7 +265,7 @@ class Reader:
             has_type = isinstance(error, ValidationError) and (error.key is None or key == error.full_key)
             if has_type:
                 owner = OmegaConf.get_type(config, parent or None) if error.key is None else error.object_type
-                self._fault(word.key, f"{word.said}: {_expected(key, owner, settings)}")
+                self._fault(word.key, f"{word.said}: {expected(key, owner, settings)}")
             elif not is_below(word.key, self._refused):  # a wrong choice of the group has been told
                 owner = error.object_type if key == error.full_key else None
                 return {word.key, self._unknown(word, key, owner, config)}
@@ -287,24 +298,6 @@ class Reader:
         meant = f"; did you mean {guess}?" if guess else "."
         self._fault(word.key, f"{word.said}: there is no key {key}{meant}{listed}")
         return guess or key
-
-
-def _expected(key: str, owner: Any, given: dict[Any, Any]) -> str:
-    """Say what the value of a key must be, such as `must be a number`, from the annotations of its dataclass."""
-    hint: Any = get_type_hints(owner).get(key.rpartition(".")[2]) if is_dataclass(owner) else None
-    if is_dataclass(hint):
-        return f"is a group of keys; set one of them: {', '.join(f'{key}.{field.name}' for field in fields(hint))}"
-    if get_origin(hint) is list:
-        return f"must be a list: {key}=[...]"
-    if get_origin(hint) is dict:
-        guess = nearest(str(given.get(key)), PRESETS.get(key, {}))
-        leaf = ".path" if is_dataclass(get_args(hint)[1]) else ""
-        meant = f"; did you mean {key}={guess}?" if guess else ""
-        return f"every entry needs a name: {key}.NAME{leaf}=...{meant}"
-    kinds = get_args(hint) or [hint]
-    if not set(kinds) <= TYPES.keys():
-        return "does not fit; see config/settings.py for what it may be"
-    return f"must be {' or '.join(TYPES[kind] for kind in kinds)}"
 
 
 def _keys(settings: DictConfig | dict[Any, Any], prefix: str = "") -> Iterator[str]:

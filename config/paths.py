@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def find_path(path: str | Path) -> Path:
     The second place lets `model=tiny` (the shipped `quickstart/model`) work from any directory. Where neither exists
     the first is returned, so that an error message names the place that the user meant.
     """
-    here = Path(path).expanduser()
+    here = Path(os.path.expanduser(path))  # pathlib's raises for a user who is not there
     if here.is_absolute() or here.exists():
         return here
     shipped = REPOSITORY / here

@@ -59,8 +59,12 @@ def _check(key: str, value: Any, hint: Any) -> list[Fault]:
         return check_values(value, key + ".")
     if isinstance(value, dict):
         entry_hint = get_args(hint)[1] if get_origin(hint) is dict else Any
+        if _holds_containers(value.values(), entry_hint):
+            return [misfit(key, value, "must hold single values")]
         return [fault for name, entry in value.items() for fault in _check(f"{key}.{name}", entry, entry_hint)]
     if isinstance(value, list):
+        if _holds_containers(value, hint):
+            return [misfit(key, value, "must hold single values")]
         return [fault for entry in value for fault in _check(key, entry, hint)]
     notes = _notes(hint)
     if isinstance(value, str) and value == MISSING:
@@ -70,6 +74,10 @@ def _check(key: str, value: Any, hint: Any) -> list[Fault]:
         return []
     complaints = [note(value) for note in notes if not isinstance(note, str)]
     return [misfit(key, value, complaint) for complaint in complaints if complaint]
+
+
+def _holds_containers(entries: Iterable[Any], hint: Any) -> bool:
+    return hint is not Any and any(isinstance(entry, list | dict) for entry in entries)  # OmegaConf lets them through
 
 
 def _notes(hint: Any) -> list[Any]:
@@ -151,9 +159,22 @@ def matches(pattern: str, complaint: str) -> Rule:
     return lambda value: "" if re.fullmatch(pattern, value) else complaint
 
 
+def not_empty(value: str) -> str:
+    """Demand a text: a variable of the shell that is not set leaves none, and as a path it would be this folder."""
+    return "" if value else "is empty; a variable that is not set?"
+
+
 def existing_path(value: str) -> str:
+    """Demand a file or folder that is there."""
+    if not value or find_path(value).exists():
+        return not_empty(value)
+    address = "; addresses are not read: download it, or write ORG/NAME for a dataset of the Hugging Face hub"
+    return f"there is no such file or folder{address if '://' in value else _neighbours(value)}"
+
+
+def path_or_none(value: str) -> str:
     """Demand a file or folder that is there; an empty text names none."""
-    return "" if not value or find_path(value).exists() else f"there is no such file or folder{_neighbours(value)}"
+    return value and existing_path(value)
 
 
 def weights_path(value: str) -> str:
@@ -165,8 +186,8 @@ def weights_path(value: str) -> str:
 def model_path(value: str) -> str:
     """Demand a model folder that holds weights. What may be an id on the hub is left to the loader."""
     path = find_path(value)
-    if path.is_file():
-        return ""
+    if not value or path.is_file():
+        return not_empty(value)
     if not path.exists():
         if value in MADE_BY:
             return f"there is no such folder; make it with: {MADE_BY[value]}"
@@ -190,7 +211,7 @@ def hub_path(value: str) -> str:
 
 def _neighbours(value: str) -> str:
     """Return `; did you mean ...?`, from the folder that the path points into."""
-    path = Path(value).expanduser()
+    path = find_path(value)
     if not path.parent.is_dir():
         return f" ({path.parent} does not exist either)"
     names = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6)
@@ -205,6 +226,9 @@ PromptKind = Annotated[str, choices(*KINDS)]
 BadRow = Annotated[str, choices("drop", "error")]
 Device = Annotated[str, matches(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu or cuda (Apple's mps lacks float64)")]
 ExistingPath = Annotated[str, existing_path]
+PathOrNone = Annotated[str, path_or_none]
+Output = Annotated[str, not_empty, "the folder to write"]
+Seed = Annotated[int, interval("[0, 9.2e18]")]  # what 64 bits with a sign hold
 DataPath = Annotated[str, existing_path, "the file or folder to read"]
 HubPath = Annotated[str, hub_path, "the file or folder to read, or a dataset of the hub as ORG/NAME"]
 HubName = Annotated[str, matches(r"[\w.-]+/[\w.-]+", "must be USER/NAME, of the Hugging Face hub")]

@@ -29,6 +29,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -138,6 +139,13 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
         print(_all_keys(config_name))
         sys.exit()
     arguments, unknown = get_args_parser().parse_known_args()
+    # Another config than was checked; and what is to be run again is a pickle.
+    if not_ours := [name for name in ("config_name", "config_path", "experimental_rerun") if vars(arguments)[name]]:
+        flag = not_ours[0].replace("_", "-")
+        _print_error(
+            f"--{flag} is not for this program: its settings are config/{config_name}.yaml; --config-dir adds some"
+        )
+        sys.exit(USER_ERROR_STATUS)
     if arguments.help:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             groups = {group: group_options(group) for group in own_groups(config_name)}
@@ -148,10 +156,14 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
         sys.exit()
     shows = arguments.cfg or arguments.info
     search = [f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]"] if arguments.config_dir else []
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        words = [*arguments.overrides, *unknown]
-        read = Reader(config_name, config_class, words, multirun=arguments.multirun, search=search)
-    configs = _checked_configs(read, None if shows else check)
+    try:
+        with machine_faults(), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            words = [*arguments.overrides, *unknown]
+            read = Reader(config_name, config_class, words, multirun=arguments.multirun, search=search)
+            configs = _checked_configs(read, None if shows else check)
+    except UserError as error:  # a path of 5,000 letters
+        _print_error(str(error))
+        sys.exit(USER_ERROR_STATUS)
     flags = [text for text in sys.argv[1:] if text not in arguments.overrides]
     command = Command(config_name, flags + read.arguments, read.swept, configs)
     if shows:
@@ -217,7 +229,7 @@ def run_command(command: Command, main: Callable[[Any], Any]) -> None:
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=command.config_name)(run)()
-    except UserError as error:  # of the first point that failed in a launcher's process
+    except (UserError, HydraException) as error:  # of the first point that failed in a launcher's process; of a flag
         _print_error(str(error))
         failed = True
     except ValueError:

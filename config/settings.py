@@ -45,7 +45,20 @@ from config.pair_losses import (  # noqa: F401 - as above
     PairLossSettings,
     PreferenceLossSettings,
 )
-from config.rules import MISSING, BadRow, Count, DataPath, Device, Dtype, ExistingPath, PromptKind, Share, Template
+from config.rules import (
+    MISSING,
+    BadRow,
+    Count,
+    DataPath,
+    Device,
+    Dtype,
+    ExistingPath,
+    Output,
+    PromptKind,
+    Seed,
+    Share,
+    Template,
+)
 from config.training import (  # noqa: F401 - as above
     CheckpointSettings,
     DatasetSettings,
@@ -166,7 +179,7 @@ class ReviewSettings:
     # Pairs that the filter dropped, plus as many that it kept, all without their safe response, to measure agreement
     # with the expert. Needs corpus.path.
     dropped: Annotated[int, rules.at_least(0)] = 0
-    seed: int = 0  # of the random draw
+    seed: Seed = 0  # of the random draw
 
 
 @dataclass
@@ -182,7 +195,7 @@ class CardSettings:
 class InduceConfig:
     """`induce.py`: from a corpus of unsafe responses to a preference dataset."""
 
-    output: Annotated[str, "the folder to write"] = MISSING  # the dataset folder, or the folder of the audit's report
+    output: Output = MISSING  # the dataset folder, or the folder of the audit's report
     # all: the stages with ledgers, then merge if there is only one shard. For the others see docs/scale.md.
     stage: Annotated[str, rules.choices("all", *STAGES, "merge", "status", "audit", "review", *BENIGN_STAGES)] = "all"
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
@@ -281,7 +294,7 @@ class RewardSettings:
 class EvaluateConfig:
     """`evaluate.py`: generate, judge, report."""
 
-    output: Annotated[str, "the folder to write"] = MISSING  # the folder of the report
+    output: Output = MISSING  # the folder of the report
     models: dict[str, EvaluatedModelSettings] = field(default_factory=dict)  # models.NAME.path=...
     prompts: dict[str, PromptSetSettings] = field(default_factory=dict)  # prompts.NAME.path=...; prompts=xstest
     path: str | None = None  # file of the prompt sets without their own path

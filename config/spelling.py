@@ -7,14 +7,14 @@ The user writes `models.base.path=x`, `models.base=x` or `models={base:x}`; Hydr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from config.rules import typed
+from config.rules import nearest, typed
 
 # What people write who come from other trainers; difflib would never find these.
 OTHER_NAMES = {
@@ -53,6 +53,9 @@ PRESETS: dict[str, dict[Any, Any]] = {
 }  # fmt: skip
 # Dictionaries of groups whose dataclass the command line chooses, so that no annotation tells of them: `loss=mixture`.
 CHOSEN = ("loss.parts", "expert.model.chat_template_kwargs", "second_expert.model.chat_template_kwargs")
+TYPES: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"
+}  # fmt: skip
 type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # of a dataclass, for every word of a command
 
 
@@ -62,6 +65,12 @@ class FreeKey(NamedTuple):
     root: str  # the key of the dictionary
     names: list[str]  # what follows it
     entry: Any  # type of its values
+
+    @property
+    def is_dictionary(self) -> bool:
+        """Whether the key is such a dictionary itself: `datasets.si.columns`."""
+        hints = type_hints(self.entry) if is_dataclass(self.entry) and len(self.names) == 2 else {}
+        return get_origin(hints.get(self.names[-1])) is dict if hints else False
 
     @property
     def is_inner(self) -> bool:
@@ -120,6 +129,27 @@ def _render(value: Any) -> str:
         return "{" + ",".join(f"{key}:{_render(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_render, value)) + "]"
-    if isinstance(value, str):
-        return QuotedString(text=value, quote=Quote.single).with_quotes()
-    return typed(value)
+    return quoted(value) if isinstance(value, str) else typed(value)
+
+
+def quoted(text: str) -> str:
+    """Return a text as Hydra takes it, whatever it holds."""
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def expected(key: str, owner: Any, given: dict[Any, Any]) -> str:
+    """Say what the value of a key must be, such as `must be a number`, from the annotations of its dataclass."""
+    hint: Any = get_type_hints(owner).get(key.rpartition(".")[2]) if is_dataclass(owner) else None
+    if is_dataclass(hint):
+        return f"is a group of keys; set one of them: {', '.join(f'{key}.{field.name}' for field in fields(hint))}"
+    if get_origin(hint) is list:
+        return f"must be a list: {key}=[...]"
+    if get_origin(hint) is dict:
+        guess = nearest(str(given.get(key)), PRESETS.get(key, {}))
+        leaf = ".path" if is_dataclass(get_args(hint)[1]) else ""
+        meant = f"; did you mean {key}={guess}?" if guess else ""
+        return f"every entry needs a name: {key}.NAME{leaf}=...{meant}"
+    kinds = get_args(hint) or [hint]
+    if not set(kinds) <= TYPES.keys():
+        return "does not fit; see config/settings.py for what it may be"
+    return f"must be {' or '.join(TYPES[kind] for kind in kinds)}"

@@ -11,7 +11,20 @@ from typing import Annotated, Any
 
 from config import rules
 from config.names import OPTIMIZERS, PAIRINGS, SCHEDULERS, SCHEMAS, TORCHAO_OPTIMIZERS
-from config.rules import MISSING, BadRow, Count, Device, Dtype, ExistingPath, HubName, HubPath, Share, Template
+from config.rules import (
+    MISSING,
+    BadRow,
+    Count,
+    Device,
+    Dtype,
+    ExistingPath,
+    HubName,
+    HubPath,
+    PathOrNone,
+    Seed,
+    Share,
+    Template,
+)
 
 
 @dataclass
@@ -140,7 +153,7 @@ class DatasetSettings:
     columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's: `{instruction: prompt}`
     split_pairs: bool = False  # for losses on single answers: make chosen a good answer, rejected a bad one
     labels: list[str] | None = None  # keep only rows with one of these labels; null: keep all
-    exclude: ExistingPath | None = None  # file of instructions to keep out of training (the published test_set.csv)
+    exclude: PathOrNone | None = None  # file of instructions to keep out of training (the published test_set.csv)
     eval_path: ExistingPath | None = None  # evaluation file; null: hold out rows by the hash of their instruction
     # Share of the instructions to hold out if eval_path is null.
     eval_fraction: Annotated[float, rules.interval("[0, 1)", "; 0.05 holds out 5%")] = 0.05
@@ -168,7 +181,7 @@ class TrainConfig:
     ema: EMASettings = field(default_factory=EMASettings)
     reference: ReferenceSettings = field(default_factory=ReferenceSettings)
 
-    seed: Annotated[int, rules.at_least(0)] = 0  # order of the batches, dropout, sampling
+    seed: Seed = 0  # order of the batches, dropout, sampling
     batch_size: Count = 4  # examples (pairs) per optimizer step, over all processes
     eval_batch_size: Count = 16  # examples (pairs) per evaluation batch, over all processes
     gradient_accumulation_steps: Count = 1  # minimum number of micro-batches per step

@@ -85,7 +85,7 @@ def read_status(path: Path, now: float) -> Status:
     """
     try:
         return _read_status(path, now)
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: its files are not as train.py wrote them ({type(error).__name__})") from error

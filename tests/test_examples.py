@@ -282,7 +282,10 @@ def test_columns_are_read_under_our_names(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found are: a\\u001b\[2J"):
         require_columns(["a\x1b[2J"], ["b"], "f.csv")
     names = {"instruction": "ask", "rejected": "bad_answr"}
-    with pytest.raises(UserError, match=r"column bad_answr \(for rejected\); the columns found are: ask, bad_answer$"):
+    with pytest.raises(
+        UserError,
+        match=r"column bad_answr \(for rejected\); the columns found are: ask \(as instruction\), bad_answer$",
+    ):
         require_columns(["instruction", "bad_answer"], ["instruction", "rejected"], "f.csv", "s.columns", names)
     for header in ("instruction;chosen", "instruction\tchosen"):  # as some spreadsheets write it
         with pytest.raises(UserError, match=r"a CSV file has commas between its columns$"):

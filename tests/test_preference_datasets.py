@@ -73,7 +73,7 @@ def test_published_schema_sft_takes_all_rows_and_dpo_those_with_both(tmp_path: P
     assert texts(dpo.train)[0] == ["Question 0 of hate?\n", "good answer 0", f"bad {SECRET} 0"]
     counts = dpo.report["datasets"]["si"]
     assert (counts["read"], counts["train"], counts["dropped"]) == (40, 20, {"empty_rejected": 20})
-    assert counts["noted"] == {"stripped": 20}
+    assert counts["noted"] == {}  # a blank behind a comma is no part of the field
     assert len(counts["ids"]["empty_rejected"]) == 20
 
 

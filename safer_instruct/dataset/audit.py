@@ -19,7 +19,7 @@ from typing import Any
 from config.settings import DuplicatesSettings
 from safer_instruct.dataset.files import HISTORY, HISTORY_SCHEMA, SCHEMA, write_dataset
 from safer_instruct.dataset.reviews import pair_hash
-from safer_instruct.dataset.rows import TEXT_COLUMNS, dataset_rows, row_example, row_label
+from safer_instruct.dataset.rows import TEXT_COLUMNS, dataset_rows, row_example, row_label, unicode
 from safer_instruct.dataset.scratch import INT, TEXT, Scratch, lock_output, open_scratch, record_batches, table_schema
 from safer_instruct.dataset.similarity import LeakageGuard, find_near_duplicates
 from safer_instruct.measures.shortcuts import shortcuts
@@ -175,13 +175,19 @@ def _clean_rows(
         if reason:
             dropped[reason] += 1
             continue
-        provenance = row.get("provenance") or {"source": Path(where).name}
-        if isinstance(provenance, str):
-            provenance = json.loads(provenance)
         pair = row_example(where, row, texts)
         cells = {
             "id": pair.id, **texts, "label": pair.label,
-            "provenance": json.dumps(provenance, ensure_ascii=False),
+            "provenance": json.dumps(_provenance(row) or {"source": Path(where).name}, ensure_ascii=False),
             HISTORY: write_history(pair.before),
         }  # fmt: skip
-        yield tuple(cells[column] for column in columns)
+        yield tuple(unicode(cells[column]) for column in columns)
+
+
+def _provenance(row: Mapping[str, Any]) -> Any:
+    """Return where a row says that it stems from: as our files have it, or a text of somebody else's."""
+    found = row.get("provenance")
+    try:
+        return json.loads(found) if isinstance(found, str) else found
+    except (ValueError, RecursionError):
+        return {"source": found}

@@ -72,7 +72,9 @@ def _read_review(path: str) -> Review:
         if document["format"] != FORMAT:
             raise KeyError("format")
         found = [Decision(**{key: row[key] for key in Decision.__slots__}) for row in document["decisions"]]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, IsADirectoryError) as error:
+        if not all(isinstance(text, str) for one in found for text in (one.id, one.pair, one.label, one.decision)):
+            raise TypeError("a decision holds something else than texts")
+    except (ValueError, RecursionError, KeyError, TypeError, IsADirectoryError) as error:
         raise UserError(
             f"reviews: {path} is no export of a review page ({type(error).__name__}: {error}); press Export there"
         ) from None

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from config.errors import UserError
 from config.paths import find_path
 from safer_instruct.text.examples import Example, text_id
 from safer_instruct.text.messages import history_of
@@ -22,7 +23,10 @@ def dataset_rows(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str
     for n, (where, row) in enumerate(read_rows(find_path(path))):
         if n == 0:
             require_columns(row, ["instruction", "chosen"], where)
-        texts = {column: str(row.get(column) or "").strip() for column in TEXT_COLUMNS}
+        for column in (*TEXT_COLUMNS, "input"):
+            if not isinstance(row.get(column), str | None):
+                raise UserError(f"{where}: the column {column} holds a {type(row[column]).__name__}, not a text")
+        texts = {column: (row.get(column) or "").strip() for column in TEXT_COLUMNS}
         if texts["instruction"]:
             texts["instruction"] = reversed_target(texts["instruction"], str(row.get("input") or "").strip())
         yield where, row, texts
@@ -30,8 +34,12 @@ def dataset_rows(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str
 
 def row_label(row: Mapping[str, Any]) -> str:
     """Return the category of a row, UNLABELLED where it has none."""
-    # A lone surrogate, which JSON can hold, is no UTF-8.
-    return str(row.get("label") or UNLABELLED).encode("utf-8", "backslashreplace").decode()
+    return unicode(str(row.get("label") or UNLABELLED))
+
+
+def unicode(text: str) -> str:
+    """Return a text that can be written: a lone surrogate, which JSON can hold and UTF-8 cannot, as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def row_example(where: str, row: Mapping[str, Any], texts: Mapping[str, str]) -> Example:

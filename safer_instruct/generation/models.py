@@ -191,7 +191,7 @@ def _construction(settings: ModelSettings, dtype: str | None) -> dict[str, Any]:
     return options
 
 
-def _prepared(model: PreTrainedModel, generation_config: GenerationConfig | None) -> PreTrainedModel:
+def _prepared(model: Any, generation_config: GenerationConfig | None) -> PreTrainedModel:
     """Switch off what would make a model train otherwise than it is evaluated; return it."""
     train_text_alone(model)
     model.generation_config = generation_config or model.generation_config

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
@@ -15,7 +15,8 @@ import pyarrow
 import pyarrow.parquet
 
 from config.errors import UserError
-from safer_instruct.text.display import visible
+from safer_instruct.text.arrow_sizes import largest_unpacked
+from safer_instruct.text.display import short_name
 
 Row = dict[str, Any]
 
@@ -60,7 +61,7 @@ def refuse(line: BadLine) -> None:
 def read_file(file: Path) -> Iterator[tuple[str, Row | BadLine]]:
     """Yield ("file:line", row) of a data file; see `readers.read_rows`."""
     readers: dict[str, Callable[[Path], Iterator[tuple[int, Row | BadLine]]]] = {
-        ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_table, ".arrow": _read_table,
+        ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_table, ".arrow": _read_table,
     }  # fmt: skip
     found = False
     suffix = data_suffix(file)
@@ -69,11 +70,15 @@ def read_file(file: Path) -> Iterator[tuple[str, Row | BadLine]]:
         for number, row in readers[suffix.rpartition(".")[0] if packed else suffix](file):
             found = True
             yield f"{file}:{number}", row
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"{_first_bad_line(file)}: bytes that are not UTF-8; convert the file to UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
         reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         raise UserError(f"{file}: not a readable {suffix[1:]} file{reason}") from error
+    except (ValueError, LookupError, ArithmeticError) as error:  # a date beyond the year 9999, an unknown time zone
+        raise UserError(f"{file}: a value that Python cannot hold ({error}); leave out its column") from error
     if not found:
         raise UserError(f"{file}: the file is empty; it must hold at least one row")
 
@@ -106,12 +111,11 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
     csv.field_size_limit(MAX_TEXT_CHARACTERS)
     line = 1
     with _open_text(file, newline="") as lines:
-        reader = csv.reader(_without_nul(lines, file), strict=True)
+        # A blank before a quote would make the quotes a part of the text.
+        reader = csv.reader(_without_nul(lines, file), strict=True, skipinitialspace=True)
         try:
             header = [name.strip() for name in next(reader, [])]
-            twice = next((name for name in header if name and header.count(name) > 1), None)
-            if twice is not None:
-                raise UserError(f"{file}: two columns are called {visible(twice)}; rename or remove one of them")
+            _require_distinct(header, file)
             line = reader.line_num + 1
             for values in reader:
                 if values and len(values) != len(header):
@@ -126,6 +130,12 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
                 f"{file}:{line}: broken CSV quoting in the record that starts here ({error}); write a quote inside "
                 'a quoted field as ""'
             ) from error
+
+
+def _require_distinct(names: Sequence[str], where: object) -> None:
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: two columns are called {short_name(twice)}; rename or remove one of them")
 
 
 def _without_nul(lines: Iterable[str], file: Path) -> Iterator[str]:
@@ -148,17 +158,27 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
                 yield number, row
 
 
-_TOO_MUCH_JSON = "JSON that is nested too deeply, or a number of too many digits"
+_TOO_MUCH_JSON = "JSON that is nested too deeply, a number of too many digits, or a key that stands twice in an object"
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):  # by itself `json` takes the last one
+        raise ValueError("a key that stands twice")
+    return row
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_distinct)
 
 
 def _json_row(line: str, where: str) -> Row | BadLine:
     try:
-        row = json.loads(line)
+        row = _JSON.decode(line)
     except json.JSONDecodeError as error:
         message = (
-            f"broken JSON: {error.msg} at column {error.colno}; a file holds one object a line, or (in a .json file)"
+            f"broken JSON: {error.msg} at column {error.colno}; a file holds one object a line, or one list of objects"
         )
-        return BadLine(where, "broken_json", f"{message} one list of objects")
+        return BadLine(where, "broken_json", message)
     except (ValueError, RecursionError):
         return BadLine(where, "broken_json", _TOO_MUCH_JSON)
     return _object(row, where)
@@ -172,13 +192,12 @@ def _object(row: object, where: str) -> Row | BadLine:
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
-    """Yield the objects of a JSON list, parsed one at a time; a file that does not start with "[" is read as JSONL.
+    """Yield the objects of a JSON list, parsed one at a time; a file that does not start with "[" has one a line.
 
     Why not `ijson`: its C parser turns half of a surrogate pair into "?" without a word (here such a row is counted),
     refuses NaN, which json writes, tells no line, crashed on an integer of 5,000 digits, and 200 kB of brackets took
     8 GB.
     """
-    decoder = json.JSONDecoder()
     with _open_text(file) as source:
         text = source.read(JSON_CHUNK_CHARACTERS)
         position = _next_item(text, 0)
@@ -192,7 +211,7 @@ def _read_json(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
                 _require_end(text[start + 1 :], source, f"{file}:{line + text.count(chr(10), position, start)}")
                 return
             try:
-                row, end = decoder.raw_decode(text, start)
+                row, end = _JSON.raw_decode(text, start)
             except json.JSONDecodeError as error:
                 chunk = source.read(JSON_CHUNK_CHARACTERS)
                 if not chunk or len(text) - position > MAX_LINE_CHARACTERS:
@@ -229,7 +248,7 @@ _BEFORE_ITEM = re.compile(r"[ \n\r\t]*,?[ \n\r\t]*")
 
 def _read_table(file: Path) -> Iterator[tuple[int, Row]]:
     characters, limit = 0, max(MIN_TABLE_CHARACTERS, MAX_TABLE_EXPANSION * file.stat().st_size)
-    rows = chain.from_iterable(batch.to_pylist() for batch in _batches(file))
+    rows = chain.from_iterable(_rows_of(batch, file) for batch in _batches(file))
     for number, row in enumerate(rows, start=1):
         characters += sum(len(value) for value in row.values() if isinstance(value, str))
         if characters > limit:
@@ -239,6 +258,12 @@ def _read_table(file: Path) -> Iterator[tuple[int, Row]]:
                 "write the file as JSONL if that is meant"
             )
         yield number, row
+
+
+def _rows_of(batch: pyarrow.RecordBatch, file: Path) -> list[Row]:
+    _require_distinct(batch.schema.names, file)
+    rows: list[Row] = batch.to_pylist()
+    return rows
 
 
 def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
@@ -254,6 +279,8 @@ def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
                 yield from table.iter_batches(batch_size=_rows_at_a_time(repeated), row_groups=[number])
         return
     with pyarrow.memory_map(str(file)) as source:
+        _require_room(file, "record batch", largest_unpacked(source), "max_chunksize=10000")
+        source.seek(0)
         try:
             batches: Iterable[pyarrow.RecordBatch] = pyarrow.ipc.open_stream(source)
         except pyarrow.ArrowInvalid:

@@ -12,7 +12,7 @@ from config.paths import find_path, may_be_on_hub
 from config.settings import DatasetSettings
 from safer_instruct.text.display import visible
 from safer_instruct.text.formats import Row
-from safer_instruct.text.readers import data_files, left_out_of, splits_left_out
+from safer_instruct.text.readers import data_files, left_out_of, other_entries, splits_left_out
 
 
 class Source(NamedTuple):
@@ -22,6 +22,7 @@ class Source(NamedTuple):
     version: str  # on the hub: dataset, config and commit
     read: list[str]  # what is read, for a report
     left_out: list[str]  # files or splits that nothing is trained on, by their names
+    others: list[str]  # what is no data file by its name
 
 
 def source_of(name: str, settings: DatasetSettings) -> Source:
@@ -33,8 +34,9 @@ def source_of(name: str, settings: DatasetSettings) -> Source:
     hub = hub_dataset(name, settings)
     if hub is not None:
         return hub.source
-    files = data_files(find_path(settings.path), training=True)
-    return Source(files, "", [file.name for file in files], splits_left_out(find_path(settings.path)))
+    path = find_path(settings.path)
+    files = data_files(path, training=True)
+    return Source(files, "", [file.name for file in files], splits_left_out(path), other_entries(path))
 
 
 def hub_dataset(name: str, settings: DatasetSettings) -> HubDataset | None:
@@ -61,10 +63,10 @@ class HubDataset:
         self._splits = [settings.split] if settings.split else [split for split in names if split not in left_out]
         if self._is_folder:  # the library's cache does not notice that a file has changed
             found = [Path(file) for split in self._splits for file in files.get(split, ())]
-            self.source = Source(found, "", [file.name for file in found], left_out)  # what its rows depend on
+            self.source = Source(found, "", [file.name for file in found], left_out, [])  # what its rows depend on
         else:
             version = "/".join(Path(self._builder.cache_dir).parts[-4:])
-            self.source = Source([], version, [f"{version} {split}" for split in self._splits], left_out)
+            self.source = Source([], version, [f"{version} {split}" for split in self._splits], left_out, [])
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Yield ("path/split:number", row): streamed, or from the library's copy of the dataset on this disk.

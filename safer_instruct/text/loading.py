@@ -15,12 +15,16 @@ from safer_instruct.text.formats import BadLine, Row
 from safer_instruct.text.hub import hub_dataset
 from safer_instruct.text.messages import is_messages
 from safer_instruct.text.pairs import Pairing, best, make_pairs
-from safer_instruct.text.readers import read_rows, require_columns, usable_rows
+from safer_instruct.text.prompts import HUMAN
+from safer_instruct.text.readers import likely, read_rows, require_columns, usable_rows
 from safer_instruct.text.row_log import BadRow, RowLog
 from safer_instruct.text.schemas import SCHEMAS
 from safer_instruct.text.standard import Fields, parse_standard
 
 MAX_ID_CHARACTERS = 32  # a longer id of a file's own is hashed
+# What programs write for a cell without a value. It may be an answer, too ("null"), so it is noted and not dropped.
+MISSING_WORDS = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "nil"})
+MAX_MISSING = max(map(len, MISSING_WORDS))
 FREE_COLUMNS = frozenset({"id", "label", "provenance"})  # no schema needs to read them: they say nothing to a model
 
 
@@ -109,22 +113,30 @@ class LoadedExamples:
                 yield fields, _row_id(row), where
 
     def _require_columns(self, row: Row, file: str) -> None:
-        setting = f"datasets.{self.log.name}.columns"
-        talk = next((name for name, cell in row.items() if _is_conversation(cell)), None)
-        if talk is not None and not all(name in row for name in self._needed):
-            other = "sharegpt" if talk in SCHEMAS["sharegpt"].one_of else "custom"
-            raise UserError(
-                f"{file}: the column {talk} holds conversations, which schema={self._settings.schema} does not read: "
-                f"write datasets=[{other}] datasets.{other}.path={self._settings.path}"
-            )
-        require_columns(row, self._needed, file, setting, self._settings.columns)
-        choice = self._schema.one_of
+        schema, choice, needed = self._settings.schema, self._schema.one_of, list(self._needed)
         if choice and not any(name in row for name in choice):
-            require_columns(row, [choice[0]], f"{file}: one of {', '.join(choice)} is needed", setting)
+            file += f": one of {', '.join(choice)} is needed"
+            needed.append(next((name for name in choice if likely(name, row)), choice[0]))
+        talks = [name for name, cell in row.items() if _is_conversation(cell)]
+        is_read = schema == "custom" or (schema == "sharegpt" and likely(needed[0] if needed else "messages", row))
+        if talks and not is_read and not all(name in row for name in needed):
+            other = "sharegpt" if talks[0] in SCHEMAS["sharegpt"].one_of else "custom"
+            is_named = other == "sharegpt" or len(talks) > 1 or talks[0] in (SCHEMAS["custom"].read or ())
+            renamed = "" if is_named else f" datasets.custom.columns.messages={talks[0]}"
+            raise UserError(
+                f"{file}: the column {talks[0]} holds conversations, which schema={schema} does not read: "
+                f"write datasets=[{other}] datasets.{other}.path={self._settings.path}{renamed}"
+            )
+        if schema == "custom" and not talks and not str(row.get("chosen")).startswith(HUMAN):
+            # Without its name, a prompt would be looked for in what the answers begin with.
+            needed += [name for name in ("prompt", *(["scores"] * ("responses" in needed))) if likely(name, row)]
+        require_columns(row, needed, file, f"datasets.{self.log.name}.columns", self._settings.columns)
 
     def _with_answers(self, fields: Fields) -> list[Fields]:
         """Return the fields of each example: for several answers those of each pair, or of the best one."""
         answers, margin = fields.pop("answers", None), fields.pop("margin", None)
+        if not fields.pop("is_safe", True) and not self._pairs:  # the better one of two, and no answer to learn
+            raise BadRow("unsafe_chosen")
         if answers is None:
             if self._pairs and margin is not None and margin < self._settings.min_margin:
                 raise BadRow("small_margin")
@@ -141,6 +153,7 @@ class LoadedExamples:
         if self.log.on_bad_row == "error":
             raise line
         self.log.read += 1
+        self.log.why.setdefault(line.reason, str(line))
         self.log.drop(line.reason, text_id(line.where), line.where)
 
     def _example(self, fields: Fields, id: str, where: str) -> Iterator[Example]:
@@ -161,6 +174,8 @@ class LoadedExamples:
         example = Example(id=id or text_id(*born), provenance={"where": where}, history=turns, **stripped)
         if stripped != texts or turns != history:
             self.log.note("stripped", example)
+        if any(len(text) <= MAX_MISSING and text.casefold() in MISSING_WORDS for text in born):
+            self.log.note("a_text_is_a_word_for_a_missing_value", example)
         reason = self._why_not(example)
         if reason:
             self.log.drop(reason, example.id, where)

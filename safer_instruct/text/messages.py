@@ -57,8 +57,13 @@ def _read_message(value: Any, column: str) -> Message:
     role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
     if not isinstance(role, str) or role.casefold() not in ROLES:
         raise BadRow("unknown_role", column, "one of system, user, assistant (or human, gpt)")
+    unread = [key for key in ("tool_calls", "function_call") if value.get(key)]
+    unread += ["weight"] if value.get("weight", 1) == 0 else []  # OpenAI's mark of what is not to be trained on
+    if unread:
+        raise BadRow(f"unread_{unread[0]}", column, f"a message without {unread[0]}")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text")) for part in content)
+        texts = [part.get("text") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str):
         raise BadRow("not_text", column, "a text as content")
     return Message(ROLES[role.casefold()], content)
@@ -77,7 +82,8 @@ def read_transcript(text: Any, column: str) -> Messages:
     """
     _, *parts = _SPEAKER.split(text) if isinstance(text, str) and text.startswith(HUMAN) else [""]
     if ASSISTANT not in parts:
-        raise BadRow("broken_transcript", column, r'a dialogue from "\n\nHuman:" to "\n\nAssistant:"')
+        dialogue = r'a dialogue from "\n\nHuman:" to "\n\nAssistant:", or datasets=[custom], which reads messages,'
+        raise BadRow("broken_transcript", column, dialogue)
     roles = {HUMAN: "user", ASSISTANT: "assistant"}
     return tuple(Message(roles[mark], said) for mark, said in zip(parts[::2], parts[1::2], strict=True))
 

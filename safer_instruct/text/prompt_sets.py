@@ -16,6 +16,7 @@ from config.paths import find_path
 from config.settings import PromptSetSettings
 from safer_instruct.text.examples import is_unicode, text_id
 from safer_instruct.text.exclusion import instruction_key, read_instruction_keys
+from safer_instruct.text.messages import is_messages
 from safer_instruct.text.readers import read_rows, require_columns
 
 
@@ -91,8 +92,9 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
     instruction = row["instruction"]
     if isinstance(instruction, list) and instruction:  # turns of a conversation, of which the first is asked
         instruction = instruction[0]
-    if not isinstance(instruction, (str, type(None))):
-        raise UserError(f"{where}: the instruction is a {type(instruction).__name__}, not a text")
+    if not isinstance(instruction, (str, type(None))) or (instruction and is_messages(instruction)):
+        what = "conversation" if isinstance(instruction, (str, dict)) else type(instruction).__name__
+        raise UserError(f"{where}: the instruction is a {what}, not a text")
     instruction = (instruction or "").strip()
     if not instruction:
         raise UserError(f"{where}: the instruction is empty")
@@ -127,7 +129,7 @@ def _read_reference(value: Any, where: str) -> tuple[str, ...]:
             raise UserError(f"{where}: `reference` is no JSON list{place}") from None
     if value is None or value == "":
         return ()
-    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else [value]
     if not all(isinstance(item, str) and item.strip(" |") for item in values):
         raise UserError(f"{where}: `reference` must be a list of strings that are not empty")
     return tuple(values)

@@ -5,7 +5,6 @@ No file is ever held in memory as a whole, and no message quotes a text: it name
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,11 +13,15 @@ from pathlib import Path
 
 from config.checksums import CHECKSUMS, require_untouched
 from config.errors import UserError
-from safer_instruct.text.display import visible
+from config.reading import read_mapping
+from safer_instruct.text.display import short_name, visible
 from safer_instruct.text.formats import DATA_SUFFIXES, MAX_TEXT_CHARACTERS, BadLine, Row, data_suffix, read_file, refuse
 
 DATASET_FILES = ("si.jsonl", "si.parquet")  # what induce.py calls its dataset: the rest of such a folder is not data
-NOT_DATA = frozenset({"report.json", "manifest.json", "dataset_info.json", "state.json", "test_set.csv", CHECKSUMS})
+NOT_DATA = frozenset(
+    {"report.json", "manifest.json", "dataset_info.json", "dataset_infos.json", "state.json", "test_set.csv", CHECKSUMS}
+)
+_SHARD = re.compile(r"(.*-)(\d+)(-of-0*(\d+)\..*)")  # train-00000-of-00002.parquet
 # Words in the name of a split.
 HELD_OUT_SPLIT, TRAIN_SPLIT = (
     re.compile(rf"(?<![a-z])({words})(?![a-z])", re.IGNORECASE)
@@ -30,6 +33,11 @@ SYNONYMS = {
     "instruction": ("prompt", "question", "query", "goal", "behavior", "request"),
     "chosen": ("output", "response", "completion", "answer", "preferred"),
     "output": ("response", "completion", "answer", "chosen"),
+    "prompt": ("instruction", "question", "query", "problem", "input"),
+    "messages": ("conversation", "conversations", "dialogue", "chat"),
+    "conversations": ("conversation", "messages", "dialogue", "chat"),
+    "responses": ("generations", "completions", "answers", "candidates"),
+    "scores": ("ratings", "rewards"),
     "good": ("label", "is_safe", "desirable"),
     "rejected": ("dispreferred", "unsafe", "bad"),
     "response": ("output", "text", "completion", "answer", "rejected", "messages", "conversations"),
@@ -48,16 +56,17 @@ def require_columns(
     names = renamed or {}
     missing = [name for name in needed if name not in columns]
     if missing:
-        found = ", ".join(visible(str(names.get(name, name))) for name in columns) or "none"
+        shown = [f"{short_name(names[name])} (as {name})" if name in names else short_name(name) for name in columns]
+        found = ", ".join(shown) or "none"
         asked = ", ".join(f"{visible(names[name])} (for {name})" if name in names else name for name in missing)
-        hints = [f"{setting}.{name}={guess}" for name in missing if setting and (guess := _likely(name, columns))]
+        hints = [f"{setting}.{name}={guess}" for name in missing if setting and (guess := likely(name, columns))]
         hint = f"; to read another column in its place, write {' '.join(hints)}" if hints else ""
         if len(columns) == 1 and (";" in found or "\t" in found):
             hint = "; a CSV file has commas between its columns"
         raise UserError(f"{where}: missing column {asked}; the columns found are: {found}{hint}")
 
 
-def _likely(name: str, columns: Collection[str]) -> str:
+def likely(name: str, columns: Collection[str]) -> str:
     """Return the column that probably holds what `name` stands for, "" if none does."""
     by_name = {str(column).strip().lower(): str(column) for column in columns}
     return next((by_name[other] for other in (name, *SYNONYMS.get(name, ())) if other in by_name), "")
@@ -76,7 +85,8 @@ def data_files(path: Path, *, training: bool = False) -> list[Path]:
             raise UserError(f"{path}: a data file ends in one of {', '.join(DATA_SUFFIXES)}")
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
+        odd = "neither a file nor a folder; what a pipe brings cannot be read twice, so write it into a file"
+        raise UserError(f"{path}: {odd if path.exists() else 'no such file or folder'}")
     files = _folder_files(path)
     if not files:
         found = ", ".join(sorted(visible(file.name) for file in path.iterdir())[:10]) or "nothing"
@@ -85,7 +95,31 @@ def data_files(path: Path, *, training: bool = False) -> list[Path]:
             f"{path}: no data file ({wanted}) in it, give the path of a folder that has some; it holds {found}"
         )
     left_out = splits_left_out(path) if training else []
-    return [file for file in files if file.relative_to(path).parts[0] not in left_out]
+    files = [file for file in files if file.relative_to(path).parts[0] not in left_out]
+    _require_shards(files)
+    return files
+
+
+def _require_shards(files: Iterable[Path]) -> None:
+    """Refuse a part of the files that are numbered as one dataset's: a download that broke off."""
+    numbers: dict[tuple[str, str, int], set[str]] = {}
+    for file in files:
+        if found := _SHARD.fullmatch(file.name):
+            numbers.setdefault((str(file.with_name(found[1])), found[3], int(found[4])), set()).add(found[2])
+    for (name, rest, total), there in numbers.items():
+        if len(there) < total:
+            raise UserError(
+                f"{name}*{rest}: {len(there)} of {total} files are there; copy the others, or rename those that are"
+            )
+
+
+def other_entries(path: Path) -> list[str]:
+    """Return what stands beside the data files of a folder and is not read, whatever it holds."""
+    if not path.is_dir() or _is_datasets_folder(path) or any((path / name).is_file() for name in DATASET_FILES):
+        return []
+    is_known = re.compile(r"[._]|readme|licen[cs]e", re.IGNORECASE)
+    names = [entry.name for entry in path.iterdir() if not data_suffix(entry) and not is_known.match(entry.name)]
+    return sorted(names)
 
 
 def splits_left_out(path: Path) -> list[str]:
@@ -122,13 +156,13 @@ def _folder_files(path: Path) -> list[Path]:
         if (path / name).is_file():
             return [path / name]
     if _is_datasets_folder(path):
-        return sorted(path.rglob("*.arrow"))
-    return sorted(
-        file
-        for file in path.iterdir()
-        if file.is_file() and data_suffix(file)
-        if file.name not in NOT_DATA and file.name[0] not in "._"
-    )
+        return _datasets_files(path)
+    files = [file for file in path.iterdir() if data_suffix(file) and file.name[0] not in "._"]
+    files = sorted(file for file in files if file.name not in NOT_DATA)
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no file, but a folder, a pipe or a link that leads nowhere; mend or remove it")
+    return files
 
 
 def read_rows(
@@ -157,10 +191,7 @@ def read_rows(
         UserError: missing path, a file of ours that has changed since (at once); empty file, broken JSON or CSV,
             bytes that are not UTF-8 (while reading).
     """
-    path = Path(path)
-    files = data_files(path, training=training)
-    if path.is_dir() and _is_datasets_folder(path):
-        files = _datasets_files(path, splits_left_out(path) if training else ())
+    files = data_files(Path(path), training=training)
     for file in files:
         require_untouched(file)
     return usable_rows(chain.from_iterable(map(read_file, files)), columns or {}, bad_line)
@@ -193,18 +224,19 @@ def _is_datasets_folder(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _datasets_files(path: Path, left_out: Collection[str]) -> list[Path]:
+def _datasets_files(path: Path) -> list[Path]:
     """Return the arrow files of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, in order."""
     try:
         whole = path / "dataset_dict.json"
-        splits = json.loads(whole.read_text(encoding="utf-8"))["splits"] if whole.is_file() else [""]
-        folders = [path / name for name in sorted(splits) if name not in left_out]
-        states = [json.loads((folder / "state.json").read_text(encoding="utf-8")) for folder in folders]
+        folders = [path / name for name in sorted(read_mapping(whole)["splits"])] if whole.is_file() else [path]
+        states = [read_mapping(folder / "state.json") for folder in folders]
         if any(state.get("_indices_data_files") for state in states):
             raise ValueError("its rows stand in another order than in its files")
         files = [
             f / part["filename"] for f, state in zip(folders, states, strict=True) for part in state["_data_files"]
         ]
+        for file in files:
+            (path / file.relative_to(path)).stat()  # it is there, and below the folder
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: a folder of `datasets` that cannot be read ({type(error).__name__}); save it again, or copy all "

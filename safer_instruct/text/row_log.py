@@ -90,7 +90,7 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(f"{name}: {counts['read']} rows read, {counts['train']} train, {counts['eval']} eval")
         if "mixture" in report:
             lines.append(f"  trained on, by the weights of the datasets: {report['mixture'][name]} rows")
-        lines += _describe_files(name, report.get("files", {}).get(name, {"read": [], "left_out": []}))
+        lines += _describe_files(name, report.get("files", {}).get(name, {}))
         for what, numbers in (("dropped", counts["dropped"]), ("noted", counts["noted"])):
             if numbers:
                 parts = [f"{kind.replace('_', ' ')} {number}" for kind, number in sorted(numbers.items())]
@@ -111,12 +111,16 @@ def describe(report: Mapping[str, Any]) -> str:
 
 
 def _describe_files(name: str, files: Mapping[str, list[str]]) -> list[str]:
-    read, left_out = ([visible(file) for file in files[what]] for what in ("read", "left_out"))
+    read, left_out, others = (
+        [visible(file) for file in files.get(what, ())] for what in ("read", "left_out", "others")
+    )
     more = f" and {len(read) - FILES_SHOWN} more" if len(read) > FILES_SHOWN else ""
     lines = [f"  files: {', '.join(read[:FILES_SHOWN])}{more}"] if read else []
     if left_out:
         named = ", ".join(left_out[:FILES_SHOWN])
         lines.append(f"  not read, by their names: {named}; datasets.{name}.eval_path=FILE evaluates on one")
+    if others:
+        lines.append(f"  not read, no data files by their endings: {', '.join(others[:FILES_SHOWN])}")
     return lines
 
 

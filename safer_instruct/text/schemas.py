@@ -68,10 +68,7 @@ def _parse_hh(row: Row) -> Fields:
 def _parse_shp(row: Row) -> Fields:
     """Read Stanford Human Preferences: `labels` is 1 where A is preferred; its margin is the ratio of the votes."""
     first, second = row["human_ref_A"], row["human_ref_B"]
-    preferred = str(row["labels"])
-    if preferred not in ("0", "1"):
-        raise BadRow("no_preference", "labels", "1 or 0")
-    chosen, rejected = (first, second) if preferred == "1" else (second, first)
+    chosen, rejected = (first, second) if _is_one(row, "labels") else (second, first)
     ratio = row.get("score_ratio")
     margin = None if ratio in (None, "") else read_score(ratio, "score_ratio")
     return {
@@ -127,11 +124,19 @@ def _parse_beavertails(row: Row) -> Fields:
     if "response_0" not in row:
         side = "chosen" if is_good(row["is_safe"], "is_safe") else "rejected"
         return {"instruction": row["prompt"], side: row["response"]}
-    safer = str(row["safer_response_id"])
-    if safer not in ("0", "1"):
-        raise BadRow("no_preference", "safer_response_id", "0 or 1")
-    other = "1" if safer == "0" else "0"
-    return {"instruction": row["prompt"], "chosen": row[f"response_{safer}"], "rejected": row[f"response_{other}"]}
+    safer = int(_is_one(row, "safer_response_id"))
+    name = f"is_response_{safer}_safe"
+    return {
+        "instruction": row["prompt"], "chosen": row[f"response_{safer}"], "rejected": row[f"response_{1 - safer}"],
+        "is_safe": row.get(name) is None or is_good(row[name], name),
+    }  # fmt: skip
+
+
+def _is_one(row: Row, column: str) -> bool:
+    try:
+        return is_good(row[column], column)  # 1, 1.0 and true, also as text
+    except BadRow:
+        raise BadRow("no_preference", column, "1 or 0") from None
 
 
 def _parse_helpsteer(row: Row) -> Fields:
