@@ -113,7 +113,7 @@ def test_a_template_that_ends_no_answer_is_refused_before_training(tmp_path: Pat
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(UserError, match=r"writes nothing behind an answer.*\{\{ eos_token \}\} behind an assistant's"):
+    with pytest.raises(UserError, match=r"writes nothing after an answer.*\{\{ eos_token \}\} after an assistant's"):
         store_of(tmp_path, tokenizer, TALK)
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "}}\n", "}}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
