@@ -306,7 +306,7 @@ def test_files_that_cannot_do_are_refused(si, benign, tmp_path) -> None:
     ledger = tmp_path / "si" / "ledger" / "induce-00000-of-00001.jsonl"
     ledger.parent.mkdir(parents=True)
     ledger.touch()
-    with pytest.raises(UserError, match="stage=replay makes a dataset of its own"):
+    with pytest.raises(UserError, match="stage=replay makes a separate dataset"):
         run("replay", tmp_path / "si", *replay(si, benign))
 
 
