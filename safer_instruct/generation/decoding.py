@@ -39,7 +39,7 @@ def read_generation_config(source: Path | str) -> GenerationConfig | None:
         return config
     except UNUSABLE as error:
         raise UserError(
-            f"{file} cannot be used ({first_line(error)}). Mend it, or move it away: the command's generation.* "
+            f"{file} cannot be used ({first_line(error)}). Fix it, or move it away: the command's generation.* "
             "settings control decoding."
         ) from error
 

@@ -195,7 +195,7 @@ class HFGenerator:
             num_beams=1,
             temperature=1.0,
             top_p=1.0,
-            top_k=50,  # these three are the values that transformers takes for "unset"
+            top_k=50,  # these are the values that transformers takes for "unset"
             max_new_tokens=num_tokens,
             eos_token_id=sorted(self.end_tokens),
             pad_token_id=self.tokenizer.pad_token_id,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDER_SECONDS = 60.0  # time limit for rendering a few short messages
-_MEND = "mend the chat template in the tokenizer's folder"
+_MEND = "fix the chat template in the tokenizer's folder"
 _OTHERWISE = "; or use template=alpaca, hh, plain or vicuna"
 # Template variables that turn thinking off: Qwen 3, GLM 4.5 and SmolLM 3; DeepSeek 3.1 and Granite 3.3.
 _SWITCHES = ("enable_thinking", "thinking")

@@ -151,7 +151,7 @@ class CorpusRows:
     def _drop(self, reason: str, id: str, where: str) -> None:
         if self.settings.on_bad_row == "error":
             raise UserError(
-                f"{where}: {reason} in column {self.settings.response_column}; mend the row, or drop such rows with "
+                f"{where}: {reason} in column {self.settings.response_column}; fix the row, or drop such rows with "
                 "corpus.on_bad_row=drop"
             )
         self._unusable[reason] += 1

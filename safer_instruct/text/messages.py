@@ -178,7 +178,7 @@ def history_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         return read_history(row.get("history"))
     except BadRow as bad:
         raise UserError(
-            f"{where}: {bad.reason} in column {bad.column}: expected {bad.expected}; mend the row, or rename the "
+            f"{where}: {bad.reason} in column {bad.column}: expected {bad.expected}; fix the row, or rename the "
             "column if it holds something else"
         ) from None
 

@@ -60,7 +60,7 @@ class RowLog:
         self.why.setdefault(reason, f"{where}: {reason.replace('_', ' ')}{place}{wanted}")
         if self.on_bad_row == "error" and reason not in SKIPS:
             raise UserError(
-                f"{where}: bad row {id}: {reason.replace('_', ' ')}{place}{wanted}; mend the row, or drop and count "
+                f"{where}: bad row {id}: {reason.replace('_', ' ')}{place}{wanted}; fix the row, or drop and count "
                 f"such rows with datasets.{self.name}.on_bad_row=drop"
             )
         self.dropped[reason] += 1
