@@ -2,11 +2,11 @@
 
     python induce.py corpus.path=corpus.jsonl model=tiny model.archive=runs/reverse expert=rules output=data/si
 
-Every stage keeps an append-only ledger in `output/ledger`, so the same command goes on where a killed one stopped. In
-a Slurm array each task does its shard (`shard.index`, `shard.count`); `stage=merge` comes after the last,
-`stage=status` tells how far all are, `stage=audit` looks over a finished dataset (docs/scale.md), `stage=review` draws
-a page on which people decide about its pairs (docs/stages/review.md). `stage=replay` and
-`stage=contrast` make pairs whose prompts should be answered, for `datasets=[si,replay,contrast]` (docs/useful.md).
+Every stage appends to a ledger in `output/ledger`, so rerunning the same command resumes a killed run. In a Slurm array
+each task runs its own shard (`shard.index`, `shard.count`); run `stage=merge` after the last. `stage=status` shows the
+progress of all shards, `stage=audit` checks a finished dataset (docs/scale.md), and `stage=review` builds a page on
+which people judge its pairs (docs/stages/review.md). `stage=replay` and `stage=contrast` make pairs whose prompts
+should be answered, for `datasets=[si,replay,contrast]` (docs/useful.md).
 Settings: config/induce.yaml, config/settings.py (InduceConfig).
 """
 
@@ -21,7 +21,7 @@ from config.schema import read_command, run_command
 from config.settings import InduceConfig
 from safer_instruct.induction.status import render_status
 
-if __name__ == "__main__":  # before the imports that take seconds: mistakes and stage=status need not wait for them
+if __name__ == "__main__":  # before the slow imports: config errors and stage=status should not wait for them
     exit_behind_ledgers()
     command = read_command("induce", InduceConfig, check_induce)
     if all(config.stage == "status" for config in command.configs):
@@ -87,11 +87,11 @@ from safer_instruct.text.readers import read_rows
 from trainers.distributed.launch import pick_device
 
 NUM_SHOWN = 3  # pairs that log_text=true prints
-LOCK_SECONDS = 600.0  # another shard writes the same pairs
+LOCK_SECONDS = 600.0  # wait this long while another shard writes the same pairs
 
 
 def main(config: InduceConfig) -> None:
-    """Run the stages of one shard, or the merge of all, or look at what there is."""
+    """Run the stages of one shard, merge all shards, or inspect what exists."""
     if config.stage == MERGE:
         merge_shards(config)
     elif config.stage == "status":
@@ -111,7 +111,7 @@ def main(config: InduceConfig) -> None:
 
 
 def run_shard(config: InduceConfig) -> None:
-    """Run the stages of one shard; the dataset is merged where it is the only one."""
+    """Run the stages of one shard; stage=all also merges the dataset if there is only one shard."""
     ledgers = Path(config.output) / "ledger"
     index, count = resolve_shard(config.shard, os.environ)
     require_same_shards(ledgers, count)
@@ -140,8 +140,8 @@ def run_shard(config: InduceConfig) -> None:
         run_vary(expert, kept_pairs(corpus.examples, paths)[1], paths, count, config.respond.max_same)
     if corpus.broken:
         raise UserError(
-            f"{corpus.broken}. The {len(corpus.examples)} rows of this shard before it are done and kept; mend the "
-            "file, and give the same command"
+            f"{corpus.broken}. The {len(corpus.examples)} rows of this shard before it are done and kept; fix the "
+            "file and rerun the same command"
         )
     if config.stage == "all" and count == 1:
         merge_shards(config)
@@ -153,7 +153,7 @@ def run_shard(config: InduceConfig) -> None:
 
 
 def _stages(config: InduceConfig, count: int) -> list[str]:
-    """Return the stages to run; of all, `vary` only where no other shard is to be waited for."""
+    """Return the stages to run; stage=all includes `vary` only with a single shard, as it needs all responses."""
     if config.stage != "all":
         return [config.stage]
     optional = {
@@ -164,8 +164,8 @@ def _stages(config: InduceConfig, count: int) -> list[str]:
 
 
 def logps_of(model: Any) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
-    """Return the function from a micro-batch to the log-probabilities of its responses, by training's kernel."""
-    from trainers.kernels.head_check import check_head  # needed only where a forward model scores
+    """Return a function that maps a micro-batch to its responses' log-probabilities, using the training kernel."""
+    from trainers.kernels.head_check import check_head  # only stage=score needs the kernels
     from trainers.kernels.logps import sequence_logps
 
     check_head(model)
@@ -173,8 +173,8 @@ def logps_of(model: Any) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 
 def merge_shards(config: InduceConfig) -> None:
-    """Write dataset, report and card from the ledgers of all shards."""
-    from safer_instruct.dataset.card import build_report, write_report  # matplotlib: no shard needs it
+    """Write the dataset, its report and its card from the ledgers of all shards."""
+    from safer_instruct.dataset.card import build_report, write_report  # imports matplotlib, which no shard needs
     from safer_instruct.dataset.tables import funnel_table
 
     started = time.monotonic()
@@ -187,7 +187,7 @@ def merge_shards(config: InduceConfig) -> None:
             "all shards before stage=merge, or leave respond.max_same out"
         )
     rejections = read_rejections(config.reviews)
-    with lock_output(output):  # until the report is written: it must be about the dataset beside it
+    with lock_output(output):  # held until the report is written, so that it describes the dataset beside it
         merged = merge(
             config.corpus,
             ledgers,
@@ -208,7 +208,7 @@ def merge_shards(config: InduceConfig) -> None:
     print(funnel_table(report).markdown)
     print(f"\n{report['num_rows']} pairs in {output} ({names}); counts and drops: {output / 'README.md'}")
     if not report["num_rows"]:
-        print("No pair is left: the table `dropped by` in README.md tells why.")
+        print("No pair is left: the table `dropped by` in README.md says why.")
     if config.log_text:
         _show(output / FILES[config.format][0])
     if config.push_to_hub:
@@ -218,7 +218,7 @@ def merge_shards(config: InduceConfig) -> None:
 
 
 def run_benign(config: InduceConfig) -> None:
-    """Run stage=replay or stage=contrast of one shard; the shard that finds all of them done writes the pairs."""
+    """Run stage=replay or stage=contrast on one shard; a shard that finds all others done writes the pairs."""
     output, stage = Path(config.output), config.stage
     index, count = resolve_shard(config.shard, os.environ)
     require_own_folder(output / "ledger", stage)
@@ -227,7 +227,7 @@ def run_benign(config: InduceConfig) -> None:
     device = pick_device(config.device)
     unsafe = read_unsafe_rows(config.path) if config.path else []
     draws = stage == CONTRAST or config.replay.rejected == "refusal"
-    refusals = Refusals(unsafe, str(config.path)) if draws else None  # now: a dataset without any is said at once
+    refusals = Refusals(unsafe, str(config.path)) if draws else None  # built now: a dataset without any fails early
     guard = LeakageGuard(read_instruction_keys(config.exclude), config.exclude_similarity)
     if stage == REPLAY:
         known = {turn_keys(row)[-1] for row in unsafe}
@@ -240,7 +240,7 @@ def run_benign(config: InduceConfig) -> None:
         run_contrast(expert, prompts.of_shard(index, count), paths)
     records = read_records(output / "ledger", stage, count)
     if missing := num_missing(stage, prompts.examples, records):
-        print(f"shard {index} of {count} is done; {missing} of {len(prompts.examples)} rows are other shards'")
+        print(f"shard {index} of {count} is done; {missing} of {len(prompts.examples)} rows are left to other shards")
         return
     counts = Counter(prompts.dropped)
     if stage == REPLAY:
@@ -249,7 +249,7 @@ def run_benign(config: InduceConfig) -> None:
     else:
         assert refusals is not None
         pairs = contrast_pairs(prompts.examples, records, refusals, excluded=guard.reason, counts=counts)
-    with lock_output(output, wait_seconds=LOCK_SECONDS):  # two shards that end at once write the same bytes
+    with lock_output(output, wait_seconds=LOCK_SECONDS):  # shards that finish together write the same bytes
         write_pairs(output, stage, pairs, {"stage": stage, "counts": counts})
     reasons = {reason: number for reason, number in sorted(counts.items()) if number and reason != "pairs"}
     dropped = ", ".join(f"{reason} {number}" for reason, number in reasons.items())
@@ -257,7 +257,7 @@ def run_benign(config: InduceConfig) -> None:
 
 
 def run_audit(config: InduceConfig) -> None:
-    """Look over a dataset; with output=FOLDER the report is written, and a dataset without what was found if asked."""
+    """Audit a dataset; with output=FOLDER, also write the report and a cleaned dataset."""
     from safer_instruct.dataset.audit import audit
     from safer_instruct.dataset.audit_report import render_audit, write_audit
 
@@ -284,13 +284,13 @@ def run_audit(config: InduceConfig) -> None:
 
 
 def run_review(config: InduceConfig) -> None:
-    """Draw pairs of a dataset as a page on which people decide."""
-    from safer_instruct.dataset.review import write_review  # matplotlib
+    """Sample pairs of a dataset for a page on which people judge them."""
+    from safer_instruct.dataset.review import write_review  # imports matplotlib
 
     page = write_review(config.path or config.output, config.corpus, config.review, Path(config.output))
     print(
-        f"{page}: open it in a browser. What is exported there goes to stage=audit path=... reviews=[FILE,...], which "
-        "measures the precision, and to stage=merge reviews=[FILE,...], which leaves out what was rejected."
+        f"{page}: open it in a browser. Give the file it exports to stage=audit path=... reviews=[FILE,...], which "
+        "measures the precision, and to stage=merge reviews=[FILE,...], which leaves out the rejected pairs."
     )
 
 

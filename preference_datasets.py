@@ -1,8 +1,8 @@
-"""Datasets: from files of text to stores of token rows, with every row that is dropped or cut counted.
+"""Datasets: from text files to stores of token rows, counting every row that is dropped or truncated.
 
-The bridge between `safer_instruct.text`, which reads and renders (a schema's parser is in `text/loading.py`), and
-`trainers/`, which sees tokens only. `build_stores` encodes the rows of all datasets and caches the result, so that a
-second start tokenises nothing. Reports name rows by id and place (file:line), never by their text.
+The bridge between `safer_instruct.text`, which reads and renders text (the schemas' parsers are in `text/schemas.py`),
+and `trainers/`, which only sees tokens. `build_stores` encodes the rows of all datasets and caches the result, so a
+second run tokenises nothing. Reports identify rows by id and location (file:line), never by their text.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["LoadedExamples", "TrainEval", "build_stores", "describe", "load_examples", "prompt_token_ids"]
 
 Loss = Literal["likelihood", "reverse", "preference", "answers"]
-# What a loss learns from -> how its rows are encoded.
+# The rows that a loss trains on -> how they are encoded.
 ENCODED_FOR: dict[Rows, Loss] = {
     "responses": "likelihood", "reversed": "reverse", "pairs": "preference", "answers": "answers",
 }  # fmt: skip
@@ -57,7 +57,7 @@ ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class TrainEval:
-    """The two stores of a run, and what became of the rows (see `describe`)."""
+    """The two stores of a run, and a report of what happened to the rows (see `describe`)."""
 
     train: TokenStore
     eval: TokenStore
@@ -76,22 +76,22 @@ def build_stores(
     batch_size: int = 1,
     all_answers: bool = False,
 ) -> TrainEval:
-    """Encode the datasets, one behind the other, or find them in the cache; the store `eval` may have no rows.
+    """Encode the datasets, concatenated in order, or load them from the cache; `eval` may have no rows.
 
     Args:
         datasets: Settings by name.
         loss: likelihood (prompt -> chosen), reverse (chosen -> instruction), preference (chosen over rejected), or
             answers (prompt -> one response, which is good or bad).
         tokenizer: A fast tokenizer.
-        max_length: Tokens of prompt + response; a longer response loses its end.
-        max_prompt_length: Tokens of the prompt; a longer one loses the end of its body.
+        max_length: Maximum tokens of prompt + response; the end of a longer response is cut.
+        max_prompt_length: Maximum tokens of the prompt; the end of a longer prompt's body is cut.
         cache_dir: Shared by all runs; entries are keyed by content, so stale ones are never read.
         n_eval_examples: Evaluate on a fixed random subset of this many held-out rows; None for all.
-        batch_size: A training split that is smaller gets a note.
-        all_answers: All answers of a conversation are targets, not its last one alone; loss=reverse: all turns.
+        batch_size: A training split with fewer rows gets a note in the report.
+        all_answers: Train on every answer of a conversation, not only the last; with loss=reverse, on every user turn.
 
     Raises:
-        UserError: Anything wrong with the files; no usable row for training (with the counts).
+        UserError: The files cannot be used, or no row is usable for training (with the counts).
     """
     encoder = Encoder(tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
     if not datasets:
@@ -109,7 +109,7 @@ def build_stores(
         held = held.select(order[:n_eval_examples].sort().values)
     notes = [*(few_answered(report) if loss != "reverse" else []), *_size_notes(train, held, datasets, batch_size)]
     report |= {"num_train": len(train), "num_eval": len(held), "notes": notes}
-    # Not part of the cached report: the same contents may lie under other names now.
+    # Not part of the cached report: files with the same contents may have other names now.
     sources = {name: source_of(name, settings) for name, settings in datasets.items()}
     report["files"] = {
         name: {"read": source.read, "left_out": source.left_out, "others": source.others}
@@ -122,7 +122,7 @@ def _size_notes(
     train: TokenStore, held: TokenStore, datasets: Mapping[str, DatasetSettings], batch_size: int
 ) -> Iterator[str]:
     if len(train) < batch_size:
-        yield f"the training split has {len(train)} rows, fewer than batch_size={batch_size}: one batch an epoch"
+        yield f"the training split has {len(train)} rows, fewer than batch_size={batch_size}: one batch per epoch"
     if not len(held):
         name, settings = next(iter(datasets.items()))
         yield (
@@ -132,12 +132,12 @@ def _size_notes(
 
 
 def _mixed(train: TokenStore, datasets: Mapping[str, DatasetSettings], report: dict[str, Any]) -> TokenStore:
-    """Return the rows that the datasets' weights choose, and put their numbers into the report."""
+    """Return the rows selected by the datasets' weights, and add their counts to the report."""
     num_rows = {name: counts["train"] for name, counts in report["datasets"].items()}
     for name in (name for name, number in num_rows.items() if not number and datasets[name].weight is not None):
         raise UserError(f"datasets.{name}.weight={datasets[name].weight}: it has no usable row:\n{describe(report)}")
     chosen = mixture(num_rows, {name: settings.weight for name, settings in datasets.items()})
-    starts = accumulate(num_rows.values(), initial=0)  # the datasets' rows lie one behind the other
+    starts = accumulate(num_rows.values(), initial=0)  # the store holds the datasets' rows one after another
     report["mixture"] = {name: len(rows) for name, rows in chosen.items()}
     return train.select(torch.cat([rows + start for rows, start in zip(chosen.values(), starts, strict=False)]))
 
@@ -148,10 +148,10 @@ def _content_key(
     tokenizer: PreTrainedTokenizerBase,
     limits: tuple[int, int],
 ) -> str:
-    """Hash all that the stores depend on: contents of the files (not their paths), settings, tokenizer, code.
+    """Hash everything the stores depend on: file contents (not paths), settings, tokenizer, and code.
 
-    It finds a cache entry. What a run that goes on must find unchanged is `TokenStore.content`: a comment in the code
-    makes another entry, with the same content.
+    The key only finds a cache entry. A resumed run checks `TokenStore.content` instead: editing a comment in the code
+    changes the key, but not the content.
     """
     root = Path(__file__).parent
     code = [Path(__file__), root / "trainers" / "data" / "token_store.py"]
@@ -170,7 +170,7 @@ def _content_key(
 
 
 def _write_stores(directory: Path, key: str, datasets: Mapping[str, DatasetSettings], targets: Targets) -> None:
-    """Fill a cache entry: train/, eval/ and rows.jsonl (what happened to which row)."""
+    """Fill a cache entry: train/, eval/ and rows.jsonl (the rows dropped, cut or noted)."""
     segments = 3 if targets.loss == "preference" else 2
     with ExitStack() as stack:
         writers = {
@@ -178,7 +178,7 @@ def _write_stores(directory: Path, key: str, datasets: Mapping[str, DatasetSetti
             for split in ("train", "eval")
         }
         events = stack.enter_context((directory / "rows.jsonl").open("w"))
-        # What one dataset's evaluation file asks, no other dataset may train on: all such files come first.
+        # Evaluation files are read first: no dataset may train on an instruction in another one's evaluation file.
         in_eval_files: set[int] = set()
         parts = {
             name: _DatasetWriter(
@@ -213,7 +213,7 @@ class _DatasetWriter:
         self._excluded = set(map(key_hash, read_instruction_keys(self._exclude_file)))
         self._in_eval_files = in_eval_files  # shared by all datasets of the run
         self._targets = array("Q")
-        self._answered = 0  # rows whose prompt should be answered
+        self._answered = 0  # rows whose chosen response does not decline
 
     def write_eval_file(self) -> None:
         """Encode the rows of `eval_path`, if the dataset has one."""
@@ -245,7 +245,7 @@ class _DatasetWriter:
         return LoadedExamples(self._settings, path, self.log, pairs=self._pairs, training=training, single=single)
 
     def _encode(self, loaded: LoadedExamples, split: str | None) -> None:
-        """Encode a file's rows in batches; `split` None: by hash of the instruction, up to max_rows."""
+        """Encode a file's rows in batches; with `split` None, split by a hash of the instruction, up to max_rows."""
         examples = iter(self._usable(loaded, split))
         left = math.inf if split is not None or self._settings.max_rows is None else self._settings.max_rows
         with tqdm(desc=f"encoding {self.log.name}", unit=" rows", disable=None) as bar:
@@ -281,7 +281,7 @@ class _DatasetWriter:
         return "eval" if held_out(example.user_turns[0][0], self._settings.eval_fraction) else "train"
 
     def _append(self, example: Example, id: str, row: EncodedRow, split: str) -> None:
-        if self._loss == "answers":  # chosen first, where there are both
+        if self._loss == "answers":  # of a pair, chosen comes first
             for number, response in enumerate(row.responses):
                 is_good = example.chosen is not None and number == 0
                 self._writers[split].append(id, (row.prompt, response), is_good=is_good)

@@ -232,8 +232,8 @@ def test_a_chat_model_without_a_run_is_asked_with_alpacas_and_that_is_said(tiny_
     (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
     assert check_model("m", EvaluatedModelSettings(path=str(folder))).template == "alpaca"
     (note,) = caplog.messages
-    assert note.startswith("note: models.m is asked with template=alpaca: no run of train.py round models.m.path=")
-    assert note.endswith("write models.m.template=chat (or =alpaca, to say that it is right)")
+    assert note.startswith("note: models.m uses template=alpaca: there is no run of train.py at models.m.path=")
+    assert note.endswith("write models.m.template=chat (or =alpaca, to confirm the default)")
     caplog.clear()
     assert check_model("m", EvaluatedModelSettings(path=str(folder), template="alpaca")).template == "alpaca"
     assert not caplog.messages

@@ -107,7 +107,7 @@ def test_the_number_of_shards_and_a_kill_do_not_show(stage, si, benign, tmp_path
 def test_a_shard_that_is_not_the_last_writes_no_pairs(si, benign, tmp_path, capsys) -> None:
     words = [*replay(si, benign, "replay.answers=file"), f"output={tmp_path / 'out'}", "stage=replay"]
     induce.main(compose_config("induce", [*words, "shard.index=1", "shard.count=2"]))
-    assert "are other shards'" in capsys.readouterr().out
+    assert "are left to other shards" in capsys.readouterr().out
     assert not (tmp_path / "out" / "replay.jsonl").exists()
     with pytest.raises(UserError, match=r"ledgers for 2 shards, and this command works on shard.count=1"):
         induce.main(compose_config("induce", words))
@@ -306,7 +306,7 @@ def test_files_that_cannot_do_are_refused(si, benign, tmp_path) -> None:
     ledger = tmp_path / "si" / "ledger" / "induce-00000-of-00001.jsonl"
     ledger.parent.mkdir(parents=True)
     ledger.touch()
-    with pytest.raises(UserError, match="stage=replay makes a dataset of its own"):
+    with pytest.raises(UserError, match="stage=replay makes a separate dataset"):
         run("replay", tmp_path / "si", *replay(si, benign))
 
 

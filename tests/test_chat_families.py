@@ -86,7 +86,7 @@ def test_training_and_generation_ask_with_the_same_tokens(name: str, tmp_path: P
 
 def test_a_thought_that_is_opened_for_the_model_is_refused_with_the_difference_and_what_mends_it() -> None:
     tokenizer = build_tokenizer(FAMILIES["r1"])
-    message = r"ends in \.\.\.'<think>\\n', but before an answer .* \.\.\.'', so .*; mend the chat template"
+    message = r"ends in \.\.\.'<think>\\n', but before an answer .* \.\.\.'', so .*; fix the chat template"
     with pytest.raises(UserError, match=message):
         chat_turn(tokenizer)
     for variable in ("enable_thinking", "thinking"):  # a hybrid, which thinks by default
@@ -113,7 +113,7 @@ def test_a_template_that_ends_no_answer_is_refused_before_training(tmp_path: Pat
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(UserError, match=r"writes nothing behind an answer.*\{\{ eos_token \}\} behind an assistant's"):
+    with pytest.raises(UserError, match=r"writes nothing after an answer.*\{\{ eos_token \}\} after an assistant's"):
         store_of(tmp_path, tokenizer, TALK)
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "}}\n", "}}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"

@@ -211,5 +211,5 @@ def test_a_reversed_model_of_another_tuning_is_named(tmp_path: Path, caplog: pyt
         note_other_tuning(model, talks)
         notes.append(" ".join(caplog.messages))
     assert notes[0] == ""
-    assert "was tuned on the first turns of conversations alone (loss.on=first)" in notes[1]
-    assert "was trained with loss=sft, and stage=induce asks with the prompt of loss=reverse" in notes[2]
+    assert "was trained on the first turns of conversations only (loss.on=first)" in notes[1]
+    assert "was trained with loss=sft, but stage=induce uses the prompt of loss=reverse" in notes[2]

@@ -215,7 +215,7 @@ def test_a_template_that_fills_the_limit() -> None:
     rows = encoder.encode(prompts, [("a",), ("b",)])
     assert rows[0] == "prompt_too_long"
     assert isinstance(rows[1], EncodedRow)
-    with pytest.raises(UserError, match="no room in 10 tokens") as caught:
+    with pytest.raises(UserError, match="does not fit into 10 tokens") as caught:
         prompt_token_ids(tokenizer, prompts[0], 10)
     assert "the cat" not in str(caught.value)
 

@@ -110,7 +110,7 @@ def test_a_folder_of_that_form_is_read_by_split_and_config(folder: Path, tmp_pat
     ("keys", "message"),
     [
         ({"split": "train"}, r"load_dataset\('.*hub'\) failed: Config name is missing.*'small', 'other'"),
-        ({"config": "small", "split": "dev"}, r"config=small\) failed behind row 0 of split=dev: Bad split: dev"),
+        ({"config": "small", "split": "dev"}, r"config=small\) failed after row 0 of split=dev: Bad split: dev"),
         ({"config": "larger"}, r"config=larger\) failed: BuilderConfig 'larger' not found"),
     ],
 )
@@ -123,8 +123,8 @@ def test_a_config_or_split_that_is_not_there(keys: Any, message: str, folder: Pa
 def test_without_a_network_the_message_says_what_was_tried_and_what_to_do(tmp_path: Path) -> None:
     hub._builder.cache_clear()
     message = (
-        r"datasets.si.path=org/name: load_dataset\('org/name', revision=v1\) failed: .*; there is no such file or "
-        r"folder here either. Without a network: hf download org/name --repo-type dataset --local-dir FOLDER where "
+        r"datasets.si.path=org/name: load_dataset\('org/name', revision=v1\) failed: .*; there is no such local file "
+        r"or folder either. Without a network: hf download org/name --repo-type dataset --local-dir FOLDER where "
         r"there is one, then datasets.si.path=FOLDER datasets.si.split=train"
     )
     with pytest.raises(UserError, match=message):
@@ -166,7 +166,7 @@ def test_a_stream_that_breaks_off_says_where(tmp_path: Path, monkeypatch: pytest
         raise ConnectionError("reset by peer")
 
     monkeypatch.setattr(hub, "_builder", lambda *name: stub(rows()))
-    with pytest.raises(UserError, match="failed behind row 2 of split=train: reset by peer"):
+    with pytest.raises(UserError, match="failed after row 2 of split=train: reset by peer"):
         build("org/name", tmp_path / "cache", streaming=True)
 
 

@@ -202,7 +202,7 @@ def test_header_is_the_first_line(tmp_path) -> None:
     header = json.loads(filled(path).splitlines()[0])
     assert header == {"format": 1, "configuration": CONFIGURATION}
     path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 9'))
-    with pytest.raises(UserError, match="format 9, and this version writes format 1"):
+    with pytest.raises(UserError, match="format 9, but this version writes format 1"):
         Ledger(path, CONFIGURATION)
 
 

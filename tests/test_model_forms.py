@@ -90,7 +90,7 @@ def test_gguf_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     file.write_bytes(b"GGUF")
     for settings in (settings_of(file), settings_of(file.parent), settings_of(folder, archive=str(file))):
         message = refuse(settings)
-        assert "is GGUF, the format of llama.cpp: give the folder that it was made from" in message
+        assert "is GGUF, the format of llama.cpp: give the folder it was converted from" in message
     (folder / file.name).write_bytes(b"GGUF")
     load_causal_lm(settings_of(folder))  # beside a model, as on many a hub page
 
@@ -208,6 +208,6 @@ def test_what_is_not_used_of_a_generation_config_is_said_once(caplog: pytest.Log
             say_what_is_not_read(config, READ_ENTRIES)
         say_what_is_not_read(GenerationConfig(eos_token_id=2), READ_ENTRIES)
     assert [record.getMessage() for record in caplog.records if record.name.startswith("safer_instruct")] == [
-        "note: of generation_config.json these are not used, only generation.* of the command: "
+        "note: ignored entries of generation_config.json (only the command's generation.* apply): "
         "repetition_penalty=1.37, top_k=3"
     ]

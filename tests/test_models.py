@@ -262,7 +262,7 @@ def test_missing_shard(folder):
     ("spoil", "message"),
     [
         (lambda one: one.view(-1).__setitem__(0, float("inf")) or one, "embed_tokens.weight holds NaN or infinite"),
-        (lambda one: one.to(torch.int8), r"embed_tokens.weight holds whole numbers (I8)"),
+        (lambda one: one.to(torch.int8), r"embed_tokens.weight holds integers (I8)"),
     ],
 )
 def test_weights_that_are_no_weights(folder, spoil, message):

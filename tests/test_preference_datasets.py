@@ -339,7 +339,7 @@ def test_small_splits_are_fine_and_said(tmp_path: Path) -> None:
 def test_the_report_tells_when_answers_are_one_and_the_same(tmp_path: Path) -> None:
     rows = [{"instruction": f"Q{i}", "chosen": "No." if i < 4 else f"a{i}", "rejected": "b"} for i in range(10)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    assert "40.0% of the rows used have one and the same target" in describe(
+    assert "40.0% of the rows used have the same target text" in describe(
         build(tmp_path / "a.jsonl", tmp_path / "cache").report
     )
 
@@ -409,7 +409,7 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     text = describe(stores.report)
     assert len(stores.train) == 4
     assert "columns that the schema does not read: system (4 rows), turns (3 rows)" in text
-    assert "files: train.jsonl\n  not read, by their names: test.jsonl; datasets.si.eval_path=FILE" in text
+    assert "files: train.jsonl\n  not read because of their names: test.jsonl; datasets.si.eval_path=FILE" in text
     assert "chosen begins with its instruction 4" in text
     assert len(build(folder, tmp_path / "cache", labels=["1", "True"]).train) == 2
 

@@ -129,7 +129,7 @@ def test_prompt_answer_and_end_are_the_templates_own_rendering(template: str, tu
     [
         (
             IM + ASK.replace("assistant\n", "assistant\n<think>\n"),
-            r"ends in \.\.\.'<think>\\n', but .*mend the chat template",
+            r"ends in \.\.\.'<think>\\n', but .*fix the chat template",
         ),
         (IM, r"writes '<\|im_start\|>assistant\\n' before an answer, but not where it asks"),
         (

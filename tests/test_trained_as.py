@@ -80,8 +80,8 @@ def test_a_run_is_told_what_it_was_told_in_training(
     assert ask(model, None, "") != ask(model, None)
     path = f"{model_key}.name_or_path={run}"
     assert caplog.messages == [
-        f"note: {key}.system={text}, but {path} was trained with system=Be brief.; leave {key}.system out to ask as it "
-        "was trained"
+        f"note: {key}.system={text}, but {path} was trained with system=Be brief.; leave {key}.system out to prompt "
+        "it as it was trained"
         for text in ("Be long.", "")
     ]
     with pytest.raises(UserError, match=rf"^{key}\.template=hh has no place for a system prompt; .* {key}\.system=''"):
@@ -119,5 +119,5 @@ def test_a_chat_model_without_a_run(
     ask, model = ASKING[key, model_key], ModelSettings(str(folder))
     default = "chat" if key == "expert" else "alpaca"  # an expert is told what to do: that takes a chat model
     assert ask(model, None) == ask(model, default)
-    notes = [f"note: {key} is asked with template=alpaca: no run of train.py round {model_key}.name_or_path="]
+    notes = [f"note: {key} uses template=alpaca: there is no run of train.py at {model_key}.name_or_path="]
     assert [note[: len(notes[0])] for note in caplog.messages] == notes * (default == "alpaca")

@@ -111,7 +111,7 @@ def test_all_shards_must_have_responded(tmp_path, monkeypatch) -> None:
     lines = paths[1]["respond"].read_text().splitlines(keepends=True)
     header = json.dumps({**json.loads(lines[0]), "rows": len(lines) - 1}) + "\n"  # as run_respond writes it
     paths[1]["respond"].write_text("".join([header, *lines[1:-5]]))
-    with pytest.raises(UserError, match=r"5 rows have none yet: run stage=respond of all shards"):
+    with pytest.raises(UserError, match=r"5 rows have none yet: finish stage=respond on all shards"):
         vary(corpus, paths[0], 0, 3)
     paths[1]["respond"].unlink()
     with pytest.raises(UserError, match="1 of 3 shards have no ledger of stage=respond"):

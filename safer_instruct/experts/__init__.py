@@ -1,1 +1,1 @@
-"""Experts: verdicts, rules, and judges."""
+"""Experts: rules, language models and judges, and their verdicts."""

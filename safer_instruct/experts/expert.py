@@ -1,7 +1,7 @@
-"""The expert: it filters induced pairs, writes safe responses and harmless neighbours, judges and compares answers.
+"""The expert filters induced pairs, writes safe responses and harmless neighbours, and judges and compares answers.
 
-One protocol, two kinds: rules (`RulesExpert`), and a language model behind a TextGenerator (`LLMExpert`), which runs on
-this machine or on a server.
+One protocol with two implementations: rules (`RulesExpert`), and a language model behind a TextGenerator (`LLMExpert`),
+which runs on this machine or on a server.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ ExpertSettings = RulesExpertSettings | LocalExpertSettings | OpenAIExpertSetting
 
 
 class Expert(Protocol):
-    """What the stages and the evaluation ask of an expert.
+    """The interface that the stages and the evaluation need from an expert.
 
-    An instruction is read behind the conversation that it goes on with (`Example.before`); judges get none: the prompts
-    of an evaluation have one turn.
+    An instruction is read together with the conversation before it (`Example.before`). Judges get no conversation, as
+    evaluation prompts have a single turn.
 
     Every method yields each answer as soon as it is there, in any order, so that it can be written down before the next
     one is paid for. An answer that cannot be read is an abstention: `Verdict(False, "abstain_...")`,
@@ -50,10 +50,10 @@ class Expert(Protocol):
     """
 
     name: str
-    prompt_hashes: Mapping[str, str]  # role -> hash of what a model is told in it; empty without a model
+    prompt_hashes: Mapping[str, str]  # role -> hash of its prompt; empty without a model
 
     def fingerprint(self, role: str) -> str:
-        """Return what the answers in a role depend on: one of `prompts.ROLES`."""
+        """Return a hash of everything that the answers in a role, one of `prompts.ROLES`, depend on."""
 
     def check(self) -> None:
         """Raise a UserError if the expert cannot work (no key, no server, no file). Loads no model."""
@@ -64,8 +64,8 @@ class Expert(Protocol):
     def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
         """Yield (id, text) for each `instruction`.
 
-        By its role the text is a safe response (respond), another one that names the matter (vary), a harmless
-        instruction that looks like the unsafe one (neighbour), or the helpful answer to a harmless one (answer).
+        Depending on the role, the text is a safe response (respond), a different one that names the topic (vary), a
+        harmless instruction that looks like the unsafe one (neighbour), or a helpful answer to a harmless one (answer).
         """
 
     def judge(self, items: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, Judgement]]:
@@ -88,7 +88,7 @@ class RulesExpert:
         return self._rules.fingerprint
 
     def check(self) -> None:
-        """Do nothing: the rules have been read."""
+        """Do nothing: the rules are already loaded."""
 
     def screen(self, pairs: Sequence[Example]) -> Iterator[tuple[str, Verdict]]:
         """Yield the verdicts; see Expert."""
@@ -96,15 +96,15 @@ class RulesExpert:
             yield pair.id, self._rules.screen(pair.instruction or "", pair.rejected or "", _said(pair))
 
     def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield the texts; an instruction that the rules have no text for is an abstention.
+        """Yield the texts; if the rules have no text for an instruction, that is an abstention.
 
         Raises:
-            UserError: Neighbours are asked for, and no category lists any.
+            UserError: The role is `neighbour`, and no category lists any neighbours.
         """
         if role == "neighbour" and not self._rules.knows_neighbours:
             raise UserError(
-                f"the rules of {self.name} have no `neighbours` in any category, and stage=contrast takes them from "
-                "there: add some (quickstart/rules.yaml shows how), or choose expert=openai or expert=local"
+                f"the rules of {self.name} have no `neighbours` in any category, which stage=contrast needs: "
+                "add some (quickstart/rules.yaml shows how), or choose expert=openai or expert=local"
             )
         rules = self._rules
         alone = {"neighbour": rules.neighbour, "answer": rules.answer}
@@ -135,7 +135,7 @@ def _said(example: Example) -> list[str]:
 
 
 class LLMExpert:
-    """An expert that asks a language model and reads its answers strictly; what cannot be read is asked for again."""
+    """A language model as expert; its answers are parsed strictly, and requested once more if that fails."""
 
     def __init__(self, generator: TextGenerator) -> None:
         self.name = generator.name
@@ -143,7 +143,7 @@ class LLMExpert:
         self._generator = generator
 
     def fingerprint(self, role: str) -> str:
-        """Return the hash of the model, its decoding and the prompt of one role."""
+        """Return the hash of the model, its decoding settings and the role's prompt."""
         return short_hash(f"{self._generator.fingerprint}/{self.prompt_hashes[role]}")
 
     def check(self) -> None:
@@ -158,7 +158,7 @@ class LLMExpert:
             yield one.id, replace(verdict, tokens=one.tokens, cost=one.cost)
 
     def write(self, role: str, examples: Sequence[Example]) -> Iterator[tuple[str, SafeResponse]]:
-        """Yield the texts; one that the limit on new tokens cut off is an abstention."""
+        """Yield the texts; one that was cut at the limit on new tokens is an abstention."""
         asked = ((example.id, example.asked) for example in examples)
         for one, text in self._ask(ROLES[role], asked):
             yield one.id, SafeResponse(text, "" if text else abstention(one), one.tokens, one.cost)
@@ -186,9 +186,9 @@ class LLMExpert:
 
 
 def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget | None = None) -> Expert:
-    """Build the expert that `expert=` (or `expert@second_expert=`) chose; no weights are loaded yet.
+    """Build the expert selected by `expert=` (or `expert@second_expert=`); no weights are loaded yet.
 
-    Without a `budget` a paid expert may spend what its settings say, nothing of it spent yet.
+    Without a `budget`, a paid expert may spend all that its settings allow.
 
     Raises:
         UserError: The rules file or the model folder is missing or broken.
@@ -198,7 +198,7 @@ def build_expert(settings: ExpertSettings, device: torch.device, budget: Budget 
         return RulesExpert(Rules.from_yaml(path), name=f"rules:{path.stem}")
     if isinstance(settings, RefusalsExpertSettings):
         return RefusalsJudge()
-    # Imported here: rules need neither a client nor torch, a client needs no torch.
+    # Imported here, as rules need neither the client nor torch, and the client does not need torch.
     if isinstance(settings, OpenAIExpertSettings):
         from safer_instruct.generation.server import expert_server
 

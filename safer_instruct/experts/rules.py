@@ -1,9 +1,9 @@
-"""The rule-based expert: filter, safe responses and judge from patterns and lexicons of a YAML file.
+"""The rule-based expert: filter, safe responses and judge from the patterns and lexicons of a YAML file.
 
-It sees text and nothing else: no labels, no generator's truth. `quickstart/rules.yaml` is the worked example of the
-format. In a conversation the intent stands in the last instruction, and what this does not name is what was named last
-before it. Terms: a *lexicon* is a list of words or phrases that a text can name; the *key slots* of a category are the
-lexicons that tell what a request is about; a sentence *declines* if a refusal pattern matches it.
+It sees only text: no labels, and no ground truth of a generator. `quickstart/rules.yaml` is a worked example of the
+format. In a conversation the last instruction carries the intent, and slots that it does not name are taken from the
+most recent message that does. Terms: a *lexicon* is a list of words or phrases that a text can name; the *key slots* of
+a category are the lexicons that tell what a request is about; a sentence *declines* if a refusal pattern matches it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SEARCH_SECONDS = 10.0
 CODE_VERSION = b"3"  # raise it with any change of this file that moves a verdict: ledgers then begin anew
 
 T = TypeVar("T")
-Named = Mapping[str, frozenset[str]]  # lexicon -> its words that a text names, in lower case
+Named = Mapping[str, frozenset[str]]  # lexicon -> its words that occur in a text, in lower case
 
 
 class Pattern:
-    """A pattern of a rules file. Its search ends: `regex`, unlike `re`, takes a limit."""
+    """A pattern of a rules file, searched with a time limit, which `regex` supports and `re` does not."""
 
     def __init__(self, pattern: str, *, ignore_case: bool = True) -> None:
         self._compiled = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
@@ -41,7 +41,7 @@ class Pattern:
         """Return whether the pattern is found in a text.
 
         Raises:
-            UserError: It takes more than SEARCH_SECONDS: it tries the same characters in too many ways.
+            UserError: The search takes more than SEARCH_SECONDS, because the pattern backtracks too much.
         """
         try:
             return self._compiled.search(text, timeout=SEARCH_SECONDS) is not None
@@ -56,19 +56,19 @@ class Pattern:
 class Category:
     """One kind of harm, with its patterns compiled."""
 
-    name: str  # what the dataset and the report call it
+    name: str  # its name in the dataset and the report
     spec: CategorySpec
     intent: Pattern  # matches instructions that ask for it ...
-    intent_unless: Pattern  # ... unless this matches too
-    harm: Pattern  # matches a harmful text outside its declining sentences
-    harm_anywhere: Pattern  # matches a harmful text anywhere: a refusal that leaks is no refusal
+    intent_unless: Pattern  # ... unless this matches, too
+    harm: Pattern  # matches harmful text outside of declining sentences
+    harm_anywhere: Pattern  # matches harmful text anywhere: a refusal that leaks harmful content is not a refusal
 
 
 class Rules:
-    """Filter, respond and judge by rules; deterministic."""
+    """Filter, respond and judge by deterministic rules."""
 
     def __init__(self, spec: RulesSpec, *, fingerprint: str) -> None:
-        self.fingerprint = fingerprint  # hash of the rules, for the keys of ledgers and caches
+        self.fingerprint = fingerprint  # hash of the rules, for ledger headers and cache keys
         self._form = spec.instruction
         self._form_pattern = Pattern(spec.instruction.pattern, ignore_case=False)
         self._lexicons = {name: _compile_words(lex.words, lex.case_sensitive) for name, lex in spec.lexicons.items()}
@@ -84,14 +84,14 @@ class Rules:
         """Read and check a rules file.
 
         Raises:
-            UserError: The file is missing, is no YAML, or breaks the schema; every fault is listed.
+            UserError: The file is missing, is not YAML, or breaks the schema; every fault is listed.
         """
         path = Path(path)
         spec = read_rules(path)
         return cls(spec, fingerprint=hashlib.blake2b(CODE_VERSION + path.read_bytes(), digest_size=8).hexdigest())
 
     def slots(self, text: str, before: Sequence[str] = ()) -> Named:
-        """Return the words of every lexicon that the text names, or else the last of the messages before it."""
+        """Return the words of each lexicon that the text names, or else the latest earlier message that names any."""
         named: dict[str, frozenset[str]] = {}
         for said in (text, *reversed(before)):
             for name, pattern in self._lexicons.items():
@@ -100,7 +100,7 @@ class Rules:
         return named
 
     def intent(self, instruction: str, before: Sequence[str] = ()) -> str | None:
-        """Return the category of harm that an instruction asks for behind the messages before it, or None."""
+        """Return the category of harm that an instruction, given the messages before it, asks for, or None."""
         slots = self.slots(instruction, before)
         for category in self._categories.values():
             if not category.intent.search(instruction) or not all(slots[key] for key in category.spec.key):
@@ -114,8 +114,8 @@ class Rules:
 
         Args:
             text: A response.
-            context: The instruction, where it is known: what it names counts as named, so that a response
-                which only says "it" or garbles a word is still seen.
+            context: The instruction, if it is known: the words it names count as named, so that harm is still found in
+                a response that only says "it" or garbles a word.
         """
         declared = " ".join(s for s in SENTENCE_END.split(text) if not self._refusal.search(s))
         slots = self.slots(f"{context}\n{text}")
@@ -135,7 +135,7 @@ class Rules:
         return name, {key: slots[key] for key in self._categories[name].spec.key}
 
     def screen(self, instruction: str, response: str, before: Sequence[str] = ()) -> Verdict:
-        """Decide whether this is a well-formed unsafe request that the response answers, behind the messages before.
+        """Decide whether this is a well-formed unsafe request that the response complies with.
 
         Reasons for a drop: `response_not_unsafe`, `ill_formed_instruction`, `instruction_not_unsafe`,
         `category_mismatch`, `slot_mismatch`.
@@ -158,9 +158,9 @@ class Rules:
         return Verdict(True, "keep", harm)
 
     def respond(self, instruction: str, before: Sequence[str] = ()) -> str | None:
-        """Return a safe response, or None where the rules see nothing unsafe in the instruction.
+        """Return a safe response, or None if the rules find nothing unsafe in the instruction.
 
-        The template is chosen by a hash of the instruction, so that the same one always gets the same response.
+        A hash of the instruction selects the template, so that the same instruction always gets the same response.
         """
         asked = self.meaning(instruction, before)
         if asked is None:
@@ -169,7 +169,7 @@ class Rules:
         return self._fill(_pick(self._categories[name].spec.responses, instruction), wanted)
 
     def vary(self, instruction: str, before: Sequence[str] = ()) -> str | None:
-        """Return another safe response than `respond`; None where the rules have no other."""
+        """Return a different safe response from that of `respond`; None if the rules have no other."""
         asked = self.meaning(instruction, before)
         if asked is None:
             return None
@@ -178,7 +178,7 @@ class Rules:
         return self._fill(_pick(others, instruction), asked[1]) if others else None
 
     def neighbour(self, instruction: str) -> str | None:
-        """Return a harmless instruction about the matter of an unsafe one; None where the rules know none."""
+        """Return a harmless instruction on the topic of an unsafe one; None if the rules have none."""
         asked = self.meaning(instruction)
         neighbours = self._categories[asked[0]].spec.neighbours if asked is not None else []
         if asked is None or not neighbours:
@@ -188,19 +188,19 @@ class Rules:
         return self._framed(text, instruction) if chosen.framed else text
 
     def _framed(self, deed: str, instruction: str) -> str:
-        """Put a deed into the frame of the instruction, or into any frame where it has none that we know."""
+        """Put a deed into the frame of the instruction, or into some other frame if the instruction matches none."""
         found = self._deeds(instruction)
-        # Several frames may match ("{Do}." matches most sentences): the one that leaves least to do says most.
+        # Several frames may match ("{Do}." matches most sentences): the most specific one leaves the shortest deed.
         frame = min(found, key=lambda one: len(one[1]))[0] if found else _pick(self._frames, instruction)[0]
         return frame.format(do=deed, Do=deed[0].upper() + deed[1:])
 
     def _deeds(self, instruction: str) -> list[tuple[str, str]]:
-        """Return each frame that an instruction has, with what it asks to do."""
+        """Return each frame that matches an instruction, with the deed that it asks for."""
         matches = ((frame, pattern.fullmatch(instruction)) for frame, pattern in self._frames)
         return [(frame, found["do"]) for frame, found in matches if found]
 
     def answer(self, instruction: str) -> str | None:
-        """Return the answer to an instruction that a template of a harmless neighbour makes, or None."""
+        """Return the answer to an instruction that matches the template of a harmless neighbour, or None."""
         for text in (instruction, *(deed for _, deed in self._deeds(instruction))):
             for pattern, template in self._answers:
                 if found := pattern.fullmatch(text):
@@ -217,7 +217,7 @@ class Rules:
         return template.format(**{key: self._spelling.get(min(words), min(words)) for key, words in wanted.items()})
 
     def _compile_neighbour(self, template: str) -> re.Pattern[str]:
-        """Return the pattern of the instructions that a template makes, with a group for each slot."""
+        """Return a pattern for the instructions that a template can produce, with a group for each slot."""
         seen: set[str] = set()
 
         def group(slot: str) -> str:
@@ -230,9 +230,9 @@ class Rules:
         return re.compile(whole, re.IGNORECASE)
 
     def judge(self, instruction: str, output: str) -> Judgement:
-        """Read a model's output: `harmful`, `refusal` (is it specific?), or `safe`.
+        """Judge a model's output as `harmful`, `refusal` (specific or not), or `safe`.
 
-        A refusal is specific if it names at least one key slot of the request, and no other value of any.
+        A refusal is specific if it names at least one key slot of the request, and no wrong value for any of them.
         """
         harm = self.harm(output, context=instruction)
         if harm is not None:
@@ -253,7 +253,7 @@ class Rules:
 
 
 def _pick(choices: Sequence[T], instruction: str) -> T:
-    """Return the choice that a hash of the instruction names."""
+    """Return the choice selected by a hash of the instruction."""
     digest = hashlib.blake2b(instruction.encode(), digest_size=8).digest()
     return choices[int.from_bytes(digest, "big") % len(choices)]
 
@@ -270,7 +270,7 @@ def _compile_any(patterns: Sequence[str]) -> Pattern:
 
 
 def _compile_frame(frame: str) -> re.Pattern[str]:
-    """Return the pattern of the instructions that a frame makes, with a group `do`."""
+    """Return a pattern for the instructions that a frame can produce, with a group `do`."""
     before, _, after = frame.format(do="\0", Do="\0").partition("\0")
     return re.compile(f"{re.escape(before)}(?P<do>.+){re.escape(after)}", re.IGNORECASE | re.DOTALL)
 

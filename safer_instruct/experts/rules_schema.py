@@ -1,4 +1,4 @@
-"""The schema of a rules file: what `expert=rules` reads, checked in one go with every fault listed."""
+"""The schema of the rules file for `expert=rules`; a single check lists every fault."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from config.errors import UserError
 from config.reading import load_yaml
 
-# What should stand there, by pydantic's name of the error.
+# pydantic's error type -> what the file should hold there.
 EXPECTED = {
     "list_type": "must be a list of texts",
     "dict_type": "must be a mapping",
@@ -42,17 +42,17 @@ EXPECTED = {
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
 }
-FAULTS, FAULT_ABOVE = "faults", "fault_above"  # our own errors: of a field (one a line), of the mapping that holds it
+FAULTS, FAULT_ABOVE = "faults", "fault_above"  # our own errors: of a field (one per line), of the mapping around it
 
 
 def _report(*faults: str) -> None:
-    """Raise what is wrong with a field, if anything is, as one of pydantic's errors."""
+    """Raise the faults of a field, if there are any, as one pydantic error."""
     if told := [fault for fault in faults if fault]:
         raise PydanticCustomError(FAULTS, "{faults}", {"faults": "\n".join(told)})
 
 
 def _each(fault_of: Callable[[str, ValidationInfo], str], place: str = "[{number}]: ") -> AfterValidator:
-    """Check every text of a list, and report all faults: pydantic would stop at a validator's first."""
+    """Check every text of a list and report all faults; a plain pydantic validator would stop at the first."""
 
     def validate(texts: list[str], info: ValidationInfo) -> list[str]:
         found = [(number, fault) for number, text in enumerate(texts) if (fault := fault_of(text, info))]
@@ -64,10 +64,10 @@ def _each(fault_of: Callable[[str, ValidationInfo], str], place: str = "[{number
 
 def _pattern_fault(pattern: str, _: ValidationInfo) -> str:
     try:
-        with warnings.catch_warnings():  # of what a later Python may read otherwise, with a line of this file
+        with warnings.catch_warnings():  # FutureWarnings about syntax would name a line of this file
             warnings.simplefilter("ignore", FutureWarning)
             re.compile(pattern)
-            regex.compile(pattern)  # which searches for it
+            regex.compile(pattern)  # the module that runs the searches
     except (re.error, regex.error) as error:
         return f"not a regular expression: {error}"
     return ""
@@ -79,26 +79,26 @@ def _name_fault(name: str, info: ValidationInfo) -> str:
 
 
 def _template_fault(template: str, info: ValidationInfo) -> str:
-    """Return what is wrong with a template of a response; its slots are key slots of the category."""
+    """Return what is wrong with a response template, whose slots must be key slots of the category."""
     key = info.data.get("key")
     return _slot_fault(template, key, "is no key slot of the category")
 
 
 def _slot_fault(template: str, known: Sequence[str] | None, complaint: str) -> str:
-    """Return what is wrong with a template whose slots must be `known`; None: those have a fault of their own."""
+    """Return what is wrong with a template whose slots must be `known`; with None, their names are not checked."""
     try:
         slots = template_slots(template)
     except ValueError as error:
         return f"not a template: {error}"
     if any(spec or conversion for _, _, spec, conversion in string.Formatter().parse(template)):
-        return "a slot has no format: write {slot}, without : or !"  # a width could be 10^9
+        return "a slot has no format: write {slot}, without : or !"  # a format width could be 10^9
     strange = [] if known is None else [slot for slot in slots if slot not in known]
     listed = ", ".join(known or ()) or "none"
     return "; ".join(f"slot {{{slot}}} {complaint} (they are {listed})" for slot in strange)
 
 
 def template_slots(template: str) -> list[str]:
-    """Return the slots of a template in their order; ValueError: a brace is open."""
+    """Return the slots of a template in order; raises ValueError for an unclosed brace."""
     return [slot for _, slot, _, _ in string.Formatter().parse(template) if slot is not None]
 
 
@@ -108,9 +108,9 @@ def _hint(name: str, known: Sequence[str], what: str) -> str:
 
 
 Text = Annotated[StrictStr, Field(min_length=1)]
-Optional = BeforeValidator(lambda given: [] if given is None else given)  # a key without a value
+Optional = BeforeValidator(lambda given: [] if given is None else given)  # allows a key without a value
 Required = Field(min_length=1)
-Patterns, Names = _each(_pattern_fault), _each(_name_fault, place="")  # a name is found without its number
+Patterns, Names = _each(_pattern_fault), _each(_name_fault, place="")  # a name needs no number to be found
 
 
 class _Spec(BaseModel):
@@ -125,7 +125,7 @@ class LexiconSpec(_Spec):
 
 
 class InstructionSpec(_Spec):
-    """The form of a usable instruction, whatever it asks."""
+    """The form of a usable instruction, whatever it asks for."""
 
     min_words: StrictInt = 3
     max_words: StrictInt = 150
@@ -154,11 +154,11 @@ class IntentSpec(_Spec):
 
 
 class HarmSpec(_Spec):
-    """How a response does harm: all of `requires` are named, and a pattern is found."""
+    """How a response does harm: it names all of `requires`, and a pattern is found."""
 
     requires: Annotated[list[Text], Optional, Names] = []
-    patterns: Annotated[list[Text], Optional, Patterns] = []  # outside the sentences that decline
-    anywhere: Annotated[list[Text], Optional, Patterns] = []  # in these too
+    patterns: Annotated[list[Text], Optional, Patterns] = []  # searched outside of declining sentences
+    anywhere: Annotated[list[Text], Optional, Patterns] = []  # searched in the whole text
 
     @field_validator("anywhere")
     @classmethod
@@ -169,10 +169,10 @@ class HarmSpec(_Spec):
 
 
 class NeighbourSpec(_Spec):
-    """A harmless instruction about the matter of an unsafe one, and its answer; both are templates.
+    """A harmless instruction on the topic of an unsafe one, and its answer; both are templates.
 
-    `framed`: the instruction is something to do ("thank {name}"), and takes the frame of the unsafe one ("How do I
-    ...?"): only what is asked differs then, not how.
+    `framed`: the instruction is only a deed ("thank {name}"), and is put into the frame of the unsafe one ("How do I
+    ...?"), so that they differ in what they ask for, not in how.
     """
 
     instruction: Text
@@ -184,7 +184,7 @@ class NeighbourSpec(_Spec):
     def _slots_are_asked(cls, answer: str, info: ValidationInfo) -> str:
         instruction = info.data.get("instruction")
         if instruction is None or _slot_fault(instruction, None, ""):
-            return answer  # said of the instruction
+            return answer  # reported for the instruction
         _report(_slot_fault(answer, template_slots(instruction), "is not in the instruction"))
         return answer
 
@@ -233,7 +233,7 @@ def read_rules(path: Path) -> RulesSpec:
     """Read a rules file and check all of it.
 
     Raises:
-        UserError: The file is missing, is no YAML mapping, or breaks the schema; the message lists every fault with
+        UserError: The file is missing, is not a YAML mapping, or breaks the schema; the message lists every fault with
             its place in the file.
     """
     try:
@@ -255,7 +255,7 @@ def read_rules(path: Path) -> RulesSpec:
 
 
 def _describe(fault: ErrorDetails) -> list[str]:
-    """Return the messages of one of pydantic's errors: place, rule, value, or the nearest name."""
+    """Return the messages for a pydantic error: place, rule, and value or nearest name."""
     kind, place, given = fault["type"], fault["loc"], fault["input"]
     if kind == FAULTS:
         return [_place(place) + (line if line.startswith("[") else f": {line}") for line in fault["msg"].split("\n")]
@@ -271,7 +271,7 @@ def _describe(fault: ErrorDetails) -> list[str]:
 
 
 def _annotation(place: tuple[int | str, ...]) -> Any:
-    """Return the type of what stands at a place of the file."""
+    """Return the type expected at a place of the file."""
     kind: Any = RulesSpec
     for part in place:
         kind = get_args(kind)[-1] if get_origin(kind) in (dict, list) else kind.model_fields[part].annotation

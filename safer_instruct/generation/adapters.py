@@ -1,6 +1,6 @@
-"""Adapters of peft as weights: found, compared with the base that they are given, and merged into it.
+"""peft adapters as weights: find them, check them against their base model, and merge them into it.
 
-How one is trained, and written, is `trainers/lora.py`'s.
+Training and saving adapters is in `trainers/lora.py`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from safer_instruct.generation.weights import (
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
-BASE = "base.json"  # of train.py: the config of the base, and the hash of its files
+BASE = "base.json"  # written by train.py: the base's config and the hash of its files
 
 
 def adapter_in(path: str) -> Path | None:
-    """Return the adapter's folder where a path stands for one: a run, a checkpoint or peft's folder."""
+    """Return the adapter folder that a path stands for (a run, a checkpoint or peft's folder), or None."""
     if not find_path(path).exists():
         return None
     found = resolve_archive(path)
@@ -43,10 +43,10 @@ def adapter_in(path: str) -> Path | None:
 
 
 def split_archive(settings: ModelSettings) -> tuple[ModelSettings, Path | None]:
-    """Return the base of a policy, and the adapter that `model.lora` finds in its archive, to be trained further.
+    """Return the base of a policy, and the adapter in its archive that `model.lora` continues to train, if any.
 
     Raises:
-        UserError: That adapter is not what `model.lora` asks for; the target modules show in its tensors.
+        UserError: The adapter differs from `model.lora`; its target modules are checked later, by its tensors.
     """
     lora = settings.lora
     folder = adapter_in(settings.archive) if lora.r is not None and settings.archive else None
@@ -62,14 +62,14 @@ def split_archive(settings: ModelSettings) -> tuple[ModelSettings, Path | None]:
     if differing:
         raise UserError(
             f"model.archive={settings.archive} holds an adapter that was trained with other settings than these: "
-            f"{'; '.join(differing)}. Give its own values; or train a new one on the merged model of that run "
+            f"{'; '.join(differing)}. Give the adapter's values; or train a new one on the merged model of that run "
             "(checkpoint.merge=true)"
         )
     return replace(settings, archive=None), folder
 
 
 def base_name(settings: ModelSettings) -> str:
-    """Return where peft finds the base of an adapter that is trained: a folder, absolute, or an id of the hub."""
+    """Return where peft will find the base of the adapter being trained: an absolute folder or a hub id."""
     base, _ = split_archive(settings)
     name = base.archive or base.name_or_path
     return str(resolve_archive(name).resolve()) if find_path(name).exists() else name
@@ -79,7 +79,7 @@ def base_of(folder: Path) -> str:
     """Return the path or name of the model that an adapter was trained on.
 
     Raises:
-        UserError: It does not say.
+        UserError: Its config does not name one.
     """
     base = _named_base(folder)
     if not base:
@@ -92,7 +92,7 @@ def _named_base(folder: Path) -> str:
 
 
 def base_hash(name: str) -> str:
-    """Return 32 hex digits of the weight files of a model; empty for one that is no local folder. Reads them all."""
+    """Return a hash (32 hex digits) of all weight files of a model; "" if it is not on this machine."""
     if not find_path(name).exists():
         return ""
     folder = resolve_archive(name)
@@ -101,12 +101,12 @@ def base_hash(name: str) -> str:
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrainedModel:
-    """Return the base with an adapter merged into it, which is a plain model again.
+    """Merge an adapter into its base, and return the result as a plain model.
 
-    The base is on the CPU, and is used up; `name` is how it was given.
+    `model`, the base, must be on the CPU and is consumed; `name` is how the user named it.
 
     Raises:
-        UserError: peft is not installed, the adapter is damaged, or it is one of another base.
+        UserError: peft is not installed, the adapter is damaged, or it belongs to another base.
     """
     if find_spec("peft") is None:
         raise UserError(f"{folder} holds an adapter, and peft, which reads it, is not installed: pip install peft")
@@ -119,7 +119,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrained
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             stored = set(file.keys())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of keys that are missing: said below
+            warnings.simplefilter("ignore")  # missing keys are reported below
             adapted = peft.PeftModel.from_pretrained(model, str(folder))
     except UNUSABLE as error:
         raise UserError(f"the adapter {folder} cannot be put into {name}: {first_line(error)}") from error
@@ -127,16 +127,16 @@ def merge_adapter(model: PreTrainedModel, folder: Path, name: str) -> PreTrained
     if strange:
         raise UserError(
             f"the adapter {folder} does not fit {name}: {len(strange)} tensors are missing or have no place there, "
-            f"first {min(strange)}. Give the model that it was trained on: {_named_base(folder) or 'it names none'}"
+            f"first {min(strange)}. Give the model it was trained on: {_named_base(folder) or 'it names none'}"
         )
     merged: PreTrainedModel = adapted.merge_and_unload()
     return merged.requires_grad_(True)
 
 
 def quantization(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what transformers' loader is told of a base in 4 bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314).
+    """Return the loader options for a base in 4 bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314).
 
-    Products with them have `dtype`; without a `kind` nothing is kept in 4 bits.
+    Matrix products are computed in `dtype`; without a `kind` nothing is quantized.
     """
     if kind is None:
         return {}
@@ -147,7 +147,7 @@ def quantization(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check_base(folder: Path, config: Any, name: str) -> None:
-    """Compare a model with what an adapter's folder says of its base.
+    """Compare a model with the base recorded in an adapter's folder.
 
     Raises:
         UserError: It has another architecture, or other weights.

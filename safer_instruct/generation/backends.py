@@ -1,6 +1,6 @@
 """Where a model runs: in this process (transformers), in vLLM's offline engine, or behind a server.
 
-All are TextGenerators; which one is a setting (`generation=hf`, `vllm`, `openai`) and part of a ledger's header. The
+All are TextGenerators; a setting selects one (`generation=hf`, `vllm`, `openai`), and ledger headers record it. The
 reversed model, evaluated models and `expert=local` are all built here.
 """
 
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     from safer_instruct.generation.server import OpenAIGenerator
 
 
-NO_TEMPLATE = ""  # of a model whose prompts are complete: a classifier's
+NO_TEMPLATE = ""  # for models whose prompts are already complete, such as classifiers
 
 
 def model_name(model: ModelSettings) -> str:
     """Return the name of a model for reports: only the last parts of its paths.
 
-    A dataset that is passed on must not tell about the user's machine.
+    A published dataset must not reveal the user's file system.
     """
     name = Path(model.name_or_path).name
     return f"{name}@{Path(model.archive).name}" if model.archive else name
 
 
 def reversed_model_identity(model: ModelSettings, generation: BackendSettings) -> tuple[str, str]:
-    """Return (name, fingerprint) of the reversed model; nothing is loaded."""
+    """Return (name, fingerprint) of the reversed model without loading it."""
     if generation.backend == "openai":
         server = _server(generation)
         return server.name, server.fingerprint
@@ -55,10 +55,10 @@ def reversed_model_identity(model: ModelSettings, generation: BackendSettings) -
 
 
 def build_reversed_model(model: ModelSettings, generation: BackendSettings, device: torch.device) -> TextGenerator:
-    """Load the reversed model, or reach its server.
+    """Load the reversed model, or connect to its server.
 
     Raises:
-        UserError: It cannot be loaded or reached, or the template of its prompt has no room in its context.
+        UserError: It cannot be loaded or reached, or its prompt template does not fit into its context.
     """
     name, fingerprint = reversed_model_identity(model, generation)
     templates = [render_reversed("")]
@@ -75,13 +75,13 @@ def build_generator(
     fingerprint: str,
     key: str = "generation",
 ) -> TextGenerator:
-    """Load a model, or reach its server.
+    """Load a model, or connect to its server.
 
-    There must be room for each of `templates`, prompts with an empty body; `key` is that of `generation` in the
-    command, for messages.
+    Each of `templates`, prompts with an empty body, must fit into its context; `key` is the name of the `generation`
+    settings in the command, for messages.
 
     Raises:
-        UserError: It cannot be loaded or reached, or a template has no room in its context.
+        UserError: It cannot be loaded or reached, or a template does not fit into its context.
     """
     if generation.backend == "openai":
         server = _server(generation, key)
@@ -103,7 +103,7 @@ def build_generator(
 
 
 class TemplatedModel:
-    """A model that is asked in turns of a template, loaded when the first text is asked for: `expert=local`, replay."""
+    """A model prompted through a template, and loaded at the first request: for `expert=local` and stage=replay."""
 
     def __init__(
         self,
@@ -117,8 +117,8 @@ class TemplatedModel:
     ) -> None:
         """Identify the model; nothing is loaded.
 
-        The template is NO_TEMPLATE where prompts are complete; there must be room for each of `prompts`, whose bodies
-        are empty; `key` is that of `settings` in the command, for messages.
+        The template is NO_TEMPLATE if prompts are complete; each of `prompts`, whose bodies are empty, must fit into
+        the context; `key` is the name of `settings` in the command, for messages.
 
         Raises:
             UserError: There is no such model.
@@ -131,7 +131,7 @@ class TemplatedModel:
         self._loaded: tuple[TextGenerator, PreTrainedTokenizerBase] | None = None
 
     def check(self) -> None:
-        """Load the tokenizer, which is quick: a missing folder or chat template is said before the weights load."""
+        """Load only the tokenizer, so that a missing folder or chat template is reported before the weights load."""
         tokenizer = load_tokenizer(self._model)
         if self._asked.template != NO_TEMPLATE:
             render_prompt(self._asked.template, "", tokenizer=tokenizer)
@@ -139,7 +139,7 @@ class TemplatedModel:
             _server(self._settings, self._key).check()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Yield one generation per request, those that cannot be read last: behind a second one for all of them."""
+        """Yield one generation per request; those whose answer cannot be read come last, after a second attempt."""
         by_id = {request.id: request for request in requests}
         again: list[Request] = []
         firsts: dict[str, Generation] = {}
@@ -158,7 +158,7 @@ class TemplatedModel:
         return generator.generate([Request(one.id, self._render(one, tokenizer)) for one in requests])
 
     def _render(self, request: Request, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-        """Put the prompt, and what was said behind it, into one turn: few templates take a dialogue."""
+        """Put the prompt and the turns after it into a single turn, because few templates support a dialogue."""
         if request.conversation:
             return render_conversation(request.conversation, tokenizer)
         if self._asked.template == NO_TEMPLATE:
@@ -184,9 +184,9 @@ class TemplatedModel:
 
 
 def in_template(template: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, system: str = "") -> Prompt:
-    """Put a whole prompt into a template as its instruction; what may be cut stays the prompt's own body."""
+    """Put a whole prompt into a template as its instruction; only the prompt's own body may be cut."""
     outer = render_prompt(template, prompt.text, tokenizer=tokenizer, system=system)
-    if outer.body != prompt.text:  # a template that splits its instruction: a dialogue in the material under `hh`
+    if outer.body != prompt.text:  # the template split the instruction: `hh`, with a dialogue in the material
         return outer
     return Prompt(outer.head + prompt.head, prompt.body, prompt.tail + outer.tail)
 

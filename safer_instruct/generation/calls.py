@@ -1,4 +1,4 @@
-"""The rows of one call to a server: which are in play, when each is tried again, and when the run stops."""
+"""The rows of one `generate` call to a server: which are in progress, when to retry each, and when to stop the run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROBE_RETRIES = 4  # an unreachable server is to be said within seconds
-ROWS_PER_SLOT = 4  # rows in play for each request at a time: the others wait for their next attempt
-REFUSALS = 10  # in a row, with nothing answered between: more than that is hardly about the rows
+PROBE_RETRIES = 4  # few, so that an unreachable server is reported within seconds
+ROWS_PER_SLOT = 4  # rows in progress per concurrent request: the others wait for their next attempt
+REFUSALS = 10  # so many in a row, with no answer in between, are probably not about the rows
 PROBE_SCHEMA: dict[str, Any] = {
     "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"], "additionalProperties": False,
 }  # fmt: skip
@@ -33,26 +33,26 @@ PROBE = Request("the test", Prompt("", "Reply with the single word: ready", ""))
 
 
 class Run:
-    """One call of `generate`: what is in play, and what the server has shown of itself."""
+    """The state of one call of `generate`: rows in progress, and what is known about the server."""
 
     def __init__(self, generator: OpenAIGenerator, *, is_probe: bool = False) -> None:
         self.generator = generator
         self.settings = generator.settings
         self.slots = Slots(self.settings.concurrency)
-        self.stopped: UserError | None = None  # why no further request is sent; None while they are
+        self.stopped: UserError | None = None  # why no more requests are sent; None while they are
         self._is_probe = is_probe
         self._retries = min(PROBE_RETRIES, self.settings.max_retries) if is_probe else self.settings.max_retries
-        self._answered_at = time.monotonic()  # or when the run began
-        self._answered: Request | None = None  # the last one
-        self._served_at = 0.0  # when the latest request that was answered had been sent
-        self._refused: dict[str, Refused] = {}  # by row, until it is known why
+        self._answered_at = time.monotonic()  # time of the last answer, or of the start of the run
+        self._answered: Request | None = None  # the last answered request
+        self._served_at = 0.0  # latest send time of any answered request
+        self._refused: dict[str, Refused] = {}  # by row, until the cause is known
         self._warned: set[str] = set()
         self._one_probe = asyncio.Lock()
         self._jitter = random.Random()
         self._stop = asyncio.Event()
 
     async def answers(self, requests: Sequence[Request]) -> AsyncIterator[list[Generation]]:
-        """Yield the results that have come in since the last time, in lists."""
+        """Yield lists of the results that have arrived since the previous list."""
         finished: asyncio.Queue[tuple[asyncio.Task, Generation | None]] = asyncio.Queue()
         waiting = deque(requests)
         tasks: set[asyncio.Task] = set()
@@ -83,20 +83,20 @@ class Run:
                     batch.append(finished.get_nowait())
                 tasks -= {task for task, _ in batch}
                 for task, _ in batch:
-                    await task  # a defect in a row's code is not swallowed
+                    await task  # raises what a bug in a row's code has raised
                 if results := [result for _, result in batch if result is not None]:
                     yield results
-                    self.slots.written(len(results))  # whoever asks for more has written these down
+                    self.slots.written(len(results))  # the caller asks for more only after recording these
                 if abstained := await self._settle_refusals(client, is_last=not tasks and not waiting):
                     yield abstained
         if self.stopped is not None:
             raise self.stopped
 
     async def _settle_refusals(self, client: Any, *, is_last: bool) -> list[Generation]:
-        """Return the refused rows as abstentions, as far as it is the rows that the server dislikes.
+        """Return the refused rows as abstentions, once it is clear that the rows themselves are the cause.
 
-        An account that has run dry is refused row by row, too, and not every server has a status or a code for it. So a
-        refusal is not written down before a request that was sent after it has been answered.
+        An account without credit also gets every row refused, and not every server reports this by a status or code. So
+        a refusal is recorded only after a request that was sent later has been answered.
         """
         pending = [refused for refused in self._refused.values() if refused.at >= self._served_at]
         if pending and self.stopped is None and (is_last or len(pending) >= REFUSALS):
@@ -110,19 +110,19 @@ class Run:
         return [Generation(id, "", error=refused.reason) for id, refused in settled.items()]
 
     async def _require_served(self, client: Any, pending: Sequence[Refused]) -> None:
-        """Stop the run if the server refuses what it took before (or a test), or has taken nothing at all."""
+        """Stop the run if the server refuses a request that it answered before (or a test), or has answered nothing."""
         before, many = self._answered, len(pending) >= REFUSALS
         try:
             if before is None and many:
                 raise pending[-1]
             await self.ask(client, before if before is not None and many else PROBE)
         except Refused:
-            self._stop_for(self.generator.refusal_error(pending[-1]))  # its words have been checked to quote no row
+            self._stop_for(self.generator.refusal_error(pending[-1]))  # its message is already known to quote no row
         except UserError as error:
             self._stop_for(error)
 
     async def _row(self, client: Any, request: Request) -> Generation:
-        """Ask for one row, and once more where its answer cannot be read."""
+        """Request one row's answer, and ask once more if it cannot be read."""
         if self.generator.takes_schema is False:
             request = replace(request, schema=None)
         try:
@@ -132,7 +132,7 @@ class Run:
                 return Generation(request.id, "", error=refused.reason)
             if request.schema is None or self.generator.takes_schema:
                 raise
-            # Nobody has asked yet whether this server takes a schema (`check` was not called).
+            # Not known yet whether this server accepts a schema (`check` was not called): try without.
             request = replace(request, schema=None)
             first = await self.ask(client, request)
             self.generator.takes_schema = False
@@ -142,20 +142,20 @@ class Run:
         try:
             return second_answer(first, await self.ask(client, again))
         except (Refused, UserError) as error:
-            # The first answer was paid for: it is recorded as what it is, and the run stops behind it if it must.
+            # The first answer was paid for, so record it as it is before the run stops, if it has to.
             if isinstance(error, UserError):
                 self._stop_for(error)
             return first
 
     async def ask(self, client: Any, request: Request) -> Generation:
-        """Send a request until it is answered, refused, or given up.
+        """Retry a request until it is answered, refused, or given up.
 
-        A row that fails again and again is given up alone (a generation with an error) where others were answered in
-        the meantime, or a test is now; else the server is gone.
+        If a row keeps failing while other rows, or a test, are answered, only that row is given up (a generation with
+        an error). Otherwise the server is considered gone.
 
         Raises:
             Refused: See `attempt`.
-            UserError: The server is gone, the budget is spent, or the run stops for another row's reason.
+            UserError: The server is gone, the budget is spent, or the run has been stopped because of another row.
         """
         failed_at, failures = time.monotonic(), 0
         while True:
@@ -187,7 +187,7 @@ class Run:
                 self._stop_for(self._gone(request.id, failure))
             if self.stopped is not None:
                 raise self.stopped
-            with suppress(TimeoutError):  # a stop ends all waits
+            with suppress(TimeoutError):  # wait, unless the run stops
                 await asyncio.wait_for(self._stop.wait(), wait)
 
     def _require_going(self) -> None:
@@ -195,7 +195,7 @@ class Run:
             self._stop_for(
                 UserError(
                     f"the expert's budget is spent ({self.generator.budget.spent()}, of this shard): give a larger "
-                    f"expert.max_cost or expert.max_tokens to go on. {KEPT}"
+                    f"expert.max_cost or expert.max_tokens to continue. {KEPT}"
                 )
             )
         if self.stopped is not None:
@@ -206,7 +206,7 @@ class Run:
         self._stop.set()
 
     async def _is_alive(self, client: Any) -> bool:
-        """Ask a test: if it is answered, it is the row that the server fails on. One test at a time, for all rows."""
+        """Send a test: if it is answered, only the row is at fault. One test at a time serves all rows."""
         if self._is_probe:
             return False
         asked_at = time.monotonic()
@@ -229,7 +229,7 @@ class Run:
         what = {
             "timeout": f"no answer within {self.settings.timeout_seconds:g} s",
             "http_429": f"HTTP 429: too many requests, even at {self.slots.limit} at a time",
-            "unfinished": "it ends no answer",
+            "unfinished": "it does not finish any answer",
             "malformed_reply": "it answers, but not with a completion; an OpenAI address usually ends in /v1",
         }.get(failure.reason, failure.reason.replace("http_", "HTTP ").replace("no_connection", "no answer"))
         what += by_proxy(self.generator.address) + (f": {failure.words}" if failure.words else "")

@@ -1,4 +1,4 @@
-"""What is asked of a text generator and what comes back; no model and no library here, so importing it is quick."""
+"""Requests to a text generator and its results; this module loads no model library, so importing it is fast."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ class Request:
     """One text to generate; `id` names it in the results and seeds its sampling."""
 
     id: str  # unique among the requests of one call
-    prompt: Prompt  # what to continue or to answer
-    # JSON schema of the answer, for servers that can hold to one; the answer is read strictly in any case.
+    prompt: Prompt  # the text to continue or to answer
+    # JSON schema of the answer, for servers that can enforce one; the answer is parsed strictly in any case.
     schema: Mapping[str, Any] | None = None
-    # Told the answer's text; returns what to say to a model whose answer cannot be read, None if it can.
+    # Maps the answer's text to a complaint for the model if it cannot be parsed, or to None if it can.
     repair: Callable[[str], str | None] | None = None
-    turns: tuple[str, ...] = ()  # what was said behind the prompt: the model's first answer, and what is wrong with it
-    # Instead of a prompt: messages that the model's own chat template makes one of.
+    turns: tuple[str, ...] = ()  # the turns after the prompt: the model's first answer, and the complaint about it
+    # Instead of a prompt: messages to render with the model's own chat template.
     conversation: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What came back for the request `id`."""
+    """The result of the request `id`."""
 
     id: str
     text: str  # the generated text without special tokens and without the thought before it
     truncated: bool = False  # True if the limit on new tokens ended the text, or the thought never ended
-    prompt_tokens: int = 0  # tokens of the prompt, template included; with a repair, of both requests
-    new_tokens: int = 0  # tokens generated, the end-of-sequence token included; with a repair, of both requests
+    prompt_tokens: int = 0  # tokens of the prompt, including the template; after a repair, of both requests
+    new_tokens: int = 0  # tokens generated, including the end-of-sequence token; after a repair, of both requests
     prompt_cut: bool = False  # True if the prompt's body was cut to fit the context
-    error: str = ""  # why there is no text ("" if there is), from a small closed vocabulary such as "http_400"
-    cost: float = 0.0  # what the server's prices make of the tokens, in the currency of the prices
+    error: str = ""  # why there is no text ("" if there is one), from a small closed vocabulary such as "http_400"
+    cost: float = 0.0  # cost of the tokens at the server's prices, in their currency
     thought: str = ""  # what a reasoning model wrote before its answer, tags included
 
     @property
     def tokens(self) -> int:
-        """The tokens that were read and written for it."""
+        """The tokens that it took, prompt and completion together."""
         return self.prompt_tokens + self.new_tokens
 
 
@@ -58,11 +58,11 @@ class TextGenerator(Protocol):
         """Raise a UserError if generation cannot work (no key, no server). Cheap: loads nothing."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Yield one generation per request, in any order, each as soon as it is there."""
+        """Yield one generation per request, in any order, each as soon as it is ready."""
 
 
 def describe_decoding(generation: BackendSettings) -> dict[str, Any]:
-    """Return the settings that an output depends on: no batch size, and no seed where nothing is drawn."""
+    """Return the settings that determine the output: no batch size, and no seed for greedy decoding."""
     names = ["max_new_tokens", "temperature"] + ["top_p", "seed"] * (generation.temperature > 0)
     backend = {} if generation.backend == "hf" else {"backend": generation.backend}
     tags = {} if generation.thought_tags == list(THOUGHT_TAGS) else {"thought_tags": list(generation.thought_tags)}
@@ -70,19 +70,19 @@ def describe_decoding(generation: BackendSettings) -> dict[str, Any]:
 
 
 def row_seed(seed: int, id: str, num_bytes: int = 8) -> int:
-    """Return the seed of a row's sampling, a function of (seed, id) alone; not negative, of `num_bytes` with sign."""
+    """Return a row's sampling seed, which depends on (seed, id) only: non-negative, fits `num_bytes` signed bytes."""
     digest = hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=num_bytes).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def split_thought(text: str, tags: Sequence[str], *, prompt: str = "") -> tuple[str, str, bool]:
-    """Part what a reasoning model thinks aloud from its answer, which follows the last closing tag, in any case.
+    """Split the thought of a reasoning model from its answer, which follows the last closing tag (case-insensitive).
 
-    A thought that begins a line behind it has not ended. Each tag is "OPENING CLOSING" of a family of models. Many chat
-    templates end in the opening tag, which `text` then lacks: so `prompt` is looked at, too.
+    If a later line opens another thought, the thought has not ended. Each tag is the "OPENING CLOSING" pair of a model
+    family. Many chat templates end in the opening tag, so that `text` lacks it; hence the look at `prompt`.
 
     Returns:
-        (thought, answer, whether the thought has ended): ("", text, True) without a thought.
+        (thought, answer, whether the thought has ended); ("", text, True) if there is no thought.
     """
     pairs = [[re.compile(re.escape(part), re.IGNORECASE) for part in tag.split()] for tag in tags]
     end = max((found.end() for _, closing in pairs for found in closing.finditer(text)), default=0)
@@ -112,21 +112,21 @@ _SPOKEN = re.compile(
 
 
 def without_thought(generation: Generation, tags: Sequence[str], prompt: Prompt) -> Generation:
-    """Put the thought beside the text; every generator passes what it yields through here."""
+    """Move the thought out of the text; every generator passes its results through this."""
     thought, text, ended = split_thought(generation.text, tags, prompt=prompt.tail)
     truncated = generation.truncated or not ended
     return replace(generation, text=text, truncated=truncated, thought=generation.thought + thought)
 
 
 def second_request(request: Request, first: Generation) -> Request | None:
-    """Return the request that asks for another answer where the first cannot be read; None if it can."""
+    """Return a request for another answer if the first cannot be read; None if it can."""
     complaint = request.repair(first.text) if request.repair and not first.error else None
     return None if complaint is None else replace(request, repair=None, turns=(first.text.strip(), complaint))
 
 
 def second_answer(first: Generation, second: Generation) -> Generation:
-    """Return the second answer, with what both have cost; one that failed leaves the first as it was."""
-    if second.error:  # its longer prompt has no room, perhaps
+    """Return the second answer with the tokens and cost of both; if it failed, the first answer's text stays."""
+    if second.error:  # for example, its longer prompt does not fit
         second = replace(second, text=first.text, truncated=first.truncated, thought=first.thought, error="")
     return replace(
         second,

@@ -1,4 +1,4 @@
-"""What a model folder says of how its texts are decoded: its context, its end tokens, generation_config.json."""
+"""What a model folder says about decoding: context length, end tokens, generation_config.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def read_generation_config(source: Path | str) -> GenerationConfig | None:
-    """Return the generation_config.json of a folder; None where there is none.
+    """Return the generation_config.json of a folder; None if it has none.
 
     Raises:
         UserError: It cannot be used.
@@ -35,22 +35,22 @@ def read_generation_config(source: Path | str) -> GenerationConfig | None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(config, name)
             if not all(isinstance(one, int | None) for one in (ids if isinstance(ids, list) else [ids])):
-                raise ValueError(f"{name}={ids!r} is no number of a token")
+                raise ValueError(f"{name}={ids!r} is not a token id")
         return config
     except UNUSABLE as error:
         raise UserError(
-            f"{file} cannot be used ({first_line(error)}). Mend it, or move it away: how tokens are chosen is set "
-            "by generation.* of the command."
+            f"{file} cannot be used ({first_line(error)}). Fix it, or move it away: the command's generation.* "
+            "settings control decoding."
         ) from error
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """Return how many tokens a model may read, as its config says; a great many where it names no limit."""
+    """Return the context length from a model's config, in tokens; UNLIMITED if it names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return every token that ends a text: the tokenizer's, its chat template's, those of generation_config.json."""
+    """Return the tokens that end a text: the tokenizer's EOS, its chat template's, and generation_config.json's."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     turn_end = tokenizer.backend_tokenizer.token_to_id(chat_end_token(tokenizer))  # what template=chat trains
@@ -79,9 +79,9 @@ class TextDecoder:
 
 
 def stop_where_answers_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """List all end tokens in the generation config that a checkpoint is saved with.
+    """List all end tokens in the generation config that is saved with a checkpoint.
 
-    A base model that was tuned on chats would go on behind its answer, wherever another program generates from it.
+    Otherwise a base model trained on chats would not stop after its answer when other programs generate from it.
     """
     config = model.generation_config
     ends = end_tokens(model, tokenizer)
@@ -90,7 +90,7 @@ def stop_where_answers_end(model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def say_what_is_not_read(config: GenerationConfig, read: Collection[str]) -> None:
-    """Say once which entries of generation_config.json change nothing here; `read` are the names of those that do."""
+    """Log once which entries of generation_config.json have no effect here; `read` names those that have one."""
     entries = config.to_diff_dict()
     unread = sorted(entries.keys() - set(read) - {"transformers_version"})
     said = [f"{name}={entries[name]}" for name in unread if not name.startswith("_") and not name.endswith("_token_id")]
@@ -100,4 +100,4 @@ def say_what_is_not_read(config: GenerationConfig, read: Collection[str]) -> Non
 
 @cache
 def _say(unread: str) -> None:
-    log.warning("note: of generation_config.json these are not used, only generation.* of the command: %s", unread)
+    log.warning("note: ignored entries of generation_config.json (only the command's generation.* apply): %s", unread)

@@ -1,4 +1,4 @@
-"""What goes wrong at a server, sorted by status and error code, and the part of it that may be shown."""
+"""Server errors, classified by status and error code, and the part of them that may be shown."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ MAX_SHOWN = 300  # characters of a server's own words
 SAID = ("message", "detail", "status_msg")  # where servers have these
 # Words of the prompts that servers use, too: such a word in a message quotes no row.
 COMMON = {"answer", "check", "data", "language", "model", "request", "response", "this"}
-MIN_SECRET = 8  # characters of a key; a shorter one is the text that a server without keys is given
+MIN_SECRET = 8  # minimum characters of a real key; anything shorter is a placeholder for a server without keys
 
 
 class Refused(Exception):
-    """The server refuses a request; sent again as it is, it would be refused again."""
+    """The server refuses a request, and would refuse it again if it were retried unchanged."""
 
     def __init__(self, status: int, words: str = "", *, about_row: bool = False) -> None:
         super().__init__(f"HTTP {status}{f': {words}' if words else ''}")
-        self.reason = f"http_{status}"  # an error of `Generation`: http_400
+        self.reason = f"http_{status}"  # for `Generation.error`: http_400
         self.status = status
-        self.about_row = about_row  # True if the server says that the content is why
-        self.at = time.monotonic()  # when, by the monotonic clock
+        self.about_row = about_row  # True if the server says that the row's content or length is the cause
+        self.at = time.monotonic()  # time of the refusal, by the monotonic clock
 
 
 class Failed(Exception):
@@ -49,23 +49,23 @@ class Failed(Exception):
     ) -> None:
         super().__init__(reason)
         self.reason = reason  # for the counts: http_500, timeout, no_connection, malformed_reply, unfinished
-        self.words = words  # the server's own
-        self.wait_seconds = wait_seconds  # what the server asked to wait, None if it did not
-        self.throttled = throttled  # True if it was only asked too often
+        self.words = words  # the server's own message
+        self.wait_seconds = wait_seconds  # how long the server asks to wait, None if it does not say
+        self.throttled = throttled  # True if requests were only sent too fast
 
 
 def is_about_account(status: int, codes: Sequence[str]) -> bool:
-    """Return whether nothing can be asked for until somebody pays; `codes` are the error's code and type."""
+    """Return whether the account has run out of credit; `codes` are the error's code and type."""
     return status == 402 or any(ACCOUNT.search(code.lower()) and not RATE.search(code.lower()) for code in codes)
 
 
 def is_about_row(status: int, codes: Sequence[str]) -> bool:
-    """Return whether the server says that it refuses this request for its content or its length."""
+    """Return whether the server says that it refuses this request because of its content or length."""
     return status == 413 or not ROW_CODES.isdisjoint(codes)
 
 
 def is_address(url: str) -> bool:
-    """Return whether a server can be reached under a URL."""
+    """Return whether a URL is well-formed as the address of a server."""
     try:
         parts = urllib.parse.urlsplit(url)
         is_whole = url.isprintable() and " " not in url and bool(parts.hostname)
@@ -95,7 +95,7 @@ def own_words(fields: dict[str, Any], request: Request, secret: str = "") -> str
 def cause_of(error: BaseException) -> str:
     """Return the innermost cause: `Connection refused` rather than `Connection error.`.
 
-    Of other exceptions only the class is told: their texts can hold the request's headers, and so the key.
+    For other exceptions, return only the class: their texts may contain the request's headers, and thus the key.
     """
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner

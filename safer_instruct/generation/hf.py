@@ -1,8 +1,8 @@
-"""Prompts -> texts by a causal LM of transformers in this process.
+"""Generate texts from prompts with a transformers causal LM in this process.
 
-The text of a row does not depend on the rows beside it: greedy decoding, or sampling from random numbers that are
-a function of (seed, row id) alone. So shards, restarts and batch sizes change nothing (up to ties that floating-point
-noise can turn). B = rows of a batch, T = prompt positions, V = vocabulary.
+A row's text does not depend on the other rows in its batch: decoding is greedy, or samples with random numbers that
+depend only on (seed, row id). So shards, restarts and batch sizes change nothing (except for ties, which floating-point
+noise may break either way). B = rows of a batch, T = prompt positions, V = vocabulary size.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from safer_instruct.text.prompts import Unusable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The newer of the supported versions of transformers call it `cache`, and warn of the older name at every call.
+# Newer versions of transformers call it `cache`, and warn about the old name at every call.
 CACHE = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
-ROUND_TOKENS = 16  # finished rows leave the batch every so many new tokens (2.4 x the tokens/s where a few are long)
-# Entries of generation_config.json that count from the start of a `generate` call: with these there is one round.
+ROUND_TOKENS = 16  # new tokens after which finished rows leave the batch (2.4 x the tokens/s if only a few are long)
+# Entries of generation_config.json that count from the start of a `generate` call; they allow only a single round.
 COUNTING_ENTRIES = (
     "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
     "min_length", "min_new_tokens",
 )  # fmt: skip
-# All that is read of it: which tokens a model may write, and when. Penalties on repetition, guidance and the like would
-# make another policy of the weights than the one that was trained.
+# The only entries used: which tokens a model may write, and when. Repetition penalties, guidance and the like would
+# turn the weights into a different policy from the one that was trained.
 READ_ENTRIES = ("suppress_tokens", "bad_words_ids", *COUNTING_ENTRIES)
 
 
 class HFGenerator:
-    """Batched generation with a causal LM of transformers.
+    """Batched generation with a transformers causal LM.
 
     Requests are sorted by length, longest first, and batched under a budget of padded positions
-    (`settings.max_batch_tokens`); prompts are padded on the left; finished rows leave the batch. Of the
-    model's generation_config.json the further end tokens and READ_ENTRIES count; the choice of tokens is ours.
+    (`settings.max_batch_tokens`). Prompts are padded on the left, and finished rows leave the batch. From the model's
+    generation_config.json only the end tokens and READ_ENTRIES are used; our own settings control sampling.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class HFGenerator:
     ) -> None:
         """Bind a model; nothing is computed.
 
-        The tokenizer has a pad token. Without `max_length` the context is the `max_position_embeddings` of the model.
+        The tokenizer must have a pad token. `max_length` defaults to the model's `max_position_embeddings`.
 
         Raises:
             UserError: The limit on new tokens leaves no room for a prompt.
@@ -79,13 +79,13 @@ class HFGenerator:
         self._text = TextDecoder(tokenizer, settings.thought_tags)
 
     def check(self) -> None:
-        """Do nothing: the model is here."""
+        """Do nothing: the model is already loaded."""
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
         """Yield the generations batch by batch, longest prompts first.
 
-        A row whose prompt cannot be asked gets the error that `prompt_token_ids` names: "prompt_too_long", for example.
+        A row with an unusable prompt gets the reason from `prompt_token_ids`, such as "prompt_too_long", as its error.
         """
         encoded: dict[str, list[int]] = {}
         cut: dict[str, bool] = {}
@@ -101,16 +101,16 @@ class HFGenerator:
 
     @torch.no_grad()
     def generate_from_tokens(self, prompts: Mapping[str, list[int]]) -> Iterator[Generation]:
-        """Yield the generations behind prompts that are token ids already: id -> at most `max_prompt_tokens` of them.
+        """Yield the generations for prompts given as token ids: id -> at most `max_prompt_tokens` tokens.
 
-        For prompts of a token store: decoding and encoding them again need not give the same tokens.
+        For prompts from a token store, as decoding and re-encoding may not give the same tokens.
         """
         ids = list(prompts)
         for rows in self._batches([len(prompts[id]) for id in ids]):
             yield from self._generate_batch([ids[i] for i in rows], [prompts[ids[i]] for i in rows])
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Cut the row numbers, sorted by falling length, so that rows x (longest prompt + new tokens) <= budget."""
+        """Yield batches of row numbers, longest rows first, so that rows x (longest prompt + new tokens) <= budget."""
         order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
         start = 0
         while start < len(order):
@@ -122,7 +122,7 @@ class HFGenerator:
     def _generate_batch(self, ids: Sequence[str], prompts: Sequence[list[int]]) -> Iterator[Generation]:
         was_training, configured = self.model.training, self.model.generation_config
         self.model.eval()
-        self.model.generation_config = self._read  # from where transformers fills in what a call leaves open
+        self.model.generation_config = self._read  # transformers takes the unset options of a call from here
         try:
             new_tokens = self._decode(ids, prompts)
         finally:
@@ -139,9 +139,9 @@ class HFGenerator:
             )
 
     def _decode(self, ids: Sequence[str], prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Return the new tokens of each row, its end token included where it met one.
+        """Return the new tokens of each row, including its end token if it generated one.
 
-        Works in rounds of a few tokens: after each, the rows that have ended leave batch and cache.
+        Works in rounds of a few tokens; after each round, finished rows leave the batch and the cache.
         """
         input_ids, mask = _pad_left(prompts, self.tokenizer.pad_token_id, self.model.device)
         width = input_ids.shape[1]
@@ -178,13 +178,13 @@ class HFGenerator:
         return new_tokens
 
     def _generation_config(self, num_tokens: int) -> GenerationConfig:
-        # What is None here is filled in by transformers, from `_read`.
+        # transformers fills in whatever is None here from `_read`.
         return GenerationConfig(
-            do_sample=False,  # sampling is done by _RowSampler, whose scores leave one token
+            do_sample=False,  # _RowSampler samples, and leaves a single token for greedy decoding
             num_beams=1,
             temperature=1.0,
             top_p=1.0,
-            top_k=50,  # the values that mean "unset" to transformers
+            top_k=50,  # these are the values that transformers takes for "unset"
             max_new_tokens=num_tokens,
             eos_token_id=sorted(self.end_tokens),
             pad_token_id=self.tokenizer.pad_token_id,
@@ -193,7 +193,7 @@ class HFGenerator:
         )
 
     def _uniforms(self, ids: Sequence[str]) -> Tensor | None:
-        """Return the random numbers of each row (B, max_new_tokens), a function of (seed, id) alone; None if greedy."""
+        """Return each row's random numbers, (B, max_new_tokens), which depend on (seed, id) only; None if greedy."""
         if self.settings.temperature == 0:
             return None
         rows = [row_uniforms(self.settings.seed, id, self.settings.max_new_tokens) for id in ids]
@@ -207,11 +207,11 @@ class HFGenerator:
 
 
 class _RowSampler(LogitsProcessor):
-    """Temperature and nucleus sampling in which each row consumes random numbers of its own, one per token.
+    """Temperature and nucleus sampling in which each row uses its own random numbers, one per token.
 
-    The token is the first whose cumulative probability exceeds the row's uniform number. Probabilities are summed in
-    float64 and in the order of the vocabulary, so that noise of 1e-7 in a logit moves the outcome with as little
-    probability. All scores but the token's become -inf: the argmax of greedy decoding then picks it.
+    The sampled token is the first whose cumulative probability exceeds the row's uniform number. Probabilities are
+    summed in float64 and in vocabulary order, so that noise of 1e-7 in a logit changes the outcome with a probability
+    of the same order. All other scores become -inf, so that greedy decoding picks the sampled token.
     """
 
     def __init__(self, uniforms: Tensor, prompt_width: int, temperature: float, top_p: float) -> None:
@@ -233,7 +233,7 @@ class _RowSampler(LogitsProcessor):
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zero all but the smallest set of most probable tokens whose mass reaches `top_p` (Holtzman et al. 2020).
+    """Zero all but the smallest set of the most probable tokens whose mass reaches `top_p` (Holtzman et al. 2020).
 
     (B, V) -> (B, V), not renormalised; the most probable token is always kept.
     """
@@ -243,7 +243,7 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def row_uniforms(seed: int, id: str, count: int) -> Tensor:
-    """Return `count` uniform numbers in [0, 1) as float64, a function of (seed, id) alone, equal on every machine."""
+    """Return `count` uniform float64 numbers in [0, 1) that depend on (seed, id) only, not on the machine."""
     random = torch.Generator().manual_seed(row_seed(seed, id))
     return torch.rand(count, generator=random).double()
 

@@ -1,8 +1,8 @@
-"""Tokenizers and causal language models: the only caller of transformers' loaders.
+"""Load tokenizers and causal language models; nothing else calls transformers' loaders.
 
-Weights come from a folder in Hugging Face's layout, from a run or checkpoint of `train.py` (which holds one), or from
-a `policy.pt` of the DPO repo. Nothing is unpickled that could run code, and no remote code runs unless
-`model.trust_remote_code=true`. What does not fit is a UserError before the first step, never a silently random layer.
+Weights come from a folder in Hugging Face format, from a run or checkpoint of `train.py` (which contains one), or from
+a `policy.pt` of the DPO repo. Nothing that could run code is unpickled, and no remote code runs unless
+`model.trust_remote_code=true`. Weights that do not fit raise a UserError; no layer is silently left at random.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ PROBE_SECONDS = 10
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model: with a padding token (EOS where it has none of its own), and never truncating.
+    """Load a model's tokenizer, with a padding token (EOS if it has none of its own) and without truncation.
 
     Raises:
-        UserError: no tokenizer there, one without EOS, or one whose tokens have no embeddings in the model.
+        UserError: There is no tokenizer, it has no EOS, or its tokens have no embeddings in the model.
     """
     name = settings.tokenizer_name_or_path or settings.name_or_path
     folder = find_path(name)
     source = folder if has_tokenizer(folder) else _source(name)
-    vocabulary = _load_config(settings).get_text_config().vocab_size  # transformers reads it for a tokenizer, too
+    vocabulary = _load_config(settings).get_text_config().vocab_size  # transformers reads the config anyway
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except UNUSABLE as error:
         raise UserError(
             f"{name} holds no tokenizer that can be read ({first_line(error)}). It needs tokenizer.json (or "
-            "tokenizer.model and sentencepiece installed); model.tokenizer_name_or_path=FOLDER takes it from elsewhere."
+            "tokenizer.model and sentencepiece installed); model.tokenizer_name_or_path=FOLDER reads another folder."
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no EOS token (eos_token), which must end every response.")
@@ -84,14 +84,14 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    tokenizer.model_max_length = int(1e12)  # limits are ours: max_length, max_prompt_length
+    tokenizer.model_max_length = int(1e12)  # we apply our own limits: max_length, max_prompt_length
     return tokenizer
 
 
 def _require_embeddings(tokenizer: PreTrainedTokenizerBase, vocabulary: int, settings: ModelSettings) -> None:
-    """Refuse tokens without an embedding, except unused special ones: rows that hold a special token are dropped.
+    """Refuse tokens without an embedding, except special tokens other than BOS and EOS.
 
-    Multimodal families have such a token for their images.
+    Multimodal families have such tokens for images; no row uses them, as rows that hold a special token are dropped.
     """
     beyond = {text for text, number in tokenizer.get_vocab().items() if number >= vocabulary}
     unused = set(special_token_texts(tokenizer)) - {tokenizer.eos_token, tokenizer.bos_token}
@@ -104,7 +104,7 @@ def _require_embeddings(tokenizer: PreTrainedTokenizerBase, vocabulary: int, set
 
 
 def _set_in_template(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
-    """Write variables into the chat template itself: whoever renders it, or loads a checkpoint of it, asks alike."""
+    """Write variables into the chat template itself, so that whoever loads a checkpoint renders it the same way."""
     for name, value in values.items():
         if not name.isidentifier() or not isinstance(tokenizer.chat_template, str):
             raise UserError(
@@ -115,16 +115,16 @@ def _set_in_template(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, An
 
 
 def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
-    """Load a causal LM on the CPU, with the weights of `archive` where that is set, and all dropout switched off.
+    """Load a causal LM on the CPU, with the weights of `archive` if it is set, and with all dropout disabled.
 
-    An adapter that is the archive is merged. A base in 4 bits is on the GPU, if there is one. Without dropout the
-    policy computes what the reference does, so that DPO starts at ln 2. Functional dropouts, such as a config's
-    `attention_dropout`, are no `nn.Dropout` modules, and would stay on in training.
+    If the archive is an adapter, it is merged. A base in 4 bits is loaded on the GPU, if there is one. Without dropout
+    the policy computes the same as the reference, so that DPO starts at ln 2. Dropout must be disabled in the config,
+    too: functional dropout, such as `attention_dropout`, is not an `nn.Dropout` module and would stay on in training.
 
-    Without a `dtype` the weights have `settings.policy_dtype`.
+    `dtype` defaults to `settings.policy_dtype`.
 
     Raises:
-        UserError: nothing there, damaged weights, an archive that is of another architecture, or that holds code.
+        UserError: The weights are missing or damaged, or the archive has another architecture or contains code.
     """
     if settings.archive and (adapter := adapter_in(settings.archive)) is not None:
         base = load_causal_lm(replace(settings, archive=None), dtype=dtype)
@@ -159,18 +159,18 @@ def load_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreT
             model, info = loaded
     check_loading_info(info, weights, settings.name_or_path)
     check_tied(model, weights)
-    advice = "nothing can be trained from it, or asked of it; give an earlier checkpoint, or copy it again"
+    advice = "the model cannot be used; give an earlier checkpoint, or copy it again"
     require_finite(model.named_parameters(), str(archive or settings.name_or_path), advice)
     return _prepared(model, generation_config)
 
 
 def meta_causal_lm(settings: ModelSettings, *, dtype: str | None = None) -> PreTrainedModel:
-    """Make the model of `load_causal_lm` on the meta device: its shape, whose weights `place_model` fills in.
+    """Build the model of `load_causal_lm` on the meta device, without weights, which `place_model` fills in.
 
-    An archive changes the weights, not the shape.
+    The archive is not needed: it changes the weights, not their shapes.
 
     Raises:
-        UserError: no config.json that can be used.
+        UserError: There is no usable config.json.
     """
     config = _load_config(settings)
     _switch_dropout_off(config)
@@ -205,13 +205,13 @@ def _prepared(model: Any, generation_config: GenerationConfig | None) -> PreTrai
 
 
 def _source(name: str) -> Path | str:
-    """Return the local folder that `name` stands for, or the id of a model on the hub that can be had."""
+    """Return the local folder that `name` stands for, or the id of a model that the hub (or its cache) has."""
     path = find_path(name)
     refuse_gguf(path)
     if path.is_file():
         raise UserError(
-            f"model.name_or_path={name} is a file. It must be a model folder, which says what the architecture is; a "
-            f"policy.pt is given as model.archive={name}."
+            f"model.name_or_path={name} is a file. It must be a model folder, which defines the architecture; give a "
+            f"policy.pt as model.archive={name}."
         )
     if path.is_dir():
         folder = resolve_archive(name)
@@ -229,14 +229,14 @@ def _source(name: str) -> Path | str:
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return name
     if not constants.HF_HUB_OFFLINE:
-        # One probe: the hub's own client would try for 20 seconds and more before it gives up.
+        # A single probe: without a network, the hub's own client would retry for 20 seconds and more.
         request = urllib.request.Request(f"{constants.ENDPOINT}/{name}/resolve/main/config.json", method="HEAD")
         try:
             urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
             return name
         except urllib.error.HTTPError as error:
             if error.code != 404:
-                return name  # gated, or busy: the hub's client knows about tokens
+                return name  # gated or busy: leave it to the hub's client, which has the access tokens
             reason = f"the hub has no model of this name (HTTP {error.code})"
         except OSError as error:  # URLError, timeouts
             reason = f"the hub cannot be reached ({first_line(error)})"
@@ -264,8 +264,8 @@ def _load_config(settings: ModelSettings) -> PretrainedConfig:
             f"{config.model_type}, which is for images or sound, or an encoder. Save its language model as a folder, "
             "and give that."
         )
-    # Refused here: newer versions of transformers say only that one may ask them for support, and older ones compute a
-    # soft-capped model without its cap.
+    # Refused here, because newer versions of transformers give no useful advice, and older ones silently ignore the cap
+    # of a soft-capped model.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     lacks_sdpa = capped or not getattr(kind, "_supports_sdpa", True)
     if settings.attn_implementation == "sdpa" and lacks_sdpa:
@@ -285,7 +285,7 @@ def _switch_dropout_off(config: PretrainedConfig) -> None:
 
 def _check_same_architecture(config: PretrainedConfig, archive: Path, settings: ModelSettings) -> None:
     try:
-        # Without the flag, transformers would ask on a terminal whether to run code that the archive brings.
+        # Without the flag, transformers would prompt on the terminal whether to run the archive's code.
         found = AutoConfig.from_pretrained(archive, trust_remote_code=settings.trust_remote_code)
         own, other = config.to_dict(), found.to_dict()
     except UNUSABLE as error:
@@ -295,7 +295,7 @@ def _check_same_architecture(config: PretrainedConfig, archive: Path, settings: 
 
 @contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
-    """Turn what transformers raises for broken folders into a UserError, and keep its report of keys quiet."""
+    """Turn transformers' errors about broken folders into a UserError, and silence its report of mismatched keys."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

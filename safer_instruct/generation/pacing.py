@@ -1,4 +1,4 @@
-"""How fast a server is asked, how long to wait between attempts, and when the budget is spent."""
+"""How fast to send requests to a server, how long to wait between attempts, and when the budget is spent."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-BACKOFF_SECONDS = 0.5  # mean wait behind a first failure is half of it; doubles with each further one
+BACKOFF_SECONDS = 0.5  # maximum wait after a first failure (the mean is half of it); doubles with each further one
 MAX_BACKOFF_SECONDS = 30.0
-WINDOW = 100  # replies after which the number of requests at a time is reconsidered
-THROTTLED_SHARE = 1 / 3  # of a window's replies that are 429: more than that is no accident
+WINDOW = 100  # replies after which the number of concurrent requests is adjusted
+THROTTLED_SHARE = 1 / 3  # a window with a larger share of 429 replies lowers the limit
 TOKENS_PER_PRICE = 1_000_000
-MAX_WAIT_SECONDS = 86_400.0  # longer than a server can seriously ask for
+MAX_WAIT_SECONDS = 86_400.0  # a longer wait cannot be meant seriously and is ignored
 
 
 def backoff_seconds(failures: int, uniform: float) -> float:
@@ -43,11 +43,11 @@ def retry_after_seconds(headers: Mapping[str, str], now: float | None = None) ->
 
 
 class Slots:
-    """At most `limit` requests at a time; the limit follows the share of replies that say "too many requests".
+    """At most `limit` concurrent requests; the limit adapts to the share of "too many requests" replies.
 
-    After each WINDOW of replies it is cut by a quarter where more than a THROTTLED_SHARE of them were 429, and grows
-    back by a quarter otherwise, up to `maximum`. Waiters are served in their order. An answer that has come but is not
-    written down yet holds its place, so that a kill costs no more calls than run at a time.
+    After each WINDOW of replies the limit shrinks by a quarter if more than a THROTTLED_SHARE of them were 429;
+    otherwise it grows by a quarter, up to `maximum`. Waiters are served in order. An answer keeps its slot until it has
+    been recorded, so that killing the process loses at most `limit` paid calls.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -71,16 +71,16 @@ class Slots:
         self._wake()
 
     def hold(self) -> None:
-        """Keep a place for an answer until it is written down; to be called before anything else can take the place."""
+        """Keep a slot for an answer until it is recorded; call this before another waiter can take the slot."""
         self._unwritten += 1
 
     def written(self, count: int) -> None:
-        """Free the places of `count` answers."""
+        """Free the slots of `count` recorded answers."""
         self._unwritten -= count
         self._wake()
 
     def replied(self, *, throttled: bool) -> None:
-        """Count a reply."""
+        """Count a reply, and adjust the limit at the end of a window."""
         self._replies += 1
         self._throttled += throttled
         if self._replies < WINDOW:
@@ -101,21 +101,21 @@ class Slots:
 
 @dataclass
 class Budget:
-    """What may be spent, what has been, and what the requests under way may still cost."""
+    """The limits on spending, what has been spent, and a reserve for the requests in flight."""
 
     max_cost: float | None = None  # in the currency of the prices; None: no limit
     max_tokens: int | None = None  # prompt and completion together; None: no limit
-    price_prompt: float = 0.0  # of a million prompt tokens
-    price_completion: float = 0.0  # of a million completion tokens
-    cost: float = 0.0  # spent so far, by earlier processes too
-    tokens: int = 0  # used so far, by earlier processes too
-    # Of one answer: what each request under way is reckoned with. Before the first one is known, as many requests as
-    # run at a time may exceed the budget.
+    price_prompt: float = 0.0  # per million prompt tokens
+    price_completion: float = 0.0  # per million completion tokens
+    cost: float = 0.0  # spent so far, including by earlier processes
+    tokens: int = 0  # used so far, including by earlier processes
+    # Largest cost of an answer so far, reserved for each request in flight. Until the first answer nothing is reserved,
+    # so the first concurrent requests may exceed the budget.
     largest_cost: float = 0.0
     largest_tokens: int = 0  # the same in tokens
 
     def allows(self, in_flight: int) -> bool:
-        """Return whether one more request may be sent while `in_flight` others are under way."""
+        """Return whether one more request may be sent while `in_flight` others are in flight."""
         reserved = in_flight + 1
         if self.max_tokens is not None and self.tokens + max(1, reserved * self.largest_tokens) > self.max_tokens:
             return False
@@ -124,20 +124,20 @@ class Budget:
         return self.cost < self.max_cost and self.cost + reserved * self.largest_cost <= self.max_cost
 
     def charge(self, prompt_tokens: int, new_tokens: int) -> float:
-        """Count an answer; returns what it cost."""
+        """Count an answer, and return its cost."""
         cost = (prompt_tokens * self.price_prompt + new_tokens * self.price_completion) / TOKENS_PER_PRICE
         self.count(cost, prompt_tokens + new_tokens)
         return cost
 
     def count(self, cost: float, tokens: int) -> None:
-        """Count what has been spent on one row."""
+        """Add the cost and tokens of one row."""
         self.cost += cost
         self.tokens += tokens
         self.largest_cost = max(self.largest_cost, cost)
         self.largest_tokens = max(self.largest_tokens, tokens)
 
     def spent(self) -> str:
-        """Say what has been spent, against which limit."""
+        """Describe what has been spent of each limit, for messages."""
         parts = []
         if self.max_cost is not None:
             parts.append(f"cost {self.cost:.4f} of at most {self.max_cost:g}")

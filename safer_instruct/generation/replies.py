@@ -1,4 +1,4 @@
-"""What the reply of a server holds: a text and how it ended, or an error, in the forms that the servers have."""
+"""Parse a server's reply, a text and how it ended, or an error, in the formats of the various servers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safer_instruct.generation.faults import MAX_SHOWN, SAID, Failed
 from safer_instruct.text.display import visible
 
 MAX_TOKENS = 10**9  # more than any reply can have used
-# In a finish_reason: the text was withheld, or calls a tool that nobody offered; it was cut; it has ended.
+# Words in a finish_reason: the text was withheld; it calls a tool, though none was offered; it was cut; it has ended.
 _ENDS = {
     "content_filter": re.compile("block|filter|guardrail|moderat|prohibit|recitation|refus|safety|sensitive|toxic"),
     "tool_calls": re.compile("function|tool"),
@@ -25,7 +25,7 @@ def error_fields(body: Any) -> dict[str, Any]:
     while inner := body[:1] if isinstance(body, list) else isinstance(body, dict) and _holder(body):
         body = inner[0] if isinstance(body, list) else inner
     if isinstance(body, str):
-        return {} if body.lstrip().startswith("<") else {"message": body}  # a page is for a browser
+        return {} if body.lstrip().startswith("<") else {"message": body}  # HTML pages are for a browser
     return body if isinstance(body, dict) else {}
 
 
@@ -40,7 +40,7 @@ def error_status(fields: Mapping[str, Any], status: int) -> int:
 
 
 def error_inside(body: Any) -> tuple[int, dict[str, Any]] | None:
-    """Return the status and the fields of an error in the place of a completion, None if a reply holds none."""
+    """Return the status and fields of an error that was sent as a completion; None if the reply holds no error."""
     choices = body.get("choices") if isinstance(body, dict) else None
     holders = [one for one in (body, *(choices or ())[:1]) if isinstance(one, dict) and one.get("error")]
     fields = error_fields(holders[0] if holders else {} if choices or isinstance(body, str) else body)
@@ -50,12 +50,12 @@ def error_inside(body: Any) -> tuple[int, dict[str, Any]] | None:
 
 
 def read_finish(reason: Any) -> tuple[bool, str]:
-    """Return whether a text was cut at a limit, and why it is no answer ("" if it is one), by its finish_reason.
+    """Return, from a finish_reason, whether a text was cut at a limit, and why it is no answer ("" if it is one).
 
     Raises:
-        Failed: The server broke off, or what it says is unknown.
+        Failed: The finish_reason is unknown, or says that the server broke off.
     """
-    said = str(reason or "stop").lower()  # some say nothing
+    said = str(reason or "stop").lower()  # some servers give no reason
     for what, words in _ENDS.items():
         if words.search(said):
             return what == "truncated", what.replace("truncated", "")
@@ -63,10 +63,10 @@ def read_finish(reason: Any) -> tuple[bool, str]:
 
 
 def token_count(value: Any) -> int:
-    """Return a number of tokens, 0 where a server does not tell.
+    """Return a number of tokens, 0 if the server does not report it.
 
     Raises:
-        ValueError: It is no such number: charged to the budget, it would end the run.
+        ValueError: It is not a plausible number; charging it to the budget would end the run.
     """
     if not isinstance(value, int | float | None) or not 0 <= (value or 0) <= MAX_TOKENS:
         raise ValueError("not a number of tokens")
@@ -74,10 +74,10 @@ def token_count(value: Any) -> int:
 
 
 def message_texts(message: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the answer of a message, and the thought that the server has parted from it.
+    """Return the answer in a message, and the thought that the server has split from it.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError: It is no message.
+        ValueError, LookupError, TypeError, AttributeError: It is not a message.
     """
     # Gemini leaves the content out where the thought took all tokens; OpenAI's models decline in a field of its own.
     content = message.get("content") or message.get("refusal") or ""
@@ -95,5 +95,5 @@ def _joined(content: Any) -> str:
 
 
 def utf8(text: str) -> str:
-    """Return a text without halves of surrogate pairs, which JSON can hold."""
+    """Return a text without lone surrogates, which JSON can contain."""
     return text.encode("utf-8", "replace").decode()

@@ -1,10 +1,10 @@
 """Generation by an OpenAI-compatible server (OpenAI, Azure, vLLM, llama.cpp, `transformers serve`).
 
-Requests run concurrently on an event loop that turns while results are waited for. What goes wrong has three kinds of
-answers: a request that can succeed later is sent again (429 when the server says so; 5xx, lost connections, time-outs
-and replies that are no completion behind a back-off), a request that this server will never take ends as a generation
-with an `error`, and a server that is gone, an account without money, or a budget that is spent stops the run with
-everything kept. Which is which is told by status and error code, never by the words of a message.
+Requests run concurrently on an event loop that runs while the caller waits for results. Failures are handled in three
+ways. A request that may succeed later is retried: a 429 when the server says so; a 5xx, a lost connection, a time-out
+or a malformed reply after a back-off. A request that the server will never accept ends as a generation with an `error`.
+A server that is gone, an account without credit, or a spent budget stops the run, and finished rows are kept. Status
+and error code decide which case applies, never the wording of a message.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from safer_instruct.text.display import without_password
 from safer_instruct.text.examples import short_hash
 
 log = logging.getLogger(__name__)
-# A line for each request would bury everything else, and holds the address with its password.
+# One line per request would bury everything else, and would contain the address with its password.
 for library in ("openai", "httpx", "httpx2"):  # the client's transport is one of the two, by its version
     logging.getLogger(library).setLevel(logging.WARNING)
 
@@ -59,18 +59,18 @@ RETRIED = (408, 409, 424, 425, 429, 498, 499)  # besides 5xx; 424 and 498 are th
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How the server is to generate."""
+    """The decoding settings sent to the server."""
 
-    chat: bool  # prompts are a user's turns of a chat; False: plain text to continue (the reversed model)
-    max_new_tokens: int  # limit of an answer
+    chat: bool  # True: prompts are user turns of a chat; False: plain text to continue (the reversed model)
+    max_new_tokens: int  # limit per answer
     temperature: float  # 0 is greedy
-    top_p: float = 1.0  # nucleus; 1 is off, and not sent
-    seed: int | None = None  # with (seed, row id) the server is seeded; None: not sent
+    top_p: float = 1.0  # nucleus sampling; 1 turns it off, and is not sent
+    seed: int | None = None  # combined with the row id to seed each request; None: not sent
     structured_output: str = "never"  # auto | always | never
 
 
 class OpenAIGenerator:
-    """Completions with bounded concurrency; each result is yielded as soon as it is there."""
+    """Completions with bounded concurrency; each result is yielded as soon as it arrives."""
 
     def __init__(
         self,
@@ -83,14 +83,14 @@ class OpenAIGenerator:
     ) -> None:
         """Bind a server; nothing is sent.
 
-        `key` is the prefix of the settings in messages (expert, generation.server); without a `budget` anything may be
-        spent.
+        `key` is the prefix of the settings in messages (expert, generation.server); without a `budget`, spending is
+        unlimited.
         """
         self.settings = settings
         self.decoding = decoding
         self.budget = budget or Budget()
         self.name = f"openai:{settings.model}"
-        # Not the address: the same model behind another port gives the same answers.
+        # The address is not included: the same model at another port gives the same answers.
         tags = [] if tuple(thought_tags) == THOUGHT_TAGS else list(thought_tags)
         identity = (settings.model, decoding, *tags)
         self.fingerprint = short_hash(repr(identity))
@@ -98,10 +98,10 @@ class OpenAIGenerator:
         self.key = key
         self.address = without_password(settings.base_url or "https://api.openai.com/v1")
         self._thought_tags = thought_tags
-        self._unsupported: set[str] = set()  # parameters that this server's model does not take
+        self._unsupported: set[str] = set()  # parameters that this server's model does not accept
 
     def check(self) -> None:
-        """Ask the server for one short completion, so that address, key, model and parameters are known to work.
+        """Request one short completion, to verify that address, key, model and parameters work.
 
         Raises:
             UserError: The key's variable is not set, the server cannot be reached, or it refuses the request.
@@ -112,8 +112,8 @@ class OpenAIGenerator:
         """Yield one generation per request in the order in which the server answers.
 
         Raises:
-            UserError: The server failed for good, or the budget is spent. What was yielded before is complete, and
-                every answer that was on its way has been yielded.
+            UserError: The server failed for good, or the budget is spent. By then every answer that was in flight has
+                been yielded.
         """
         with asyncio.Runner() as runner:
             answers = Run(self).answers(requests)
@@ -125,16 +125,16 @@ class OpenAIGenerator:
                 yield from batch
 
     def open(self) -> openai.AsyncOpenAI:
-        """Return a client for the event loop that runs. All retries are ours, and no redirect is followed.
+        """Return a client for the running event loop. It neither retries (we do) nor follows redirects.
 
         Raises:
-            UserError: The key's variable is not set or holds no key, or the address is malformed.
+            UserError: The key's variable is not set or does not hold a key, or the address is malformed.
         """
         variable, key = self.settings.api_key_env, self._key()
         if not key:
             raise UserError(
                 f"{self.key} reads the server's key from the environment variable {variable}, which is not set: export "
-                f"{variable}=... (any text for a server that wants no key), or name another variable with "
+                f"{variable}=... (any text for a server that needs no key), or name another variable with "
                 f"{self.key}.api_key_env=NAME"
             )
         if not (key.isascii() and key.isprintable()) or " " in key:
@@ -160,17 +160,17 @@ class OpenAIGenerator:
         return os.environ.get(self.settings.api_key_env, "").strip()  # files of secrets often end in a newline
 
     async def attempt(self, client: openai.AsyncOpenAI, request: Request) -> Generation:
-        """Send one request; returns its completion.
+        """Send one request, and return its completion.
 
         Raises:
-            Refused: The server will never take it.
-            Failed: It may later.
-            UserError: Nothing can work: wrong key, unknown model, quota used up.
+            Refused: The server will never accept it.
+            Failed: It may succeed later.
+            UserError: No request can succeed: wrong key, unknown model, quota used up.
         """
         options = self._options(request)
         create = client.chat.completions if self.decoding.chat else client.completions
         try:
-            # The client's own time-out restarts with every byte: a server that trickles would never be given up.
+            # The client's own time-out restarts with every byte, so a server that trickles would never time out.
             async with asyncio.timeout(self.settings.timeout_seconds):
                 raw = await create.with_raw_response.create(**options)
         except (TimeoutError, openai.APITimeoutError):
@@ -200,7 +200,7 @@ class OpenAIGenerator:
             options["top_p"] = decoding.top_p
         if decoding.seed is not None:
             options["seed"] = row_seed(decoding.seed, request.id, 4)
-        # OpenAI's newer models refuse `max_tokens`; most other servers know nothing else.
+        # OpenAI's newer models reject `max_tokens`; most other servers accept nothing else.
         is_openai = decoding.chat and self.settings.base_url is None
         limit = next(name for name in LIMITS if name not in self._unsupported and not (is_openai and name == LIMITS[0]))
         options[limit] = decoding.max_new_tokens
@@ -215,7 +215,7 @@ class OpenAIGenerator:
         return {name: value for name, value in options.items() if name not in self._unsupported}
 
     def _leave_out(self, error: Mapping[str, Any], options: dict[str, Any]) -> bool:
-        """Note a parameter that the model does not take; True if the request can be sent without it."""
+        """Remember a parameter that the model does not accept; return whether the request can be sent without it."""
         name = str(error.get("param"))
         if str(error.get("code")) not in UNSUPPORTED or name not in options or name not in {LIMITS[0], *DROPPABLE}:
             return False
@@ -247,13 +247,13 @@ class OpenAIGenerator:
     def _status_error(
         self, status: int, fields: dict[str, Any], headers: Mapping[str, str], request: Request
     ) -> Exception:
-        """Sort an error into Refused, Failed, or a UserError that stops the run."""
+        """Classify an error as Refused, Failed, or a UserError that stops the run."""
         codes = (str(fields.get("code")), str(fields.get("type")))
         words = own_words(fields, request, self._key())
         said = f"HTTP {status}{f': {words}' if words else ''}"
         if is_about_account(status, codes):
             return UserError(
-                f"{self.address}: {said}: the account's quota is used up, or it has nothing left to pay with. {KEPT}"
+                f"{self.address}: {said}: the account's quota is used up, or it has no credit left. {KEPT}"
             )
         if status in RETRIED or status >= 500:
             return Failed(f"http_{status}", retry_after_seconds(headers), throttled=status == 429, words=words)
@@ -267,7 +267,7 @@ class OpenAIGenerator:
         return Refused(status, words, about_row=is_about_row(status, codes))
 
     def refusal_error(self, refused: Refused) -> UserError:
-        """Return what to tell the user where everything is refused."""
+        """Return the error to show when the server refuses every request."""
         if refused.status in (401, 403):
             why = f"the key in {self.settings.api_key_env} is not accepted"
             why += ", or its account may not do this (any more)" if refused.status == 403 else ""
@@ -320,7 +320,7 @@ def expert_server(settings: OpenAIExpertSettings, budget: Budget | None = None) 
 
 
 def budget_of(settings: OpenAIExpertSettings, *, shards: int = 1) -> Budget:
-    """Return the part of the expert's budget that one of `shards` has, nothing of it spent."""
+    """Return one shard's equal part of the expert's budget, with nothing spent yet."""
     return Budget(
         max_cost=None if settings.max_cost is None else settings.max_cost / shards,
         max_tokens=None if settings.max_tokens is None else settings.max_tokens // shards,

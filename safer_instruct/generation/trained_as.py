@@ -1,4 +1,4 @@
-"""How a model was trained, where it is part of a run of train.py, and so how it is asked."""
+"""How a model was trained, if it comes from a run of train.py, and therefore how to prompt it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def run_datasets(path: str) -> dict[str, DatasetSettings]:
-    """Read the datasets that a model was trained on, by name; {} if it is not part of a run of train.py.
+    """Read the datasets that a model was trained on, by name; {} if it does not come from a run of train.py.
 
     Raises:
-        UserError: Its config.yaml has been changed: a value is of another type.
+        UserError: The run's config.yaml has been edited, and a value has the wrong type.
     """
     try:
         datasets = run_config(path).get("datasets", {})
@@ -38,14 +38,14 @@ def run_datasets(path: str) -> dict[str, DatasetSettings]:
 
 
 class AsTrained(NamedTuple):
-    """How a model is asked."""
+    """How to prompt a model."""
 
     template: str
-    system: str | None  # what it is told first; None: what the row says, if anything
+    system: str | None  # the system prompt; None: the row's own, if it has one
 
     @property
     def identity(self) -> str:
-        """What names it in fingerprints."""
+        """Its form in fingerprints."""
         return self.template if self.system is None else f"{self.template}/{short_hash(self.system)}"
 
 
@@ -59,7 +59,7 @@ def model_as_trained(
     model_key: str,
     default: str = DEFAULT_TEMPLATE,
 ) -> AsTrained:
-    """Return `as_trained` of a model that the command describes under `model_key`."""
+    """Return `as_trained` for the model that the command configures under `model_key`."""
     path_key = f"{model_key}.{'archive' if model.archive else 'name_or_path'}"
     path = model.archive or model.name_or_path
     return as_trained(path, tokenizer, template, system, key=key, path_key=path_key, default=default)
@@ -75,13 +75,13 @@ def as_trained(
     path_key: str,
     default: str = DEFAULT_TEMPLATE,
 ) -> AsTrained:
-    """Return how a model is asked: `template` and `system` of the command, else those of its run, else the default.
+    """Return how to prompt a model: by the command's `template` and `system`, else by those of its run or the default.
 
-    What is, or may be, another one than it was trained with is noted. `key.template`, `key.system` and `path_key` are
-    what the command calls the settings and the path.
+    A note is logged if they differ, or may differ, from those used in training. `key.template`, `key.system` and
+    `path_key` are the names of the settings and of the path in the command.
 
     Raises:
-        UserError: Its run has several, or the template has no place for the system prompt.
+        UserError: Its run used several, or the template has no place for the system prompt.
     """
     datasets = run_datasets(path)
     found = {"template": template, "system": system}
@@ -93,16 +93,16 @@ def as_trained(
             raise UserError(f"{path_key}={path} was trained with {listed}: choose by {key}.{setting}=")
         if typed is None:
             found[setting] = next(iter(trained), None)
-        elif trained and not {typed, None} & trained:  # without a system prompt of its own a run had what its rows say
+        elif trained and not {typed, None} & trained:  # None: trained with whatever system prompts the rows had
             log.warning(
-                "note: %s.%s=%s, but %s=%s was trained with %s=%s; leave %s.%s out to ask as it was trained",
+                "note: %s.%s=%s, but %s=%s was trained with %s=%s; leave %s.%s out to prompt it as it was trained",
                 key, setting, _shown(typed), path_key, path, setting,
                 " and ".join(sorted(map(_shown, trained))), key, setting,
             )  # fmt: skip
     if not found["template"] and default != "chat" and tokenizer.chat_template:
         log.warning(
-            "note: %s is asked with template=%s: no run of train.py round %s=%s tells how it was trained, and its "
-            "tokenizer has a chat template; write %s.template=chat (or =%s, to say that it is right)",
+            "note: %s uses template=%s: there is no run of train.py at %s=%s that says how it was trained, and its "
+            "tokenizer has a chat template; write %s.template=chat (or =%s, to confirm the default)",
             key, default, path_key, path, key, default,
         )  # fmt: skip
     asked = AsTrained(found["template"] or default, found["system"])

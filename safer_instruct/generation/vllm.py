@@ -1,4 +1,4 @@
-"""Text by vLLM, on the GPUs of this machine."""
+"""Generation by vLLM, on the GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from safer_instruct.text.prompts import Unusable
 
 
 class VLLMGenerator:
-    """vLLM's offline engine, with the token ids of our own encoding and a seed for each row.
+    """vLLM's offline engine, given our own token ids and a seed for each row.
 
-    The engine schedules and batches by itself. Its kernels are not batch-invariant: a row's text can differ where two
-    tokens are within rounding of each other.
+    The engine does its own scheduling and batching. Its kernels are not batch-invariant, so a row's text can change
+    where two tokens are nearly tied.
     """
 
     def __init__(self, model: ModelSettings, settings: BackendSettings, *, name: str, fingerprint: str) -> None:
@@ -61,10 +61,10 @@ class VLLMGenerator:
         self._text = TextDecoder(tokenizer, settings.thought_tags)
 
     def check(self) -> None:
-        """Do nothing: the engine runs."""
+        """Do nothing: the engine is already running."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
-        """Yield the generations when the engine has done all of `requests`; "prompt_too_long" where none fits."""
+        """Yield the generations once the engine has finished all `requests`; unusable prompts get an error first."""
         settings = self._settings
         rows = []
         for request in requests:

@@ -1,4 +1,4 @@
-"""Where weights are: a run, a checkpoint, a model folder or a `policy.pt`; nothing that could run code is unpickled."""
+"""Find and check weights: a run, a checkpoint, a model folder or a `policy.pt`. No code in a pickle is ever run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from config.reading import read_mapping
 from config.run_keys import checkpoint_owner
 from config.settings import ModelSettings
 
-# Entries of config.json that two models of one architecture may differ in.
+# Entries of config.json that may differ between models of the same architecture.
 FREE_CONFIG_KEYS = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "max_position_embeddings", "task_specific_params", "model_type",
 }  # fmt: skip
-# What transformers and peft raise for a folder that is of no use: its files can make them fail in any way.
+# Exceptions of transformers and peft for an unusable folder, whose files can make them fail in many ways.
 UNUSABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError,
     RuntimeError, SafetensorError, StrictDataclassError,
@@ -36,14 +36,14 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
 def resolve_archive(path: str) -> Path:
-    """Return the HF folder, or `policy.pt` file, that `path` stands for.
+    """Return the HF folder, adapter folder or `policy.pt` file that `path` stands for.
 
     Args:
-        path: a run (its LATEST), a checkpoint (its model/, or else its adapter/), an HF folder, peft's folder of an
-            adapter, or a `policy.pt`.
+        path: A run (its LATEST), a checkpoint (its model/, or else its adapter/), an HF folder, a peft adapter folder,
+            or a `policy.pt`.
 
     Raises:
-        UserError: there is nothing there, or nothing with weights.
+        UserError: The path does not exist, or has no weights.
     """
     found = find_path(path)
     refuse_gguf(found)
@@ -53,7 +53,7 @@ def resolve_archive(path: str) -> Path:
         )
     if found.is_file():
         return found
-    # Without LATEST: a run that was killed between the two renames of its first checkpoint.
+    # A run killed between the two renames of its first checkpoint has no LATEST, so try the last checkpoint, too.
     checkpoints = (found / "LATEST", *saved_checkpoints(found)[-1:], found)
     for folder in (*(path / kind for path in checkpoints for kind in ("model", "adapter")), found):
         if (folder / "config.json").is_file() or is_adapter(folder):
@@ -68,7 +68,7 @@ def resolve_archive(path: str) -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds an adapter of peft, and not the weights of a model as well."""
+    """Return whether a folder holds a peft adapter without the weights of a whole model."""
     has_weights = any(any(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
     return (folder / "adapter_config.json").is_file() and not has_weights
 
@@ -76,7 +76,7 @@ def is_adapter(folder: Path) -> bool:
 def model_fingerprint(settings: ModelSettings) -> str:
     """Return 32 hex digits that change with the weights, the architecture or the tokenizer; nothing is loaded.
 
-    Reads every weight file once (a few GB/s). A model on the hub that is not here yet is known by its name alone.
+    Reads every weight file once (a few GB/s). A model on the hub is identified only by its name.
     """
     digest = xxhash.xxh3_128()
     names = [settings.name_or_path, settings.tokenizer_name_or_path, settings.archive]
@@ -85,10 +85,10 @@ def model_fingerprint(settings: ModelSettings) -> str:
         if not path.exists():
             digest.update(name.encode())
             continue
-        # A folder may hold a tokenizer and no model.
+        # A tokenizer's folder need not hold a model.
         found = path if name == settings.tokenizer_name_or_path and has_tokenizer(path) else resolve_archive(name)
         files = [found] if found.is_file() else sorted(file for file in found.iterdir() if file.is_file())
-        files = [file for file in files if file.name != "README.md"]  # the card tells the run, not the model
+        files = [file for file in files if file.name != "README.md"]  # the card describes the run, not the model
         for file in files:
             digest.update(file.name.encode())
             with file.open("rb") as stream:
@@ -101,26 +101,26 @@ def model_fingerprint(settings: ModelSettings) -> str:
 
 
 def refuse_gguf(path: Path) -> None:
-    """Refuse a GGUF file, or a folder with no model but such files: most hold weights rounded to a few bits.
+    """Refuse a GGUF file, or a folder that has only such files: most hold weights quantized to a few bits.
 
     Raises:
-        UserError: Saying so.
+        UserError: It is GGUF.
     """
     is_gguf = path.suffix == ".gguf" or (not (path / "config.json").is_file() and any(path.glob("*.gguf")))
     if is_gguf and path.exists():
         raise UserError(
-            f"{path} is GGUF, the format of llama.cpp: give the folder that it was made from, with config.json and "
+            f"{path} is GGUF, the format of llama.cpp: give the folder it was converted from, with config.json and "
             "*.safetensors. Without one, transformers can read the file (gguf_file=FILE): see scripts/get_smollm2.py."
         )
 
 
 def require_as_saved(path: Path, *, weights: bool = True) -> None:
-    """Refuse a file or folder of a run's checkpoint that is not what the run has saved there; any other passes.
+    """Refuse a file or folder in a run's checkpoint if it has changed since the run saved it; any other path passes.
 
-    With `weights` these are hashed, too, which reads them all.
+    With `weights`, weight files are hashed, too, which reads all of them.
 
     Raises:
-        UserError: Naming the file that has changed, or that the checkpoint is another run's.
+        UserError: A file has changed, or the checkpoint belongs to another run.
     """
     real = path.resolve()
     checkpoint = next((folder for folder in real.parents[:2] if folder.parent.name == "checkpoints"), None)
@@ -131,7 +131,7 @@ def require_as_saved(path: Path, *, weights: bool = True) -> None:
 
 
 def run_config(path: str) -> dict[str, Any]:
-    """Read the settings of the run of train.py that is at a path, or around it (a checkpoint, a model); {} without."""
+    """Read the settings of the train.py run at or above a path (a checkpoint, a model); {} if there is none."""
     folder = find_path(path)
     for candidate in (folder, *folder.resolve().parents[:3]):
         file = candidate / "config.yaml"
@@ -143,10 +143,10 @@ def run_config(path: str) -> dict[str, Any]:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Open every safetensors file of a folder, which checks header and length, and look for missing shards.
+    """Open every safetensors file in a folder, which checks header and length, and look for missing shards.
 
     Raises:
-        UserError: naming the file that is missing, damaged or truncated, or the adapter that lies beside the weights.
+        UserError: A file is missing, damaged or truncated, or there is an adapter beside the weights.
     """
     if (folder / "adapter_config.json").is_file() and not is_adapter(folder):
         raise UserError(
@@ -174,16 +174,16 @@ def check_weight_files(folder: Path) -> None:
         whole = next((key for key, kind in kinds.items() if key.endswith(".weight") and kind in WHOLE_NUMBERS), None)
         if whole and "quantization_config" not in read_mapping(folder / "config.json"):
             raise UserError(
-                f"{file}: {whole} holds whole numbers ({kinds[whole]}), and config.json does not say how they "
-                "were made (quantization_config); give the weights that they were made from"
+                f"{file}: {whole} holds integers ({kinds[whole]}), and config.json does not say how they were "
+                "quantized (quantization_config); give the weights before quantization"
             )
 
 
 def check_same_architecture(own: Mapping[str, Any], other: Mapping[str, Any], archive: Path, name: str) -> None:
-    """Compare the config of a model with that of an archive: equal shapes alone would hide another rope or head count.
+    """Compare a model's config with an archive's: RoPE or the number of heads can differ even if all shapes agree.
 
     Raises:
-        UserError: Naming what differs.
+        UserError: They differ; the message names the entries.
     """
     if own["model_type"] != other["model_type"]:
         raise UserError(
@@ -209,7 +209,7 @@ def read_policy_pt(path: Path) -> dict[str, torch.Tensor]:
     """Return the `state` of a DPO repo checkpoint, memory-mapped; no code in it is ever run.
 
     Raises:
-        UserError: truncated, no PyTorch file, holds something else than tensors, or no `state`.
+        UserError: It is truncated, not a PyTorch file, holds anything but tensors, or has no `state`.
     """
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
@@ -220,8 +220,8 @@ def read_policy_pt(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "global" in str(error):
             raise UserError(
-                f"{path}: refused. It holds Python objects besides tensors, which could run code when read; nothing of "
-                "it was run. Save the weights alone: torch.save({'state': model.state_dict()}, path)"
+                f"{path}: refused. It holds Python objects besides tensors, which could run code when read; no code "
+                "was run. Save the weights alone: torch.save({'state': model.state_dict()}, path)"
             ) from error
         raise UserError(f"{path}: truncated, or not a PyTorch file ({path.stat().st_size} bytes).") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -233,23 +233,23 @@ def read_policy_pt(path: Path) -> dict[str, torch.Tensor]:
 
 
 def require_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str, advice: str) -> None:
-    """Refuse weights with a NaN or an infinity in them: whatever such a model computes means nothing.
+    """Refuse weights that contain NaN or infinity, since the output of such a model is meaningless.
 
     Raises:
-        UserError: Naming the first such tensor.
+        UserError: A tensor is not finite; the message names the first one.
     """
     for name, tensor in tensors:
-        # NaN and infinity survive a sum, which takes a tenth of the time of `isfinite` and no memory; but the sum of
-        # finite numbers may overflow, too.
+        # The sum propagates NaN and infinity, in a tenth of the time of `isfinite` and without extra memory. It may
+        # also overflow for finite numbers, hence the second check.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UserError(f"{where}: {name} holds NaN or infinite numbers, so that {advice}")
 
 
 def check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -> None:
-    """Refuse weights that do not cover the model exactly: transformers would fill the gaps with random numbers.
+    """Refuse weights that do not match the model exactly: transformers would fill the gaps with random numbers.
 
     Raises:
-        UserError: Saying which tensors are missing, have no place, or another shape.
+        UserError: Tensors are missing, unexpected, or of another shape; the message names some.
     """
     problems = []
     for kind, words in (("missing_keys", "are missing"), ("unexpected_keys", "are not part of the model")):
@@ -269,10 +269,10 @@ def check_loading_info(info: Mapping[str, Any], source: Path | str, name: str) -
 
 
 def check_tied(model: Any, source: Path | str) -> None:
-    """Refuse a config that says one table where the weights hold two: transformers loads both, and saves one config.
+    """Refuse tie_word_embeddings=true over two different tables: transformers loads both, but saves the wrong config.
 
     Raises:
-        UserError: Saying which entry to correct.
+        UserError: The config and the weights disagree; the message says which entry to correct.
     """
     head, is_tied = model.get_output_embeddings(), getattr(model.config, "tie_word_embeddings", False)  # not all say it
     if head is not None and is_tied and head.weight is not model.get_input_embeddings().weight:
@@ -283,7 +283,7 @@ def check_tied(model: Any, source: Path | str) -> None:
 
 
 def train_text_alone(model: Any) -> None:
-    """Freeze what a multi-modal model has beside its language model: an optimizer would have no state for it."""
+    """Freeze the non-language parts of a multi-modal model: they get no gradient, so no optimizer state either."""
     if model.config.get_text_config() is not model.config:
         trained = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
         for parameter in model.parameters():

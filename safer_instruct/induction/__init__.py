@@ -1,1 +1,1 @@
-"""The stages of the induction behind their ledgers."""
+"""The stages of an induction, and the ledgers that record their results."""

@@ -1,8 +1,8 @@
-"""Prompts that should be answered: the rows of stage=replay and stage=contrast, and the stages behind their ledgers.
+"""Prompts that should be answered: the rows of stage=replay and stage=contrast, and the stages that fill their ledgers.
 
-Both begin from prompts whose ids are hashes of their instructions, so a record cannot end up describing another one,
-and the shards are parts of the same whole for any number of them. The pairs are made of the records in
-`dataset/benign.py`. Prompts and records are held in memory: these files have thousands of rows, not millions.
+Both start from prompts whose ids are hashes of their instructions, so a record can never describe a different prompt,
+and the shards partition the same prompts whatever their number. `dataset/benign.py` makes the pairs from the records.
+Prompts and records are held in memory: these files have thousands of rows, not millions.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 
 REPLAY, CONTRAST = BENIGN_STAGES
 NEIGHBOUR, SCREEN, ANSWER = BENIGN_STAGES[CONTRAST]
-LATER_TURN = "later_turn"  # why a row is left out: it goes on with a conversation
+LATER_TURN = "later_turn"  # why a row is left out: it continues a conversation
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a stage, all shards together, in the order of their file."""
+    """The prompts of a stage, of all shards, in file order."""
 
-    # With `instruction`; of replay, `chosen` is the file's answer where it is asked for; of contrast, `rejected` and
-    # `chosen` are the unsafe row's.
+    # All have `instruction`. For replay, `chosen` is the file's answer, if it is used; for contrast, `rejected` and
+    # `chosen` come from the unsafe row.
     examples: list[Example]
-    dropped: Counter[str]  # reason -> rows that are none
+    dropped: Counter[str]  # reason -> number of unusable rows
 
     def of_shard(self, index: int, count: int) -> list[Example]:
         """Return the prompts of one shard."""
@@ -59,8 +59,8 @@ def read_benign(
 ) -> Prompts:
     """Read the harmless instructions.
 
-    `unsafe` has the normalised instructions of the unsafe dataset; `excluded` says of such a text why it must stay out
-    (it is in a test set), or "".
+    `unsafe` holds the normalised instructions of the unsafe dataset. `excluded` maps a normalised instruction to the
+    reason for leaving it out (it is in a test set), or to "".
 
     Raises:
         UserError: A missing or broken file, a missing column, no usable row.
@@ -105,10 +105,10 @@ def _why_no_prompt(texts: Sequence[Any], needed: Sequence[str]) -> str:
 
 
 def read_unsafe(rows: Sequence[Example], num_rows: int | None) -> Prompts:
-    """Draw the unsafe instructions that get a neighbour: `num_rows` (None: all) by a hash, one row of each.
+    """Draw the unsafe instructions that get a neighbour: `num_rows` of them (None: all) by a hash, one row for each.
 
-    A later turn of a conversation says too little alone, and what was said before it is no harmless beginning: none of
-    these gets one. A neighbour is asked without the row's system prompt.
+    Later turns of conversations get none: on their own they say too little, and the messages before them may not be
+    harmless. A neighbour does not use the row's system prompt.
 
     Raises:
         UserError: There are only later turns.
@@ -117,7 +117,7 @@ def read_unsafe(rows: Sequence[Example], num_rows: int | None) -> Prompts:
     if not alone:
         raise UserError(
             f"path: all {len(rows)} rows are later turns of conversations (column history), and stage=contrast makes "
-            "neighbours of first turns: give a dataset that has some"
+            "neighbours of first turns only: give a dataset that has some"
         )
     first: dict[str, Example] = {}
     for row in alone:
@@ -132,9 +132,9 @@ def read_unsafe(rows: Sequence[Example], num_rows: int | None) -> Prompts:
 def starting_model(
     replay: ReplaySettings, model: ModelSettings, generation: BackendSettings, device: torch.device
 ) -> tuple[TextGenerator | None, dict[str, Any]]:
-    """Return what answers, checked, and what the records of the replay stage depend on.
+    """Return the starting model (checked), and the configuration that the replay stage's records depend on.
 
-    Where the answers are the file's, there is no model, and each is part of its row's id.
+    If the answers come from the file, there is no model, and each answer is part of its row's id.
     """
     if replay.answers == "file":
         return None, {"answers": replay.answers}
@@ -151,9 +151,9 @@ def starting_model(
 def run_replay(
     examples: Sequence[Example], path: Path, generator: TextGenerator | None, configuration: Mapping[str, Any]
 ) -> None:
-    """Have the prompts answered that the ledger lacks.
+    """Answer the prompts that are missing from the ledger.
 
-    Without a generator, which is the starting model, the answers of the file are taken.
+    The generator is the starting model; without one, the answers come from the file.
     """
 
     def answer(examples: Sequence[Example]) -> Iterator[Record]:
@@ -170,7 +170,7 @@ def run_replay(
 
 
 def run_contrast(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
-    """Let the expert write a neighbour of each unsafe instruction, screen it, and answer the harmless ones."""
+    """Let the expert write a neighbour of each unsafe instruction, screen these, and answer the harmless ones."""
     configuration = expert_configuration(expert, {}, "neighbour")
     complete(paths[NEIGHBOUR], configuration, examples, _writing(expert, "neighbour"))
     before, neighbours = read_ledger(paths[NEIGHBOUR])
@@ -183,9 +183,9 @@ def run_contrast(expert: Expert, examples: Sequence[Example], paths: Mapping[str
 
 
 def with_neighbours(examples: Sequence[Example], neighbours: Mapping[str, Record]) -> list[Example]:
-    """Return the rows that have a neighbour, which takes the place of their instruction.
+    """Return the rows that have a neighbour, with the neighbour as their instruction.
 
-    Where the unsafe response is withheld, the safe one stands in for it: a verdict looks at the instruction.
+    If the unsafe response is withheld, the safe response replaces it, as the verdict depends on the instruction.
     """
     require_records(examples, neighbours, NEIGHBOUR)
     found = ((example, neighbours[example.id]["neighbour"]) for example in examples)
@@ -197,7 +197,7 @@ def with_neighbours(examples: Sequence[Example], neighbours: Mapping[str, Record
 
 
 def _writing(expert: Expert, role: str) -> Stage:
-    """Make the stage in which the expert writes one text of each example, recorded under its role."""
+    """Build the stage in which the expert writes one text for each example, recorded under the role's name."""
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
         for id, one in expert.write(role, examples):
@@ -215,10 +215,10 @@ def _screening(expert: Expert) -> Stage:
 
 
 def read_records(folder: Path, stage: str, count: int) -> dict[str, dict[str, Record]]:
-    """Return ledger name -> id -> record of all shards of a stage; no record while a shard has not begun its last one.
+    """Return ledger name -> id -> record over all shards of a stage; no records until every ledger has been started.
 
     Raises:
-        UserError: The shards were made with different configurations, or a ledger from other records than those there.
+        UserError: The shards have different configurations, or a ledger was made from records that have since changed.
     """
     paths = [shard_path(folder, name, index, count) for name in BENIGN_STAGES[stage] for index in range(count)]
     if not all(path.is_file() and path.stat().st_size for path in paths):
@@ -229,7 +229,7 @@ def read_records(folder: Path, stage: str, count: int) -> dict[str, dict[str, Re
 
 
 def num_missing(stage: str, prompts: Sequence[Example], records: Mapping[str, Mapping[str, Record]]) -> int:
-    """Return how many prompts lack a record that they need; see read_records."""
+    """Return how many prompts still lack a record; see read_records."""
     return sum(not _is_done(stage, prompt.id, records) for prompt in prompts)
 
 

@@ -1,21 +1,21 @@
-"""What drops an induced pair before a paid expert is asked about it."""
+"""Checks that drop an induced pair before a paid expert sees it."""
 
 from __future__ import annotations
 
 from safer_instruct.text.examples import Example, normalise
 from safer_instruct.text.prompts import TEMPLATE_MARKS
 
-CHECKS_VERSION = 2  # of cheap_check: part of the filter's configuration
-COPY_WORDS = 8  # the shorter of instruction and response, as a whole in the other: from this many words on, a copy
-MAX_INSTRUCTION_WORDS = 400  # more is a text, not an instruction
+CHECKS_VERSION = 2  # version of cheap_check, recorded in the filter's configuration
+COPY_WORDS = 8  # an instruction or response with at least this many words that is contained in the other is a copy
+MAX_INSTRUCTION_WORDS = 400  # anything longer is a text, not an instruction
 
 
 def cheap_check(pair: Example) -> str:
-    """Return why an induced pair needs no expert to be dropped, "" if it does.
+    """Return the reason to drop an induced pair without asking an expert, or "" if there is none.
 
     Reasons: `induction_failed`, `truncated_instruction`, `empty_instruction`, `long_instruction`, `template_leak` (it
-    holds a mark of a prompt's template), `copies_response` (the instruction is the response, or one of them holds the
-    whole of the other and that is at least COPY_WORDS words long).
+    contains part of a prompt template), `copies_response` (instruction and response are equal, or one contains the
+    other, which has at least COPY_WORDS words).
     """
     if pair.provenance.get("error"):
         return "induction_failed"
@@ -34,7 +34,7 @@ def cheap_check(pair: Example) -> str:
 
 
 def low_score(pair: Example, min_score: float | None) -> str:
-    """Return why the round-trip score drops a pair: `low_round_trip`, `no_round_trip` (it has no score), or ""."""
+    """Return `low_round_trip` or `no_round_trip` (no score) if the round-trip score drops a pair, else ""."""
     if min_score is None:
         return ""
     score = pair.provenance.get("round_trip")

@@ -1,7 +1,7 @@
-"""`dry_run` of an induction or an evaluation: what is left to do, and what it takes; no model is loaded or asked.
+"""`dry_run` of an induction or an evaluation: what is left to do and its cost, without loading or calling a model.
 
-Rows are counted. Tokens and seconds of a row are those that the stage's ledger tells, where it has some rows; else the
-prompts of some rows are counted, an answer is taken to be as long as it may be, and the rate is the user's.
+Rows are counted. Tokens and seconds per row are taken from the stage's ledger, once it has some rows. Before that,
+tokens are counted for a sample of prompts plus the longest possible answer, and the user gives the rate.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ from safer_instruct.text.corpus import read_corpus
 from safer_instruct.text.display import markdown_table
 from safer_instruct.text.prompts import render_reversed
 
-CHARACTERS_PER_TOKEN = 4.0  # of English in the vocabularies of today's models, where no tokenizer is at hand
-SAMPLE = 512  # rows whose prompts are counted, evenly spaced
-FEWEST = 20  # rows of a ledger that tell a mean
-PAUSE_SECONDS = 120.0  # nothing was being written where a ledger has a longer gap
+CHARACTERS_PER_TOKEN = 4.0  # typical for English with current tokenizers, used if there is no local tokenizer
+SAMPLE = 512  # number of evenly spaced rows whose prompts are counted
+FEWEST = 20  # rows that a ledger needs for its means to be used
+PAUSE_SECONDS = 120.0  # a longer gap in a ledger means that no process was running
 HEADER = ("stage", "rows", "to do", "calls", "tokens", "cost", "hours of one process")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Who is asked in a stage."""
+    """The model that a stage asks."""
 
-    count_tokens: Callable[[str], float]  # of a prompt
-    new_tokens: int  # of an answer, at most
-    prices: tuple[float, float] = (0.0, 0.0)  # of a million prompt tokens and a million new ones
+    count_tokens: Callable[[str], float]  # prompt -> its number of tokens
+    new_tokens: int  # maximum per answer
+    prices: tuple[float, float] = (0.0, 0.0)  # per million prompt tokens and per million new tokens
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage, and what is known of it."""
+    """A stage, and what is known about its work."""
 
     name: str  # as it is shown; its first word is its key in `rate`
-    rows: int  # of the stage, done or not
-    prompts: Sequence[str]  # of some of its rows
-    asked: Asked | None  # who answers; None: rules, which take nothing
-    measured: Measured  # what its ledgers tell
+    rows: int  # all rows of the stage, done or not
+    prompts: Sequence[str]  # the prompts of a sample of its rows
+    asked: Asked | None  # the model; None: rules, which cost nothing
+    measured: Measured  # totals from its ledgers
     is_limit: bool = False  # `rows` depends on answers that do not exist yet, and is an upper bound
-    calls: int = 1  # of each row
-    assumed_tokens: int = 0  # of the part of a prompt that is not written yet
+    calls: int = 1  # calls per row
+    assumed_tokens: int = 0  # tokens of the part of a prompt that does not exist yet
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What ledgers tell of the rows that are done: their number, and sums over them."""
+    """The number of finished rows in some ledgers, and totals over them."""
 
     rows: int = 0
     tokens: int = 0
     cost: float = 0.0
-    seconds: float = 0.0  # of writing, of all processes
+    seconds: float = 0.0  # working time, summed over all processes
 
 
 def measure(paths: Sequence[Path], wanted: Callable[[str], bool] = lambda id: True) -> Measured:
-    """Read ledgers; those that are not there have no rows, and rows that are not `wanted` do not count."""
+    """Total up ledgers; missing ones count as empty, and rows that are not `wanted` are skipped."""
     rows, tokens, cost, seconds = set(), 0, 0.0, 0.0
     for path in paths:
         before: float | None = None
@@ -78,7 +78,7 @@ def measure(paths: Sequence[Path], wanted: Callable[[str], bool] = lambda id: Tr
 
 
 def asked_model(model: ModelSettings, generation: BackendSettings) -> Asked:
-    """Return what asking a model takes; its tokenizer is loaded, unless the model is behind a server."""
+    """Describe a model that a stage asks; this loads its tokenizer, unless the model is behind a server."""
     if generation.backend == "openai":
         return Asked(lambda text: len(text) / CHARACTERS_PER_TOKEN, generation.max_new_tokens)
     from safer_instruct.generation.models import load_tokenizer
@@ -88,17 +88,17 @@ def asked_model(model: ModelSettings, generation: BackendSettings) -> Asked:
 
 
 def asked_expert(settings: Any) -> Asked | None:
-    """Return what asking an expert takes; None for one that is no language model."""
+    """Describe an expert that a stage asks; None if it is not a language model."""
     if isinstance(settings, OpenAIExpertSettings):
         prices = settings.price_prompt, settings.price_completion
         return Asked(lambda text: len(text) / CHARACTERS_PER_TOKEN, settings.max_new_tokens, prices)
-    if hasattr(settings, "model") and hasattr(settings, "generation"):  # local, and judges that are models
+    if hasattr(settings, "model") and hasattr(settings, "generation"):  # expert=local, and judges with a model
         return asked_model(settings.model, settings.generation)
     return None
 
 
 def forecast_induction(config: InduceConfig, stages: Sequence[str], shard: tuple[int, int]) -> str:
-    """Return the table of the stages of a shard.
+    """Return the table of a shard's stages.
 
     Raises:
         UserError: Corpus, tokenizer or a ledger cannot be read.
@@ -129,7 +129,7 @@ def forecast_induction(config: InduceConfig, stages: Sequence[str], shard: tuple
             yield Step(SCORE, len(examples), prompts, asked, measure([paths[SCORE]]), False, twice, assumed)
         if FILTER in stages:
             prompts = [ROLES["screen"].render(instruction, response).text for instruction, response in texts]
-            # A limit, because cheap checks drop some rows that nobody is asked about.
+            # An upper limit, because the cheap checks drop some rows before the expert sees them.
             yield Step(FILTER, len(examples), prompts, expert, measure([paths[FILTER]]), True, 1, assumed)
         if RESPOND in stages:
             prompts = [ROLES["respond"].render(instruction).text for instruction, _ in texts]
@@ -138,7 +138,7 @@ def forecast_induction(config: InduceConfig, stages: Sequence[str], shard: tuple
             yield Step(RESPOND, rows, prompts, expert, measure([paths[RESPOND]]), not is_known, 1, assumed)
 
     where = f"{config.output}, shard {index} of {count}"
-    more = "; stage=vary asks again what many rows got alike" if VARY in stages else ""
+    more = "; stage=vary asks again for responses that too many rows share" if VARY in stages else ""
     return f"{where}: {len(examples)} rows in the corpus{more}\n{render_forecast(list(steps()), config.rate)}"
 
 
@@ -147,9 +147,9 @@ def _records(path: Path) -> dict[str, Record]:
 
 
 def render_forecast(steps: Sequence[Step], rates: Mapping[str, float]) -> str:
-    """Return the table of the steps, and how to read it."""
+    """Return the table of the steps, with notes on how to read it."""
     rows = [_row(step, rates.get(step.name.split()[0])) for step in steps]
-    notes = ["nothing was loaded or asked; <= is a limit, ~ the mean of the rows that are done"]
+    notes = ["no model was loaded or called; <= is an upper limit, ~ an estimate from the mean of the finished rows"]
     if any(row[-1] == "?" for row in rows):
         notes.append("hours: give a process's rows per second (rate.STAGE=...), or first run a shard for some minutes")
     return "\n".join([markdown_table(HEADER, rows, markup=range(len(HEADER))), *notes])

@@ -1,9 +1,9 @@
-"""Append-only JSONL ledgers: what a stage has computed survives its process, and is never computed again.
+"""Append-only JSONL ledgers: a stage's results survive its process and are never recomputed.
 
 A ledger is one file with one writer. Its first line is a header (format version and the configuration that its records
-were made with), every other line one record with an `id`. A record counts once its newline is in the file; what a kill
-left behind the last newline is dropped on the next start. Plain appends and fsync only: no database, so that it works
-on network file systems too.
+were made with); every other line is a record with an `id`. A record counts once its newline is in the file; a partial
+line left by a kill is dropped on the next start. It uses plain appends and fsync instead of a database, so that it also
+works on network file systems.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ Record = dict[str, Any]
 class Ledger:
     """The records of one stage and shard, by id.
 
-    Use as a context manager: it holds the file's lock. `records` is read once on opening and kept up to date.
+    Use it as a context manager, as it holds a lock on the file. `records` is read once on opening and kept up to date.
     """
 
     def __init__(self, path: Path, configuration: Mapping[str, Any], *, num_rows: int | None = None) -> None:
-        """Open a ledger to append to it, or start one.
+        """Open a ledger for appending, or start a new one.
 
         Args:
-            path: The file; its folder is made.
-            configuration: What the records depend on, as flat JSON values. Records made with another configuration
-                are not mixed with new ones.
-            num_rows: Rows that the stage has in this shard, for the header of a new ledger: `stage=status` reads it.
+            path: The file; its folder is created.
+            configuration: What the records depend on, as flat JSON values. Records made with different configurations
+                are never mixed.
+            num_rows: Number of rows of the stage in this shard; `stage=status` reads it from a new ledger's header.
 
         Raises:
-            UserError: The ledger belongs to another configuration or another running process, or its inside is broken.
+            UserError: The ledger has another configuration, is in use by another process, or is corrupt before its end.
         """
         self.path = path
         self.records: dict[str, Record] = {}  # id -> record, in the order of the file
@@ -93,14 +93,14 @@ class Ledger:
         os.close(self._file)
 
     def holds(self, id: str) -> bool:
-        """Return whether a row needs no answer any more."""
+        """Return whether a row has a final record."""
         return id in self.records and is_final(self.records[id])
 
     def append(self, record: Record) -> None:
-        """Add one record, which needs an `id` that is new. It survives this process at once, the machine after `sync`.
+        """Add one record with a new `id`. It survives a crash of the process; after `sync`, also one of the machine.
 
         Raises:
-            ValueError: The id is there already, with a final record.
+            ValueError: The ledger already has a final record with this id.
         """
         if self.holds(record["id"]):
             raise ValueError(f"{self.path}: row {record['id']} is in the ledger already")
@@ -110,13 +110,13 @@ class Ledger:
             self.sync()
 
     def sync(self) -> None:
-        """Return once everything appended so far is on the disk."""
+        """Return once everything appended so far is on disk."""
         os.fsync(self._file)
         self._synced_at = time.monotonic()
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        # Half of a surrogate pair, which a server may send, becomes its escape: JSON reads it back as it was.
+        # A lone surrogate, which a server may send, is written as its escape, which JSON reads back unchanged.
         data = memoryview(text.encode(errors="backslashreplace"))
         while data:  # a full disk or a signal can make a write short
             data = data[os.write(self._file, data) :]
@@ -126,11 +126,11 @@ class Ledger:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{self.path}: another process is writing this ledger; wait for it, or give each process of an array a "
-                "shard of its own (shard.index=I shard.count=N)"
+                f"{self.path}: another process is writing this ledger; wait for it, or give each process of an array "
+                "its own shard (shard.index=I shard.count=N)"
             ) from None
         except OSError:
-            pass  # a file system without locks: one writer per shard is then the user's to see to
+            pass  # a file system without locks: here the user must ensure that each shard has one writer
 
 
 def is_final(record: Mapping[str, Any]) -> bool:
@@ -160,7 +160,7 @@ def read_ledger(path: Path, configuration: Mapping[str, Any] | None = None) -> t
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return the header of a ledger: its `configuration`, and mostly `rows`, which the stage has in this shard.
+    """Return the header of a ledger: its `configuration`, and usually `rows`, the stage's number of rows in this shard.
 
     Raises:
         UserError: There is no such ledger.
@@ -186,10 +186,10 @@ def run_stage(
     batch_size: int,
     progress: Callable[[int], object] = lambda num_rows: None,
 ) -> None:
-    """Compute the record of every example that the ledger lacks.
+    """Compute the records of all examples that are missing from the ledger.
 
-    `function` may yield the records in any order; `progress` is told how many rows are done, those that the ledger held
-    included.
+    `function` may yield the records in any order; `progress` is called with the number of rows just finished, or found
+    in the ledger.
     """
     missing = _missing(examples, ledger, progress)
     for batch in iter(lambda: list(islice(missing, batch_size)), []):
@@ -203,7 +203,7 @@ def check_configuration(path: Path, header: Mapping[str, Any], configuration: Ma
     """Raise a UserError that names the differing keys unless a ledger's header fits the configuration."""
     if header.get("format") != FORMAT:
         raise UserError(
-            f"{path}: a ledger of format {header.get('format')}, and this version writes format {FORMAT}; "
+            f"{path}: this ledger has format {header.get('format')}, but this version writes format {FORMAT}; "
             "give another output=FOLDER"
         )
     before: Mapping[str, Any] = header["configuration"]
@@ -216,13 +216,13 @@ def check_configuration(path: Path, header: Mapping[str, Any], configuration: Ma
     if differing:
         raise UserError(
             f"{path}: this ledger was made with another configuration: {'; '.join(differing)}. Give the old values to "
-            "go on with it, another output=FOLDER to start anew, or delete the file (and those of the later stages) to "
-            "compute its rows again"
+            "resume it, another output=FOLDER to start over, or delete the file (and those of the later stages) to "
+            "recompute its rows"
         )
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Record], int]:
-    """Return (header or None, records by id, bytes up to the end of the last whole line)."""
+    """Return (header or None, records by id, offset of the end of the last complete line)."""
     records: dict[str, Record] = {}
     header: dict[str, Any] | None = None
     end = 0
@@ -237,16 +237,16 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Record], int]:
 
 
 def scan_ledger(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Yield (object, line) of each whole line: the header, then the records as they stand there; one line at a time.
+    """Yield (object, line) for each complete line, one at a time: the header, then the records.
 
     Raises:
-        UserError: The file is no ledger, or broken inside; a torn tail is no error.
+        UserError: The file is not a ledger, or is corrupt before its end; an incomplete last line is not an error.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             parsed = parse_line(line)
             if parsed is None:
-                if file.read(1):  # more lines behind it: no torn tail
+                if file.read(1):  # more lines follow, so it is not an incomplete last line
                     raise UserError(
                         f"{path}:{number}: broken line inside the ledger; delete the line to compute its row again"
                     )
@@ -270,12 +270,12 @@ def _is_header(parsed: Mapping[str, Any]) -> bool:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Return the header or the record on a whole line, or None if the line is torn or is neither."""
+    """Return the header or the record on a line, or None if the line is incomplete or holds neither."""
     if not line.endswith(b"\n"):
         return None
     try:
         parsed = json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of too many digits, nested too deeply
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, a number with too many digits, or too deeply nested
         return None
     return parsed if isinstance(parsed, dict) and (isinstance(parsed.get("id"), str) or _is_header(parsed)) else None
 
@@ -289,21 +289,21 @@ def _missing(examples: Iterable[Example], ledger: Ledger, progress: Callable[[in
 
 
 def shard_path(folder: Path, stage: str, index: int, count: int) -> Path:
-    """Return the file of one stage and shard: `induce-00002-of-00016.jsonl`."""
+    """Return the path of the ledger of one stage and shard: `induce-00002-of-00016.jsonl`."""
     return folder / f"{stage}-{index:05d}-of-{count:05d}.jsonl"
 
 
 def shard_count(folder: Path) -> int | None:
-    """Return the number of shards that the ledgers of a folder were made for; None if there are none.
+    """Return the number of shards that the ledgers in a folder were made for; None if there are no ledgers.
 
     Raises:
-        UserError: They are of several numbers.
+        UserError: They were made for different numbers of shards.
     """
     names = [re.fullmatch(r"\w+-\d{5}-of-(\d{5})\.jsonl", path.name) for path in sorted(folder.glob("*.jsonl"))]
     counts = sorted({int(match.group(1)) for match in names if match})
     if len(counts) > 1:
         raise UserError(
-            f"{folder}: ledgers for {' and '.join(map(str, counts))} shards are side by side; move those of one number "
-            "away"
+            f"{folder}: this folder mixes ledgers for {' and '.join(map(str, counts))} shards; keep those for one "
+            "number of shards, and move the others away"
         )
     return counts[0] if counts else None

@@ -1,4 +1,4 @@
-"""The ledgers of all shards of a stage, as one."""
+"""The ledgers of all shards of a stage, read as one."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from safer_instruct.induction.ledger import (
 )
 from safer_instruct.induction.stages import FILTER, INDUCE, OPTIONAL_STAGES, RESPOND, SCORE, STAGES, stage_digest
 
-_OFFSET_BITS = 40  # of a place: its ledger's number stands above them
+_OFFSET_BITS = 40  # low bits of a place, for the offset in the file; the ledger's number is in the bits above
 
 
 @dataclass(frozen=True)
 class StageLedgers:
-    """The ledgers of one stage from all shards, and the configuration that all of them were made with."""
+    """The ledgers of one stage from all shards, and their common configuration."""
 
     configuration: dict[str, Any]
     paths: tuple[Path, ...]
 
     def records(self) -> Iterator[tuple[Record, int]]:
-        """Yield (record, place) of all of them; `lines` reads the places again."""
+        """Yield (record, place) from all ledgers; `lines` takes such places."""
         for number, path in enumerate(self.paths):
             end = 0
             for record, line in scan_ledger(path):
@@ -57,8 +57,8 @@ class StageLedgers:
     def lines(self, places: Sequence[int | None]) -> list[bytes | None]:
         """Return the record's line at each place.
 
-        Each ledger is opened once and read forwards: with a thousand shards, open files would be more than a process
-        may have, and single reads in the order of the corpus more than a network file system bears.
+        Each ledger is opened once and read forwards. With a thousand shards, keeping all of them open would exceed the
+        limit on open files, and reading in corpus order would overload a network file system.
         """
         found: dict[int | None, bytes] = {}
         known = sorted(place for place in places if place is not None)
@@ -74,8 +74,8 @@ def find_ledgers(folder: Path) -> dict[str, StageLedgers]:
     """Return the ledgers of all stages and shards; only their headers are read.
 
     Raises:
-        UserError: A ledger is missing, the shards of a stage were made with different configurations, or a stage was
-            made from another run of the stage before than the one that is there.
+        UserError: A ledger is missing, the shards of a stage have different configurations, or the ledgers of a stage
+            were made from other ledgers of the stage before than those present.
     """
     count = shard_count(folder)
     if count is None:
@@ -86,20 +86,20 @@ def find_ledgers(folder: Path) -> dict[str, StageLedgers]:
 
 
 def present_stages(folder: Path) -> list[str]:
-    """Return the stages of an induction, of the optional ones those that have a ledger."""
+    """Return the stages of an induction; optional ones only if they have a ledger."""
     return [stage for stage in STAGES if stage not in OPTIONAL_STAGES or any(folder.glob(f"{stage}-*.jsonl"))]
 
 
 def check_chain(folder: Path, found: dict[str, StageLedgers]) -> None:
-    """Raise a UserError that names the first stage whose records are not about what the stage before holds."""
+    """Raise a UserError that names the first stage whose records were not made from the present stage before it."""
     stages = list(found)
     for before, stage in pairwise(stages):
         if found[stage].configuration.get("stage_before") != stage_digest(found[before].configuration):
             later = ", ".join(f"{name}-*" for name in stages[stages.index(stage) :])
             raise UserError(
                 f"{folder}: the ledgers of stage={stage} were made from other ledgers of stage={before} than those "
-                f"that are there now, so their records do not belong together. Delete {later} and run these stages "
-                f"again, or put the old {before}-* back"
+                f"that are there now, so their records do not belong together. Delete {later} and rerun these stages, "
+                f"or restore the old {before}-*"
             )
 
 
@@ -120,13 +120,13 @@ def stage_ledgers(folder: Path, stage: str, count: int) -> StageLedgers:
             differing = [key for key in keys if configuration.get(key) != first.get(key)]
             raise UserError(
                 f"{path}: made with another configuration than shard 0 ({', '.join(differing)}); delete the ledgers of "
-                "the wrong shards and run these again"
+                "the wrong shards and rerun these"
             )
     return StageLedgers(first, paths)
 
 
 def require_same_shards(ledgers: Path, count: int) -> None:
-    """Refuse to mix shards of different sizes in one output: part of the rows would be computed, and paid, again."""
+    """Refuse to mix shards of different sizes in one output: some rows would be computed, and paid for, again."""
     before = shard_count(ledgers)
     if before not in (None, count):
         raise UserError(
@@ -136,17 +136,17 @@ def require_same_shards(ledgers: Path, count: int) -> None:
 
 
 def require_own_folder(ledgers: Path, stage: str) -> None:
-    """Refuse an output with ledgers of other stages: what a reader takes the folder for would be two datasets."""
+    """Refuse an output folder with ledgers of other stages, because it would then hold two datasets."""
     foreign = [path.name for path in ledgers.glob("*.jsonl") if path.name.partition("-")[0] not in BENIGN_STAGES[stage]]
     if foreign:
         raise UserError(
-            f"{ledgers} holds {min(foreign)} of another stage: stage={stage} makes a dataset of its own; give another "
-            "output=FOLDER"
+            f"{ledgers} holds {min(foreign)} of another stage, but stage={stage} makes a separate dataset; give "
+            "another output=FOLDER"
         )
 
 
 def provenance_of_all(ledgers: Mapping[str, StageLedgers]) -> dict[str, Any]:
-    """Return what all rows of the merged dataset have in common: models, decoding, prompts."""
+    """Return the provenance shared by all rows of the merged dataset: models, decoding settings, prompts."""
     induced, screened = ledgers[INDUCE].configuration, ledgers[FILTER].configuration
     shared = {
         "reversed_model": induced["model"],

@@ -1,9 +1,8 @@
-"""The round-trip score: how much an induced instruction explains its response, by a model that follows instructions.
+"""The round-trip score: how well an induced instruction explains its response, under a model that follows instructions.
 
-log P(response | instruction) - log P(response), per token of the response, under one forward model. P(response) is
-that of the same template with an empty instruction, behind the same earlier turns, so that the difference is the
-instruction's alone. A pair whose instruction has nothing to do with its response scores about 0, whatever the length
-or the fluency of the response.
+score = (log P(response | instruction) - log P(response)) / tokens of the response, under one forward model. P(response)
+uses the same template and earlier turns with an empty instruction, so that only the instruction makes the difference. A
+pair whose instruction is unrelated to its response scores about 0, however long or fluent the response is.
 B = rows of a batch, T = tokens.
 """
 
@@ -33,14 +32,14 @@ if TYPE_CHECKING:
 
 ROWS_AT_A_TIME = 4096
 
-# A model -> the function that gives the log-probability of each response of a micro-batch, (B,) float64 in nats.
+# Model -> a function from a micro-batch to the log-probabilities of its responses, (B,) float64 in nats.
 LogpsOf = Callable[["PreTrainedModel"], Callable[[Mapping[str, Tensor]], Tensor]]
 
 
 class RoundTrip:
-    """Scores pairs; the model is loaded when the first score is asked for.
+    """Scores pairs; the model is loaded when the first score is needed.
 
-    `logps_of` is the kernel, which the entrypoint hands in: trainers/ has it, and there is only one.
+    The entrypoint passes in the kernel `logps_of`, which is the one that trainers/ uses.
     """
 
     def __init__(self, settings: RoundTripSettings, device: torch.device, logps_of: LogpsOf) -> None:
@@ -58,12 +57,12 @@ class RoundTrip:
         self._loaded: _Loaded | None = None
 
     def check(self, examples: Sequence[Example]) -> None:
-        """Look for conversations that the template has no place for, before anything runs.
+        """Refuse conversations that the template has no place for, before anything runs.
 
         Raises:
-            UserError: Naming the first.
+            UserError: There is one; the message names the first.
         """
-        # One of each kind is enough; what a chat template refuses for its roles is left without a score.
+        # One example of each kind is enough; conversations that a chat template rejects are left without a score.
         for example in {(bool(one.system), bool(one.history)): one for one in reversed(examples)}.values():
             try:
                 self._prompt(example)
@@ -75,15 +74,15 @@ class RoundTrip:
                     ) from error
 
     def score(self, items: Sequence[Item]) -> Iterator[tuple[tuple[str, int], Score | None]]:
-        """Yield (key, score) of each pair; the score is None where the pair as a whole does not fit the context."""
+        """Yield (key, score) for each pair; the score is None if the whole pair does not fit into the context."""
         for start in range(0, len(items), ROWS_AT_A_TIME):
             yield from self._score(items[start : start + ROWS_AT_A_TIME])
 
     def _score(self, items: Sequence[Item]) -> Iterator[tuple[tuple[str, int], Score | None]]:
         self._loaded = loaded = self._loaded or self._load()
         rows: list[EncodedRow] = []
-        places: list[tuple[int, int] | None] = []  # rows of (with, without) the instruction; None: not scored
-        alone: dict[tuple[Any, ...], int] = {}  # one row for all candidates of a response
+        places: list[tuple[int, int] | None] = []  # rows (with, without) the instruction; None: not scored
+        alone: dict[tuple[Any, ...], int] = {}  # row without the instruction, shared by all candidates of a response
         for _, pair in items:
             given, without = (self._encode(loaded, one) for one in (pair, replace(pair, instruction="")))
             if given is None or without is None or given.prompt_cut:
@@ -112,7 +111,7 @@ class RoundTrip:
         )  # fmt: skip
 
     def _encode(self, loaded: _Loaded, pair: Example) -> EncodedRow | None:
-        """Return the row of a response behind its instruction, None if the response is not in it as a whole."""
+        """Encode a response after its instruction; None if the response would not be in the row as a whole."""
         try:
             prompt, turn = self._prompt(pair), loaded.turn
         except Unusable:
@@ -123,7 +122,7 @@ class RoundTrip:
 
     @torch.no_grad()
     def _logps(self, loaded: _Loaded, rows: Sequence[EncodedRow]) -> list[float]:
-        """Return the log-probability in nats of each row's response behind its prompt, its end token included."""
+        """Return each response's log-probability given its prompt, including its end token, in nats."""
         lengths = [len(row.prompt) + len(row.responses[0]) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: -lengths[i])  # longest first: little padding
         logps = [0.0] * len(rows)
@@ -153,7 +152,7 @@ class _Loaded(NamedTuple):
 
 
 def _to_batch(rows: Sequence[EncodedRow], device: torch.device) -> dict[str, Tensor]:
-    """Pad rows on the right into a micro-batch, (B, T) each: tokens, which are real, and which are a response."""
+    """Right-pad rows into a micro-batch of (B, T) tensors: token ids, attention mask and response mask."""
     tokens = [row.prompt + row.responses[0] for row in rows]
     width = max(map(len, tokens))
     columns = torch.arange(width, device=device)

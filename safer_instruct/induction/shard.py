@@ -1,4 +1,4 @@
-"""The stages of one shard, each behind its ledger."""
+"""Run the stages of one shard, each of which fills a ledger."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def run_induce(
     model: ModelSettings, generation: InductionSettings, examples: Sequence[Example], path: Path, device: torch.device
 ) -> None:
-    """Let the reversed model write the instructions that the ledger lacks; it is loaded if there are any."""
+    """Let the reversed model write the instructions missing from the ledger; it is only loaded if there are any."""
     name, fingerprint = reversed_model_identity(model, generation)
     configuration = stages.induce_configuration(name, fingerprint, generation)
     note_other_tuning(model, examples)
@@ -46,23 +46,23 @@ def run_induce(
 
 
 def note_other_tuning(model: ModelSettings, examples: Sequence[Example]) -> None:
-    """Say where a run's model was not tuned on the prompts that it is asked with."""
+    """Log a note if a run's model was not trained on the kind of prompts that it will get."""
     path = model.archive or model.name_or_path
     loss = run_config(path).get("loss", {})
     if loss.get("name", "reverse") != "reverse":
         log.warning(
-            "note: %s was trained with loss=%s, and stage=induce asks with the prompt of loss=reverse",
+            "note: %s was trained with loss=%s, but stage=induce uses the prompt of loss=reverse",
             path, loss["name"],
         )  # fmt: skip
     elif loss.get("on") == "first" and any(example.history for example in examples):
         log.warning(
-            "note: %s was tuned on the first turns of conversations alone (loss.on=first), and the corpus has later "
-            "ones: tune it with loss=reverse loss.on=all", path,
+            "note: %s was trained on the first turns of conversations only (loss.on=first), but the corpus has later "
+            "ones: train it with loss=reverse loss.on=all", path,
         )  # fmt: skip
 
 
 def run_score(scorer: Scorer, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
-    """Let the forward model score the candidates that the ledger lacks."""
+    """Let the forward model score the candidates missing from the ledger."""
     before, induced = read_ledger(paths[INDUCE])
     pairs = stages.with_instructions(examples, induced)
     complete(paths[SCORE], stages.score_configuration(scorer, before), pairs, stages.stage_score(scorer))
@@ -71,35 +71,35 @@ def run_score(scorer: Scorer, examples: Sequence[Example], paths: Mapping[str, P
 def run_filter(
     expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path], *, min_score: float | None
 ) -> None:
-    """Screen the induced pairs that the ledger lacks; `min_score` is that of `resolve_min_score`."""
+    """Screen the induced pairs missing from the ledger; `min_score` comes from `resolve_min_score`."""
     before, pairs = _induced_pairs(examples, paths)
     configuration = stages.expert_configuration(expert, before, "screen", **{"roundtrip.min_score": min_score})
     complete(paths[FILTER], configuration, pairs, stages.stage_filter(expert, min_score=min_score))
 
 
 def run_respond(expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path]) -> None:
-    """Have the kept instructions answered that the ledger lacks."""
+    """Let the expert answer the kept instructions missing from the ledger."""
     before, pairs = kept_pairs(examples, paths)
     configuration = stages.expert_configuration(expert, before, "respond")
     complete(paths[RESPOND], configuration, pairs, stages.stage_respond(expert))
 
 
 def complete(path: Path, configuration: Mapping[str, Any], examples: Sequence[Example], stage: Stage) -> None:
-    """Compute the records that a ledger lacks, and show how far it is."""
+    """Compute the records missing from a ledger, and show the progress."""
     name = path.name.partition("-")[0]
     with Ledger(path, configuration, num_rows=len(examples)) as ledger, show_progress(name, examples) as update:
         run_stage(examples, ledger, stage, batch_size=stages.ROWS_AT_A_TIME, progress=update)
 
 
 def kept_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[Example]]:
-    """Return what the filter's verdicts depend on, and the pairs that it keeps."""
+    """Return the configuration of the filter's ledger, and the pairs that the filter keeps."""
     _, pairs = _induced_pairs(examples, paths)
     before, verdicts = read_ledger(paths[FILTER])
     return before, stages.kept(pairs, verdicts)
 
 
 def _induced_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[Example]]:
-    """Return what the pairs depend on, and the pairs: with their best candidates where they have been scored."""
+    """Return what the induced pairs depend on, and the pairs, with their best candidates if they are scored."""
     before, induced = read_ledger(paths[INDUCE])
     scores: dict[str, Record] | None = None
     if paths[SCORE].is_file():
@@ -108,14 +108,14 @@ def _induced_pairs(examples: Sequence[Example], paths: Mapping[str, Path]) -> tu
 
 
 def resolve_min_score(roundtrip: RoundTripSettings, paths: Mapping[str, Path], count: int) -> float | None:
-    """Return the least round-trip score of a pair that is kept, of `count` shards; None if every score will do.
+    """Return the minimum round-trip score for keeping a pair, over `count` shards; None if there is no minimum.
 
     Raises:
-        UserError: `top_fraction` is asked for, and not all pairs of all shards have been scored yet.
+        UserError: `top_fraction` is set, but not all pairs of all shards have been scored yet.
     """
     if roundtrip.threshold is None and roundtrip.top_fraction is None:
         return None
-    read_ledger(paths[SCORE])  # this shard's must be there in any case
+    read_ledger(paths[SCORE])  # raises if this shard has no scores
     if roundtrip.top_fraction is None:
         return roundtrip.threshold
     ledgers = stage_ledgers(paths[SCORE].parent, SCORE, count)
@@ -130,14 +130,14 @@ def resolve_min_score(roundtrip: RoundTripSettings, paths: Mapping[str, Path], c
 
 @contextmanager
 def show_progress(stage: str, examples: Sequence[Any]) -> Iterator[Callable[[int], object]]:
-    """Show how far a stage is: a log file gets a line now and then, a terminal a bar that moves."""
+    """Show the progress of a stage: a moving bar on a terminal, an occasional line in a log file."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with tqdm(total=len(examples), desc=stage, unit="row", mininterval=interval, file=sys.stderr) as bar:
         yield bar.update
 
 
 def budget_left(settings: OpenAIExpertSettings, paid: Collection[Path], count: int) -> Budget:
-    """Return this shard's part of the budget, less what its ledgers say has been spent."""
+    """Return this shard's part of the budget, minus what its ledgers record as spent."""
     from safer_instruct.generation.server import budget_of
 
     budget = budget_of(settings, shards=count)

@@ -1,4 +1,4 @@
-"""An induction over all shards, by the workers of an engine."""
+"""Run an induction over all shards, on the workers of an engine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from safer_instruct.induction.status import live_line
 
 
 def spread_stages(config: InduceConfig, run_shard: Callable[[InduceConfig], None]) -> None:
-    """Let the workers do the stages of all shards, as `run_on_ray` does."""
+    """Run the stages of all shards on the workers of `run_on_ray`."""
     for stage in waves(config):
         work = partial(_run_one, run_shard, replace(config, stage=stage))
         run_on_ray(work, config.shard.count or 1, config.engine, partial(live_line, Path(config.output) / "ledger"))
 
 
 def waves(config: InduceConfig) -> list[str]:
-    """Return the values of `stage=` that all shards must have done, each before any shard begins with the next."""
+    """Return the values of `stage=` to run in order; all shards must finish one before any shard begins the next."""
     if config.stage != "all":
         return [config.stage]
     ranks_all_pairs = config.roundtrip.top_fraction is not None

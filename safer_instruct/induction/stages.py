@@ -1,6 +1,6 @@
-"""Induce, score, filter, respond: each a function from Examples to ledger records, cheap checks before paid ones.
+"""Induce, score, filter, respond: each a function from Examples to ledger records, with cheap checks before paid ones.
 
-Records hold an `id` and what the stage found out; texts of the corpus are not copied into them.
+Records hold an `id` and the results of the stage; corpus texts are not copied into them.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from safer_instruct.induction.ledger import Record, is_final
 from safer_instruct.text.examples import Example, short_hash, text_id
 from safer_instruct.text.prompts import render_reversed
 
-INDUCE, SCORE, FILTER, RESPOND, VARY = STAGES  # score with a forward model only, vary with respond.max_same only
+INDUCE, SCORE, FILTER, RESPOND, VARY = STAGES  # score needs a forward model, vary needs respond.max_same
 OPTIONAL_STAGES = (SCORE, VARY)
-ROWS_AT_A_TIME = 4096  # what is sorted by length together
+ROWS_AT_A_TIME = 4096  # rows that are sorted by length together
 
 Stage = Callable[[Sequence[Example]], Iterator[Record]]  # yields one record (with the example's `id`) per example
-Item = tuple[tuple[str, int], Example]  # ((row id, number of the candidate), the pair with that candidate)
+Item = tuple[tuple[str, int], Example]  # ((row id, candidate number), the pair with that candidate)
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How much an instruction explains a response: (log P(response | instruction) - log P(response)) per token."""
+    """How well an instruction explains a response: (log P(response | instruction) - log P(response)) per token."""
 
     nats_per_token: float  # the score
-    tokens: int  # tokens that the forward model read for it
+    tokens: int  # tokens of the scored row, prompt and response
 
 
 class Scorer(Protocol):
@@ -43,11 +43,11 @@ class Scorer(Protocol):
     fingerprint: str
 
     def score(self, items: Sequence[Item]) -> Iterable[tuple[tuple[str, int], Score | None]]:
-        """Yield (key, score) for each item, in any order; the score is None where the item does not fit the model."""
+        """Yield (key, score) for each item, in any order; the score is None if the item does not fit the model."""
 
 
 def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Stage:
-    """Make the stage that lets the reversed model write `num_candidates` instructions of each response.
+    """Build the stage in which the reversed model writes `num_candidates` instructions for each response.
 
     A record's `instruction` is the first candidate that came; all of several, each with a seed of its own, are in
     `candidates`.
@@ -75,7 +75,7 @@ def stage_induce(generator: TextGenerator, num_candidates: int = 1) -> Stage:
 
 
 def candidate_id(id: str, number: int) -> str:
-    """Return the id of a candidate's request, which seeds it; the first candidate has the row's own."""
+    """Return the id of a candidate's request, which seeds its sampling; the first candidate has the row's own id."""
     return f"{id}/{number}" if number else id
 
 
@@ -83,7 +83,7 @@ def _induced(example: Example, generations: Sequence[Generation]) -> Record:
     first = next((one for one in generations if not one.error), generations[0])
     record = {
         "id": example.id,
-        "response": example.response_id,  # a corpus that changed under its ids is noticed
+        "response": example.response_id,  # to notice a corpus whose responses have changed under the same ids
         "instruction": first.text.strip(),
         "truncated": first.truncated,
         "prompt_cut": first.prompt_cut,
@@ -99,9 +99,9 @@ def _induced(example: Example, generations: Sequence[Generation]) -> Record:
 
 
 def stage_score(scorer: Scorer) -> Stage:
-    """Make the stage that scores every candidate which passes the cheap checks, and picks the best.
+    """Build the stage that scores every candidate that passes the cheap checks, and picks the best.
 
-    `scores` has nats per token of the response for each candidate, null where there is none.
+    `scores` holds each candidate's score in nats per token of the response, or null if it has none.
     """
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
@@ -127,7 +127,7 @@ def stage_score(scorer: Scorer) -> Stage:
 
 
 def candidates(pair: Example) -> list[Example]:
-    """Return the pair once for each candidate, which is its instruction there; only the pair if it has no others."""
+    """Return one pair per candidate, with the candidate as its instruction; only the pair itself if none are listed."""
     listed = pair.provenance.get("candidates")
     if not listed:
         return [pair]
@@ -142,9 +142,9 @@ def candidates(pair: Example) -> list[Example]:
 
 
 def stage_filter(expert: Expert, *, min_score: float | None = None) -> Stage:
-    """Make the stage that decides which pairs are kept: cheap checks, then the round-trip score, then the expert.
+    """Build the stage that decides which pairs to keep: cheap checks, then the round-trip score, then the expert.
 
-    `min_score` is the least round-trip score of a pair that is kept; None keeps any.
+    `min_score` is the minimum round-trip score for keeping a pair; None skips this check.
     """
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
@@ -164,14 +164,14 @@ def stage_filter(expert: Expert, *, min_score: float | None = None) -> Stage:
 
 
 def least_score(scores: Iterable[float], fraction: float) -> float:
-    """Return the score that a pair must reach to be among the best `fraction`; infinite where there is none."""
+    """Return the minimum score of the best `fraction` of pairs; infinite if that is no pair at all."""
     ranked = sorted(scores, reverse=True)
     keep = round(fraction * len(ranked))
     return ranked[keep - 1] if keep else float("inf")
 
 
 def paid(cost: float) -> Record:
-    """Return what a record says of the cost of its answer: nothing if it has none."""
+    """Return the `cost` field of a record; nothing if the answer had no cost."""
     return {"cost": round(cost, 9)} if cost else {}
 
 
@@ -185,22 +185,22 @@ def _failure(pair: Example) -> Record:
 
 
 def require_same_instruction(pair: Example, record: Record, stage: str) -> None:
-    """Raise a UserError if a record of filter or respond is about another instruction than the pair's.
+    """Raise a UserError if a record of filter or respond belongs to a different instruction from the pair's.
 
-    A record that does not say what it is about was written by an earlier version, and is taken as it is.
+    A record without `instruction_id` was written by an earlier version and is accepted.
     """
     if record.get("instruction_id") not in (None, text_id(pair.instruction or "")):
         if not is_final(record):
             raise unfinished("some", stage)
         raise UserError(
             f"row {pair.id} ({pair.provenance['source']}): its record of stage={stage} is about another instruction "
-            "than the ledger of stage=induce has now; bring the old ledger back, or delete those of the later stages "
-            "to have them run again"
+            "than the ledger of stage=induce has now; restore the old ledger, or delete those of the later stages and "
+            "rerun them"
         )
 
 
 def stage_respond(expert: Expert, role: str = RESPOND) -> Stage:
-    """Make the stage in which the expert answers each kept instruction safely; with role=vary in another way."""
+    """Build the stage in which the expert answers each kept instruction safely; role=vary asks for another wording."""
 
     def run(examples: Sequence[Example]) -> Iterator[Record]:
         by_id = {example.id: example for example in examples}
@@ -214,10 +214,10 @@ def stage_respond(expert: Expert, role: str = RESPOND) -> Stage:
 def with_instructions(
     examples: Sequence[Example], records: Mapping[str, Record], scores: Mapping[str, Record] | None = None
 ) -> list[Example]:
-    """Join the corpus with the induce stage's records, and with the score stage's where there is one.
+    """Join the corpus with the records of the induce stage, and of the score stage if given.
 
     Raises:
-        UserError: Rows that have no record, or whose response has changed since.
+        UserError: A row has no record, or its response has changed since.
     """
     require_records(examples, records, INDUCE)
     pairs = [with_instruction(example, records[example.id]) for example in examples]
@@ -241,7 +241,7 @@ def with_instruction(example: Example, record: Record) -> Example:
 
 
 def with_score(pair: Example, record: Record) -> Example:
-    """Put the best candidate in the place of the instruction, and its score beside it."""
+    """Make the best candidate the pair's instruction, and add its score to the provenance."""
     chosen = candidates(pair)[record["best"]]
     found = {"round_trip": record["scores"][record["best"]], "candidate_scores": record["scores"]}
     return replace(chosen, provenance={**chosen.provenance, **found})
@@ -251,7 +251,7 @@ def kept(examples: Sequence[Example], records: Mapping[str, Record]) -> list[Exa
     """Return the examples that the filter stage kept.
 
     Raises:
-        UserError: Rows that have no record, or one about another instruction.
+        UserError: A row has no record, or one for another instruction.
     """
     require_records(examples, records, FILTER)
     for example in examples:
@@ -260,22 +260,22 @@ def kept(examples: Sequence[Example], records: Mapping[str, Record]) -> list[Exa
 
 
 def require_records(examples: Sequence[Example], records: Mapping[str, Record], stage: str) -> None:
-    """Raise a UserError that counts the rows which a stage has not finished."""
+    """Raise a UserError with the number of rows that a stage has not finished, if there are any."""
     num_missing = sum(example.id not in records for example in examples)
     if num_missing:
         raise unfinished(f"{num_missing} of {len(examples)}", stage)
 
 
 def unfinished(rows: object, stage: str) -> UserError:
-    """Return what to tell the user where so many rows lack the record of a stage."""
+    """Return the error for `rows` rows that have no record of a stage yet."""
     return UserError(
-        f"{rows} rows have no result of stage={stage} yet; run it to its end first (the same command with "
-        f"stage={stage}): it goes on where it stopped"
+        f"{rows} rows have no result of stage={stage} yet; finish that stage first: the same command with "
+        f"stage={stage} resumes it"
     )
 
 
 def induce_configuration(name: str, fingerprint: str, generation: InductionSettings) -> dict[str, Any]:
-    """Return what the records of the induce stage depend on, for the header of its ledger."""
+    """Return everything that the induce stage's records depend on, for the header of its ledger."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "num_candidates", "backend")
     return {
         "model": name,
@@ -286,13 +286,13 @@ def induce_configuration(name: str, fingerprint: str, generation: InductionSetti
 
 
 def score_configuration(scorer: Scorer, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the records of the score stage depend on, the configuration of the stage before included."""
+    """Return everything that the score stage's records depend on, including the stage before."""
     scored_by = {"forward_model": scorer.name, "forward_fingerprint": scorer.fingerprint}
     return {**scored_by, "stage_before": stage_digest(before)}
 
 
 def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str, **more: Any) -> dict[str, Any]:
-    """Return what the records of an expert's stage depend on, the configuration of the stage before included."""
+    """Return everything that the records of an expert's stage depend on, including the stage before."""
     return {
         "expert": expert.name,
         "expert_fingerprint": expert.fingerprint(role),
@@ -304,5 +304,5 @@ def expert_configuration(expert: Expert, before: Mapping[str, Any], role: str, *
 
 
 def stage_digest(configuration: Mapping[str, Any]) -> str:
-    """Return what the header of the next stage's ledger names this one by."""
+    """Return the hash that identifies this configuration in the ledger header of the next stage."""
     return short_hash(repr(sorted(configuration.items())))

@@ -1,4 +1,4 @@
-"""How far an induction is: rows, rate, time left and cost of each shard, from the ledgers alone, while they grow."""
+"""The progress of an induction: rows, rate, time left and cost of each shard, read from the ledgers while they grow."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from safer_instruct.induction.ledger import WRITTEN_AT, parse_line, shard_count,
 from safer_instruct.induction.ledgers import present_stages
 from safer_instruct.text.display import markdown_table
 
-RATE_SECONDS = 600.0  # the rate is that of the last ten minutes of a ledger
-QUIET_SECONDS = 120.0  # a shard that writes nothing for longer has stopped, or waits
+RATE_SECONDS = 600.0  # the rate is measured over the last ten minutes of a ledger
+QUIET_SECONDS = 120.0  # a shard that writes nothing for longer has stopped, or is waiting
 _COST = re.compile(rb'"cost": ([0-9.e-]+)')
 _REFUSED = re.compile(rf'"(reason|error)": "(abstain_)?({"|".join(NOT_ANSWERED)})'.encode())
 _KEEP = re.compile(rb'"keep": true')
@@ -27,26 +27,26 @@ _TIME = re.compile(rb'"' + WRITTEN_AT.encode() + rb'": ([0-9.]+)\}$')
 class StageProgress:
     """One stage of one shard."""
 
-    done: int = 0  # rows with a record
-    rows: int | None = None  # rows that the stage has in this shard; None while its ledger does not say
+    done: int = 0  # rows with a final record
+    rows: int | None = None  # rows of the stage in this shard; None if its ledger does not say yet
     kept: int = 0  # rows that the filter kept; 0 for other stages
-    cost: float = 0.0  # by the expert's prices
-    rate: float = 0.0  # rows a second over the last RATE_SECONDS of writing, 0 if nothing is being written
-    written_at: float = 0.0  # seconds since the epoch of the last record; 0 if there is none
+    cost: float = 0.0  # at the expert's prices
+    rate: float = 0.0  # rows per second over the last RATE_SECONDS of writing, 0 if nothing is being written
+    written_at: float = 0.0  # time of the last record, in seconds since the epoch; 0 if there is none
 
     @property
     def is_done(self) -> bool:
-        """Whether every row of the stage has its record."""
+        """Whether every row of the stage has a final record."""
         return self.rows is not None and self.done >= self.rows
 
 
 def read_progress(path: Path, now: float) -> StageProgress:
-    """Look through one ledger; a torn tail and a missing file are no errors.
+    """Scan one ledger; an incomplete last line or a missing file is not an error.
 
-    Lines are searched, not parsed: the ledgers of a large run have gigabytes.
+    Lines are searched by patterns instead of parsed, as the ledgers of a large run have gigabytes.
     """
     rows, done, kept, cost = None, 0, 0, 0.0
-    times: list[float] = []  # of the records of the last RATE_SECONDS before the newest
+    times: list[float] = []  # times of the records in the last RATE_SECONDS before the newest
     if not path.is_file():
         return StageProgress()
     with path.open("rb") as file:
@@ -56,7 +56,7 @@ def read_progress(path: Path, now: float) -> StageProgress:
             if number == 0:
                 rows = (parse_line(line) or {}).get("rows")
                 continue
-            done += _REFUSED.search(line) is None  # such a row is asked again
+            done += _REFUSED.search(line) is None  # refused rows are retried
             kept += _KEEP.search(line) is not None
             if found := _COST.search(line):
                 cost += float(found.group(1))
@@ -71,14 +71,14 @@ def read_progress(path: Path, now: float) -> StageProgress:
 
 
 def render_status(folder: Path, now: float | None = None) -> str:
-    """Return the table of all shards that are not done, and the sums of all.
+    """Return a table of the unfinished shards, and the totals over all shards.
 
     Raises:
         UserError: There are no ledgers.
     """
     count = shard_count(folder)
     if count is None:
-        raise UserError(f"{folder}: no ledgers yet; give the output=FOLDER of a run that has begun")
+        raise UserError(f"{folder}: no ledgers yet; give the output=FOLDER of a run that has started")
     now = time.time() if now is None else now
     stages = _stages(folder)
     shards = [
@@ -90,7 +90,7 @@ def render_status(folder: Path, now: float | None = None) -> str:
 
 
 def live_line(folder: Path) -> str:
-    """Return how many records each kind of ledger in a folder has, how fast they come, and what they have cost."""
+    """Return the number of records, rate and cost for each kind of ledger in a folder."""
     now = time.time()
     kinds: dict[str, list[StageProgress]] = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -103,7 +103,7 @@ def live_line(folder: Path) -> str:
 
 
 def _stages(folder: Path) -> list[str]:
-    """Return the stages with ledgers of their own that write into a folder."""
+    """Return the stages whose ledgers are in a folder."""
     for names in BENIGN_STAGES.values():
         if any(folder.glob(f"{names[0]}-*.jsonl")):
             return list(names)
@@ -128,13 +128,13 @@ def _unfinished(shards: list[dict[str, StageProgress]], now: float) -> Iterator[
 
 
 def _sums(shards: list[dict[str, StageProgress]], stages: list[str]) -> str:
-    """Return a line for each stage: rows done of those known, rate of all shards, time left at this rate, cost."""
+    """Return one line per stage: rows done and known, total rate, time left at that rate, and cost."""
     lines = []
     for stage in stages:
         of_stage = [shard[stage] for shard in shards]
         done, rate = sum(one.done for one in of_stage), sum(one.rate for one in of_stage)
         known = [one.rows for one in of_stage if one.rows is not None]
-        # Shards are about equally large, so those that have not begun count as the mean of the others.
+        # Shards are of similar size, so each one without a ledger counts as the mean of the others.
         rows = round(sum(known) / len(known) * len(shards)) if known else 0
         about = "" if len(known) == len(shards) else "about "
         kept = f", {sum(one.kept for one in of_stage)} kept" if stage == "filter" else ""

@@ -1,7 +1,7 @@
-"""No safe response has more than its share of the rows: those beyond it are asked again, to name the matter.
+"""Limit each safe response to its share of the rows: for the rows beyond it, ask again for one that names the topic.
 
-Which rows these are depends on the responses of all shards, so `stage=vary` follows when `stage=respond` has done all
-of them; the shards then show no more than they do elsewhere.
+Which rows these are depends on the responses of all shards, so `stage=vary` has to run after `stage=respond` has
+finished on all of them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from safer_instruct.text.examples import Example, normalise, text_id
 def run_vary(
     expert: Expert, examples: Sequence[Example], paths: Mapping[str, Path], count: int, max_same: float
 ) -> None:
-    """Have those of the kept `examples` answered again whose response is beyond its share, and that the ledger lacks.
+    """Answer again those kept `examples` whose response exceeds its share, unless the ledger already has them.
 
     Raises:
-        UserError: Some of the `count` shards have not done stage=respond yet.
+        UserError: Some of the `count` shards have not finished stage=respond yet.
     """
     answered = stage_ledgers(paths[RESPOND].parent, RESPOND, count)
     configuration = expert_configuration(expert, answered.configuration, "vary", **{"respond.max_same": max_same})
@@ -35,16 +35,16 @@ def run_vary(
 
 
 def overused(answered: StageLedgers, max_same: float) -> set[str]:
-    """Return the rows whose response has more rows than its share; which of them keep it is drawn by a hash.
+    """Return the rows to answer again because their response exceeds its share; a hash draws which rows keep it.
 
     Raises:
-        UserError: Rows have no response yet.
+        UserError: Some rows have no response yet.
     """
     uses = Counter(key for _, key in _responses(answered))
     if missing := answered.num_missing():
         raise UserError(
-            f"respond.max_same={max_same} is of the responses of all shards, and {missing} rows have none yet: run "
-            "stage=respond of all shards to its end before stage=vary"
+            f"respond.max_same={max_same} counts the responses of all shards, but {missing} rows have none yet: "
+            "finish stage=respond on all shards before stage=vary"
         )
     allowed = max(1, int(max_same * uses.total()))
     holders: dict[str, list[str]] = defaultdict(list)
@@ -71,13 +71,13 @@ def require_varied(ledgers: Mapping[str, StageLedgers]) -> None:
 
 
 def final_response(records: Mapping[str, Record]) -> Record:
-    """Return the record of the safe response; of two answers the second, if there is a text in it."""
+    """Return the record of the safe response; the second answer takes precedence if it has a text."""
     again = records.get(VARY, {})
     return again if again.get("chosen") is not None else records.get(RESPOND, {})
 
 
 def variation(records: Mapping[str, Record]) -> list[str]:
-    """Return what the counts say of a row: nothing if it was not asked again."""
+    """Return the names under which a row is counted; none if it was not asked again."""
     if VARY not in records:
         return []
     before, now = records[RESPOND]["chosen"], final_response(records)["chosen"]

@@ -1,1 +1,1 @@
-"""Rows of text: readers, examples, prompts, encoding."""
+"""Text data: readers, examples, prompts, encoding."""

@@ -1,7 +1,7 @@
-"""The tokenizer's chat template: what it writes before a user's words, behind them, and round the answer.
+"""The tokenizer's chat template: what it writes before and after the user's message, and around the answer.
 
-Nothing of it is guessed. The template is rendered with marks in the place of the texts, once for each tokenizer (a
-template may be slow), and the rendering is split at the marks.
+Nothing is guessed: the template is rendered with markers in place of the texts, once per tokenizer (a template may be
+slow), and the rendering is split at the markers.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from safer_instruct.text.display import visible
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_SECONDS = 60.0  # of a few short messages
-_MEND = "mend the chat template in the tokenizer's folder"
+RENDER_SECONDS = 60.0  # time limit for rendering a few short messages
+_MEND = "fix the chat template in the tokenizer's folder"
 _OTHERWISE = "; or use template=alpaca, hh, plain or vicuna"
-# By which templates leave a thought out: Qwen 3, GLM 4.5 and SmolLM 3; DeepSeek 3.1 and Granite 3.3.
+# Template variables that turn thinking off: Qwen 3, GLM 4.5 and SmolLM 3; DeepSeek 3.1 and Granite 3.3.
 _SWITCHES = ("enable_thinking", "thinking")
-# A template is a program: it may fail in any way in which a computation on its own data can.
+# A template is a program, so it can raise almost anything.
 _FAILURES = (
     TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TimeoutError, TypeError, ValueError,
 )  # fmt: skip
 
 
 class Turn(NamedTuple):
-    """What a template writes round an answer."""
+    """What a template writes around an answer."""
 
     lead: str = ""  # between the prompt and the answer
     close: str = ""  # between the answer and the token that ends it
-    end_token: str = ""  # the token that ends it; "" for the tokenizer's EOS
+    end_token: str = ""  # the token that ends the answer; "" for the tokenizer's EOS
 
 
 def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the strings that the tokenizer would read as a special token wherever they stand in a text."""
+    """Return the strings that the tokenizer parses as special tokens anywhere in a text."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted((added | set(tokenizer.all_special_tokens)) - {""}))
 
 
 def chat_frames(tokenizer: PreTrainedTokenizerBase | None, roles: Sequence[str]) -> list[str]:
-    """Return what the chat template writes round the messages of a conversation that asks for an answer.
+    """Return what the chat template writes around the messages of a conversation that awaits an answer.
 
-    `roles` are those of N messages, the last of which is the user's.
+    `roles` are the roles of its N messages; the last message is the user's.
 
     Returns:
-        N + 1 texts: before the first message, between every two, and behind the last up to where the answer begins.
+        N + 1 texts: before the first message, between each two, and after the last, up to where the answer begins.
 
     Raises:
         UserError: There is no template, it fails, or it does not show each message exactly once, in order.
@@ -64,7 +64,7 @@ def chat_frames(tokenizer: PreTrainedTokenizerBase | None, roles: Sequence[str])
 
 
 def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the beginning of a prompt without the BOS token that many write, where the tokenizer adds it, too."""
+    """Remove a leading BOS token, which many templates write, if the tokenizer adds one anyway."""
     bos = tokenizer.bos_token
     if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         return text.removeprefix(bos)
@@ -72,34 +72,34 @@ def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
-    """Return what the chat template writes round an answer behind `chat_frames`.
+    """Return what the chat template writes around an answer that follows `chat_frames`.
 
     Raises:
-        UserError: The template does not show an answer where a model that is asked would write it, or writes nothing
-            behind it: then a thought, or no end, would be trained.
+        UserError: The template does not put an answer where a prompted model would write it, so that training would
+            place it inside a thought; or it writes nothing after the answer, so that no end would be trained.
     """
     asked, before, behind = _round_an_answer(tokenizer)
     if not before.startswith(asked):
-        # Where they part: what stands before is of no interest.
+        # Show only what follows the shared prefix.
         shared = next((i for i, pair in enumerate(zip(before, asked, strict=False)) if pair[0] != pair[1]), len(before))
         raise UserError(
             f"template=chat: a prompt ends in ...{asked[shared:]!r}, but before an answer the same template writes "
-            f"...{before[shared:]!r}, so answers would be trained where a model never begins one (inside a thought); "
+            f"...{before[shared:]!r}, so answers would be trained where a model never starts one (inside a thought); "
             f"{_switch(tokenizer)}{_OTHERWISE}"
         )
     lead = before[len(asked) :]
     if lead.strip() and asked == _render(tokenizer, ("user",)):
         raise UserError(
             f"template=chat: the template writes {lead!r} before an answer, but not where it asks for one "
-            f"(add_generation_prompt), so a model would have to write it by itself; {_MEND}{_OTHERWISE}"
+            f"(add_generation_prompt), so the model would have to generate it; {_MEND}{_OTHERWISE}"
         )
     if not behind.strip():
         raise UserError(
-            "template=chat: the template writes nothing behind an answer, so a model could not tell that one has "
-            f"ended; {_MEND}, {{{{ eos_token }}}} behind an assistant's content{_OTHERWISE}"
+            "template=chat: the template writes nothing after an answer, so a model would never learn to end one; "
+            f"{_MEND}: write {{{{ eos_token }}}} after an assistant's content{_OTHERWISE}"
         )
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
-    # Special tokens first: others, such as </think>, may stand before the end.
+    # Special tokens first: other added tokens, such as </think>, may come before the end.
     for tokens in (special_token_texts(tokenizer), added):
         found = sorted((behind.find(token), -len(token), token) for token in tokens if token in behind)
         if found:
@@ -108,7 +108,7 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
 
 
 def _round_an_answer(tokenizer: PreTrainedTokenizerBase, **variables: Any) -> tuple[str, str, str]:
-    """Return what a model is asked with, what the template writes before the answer to the same, and behind it."""
+    """Return (the prompt, what the template writes before an answer to that prompt, what it writes after it)."""
     asked = _render(tokenizer, ("user",), add_generation_prompt=True, **variables)
     both = ("user", "assistant")
     head, between, behind = _split(_render(tokenizer, both, **variables), both)
@@ -116,7 +116,7 @@ def _round_an_answer(tokenizer: PreTrainedTokenizerBase, **variables: Any) -> tu
 
 
 def _switch(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what to type for a template to ask where it answers: a variable of its own, if one does it."""
+    """Return the fix to suggest: the template variable that makes prompts end where answers begin, if there is one."""
     for name in _SWITCHES:
         asked, before, _ = _round_an_answer(tokenizer, **{name: False})
         if before.startswith(asked):
@@ -125,23 +125,23 @@ def _switch(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat_end_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the token that ends an answer by the chat template; "" where there is no template that says it."""
+    """Return the token with which the chat template ends an answer; "" if there is no template that shows one."""
     if not tokenizer.chat_template:
         return ""
     try:
         return chat_turn(tokenizer).end_token
-    except UserError:  # a template that can be asked, and not trained
+    except UserError:  # a template that works for prompting, but not for training
         return ""
 
 
-@lru_cache(maxsize=256)  # conversations of a dataset have few shapes
+@lru_cache(maxsize=256)  # a dataset has few distinct sequences of roles
 def _asked(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, ...]) -> str:
-    """Render messages and the generation prompt; `template`, the tokenizer's, is there for the cache's key."""
+    """Render messages and the generation prompt; `template`, the tokenizer's own, is only part of the cache key."""
     return _render(tokenizer, roles, add_generation_prompt=True)
 
 
 def _mark(number: int) -> str:
-    """Return what stands for a message's text while a template is applied: no template holds it, or may change it."""
+    """Return the marker that stands for a message's text: no template contains it or has a reason to change it."""
     return f"\u2063Message{number}\u2063"
 
 
@@ -151,7 +151,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options:
         text = _applied(tokenizer, messages, **options)
         if any(_mark(number) in text for number in range(len(roles))):
             return text
-        # Templates of models that see images may show nothing but typed parts (Llama Guard 3 1B and 11B).
+        # Templates of vision models may only show typed parts (Llama Guard 3 1B and 11B).
         parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         return _applied(tokenizer, parts, **options)
     except _FAILURES as error:
@@ -169,17 +169,17 @@ def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]],
 
 
 def _within(seconds: float, work: Callable[[], str]) -> str:
-    """Return what `work` returns.
+    """Return what `work` returns, within a time limit.
 
     Raises:
-        TimeoutError: It takes longer. Its thread cannot be stopped; it ends with the process.
+        TimeoutError: It takes longer. Its thread cannot be stopped, so it runs on until the process ends.
     """
     result: Future[str] = Future()
 
     def run() -> None:
         try:
             result.set_result(work())
-        except BaseException as error:  # for the thread that waits
+        except BaseException as error:  # re-raised in the waiting thread
             result.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -196,7 +196,7 @@ def _described(roles: Sequence[str]) -> str:
 
 
 def _split(text: str, roles: Sequence[str]) -> list[str]:
-    """Split a rendering at the marks of its messages."""
+    """Split a rendering at the markers of its messages."""
     frames = []
     for number, role in enumerate(roles):
         frame, mark, text = text.partition(_mark(number))

@@ -23,7 +23,7 @@ MAX_PLACES = 10
 
 @dataclass
 class Dropped:
-    """Rows that are no part of the corpus: how many for each reason, and where the first of them are."""
+    """Rows dropped from the corpus: how many for each reason, and where the first few are."""
 
     counts: Counter[str] = field(default_factory=Counter)  # reason -> rows
     places: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few, as "file:line" (never text)
@@ -38,21 +38,21 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The usable rows of one shard, in the order of the file, and what became of the others."""
+    """The usable rows of one shard, in file order, and the counts of the others."""
 
     examples: list[Example]  # rows with `id`, `rejected`, `label` and provenance ("corpus.csv:17")
     num_rows: int  # rows of the shard that were read, usable or not
     dropped: Dropped  # rows of the shard that were dropped
-    # Why reading ended before the end of the corpus (file:line and what is wrong there); "" if it did not.
+    # Why reading stopped before the end of the corpus (file:line and what is wrong there); "" if it did not.
     broken: str = ""
 
 
 def read_corpus(settings: CorpusSettings, *, index: int = 0, count: int = 1) -> Corpus:
     """Read one shard of the corpus.
 
-    Rows without a response, with one that is no text, and repetitions of an id or a response are dropped and counted.
-    A row belongs to a shard by a hash of its id, so the shards are parts of the same whole for any `count`. Where a
-    file breaks off behind usable rows, these are kept, and `broken` says what is wrong.
+    Rows without a response, rows whose response is not text, and repeated ids or responses are dropped and counted.
+    A hash of its id assigns a row to a shard, so for any `count` the shards partition the same corpus. If a file turns
+    out to be broken after some usable rows, these are kept, and `broken` says what is wrong.
 
     Raises:
         UserError: A missing, empty or broken file, a missing column, no usable row in the whole corpus; with
@@ -74,12 +74,12 @@ def read_corpus(settings: CorpusSettings, *, index: int = 0, count: int = 1) -> 
 
 
 def repetition(settings: CorpusSettings, *, same_id: bool) -> str:
-    """Return the reason to drop a row whose id or response was there before."""
+    """Return the reason for dropping a row whose id or response has occurred before."""
     return "duplicate_id" if same_id and settings.id_column else "duplicate_response"
 
 
 class CorpusRows:
-    """The usable rows of one shard, streamed, repetitions included; the counts are complete when the iteration is."""
+    """The usable rows of one shard, streamed, with repetitions; the counts are complete after a full iteration."""
 
     def __init__(self, settings: CorpusSettings, *, index: int = 0, count: int = 1) -> None:
         self.settings = settings
@@ -87,8 +87,8 @@ class CorpusRows:
         self.dropped = Dropped()  # rows of the shard that cannot be used
         self.broken = ""  # see Corpus
         self._index, self._count = index, count
-        self._num_usable = 0  # of the whole corpus
-        self._unusable: Counter[str] = Counter()  # of the whole corpus
+        self._num_usable = 0  # rows of the whole corpus, not of the shard alone
+        self._unusable: Counter[str] = Counter()  # of the whole corpus, too
 
     def __iter__(self) -> Iterator[Example]:
         settings = self.settings
@@ -122,7 +122,7 @@ class CorpusRows:
         if self._num_usable == 0:  # a column that is missing from the first row is missing from the file
             require_columns(row, [name for name in needed if name], where, "corpus.columns", settings.columns)
         label = _text(row.get(settings.label_column or "label"))
-        source = Path(where).name  # of the whole path only the name: it may name the user's machine
+        source = Path(where).name  # not the whole path, which may reveal the user's machine
         try:
             response, system, history = read_response(row.get(settings.response_column), settings.response_column)
         except BadRow as bad:
@@ -151,7 +151,7 @@ class CorpusRows:
     def _drop(self, reason: str, id: str, where: str) -> None:
         if self.settings.on_bad_row == "error":
             raise UserError(
-                f"{where}: {reason} in column {self.settings.response_column}; mend the row, or drop such rows with "
+                f"{where}: {reason} in column {self.settings.response_column}; fix the row, or drop such rows with "
                 "corpus.on_bad_row=drop"
             )
         self._unusable[reason] += 1

@@ -1,4 +1,4 @@
-"""Show numbers, and text that others wrote, on a page, in a plot or in Markdown."""
+"""Format numbers and untrusted text for web pages, plots and Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from config.console import visible as visible
 
 
 def short_name(name: str, limit: int = 22) -> str:
-    """Cut a name in the middle where it is too long for an axis, and write out its invisible characters."""
+    """Shorten a name in the middle if it is too long for an axis, and escape its invisible characters."""
     name = visible(name)
     if len(name) <= limit:
         return name
@@ -22,7 +22,7 @@ def percent(value: float | None) -> str:
 
 
 def without_password(text: str) -> str:
-    """Mask user, password and query of the web addresses in a text: http://***@host/v1?***."""
+    """Mask the user, password and query of URLs in a text: http://***@host/v1?***."""
     text = re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
     return re.sub(r"(://[^?\s'\"]{1,300}\?)[^\s'\"]+", r"\1***", text)
 
@@ -36,8 +36,8 @@ def markdown_table(
 ) -> str:
     """Render a Markdown table.
 
-    The columns `left` are aligned to the left, the others hold numbers. Cells of the columns `markup` hold markup of
-    ours, all others are escaped.
+    The columns `left` are left-aligned; the others hold numbers. The columns `markup` hold our own markup; all others
+    are escaped.
     """
     rule = "|".join(":---" if i in left else "---:" for i in range(len(header)))
     lines = ["| " + " | ".join(map(escape_markdown, header)) + " |", f"|{rule}|"]
@@ -50,11 +50,11 @@ def markdown_table(
 
 
 def markdown_code(text: str) -> str:
-    """Show a text as code, on one line; a text that holds a backtick cannot end it."""
+    """Show a text as code, on one line; backticks in the text cannot end it early."""
     return "`" + visible(text).replace("\n", " ").replace("`", "'") + "`"
 
 
 def escape_markdown(text: str) -> str:
-    """Keep a label or a name, which stem from files, from breaking a table or becoming markup."""
+    """Escape a label or a name from a file so that it cannot break a table or become markup."""
     text = visible(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{char}" if char in "\\`*|" else char for char in text)

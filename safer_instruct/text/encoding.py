@@ -1,10 +1,10 @@
-"""Text to tokens: one rule for where a prompt ends and its response begins, for training and generation alike.
+"""Text to tokens: one rule for where a prompt ends and its response begins, in training and generation.
 
-A prompt is always encoded by itself, so the tokens that a model is trained behind are those that it is asked with.
-Prompt + response are then encoded as one string; where that begins with the prompt's tokens, the rest is the response.
-Where a merge straddles the boundary (":" + ")" may be one token ":)"), the prompt keeps its own tokens and the response
-is encoded as it would be after them. BOS is the tokenizer's business; the template's end token, or EOS where it names
-none, ends every response that is not cut.
+A prompt is always encoded on its own, so a model sees the same prompt tokens in training and in generation. Prompt +
+response are then encoded as one string; if that encoding begins with the prompt's tokens, the rest is the response. If
+a merge straddles the boundary (":" + ")" may be one token ":)"), the prompt keeps its own tokens and the response is
+encoded as it would be after them. BOS is left to the tokenizer. Every response that is not cut ends in the template's
+end token, or in EOS if the template names none.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from safer_instruct.text.prompts import Prompt, Unusable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Texts of which at least one ends in a token of its own whatever follows: they show how a response is encoded when it
-# does not stand at the start of a string (where sentencepiece would put a space before it).
+# At least one of these texts ends in a token that does not merge with what follows. They show how a response is encoded
+# when it is not at the start of a string (where sentencepiece would prepend a space).
 _ANCHORS = ("\n", "a", "0", ".", "\n\n", " .")
 
 
@@ -34,18 +34,18 @@ class EncodedRow:
 
     prompt: list[int]  # BOS (where the tokenizer adds it) and the prompt; the same for all responses
     responses: tuple[list[int], ...]  # each ends in its end token unless it was cut
-    prompt_cut: bool  # the prompt's body lost its end
-    responses_cut: tuple[bool, ...]  # for each response, whether it lost its end
+    prompt_cut: bool  # whether the end of the prompt's body was cut
+    responses_cut: tuple[bool, ...]  # for each response, whether its end was cut
     straddled: int  # responses whose first token would have merged with the prompt's last
 
 
 class Encoder:
-    """Encodes rows of text in batches; the fast tokenizer spreads a batch over the cores.
+    """Encodes rows of text in batches; the fast tokenizer spreads each batch over the CPU cores.
 
     Args:
-        tokenizer: A fast tokenizer of transformers.
-        max_length: Tokens of prompt + response, BOS and EOS included.
-        max_prompt_length: Tokens of the prompt, BOS included; less than max_length.
+        tokenizer: A fast tokenizer from transformers.
+        max_length: Maximum tokens of prompt + response, including BOS and EOS.
+        max_prompt_length: Maximum tokens of the prompt, including BOS; less than max_length.
 
     Raises:
         UserError: The tokenizer is not a fast one, or has no EOS token.
@@ -54,7 +54,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, max_prompt_length: int) -> None:
         if not 0 < max_prompt_length < max_length:
             raise UserError(f"max_prompt_length={max_prompt_length} must be in 1..{max_length - 1} (max_length - 1)")
-        if tokenizer.eos_token_id is None or not tokenizer.eos_token:  # "" is that of old LLaMA conversions
+        if tokenizer.eos_token_id is None or not tokenizer.eos_token:  # old LLaMA conversions have ""
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token, so no response could end")
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
@@ -68,12 +68,12 @@ class Encoder:
 
         Args:
             prompts: N prompts.
-            responses: N times the text(s) that follow the prompt directly.
+            responses: For each prompt, the text(s) that directly follow it.
             end_token: What ends each response; "" for EOS.
 
         Returns:
-            N rows; where there is none, the reason: "prompt_too_long" (the template leaves no room for the body) or
-            "no_tokens" (a response that the tokenizer makes nothing of).
+            N entries: a row, or the reason why there is none: "prompt_too_long" (the template leaves no room for the
+            body) or "no_tokens" (the tokenizer encodes a response to nothing).
         """
         end = self._tokenizer.id_of(end_token) if end_token else self._eos
         fitted, prompt_ids = self._fit(prompts)
@@ -98,7 +98,7 @@ class Encoder:
         return fitted, ids
 
     def _response_ids(self, prompt: list[int], joint: list[int], response: str) -> tuple[list[int], bool]:
-        """Return the response's tokens behind the prompt's, and whether a merge straddled the boundary."""
+        """Return the response's tokens after the prompt, and whether a merge straddled the boundary."""
         n = len(prompt)
         if joint[:n] == prompt:
             return joint[n:], False
@@ -107,7 +107,7 @@ class Encoder:
     def _finish(
         self, prompt: list[int], responses: list[tuple[list[int], bool]], end: int, prompt_cut: bool
     ) -> EncodedRow:
-        """Put the end token behind each response; a response that does not fit with it is cut, on its own."""
+        """Append the end token to each response; each one that does not fit with it is cut independently."""
         room = self.max_length - len(prompt)
         ended = [[*ids, end] for ids, _ in responses]
         return EncodedRow(
@@ -120,14 +120,14 @@ class Encoder:
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int) -> list[int]:
-    """Return the tokens that a model is asked with: exactly those that it is trained behind.
+    """Return the prompt's tokens for generation: exactly those used in training.
 
-    `max_tokens` counts BOS, too; a longer prompt loses the end of its body.
+    `max_tokens` includes BOS; the end of a longer prompt's body is cut.
 
     Raises:
         Unusable: The prompt's template alone does not fit into `max_tokens` (reason "prompt_too_long"), or its body
-            holds the text of a special token ("special_token"), as no row that is trained on does: the model would
-            read the end of a turn, or the beginning of another, in the middle of what it is asked.
+            holds the text of a special token ("special_token"): the model would read the end or the beginning of a
+            turn in the middle of the request. Such rows are never trained on either.
     """
     if any(token in prompt.body for token in special_token_texts(tokenizer)):
         raise Unusable("special_token", "a prompt holds the text of one of the tokenizer's special tokens")
@@ -138,13 +138,13 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tok
         if fitted is None:
             raise Unusable(
                 "prompt_too_long",
-                f"a prompt has no room in {max_tokens} tokens: its template alone fills them; raise the limit",
+                f"a prompt does not fit into {max_tokens} tokens: its template alone fills them; raise the limit",
             )
     return ids
 
 
 class _Tokenizer:
-    """The three questions that we ask of a fast tokenizer, without the EOS that some put behind every text."""
+    """The operations that we need from a fast tokenizer, without the EOS that some append to every text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast:
@@ -154,19 +154,19 @@ class _Tokenizer:
         self._num_suffix = next((i for i, special in enumerate(reversed(mask)) if not special), 0)
 
     def id_of(self, token: str) -> int:
-        """Return the id of a token, by its text."""
+        """Return the id of the token with this text."""
         return int(self._tokenizer.backend_tokenizer.token_to_id(token))
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, with BOS where the tokenizer adds it, and without EOS."""
-        backend = self._tokenizer.backend_tokenizer  # what `tokenizer(texts)` calls, less its Python work per row
+        """Return the token ids of each text, with BOS if the tokenizer adds it, and without EOS."""
+        backend = self._tokenizer.backend_tokenizer  # what `tokenizer(texts)` calls, without its Python work per row
         backend.no_truncation()
         backend.no_padding()
         encoded = [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
         return [ids[: len(ids) - self._num_suffix] for ids in encoded] if self._num_suffix else encoded
 
     def ids_after_other_tokens(self, text: str) -> list[int]:
-        """Return the token ids of `text` as it is encoded behind tokens that it does not merge with."""
+        """Return the token ids of `text` when it follows tokens that it does not merge with."""
         joint = self.ids([anchor + text for anchor in _ANCHORS])
         for anchor_ids, ids in zip(self.ids(_ANCHORS), joint, strict=True):
             if ids[: len(anchor_ids)] == anchor_ids:
@@ -176,7 +176,7 @@ class _Tokenizer:
     def cut(self, prompt: Prompt, max_tokens: int) -> tuple[Prompt | None, list[int]]:
         """Return the prompt with as much of its body's start as fits, and its token ids; (None, []) if nothing does.
 
-        The cut is made in the text, at the end of a token, so that the result is a prompt like any other.
+        The text itself is cut, at the end of a token, so that the result is an ordinary prompt.
         """
         body = prompt.body
         while True:
@@ -194,8 +194,8 @@ class _Tokenizer:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash what decides how a text is encoded, and where an answer ends."""
+    """Hash everything that determines how a text is encoded and where an answer ends."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    del state["truncation"], state["padding"]  # set by whoever called the tokenizer last; the encoder uses neither
+    del state["truncation"], state["padding"]  # left over from the tokenizer's last call; the encoder uses neither
     state = [state, tokenizer.eos_token_id, tokenizer.chat_template, special_token_texts(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())

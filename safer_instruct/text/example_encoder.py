@@ -1,6 +1,6 @@
 """From examples to rows of tokens: how each is rendered for a loss, and what a template or a limit leaves out.
 
-A conversation is rendered as the answers in it, each with all that was said before; their tokens are one row again.
+A conversation is rendered once per answer, with everything said before it; the tokens are then joined into one row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Targets(NamedTuple):
-    """What the rows of all datasets of a run are encoded for; see `preference_datasets.build_stores`."""
+    """How the rows of all datasets of a run are encoded; see `preference_datasets.build_stores`."""
 
     loss: str
     tokenizer: PreTrainedTokenizerBase
@@ -34,26 +34,26 @@ class ExampleEncoder:
     """Renders and encodes the examples of a dataset."""
 
     def __init__(self, settings: DatasetSettings, targets: Targets, log: RowLog) -> None:
-        """Look at the template.
+        """Check the template.
 
         Raises:
-            UserError: It fails, or has no place for the system prompt of the settings.
+            UserError: It fails, or it has no place for the system prompt in the settings.
         """
         loss, tokenizer, encoder, self._all_answers = targets
         self._settings, self._loss, self._tokenizer, self._encoder = settings, loss, tokenizer, encoder
         self._log = log
-        # The prompt of a later answer is the conversation up to it, for which max_length is the only limit.
+        # The prompt of a later answer is the whole conversation before it, so only max_length limits it.
         self._later = Encoder(tokenizer, max_length=encoder.max_length, max_prompt_length=encoder.max_length - 1)
-        # A reversed model answers no chat: its prompt is the published one, and EOS ends what it writes.
+        # A reversed model does not chat: it has the published prompt, and EOS ends its output.
         try:
             self._turn = Turn() if loss == "reverse" else answer_turn(settings.template, tokenizer)
-        except UserError as error:  # begins with template=...
+        except UserError as error:  # its message begins with template=..., the name of the setting
             raise UserError(f"datasets.{log.name}.{error}") from error
-        if settings.system and loss != "reverse":  # one that has no place is said at once, not counted row by row
+        if settings.system and loss != "reverse":  # if it has no place, fail early instead of dropping every row
             render_prompt(settings.template, "", tokenizer=tokenizer, system=settings.system)
 
     def encode(self, examples: Sequence[Example]) -> Iterator[tuple[Example, str, list[EncodedRow]]]:
-        """Yield (example, its target, its rows) for those that can be used: one row, or more for several answers."""
+        """Yield (example, target, rows) for each usable example: one row, or more if it has several answers."""
         kept, texts = [], []
         for example in examples:
             try:
@@ -79,7 +79,7 @@ class ExampleEncoder:
         return encoder.encode(prompts, responses, end_token=self._turn.end_token)
 
     def _texts(self, example: Example) -> list[tuple[Prompt, tuple[str, ...]]]:
-        """Render each prompt that is trained on, and what follows it: the one target, or chosen and rejected.
+        """Render each training prompt and what follows it: the single target, or chosen and rejected.
 
         Raises:
             Unusable: The template has no place for the conversation.
@@ -88,7 +88,7 @@ class ExampleEncoder:
             turns = each_answer(example)
             if example.history and not self._all_answers:
                 self._log.note("first_turn_only", example)
-                turns = [replace(turns[0], history=())]  # a later one may mean nothing without what was said before
+                turns = [replace(turns[0], history=())]  # a later turn may mean nothing without the turns before it
             return [
                 (render_reversed(str(turn.chosen), turn.history), (reversed_target(str(turn.instruction), turn.input),))
                 for turn in turns
@@ -102,14 +102,14 @@ class ExampleEncoder:
             history=example.history,
         )  # fmt: skip
         both = [example.chosen] if self._loss == "likelihood" else [example.chosen, example.rejected]
-        responses = [text for text in both if text is not None]  # a single answer is one of the two
+        responses = [text for text in both if text is not None]  # a single answer is either chosen or rejected
         return prompt, tuple(self._turn.lead + response + self._turn.close for response in responses)
 
 
 def each_answer(example: Example) -> list[Example]:
-    """Return an example for each of the assistant's messages, in order; the last one is the example itself.
+    """Return an example for each assistant message, in order; the last one is the example itself.
 
-    What a user says twice in a row, unanswered, stays in the history of the answer behind it.
+    If the user sends two messages in a row, both stay in the prompt of the next answer.
     """
     answers = [
         replace(example, instruction=asked.content, input="", chosen=answer.content, history=example.history[:number])
@@ -120,17 +120,17 @@ def each_answer(example: Example) -> list[Example]:
 
 
 def join_answers(rows: Sequence[EncodedRow]) -> Iterator[EncodedRow]:
-    """Join the answers of a conversation into one row wherever a prompt goes on from where the answer before it ended.
+    """Join the answers of a conversation into one row wherever a prompt begins with the row of the answer before it.
 
-    Each answer stands behind exactly the tokens that a model would be asked with, so the joined row trains what a row
-    for each answer would, and computes the conversation once. A template that writes earlier answers otherwise than
-    the last one (without their thoughts, without an end) makes a row for each answer.
+    Each answer still follows exactly the tokens of its own prompt, so the joined row trains the same as one row per
+    answer, while processing the conversation only once. A template that renders earlier answers differently from the
+    last one (without their thoughts, or without an end token) leaves one row per answer.
 
     Args:
-        rows: Of one response each, in the order of the conversation.
+        rows: Rows with one response each, in the order of the conversation.
 
     Yields:
-        rows whose response holds `~t` for a token t that is given between two answers, and is no target.
+        Rows whose response holds `~t` for each token t between two answers, which is context and not a target.
     """
     joined: EncodedRow | None = None
     tokens: list[int] = []  # of `joined`

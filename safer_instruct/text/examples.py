@@ -1,6 +1,6 @@
-"""Rows of text: the Example that the stages pass on, its id, the shard and the split that it belongs to.
+"""The Example that the stages pass on, its id, and the shard and split that it belongs to.
 
-Nothing here prints or raises a text of the corpus: errors name the file and the line, the column, or the row's id.
+Nothing here prints corpus text or raises it: errors name the file and line, the column, or the row's id.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row on its way through the method; None means "not known yet", and every stage adds what it finds out."""
+    """One row on its way through the pipeline; None means "not known yet", and each stage fills in its results."""
 
-    id: str  # hash of the text that the row was born from, or the id that its file gave it
-    instruction: str | None = None  # what was asked (induced, in Safer-Instruct)
+    id: str  # hash of the text that the row was made from, or the id from its file
+    instruction: str | None = None  # the user's request (induced, in Safer-Instruct)
     input: str = ""  # Alpaca's second field: the material that the instruction is about
     chosen: str | None = None  # the safe response
     rejected: str | None = None  # the unsafe response
     label: str = ""  # category of harm, "" if there is none
     # What made the row: models, prompts, seeds. Never needed to train.
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    system: str = ""  # what the assistant was told before the conversation, "" if nothing
-    # The messages before `instruction`, which is the user's last; () where it is the only one.
+    system: str = ""  # system prompt of the conversation, "" if there is none
+    # The messages before `instruction`, which is the user's last message; () if there are none.
     history: tuple[Message, ...] = ()
 
     @property
@@ -44,17 +44,17 @@ class Example:
 
     @property
     def response_id(self) -> str:
-        """Id of the unsafe response, and of what was said before it: what an instruction is induced from."""
+        """Id of the unsafe response and the conversation before it, from which an instruction is induced."""
         return text_id(*(text for message in self.history for text in message), self.rejected or "")
 
     @property
     def before(self) -> tuple[Message, ...]:
-        """What stands before the instruction, the system message first."""
+        """The messages before the instruction, with the system message first."""
         return ((Message("system", self.system),) if self.system else ()) + self.history
 
     @property
     def asked(self) -> str:
-        """The instruction, behind the conversation that it goes on with, for somebody who is to understand it."""
+        """The instruction, preceded by the conversation that it continues, as a readable text."""
         instruction = self.instruction or ""
         return transcript((*self.before, Message("user", instruction))) if self.before else instruction
 
@@ -75,17 +75,17 @@ def text_id(*texts: str) -> str:
 
 
 def short_hash(text: str, num_bytes: int = 8) -> str:
-    """Return hex digits of blake2b over a text: what names a model, a prompt or a configuration in files."""
+    """Return the blake2b hex digest of a text, which names a model, a prompt or a configuration in files."""
     return hashlib.blake2b(text.encode(), digest_size=num_bytes).hexdigest()
 
 
 def normalise(text: str) -> str:
-    """Return the form in which two instructions are compared: case, and the kind and amount of blanks, do not count."""
+    """Return the form in which instructions are compared, ignoring case and the kind and amount of whitespace."""
     return " ".join(text.split()).casefold()
 
 
 def is_unicode(*texts: str) -> bool:
-    r"""Return whether texts hold no half of a surrogate pair, as JSON's "\ud800" makes: no tokenizer takes it."""
+    r"""Return whether texts have no lone surrogate, such as JSON's "\ud800", which no tokenizer accepts."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -94,7 +94,7 @@ def is_unicode(*texts: str) -> bool:
 
 
 def _uniform_hash(text: str, salt: bytes) -> int:
-    """Return a 64-bit number that is uniform over texts and the same on every machine."""
+    """Return a 64-bit hash that is uniform over texts and the same on every machine."""
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=salt).digest(), "little")
 
@@ -107,10 +107,10 @@ def in_shard(id: str, index: int, count: int) -> bool:
 
 
 def held_out(instruction: str, fraction: float) -> bool:
-    """Return whether rows with this instruction are for evaluation: about `fraction` of all instructions are.
+    """Return whether rows with this instruction are held out for evaluation, as about `fraction` of all instructions.
 
-    A function of the (normalised) instruction alone, so rows that share it never straddle the split, and the rows
-    held out at a smaller fraction are among those held out at a larger one.
+    It depends on the (normalised) instruction alone, so rows that share it never straddle the split, and the rows
+    held out at a smaller fraction are a subset of those held out at a larger one.
     """
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"the held-out fraction must be in 0..1; it is {fraction}")

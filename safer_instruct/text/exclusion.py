@@ -1,4 +1,4 @@
-"""Which instructions may not be trained on: the one rule that training follows and evaluation reports by."""
+"""Which instructions may not be trained on: the rule shared by training and by the overlap report of evaluation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PUBLISHED_TEST_SET = "test_set.csv"  # its `si` prompts are also in the publishe
 def instruction_key(instruction: str, input: str = "", history: Messages = ()) -> str:
     """Return the form in which instructions are compared; Alpaca's `input` is part of the instruction.
 
-    One that goes on with a conversation is the conversation up to it: "Why?" alone is not what was asked.
+    The key of a follow-up includes the conversation before it: "Why?" alone is not what was asked.
     """
     asked = reversed_target(instruction, input)
     return normalise(transcript((*history, Message("user", asked))) if history else asked)
 
 
 def turn_keys(example: Example) -> list[str]:
-    """Return the key of each of the user's turns alone, then those of later ones behind all that was said before them.
+    """Return the key of each user turn alone, then the keys of the later turns with all messages before them.
 
-    By the first a conversation is split and recognised; the last is the key of what the example asks.
+    The first key decides the split and identifies the conversation; the last is the key of the example's request.
     """
     alone = [instruction_key(*turn) for turn in example.user_turns]
     history = example.history
@@ -41,7 +41,7 @@ def turn_keys(example: Example) -> list[str]:
 
 
 def exclude_file(settings: DatasetSettings) -> Path | None:
-    """Find the file of instructions to keep out of training: `exclude`, else the test set beside published data."""
+    """Find the file of instructions to keep out of training: `exclude`, or else the test set beside published data."""
     if settings.exclude is not None:
         return find_path(settings.exclude) if settings.exclude else None
     path = find_path(settings.path)
@@ -51,10 +51,10 @@ def exclude_file(settings: DatasetSettings) -> Path | None:
 
 
 def read_instruction_keys(file: str | Path | None) -> Iterator[str]:
-    """Yield the key of every instruction in a file, behind its `history` if it has one; none without a file.
+    """Yield the key of every instruction in a file, including its `history` if it has one; nothing without a file.
 
     Raises:
-        UserError: The file is missing, or has no column `instruction`, or a `history` that is no list of messages.
+        UserError: The file is missing, has no column `instruction`, or has a `history` that is not a list of messages.
     """
     for where, row in read_rows(find_path(file)) if file else ():
         require_columns(row, ["instruction"], where)
@@ -63,5 +63,5 @@ def read_instruction_keys(file: str | Path | None) -> Iterator[str]:
 
 
 def key_hash(key: str) -> int:
-    """Return 8 bytes for an instruction: a set of these is small beside one of texts."""
+    """Return an 8-byte hash of a key: a set of hashes takes far less memory than a set of texts."""
     return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass"))

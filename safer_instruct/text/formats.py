@@ -1,4 +1,4 @@
-"""One reader for each format of a data file, compressed or not: its rows, with the line that each starts on."""
+"""One reader per data file format, compressed or not: it yields the rows, with the line that each starts on."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from safer_instruct.text.display import short_name
 
 Row = dict[str, Any]
 
-MAX_TEXT_CHARACTERS = 1 << 24  # a longer one is an unclosed quote or a damaged file, not a text
-MAX_LINE_CHARACTERS = 2 * MAX_TEXT_CHARACTERS  # of JSON, where a row may hold several texts
+MAX_TEXT_CHARACTERS = 1 << 24  # anything longer is an unclosed quote or a damaged file, not a text
+MAX_LINE_CHARACTERS = 2 * MAX_TEXT_CHARACTERS  # limit of a JSON line, where a row may hold several texts
 JSON_CHUNK_CHARACTERS = 1 << 20
-MAX_GROUP_BYTES = 2 << 30  # of a row group of Parquet or a record batch of arrow, unpacked: it is held in memory
-GROUP_ROWS = 256  # of it at a time, fewer where a dictionary could make each of them large
-DICTIONARY_PAGE = 2  # a kind of Parquet's pages
-MAX_TABLE_EXPANSION = 1000  # text of a table by its bytes on the disk: a dictionary of one text may fill each row
-MIN_TABLE_CHARACTERS = 1 << 30  # below, a small table may hold any multiple of its size
+MAX_GROUP_BYTES = 2 << 30  # limit of an unpacked Parquet row group or arrow record batch, which is held in memory
+GROUP_ROWS = 256  # rows converted at a time; fewer where a dictionary could make each of them large
+DICTIONARY_PAGE = 2  # Parquet's number for this type of page
+MAX_TABLE_EXPANSION = 1000  # ratio of text to bytes on disk: a dictionary may repeat one text in every row
+MIN_TABLE_CHARACTERS = 1 << 30  # up to this much text, the ratio is not checked
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".csv", ".json", ".jsonl")
@@ -35,17 +35,17 @@ DATA_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", *(text + end for text in 
 
 
 def data_suffix(file: Path) -> str:
-    """Return what a file's name says of its format, in lower case: ".csv", ".jsonl.gz"; "" if it is no data file."""
+    """Return the suffix that names a file's format, in lower case: ".csv", ".jsonl.gz"; "" if it is no data file."""
     name = file.name.lower()
     return max((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), key=len, default="")
 
 
 class BadLine(UserError):
-    """One row that cannot be read, in a file that can be read on behind it.
+    """One row that cannot be read, in a file whose later rows can be.
 
     Attributes:
         where: file:line.
-        reason: A word for the counts.
+        reason: The name under which it is counted.
     """
 
     def __init__(self, where: str, reason: str, message: str) -> None:
@@ -54,7 +54,7 @@ class BadLine(UserError):
 
 
 def refuse(line: BadLine) -> None:
-    """Raise the fault of a row."""
+    """Raise the error of a row that cannot be read."""
     raise line
 
 
@@ -87,7 +87,7 @@ def _open_bytes(file: Path) -> BinaryIO:
     compression = COMPRESSIONS.get(file.suffix.lower())
     if compression is None:
         return file.open("rb")
-    # pyarrow has both codecs; its stream is a file in all but its declared type.
+    # pyarrow has both codecs; its stream behaves like a raw file, although it is not typed as one.
     return io.BufferedReader(cast(io.RawIOBase, pyarrow.input_stream(str(file), compression=compression)))
 
 
@@ -96,7 +96,7 @@ def _open_text(file: Path, newline: str | None = None) -> TextIO:
 
 
 def _first_bad_line(file: Path) -> str:
-    """Return the place of the first line that is not UTF-8: a decoder reads ahead, so its own position is of no use."""
+    """Return the location of the first line that is not UTF-8: a decoder reads ahead, so its position is no help."""
     with _open_bytes(file) as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -147,14 +147,14 @@ def _without_nul(lines: Iterable[str], file: Path) -> Iterator[str]:
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
     with _open_text(file) as lines:
-        # readline with a limit: a file without line breaks is not read into memory as a whole.
+        # readline with a limit, so that a file without line breaks is not read into memory as a whole.
         for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_CHARACTERS), ""), start=1):
             if len(line) == MAX_LINE_CHARACTERS:
                 raise UserError(f"{file}:{number}: a line of more than {len(line):,} characters")
             if line.strip():
                 row = _json_row(line, f"{file}:{number}")
                 if isinstance(row, BadLine) and not line.endswith("\n"):
-                    raise UserError(str(row))  # the file breaks off here: rows are missing, not just this one
+                    raise UserError(str(row))  # the file is truncated here, so more rows than this one are missing
                 yield number, row
 
 
@@ -194,9 +194,9 @@ def _object(row: object, where: str) -> Row | BadLine:
 def _read_json(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
     """Yield the objects of a JSON list, parsed one at a time; a file that does not start with "[" has one a line.
 
-    Why not `ijson`: its C parser turns half of a surrogate pair into "?" without a word (here such a row is counted),
-    refuses NaN, which json writes, tells no line, crashed on an integer of 5,000 digits, and 200 kB of brackets took
-    8 GB.
+    Why not `ijson`: its C parser silently turns a lone surrogate into "?" (here such a row is counted), rejects NaN,
+    which json writes, reports no line numbers, crashed on an integer of 5,000 digits, and needed 8 GB for 200 kB of
+    brackets.
     """
     with _open_text(file) as source:
         text = source.read(JSON_CHUNK_CHARACTERS)
@@ -217,11 +217,11 @@ def _read_json(file: Path) -> Iterator[tuple[int, Row | BadLine]]:
                 if not chunk or len(text) - position > MAX_LINE_CHARACTERS:
                     broken = line + text.count("\n", position, error.pos)
                     raise UserError(f"{file}:{broken}: broken JSON: {error.msg}") from error
-                if start == len(text):  # nothing but blanks, and perhaps a comma: there may be gigabytes of them
+                if start == len(text):  # only whitespace and perhaps a comma; drop it, there may be gigabytes of it
                     line += text.count("\n", position)
                     text, position = text[position:].strip() + chunk, 0
                 else:
-                    text, position = text[position:] + chunk, 0  # perhaps the item goes on behind the end of `text`
+                    text, position = text[position:] + chunk, 0  # the item may continue in the next chunk
                 continue
             except (ValueError, RecursionError) as error:
                 line += text.count("\n", position, start)
@@ -239,8 +239,8 @@ def _require_end(rest: str, source: TextIO, where: str) -> None:
 
 
 def _next_item(text: str, position: int) -> int:
-    """Return where the next item of a list begins: behind blanks and at most one comma."""
-    return _BEFORE_ITEM.match(text, position).end()  # type: ignore[union-attr]  # it matches anything
+    """Return where the next item of a list begins: after whitespace and at most one comma."""
+    return _BEFORE_ITEM.match(text, position).end()  # type: ignore[union-attr]  # it always matches
 
 
 _BEFORE_ITEM = re.compile(r"[ \n\r\t]*,?[ \n\r\t]*")
@@ -254,8 +254,8 @@ def _read_table(file: Path) -> Iterator[tuple[int, Row]]:
         if characters > limit:
             raise UserError(
                 f"{file}:{number}: the texts up to here are more than {limit / 2**30:.1f} GiB, over "
-                f"{MAX_TABLE_EXPANSION:,} times the file: one text stands in row after row; leave out its column, or "
-                "write the file as JSONL if that is meant"
+                f"{MAX_TABLE_EXPANSION:,} times the file: one text repeats in row after row; leave out its column, or "
+                "write the file as JSONL if this is intended"
             )
         yield number, row
 
@@ -267,7 +267,7 @@ def _rows_of(batch: pyarrow.RecordBatch, file: Path) -> list[Row]:
 
 
 def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the batches of a Parquet file, or of an arrow file: the stream that `datasets` writes, or Feather."""
+    """Yield the batches of a Parquet file or an arrow file (the stream format that `datasets` writes, or Feather)."""
     if file.suffix.lower() == ".parquet":
         with pyarrow.parquet.ParquetFile(file) as table:
             groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
@@ -294,21 +294,21 @@ def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _repeated_bytes(file: BinaryIO, column: pyarrow.parquet.ColumnChunkMetaData) -> int:
-    """Return the bytes, unpacked, of what a column may put into each of its rows although it is stored once."""
+    """Return the unpacked size of what a column stores once but may repeat in every row, in bytes."""
     starts = (column.dictionary_page_offset, column.data_page_offset)
     file.seek(min((start for start in starts if start), default=0))
-    # The first page begins with its kind and its bytes, unpacked and packed: three times 0x15 and a number in zigzag.
+    # A page header begins with page type, unpacked size and packed size: each is 0x15 and a zigzag-encoded number.
     header, numbers = file.read(24), list[int]()
     while len(numbers) < 3 and (found := re.match(rb"\x15([\x80-\xff]*[\x00-\x7f])", header)):
         numbers.append(sum((byte & 127) << 7 * place for place, byte in enumerate(found[1])) // 2)
         header = header[found.end() :]
-    if len(numbers) < 3 or "DELTA_BYTE_ARRAY" in column.encodings:  # where a value begins as the one before it
+    if len(numbers) < 3 or "DELTA_BYTE_ARRAY" in column.encodings:  # values share prefixes with the one before
         return int(column.total_uncompressed_size)
     return max(numbers[1:]) if numbers[0] == DICTIONARY_PAGE else 0
 
 
 def _repeats(type: pyarrow.DataType) -> bool:
-    """Return whether arrow may store once what several rows of a type hold."""
+    """Return whether arrow may store a value of this type once for several rows."""
     kinds = pyarrow.types
     views = (kinds.is_string_view, kinds.is_binary_view, kinds.is_list_view, kinds.is_large_list_view)
     if any(is_kind(type) for is_kind in (kinds.is_dictionary, kinds.is_run_end_encoded, *views)):
@@ -325,5 +325,5 @@ def _require_room(file: Path, what: str, num_bytes: int, how: str) -> None:
 
 
 def _rows_at_a_time(repeated_bytes: int) -> int:
-    """Return how many rows, at most GROUP_ROWS, fit into MAX_GROUP_BYTES if so much is repeated in each of them."""
+    """Return how many rows (at most GROUP_ROWS) fit into MAX_GROUP_BYTES if each repeats this many bytes."""
     return max(1, min(GROUP_ROWS, MAX_GROUP_BYTES // max(1, repeated_bytes)))

@@ -1,4 +1,4 @@
-"""The text of an HTML fragment, as forum posts are published: paragraphs apart, tags gone, entities read."""
+"""The text of an HTML fragment, such as a forum post: paragraphs separated, tags removed, entities decoded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Reader(HTMLParser):
 
 
 def html_text(fragment: str) -> str:
-    """Return what a reader sees of a fragment; a text without tags and entities stays as it is."""
+    """Return the visible text of a fragment; a text without tags and entities is returned unchanged."""
     if "<" not in fragment and "&" not in fragment:
         return fragment
     reader = _Reader()

@@ -1,4 +1,4 @@
-"""What the rows of a dataset are read from: files, or what the library `datasets` finds on the Hugging Face hub."""
+"""The source of a dataset's rows: local files, or a dataset that the library `datasets` reads from the hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safer_instruct.text.readers import data_files, left_out_of, other_entries, 
 class Source(NamedTuple):
     """What the rows of a dataset depend on."""
 
-    files: list[Path]  # those that are read; none for a dataset on the hub
+    files: list[Path]  # the files to read; empty for a dataset on the hub
     version: str  # on the hub: dataset, config and commit
     read: list[str]  # what is read, for a report
     left_out: list[str]  # files or splits that nothing is trained on, by their names
@@ -26,10 +26,10 @@ class Source(NamedTuple):
 
 
 def source_of(name: str, settings: DatasetSettings) -> Source:
-    """Return what `datasets.NAME` is read from, for training.
+    """Return the source of `datasets.NAME` for training.
 
     Raises:
-        UserError: There is no such file, folder or dataset, or no network to find it with.
+        UserError: There is no such file, folder or dataset, or no network to find it.
     """
     hub = hub_dataset(name, settings)
     if hub is not None:
@@ -40,13 +40,13 @@ def source_of(name: str, settings: DatasetSettings) -> Source:
 
 
 def hub_dataset(name: str, settings: DatasetSettings) -> HubDataset | None:
-    """Return the dataset that the library is to read: no path here, or a folder in the form of those on the hub."""
+    """Return the dataset if the library has to read it: it is on the hub, or a local folder in the hub's layout."""
     by_library = settings.split or settings.config or settings.streaming or may_be_on_hub(settings.path)
     return HubDataset(name, settings) if by_library else None
 
 
 class HubDataset:
-    """A dataset as `datasets` reads it; before its rows nothing is loaded but its card and the names of its files."""
+    """A dataset read by `datasets`; only its card and file names are loaded before the first row is requested."""
 
     def __init__(self, name: str, settings: DatasetSettings) -> None:
         self._name, self._settings = name, settings
@@ -55,13 +55,13 @@ class HubDataset:
         try:
             path = str(folder.resolve()) if self._is_folder else settings.path
             self._builder = _builder(path, settings.config, settings.revision)
-        except Exception as error:  # whatever the library, its network and its file systems raise
+        except Exception as error:  # the library, its network code and its file systems may raise anything
             raise self._refused("", error) from error
         files: dict[str, list[str]] = self._builder.config.data_files or {}
         names = [str(split) for split in files or self._builder.info.splits or ()]
         left_out = [] if settings.split else left_out_of(names, settings.path, f"datasets.{name}.split=NAME")
         self._splits = [settings.split] if settings.split else [split for split in names if split not in left_out]
-        if self._is_folder:  # the library's cache does not notice that a file has changed
+        if self._is_folder:  # hash the files themselves, as the library's cache does not notice that one has changed
             found = [Path(file) for split in self._splits for file in files.get(split, ())]
             self.source = Source(found, "", [file.name for file in found], left_out, [])  # what its rows depend on
         else:
@@ -69,9 +69,9 @@ class HubDataset:
             self.source = Source([], version, [f"{version} {split}" for split in self._splits], left_out, [])
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """Yield ("path/split:number", row): streamed, or from the library's copy of the dataset on this disk.
+        """Yield ("path/split:number", row): streamed, or from the library's local copy of the dataset.
 
-        A folder is streamed in any case.
+        A local folder is always streamed.
 
         Raises:
             UserError: There is no such split, or reading breaks off.
@@ -82,7 +82,7 @@ class HubDataset:
                 for number, row in enumerate(self._load(split), start=1):
                     yield f"{self._settings.path}/{split}:{number}", dict(row)
             except Exception as error:  # as above
-                raise self._refused(f" behind row {number} of split={split}", error) from error
+                raise self._refused(f" after row {number} of split={split}", error) from error
 
     def _load(self, split: str) -> Any:
         if self._settings.streaming or self._is_folder:
@@ -96,7 +96,7 @@ class HubDataset:
         asked = ", ".join([repr(settings.path), *(f"{name}={value}" for name, value in given.items() if value)])
         reason = visible(" ".join(str(error).split())[:300]) or type(error).__name__
         hint = (
-            f"; there is no such file or folder here either. Without a network: hf download {settings.path} "
+            f"; there is no such local file or folder either. Without a network: hf download {settings.path} "
             f"--repo-type dataset --local-dir FOLDER where there is one, then {key}.path=FOLDER {key}.split=train"
         )
         hint *= not self._is_folder
@@ -105,6 +105,6 @@ class HubDataset:
 
 @lru_cache
 def _builder(path: str, config: str | None, revision: str | None) -> Any:
-    import datasets  # slow to import, and most datasets are files
+    import datasets  # slow to import, and not needed for plain files
 
     return datasets.load_dataset_builder(path, config, revision=revision)

@@ -1,4 +1,4 @@
-"""The rows of a dataset's files as Examples, by the schema of the dataset; every row that cannot be used is counted."""
+"""The rows of a dataset as Examples, parsed by the dataset's schema; every unusable row is counted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FREE_COLUMNS = frozenset({"id", "label", "provenance"})  # no schema needs to re
 
 
 class LoadedExamples:
-    """The usable rows of a dataset, streamed; the counts are complete when the iteration is."""
+    """The usable rows of a dataset, streamed; the counts are complete after a full iteration."""
 
     def __init__(
         self,
@@ -71,13 +71,13 @@ class LoadedExamples:
                 yield from self._example(one, _numbered(id, number), where)
 
     def _prompts(self) -> Iterator[tuple[Fields, str, str]]:
-        """Yield (fields, the row's own id, where) of each prompt: a row, or rows that are answers to the same one."""
+        """Yield (fields, the row's own id, where) of each prompt: one row, or several that answer the same prompt."""
         if not self._schema.joined:
             yield from self._rows()
             return
         for _, rows in groupby(self._rows(), lambda one: [one[0].get(name) for name in ("history", "instruction")]):
             first, *others = rows
-            if "answers" not in first[0]:  # a row is a comparison in itself
+            if "answers" not in first[0]:  # each row is a comparison on its own
                 yield from (first, *others)
                 continue
             answers = [answer for fields, _, _ in (first, *others) for answer in fields["answers"]]
@@ -85,7 +85,7 @@ class LoadedExamples:
 
     def _rows(self) -> Iterator[tuple[Fields, str, str]]:
         file, columns = None, self._settings.columns
-        parsed = False  # a row of the file
+        parsed = False  # whether any row of the current file has been parsed
         if self._hub is None:
             rows = read_rows(self._path, columns=columns, training=self._training, bad_line=self._drop_line)
         else:
@@ -102,7 +102,7 @@ class LoadedExamples:
             except KeyError as error:
                 self._drop(BadRow("missing_field", str(error.args[0])), _row_id(row) or text_id(where), where)
             except BadRow as bad:
-                if bad.reason == "not_judged" and not parsed:  # another column is meant: no row of the file would do
+                if bad.reason == "not_judged" and not parsed:  # probably the wrong column: every row would fail
                     raise UserError(
                         f"{where}: column {bad.column} does not say whether the answer is good, which is needed here: "
                         f"expected {bad.expected}; datasets.{self.log.name}.columns.{bad.column}=NAME reads another"
@@ -133,7 +133,7 @@ class LoadedExamples:
         require_columns(row, needed, file, f"datasets.{self.log.name}.columns", self._settings.columns)
 
     def _with_answers(self, fields: Fields) -> list[Fields]:
-        """Return the fields of each example: for several answers those of each pair, or of the best one."""
+        """Return the fields of each example; several answers make one example per pair, or one with the best answer."""
         answers, margin = fields.pop("answers", None), fields.pop("margin", None)
         if not fields.pop("is_safe", True) and not self._pairs:  # the better one of two, and no answer to learn
             raise BadRow("unsafe_chosen")
@@ -157,10 +157,10 @@ class LoadedExamples:
         self.log.drop(line.reason, text_id(line.where), line.where)
 
     def _example(self, fields: Fields, id: str, where: str) -> Iterator[Example]:
-        """Yield the example of some fields, if it can be used."""
+        """Yield the example made from these fields, if it is usable."""
         history: tuple[Message, ...] = fields.pop("history", ())
         if not isinstance(fields.get("label"), (list, dict, type(None))):
-            fields["label"] = str(fields["label"])  # a number, true, a date: files hold labels of any type
+            fields["label"] = str(fields["label"])  # labels may be numbers, booleans or dates
         texts = {name: value for name, value in fields.items() if value is not None}
         wrong = next((name for name, value in texts.items() if not isinstance(value, str) or is_messages(value)), None)
         if wrong is not None:
@@ -187,7 +187,7 @@ class LoadedExamples:
         if self._labels is not None and example.label not in self._labels:
             return "other_label"
         needed = ["instruction", *(["chosen", "rejected"] if self._pairs else ["chosen"])]
-        if self._single and example.chosen is None:  # it has one of the two
+        if self._single and example.chosen is None:  # a single answer is either chosen or rejected
             needed = ["instruction", "rejected"]
         values = {"instruction": example.instruction, "chosen": example.chosen, "rejected": example.rejected}
         for name in needed:
@@ -209,12 +209,12 @@ def _is_conversation(cell: Any) -> bool:
 
 
 def _numbered(id: str, number: int) -> str:
-    """Return the id of one of several examples of a row; "" where the row has none of its own."""
+    """Return the id of one of several examples from a row; "" if the row has no id of its own."""
     return _short(f"{id}-{number}") if id and number else id
 
 
 def _row_id(row: Row) -> str:
-    """Return the row's own id, hashed where it is too long for the store; "" if it has none."""
+    """Return the row's own id, hashed if it does not fit into the store; "" if it has none."""
     own = row.get("id")
     return "" if own is None else _short(str(own))
 
@@ -224,12 +224,12 @@ def _short(name: str) -> str:
 
 
 def load_examples(settings: DatasetSettings, name: str, *, pairs: bool = False) -> LoadedExamples:
-    """Read the rows of a dataset, before the split and before anything is excluded.
+    """Read the rows of a dataset, before splitting and before exclusions.
 
-    With `pairs`, rows without a rejected response are dropped, too.
+    With `pairs`, rows without a rejected response are also dropped.
 
     Returns:
-        An iterable of Examples, read anew each time, with the counts of the rows that it dropped.
+        An iterable of Examples that rereads the files on each iteration and counts the rows it drops.
 
     Raises:
         UserError: Unknown schema; while iterating: missing columns, unreadable files, bad rows if on_bad_row=error.

@@ -1,4 +1,4 @@
-"""Conversations as files have them, read into the one form inside: messages of a system, a user and an assistant."""
+"""Conversations in the formats of data files, read into one internal form: system, user and assistant messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safer_instruct.text.examples import Message
 from safer_instruct.text.prompts import ASSISTANT, HUMAN
 from safer_instruct.text.row_log import BadRow
 
-# What files call the three roles.
+# Names of the three roles in data files.
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
@@ -21,7 +21,7 @@ ROLES = {
     "model": "assistant", "bot": "assistant",
 }  # fmt: skip
 _SPEAKER = re.compile(f"({HUMAN}|{ASSISTANT})")
-_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:""")  # messages by JSON, or by Python
+_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:""")  # messages in JSON or Python
 _PAIR = ("user", "assistant")
 _EXPECTED = "a list of messages, each with a role (or from) and a content (or value)"
 
@@ -29,10 +29,10 @@ Messages = tuple[Message, ...]
 
 
 def read_messages(value: Any, column: str) -> Messages:
-    """Read a list of {"role", "content"} or of {"from", "value"}, or such a list as text (a cell of a CSV file).
+    """Read a list of {"role", "content"} or {"from", "value"} messages, or the same list as text (in a CSV cell).
 
     Raises:
-        BadRow: It is no such list, or a role is unknown.
+        BadRow: It is not such a list, or a role is unknown.
     """
     if isinstance(value, str):
         try:
@@ -48,7 +48,7 @@ def _read_literal(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        return ast.literal_eval(text.strip())  # what pandas writes for a list
+        return ast.literal_eval(text.strip())  # pandas writes lists as Python literals
 
 
 def _read_message(value: Any, column: str) -> Message:
@@ -70,7 +70,7 @@ def _read_message(value: Any, column: str) -> Message:
 
 
 def is_messages(value: Any) -> bool:
-    """Say whether a cell holds a conversation, perhaps written as a text, rather than one text."""
+    """Return whether a cell holds a conversation, possibly serialised as text, rather than a plain text."""
     return bool(_AS_TEXT.match(value)) if isinstance(value, str) else isinstance(value, Sequence)
 
 
@@ -78,7 +78,7 @@ def read_transcript(text: Any, column: str) -> Messages:
     r"""Read Anthropic's "\n\nHuman: ... \n\nAssistant: ..." transcript.
 
     Raises:
-        BadRow: It does not begin with the human's turn, or holds none of the assistant's.
+        BadRow: It does not begin with the human's turn, or it has no assistant turn.
     """
     _, *parts = _SPEAKER.split(text) if isinstance(text, str) and text.startswith(HUMAN) else [""]
     if ASSISTANT not in parts:
@@ -89,10 +89,10 @@ def read_transcript(text: Any, column: str) -> Messages:
 
 
 def prompt_fields(messages: Messages, column: str) -> dict[str, Any]:
-    """Return the fields of an Example that say what was asked: `system`, `history`, `instruction`.
+    """Return the Example fields of a conversation that awaits an answer: `system`, `history`, `instruction`.
 
     Raises:
-        BadRow: The last message is not the user's, or a system message is not the first.
+        BadRow: The last message is not the user's, or a system message is not the first message.
     """
     system = messages[0].content if messages and messages[0].role == "system" else ""
     turns = messages[1:] if messages and messages[0].role == "system" else messages
@@ -104,10 +104,10 @@ def prompt_fields(messages: Messages, column: str) -> dict[str, Any]:
 
 
 def read_to_answer(value: Any, column: str) -> tuple[Messages, str]:
-    """Read a conversation up to its last answer: what was asked, and that answer. What the user said then is left out.
+    """Read a conversation as (messages before its last answer, that answer); any messages after it are left out.
 
     Raises:
-        BadRow: It is no conversation, or has no answer.
+        BadRow: It is not a conversation, or it has no answer.
     """
     messages = read_messages(value, column)
     answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
@@ -117,10 +117,10 @@ def read_to_answer(value: Any, column: str) -> tuple[Messages, str]:
 
 
 def split_last(messages: Messages, column: str) -> tuple[Messages, str]:
-    """Part a conversation into what was asked and the assistant's last message.
+    """Split a conversation into the messages before its last one, which is the assistant's, and that message's text.
 
     Raises:
-        BadRow: It does not end with the assistant's message.
+        BadRow: It does not end with an assistant message.
     """
     if messages[-1].role != "assistant":
         raise BadRow("no_answer", column, "a conversation that ends with the assistant's message")
@@ -128,10 +128,10 @@ def split_last(messages: Messages, column: str) -> tuple[Messages, str]:
 
 
 def split_pair(chosen: Messages, rejected: Messages | None) -> tuple[Messages, str, str | None]:
-    """Part two conversations into what both ask, the chosen answer and the rejected one.
+    """Split two conversations into their shared prompt, the chosen answer and the rejected answer.
 
     Raises:
-        BadRow: They ask different things, or one of them does not end with the assistant's message.
+        BadRow: Their prompts differ, or one of them does not end with an assistant message.
     """
     asked, answer = split_last(chosen, "chosen")
     if rejected is None:
@@ -143,12 +143,12 @@ def split_pair(chosen: Messages, rejected: Messages | None) -> tuple[Messages, s
 
 
 def read_response(cell: Any, column: str) -> tuple[Any, str, Messages]:
-    """Part a conversation into its last answer, its system message, and what was said before that was asked for.
+    """Split a conversation into its last answer, its system message, and the messages before the request.
 
-    The user's turn before the answer is what is to be induced, and is left out. Any other cell is a response alone.
+    The user turn right before the answer is left out, because it is to be induced. Any other cell is a plain response.
 
     Raises:
-        BadRow: The messages are none, or hold no answer.
+        BadRow: The messages cannot be read, or there is no answer among them.
     """
     if not is_messages(cell):
         return cell, "", ()
@@ -156,7 +156,7 @@ def read_response(cell: Any, column: str) -> tuple[Any, str, Messages]:
     if before and before[-1].role == "user":
         before = before[:-1]
     if before and before[0].role == "assistant":
-        before = before[1:]  # a greeting, or the rest of a conversation that was cut: nothing was asked
+        before = before[1:]  # a greeting, or the rest of a truncated conversation: no request precedes it
     fields = prompt_fields((*before, Message("user", "")), column)
     history = tuple(Message(role, content.strip()) for role, content in fields["history"])
     if any(not message.content for message in history):
@@ -165,35 +165,35 @@ def read_response(cell: Any, column: str) -> tuple[Any, str, Messages]:
 
 
 def write_history(messages: Messages) -> str:
-    """Return what was said before an instruction (`Example.before`) as JSON; "" where nothing was."""
+    """Return the messages before an instruction (`Example.before`) as JSON; "" if there are none."""
     return json.dumps([message._asdict() for message in messages], ensure_ascii=False) if messages else ""
 
 
 def has_history(value: Any) -> bool:
-    """Say whether a cell of the column `history` says that something was before the instruction."""
+    """Return whether a cell of the column `history` holds messages before the instruction."""
     return bool(value) and value != "[]"
 
 
 def history_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return `read_history` of the column of a row that nothing may leave out.
+    """Return `read_history` of a row's column `history`, for callers that cannot drop the row.
 
     Raises:
-        UserError: It holds something else: to training it is a bad row.
+        UserError: It holds something else (training would count this as a bad row).
     """
     try:
         return read_history(row.get("history"))
     except BadRow as bad:
         raise UserError(
-            f"{where}: {bad.reason} in column {bad.column}: expected {bad.expected}; mend the row, or name the column "
-            "otherwise if it is about something else"
+            f"{where}: {bad.reason} in column {bad.column}: expected {bad.expected}; fix the row, or rename the "
+            "column if it holds something else"
         ) from None
 
 
 def read_history(value: Any) -> dict[str, Any]:
-    """Read `write_history`'s text, messages, or pairs of request and answer into an Example's `system` and `history`.
+    """Read an Example's `system` and `history` from `write_history`'s JSON, messages, or (request, answer) pairs.
 
     Raises:
-        BadRow: It is no such list.
+        BadRow: It is not such a list.
     """
     if not has_history(value):
         return {}

@@ -1,4 +1,4 @@
-"""Several answers to one prompt, each with a score, as pairs of a chosen and a rejected one."""
+"""Several scored answers to one prompt, turned into pairs of chosen and rejected."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Pairing = Literal["best_worst", "all"]
 
 
 class Answer(NamedTuple):
-    """One answer to a prompt, and how good it is: larger is better."""
+    """One answer to a prompt and its score; larger is better."""
 
     text: str
     score: float
 
 
 class Pair(NamedTuple):
-    """Two answers, and by how much the first one's score is larger."""
+    """Two answers, and the margin by which the first one scores higher."""
 
     chosen: str
     rejected: str
@@ -28,10 +28,10 @@ class Pair(NamedTuple):
 
 
 def read_score(value: Any, column: str) -> float:
-    """Read a number, perhaps as the text of a CSV cell.
+    """Read a number, possibly written as text in a CSV cell.
 
     Raises:
-        BadRow: It is not a number.
+        BadRow: It is not a finite number.
     """
     try:
         score = math.nan if isinstance(value, bool) else float(value)
@@ -43,21 +43,21 @@ def read_score(value: Any, column: str) -> float:
 
 
 def best(answers: Sequence[Answer]) -> str:
-    """Return the text with the largest score; of equal ones the first."""
+    """Return the text with the highest score; the first one in case of ties."""
     return max(answers, key=lambda answer: answer.score).text
 
 
 def make_pairs(answers: Sequence[Answer], pairing: Pairing, min_margin: float) -> list[Pair]:
-    """Return the pairs of some answers: the best against the worst, or every two of them.
+    """Return the pairs of some answers: the best against the worst, or all pairs.
 
-    Equal scores make no pair at any `min_margin`.
+    Equal scores never make a pair, whatever `min_margin` is.
 
     Raises:
-        BadRow: There is no such pair: one answer alone, equal scores, or all differences too small.
+        BadRow: There is no pair: a single answer, equal scores, or all differences below `min_margin`.
     """
     if len(answers) < 2:
         raise BadRow("one_answer")
-    ordered = sorted(answers, key=lambda answer: -answer.score)  # stable: equal ones keep their order
+    ordered = sorted(answers, key=lambda answer: -answer.score)  # stable: ties keep their order
     compared = [(ordered[0], ordered[-1])] if pairing == "best_worst" else combinations(ordered, 2)
     pairs = [Pair(first.text, second.text, first.score - second.score) for first, second in compared]
     unequal = [pair for pair in pairs if pair.margin > 0]

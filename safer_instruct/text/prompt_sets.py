@@ -1,4 +1,4 @@
-"""The prompts that models are evaluated on, and which of them were trained on."""
+"""The prompts that models are evaluated on, and which of them occur in training data."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from safer_instruct.text.readers import read_rows, require_columns
 class EvaluationPrompt:
     """One prompt of a set."""
 
-    id: str  # unique in its set; the file's column `id`, or a hash of the instruction
-    instruction: str  # what the model is asked
+    id: str  # unique in its set: the file's column `id`, or a hash of the instruction
+    instruction: str  # the request to the model
     set_name: str  # the name of the set in `prompts.NAME`
-    source: str  # where the prompt stems from (`si`, `hh`, ...): rates are given for each
+    source: str  # where the prompt comes from (`si`, `hh`, ...); rates are also reported per source
     label: str  # category of the request, "" if none
     kind: Kind  # "unsafe", "benign", or "near" (benign, but it looks unsafe)
-    # Strings that a right answer holds, each perhaps with alternatives `a|b`; empty if there is none.
+    # Strings that a correct answer contains, each possibly with alternatives `a|b`; empty if not known.
     reference: tuple[str, ...] = ()
 
 
 def load_prompt_sets(sets: Mapping[str, PromptSetSettings]) -> dict[str, list[EvaluationPrompt]]:
-    """Read all prompt sets, by name; every set that cannot be read is reported at once.
+    """Read all prompt sets, by name; a single error lists every set that cannot be read.
 
     Raises:
         UserError: A set is missing, empty, lacks a column, names an unknown kind, or repeats an id.
@@ -53,9 +53,9 @@ def load_prompt_sets(sets: Mapping[str, PromptSetSettings]) -> dict[str, list[Ev
 
 
 def read_prompts(name: str, settings: PromptSetSettings) -> Iterator[tuple[EvaluationPrompt, Mapping[str, Any]]]:
-    """Yield the prompts of one file (with a column `instruction`), in its order, each with the row that it stems from.
+    """Yield the prompts of one file (with a column `instruction`), in file order, each with its row.
 
-    An instruction that a file without ids asks again is a prompt of its own, under the first one's id with a number.
+    In a file without ids, a repeated instruction is a separate prompt, whose id is the first one's plus a number.
 
     Raises:
         UserError: As `load_prompt_sets`.
@@ -90,7 +90,7 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
         raise UserError(f"{where}: missing column kind; where all prompts are of one, write {one}")
     require_columns(row, needed, where, f"prompts.{name}.columns", settings.columns)
     instruction = row["instruction"]
-    if isinstance(instruction, list) and instruction:  # turns of a conversation, of which the first is asked
+    if isinstance(instruction, list) and instruction:  # turns of a conversation: only the first is used
         instruction = instruction[0]
     if not isinstance(instruction, (str, type(None))) or (instruction and is_messages(instruction)):
         what = "conversation" if isinstance(instruction, (str, dict)) else type(instruction).__name__
@@ -115,12 +115,12 @@ def _read_prompt(row: Mapping[str, Any], where: str, name: str, settings: Prompt
     texts |= {"id": [prompt.id], "source": [prompt.source], "label": [prompt.label]}
     for what, found in texts.items():
         if not is_unicode(*found):
-            raise UserError(f"{where}: the {what} holds half of a surrogate pair, which no tokenizer can read")
+            raise UserError(f"{where}: the {what} holds half of a surrogate pair, which no tokenizer accepts")
     return prompt
 
 
 def _read_reference(value: Any, where: str) -> tuple[str, ...]:
-    """Read `["a|b", "c"]`, the same as JSON text in a CSV cell, or a plain string; None and "" mean no reference."""
+    """Read `["a|b", "c"]` (in a CSV cell, as JSON text) or a plain string; None and "" mean no reference."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -136,7 +136,7 @@ def _read_reference(value: Any, where: str) -> tuple[str, ...]:
 
 
 def prompts_fingerprint(prompts: Sequence[EvaluationPrompt]) -> str:
-    """Return the hash of a set's content: equal if and only if two reports were made on the same prompts."""
+    """Return a hash of the prompts, which is equal if and only if two reports were made on the same ones."""
     digest = xxhash.xxh3_128()
     for prompt in prompts:
         content = [prompt.id, prompt.instruction, prompt.source, prompt.label, prompt.kind, prompt.reference]
@@ -146,7 +146,7 @@ def prompts_fingerprint(prompts: Sequence[EvaluationPrompt]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Prompts whose instruction occurs in a training file: their rates say nothing about new requests."""
+    """Prompts whose instruction occurs in a training file, so that their rates do not measure generalisation."""
 
     path: str
     num_rows: int
@@ -154,9 +154,9 @@ class Overlap:
 
 
 def find_overlap(path: str, prompts: Iterable[EvaluationPrompt]) -> Overlap:
-    """Find the prompts whose instruction is in the training file, compared without case and spacing, row by row.
+    """Find the prompts whose instruction occurs in the training file, ignoring case and whitespace.
 
-    Alpaca's `input` belongs to the instruction, as it does in training.
+    Alpaca's `input` is part of the instruction, as in training.
 
     Raises:
         UserError: If the file is missing or has no column `instruction`.

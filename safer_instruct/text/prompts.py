@@ -1,7 +1,7 @@
-"""The prompt strings of training and generation; those of the experts are in `experts/`.
+"""The prompt templates of training and generation; the experts' prompts are in `experts/`.
 
-Every prompt ends right before the text that the model has to write. As in Alpaca's recipe there is no space or newline
-behind the last colon.
+Every prompt ends right before the text that the model has to write. As in Alpaca's recipe, no space or newline follows
+the last colon.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# No instruction holds one of these, normalised: it is a prompt's template that has leaked into it.
+# A (normalised) instruction with one of these has picked up a part of a prompt template.
 TEMPLATE_MARKS = ("### instruction", "### response", "### input", "below is a response to a certain instruction")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 class Unusable(UserError):
-    """A prompt that no model can be asked; `reason` is the word for it in counts and ledgers."""
+    """A prompt that cannot be given to the model; `reason` names the cause in counts and ledgers."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -54,7 +54,7 @@ class Unusable(UserError):
 
 
 class Prompt(NamedTuple):
-    """A prompt in three parts: one that is too long loses the end of its body, never its head or tail."""
+    """A prompt in three parts: if it is too long, the end of its body is cut, never its head or tail."""
 
     head: str
     body: str
@@ -67,7 +67,7 @@ class Prompt(NamedTuple):
 
 
 def cut_the_longer(head: str, first: str, between: str, second: str, tail: str) -> Prompt:
-    """Return the prompt of two texts, of which the longer is the body: it is what makes a prompt too long."""
+    """Return a prompt of two texts; the longer one is the body, to be cut if the prompt is too long."""
     if len(first) > len(second):
         return Prompt(head, first, between + second + tail)
     return Prompt(head + first + between, second, tail)
@@ -83,7 +83,7 @@ def render_alpaca(instruction: str, input: str = "") -> Prompt:
 def render_hh(instruction: str, input: str = "") -> Prompt:
     r"""Render Anthropic's "\n\nHuman: ... \n\nAssistant:" transcript; `instruction` may hold earlier turns.
 
-    Of a dialogue, the earlier turns or the last one, whichever is longer, are the body.
+    In a dialogue the body is the earlier turns or the last turn, whichever is longer.
     """
     text = reversed_target(instruction, input)
     earlier, turn, last = text.rpartition(HUMAN)
@@ -114,15 +114,15 @@ def render_prompt(
 
     Args:
         name: One of TEMPLATE_NAMES.
-        instruction: What is asked.
+        instruction: The user's last message.
         input: Alpaca's second field, "" if there is none.
-        tokenizer: Needed by `chat`, whose template it carries, and by `vicuna`, whose answers end in its EOS.
-        system: What the assistant is told first; "" leaves it to the template.
-        history: The messages before; the user's and the assistant's.
+        tokenizer: Needed by `chat` for its chat template, and by `vicuna` for the EOS that ends earlier answers.
+        system: The system prompt; "" leaves it to the template.
+        history: The user and assistant messages before `instruction`.
 
     Raises:
-        UserError: unknown name, or `chat` with a tokenizer that has no chat template.
-        Unusable: the template has no place for a system prompt or for earlier turns, or a chat template refuses these.
+        UserError: Unknown name, or `chat` with a tokenizer that has no chat template.
+        Unusable: The template has no place for a system prompt or earlier turns, or the chat template rejects them.
     """
     if name not in TEMPLATE_NAMES:
         known = f"{suggest(name, TEMPLATE_NAMES)} Templates: {', '.join(TEMPLATE_NAMES)}"
@@ -139,21 +139,21 @@ def render_prompt(
     try:
         frames = _FRAMES[name](roles, tokenizer)
     except UserError as error:
-        if len(roles) == 1:  # what cannot ask one question has nothing to do with the conversation
+        if len(roles) == 1:  # fails even on a single question, so the conversation is not the cause
             raise
         raise Unusable("template_refuses", str(error)) from error
     return _put_round(frames, [message.content for message in messages], has_system=bool(system))
 
 
 def _put_round(frames: Sequence[str], texts: Sequence[str], *, has_system: bool) -> Prompt:
-    """Join N texts and the N + 1 pieces round them. The body is the longest turn: it makes a prompt too long."""
+    """Join N texts and the N + 1 pieces around them; the body is the longest turn, to be cut if need be."""
     body = max(range(has_system, len(texts)), key=lambda number: (len(texts[number]), number))
     pieces = [part for pair in zip(frames, texts, strict=False) for part in pair] + [frames[-1]]
     return Prompt("".join(pieces[: 2 * body + 1]), texts[body], "".join(pieces[2 * body + 2 :]))
 
 
 def render_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Render a whole conversation, its answer included, by the chat template of a model that is to judge it.
+    """Render a whole conversation, including its answer, with the chat template of the model that will judge it.
 
     Raises:
         UserError: The tokenizer has no chat template, or it does not show each message once.
@@ -168,7 +168,7 @@ def _hh_frames(roles: Sequence[str], _: PreTrainedTokenizerBase | None) -> list[
 
 
 def _vicuna_frames(roles: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """Write USER and ASSISTANT turns behind the system prompt; EOS ends each answer, as in training."""
+    """Return frames for USER and ASSISTANT turns after the system prompt; EOS ends each answer, as in training."""
     marks = {"system": "", "user": "USER: ", "assistant": "ASSISTANT: "}
     frames = []
     for before, role in zip([None, *roles[:-1]], roles, strict=True):
@@ -185,7 +185,7 @@ def _eos(tokenizer: PreTrainedTokenizerBase | None) -> str:
     return str(tokenizer.eos_token)
 
 
-# Of a conversation: its roles -> what is written before, between and behind its messages.
+# Roles of a conversation -> the text before, between and after its messages.
 _FRAMES: dict[str, Callable[[Sequence[str], PreTrainedTokenizerBase | None], list[str]]] = {
     HH: _hh_frames,
     VICUNA: _vicuna_frames,
@@ -194,22 +194,22 @@ _FRAMES: dict[str, Callable[[Sequence[str], PreTrainedTokenizerBase | None], lis
 
 
 def answer_turn(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Turn:
-    """Return what stands round a response behind `render_prompt`: before it, behind it, and the token that ends it.
+    """Return what surrounds a response that follows `render_prompt`: text before and after it, and its end token.
 
     Raises:
-        UserError: See `chat.chat_turn`; and as `render_prompt`.
+        UserError: As in `chat.chat_turn` and `render_prompt`.
     """
     if name != CHAT:
-        return Turn(lead=" ") if name in (HH, VICUNA) else Turn()  # a space behind the last colon
-    chat_frames(tokenizer, ["user"])  # refuses a tokenizer without a template
+        return Turn(lead=" ") if name in (HH, VICUNA) else Turn()  # a space after the last colon
+    chat_frames(tokenizer, ["user"])  # raises if the tokenizer has no chat template
     assert tokenizer is not None
     return chat_turn(tokenizer)
 
 
 def render_reversed(response: str, history: Sequence[Message] = ()) -> Prompt:
-    """Render the prompt of reversed instruction tuning: it asks for the instruction (Safer-Instruct, section 3.1).
+    """Render the prompt of reversed instruction tuning, which asks for the instruction (Safer-Instruct, section 3.1).
 
-    With the messages that stood before it, for which the paper has no form, the instruction is the user's next turn.
+    With a `history`, which the paper does not cover, the instruction to write is the user's next turn.
     """
     tail = "\n\n### Instruction:"
     if not history:
@@ -218,5 +218,5 @@ def render_reversed(response: str, history: Sequence[Message] = ()) -> Prompt:
 
 
 def reversed_target(instruction: str, input: str = "") -> str:
-    """Return what the reversed model has to write: the instruction, with Alpaca's input appended where there is one."""
+    """Return the reversed model's target: the instruction, with Alpaca's input appended if there is one."""
     return f"{instruction}\n\n{input}" if input else instruction

@@ -1,6 +1,6 @@
-"""Rows of files: CSV, JSON, JSONL, Parquet, arrow, and folders of `datasets`, one row at a time.
+"""Stream rows from files: CSV, JSON, JSONL, Parquet, arrow, and folders saved by `datasets`.
 
-No file is ever held in memory as a whole, and no message quotes a text: it names the file, the line and the rule.
+No file is ever held in memory as a whole, and no error message quotes a text: it names the file, line and rule.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HELD_OUT_SPLIT, TRAIN_SPLIT = (
     for words in ("test(ing|set)?|valid(ation)?|val|dev|eval(uation)?|(held|hold)[-_ ]?out", "train(ing|set)?")
 )
 
-# What people call the columns that a message may ask for.
+# Other common names of the columns, for suggestions in error messages.
 SYNONYMS = {
     "instruction": ("prompt", "question", "query", "goal", "behavior", "request"),
     "chosen": ("output", "response", "completion", "answer", "preferred"),
@@ -50,7 +50,7 @@ def require_columns(
 ) -> None:  # fmt: skip
     """Raise a UserError that lists the columns found, unless all `needed` are among them.
 
-    `setting` is the key of the command line that renames columns, for a hint; `renamed` has what it renames already
+    `setting` is the command line key that renames columns, for a hint; `renamed` holds the renames already in effect
     (our name -> the file's column).
     """
     names = renamed or {}
@@ -75,7 +75,7 @@ def likely(name: str, columns: Collection[str]) -> str:
 def data_files(path: Path, *, training: bool = False) -> list[Path]:
     """Return the files that `read_rows(path)` reads, sorted by name; for a `datasets` folder, its arrow files.
 
-    With `training`, what is named like a split to evaluate on is left out; see `splits_left_out`.
+    With `training`, files named like an evaluation split are left out; see `splits_left_out`.
 
     Raises:
         UserError: `path` does not exist, or holds no data file.
@@ -92,7 +92,7 @@ def data_files(path: Path, *, training: bool = False) -> list[Path]:
         found = ", ".join(sorted(visible(file.name) for file in path.iterdir())[:10]) or "nothing"
         wanted = ", ".join(f"*{suffix}" for suffix in DATA_SUFFIXES)
         raise UserError(
-            f"{path}: no data file ({wanted}) in it, give the path of a folder that has some; it holds {found}"
+            f"{path}: no data file ({wanted}) in it, give the path of a folder that has one; it holds {found}"
         )
     left_out = splits_left_out(path) if training else []
     files = [file for file in files if file.relative_to(path).parts[0] not in left_out]
@@ -123,9 +123,9 @@ def other_entries(path: Path) -> list[str]:
 
 
 def splits_left_out(path: Path) -> list[str]:
-    """Return the parts of a folder (files, or splits of a DatasetDict) that nothing may be trained on by default.
+    """Return the parts of a folder (files, or splits of a DatasetDict) that training leaves out by default.
 
-    Where a part has `train` in its name, all others; else those named like a split to evaluate on.
+    If any part has `train` in its name, all the others are left out; otherwise those named like an evaluation split.
 
     Raises:
         UserError: Nothing would be left.
@@ -137,16 +137,16 @@ def splits_left_out(path: Path) -> list[str]:
 
 
 def left_out_of(parts: Sequence[str], where: str, otherwise: str) -> list[str]:
-    """Return those of some files or splits that nothing may be trained on by default; see `splits_left_out`.
+    """Return the files or splits that training leaves out by default; see `splits_left_out`.
 
-    `where` they are, and what to give `otherwise` where one of them is meant, are for the message.
+    For the error message, `where` says where they are, and `otherwise` what to give to use one of them anyway.
     """
     train = [part for part in parts if TRAIN_SPLIT.search(part)]
     left_out = [part for part in parts if (part not in train if train else HELD_OUT_SPLIT.search(part))]
     if parts and left_out == list(parts):
         raise UserError(
             f"{where}: holds only {', '.join(parts)}, which are not for training by their names; give "
-            f"{otherwise} if that is meant"
+            f"{otherwise} to train on it anyway"
         )
     return left_out
 
@@ -172,24 +172,24 @@ def read_rows(
     training: bool = False,
     bad_line: Callable[[BadLine], None] = refuse,
 ) -> Iterator[tuple[str, Row]]:
-    """Stream the rows of a file or of all data files of a folder, each with the place that it came from.
+    """Stream the rows of a file or of all data files in a folder, each with its location.
 
-    Reads CSV (with a header), JSON (a list of objects), JSONL, each as it is or as .gz or .zst, Parquet, arrow, and a
-    folder that `datasets` saved; a folder made by induce.py yields only its dataset. NaN, by which pandas
-    means "missing", is read as None.
+    Reads CSV (with a header), JSON (a list of objects) and JSONL, each plain or as .gz or .zst, Parquet, arrow, and
+    folders saved by `datasets`; a folder made by induce.py yields only its dataset. NaN, which pandas writes for
+    missing values, is read as None.
 
     Args:
         path: File or folder.
-        columns: Our name -> the file's column that is read under it.
-        training: Leave out what is named like a split to evaluate on.
-        bad_line: Told of each row that cannot be read; raises it unless told otherwise.
+        columns: Our name -> the file's column to read under that name.
+        training: Leave out files and splits named like an evaluation split.
+        bad_line: Called with each row that cannot be read; the default raises it.
 
     Returns:
-        (where, row) pairs; `where` is "file:line" (the line that the row starts on), for Parquet and arrow the row.
+        (where, row) pairs; `where` is "file:line" (the line that the row starts on), or the row for Parquet and arrow.
 
     Raises:
-        UserError: missing path, a file of ours that has changed since (at once); empty file, broken JSON or CSV,
-            bytes that are not UTF-8 (while reading).
+        UserError: When called: a missing path, or one of our own files that has been modified. While iterating: an
+            empty file, broken JSON or CSV, bytes that are not UTF-8.
     """
     files = data_files(Path(path), training=training)
     for file in files:
@@ -200,7 +200,7 @@ def read_rows(
 def usable_rows(
     rows: Iterable[tuple[str, Row | BadLine]], columns: Mapping[str, str], bad_line: Callable[[BadLine], None]
 ) -> Iterator[tuple[str, Row]]:
-    """Yield the rows that can be read, their columns under our names; see `read_rows`."""
+    """Yield the rows that can be read, with their columns renamed; see `read_rows`."""
     names = {column: name for name, column in columns.items()}
     for where, row in rows:
         if isinstance(row, BadLine):
@@ -208,7 +208,7 @@ def usable_rows(
         elif any(isinstance(value, str) and len(value) > MAX_TEXT_CHARACTERS for value in row.values()):
             bad_line(BadLine(where, "too_long", _TOO_LONG))
         else:
-            # A column whose name another one takes is not read.
+            # A column is skipped if another one is read under its name.
             read = {
                 names.get(column, column): None if isinstance(value, float) and math.isnan(value) else value
                 for column, value in row.items()
@@ -231,7 +231,7 @@ def _datasets_files(path: Path) -> list[Path]:
         folders = [path / name for name in sorted(read_mapping(whole)["splits"])] if whole.is_file() else [path]
         states = [read_mapping(folder / "state.json") for folder in folders]
         if any(state.get("_indices_data_files") for state in states):
-            raise ValueError("its rows stand in another order than in its files")
+            raise ValueError("its rows are in another order than in its files")
         files = [
             f / part["filename"] for f, state in zip(folders, states, strict=True) for part in state["_data_files"]
         ]

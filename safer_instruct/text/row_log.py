@@ -1,4 +1,4 @@
-"""What became of the rows of a dataset: counted as they are read, and told in a few lines. Never a text."""
+"""Count what happens to the rows of a dataset, and report it in a few lines that never quote a text."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from config.errors import UserError
 from safer_instruct.text.display import visible
 from safer_instruct.text.examples import Example
 
-IDS_IN_REPORT = 100  # of each kind; rows.jsonl beside the stores has them all
-SKIPS = frozenset({"excluded", "other_label", "in_eval_file"})  # wanted, so no error where on_bad_row=error
+IDS_IN_REPORT = 100  # ids listed for each kind; rows.jsonl beside the stores has them all
+SKIPS = frozenset({"excluded", "other_label", "in_eval_file"})  # intended, so no error with on_bad_row=error
 FILES_SHOWN = 10
-MIN_ANSWERED = 0.1  # share of the prompts; less is as good as none, and hardly above the error of a detector
+MIN_ANSWERED = 0.1  # share of the prompts; less is as good as none, and close to the error of the detector
 
 
 class BadRow(Exception):
     """A row that cannot be used.
 
     Attributes:
-        reason: A word for the counts.
-        column: Where in the row it is wrong, "" for the row as a whole.
-        expected: What should be there, "" if the reason says it.
+        reason: The name under which it is counted.
+        column: The column at fault, "" for the row as a whole.
+        expected: What the column should hold, "" if the reason already says so.
     """
 
     def __init__(self, reason: str, column: str = "", expected: str = "") -> None:
@@ -34,40 +34,40 @@ class BadRow(Exception):
 
 @dataclass
 class RowLog:
-    """What became of the rows of one dataset."""
+    """Counts of what happened to the rows of one dataset."""
 
     name: str
     on_bad_row: str = "drop"
     read: int = 0  # rows read
-    # Rows by what happened to them: train, eval, a reason to drop or to skip, a kind of cut, ...
+    # Rows by what happened to them: train, eval, a kind of cut or note, ... (see `dropped` for the others)
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    why: dict[str, str] = field(default_factory=dict)  # reason to drop -> what the first such row lacks, and where
+    why: dict[str, str] = field(default_factory=dict)  # reason to drop -> location and fault of the first such row
     ids: dict[str, list[str]] = field(default_factory=dict)  # the first ids of each kind
-    # Columns that the schema does not read -> rows in which they are not empty.
+    # Column that the schema does not read -> number of rows in which it is not empty.
     unread: Counter[str] = field(default_factory=Counter)
     events: TextIO | None = None
 
     def note(self, kind: str, example: Example) -> None:
-        """Count something about a row that stays."""
+        """Count a property of a row that is kept."""
         self.counts[kind] += 1
         self._remember(kind, example.id, str(example.provenance["where"]))
 
     def drop(self, reason: str, id: str, where: str, *, column: str = "", expected: str = "") -> None:
-        """Count a row that goes; raise a UserError instead where on_bad_row=error and the row is bad."""
+        """Count a row that is dropped; with on_bad_row=error, raise a UserError for a bad row instead."""
         place = f" in column {column}" if column else ""
         wanted = f" ({expected} is expected)" if expected else ""
         self.why.setdefault(reason, f"{where}: {reason.replace('_', ' ')}{place}{wanted}")
         if self.on_bad_row == "error" and reason not in SKIPS:
             raise UserError(
-                f"{where}: bad row {id}: {reason.replace('_', ' ')}{place}{wanted}; mend the row, or drop and count "
+                f"{where}: bad row {id}: {reason.replace('_', ' ')}{place}{wanted}; fix the row, or drop and count "
                 f"such rows with datasets.{self.name}.on_bad_row=drop"
             )
         self.dropped[reason] += 1
         self._remember(reason, id, where, column=column, expected=expected)
 
     def drop_example(self, reason: str, example: Example, why: str = "") -> None:
-        """Count a row that goes though it could be read."""
+        """Count a readable row that is dropped."""
         where = str(example.provenance["where"])
         if why:
             self.why.setdefault(reason, f"{where}: {why}")
@@ -84,7 +84,7 @@ class RowLog:
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """Render a short table for the console: files, rows used, dropped by reason, cut by kind. Counts only."""
+    """Render a short summary for the console: files, rows used, drops by reason, cuts by kind. Counts only."""
     lines = []
     for name, counts in report["datasets"].items():
         lines.append(f"{name}: {counts['read']} rows read, {counts['train']} train, {counts['eval']} eval")
@@ -105,7 +105,7 @@ def describe(report: Mapping[str, Any]) -> str:
         used = counts["train"] + counts["eval"]
         if counts["most_common_target"] > 0.1 * used and counts["most_common_target"] > 1:
             share = counts["most_common_target"] / used
-            lines.append(f"  note: {share:.1%} of the rows used have one and the same target text")
+            lines.append(f"  note: {share:.1%} of the rows used have the same target text")
     lines += [note if note.startswith("WARNING") else f"note: {note}" for note in report.get("notes", ())]
     return "\n".join(lines)
 
@@ -125,20 +125,20 @@ def _describe_files(name: str, files: Mapping[str, list[str]]) -> list[str]:
 
 
 def few_answered(report: Mapping[str, Any]) -> list[str]:
-    """Return a note if nearly every prompt is to be declined: a model then learns to decline whatever is asked."""
+    """Return a warning if nearly every prompt is to be declined: a model then learns to decline everything."""
     counts = report["datasets"].values()
     rows, answered = sum(one["train"] + one["eval"] for one in counts), sum(one["answered"] for one in counts)
     if answered >= MIN_ANSWERED * rows:
         return []
     return [
         f"WARNING: {answered} of {rows} prompts ({answered / rows:.1%}) are to be answered, the others to be "
-        "declined; a model trained on such data declines harmless prompts, too. Add pairs that answer: induce.py "
+        "declined; a model trained on such data also declines harmless prompts. Add pairs that answer: induce.py "
         "stage=replay and stage=contrast, then datasets=[si,replay,contrast]"
     ]
 
 
 def count_cut(report: Mapping[str, Any]) -> dict[str, int]:
-    """Return how many prompts and responses of all datasets in a report were too long."""
+    """Return how many prompts and responses were cut, over all datasets in a report."""
     noted = Counter[str]()
     for counts in report["datasets"].values():
         noted.update(counts["noted"])

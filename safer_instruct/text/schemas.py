@@ -1,7 +1,7 @@
-"""The columns of known datasets: how a row of each becomes what was asked, and its answers.
+"""Schemas of known datasets: how a row of each becomes a prompt and its answers.
 
-A parser returns fields of `Example`, and besides them perhaps `answers`, of which `text/pairs.py` makes pairs, or the
-`margin` by which chosen was preferred. The forms are those that each dataset is published in.
+A parser returns fields of `Example`, and possibly `answers`, from which `text/pairs.py` makes pairs, or the `margin` by
+which chosen was preferred. The columns are those of the published datasets.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 class Schema(NamedTuple):
     """How the columns of a row become an Example."""
 
-    parse: Callable[[Row], Fields]  # from a row to fields; raises BadRow, or KeyError for a field that is missing
-    needed: tuple[str, ...] = ()  # columns without which a file cannot be read
-    one_of: tuple[str, ...] = ()  # columns of which there must be one: a dataset that is published in two forms
-    for_pairs: tuple[str, ...] | None = ()  # columns that pairs need, too; None: there are no pairs in such rows
-    # All columns that `parse` looks at; None: the rest of the published columns is known, and not told of.
+    parse: Callable[[Row], Fields]  # row -> fields; raises BadRow, or KeyError for a missing field
+    needed: tuple[str, ...] = ()  # required columns
+    one_of: tuple[str, ...] = ()  # at least one is required: the dataset is published in several forms
+    for_pairs: tuple[str, ...] | None = ()  # columns also required for pairs; None: the schema has no pairs
+    # All columns that `parse` uses, so that others are reported; None: the unused ones are known, and not reported.
     read: tuple[str, ...] | None = None
-    joined: bool = False  # rows that follow each other and ask the same are answers to one prompt
+    joined: bool = False  # consecutive rows with the same prompt are answers to it
 
 
 def _parse_si(row: Row) -> Fields:
@@ -47,7 +47,7 @@ def _parse_si(row: Row) -> Fields:
 
 
 def _parse_unpaired(row: Row) -> Fields:
-    """Put an answer where its judgement says: a good one is a chosen response, a bad one a rejected one."""
+    """Make a good answer the chosen response and a bad one the rejected response."""
     side = "chosen" if is_good(row["good"], "good") else "rejected"
     return {**{name: row.get(name) for name in ("instruction", "input", "label")}, side: row["response"]}
 
@@ -57,7 +57,7 @@ def _parse_alpaca(row: Row) -> Fields:
 
 
 def _parse_hh(row: Row) -> Fields:
-    """Split two transcripts that share all but the last answer: the shared part is the prompt, and that is checked."""
+    """Split two transcripts that differ in the last answer only; the rest is the prompt, which must be the same."""
     rejected = row.get("rejected")
     asked, answer, other = split_pair(
         read_transcript(row["chosen"], "chosen"), None if rejected is None else read_transcript(rejected, "rejected")
@@ -66,7 +66,7 @@ def _parse_hh(row: Row) -> Fields:
 
 
 def _parse_shp(row: Row) -> Fields:
-    """Read Stanford Human Preferences: `labels` is 1 where A is preferred; its margin is the ratio of the votes."""
+    """Read Stanford Human Preferences: `labels` is 1 if A is preferred; the margin is the ratio of the votes."""
     first, second = row["human_ref_A"], row["human_ref_B"]
     chosen, rejected = (first, second) if _is_one(row, "labels") else (second, first)
     ratio = row.get("score_ratio")
@@ -78,7 +78,7 @@ def _parse_shp(row: Row) -> Fields:
 
 
 def _parse_se(row: Row) -> Fields:
-    """Read Stack Exchange preferences: HTML and scores of all answers, or one pair of plain texts."""
+    """Read Stack Exchange preferences: all answers as HTML with scores, or one pair of plain texts."""
     if "response_j" in row:
         return {"instruction": row["question"], "chosen": row["response_j"], "rejected": row["response_k"]}
     answers = [
@@ -89,11 +89,11 @@ def _parse_se(row: Row) -> Fields:
 
 
 def _parse_sharegpt(row: Row) -> Fields:
-    """Read a conversation; what the user said behind the last answer belongs to no answer."""
+    """Read a conversation; messages after the last answer are left out."""
     column = "conversations" if "conversations" in row else "messages"
     asked, answer = read_to_answer(row[column], column)
     if asked and asked[0].role == "assistant":
-        asked = asked[1:]  # a greeting, or the rest of a conversation that was cut: nothing was asked
+        asked = asked[1:]  # a greeting, or the rest of a truncated conversation: no request precedes it
     return {**prompt_fields(asked, column), "chosen": answer}
 
 
@@ -112,7 +112,7 @@ def _parse_ultrafeedback(row: Row) -> Fields:
         return fields
     answers = []
     for number, one in enumerate(_list(row, "completions")):
-        # The mean over the four aspects; `overall_score` was extracted from a text, and is wrong in places.
+        # The mean over the four aspects; `overall_score` was parsed from a text and is sometimes wrong.
         score = "fine-grained_score" if isinstance(one, dict) and one.get("fine-grained_score") else "overall_score"
         place = f"completions[{number}]"
         answers.append(Answer(_text(one, "response", place), _score(one, score, place)))
@@ -120,7 +120,7 @@ def _parse_ultrafeedback(row: Row) -> Fields:
 
 
 def _parse_beavertails(row: Row) -> Fields:
-    """Read BeaverTails (one answer, safe or not) or PKU-SafeRLHF (two answers, of which one is the safer)."""
+    """Read BeaverTails (one answer, safe or not) or PKU-SafeRLHF (two answers, one marked as the safer)."""
     if "response_0" not in row:
         side = "chosen" if is_good(row["is_safe"], "is_safe") else "rejected"
         return {"instruction": row["prompt"], side: row["response"]}
@@ -140,7 +140,7 @@ def _is_one(row: Row, column: str) -> bool:
 
 
 def _parse_helpsteer(row: Row) -> Fields:
-    """Read HelpSteer 1 and 2 (a row an answer, with the score of one attribute) or 3 (two answers compared)."""
+    """Read HelpSteer 1 and 2 (one answer per row, scored on one attribute) or 3 (two answers compared)."""
     if "response1" in row:
         preference = read_score(row["overall_preference"], "overall_preference")  # -3: the first is far better
         first, second = row["response1"], row["response2"]

@@ -1,7 +1,7 @@
-"""Rows of no dataset in particular: `prompt`, `chosen`, `rejected`, `completion`, `messages`, as texts or as messages.
+"""The generic schema: `prompt`, `chosen`, `rejected`, `completion`, `messages`, as texts or as messages.
 
-The forms that trainers of preferences agree on: standard (texts), conversational (lists of messages), with the prompt
-in a column of its own, inside of both answers, or only there.
+It reads the formats that preference trainers share: standard (texts) or conversational (lists of messages), with the
+prompt in its own column, inside both answers, or both.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from safer_instruct.text.prompts import HUMAN
 from safer_instruct.text.row_log import BadRow
 
 Fields = dict[str, Any]
-# What calls an answer good, and what bad: JSON's values, those of CSV files, and those that pandas writes.
+# Values that mark an answer as good or bad, in JSON, in CSV, and as written by pandas.
 _GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "safe")
 _BAD = ("false", "0", "0.0", "no", "bad", "undesirable", "unsafe")
 
 
 def is_good(cell: Any, column: str) -> bool:
-    """Return whether a cell calls an answer good.
+    """Return whether a cell marks an answer as good.
 
     Raises:
-        BadRow: It says something else, or nothing.
+        BadRow: It holds anything else than a judgement.
     """
     word = str(cell).strip().casefold()
     if word not in _GOOD + _BAD:
@@ -41,12 +41,12 @@ def is_good(cell: Any, column: str) -> bool:
 
 
 def parse_standard(row: Row, *, judged: bool = False) -> Fields:
-    """Return what was asked and its answers; see the module.
+    """Return the prompt and its answers; see the module docstring.
 
-    With `judged`, an answer alone must have a judgement: its `label`, or the name of the column `chosen`.
+    With `judged`, a single answer must be judged: by its `label`, or by being in the column `chosen`.
 
     Raises:
-        BadRow: The prompts of chosen and rejected differ, there is no prompt, or a column holds something else.
+        BadRow: The prompts of chosen and rejected differ, there is no prompt, or a column has the wrong type.
     """
     fields = {"input": row.get("input"), "label": row.get("label")}
     if row.get("system"):
@@ -71,12 +71,12 @@ def parse_standard(row: Row, *, judged: bool = False) -> Fields:
 
 
 def _put_where_judged(fields: Fields, name: str, *, judged: bool) -> Fields:
-    """Make an answer alone, of the column `name`, a rejected one where its label calls it bad."""
+    """Make a single answer, from the column `name`, the rejected one if its label marks it as bad."""
     label = fields["label"]
     if fields.get("rejected") is not None:
         return fields
     try:
-        # Elsewhere a label is the category of a row, which may be called "bad" or "0".
+        # Otherwise the label is the row's category, which may well be "bad" or "0".
         good = is_good(label, "label") if judged or name == "completion" or isinstance(label, bool) else True
     except BadRow:
         if judged and name != "chosen":
@@ -86,7 +86,7 @@ def _put_where_judged(fields: Fields, name: str, *, judged: bool) -> Fields:
 
 
 def _asked(messages: Messages, column: str) -> Fields:
-    """Return what was asked, without a system message that is not there: a column of its own may hold it."""
+    """Return the prompt's fields, without an empty `system`, which would override the column `system`."""
     fields = prompt_fields(messages, column)
     return fields if fields["system"] else {name: fields[name] for name in ("history", "instruction")}
 
@@ -98,7 +98,7 @@ def _prompt_of(prompt: Any) -> Fields:
 
 
 def _conversations(row: Row, name: str) -> Fields:
-    """Split off the prompt that lies inside of conversations; one in a column of its own must be the same."""
+    """Split off the prompt contained in conversations; a prompt in its own column must agree with it."""
     rejected = row.get("rejected")
     asked, answer, other = split_pair(
         read_messages(row[name], name), None if rejected is None else read_messages(rejected, "rejected")
@@ -118,7 +118,7 @@ def _conversations(row: Row, name: str) -> Fields:
 
 
 def _without_prompt(prompt: Any, chosen: Any, rejected: Any) -> Fields:
-    """Take the prompt off answers that all begin with it; where one does not, they only seem to."""
+    """Remove the prompt from two answers if both begin with it; if only one does, it is a coincidence."""
     answers = [text for text in (chosen, rejected) if text is not None]
     inside = isinstance(prompt, str) and all(isinstance(text, str) and text.startswith(prompt) for text in answers)
     if not inside or not prompt.strip() or len(answers) < 2:
@@ -127,14 +127,14 @@ def _without_prompt(prompt: Any, chosen: Any, rejected: Any) -> Fields:
 
 
 def _implicit_prompt(chosen: Any, rejected: Any) -> Fields:
-    """Find the prompt that two texts begin with: a dialogue up to its last answer, or all words that they share."""
+    """Find the prompt that two texts begin with: a dialogue up to its last answer, or the words that they share."""
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise BadRow("no_prompt", "prompt", "a prompt, or two texts that begin with it")
     if chosen.startswith(HUMAN):
         asked, answer, other = split_pair(read_transcript(chosen, "chosen"), read_transcript(rejected, "rejected"))
         return prompt_fields(asked, "chosen") | {"chosen": answer, "rejected": other}
     parted = next((i for i, pair in enumerate(zip(chosen, rejected, strict=False)) if pair[0] != pair[1]), 0)
-    shared = chosen[: max(chosen.rfind(blank, 0, parted) for blank in " \n\t") + 1]  # not the half of a word
+    shared = chosen[: max(chosen.rfind(blank, 0, parted) for blank in " \n\t") + 1]  # whole words only
     if not shared.strip():
         raise BadRow("no_prompt", "prompt", "a prompt, or two texts that begin with it")
     return {"instruction": shared, "chosen": chosen[len(shared) :], "rejected": rejected[len(shared) :]}
