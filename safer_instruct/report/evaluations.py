@@ -1,4 +1,4 @@
-"""Outputs of evaluate.py: `samples.jsonl` written and read, and finished ones found, read and put side by side."""
+"""Outputs of evaluate.py: write and read `samples.jsonl`; find and read finished evaluations to compare them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from safer_instruct.experts.verdicts import Judgement, Outcome
 from safer_instruct.measures.rates import JudgedOutput, correctness
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 
-AGAIN = "type its command again to have it written anew from its ledgers"
+AGAIN = "rerun its command to write it again from its ledgers"
 OUTCOMES: dict[str, Outcome] = {name: name for name in get_args(Outcome)}
 
 
 def find_finished(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Find (runs of train.py, outputs of evaluate.py) by name; a folder of a sweep stands for all that it holds.
+    """Find (runs of train.py, outputs of evaluate.py) by name; the folder of a sweep stands for everything in it.
 
-    A name is the folder's, with as many of its parents as tell it from the others.
+    A name is the folder's name, preceded by as many parent folders as make it unique.
 
     Raises:
-        UserError: A path that is not there, or holds neither.
+        UserError: A path does not exist, or holds neither.
     """
     folders: list[Path] = []
     for path in paths:
@@ -65,17 +65,17 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvaluation:
-    """What an output of evaluate.py holds: its report, and the judged outputs of each model."""
+    """The contents of a folder that evaluate.py wrote: its report, and the judged outputs of each model."""
 
     report: Mapping[str, Any]
     judged: Mapping[str, list[JudgedOutput]]
 
 
 def read_evaluations(folders: Mapping[str, Path]) -> dict[str, FinishedEvaluation]:
-    """Read the evaluations of `find_finished`, and give their models names that tell all of them apart.
+    """Read the evaluations of `find_finished`, and make the names of their models unique.
 
     Raises:
-        UserError: A file that cannot be read; models with different prompt sets.
+        UserError: A file cannot be read, or the evaluations have different prompt sets.
     """
     read = {name: _read_evaluation(folder) for name, folder in folders.items()}
     _require_same_prompts(read)
@@ -85,7 +85,7 @@ def read_evaluations(folders: Mapping[str, Path]) -> dict[str, FinishedEvaluatio
 
 
 def _rename(evaluation: FinishedEvaluation, name: str, repeated: Iterable[str]) -> FinishedEvaluation:
-    """Call each model that several evaluations have by its evaluation, too."""
+    """Put the name of the evaluation before each model name that several evaluations share."""
     new = {model: f"{name}: {model}" if model in repeated else model for model in evaluation.judged}
     models = {new[model]: rates for model, rates in evaluation.report["models"].items()}
     judged = {new[model]: rows for model, rows in evaluation.judged.items()}
@@ -125,7 +125,7 @@ def _require_same_prompts(evaluations: Mapping[str, FinishedEvaluation]) -> None
 
 
 def _contents(report: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    """Return rows and fingerprint of each prompt set of a report."""
+    """Return (rows, fingerprint) of each prompt set of a report."""
     return {key: (one["n"], str(one["fingerprint"])) for key, one in report["prompts"].items()}
 
 
@@ -152,14 +152,14 @@ def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
 
 
 def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Stream rows to `samples.jsonl`; a text stays as the model gave it, in JSON escapes where it is not ASCII."""
+    """Stream rows to `samples.jsonl`; texts are kept exactly, with JSON escapes for non-ASCII characters."""
     with replacing(path) as partial, partial.open("w", encoding="ascii") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_samples(path: Path) -> Iterator[tuple[str, JudgedOutput]]:
-    """Yield the model's name and the judged output of each line of `samples.jsonl`; KeyError without a field."""
-    prompts: dict[tuple[str, str], EvaluationPrompt] = {}  # one for all models: prompts are half of the text
+    """Yield the model's name and the judged output of each line of `samples.jsonl`; KeyError if a field is missing."""
+    prompts: dict[tuple[str, str], EvaluationPrompt] = {}  # shared by all models, to save memory: half of the text
     for row in read_json_lines(path):
         key = row["set"], row["id"]
         if key not in prompts:
@@ -174,5 +174,5 @@ def read_samples(path: Path) -> Iterator[tuple[str, JudgedOutput]]:
 
 @cache
 def _judgement(outcome: str, label: str, specific: bool | None, helpful: bool | None) -> Judgement:
-    """Return one object for all answers that were judged alike: there may be 100,000 of them."""
+    """Return one object for all equal judgements, to save memory: there may be 100,000 of them."""
     return Judgement(OUTCOMES[outcome], label, specific, helpful=helpful)
