@@ -1,9 +1,9 @@
-"""Every setting of the three entrypoints, as plain dataclasses: no Hydra here, so that any module may import them.
+"""Every setting of the three entrypoints, as plain dataclasses without Hydra, so that any module may import them.
 
 A key of the command line is a field here: `python train.py lr=1e-6 model.policy_dtype=bfloat16` sets
-`TrainConfig.lr` and `TrainConfig.model.policy_dtype`. Annotations carry the rules of single values (`config/rules.py`);
-what does not fit together is in `config/checks*.py`. Defaults of the groups (`model=`, `loss=`, `datasets=`, `expert=`)
-are in the YAML files beside. Keys of the DPO repo keep their names and meanings.
+`TrainConfig.lr` and `TrainConfig.model.policy_dtype`. Annotations hold the rules for single values (`config/rules.py`);
+`config/checks*.py` check combinations of values. The defaults of the groups (`model=`, `loss=`, `datasets=`, `expert=`)
+are in the YAML files of this folder. Keys of the DPO repo keep their names and meanings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from config import rules
-from config.experts import (  # noqa: F401 - all settings are read from here
+from config.experts import (  # noqa: F401 - other modules import all settings from here
     JUDGES,
     THOUGHT_TAGS,
     BackendSettings,

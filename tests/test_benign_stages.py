@@ -258,7 +258,7 @@ def test_an_expert_that_calls_every_neighbour_harmful_ends_with_no_pairs(si, tmp
 
 
 def test_a_model_that_refuses_harmless_neighbours_ends_with_no_pairs(si, tmp_path, monkeypatch) -> None:
-    with pytest.raises(UserError, match=r"0 pairs.*refused 16"):
+    with pytest.raises(UserError, match=r"made no pairs.*refused 16"):
         run_with(Scripted(answer="I cannot help with that."), si, tmp_path / "out", monkeypatch)
 
 

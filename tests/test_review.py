@@ -197,7 +197,7 @@ def test_files_that_are_no_reviews_of_this_dataset_are_named(dataset, tmp_path) 
     assert "second file of the reviewer 'ann'" in complaint(
         good, export(tmp_path / "again.json", "ann", {"r1": "keep"})
     )
-    assert "1 of the 1 pairs" in complaint(export(tmp_path / "strange.json", "x", {"r999": "keep"}))
+    assert "1 of the 1 reviewed pairs" in complaint(export(tmp_path / "strange.json", "x", {"r999": "keep"}))
     changed = [{**ROWS[0], "chosen": "Something else."}]
     assert "the texts of the pair r0 have changed since its review" in complaint(
         export(tmp_path / "old.json", "x", {"r0": "keep"}, changed)
@@ -211,7 +211,7 @@ def test_files_that_are_no_reviews_of_this_dataset_are_named(dataset, tmp_path) 
     stage = "\n".join(
         map(str, check_induce(compose_config("induce", ["stage=status", "output=x", f"reviews=[{good}]"])))
     )
-    assert "give them to stage=audit or to stage=merge" in stage
+    assert "give them to stage=audit or stage=merge" in stage
     missing = check_induce(compose_config("induce", ["stage=review", f"output={tmp_path}/none"]))
     assert "draws from a dataset" in str(missing[0])
     needed = check_induce(compose_config("induce", ["stage=review", f"path={dataset}", "output=x", "review.dropped=5"]))

@@ -100,7 +100,7 @@ def compare_paired(both: Sequence[tuple[bool, bool]], *, seed: int = 0) -> Paire
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p value of McNemar's test (1947) that each model wins half of the differing prompts."""
+    """Return the exact two-sided p value of McNemar's test (1947) that each model wins half the differing prompts."""
     from statsmodels.stats.contingency_tables import mcnemar
 
     return float(mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue)
