@@ -48,23 +48,21 @@ def losses() -> list[str]:
     return [name for name in LOSSES if name != "reverse"]
 
 
-def run_cases(layout: Layout, *, folder: Path, losses: Sequence[str], times: int, trainer: Sequence[str]) -> None:
-    """Run every case `times` times in the processes of one launch; rank 0 prints what became of each, and counts."""
+def run_cases(layout: Layout, *, folder: Path, loss: str, times: int, trainer: Sequence[str]) -> None:
+    """Run a loss `times` times, packed and padded, in the processes of one launch; rank 0 writes what became of it."""
     unequal = 0
-    for loss in losses:
-        for packing in ("true", "false"):
-            arguments = [f"loss={loss}", f"packing={packing}", *EXTRA.get(loss, []), *trainer]
-            found = set()
-            for number in range(times):
-                one = folder / f"{loss}-{packing}-{number}"
-                words = [*arguments, f"exp_name={one.name}"]
-                found.add(digest_of(layout, one, folder / "pairs.jsonl", folder / f"cache-{number}", words))
-            unequal += len(found) > 1
-            if layout.is_main:
-                kind = "packed" if packing == "true" else "padded"
-                print(f"{loss:20}{kind:8}{times} runs, {len(found)} different", flush=True)
+    for packing in ("true", "false"):
+        arguments = [f"loss={loss}", f"packing={packing}", *EXTRA.get(loss, []), *trainer]
+        found = set()
+        for number in range(times):
+            one = folder / f"{loss}-{packing}-{number}"
+            words = [*arguments, f"exp_name={one.name}"]
+            found.add(digest_of(layout, one, folder / "pairs.jsonl", folder / f"cache-{number}", words))
+        unequal += len(found) > 1
+        if layout.is_main:
+            kind = "packed" if packing == "true" else "padded"
+            print(f"{loss:20}{kind:8}{times} runs, {len(found)} different", flush=True)
     if layout.is_main:
-        print(f"{unequal} of {2 * len(losses)} cases differ")
         (folder / "unequal").write_text(str(unequal))
 
 
@@ -81,9 +79,13 @@ def run() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_jsonl(folder / "pairs.jsonl", replay_rows(World(), 0, num_rows=NUM_PAIRS))
-        cases = partial(run_cases, folder=folder, losses=options.losses, times=options.times, trainer=trainer)
-        launch(cases, compose_config("config", [*SHARED, "loss=dpo", *trainer]))
-        return int((folder / "unequal").read_text() != "0")
+        unequal = 0
+        for loss in options.losses:
+            cases = partial(run_cases, folder=folder, loss=loss, times=options.times, trainer=trainer)
+            launch(cases, compose_config("config", [*SHARED, "loss=dpo", *trainer]))
+            unequal += int((folder / "unequal").read_text())
+    print(f"{unequal} of {2 * len(options.losses)} cases differ")
+    return int(unequal > 0)
 
 
 if __name__ == "__main__":
