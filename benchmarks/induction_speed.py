@@ -6,7 +6,7 @@ Responses are joined from the quick start's corpus so that their lengths are log
 loop takes them in the order of the corpus, `--batch-size` rows at a time, left-padded to the longest, and lets
 `model.generate` run until the last row of the batch has ended. `sorted` is the HF backend with the same number of rows
 in every batch; `budget` is the unchanged backend with as many padded positions per batch as the plain loop's largest.
-Decoding is greedy; the three take turns. Target: at least 2 x the plain loop's tokens per second, equal texts up to ties.
+Decoding is greedy; the three take turns. Target: 2 x the plain loop's tokens per second, and equal texts up to ties.
 """
 
 from __future__ import annotations
