@@ -241,7 +241,7 @@ class EvaluatedModelSettings:
     system: str | None = None  # system prompt; null: that of its run, or none without a run
     dtype: Dtype = "float32"  # of its weights
     served_as: str | None = None  # generation=openai: its name on the server; null: generation.server.model
-    base_url: str | None = None  # generation=openai: a server of its own; null: generation.server.base_url
+    base_url: str | None = None  # generation=openai: its own server; null: generation.server.base_url
 
 
 @dataclass
@@ -254,7 +254,7 @@ class HelpfulnessSettings:
 
 @dataclass
 class DownstreamSettings:
-    """Tasks of lm_eval, in a process of its own."""
+    """Tasks of lm_eval, run in a separate process."""
 
     tasks: list[str] = field(default_factory=list)  # lm_eval names, or knowledge | common_sense | reading; []: none
     include_path: ExistingPath | None = None  # folder with your own tasks (YAML)

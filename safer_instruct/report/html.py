@@ -65,7 +65,7 @@ class Section:
     title: str  # its heading
     about: str = ""  # what the click will show: "12 rows"
     tables: Sequence[Table] = ()  # with sortable columns
-    plots: Sequence[Plot] = ()  # beside each other
+    plots: Sequence[Plot] = ()  # side by side
     steps: Sequence[FunnelStep] = ()  # steps of a funnel
     words: str = ""  # a sentence below the heading
     shown: bool = False  # whether it is open from the start
