@@ -29,7 +29,7 @@ def render_audit_page(report: Mapping[str, Any], figures: Sequence[Plot]) -> str
             "By label", f"{len(report['by_label'])} labels", tables=[found_table(report)], plots=figures, shown=True
         ),
         *[Section(table.title, f"{len(table.rows)} rows", tables=[table], shown=True) for table in reviews],
-        Section("Shortcuts, by label", "how well shallow features tell chosen from rejected", tables=[shortcut_table(report)]),
+        Section("Shortcuts, by label", "AUC of shallow features", tables=[shortcut_table(report)]),
         Section("Lengths", "words of each column", tables=[word_table(report)]),
     ]
     clean = report["rows"] - sum(report["total"][name] for name in report["findings"])

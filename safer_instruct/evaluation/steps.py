@@ -248,7 +248,7 @@ def downstream_part(
             raise UserError(f"models.{name}.path={respondent.path}: lm_eval reads model folders, not a policy.pt")
         if is_adapter(folder):
             raise UserError(
-                f"models.{name}.path={respondent.path}: lm_eval is given model folders, and this is an adapter; name a "
+                f"models.{name}.path={respondent.path}: lm_eval reads model folders, but this is an adapter; name a "
                 "run with checkpoint.merge=true"
             )
         results[name] = run_tasks(
