@@ -84,7 +84,7 @@ def check_hub(name: str | None) -> Iterator[Fault]:
 def check_device(device: str) -> Iterator[Fault]:
     """Check that this machine has a GPU if the command asks for one."""
     if device.startswith("cuda"):
-        import torch  # takes seconds
+        import torch  # here, because it takes seconds
 
         if not torch.cuda.is_available():
             why = "no CUDA device is visible to this process; write device=cpu or device=auto"

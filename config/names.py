@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Kind = Literal["unsafe", "benign", "near"]  # of an evaluation prompt; near: benign, but it looks unsafe
+Kind = Literal["unsafe", "benign", "near"]  # kind of an evaluation prompt; near: benign, but looks unsafe
 KINDS: tuple[str, ...] = get_args(Kind)
 TEMPLATES = ("alpaca", "hh", "plain", "vicuna", "chat")  # how an instruction becomes a prompt
-SCHEMAS = (  # which columns the rows of a dataset have
+SCHEMAS = (  # the columns of a dataset's rows
     "si", "alpaca", "hh", "unpaired", "shp", "se", "sharegpt",
     "dolly", "ultrafeedback", "beavertails", "helpsteer", "custom",
 )  # fmt: skip
 PAIRINGS = ("best_worst", "all")  # which of several answers to a prompt make pairs
-GUARDS = ("llama_guard", "wildguard", "shieldgemma", "harmbench")  # classifiers with a question form of their own
+GUARDS = ("llama_guard", "wildguard", "shieldgemma", "harmbench")  # classifiers with their own question form
 FORMATS = ("all", "jsonl", "parquet")  # files of a merged dataset
 STAGES = ("induce", "score", "filter", "respond", "vary")  # the stages of `si` with a ledger, in order
 # Stages that make pairs whose prompts should be answered, each with its own output -> their ledgers, in order.

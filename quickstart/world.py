@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 PARTS = ("train", "dev", "test")
 NUM_REVERSE_BENIGN, NUM_REVERSE_UNSAFE = 7_000, 3_000
 NUM_CORPUS, NOISE = 1_600, 0.15
-NUM_REPLAY = 1_250  # about as many as induced pairs
+NUM_REPLAY = 1_250  # about as many as the induced pairs
 NUM_PROMPTS = 200  # per set
 
 

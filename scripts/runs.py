@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the modules are beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to import the repository's modules
 
 from config.console import duration, open_console
 from config.errors import UserError

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
+sys.path.insert(0, str(REPOSITORY))  # so that the repository's modules can be imported
 
 import torch
 from torch import Tensor

@@ -44,4 +44,4 @@ def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str
             axes.text(sum(sizes), row, f" {sizes[0]} of {sum(sizes)}", va="center", fontsize=8)
         axes.set_xlim(0, 1.2 * max([1, *map(sum, bars.values())]))
         axes.set_xlabel("rows")
-        return to_svg(axes, transparent=False)  # cards are also read on dark pages
+        return to_svg(axes, transparent=False)  # opaque, because cards are also read on dark pages

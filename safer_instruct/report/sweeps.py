@@ -273,7 +273,7 @@ def coordinate(name: str, values: Sequence[Any]) -> Coordinate:
 
 
 def _draw_coordinates(axes: Axes, coordinates: Sequence[Coordinate]) -> None:
-    halo = [withStroke(linewidth=2.5, foreground="white")]  # the lines pass behind the numbers
+    halo = [withStroke(linewidth=2.5, foreground="white")]  # keeps numbers readable where lines cross them
     for index, one in enumerate(coordinates):
         axes.plot([index, index], [0, 1], color=FAINT, linewidth=1.2, zorder=0.5, gid=f"axis-{index}")
         for place, text in one.labels:
