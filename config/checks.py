@@ -58,9 +58,7 @@ def check_spread(config: InduceConfig | EvaluateConfig, rates: Collection[str], 
     uses_ray = config.engine.name == "ray"
     for key, word, is_set in (("dry_run", "dry_run=true", config.dry_run), ("engine.name", "engine=ray", uses_ray)):
         if is_set and elsewhere:
-            yield Fault(
-                key, f"{word}: it is only for commands that ask models about rows; leave it out with {elsewhere}"
-            )
+            yield Fault(key, f"{word}: only commands that ask models about rows have it; leave it out with {elsewhere}")
     for name, rate in config.rate.items():
         if name not in rates:
             yield misfit(f"rate.{name}", rate, f"no such stage{suggest(name, rates)} Stages: {', '.join(rates)}")

@@ -110,9 +110,7 @@ class Reader:
             override = _parsed(text)
         except HydraException:
             override = None
-        if (
-            override is None or not override.key_or_group
-        ):  # `lr = 1` is three words, and Hydra reads `=` as an empty key
+        if override is None or not override.key_or_group:  # `lr = 1` is three words; Hydra reads `=` as an empty key
             hint = "quote a value that holds spaces, commas, brackets or quotes, such as \"key='a, b'\""
             self._fault(text.split("=")[0].strip(), f"{text}: not a valid override: write key=value; {hint}")
             return []

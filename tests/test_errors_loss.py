@@ -73,11 +73,7 @@ def test_values(tmp_path, name, keys, message):
         ("dpo", {"schema": "unpaired"}, "loss=dpo cannot learn from its single answers; write loss=kto"),
         ("sft", {"schema": "unpaired"}, "loss=sft cannot learn from its single answers; write loss=kto"),
         ("dpo", {"split_pairs": True}, "datasets.si.split_pairs=true: it splits pairs into single answers"),
-        (
-            "kto",
-            {"split_pairs": True, "schema": "unpaired"},
-            "datasets.si.split_pairs=true: it splits pairs into single answers",
-        ),
+        ("kto", {"split_pairs": True, "schema": "unpaired"}, "datasets.si.split_pairs=true: it splits pairs"),
     ],
 )
 def test_rows_of_another_kind(tmp_path, name, dataset, message):

@@ -414,10 +414,7 @@ FAULTS = [
     (["model.lora.quantize=nf4"], "model.lora.quantize=nf4: without a rank there is no adapter"),
     (["checkpoint.merge=true"], "without an adapter (model.lora.r=16) there is nothing to merge"),
     (["model.lora.r=4", "model.lora.target_modules=[]"], "name some layers, or write null for all of them"),
-    (
-        ["model.lora.r=4", "model.archive=policy.pt"],
-        "model.archive=policy.pt: peft (model.lora.r=4) cannot load a policy.pt",
-    ),
+    (["model.lora.r=4", "model.archive=policy.pt"], "archive=policy.pt: peft (model.lora.r=4) cannot load a policy.pt"),
     (["model.lora.r=4", "checkpoint.policy_pt=true"], "write checkpoint.merge=true, too"),
     (["model.lora.r=4", "model.lora.quantize=nf4", "checkpoint.merge=true"], "would round the result to 4 bits"),
     (["model.lora.r=4", "model.lora.quantize=nf4", "trainer=FSDPTrainer"], "4-bit weights cannot be sharded"),

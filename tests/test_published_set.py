@@ -106,12 +106,8 @@ def message(tmp_path, text, *arguments):
 
 def test_mistakes(tmp_path):
     good = "instruction,label,a\nask,x,1\n"
-    assert "columns=[z]: there is no column z; the columns that can be models are: a" in message(
-        tmp_path, good, "columns=[z]"
-    )
-    assert "needs one column of answers per model, and this file has none" in message(
-        tmp_path, "instruction,label\nask,x\n"
-    )
+    assert "there is no column z; the columns that can be models are: a" in message(tmp_path, good, "columns=[z]")
+    assert "needs one column of answers per model" in message(tmp_path, "instruction,label\nask,x\n")
     assert "missing column label" in message(tmp_path, "instruction,a\nask,1\n")
     assert "leave models.* out" in message(tmp_path, good, "models.a.path=quickstart/model")
     assert "helpfulness.baseline=q: the models are a" in message(tmp_path, good, "helpfulness.baseline=q")

@@ -28,9 +28,8 @@ def check_rewards(margins: Sequence[float], labels: Sequence[str]) -> dict[str, 
         labels: Label of each pair; "" if it has none.
 
     Returns:
-        `{accuracy, margin: {mean, low, high}, calibration_error, bins, by_label}`. `accuracy` is over the pairs
-        without a tie, with a Wilson interval; `ties` counts the others. In calibration a tie is half right, as in
-        training.
+        `{accuracy, margin: {mean, low, high}, calibration_error, bins, by_label}`. `accuracy`, with a Wilson interval,
+        leaves out ties, which `ties` counts; calibration counts them as half right, as in training.
     """
     groups: dict[str, list[float]] = defaultdict(list)
     for margin, label in zip(margins, labels, strict=True):
