@@ -247,7 +247,7 @@ def test_what_was_said_before_is_folded_marked_by_role_and_text_alone(tmp_path, 
     shown = [part for role, text in said for part in (role, text.replace("\u200b", r"\u200b"))]
     (folded_pair,) = filter(None, seen.values())
     assert seen[ROWS[0]["instruction"]] is None
-    assert folded_pair == ("Said before it: 3 messages", False, shown, 0)
+    assert folded_pair == ("Conversation before it: 3 messages", False, shown, 0)
     assert browser.run("document.title") == "Review: talks.jsonl"
     assert browser.faults() == []
 
