@@ -112,7 +112,7 @@ def find_damage(
 
 
 def require_untouched(path: Path, *, owner: str | None = None, contents: Callable[[str], bool] = everything) -> None:
-    """Reject a file or folder that differs from the record in or above it; without a record it passes.
+    """Reject a file or folder that differs from the record in its folder or above; without a record it passes.
 
     `owner` and `contents` are those of `find_damage`.
 

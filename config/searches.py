@@ -24,7 +24,7 @@ def is_installed(package: str) -> bool:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Tell whether a smaller value of a metric is better: for losses it is, for all other metrics it is not."""
+    """Tell whether a smaller value of a metric is better, as for losses and nll but no other metric."""
     return "loss" in metric or metric.startswith("nll")
 
 
