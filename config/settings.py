@@ -195,7 +195,7 @@ class InduceConfig:
     # Files of the dataset: JSONL | Parquet | all: both, and a folder for datasets.load_from_disk.
     format: Annotated[str, rules.choices(*FORMATS)] = "all"
     exclude: ExistingPath | None = None  # file of prompts to keep out of the dataset; null: none
-    exclude_similarity: Share | None = 0.6  # also drop what is this similar to one; null: exact matches only
+    exclude_similarity: Share | None = 0.6  # also drop instructions this similar to an excluded one; null: none
     duplicates: DuplicatesSettings = field(default_factory=DuplicatesSettings)
     push_to_hub: rules.HubName | None = None  # USER/NAME: upload the merged dataset, privately; null: no upload
     card: CardSettings = field(default_factory=CardSettings)

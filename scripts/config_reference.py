@@ -11,9 +11,12 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
@@ -31,12 +34,19 @@ EXPERTS: dict[str, type] = {
     "expert=rules": settings.RulesExpertSettings,
     "expert=local": settings.LocalExpertSettings,
     "expert=openai": settings.OpenAIExpertSettings,
+    "expert=guard": settings.GuardExpertSettings,
+    "expert=strongreject": settings.StrongRejectSettings,
+    "expert=refusals": settings.RefusalsExpertSettings,
 }
 CHOSEN: dict[str, dict[str, type]] = {
     "loss": {f"loss={name}": kind for name, kind in LOSSES.items()},
     "expert": EXPERTS,
     "second_expert": EXPERTS,
 }
+SHARED = {
+    "loss": "Keys of several losses",
+    "expert": "Keys of several experts",
+}  # heading of the rows that choices share
 TYPES: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "text", Any: "", type(None): "null"}
 INTRODUCTION = """\
 # Configuration reference
@@ -84,26 +94,61 @@ def _head_comment(file: Path) -> str:
     return " ".join(lines)
 
 
-def _sections(kind: type, prefix: str, done: dict[type, str]) -> Iterator[str]:
-    """Yield the table of a dataclass's keys, then those of its inner dataclasses, each only once per page."""
-    rows, later = [], []
+def _sections(kind: type, prefix: str, done: dict[type, str], shared: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the table of a dataclass's keys, then those of its inner dataclasses, each only once per page.
+
+    Rows in `shared` have their own table, so that only their keys are listed here.
+    """
+    rows, also, later = [], [], []
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):
-        key, hint = prefix + field.name, hints[field.name]
-        inner = _inner(key, hint)
+        key = prefix + field.name
+        inner = _inner(key, hints[field.name])
         if not inner or key in CHOSEN:
-            rows.append(f"| `{key}` | {_cell(_type(hint))} | {_default(field)} | {_cell(comments(kind)[field.name])} |")
+            row = _row(kind, field, key, hints[field.name])
+            (also if row in shared else rows).append(f"`{key}`" if row in shared else row)
         for heading, inner_prefix, inner_kind in inner:
             if inner_kind not in done:
                 done[inner_kind] = heading
-                later.append((heading, inner_prefix, inner_kind))
+                later.append((key, heading, inner_prefix, inner_kind))
             place = done[inner_kind]
             label = f"`{heading}`" if "=" in heading else f"`{heading}.*`"
             rows.append(f"| {label} | | | see [{place}](#{_anchor(place)}) |")
-    yield "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows, ""])
-    for heading, inner_prefix, inner_kind in later:
-        yield f"### {heading}\n\n{_sentence(inner_kind)}\n"
-        yield from _sections(inner_kind, inner_prefix, done)
+    if rows:
+        yield _table(rows)
+    if also:
+        heading = SHARED[prefix.rstrip(".")]
+        yield f"[{heading}](#{_anchor(heading)}): {', '.join(also)}.\n"
+    for key, group in groupby(later, key=itemgetter(0)):
+        alike = _alike(key)
+        if alike:
+            yield f"### {SHARED[key]}\n\n{_table(alike)}"
+        for _, heading, inner_prefix, inner_kind in group:
+            yield f"### {heading}\n\n{_sentence(inner_kind)}\n"
+            yield from _sections(inner_kind, inner_prefix, done, alike)
+
+
+def _row(kind: type, field: Field[Any], key: str, hint: Any) -> str:
+    return f"| `{key}` | {_cell(_type(hint))} | {_default(field)} | {_cell(comments(kind)[field.name])} |"
+
+
+def _table(rows: Sequence[str]) -> str:
+    return "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def _alike(key: str) -> list[str]:
+    """Return the rows that several choices of a group have, to the letter: for each key the most frequent one."""
+    rows: Counter[str] = Counter()
+    for kind in CHOSEN[key].values() if key in SHARED else ():
+        hints = get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            if not _inner(f"{key}.{field.name}", hints[field.name]):
+                rows[_row(kind, field, f"{key}.{field.name}", hints[field.name])] += 1
+    most: dict[str, str] = {}
+    for row, number in rows.most_common():
+        if number > 1:
+            most.setdefault(row.split("`")[1], row)
+    return list(most.values())
 
 
 def _inner(key: str, hint: Any) -> list[tuple[str, str, type]]:
@@ -123,6 +168,8 @@ def _type(hint: Any) -> str:
         _, choices, names = demand.partition("Choices: ")
         if choices:
             return names.replace(", ", " | ")
+        if demand[:1] in ("[", "("):
+            return f"{_type(kind)} in {demand}"
         return f"{_type(kind)} ({demand})" if demand else _type(kind)
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_type(part) for part in get_args(hint))

@@ -1,15 +1,16 @@
 """docs/configuration.md is what config/ says now: every key with its meaning, its default and what it may be."""
 
+import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from config import rules, settings
 from config.help import comments
 from config.paths import REPOSITORY
 from config.schema import compose_config
-from scripts.config_reference import PAGE, _type, render_page
+from scripts.config_reference import CHOSEN, PAGE, _type, render_page
 
 
 def test_the_page_is_not_stale():
@@ -25,7 +26,7 @@ def rows() -> dict[str, list[str]]:
 
 def test_rows_say_what_the_command_line_takes():
     found = rows()
-    assert found["warmup_ratio"][:2] == ["float ([0, 1)) or null", "`null`"]
+    assert found["warmup_ratio"][:2] == ["float in [0, 1) or null", "`null`"]
     assert found["batch_size"][:2] == ["int (1 or more)", "`4`"]
     assert found["lr_scheduler"][0].split(" / ")[:3] == ["constant", "linear", "cosine"]
     assert found["exp_name"][1] == "*must be set*"
@@ -52,6 +53,19 @@ def test_every_key_of_a_composed_command_has_a_row():
     assert len(keys) > 70
     assert not [key for key in keys if key not in page]
     assert not [key for key in keys if not page[key][2]], "a field has no comment"
+
+
+def test_every_choice_of_a_loss_and_an_expert_has_a_section_that_names_its_keys():
+    page = re.split(r"^#{2,3} (.*)$", render_page(), flags=re.MULTILINE)
+    sections = dict(zip(page[1::2], page[2::2], strict=True))
+    kinds = {**CHOSEN["loss"], **CHOSEN["expert"]}
+    files = [path for group in ("loss", "expert") for path in (REPOSITORY / "config" / group).glob("*.yaml")]
+    assert {f"{path.parent.name}={path.stem}" for path in files} == set(kinds)
+    for choice, kind in kinds.items():
+        keys = [f"`{choice.partition('=')[0]}.{field.name}" for field in fields(kind)]
+        assert not [key for key in keys if key not in sections[choice]], choice
+    shared = re.findall(r"^[|] (`.*?`)", sections["Keys of several losses"], re.MULTILINE)
+    assert len(shared) == len(set(shared)) > 5
 
 
 def test_comments_stand_behind_a_field_or_above_it():

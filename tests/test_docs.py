@@ -29,7 +29,10 @@ from tests.commands import run_entrypoint
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-NEEDS = {"weights", "data", "network", "a GPU", "a cluster", "make demo", "minutes", "wandb", "a shell"}
+NEEDS = {
+    "weights", "data", "network", "a GPU", "a cluster", "make demo", "minutes", "wandb", "a shell",
+    "hydra-optuna-sweeper",
+}  # fmt: skip
 ENTRYPOINTS = {
     "train.py": ("config", TrainConfig, check_train),
     "induce.py": ("induce", InduceConfig, check_induce),
