@@ -1,12 +1,12 @@
-"""Several models side by side on several prompt sets: generate, judge, report.
+"""Compare several models on several prompt sets: generate, judge, report.
 
     python evaluate.py models.base.path=FOLDER models.dpo.path=runs/si_dpo \
         prompts.unsafe.path=unsafe.jsonl prompts.benign.path=benign.jsonl expert=rules output=runs/report
     python evaluate.py prompts=published responses=csv path=test_set.csv expert=openai expert.model=NAME output=FOLDER
     python evaluate.py "compare=[runs/a,runs/b]" output=FOLDER
 
-Writes report.json, report.md, report.html and samples.jsonl into `output`. The same command goes on with an evaluation
-that was stopped. The text of models and prompts goes into samples.jsonl and behind a click of the page, nowhere else.
+Writes report.json, report.md, report.html and samples.jsonl to `output`. Rerun the same command to resume an evaluation
+that was stopped. Prompts and answers appear only in samples.jsonl and, behind a click, on the HTML page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from config.checks_evaluate import check_evaluate, with_paths
 from config.schema import read_command, run_command
 from config.settings import EngineSettings, EvaluateConfig, ShardSettings
 
-if __name__ == "__main__":  # before the imports that take seconds: a mistake need not wait for them
+if __name__ == "__main__":  # before the slow imports, so that a mistake in the command is reported immediately
     exit_behind_ledgers()
     command = read_command("evaluate", EvaluateConfig, check_evaluate)
 
@@ -74,7 +74,7 @@ def main(config: EvaluateConfig) -> None:
         run_on_ray(work, spread.shard.count or 1, spread.engine, status)
     report = compare_finished(config) if evaluation is None else evaluate_models(config, evaluation, started)
     if report is not None:
-        _log_to_wandb(config, report)  # the answers are out of memory by now
+        _log_to_wandb(config, report)  # here, because the answers have been freed by now
 
 
 def run_one_shard(config: EvaluateConfig, index: int) -> None:
@@ -83,7 +83,7 @@ def run_one_shard(config: EvaluateConfig, index: int) -> None:
 
 
 def evaluate_models(config: EvaluateConfig, evaluation: Evaluation, started: float) -> dict[str, Any] | None:
-    """Ask, judge, compare and write the report; None for a shard, which writes none."""
+    """Generate, judge, compare and write the report; a shard writes no report and returns None."""
     output = Path(config.output)
     seconds: dict[str, float] = {}
     answers = evaluation.given if evaluation.given is not None else ask_all(evaluation, config, seconds)
@@ -144,10 +144,10 @@ def score_choices(respondent: Respondent, pairs: Sequence[tuple[str, str]], *, d
 
 
 def rewards_part(config: EvaluateConfig, evaluation: Evaluation, progress: Advance) -> dict[str, Any]:
-    """Compute the implicit rewards of every model but the reference, and what they say.
+    """Compute the implicit rewards of every model except the reference, and summarise them for the report.
 
     Raises:
-        UserError: The pairs cannot be read, or a model reads their text as other tokens than the reference does.
+        UserError: The pairs cannot be read, or a model's tokens for them differ from the reference's.
     """
     from preference_datasets import build_stores, load_examples
     from safer_instruct.generation.models import load_tokenizer
@@ -193,7 +193,7 @@ def rewards_part(config: EvaluateConfig, evaluation: Evaluation, progress: Advan
 def pair_logps(
     respondent: Respondent, store: TokenStore, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probabilities and numbers of tokens of chosen and rejected, (N, 2) each, in the order of the store."""
+    """Return log-probabilities (nats) and token counts of chosen and rejected, (N, 2) each, in store order."""
     from trainers.data.batching import BatchLoader
     from trainers.data.cutters import PaddedCutter
     from trainers.kernels.logps import sequence_logps
@@ -208,7 +208,7 @@ def pair_logps(
             logps[rows], num_tokens[rows] = (column.cpu() for column in sequence_logps(model, microbatch.to(device)))
     if not logps.isfinite().all():
         raise UserError(
-            f"models.{respondent.name}: its log-probabilities are not finite; its weights may not be, either"
+            f"models.{respondent.name}: its log-probabilities are not finite; its weights may not be finite either"
         )
     return logps, num_tokens
 

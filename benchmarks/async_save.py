@@ -3,10 +3,10 @@
     python -m benchmarks.async_save --processes 1
     python -m benchmarks.async_save --processes 2
 
-SFT of a Llama of 25M random parameters (float32, RMSprop) on random tokens: the same 50 steps without checkpoints,
-with two asynchronous ones (after 15 and 30 steps) and with two that the training waits for, in turn, several times
-over. Seconds are from the first step to the end of the last, what is still being written then included. Wanted:
-asynchronous / without <= 1.25. `--processes 2` shards the model over two gloo processes.
+SFT of a Llama of 25M random parameters (float32, RMSprop) on random tokens runs the same 50 steps without checkpoints,
+with two asynchronous ones (after 15 and 30 steps), and with two synchronous ones, in turn, several times. Seconds are
+from the first step to the end of the last, including any write still in progress. Target: asynchronous / without
+<= 1.25. `--processes 2` shards the model over two gloo processes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VARIANTS = {
 
 
 def build_model() -> LlamaForCausalLM:
-    """25M parameters."""
+    """Return a Llama of 25M parameters."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -61,7 +61,7 @@ def build_model() -> LlamaForCausalLM:
 
 
 def seconds_of(layout: Layout, settings: TrainConfig, folder: Path, name: str) -> float:
-    """One run of 50 steps; the checkpoint at its end, which every variant would write, is left out."""
+    """Return the seconds of 50 steps, without the checkpoint at the end, which every variant would write."""
     with TokenStoreWriter(folder / f"store-{layout.rank}", key="random", num_segments=2) as writer:
         generator = torch.Generator().manual_seed(0)
         for row in range(STEPS * BATCH):
@@ -95,14 +95,14 @@ def seconds_of(layout: Layout, settings: TrainConfig, folder: Path, name: str) -
             if trainer.progress.updates < STEPS:
                 last(log)
 
-        trainer.save = save  # type: ignore[method-assign]  # all but the last one
+        trainer.save = save  # type: ignore[method-assign]  # skips the last save
         started = time.perf_counter()
         trainer.train()
         return time.perf_counter() - started
 
 
 def measure(layout: Layout, *, settings: TrainConfig, repetitions: int, result: str) -> None:
-    """All variants in turn; rank 0 leaves the seconds in the file `result`."""
+    """Run all variants in turn; rank 0 writes the seconds to the file `result`."""
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for repetition in range(repetitions + 1):
         for name, checkpoint in VARIANTS.items():

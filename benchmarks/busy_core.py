@@ -1,9 +1,9 @@
 """How much longer does the quick start take when another program has one of its two cores?
 
-    python -m benchmarks.busy_core               # two demos: about a quarter of an hour on two quiet cores
+    python -m benchmarks.busy_core               # two demos: about a quarter of an hour on two idle cores
 
-`quickstart/demo.py` from an empty folder, on two cores: alone, then beside a process that never stops computing on one
-of them. Threads that wait for others by spinning made this a factor of 20 (see `SPIN_COUNT` of `config/schema.py`).
+It runs `quickstart/demo.py` from an empty folder on two cores: alone, then next to a process that keeps one of them
+busy. With threads that busy-wait for others this was 20 times slower (see `SPIN_COUNT` in `config/schema.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Is anything damaged ever used, and what do the checksums cost?
+"""Is damaged data ever used, and what do the checksums cost?
 
-Damages every file of every kind of folder that this project writes, in every way of `tests/corruption.py`, several
-times with other random numbers, and reads it; then times what checking adds to saving and loading a model of 25M
-parameters (with AdamW's state), and to building and opening a token store.
+It damages every file of every kind of folder that this project writes, in every way of `tests/corruption.py` with
+several seeds, and reads it. Then it times what checksums add to saving and loading a model of 25M parameters (with
+AdamW's state), and to building and opening a token store.
 
     python -m benchmarks.corruption --seeds 10
     python -m benchmarks.corruption --seeds 0 --rows 1000000
@@ -53,7 +53,7 @@ KINDS = ("", " (processor)", " (MiB read)")
 
 
 def matrix(seeds: int, folder: Path) -> Counter[str]:
-    """Count what became of the damages: refused or built again, harmless, used, or a traceback."""
+    """Count the outcomes of the damages: refused or rebuilt, harmless, used, or a traceback."""
     outcomes: Counter[str] = Counter()
     subjects = {}
     for make in (runs, caches, outputs):
@@ -69,7 +69,7 @@ def matrix(seeds: int, folder: Path) -> Counter[str]:
                     outcome = "as it was" if subject.read(copy) == expected else "used silently"
                 except UserError:
                     outcome = "refused"
-                except Exception as error:  # whatever it is, a user would see its traceback
+                except Exception as error:  # of any kind, since a user would see its traceback
                     outcome = f"traceback ({type(error).__name__})"
                 outcomes[outcome] += 1
                 if outcome not in ("as it was", "refused"):
@@ -79,10 +79,10 @@ def matrix(seeds: int, folder: Path) -> Counter[str]:
 
 
 def costs(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Return the least of a few calls of each, taken in turns: what else runs on the machine only adds.
+    """Return the minimum over a few calls of each, taken in turn, because other load on the machine only adds time.
 
-    Under NAME the time that passed, under "NAME (processor)" that of the processor, under "NAME (MiB read)" what it
-    asked the system for, from the cache or the disk.
+    NAME is the wall time, "NAME (processor)" the CPU time, and "NAME (MiB read)" the data read through system calls,
+    from the cache or the disk.
     """
     taken: dict[str, list[float]] = defaultdict(list)
     for _ in range(repetitions):
@@ -96,12 +96,12 @@ def costs(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str,
 
 
 def mebibytes_read() -> float:
-    """Return what this process has read by now, of Linux's count."""
+    """Return the MiB that this process has read so far, as counted by Linux."""
     return int(Path("/proc/self/io").read_text().split()[1]) / 2**20
 
 
 def with_ratios(found: dict[str, float], works: tuple[str, str]) -> dict[str, float]:
-    """Add what checksums add to both works, as a part of what these take without them."""
+    """Add the relative cost of checksums for both tasks."""
     for kind in KINDS[:2]:
         whole, without = (sum(found[f"{work}{less}{kind}"] for work in works) for less in ("", WITHOUT))
         found[f"ratio{kind}"] = whole / without - 1
@@ -110,7 +110,7 @@ def with_ratios(found: dict[str, float], works: tuple[str, str]) -> dict[str, fl
 
 @contextmanager
 def no_checksums() -> Iterator[None]:
-    """Write DCP's files as DCP does, an empty record, and look at nothing: the program without checksums."""
+    """Disable checksums: write DCP's files with DCP's own code, write an empty record, and check nothing."""
 
     class PlainWriter(dcp.FileSystemWriter):
         digests: ClassVar[dict[Path, str]] = {}
@@ -129,12 +129,12 @@ def no_checksums() -> Iterator[None]:
 
 
 def with_and_without(works: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """Add to each work the same without checksums; those come first, so that a load finds a record of its own kind."""
+    """Add each task without checksums; these come first, so that each load finds a record of its own kind."""
     return {f"{name}{WITHOUT}": no_checksums()(work) for name, work in works.items()} | works
 
 
 def checkpoint_cost(folder: Path, *, hidden: int, repetitions: int) -> dict[str, float]:
-    """Return seconds of a whole save and load, with checksums and without."""
+    """Return the seconds of a whole save and load, with and without checksums."""
     settings, found = tiny_settings(optimizer="AdamW"), {}
     config = LlamaConfig(
         vocab_size=8192, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=6,
@@ -165,7 +165,7 @@ def checkpoint_cost(folder: Path, *, hidden: int, repetitions: int) -> dict[str,
 
 
 def store_cost(folder: Path, *, rows: int, repetitions: int) -> dict[str, float]:
-    """Return seconds of building and opening a token store, with checksums and without."""
+    """Return the seconds of building and opening a token store, with and without checksums."""
     write_rows(folder / "pairs.jsonl", rows)
     datasets = {"si": DatasetSettings(str(folder / "pairs.jsonl"), "si", eval_fraction=0.01)}
     tokenizer = byte_level_tokenizer(add_bos=True)
@@ -186,7 +186,7 @@ def store_cost(folder: Path, *, rows: int, repetitions: int) -> dict[str, float]
 
 
 def main() -> None:
-    """Print what became of the damages, and the ratios."""
+    """Print the outcomes of the damages, and the cost ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="damages of each kind to each file; 0: none")
     parser.add_argument("--hidden", type=int, default=512, help="width of the model; 512: 25M parameters")

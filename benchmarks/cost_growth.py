@@ -1,9 +1,9 @@
-"""Do larger global batches cost more a token? A step's seconds per position at 64, 512 and 4,096 rows.
+"""Do larger global batches cost more per token? Measure a step's time per position at 64, 512 and 4,096 rows.
 
     OMP_NUM_THREADS=2 python -m benchmarks.cost_growth
 
-Data, model and step are those of `dpo_throughput.py`, in a smaller model, so that what is paid a row or a step shows.
-The sizes take turns. Wanted: within 10% of each other.
+Data and step are those of `dpo_throughput.py`, with a smaller model, so that costs per row and per step show. The sizes
+take turns. Target: within 10% of each other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainers.distributed.layout import Layout
 
 
 def measure(options: argparse.Namespace, layout: Layout, folder: Path) -> dict[int, list[float]]:
-    """Microseconds a position of each step, by the rows of the global batch."""
+    """Return the microseconds per position of each step, by the rows of the global batch."""
     figures: dict[int, list[float]] = {rows: [] for rows in options.rows}
     with ExitStack() as stack:
         built = {}

@@ -1,4 +1,4 @@
-"""How fast is a training step? The trainer's own against a literal DPO step, TRL's, and the arithmetic floor.
+"""How fast is a training step? Compare the trainer with a literal DPO step, TRL, and the arithmetic floor.
 
     OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --lengths si --vocabulary 8192 --json si-8k.json
     OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --contenders literal packed trl --lengths long
@@ -6,9 +6,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.dpo_throughput --memory literal packed --vocabulary 32768 --max-tokens 512
     OMP_NUM_THREADS=2 python -m benchmarks.dpo_throughput --contenders packed --profile
 
-Contenders take turns on every global batch, in an order that rotates, each from the same weights:
+Contenders take turns on every global batch, in rotating order, all from the same weights:
 
-- `packed`, `padded`: `Trainer.train_step` as `python train.py` runs it, with `packing` true and false;
+- `packed`, `padded`: `Trainer.train_step` as in `python train.py`, with `packing` true and false;
 - `packed_bf16`, `packed_compiled`, `packed_selective`, `packed_full`: packed, with `model.autocast=bfloat16`, with
   `trainer.compile=true`, or with `activation_checkpointing` selective or full; `packed_bf16_compiled` and
   `packed_bf16_full` are both;
@@ -16,18 +16,16 @@ Contenders take turns on every global batch, in an order that rotates, each from
   `literal_bf16` and so on: the same under bfloat16 autocast.
 
 With `--device cuda` the models are made on the GPU. `--size 135m|1b|3b|7b` takes the shapes of SmolLM2-135M, of Llama
-3.2 1B and 3B, and of Llama 2 7B; `mfu_with_head` is the share of the card's bfloat16 peak that the arithmetic of
-`floor` makes up.
+3.2 1B and 3B, and of Llama 2 7B. `mfu_with_head` is the arithmetic of `floor` as a share of the card's bfloat16 peak.
 
-The model is a random Llama, the tokens are random, their lengths those of the published `si` pairs or, with `long`,
-with prompts of 2.6 times the length, which are then 70% of the tokens. As in those pairs, the template makes all
-prompts begin with the same tokens (`--template 0`: random ones, so that no two do). Figures are medians over global
-batches; a ratio is the median of the ratios batch by batch, by the clock and by processor time (a busy machine blurs
-the first). The reference cache costs one forward pass over the data, once; it is printed, and in no contender. `floor`
-is the time of the matrix products that a step needs which computes the prompt of a pair once (three passes of each
-weight over its positions, of the output embedding over the response rows, of attention over the visible pairs of
-positions), each at the speed measured in this run at its own shapes; `shared` counts what all prompts of the global
-batch begin with once.
+The model is a random Llama with random tokens. Their lengths are those of the published `si` pairs; with `long`,
+prompts are 2.6 times as long and make up 70% of the tokens. As in those pairs, the template makes all prompts begin
+with the same tokens (`--template 0`: all random, so that no two prompts do). Figures are medians over global batches.
+Ratios are medians of the ratios per batch, by wall time and by CPU time (a busy machine blurs the first). The reference
+cache costs one forward pass over the data; it is printed, but counted in no contender. `floor` is the time of the
+matrix products of a step that computes each pair's prompt once (three passes of each weight over its positions, of the
+output embedding over the response rows, of attention over the visible pairs of positions), each at the speed measured
+in this run at its own shapes; `shared` counts the common beginning of all prompts of the global batch only once.
 """
 
 from __future__ import annotations
@@ -71,13 +69,13 @@ from trainers.reference import attach_reference, reference_logps, weights_key
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
-# Tokens of the published Safer-Instruct pairs that have both responses (5,721 of them): prompt with its template,
-# chosen, rejected, at these percentiles.
+# Token counts at these percentiles of the 5,721 published Safer-Instruct pairs with both responses: prompt with its
+# template, chosen, rejected.
 PERCENTILES = [0, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.7, 100]
 PROMPT = [37, 41, 44, 48, 53, 59, 67, 77, 90, 103, 121, 150, 195, 219, 257, 378]
 CHOSEN = [2, 12, 12, 12, 12, 13, 31, 48, 57, 63, 92, 151, 276, 358, 470, 659]
 REJECTED = [2, 6, 8, 12, 16, 20, 24, 31, 39, 51, 68, 114, 166, 205, 301, 857]
-TEMPLATE = 30  # of a prompt's 36 tokens of template, those before the instruction: the same in all rows
+TEMPLATE = 30  # template tokens before the instruction (of 36 in all), which are the same in all rows
 MAX_LENGTH = 512
 PROMPT_SCALE = {"si": 1.0, "long": 2.6}
 OURS: dict[str, dict[str, Any]] = {
@@ -98,12 +96,12 @@ SIZES = {
     "7b": (4096, 11008, 32, 32, 32, 32_000, False),
 }
 BYTES_PER_PARAMETER = 12  # float32 weights, gradients and RMSprop's squares
-ROOM_GIB = 40  # for activations and logits beside them: what `--fit-layers` leaves free
-WARM_UP_ROWS = 4  # the first step, which is not counted
+ROOM_GIB = 40  # memory that `--fit-layers` leaves free for activations and logits
+WARM_UP_ROWS = 4  # rows of the first step, which is not counted
 
 
 def random_rows(folder: Path, arguments: argparse.Namespace, num_rows: int) -> TokenStore:
-    """Random tokens with the lengths of the published pairs; responses are cut to MAX_LENGTH - prompt."""
+    """Return random tokens with the lengths of the published pairs; responses are cut to MAX_LENGTH - prompt."""
     random, words = np.random.default_rng(arguments.seed), np.random.default_rng([arguments.seed, 1])
     num_segments = 3 if arguments.task == "dpo" else 2
     template = words.integers(3, arguments.vocabulary, arguments.template).tolist()
@@ -138,7 +136,7 @@ def random_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def train_loader(store: TokenStore, arguments: argparse.Namespace, *, packing: bool) -> BatchLoader:
-    """All rows once, as train.py would take them."""
+    """Return a loader that takes all rows once, as in train.py."""
     device = pick_device(arguments.device)
     cutter = build_cutter(packing=packing, device=device, pad_token_id=0, max_tokens=arguments.max_tokens)
     return BatchLoader(store, cutter, batch_size=arguments.batch_size, seed=arguments.seed, device=device)
@@ -189,7 +187,7 @@ def train_settings(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def reference_of(store: TokenStore, arguments: argparse.Namespace, layout: Layout, folder: Path) -> Tensor | None:
-    """Return what a peer with a precomputed reference is given: (N, 2) log-probabilities, the cache of `packed`."""
+    """Return the precomputed reference for a peer: (N, 2) log-probabilities, from the cache of `packed`."""
     if arguments.task != "dpo":
         return None
     model = random_model(arguments)
@@ -228,11 +226,11 @@ def build_steps(
 
 
 def step_of(trainer: Trainer, batches: list[GlobalBatch]) -> Callable[[GlobalBatch], float]:
-    """Return a trainer's step on its own cut of a global batch; it gives the loss."""
+    """Return the trainer's step as a function from a global batch, which it cuts itself, to the loss."""
     by_start = {batch.start_examples: batch for batch in batches}
 
     def step(batch: GlobalBatch) -> float:
-        # Whatever its place: not the first of a run, for which the trainer would want policy and reference equal.
+        # Never step 0, for which the trainer would require policy and reference to be equal.
         trainer.train_step(replace(by_start[batch.start_examples], start_examples=1))
         return trainer.train_metrics.means()["loss/train"]
 
@@ -240,10 +238,10 @@ def step_of(trainer: Trainer, batches: list[GlobalBatch]) -> Callable[[GlobalBat
 
 
 class Floor:
-    """Seconds that the matrix products of a step need, at the speed of this run."""
+    """The seconds that the matrix products of a step need, at the speed measured in this run."""
 
     def __init__(self, model: LlamaForCausalLM, store: TokenStore, num_positions: int, dtype: torch.dtype) -> None:
-        """`num_positions`: of a typical micro-batch; `dtype`: of the products."""
+        """Measure the products in `dtype`, for `num_positions` positions of a typical micro-batch."""
         self.store, self.width, self.layers = store, model.config.hidden_size, model.config.num_hidden_layers
         self.device, self.dtype = model.device, dtype
         layer = [p.shape for p in model.model.layers[0].parameters() if p.dim() == 2]
@@ -255,7 +253,7 @@ class Floor:
         self.rate = self.flops_per_position / self.per_position
 
     def seconds(self, shape: tuple[int, int], positions: int, repetitions: int = 5) -> float:
-        """Seconds of a weight's three products, per position: the median."""
+        """Return the median seconds per position of a weight's three products."""
         sizes = ((positions, shape[1]), shape, (positions, shape[0]))
         states, weight, gradient = (torch.randn(n, device=self.device, dtype=self.dtype) for n in sizes)
         times = []
@@ -266,14 +264,14 @@ class Floor:
         return statistics.median(times[1:]) / positions
 
     def flops(self, rows: Tensor, *, sharing: bool) -> tuple[float, float, float]:
-        """Operations of one global batch: of the layers' weights, of the head, of attention."""
+        """Return the operations of one global batch: of the layers' weights, the head, and attention."""
         inputs = input_lengths(self.store.lengths[rows].long())
         prompt, responses = inputs[:, :1], inputs[:, 1:]
         visible = (prompt * (prompt + 1) // 2).sum() + (responses * prompt + responses * (responses + 1) // 2).sum()
         repeated = repeated_prefixes(self.store, rows) * sharing
         visible -= (repeated * (repeated + 1) // 2).sum()
         targets = int(self.store.lengths[rows][:, 1:].sum())
-        # Attention: scores and weighted values, 2 x 2 x width operations a visible pair; twice that in backward.
+        # Attention: scores and weighted values, 2 x 2 x width operations per visible pair; twice that in backward.
         return (
             self.flops_per_position * int(inputs.sum() - repeated.sum()),
             6.0 * self.head[0] * self.head[1] * targets,
@@ -281,28 +279,28 @@ class Floor:
         )
 
     def __call__(self, rows: Tensor, *, sharing: bool) -> float:
-        """Return the floor of one global batch; `sharing`: what its prompts begin with is computed once."""
+        """Return the floor of one global batch; `sharing`: the common beginning of its prompts is computed once."""
         layers, head, attention = self.flops(rows, sharing=sharing)
         per_flop = self.per_target / (6 * self.head[0] * self.head[1])
         return (layers + attention) / self.rate + head * per_flop
 
 
 def now(device: torch.device) -> float:
-    """Return the clock, once the device has done what it was given."""
+    """Return the time, after waiting for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def repeated_prefixes(store: TokenStore, rows: Tensor) -> Tensor:
-    """Positions of the prefix of each row of a global batch, (B,); 0 in the first row of a family."""
+    """Return the repeated prefix positions of each row of a global batch, (B,); 0 for the first row of a family."""
     families, lengths = shared_prefixes(store, rows)
     return lengths * (families != torch.arange(len(rows)))
 
 
 def build_floor(arguments: argparse.Namespace, store: TokenStore, num_positions: int) -> Floor:
     """Return the floor of this model, in the dtype of the contenders."""
-    single = argparse.Namespace(**{**vars(arguments), "layers": 1})  # its layers are alike
+    single = argparse.Namespace(**{**vars(arguments), "layers": 1})  # enough, since all layers are alike
     bfloat16 = any("bf16" in name for name in arguments.contenders) and arguments.device != "cpu"
     floor = Floor(random_model(single), store, num_positions, torch.bfloat16 if bfloat16 else torch.float32)
     floor.per_position *= arguments.layers
@@ -314,7 +312,7 @@ def build_floor(arguments: argparse.Namespace, store: TokenStore, num_positions:
 def card_figures(
     arguments: argparse.Namespace, floor: Floor, batches: list[GlobalBatch], seconds: dict[str, list[float]]
 ) -> dict[str, object]:
-    """Return what a GPU adds: the share of its peak that the needed arithmetic is, and the peaks of its memory."""
+    """Return the extra figures of a GPU: the needed arithmetic as a share of its peak, and its peak memory."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ours = min((name for name in medians if name in OURS), key=lambda name: medians[name], default=None)
     figures: dict[str, object] = {"best_of_ours": ours}
@@ -333,7 +331,7 @@ def card_figures(
 
 
 def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict[str, object]:
-    """Alternates the contenders over the same batches."""
+    """Alternate the contenders over the same batches."""
     with ExitStack() as stack:
         store, batches, steps = build_steps(arguments, layout, folder, stack)
         positions = [sum(map(num_positions, batch.microbatches)) for batch in batches]
@@ -343,7 +341,7 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
         floors: dict[str, list[float]] = {"floor": [], "shared_floor": []}
         differences: dict[str, float] = dict.fromkeys(steps, 0.0)
         names = list(steps)
-        # A second size is what `torch.compile` needs to see before it writes code for all of them.
+        # `torch.compile` must see a second size before it generates code for all sizes.
         warm_up = (
             [batches[-1], batches[0]] if layout.device.type == "cuda" else [batches[-1]]
         )  # the last is a small one
@@ -396,9 +394,9 @@ def measure(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
 
 
 def profile(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict[str, object]:
-    """Where the time of a step of each contender goes: of the operators or a GPU's kernels themselves, largest first.
+    """Print the self time of the operators, or of a GPU's kernels, in a step of each contender, largest first.
 
-    Where the kernels of a GPU take less than the step, it waits for the host.
+    If a GPU's kernels take less time than the step, the GPU waits for the host.
     """
     on_gpu = layout.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
@@ -430,7 +428,7 @@ def profile(arguments: argparse.Namespace, layout: Layout, folder: Path) -> dict
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
-    """GiB that steps of each contender add to a process, model, gradients and optimizer included."""
+    """Print the GiB that each contender's steps add to a process, including model, gradients and optimizer."""
     own = [word for word in sys.argv[1:] if word not in ("--memory", *arguments.memory)]
     peaks = {}
     for name in arguments.memory:
@@ -441,7 +439,7 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def peak_of_one_step(arguments: argparse.Namespace, layout: Layout, folder: Path) -> float:
-    """GiB between the imports and the peak of the second step, when the optimizer has its state."""
+    """Return the GiB from after the imports to the peak of the second step, when the optimizer has its state."""
     before = resident_mib("VmRSS")
     forget_peak()
     with ExitStack() as stack:
@@ -453,7 +451,7 @@ def peak_of_one_step(arguments: argparse.Namespace, layout: Layout, folder: Path
 
 
 def print_table(result: dict[str, object]) -> None:
-    """Print the medians side by side; ratios to the first contender are of each batch."""
+    """Print the medians side by side; ratios to the first contender are taken per batch."""
     all_seconds, cpu = result["all_seconds"], result["all_cpu_seconds"]
     first = next(iter(all_seconds))
     print(
@@ -531,7 +529,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measure, print and write the figures."""
     arguments = parse()
     result: dict[str, object] = {}
 

@@ -1,10 +1,10 @@
-"""Is a row lost or judged twice when an evaluation is killed again and again?
+"""Is a row lost or judged twice when an evaluation is killed repeatedly?
 
     python -m benchmarks.evaluation_kills [--prompts 10000] [--models 5] [--kills 10] [--json FILE]
 
-A file of answers is judged through an OpenAI-compatible server on loopback; the process is killed (SIGKILL) at equal
-distances and typed again, and its report compared with that of a run that nobody killed. A judgement that was on its
-way when the process died cannot have been written down and is asked for again: at most `expert.concurrency` a kill.
+A file of answers is judged through an OpenAI-compatible server on loopback. The process is killed (SIGKILL) at equal
+intervals of rows and restarted, and its report is compared with that of an undisturbed run. Judgements in flight at a
+kill cannot have been recorded, and are requested again: at most `expert.concurrency` per kill.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ OUTCOMES = ("harmful", "refusal", "helpful", "neither")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was seen.
+    """The result of the benchmark.
 
     Attributes:
         rows: Distinct (prompt, answer) pairs.
         kills: How often the process was killed.
         lost: Pairs without a judgement in the ledger.
-        twice: Pairs with more than one.
-        asked_again: Requests beyond one a pair: those on their way at a kill.
-        same_report: Whether report (but for times) and samples equal those of a run that nobody killed.
+        twice: Pairs with more than one judgement.
+        asked_again: Requests beyond one per pair, which were in flight at a kill.
+        same_report: Whether report (except times) and samples equal those of an undisturbed run.
     """
 
     rows: int
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def judge(prompt: str, number: int) -> str:
-    """Return a judgement that is a function of the answer alone; the first request of each process is a probe."""
+    """Return a judgement that depends only on the answer; the first request of each process is a probe."""
     if "<answer>" not in prompt:
         return "ready"
     answer = prompt.split("<answer>")[1].split("</answer>")[0]
@@ -76,7 +76,7 @@ def write_answers(path: Path, num_prompts: int, num_models: int) -> None:
 
 
 def command(answers: Path, output: Path, url: str) -> list[str]:
-    """Return the command that is typed, killed and typed again."""
+    """Return the command that is started, killed and restarted."""
     return [
         sys.executable, str(ROOT / "evaluate.py"), "prompts=published", "responses=csv", f"path={answers}",
         "expert=openai", "expert.model=m", f"expert.base_url={url}", f"expert.concurrency={CONCURRENCY}",
@@ -85,7 +85,7 @@ def command(answers: Path, output: Path, url: str) -> list[str]:
 
 
 def ledger_lines(output: Path) -> list[str]:
-    """Return the whole lines of the judge's ledger, its header left out."""
+    """Return the complete lines of the judge's ledger, without its header."""
     files = list((output / "ledger").glob("judge-*.jsonl"))
     return [line for file in files for line in file.read_text().splitlines(keepends=True)[1:] if line.endswith("\n")]
 
@@ -98,7 +98,7 @@ def run_to_the_end(words: list[str], environment: dict[str, str]) -> None:
 
 
 def kill_often(words: list[str], output: Path, environment: dict[str, str], num_rows: int, kills: int) -> None:
-    """Start the command `kills` times, and kill it each time that so many more of its rows are judged."""
+    """Start the command `kills` times, and kill it each time after the same number of further judged rows."""
     for kill in range(1, kills + 1):
         process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wanted = num_rows * kill // (kills + 1)
@@ -111,14 +111,14 @@ def kill_often(words: list[str], output: Path, environment: dict[str, str], num_
 
 
 def contents(output: Path) -> tuple[object, bytes]:
-    """Return what a report holds, without the times and the command."""
+    """Return the contents of a report, without the times and the command."""
     report = json.loads((output / "report.json").read_text())
     del report["run"]
     return report, (output / "samples.jsonl").read_bytes()
 
 
 def measure(folder: Path, *, num_prompts: int, num_models: int, kills: int, delay_seconds: float = 0.0) -> Outcome:
-    """Do it all in `folder`; `delay_seconds` slows the server down, so that few rows give time to kill."""
+    """Run the benchmark in `folder`; `delay_seconds` slows the server, so that few rows leave time to kill."""
     answers = folder / "test_set.csv"
     write_answers(answers, num_prompts, num_models)
     num_rows = num_prompts * num_models
@@ -129,7 +129,7 @@ def measure(folder: Path, *, num_prompts: int, num_models: int, kills: int, dela
         return judge(prompt, number)
 
     killed, whole = folder / "killed", folder / "whole"
-    # A client that dies in the midst of a request makes the server complain; that is what is wanted here.
+    # Silence the server's complaints about clients that die during a request, which is intended here.
     with redirect_stderr(io.StringIO()), loopback(answer) as server:
         words = command(answers, killed, server.url)
         kill_often(words, killed, environment, num_rows, kills)
@@ -149,7 +149,7 @@ def measure(folder: Path, *, num_prompts: int, num_models: int, kills: int, dela
 
 
 def judged_requests(server: Loopback) -> Counter[str]:
-    """How often each answer was sent to the server."""
+    """Count how often each answer was sent to the server."""
     texts = (body["messages"][-1]["content"] for _, body, _ in server.requests)
     return Counter(text for text in texts if "<answer>" in text)
 

@@ -1,10 +1,10 @@
-"""What does a report of 100,000 judged answers cost in memory and time?
+"""How much memory and time does a report of 100,000 judged answers take?
 
     python -m benchmarks.evaluation_report [--rows 100000] [--json FILE]
 
-Writes an output of evaluate.py with five models and that many answers of about 450 characters, types
-`evaluate.py compare=[FOLDER]`, which reads it and makes its report anew, and measures that process, beside the same on
-100 answers (the libraries). Wanted: less than 500 MB and less than 60 s, libraries included.
+It writes an output of evaluate.py with five models and that many answers of about 450 characters, then measures
+`evaluate.py compare=[FOLDER]`, which reads it and makes its report again; the same with 100 answers shows the share of
+the libraries. Target: less than 500 MB and less than 60 s, including the libraries.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def write_output(folder: Path, num_rows: int) -> None:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Seconds by the clock, of the processor, and the peak of resident memory in MB of a process."""
+    """Return the wall seconds, CPU seconds and peak resident memory in MB of a process."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     _, status, usage = os.wait4(process.pid, 0)
@@ -91,7 +91,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for name, rows in {"small": 100, "large": options.rows}.items():
             folder = Path(temporary) / name
-            # Not here: a child starts with the peak memory of the process that it is forked from.
+            # Not in this process, because a child's peak memory starts at that of the process it is forked from.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 pool.submit(write_output, folder, rows).result()
         for name in ("small", "large"):

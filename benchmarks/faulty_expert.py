@@ -1,11 +1,11 @@
-"""A paid expert that fails in every way, behind the real client: what is wasted, and what is left of the throughput.
+"""How many requests and how much throughput are lost if a paid expert fails in every way? With the real client.
 
     python -m benchmarks.faulty_expert --rows 3000
 
-A server of ours on loopback (tests/faulty_server.py, a process of its own) answers each request after `--latency`
-seconds, or with one of: 20% 429 with Retry-After, 10% 500, 5% connection reset, 5% never, 5% broken JSON, 5% JSON of
-another form, 2% empty. Wanted: every row ends with a verdict or a recorded abstention; requests <= 1.2 x rows /
-success share; rows a second >= 60% of those without faults times the success share, all waits included.
+Our server on loopback (tests/faulty_server.py, in its own process) answers each request after `--latency` seconds, or
+fails: 20% 429 with Retry-After, 10% 500, 5% connection reset, 5% never, 5% broken JSON, 5% JSON of another form, 2%
+empty. Target: every row ends with a verdict or a recorded abstention; requests <= 1.2 x rows / success share; rows per
+second >= 60% of those without faults times the success share, including all waits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.faulty_server import FAULTS
 
 
 def measure(options: argparse.Namespace, faults: dict[str, float]) -> dict:
-    """One run of the filter stage's calls; returns what the client saw and what the server counted."""
+    """Run the filter stage's calls once; return what the client saw and what the server counted."""
     flags = [flag for kind, share in faults.items() for flag in ("--fault", f"{kind}={share}")]
     latency = ["--latency", str(options.latency), "--retry-after", str(options.retry_after)]
     command = [sys.executable, "-m", "tests.faulty_server", *latency, *flags]

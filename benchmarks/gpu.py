@@ -1,4 +1,4 @@
-"""Is everything right and fast on a GPU? One command, at most eight minutes, every figure beside what was expected.
+"""Is everything right and fast on a GPU? One command, at most eight minutes, every figure next to its expected value.
 
     python -m benchmarks.gpu --output gpu                     # all stages
     python -m benchmarks.gpu --output gpu --stages first      # card, correctness, resume, one 1B DPO figure: 4 minutes
@@ -6,10 +6,10 @@
     python -m benchmarks.gpu --output gpu --model FOLDER      # also a real model: SFT, then DPO
     python -m benchmarks.gpu --output gpu --device cpu --small    # the same code at toy size: a smoke test
 
-Each stage is a process of its own with a time limit and a second try, so that none takes the others down; its result is
-appended to `gpu.json` in the output folder as soon as it is known, and what it printed lies beside it. Models are built
-on the device from random weights, nothing is downloaded, wandb is off. Where packages are missing that only a machine
-without a network lacks, `scripts/card_wheels.sh` fetches them elsewhere: `PYTHONPATH=wheels/site`.
+Each stage is a separate process with a time limit and a second try, so that no failure stops the others. Its result is
+appended to `gpu.json` in the output folder as soon as it is known, and its output is saved next to it. Models are built
+on the device from random weights, nothing is downloaded, and wandb is off. For a machine without a network,
+`scripts/card_wheels.sh` fetches missing packages elsewhere: `PYTHONPATH=wheels/site`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Expected:
-    """What a figure should be: `at_least` or `at_most` a number, or true."""
+    """The expected value of a figure: `at_least` or `at_most` a number, or true."""
 
     figure: str
     words: str
@@ -57,14 +57,14 @@ def yes(figure: str) -> Expected:
 
 @dataclass(frozen=True)
 class Stage:
-    """A process, its limit, and what it should find.
+    """A process, its time limit, and the expected figures.
 
     Attributes:
-        command: Arguments of python; the last line that it prints is a JSON object of figures.
-        small: Arguments that replace those of `command` with `--small`.
-        limit_seconds: After these it is killed; the second try gets as many.
-        expected: What the figures should be.
-        alongside: A stage that runs at the same time: neither of the two is timed.
+        command: Arguments of python; its last line of output is a JSON object of figures.
+        small: Arguments that replace `command` with `--small`.
+        limit_seconds: Time after which it is killed; the second try gets as much.
+        expected: The expected figures.
+        alongside: A stage that runs at the same time; neither of the two is timed.
     """
 
     command: tuple[str, ...]
@@ -115,7 +115,7 @@ STAGES: dict[str, Stage] = {
         _throughput(*SMALL, "--contenders", "literal_bf16", "packed_bf16"), 260,
         (at_least("times_literal", 4), at_least("times_trl", 2), at_least("mfu_with_head", 0.45)),
     ),
-    "profile_1b": Stage(  # kernels of less than the step: it waits for the host
+    "profile_1b": Stage(  # if the kernels take less time than the step, the GPU waits for the host
         _throughput(*DPO_1B, "--contenders", "packed_bf16_compiled", "--profile"),
         _throughput(*SMALL, "--contenders", "packed_bf16", "--profile"), 100,
     ),
@@ -150,7 +150,7 @@ NOT_IN_ALL = ("resume", "dpo_1b_first")  # the first runs alongside, the second 
 
 
 def chosen_stages(names: list[str], *, has_model: bool) -> list[str]:
-    """Spell `first` and `all` out; the real model is only there where its folder is given."""
+    """Expand `first` and `all`; the real model is only included if its folder is given."""
     if names == ["first"]:
         return list(FIRST)
     if names == ["all"]:
@@ -162,14 +162,14 @@ def chosen_stages(names: list[str], *, has_model: bool) -> list[str]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a stage and what it has started."""
+    """Kill a stage and all processes that it has started."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 class Run:
-    """The stages of one command, and where their results go."""
+    """The stages of one command, and their output folder."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Make the output folder."""
@@ -179,7 +179,7 @@ class Run:
         self.results: list[dict[str, Any]] = []
 
     def stage(self, name: str) -> None:
-        """Run a stage and what runs alongside, append what they found, and print it."""
+        """Run a stage and the one alongside, then append and print their figures."""
         names = [name, *filter(None, [STAGES[name].alongside])]
         for result in self._results(names):
             self.results.append(result)
@@ -188,14 +188,14 @@ class Run:
             print(json.dumps({key: result[key] for key in ("stage", "seconds", "error", "figures")}), flush=True)
 
     def _results(self, names: list[str]) -> Iterator[dict[str, Any]]:
-        waiting = {name: 1 for name in names}  # name -> number of the try
+        waiting = {name: 1 for name in names}  # name -> number of the current try
         while waiting:
             started = {name: (time.monotonic(), self._start(name, attempt)) for name, attempt in waiting.items()}
             again = {}
             for name, (began, process) in started.items():
                 try:
                     figures, error = self._wait(name, process, began)
-                except BaseException:  # the end of this program is the end of its stages: they would hold the device
+                except BaseException:  # kill the stages if this program ends, or they would keep the device busy
                     for _, one in started.values():
                         end(one)
                     raise
@@ -216,13 +216,13 @@ class Run:
         options = [*(stage.small if arguments.small else stage.command), "--device", arguments.device]
         if name == "real_model":
             options += ["--model", str(arguments.model)]
-        # What a stage starts in another folder has to find the packages, too.
+        # Programs that a stage starts in another folder must find the packages, too.
         paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "HF_HUB_OFFLINE": "1",
-            # Contenders that take turns leave blocks of unlike sizes behind, and the last would wait for memory.
+            # Contenders that take turns fragment the GPU memory, and the last one would wait for memory.
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             "WANDB_MODE": "disabled",
             "TOKENIZERS_PARALLELISM": "false",
@@ -235,7 +235,7 @@ class Run:
             )
 
     def _wait(self, name: str, process: subprocess.Popen[bytes], began: float) -> tuple[dict[str, Any], str | None]:
-        """Return the figures of a stage, and what went wrong."""
+        """Wait for a stage, and return its figures and any error."""
         limit = STAGES[name].limit_seconds
         try:
             status = process.wait(max(0.1, began + limit - time.monotonic()))
@@ -248,11 +248,11 @@ class Run:
         except (json.JSONDecodeError, IndexError):
             last = lines[-1] if status and lines else f"its last line is no JSON; see {self._log(name)}"
             return {}, f"status {status}: {last}"
-        # All was measured; a process that then dies on its way out (seen once on a card) is said beside it.
+        # If a process dies after all was measured (seen once on a card), keep its figures and note the error.
         return figures | ({"status_at_exit": status} if status else {}), None
 
     def table(self) -> str:
-        """Return measured against expected, a line a figure that something is expected of."""
+        """Return the table of measured against expected, one line per figure with an expectation."""
         lines = [f"{'stage':16}{'figure':24}{'measured':>14}{'expected':>14}  {'':6}"]
         for result in self.results:
             if result["error"]:
@@ -270,7 +270,7 @@ class Run:
 
 
 def main() -> None:
-    """Run the stages, and end with a table of measured against expected."""
+    """Run the stages, and print a table of measured against expected."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of gpu.json and of what the stages print")
     parser.add_argument("--stages", nargs="+", default=["all"], help=f"first, all, or some of {', '.join(STAGES)}")

@@ -1,4 +1,4 @@
-"""The stages of `benchmarks/gpu.py` that are no throughput; each ends with one line of JSON.
+"""The stages of `benchmarks/gpu.py` other than throughput; each prints one line of JSON at its end.
 
 python -m benchmarks.gpu_checks card --device cuda
 python -m benchmarks.gpu_checks correctness --device cpu --lengths 40
@@ -33,7 +33,7 @@ PREEMPTED = 75
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, repetitions: int = 10) -> float:
-    """Return the median seconds of a call after three warm-up ones, the device's part included."""
+    """Return the median seconds of a call after three warm-up calls, including the device's work."""
     times = []
     for _ in range(repetitions + 3):
         synchronize(device)
@@ -45,13 +45,13 @@ def seconds_of(function: Callable[[], object], device: torch.device, repetitions
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def card(arguments: argparse.Namespace, device: torch.device) -> Figures:
-    """Measure the two ceilings: a large bfloat16 product, and a large copy (bytes read and written)."""
+    """Measure the card's two limits: a large bfloat16 product, and a large copy (bytes read and written)."""
     size = int(arguments.size or 8192)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(size * size * 8, device=device)
@@ -68,8 +68,8 @@ def card(arguments: argparse.Namespace, device: torch.device) -> Figures:
 def correctness(arguments: argparse.Namespace, device: torch.device) -> Figures:
     """Compare packed rows with padded ones: log-probabilities and every gradient, six architectures.
 
-    float32 must agree to rounding; in bfloat16 the packed path may be twice as far from float32 as the padded one is.
-    The control, a row whose responses see each other, must be far off, or the comparison would see nothing.
+    float32 must agree up to rounding; in bfloat16 the packed path may be twice as far from float32 as the padded path.
+    The control, a row whose responses see each other, must be far off; otherwise the comparison detects nothing.
     """
     from tests.tiny_models import SUPPORTED, tiny_model
 
@@ -87,7 +87,7 @@ def correctness(arguments: argparse.Namespace, device: torch.device) -> Figures:
                         failed.append(f"{case}: float32 {error:.1e}, bfloat16 {ratio:.2f} of the padded error")
     return {
         "cases": len(float32) - 1,
-        "without_sdpa": sorted(set(SUPPORTED) - set(packable)),  # of this version of transformers
+        "without_sdpa": sorted(set(SUPPORTED) - set(packable)),  # in this version of transformers
         "worst_float32": max(float32),
         "worst_bfloat16_ratio": max(ratios),
         "control": _control(device),
@@ -98,7 +98,7 @@ def correctness(arguments: argparse.Namespace, device: torch.device) -> Figures:
 
 def _compare(name: str, length: int, segments: int, shared: int, device: torch.device) -> tuple[float, float]:
     """Return the relative error in float32, and the bfloat16 error as a multiple of the padded path's."""
-    rows = max(2, length // 60)  # sequences shorter than the tiny models' tables of positions
+    rows = max(2, length // 60)  # keeps sequences shorter than the tiny models' position embeddings
     results: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for packing in (False, True):
@@ -110,7 +110,7 @@ def _compare(name: str, length: int, segments: int, shared: int, device: torch.d
 
 
 def _distance(values: list[Tensor], truth: list[Tensor]) -> float:
-    """Return the largest relative L2 difference of a tensor."""
+    """Return the largest relative L2 difference over all tensors."""
     pairs = zip(values, truth, strict=True)
     return max(float((value - true).norm() / true.norm().clamp(min=1e-12)) for value, true in pairs)
 
@@ -142,7 +142,7 @@ def _logps_and_gradients(
 
 
 def _control(device: torch.device) -> float:
-    """Return the error of a pair whose responses are packed as one: the rejected one sees the chosen one."""
+    """Return the error of a pair whose responses are packed as one, so that the rejected one sees the chosen one."""
     from tests.test_packing import microbatch, store_of
     from tests.tiny_models import tiny_model
     from trainers.data.layout import PackedLayout
@@ -155,17 +155,17 @@ def _control(device: torch.device) -> float:
     use_packed_attention(model)
     right, _ = sequence_logps(model, batch)
     wrong = batch.clone()
-    # Inputs of a row: 20 of the prompt, 9 of each response, whose last token is none.
+    # Inputs of a row: 20 of the prompt, and 9 of each response, whose last token is not an input.
     wrong["layout"] = PackedLayout(torch.tensor([[20, 18, 0]] * 4))
     found, _ = sequence_logps(model, wrong)
     return float((found - right).detach().abs().max())
 
 
 def resume(arguments: argparse.Namespace, device: torch.device) -> Figures:
-    """Train, and train with a SIGTERM in the middle and the same command again: the same run to the last bit?
+    """Check that training with a SIGTERM in the middle and a resume is bit-equal to training without a stop.
 
-    `again_bit_equal` and `again_difference` are of the first command repeated without a stop: where those differ, too,
-    it is the device's arithmetic and not the resumption.
+    `again_bit_equal` and `again_difference` compare the first command with its repetition without a stop. If these
+    differ too, the cause is the device's arithmetic and not the resume.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -199,7 +199,7 @@ def resume(arguments: argparse.Namespace, device: torch.device) -> Figures:
 
 
 def _difference(weights: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Return the largest difference of a weight."""
+    """Return the largest absolute difference between two sets of weights."""
     assert weights.keys() == truth.keys()
     return max(float((weight - truth[name]).abs().max()) for name, weight in weights.items())
 
@@ -231,7 +231,7 @@ def with_trainer(
     arguments: argparse.Namespace, device: torch.device, work: Callable[[Any, list[Any]], None], *,
     compiled: bool = False,
 ) -> None:  # fmt: skip
-    """Call `work(trainer, global batches)` with a model of the chosen size, packed, under bfloat16 autocast."""
+    """Call `work(trainer, global batches)` with a model of the chosen size, packed batches and bfloat16 autocast."""
     from benchmarks import dpo_throughput as throughput
     from config.settings import TrainConfig
     from trainers.distributed.launch import launch
@@ -282,7 +282,7 @@ def waits(arguments: argparse.Namespace, device: torch.device) -> Figures:
 
 
 def save(arguments: argparse.Namespace, device: torch.device) -> Figures:
-    """Measure how long an asynchronous save keeps the training from its next step."""
+    """Measure how long an asynchronous save delays the next training step."""
     from trainers.run.metrics_log import MetricsLog
 
     stalls: list[float] = []
@@ -290,7 +290,7 @@ def save(arguments: argparse.Namespace, device: torch.device) -> Figures:
     def work(trainer: Any, batches: list[Any]) -> None:
         trainer.train_step(replace(batches[0], start_examples=1))
         with MetricsLog(trainer.run, trainer.settings, {}, {}, active=False) as log:
-            for batch in batches[1:3]:  # the first save also makes the pinned buffers
+            for batch in batches[1:3]:  # the first save also allocates the pinned buffers
                 synchronize(device)
                 started = time.perf_counter()
                 trainer.save(log)
@@ -303,7 +303,7 @@ def save(arguments: argparse.Namespace, device: torch.device) -> Figures:
 
 
 def isolated(arguments: argparse.Namespace, device: torch.device) -> Figures:
-    """Time the parts of a step by themselves: the head, the gradient norm, and the forward pass of a micro-batch."""
+    """Time the parts of a step separately: the head, the gradient norm, and the forward pass of a micro-batch."""
     from trainers.distributed.sharding import clip_grad_norm
     from trainers.kernels.logps import token_logps
 
@@ -340,7 +340,7 @@ def isolated(arguments: argparse.Namespace, device: torch.device) -> Figures:
 
 
 def _attention_seconds(device: torch.device) -> Figures:
-    """Time attention, forward and backward, by both kernels of a GPU on the heads of a 1B and of a 7B model."""
+    """Time attention, forward and backward, with both GPU kernels on the heads of a 1B and of a 7B model."""
     from trainers.data.layout import PackedLayout
     from trainers.kernels import attention
 
@@ -390,7 +390,7 @@ def generation(arguments: argparse.Namespace, device: torch.device) -> Figures:
 
 
 def real_model(arguments: argparse.Namespace, device: torch.device) -> Figures:
-    """Train a real pretrained model, SFT then DPO, on pairs that are told apart by their words alone."""
+    """Train a real pretrained model, SFT then DPO, on pairs that differ in their words alone."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,6 +1,6 @@
-"""Does any file end in a traceback, or is one read for ever?
+"""Does any damaged file cause a traceback or an endless read?
 
-The properties of `tests/hostile.py` with many more examples: each kind of file is drawn, damaged and read.
+It checks the properties of `tests/hostile.py` with many more examples: each kind of file is drawn, damaged and read.
 
     python -m benchmarks.hostile_readers --examples 20000
 """
@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.hostile import SUBJECTS, Subject
 
-HANG_SECONDS = 10.0  # of the processor
+HANG_SECONDS = 10.0  # CPU time
 
 
 def attack(subject: Subject, examples: int, chosen_seed: int) -> tuple[dict[str, str], float]:
-    """Return what was raised, with the first content that raised it, and the longest time of the processor."""
+    """Return the exceptions, each with the first content that raised it, and the longest CPU time of a read."""
     found: dict[str, str] = {}
     longest = 0.0
 
@@ -36,7 +36,7 @@ def attack(subject: Subject, examples: int, chosen_seed: int) -> tuple[dict[str,
         with tempfile.TemporaryDirectory() as folder:
             try:
                 subject.check(Path(folder), content)
-            except Exception as error:  # whatever it is, a user would see its traceback
+            except Exception as error:  # of any kind, since a user would see its traceback
                 found.setdefault(f"{type(error).__name__}: {str(error)[:80]}", repr(content[:200]))
         longest = max(longest, time.process_time() - start)
 
@@ -45,7 +45,7 @@ def attack(subject: Subject, examples: int, chosen_seed: int) -> tuple[dict[str,
 
 
 def main() -> None:
-    """Print what each kind of file did to its readers."""
+    """Print the result for each kind of file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=20_000, help="files in all, over all kinds")
     parser.add_argument("--seed", type=int, default=0)

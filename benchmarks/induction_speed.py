@@ -1,12 +1,12 @@
-"""Induction by the HF backend against a plain `generate` loop: tokens a second, and the same texts.
+"""Compare induction with the HF backend with a plain `generate` loop: tokens per second, and equal texts.
 
     OMP_NUM_THREADS=1 python -m benchmarks.induction_speed --archive runs/reverse
 
-Responses are the quick start's corpus with a long tail: each is repeated so often that lengths are log-normal. The
-plain loop takes them in the order of the corpus, `--batch-size` rows at a time, padded on the left to the longest, and
-lets `model.generate` run until the last row of the batch has ended. `sorted` is the HF backend with the same number of
-rows in every batch, `budget` the backend as it is, with as many padded positions a batch as the plain loop's largest
-has. Greedy; the three take turns. Wanted: at least 2 x the plain loop's tokens a second, the same texts up to ties.
+Responses are joined from the quick start's corpus so that their lengths are log-normal, with a long tail. The plain
+loop takes them in the order of the corpus, `--batch-size` rows at a time, left-padded to the longest, and lets
+`model.generate` run until the last row of the batch has ended. `sorted` is the HF backend with the same number of rows
+in every batch; `budget` is the unchanged backend with as many padded positions per batch as the plain loop's largest.
+Decoding is greedy; the three take turns. Target: 2 x the plain loop's tokens per second, and equal texts up to ties.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from safer_instruct.text.prompts import render_reversed
 
 
 def long_tailed(count: int, seed: int) -> list[str]:
-    """Responses of the quick start's corpus, joined to log-normal lengths."""
+    """Return responses of the quick start's corpus, joined to log-normal lengths."""
     with tempfile.TemporaryDirectory() as name:
         write_demo_data(World(), seed, Path(name), part="dev")
         texts = [row["response"] for row in read_jsonl(Path(name) / "corpus.jsonl")]
@@ -46,7 +46,7 @@ def plain(
     prompts: Sequence[list[int]],
     options: argparse.Namespace,
 ) -> dict[str, list[int]]:
-    """Run the loop that one would write first."""
+    """Run the plain loop that one would write first."""
     found = {}
     for start in range(0, len(prompts), options.batch_size):
         rows = prompts[start : start + options.batch_size]
@@ -114,7 +114,7 @@ def main() -> None:
         for name, run in variants.items():
             started = time.process_time()
             texts[name] = run()
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 times[name].append(time.process_time() - started)
     lengths = sorted(map(len, prompts))
     num_new = sum(count for _, count in texts["plain"].values())

@@ -1,12 +1,12 @@
-"""Does a run that is killed, or asked to stop, end bit-equal to one that is not?
+"""Does a run that is killed, or asked to stop, and then resumed end bit-equal to an undisturbed one?
 
     python -m benchmarks.kill_and_resume --kills 20
 
-DPO of the quick start's model on random words, `python train.py trainer=FSDPTrainer` with two processes on the CPU and
-asynchronous checkpoints. First a run that nothing stops; then, for each kill, a new run whose processes (one of them,
-or all and their launcher, in turn) get SIGKILL at a random moment, and the same command again until it ends. Then
-SIGTERM to the launcher during start-up, the first evaluation, a step and a save. Weights and metrics must be those of
-the first run, to the last bit; a stopped run must end with status 75 within 30 s.
+It runs DPO of the quick start's model on random words, `python train.py trainer=FSDPTrainer` with two CPU processes and
+asynchronous checkpoints. The first run is undisturbed. Then, for each kill, a new run gets SIGKILL at a random moment
+(one process, or all and their launcher, in turn) and is resumed until it ends. Then the launcher gets SIGTERM during
+start-up, the first evaluation, a step and a save. Weights and metrics must equal those of the first run, to the last
+bit; a stopped run must exit with status 75 within 30 s.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STOPPED = 75
 
 
 def write_pairs(path: Path, num_rows: int) -> None:
-    """Pairs of random words, of unequal lengths."""
+    """Write pairs of random words, with unequal lengths."""
     draw = random.Random(0)
 
     def text(low: int, high: int) -> str:
@@ -60,7 +60,7 @@ def write_pairs(path: Path, num_rows: int) -> None:
 
 
 class Runs:
-    """Commands in one folder, which share the token store and the reference cache."""
+    """Runs in one folder, which share the token store and the reference cache."""
 
     def __init__(self, folder: Path) -> None:
         """Write the data."""
@@ -83,13 +83,13 @@ class Runs:
             )  # fmt: skip
 
     def finish(self, name: str) -> None:
-        """Run the command until it ends well."""
+        """Run the command until it succeeds."""
         status = self.start(name).wait()
         if status:
             raise SystemExit(f"{name} ended with status {status}:\n{(self.folder / f'{name}.log').read_text()}")
 
     def result(self, name: str) -> tuple[str, list[dict[str, float]]]:
-        """Hash of the final weights, and the metrics without those of the clock."""
+        """Return the hash of the final weights, and the metrics except timings."""
         run = self.folder / "runs" / name
         weights = (run / "LATEST" / "model" / "model.safetensors").read_bytes()
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -107,7 +107,7 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 def kill_once(runs: Runs, name: str, draw: random.Random, seconds: float, everybody: bool) -> str | None:
-    """SIGKILL at a random moment; says what was hit, and None if the run was over by then."""
+    """Send SIGKILL at a random moment; return what was hit, or None if the run was already over."""
     process = runs.start(name)
     time.sleep(draw.uniform(0.3, 1.0) * seconds)
     victims = [process.pid, *ranks_of(process.pid)] if everybody else ranks_of(process.pid)[-1:]
@@ -124,7 +124,7 @@ def kill_once(runs: Runs, name: str, draw: random.Random, seconds: float, everyb
 
 
 def stop_once(runs: Runs, name: str, is_moment: Callable[[Path, float], bool]) -> str:
-    """SIGTERM to the launcher as soon as it is the moment."""
+    """Send SIGTERM to the launcher as soon as the given moment has come."""
     process, started = runs.start(name), time.monotonic()
     run = runs.folder / "runs" / name
     while not is_moment(run, time.monotonic() - started) and process.poll() is None:
@@ -151,7 +151,7 @@ MOMENTS: dict[str, Callable[[Path, float], bool]] = {
 
 
 def main() -> None:
-    """Print a line for each run, and exit with 1 if one ends otherwise than the first."""
+    """Print a line for each run, and exit with status 1 if one differs from the first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -159,7 +159,7 @@ def main() -> None:
     draw, equal = random.Random(arguments.seed), []
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder))
-        runs.finish("caches")  # token store and reference are there from now on
+        runs.finish("caches")  # builds the token store and the reference cache for all later runs
         began = time.monotonic()
         runs.finish("straight")
         seconds, straight = time.monotonic() - began, runs.result("straight")
@@ -173,7 +173,7 @@ def main() -> None:
         for number in range(arguments.kills):
             name = f"kill-{number}"
             while (what := kill_once(runs, name, draw, seconds, everybody=number % 2 == 0)) is None:
-                shutil.rmtree(runs.folder / "runs" / name)  # the first run was slower: once more
+                shutil.rmtree(runs.folder / "runs" / name)  # it was faster than the first run, so try again
             check(name, what)
         for number, (moment, is_moment) in enumerate(MOMENTS.items()):
             check(f"stop-{number}", f"SIGTERM in {moment}: {stop_once(runs, f'stop-{number}', is_moment)}")

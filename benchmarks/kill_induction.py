@@ -1,12 +1,12 @@
-"""`kill -9` of induction at random moments: nothing lost, nothing twice, and the dataset does not show it.
+"""Kill induction (`kill -9`) at random moments: is no row lost or repeated, and is the dataset the same?
 
     python -m benchmarks.kill_induction --kills 50                  one run, killed 50 times
-    python -m benchmarks.kill_induction --shards 1 3 16 --kills 5   the same corpus in several ways, 5 kills a shard
+    python -m benchmarks.kill_induction --shards 1 3 16 --kills 5   the same corpus in several ways, 5 kills per shard
 
-`induce.py` itself runs in a process of its own, with the model of the quick start and an expert on loopback that counts
-its good answers by row (tests/faulty_server.py). Each process is killed after a random number of further good answers
-or ledger rows; then the same command is given again. Wanted: 0 rows lost, 0 twice in a ledger, 0 finished calls of the
-expert made again (calls in flight at a kill excepted), and the same bytes of `si.jsonl` for every number of shards.
+`induce.py` runs in a separate process, with the model of the quick start and an expert on loopback that counts its good
+answers by row (tests/faulty_server.py). Each process is killed after a random number of further good answers or ledger
+rows, and then restarted. Target: 0 rows lost, 0 repeated in a ledger, 0 finished calls of the expert repeated (except
+those in flight at a kill), and the same bytes of `si.jsonl` for every number of shards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_corpus(path: Path, num_rows: int) -> None:
-    """Responses whose row can be told from the expert's prompt (the counting server reads the word behind `item`)."""
+    """Write responses whose row the counting server can read from the expert's prompt (the word after `item`)."""
     rows = [
         {"id": f"r{i}", "response": f"Take item r{i} from the shop at night, and hide it.", "label": "ab"[i % 2]}
         for i in range(num_rows)
@@ -52,12 +52,12 @@ def command(folder: Path, corpus: Path, url: str, shard: tuple[int, int]) -> lis
 
 
 def num_records(folder: Path) -> int:
-    """Lines of all ledgers."""
+    """Return the number of lines of all ledgers."""
     return sum(path.read_bytes().count(b"\n") for path in (folder / "ledger").glob("*.jsonl"))
 
 
 def run_with_kills(arguments: list[str], folder: Path, kills: int, draw: random.Random, most: int) -> int:
-    """Start the command, kill it after a random number of further rows, and so on, then let it end; returns kills."""
+    """Start and kill the command repeatedly, each time after a random number of rows, then let it end; return kills."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "BENCHMARK_KEY": "none", "NO_PROXY": "127.0.0.1"}
     done = 0
     for _ in range(kills):
@@ -73,7 +73,7 @@ def run_with_kills(arguments: list[str], folder: Path, kills: int, draw: random.
 
 
 def check(folder: Path, server: FaultyServer, num_rows: int, kills: int) -> dict:
-    """Count rows lost and repeated in the ledgers, and calls beyond one a row and paid stage."""
+    """Count rows lost and repeated in the ledgers, and calls beyond one per row and paid stage."""
     ids: dict[str, Counter[str]] = {}
     kept = 0
     for path in sorted((folder / "ledger").glob("*.jsonl")):
@@ -99,7 +99,7 @@ def check(folder: Path, server: FaultyServer, num_rows: int, kills: int) -> dict
 
 
 def measure(num_rows: int, count: int, kills: int, seed: int) -> dict:
-    """One corpus in `count` shards, in a random order, each killed `kills` times."""
+    """Run one corpus in `count` shards, in random order, each killed `kills` times."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as name, faulty_server({}, latency=0.02) as (url, server):
         folder, corpus = Path(name) / "out", Path(name) / "corpus.jsonl"

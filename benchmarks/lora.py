@@ -1,11 +1,11 @@
-"""What does a step of LoRA with r=16 take, against one of all weights?
+"""How much time and memory does a LoRA step with r=16 take, compared with a step of all weights?
 
     python -m benchmarks.lora    # about a minute and a half on two cores
 
-SFT of a Llama of 25M random parameters (float32, AdamW, packed rows of 256 random tokens, 2,048 positions a step):
-steps of both kinds in turn in one process, and the bytes that each holds, counted from the tensors. Seconds are ratios
-of neighbours. What is kept for the backward pass is counted as autograd saves it, each storage once and no parameters;
-the logits, which the head keeps by itself, are the same for both and left out.
+SFT of a Llama of 25M random parameters (float32, AdamW, packed rows of 256 random tokens, 2,048 positions per step)
+takes steps of both kinds in turn in one process, and counts the bytes that each holds from the tensors. Time ratios are
+between neighbouring steps. Activations are counted as autograd saves them, each storage once and without parameters;
+the logits, which the head keeps itself, are the same for both and left out.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def build_trainer(layout: Layout, settings: TrainConfig, store: TokenStore, fold
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages, each once."""
+    """Return the bytes of the storages of some tensors, each counted once."""
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
 def held(trainer: Trainer) -> dict[str, float]:
-    """Return the MiB that a step holds, by what it is, from a step that is not timed."""
+    """Return the MiB that a step holds, by kind, from a step that is not timed."""
     parameters = list(trainer.policy.parameters())
     own, saved = {one.untyped_storage().data_ptr() for one in parameters}, []
     batch = next(iter(trainer.train_loader.batches()))
@@ -129,7 +129,7 @@ def measure(layout: Layout, *, settings: TrainConfig, steps: int) -> None:
 
 
 def main() -> None:
-    """Read how many steps."""
+    """Read the number of steps, and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args().steps

@@ -1,13 +1,13 @@
-"""Every loss for as many steps from the same weights, on the quick start's benign pairs: the table of docs/losses.md.
+"""Train every loss for the same steps from the same weights on the quick start's benign pairs, for docs/losses.md.
 
     python -m benchmarks.losses_table
     python -m benchmarks.losses_table --steps 4 --losses dpo kto
 
-Half a minute of one core a loss. Typed again, it goes on: what is in `figures.json` of its output is not measured anew.
-Pairs whose chosen response answers and whose rejected one refuses (`quickstart.world.replay_rows`); the start is the
-quick start's model after as many steps of SFT on chosen. Accuracy and margin are of held-out pairs, by each loss's own
-reward, as the run's last evaluation logged them; a loss on single answers has no accuracy. The divergence is the mean
-of log pi - log start over answers that the trained model samples at temperature 1, in nats an answer.
+It takes half a minute of one core per loss. Rerun it to resume: figures in the output's `figures.json` are kept. The
+chosen response of a pair answers, and the rejected one refuses (`quickstart.world.replay_rows`). The start is the quick
+start's model after as many steps of SFT on chosen. Accuracy and margin are of held-out pairs, with each loss's own
+reward, from the run's last evaluation; a loss on single answers has no accuracy. The divergence is the mean of
+log pi - log start over answers that the trained model samples at temperature 1, in nats per answer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHARED = [
 
 
 def train(folder: Path, name: str, steps: int, *arguments: str) -> Path:
-    """Do what `train.py` does, in this process; return the run directory. A finished run is left as it is."""
+    """Run `train.py` in this process, unless the run is finished; return the run directory."""
     run = folder / name
     command = [f"loss={name}", f"exp_name={name}", f"run_dir={run}", *SHARED, f"n_examples={16 * steps}", *arguments]
     config = compose_config("config", [*command, f"datasets.si.path={folder / 'pairs.jsonl'}"])
@@ -73,7 +73,7 @@ def answers_of(run: Path, start: Path, prompts: dict[str, list[int]], tokenizer:
 
 
 def row_of(run: Path) -> dict[str, float]:
-    """Return what the run's last evaluation measured."""
+    """Return the figures of the run's last evaluation."""
     rows = [row for row in read_jsonl(run / "metrics.jsonl") if "loss/eval" in row]
     means = rows[-1]
     good, bad = means["rewards_eval/chosen"], means["rewards_eval/rejected"]
@@ -113,7 +113,7 @@ def compare() -> None:
 
 
 def is_compared(settings: Any) -> bool:
-    """Say whether a loss prefers something to something else."""
+    """Tell whether a loss compares responses."""
     return settings.rows in ("pairs", "answers")
 
 

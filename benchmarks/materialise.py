@@ -1,10 +1,10 @@
-"""How much host memory does a process need to get its shard of a model, if rank 0 reads the weights?
+"""How much host memory does a process need to receive its shard of a model that rank 0 reads?
 
     python -m benchmarks.materialise
 
-Two processes over gloo; a Llama of 250M random float32 parameters is saved, then laid out by `place_model`. The figure
-is rank 1's peak of resident memory while it is, beyond what was resident before, against its shard and the largest
-block (a parameter that is being scattered may be whole for a moment). Wanted: at most 1.3 x shard + one block.
+Two gloo processes save a Llama of 250M random float32 parameters, then lay it out with `place_model`. The figure is the
+growth of rank 1's peak resident memory meanwhile, compared with its shard and the largest block (a parameter may be
+whole for a moment while it is scattered). Target: at most 1.3 x shard + one block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trainers.distributed.spawn import Place, start_processes
 
 
 def measure(layout: Layout, *, folder: str, settings: TrainConfig) -> None:
-    """Lays the model out; leaves the figures of this rank in <folder>/rank<r>.json."""
+    """Lay the model out, and write the figures of this rank to <folder>/rank<r>.json."""
     config = LlamaConfig.from_pretrained(folder)
 
     def load() -> PreTrainedModel:
@@ -42,7 +42,7 @@ def measure(layout: Layout, *, folder: str, settings: TrainConfig) -> None:
         with torch.device("meta"):
             return LlamaForCausalLM(config)
 
-    layout.on_main(lambda: None)  # both are here
+    layout.on_main(lambda: None)  # a barrier
     before = resident_mib("VmRSS")
     forget_peak()
     started = time.perf_counter()
@@ -59,7 +59,7 @@ def measure(layout: Layout, *, folder: str, settings: TrainConfig) -> None:
 
 
 def start(place: Place, stop: StopRequest, *, folder: str, settings: TrainConfig, port: int) -> None:
-    """One process."""
+    """Run one process."""
     worker = partial(measure, folder=folder, settings=settings)
     work_in_group(place, stop, worker=worker, settings=settings, address=port)
 

@@ -1,12 +1,12 @@
-"""Merge and audit of many rows: time, resident memory, recall of planted near-duplicates, false removals.
+"""Measure merge and audit of many rows: time, resident memory, recall of planted near-duplicates, false removals.
 
     python -m benchmarks.merge_scale                      10,000 and 1,000,000 rows, the index off, in memory, on disk
 
-Corpus and ledgers are synthetic: 40 + 10 random words a pair from 20,000, in 16 shards. Two rows in a hundred repeat an
-earlier one with one or two words changed, at a Jaccard index of at least 0.8 that is computed from their texts. Each
-merge runs in a process of its own, whose peak resident memory is read from the kernel. Wanted: a million rows within
-240 s with the index; memory above that at 10,000 rows: less than 100 MB without, at most 2 GB with it; recall at least
-0.95; at most 0.1% of the other rows removed.
+Corpus and ledgers are synthetic: each pair has 40 + 10 random words out of 20,000, in 16 shards. Two rows in a hundred
+repeat an earlier one with one or two words changed, at a Jaccard index of at least 0.8, computed from their texts. Each
+merge runs in its own process, whose peak resident memory is read from the kernel. Target: a million rows within 240 s
+with the index; additional memory over 10,000 rows of less than 100 MB without and at most 2 GB with the index; recall
+at least 0.95; at most 0.1% of the other rows removed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def write_run(folder: Path, num_rows: int) -> None:
 
 
 def run_here(folder: Path, what: str, index: str) -> None:
-    """One merge or audit in this process; prints what it took."""
+    """Run one merge or audit in this process, and print its time and memory."""
     duplicates = DuplicatesSettings(
         threshold=None if index == "off" else 0.8, index="memory" if index == "off" else index
     )
@@ -105,14 +105,14 @@ def run_here(folder: Path, what: str, index: str) -> None:
 
 
 def child(folder: Path, what: str, index: str) -> dict:
-    """Do the same in a process of its own, and return what it printed."""
+    """Do the same in a separate process, and return what it printed."""
     command = [sys.executable, "-m", "benchmarks.merge_scale", "--here", str(folder), what, index]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def quality(folder: Path) -> dict:
-    """Recall of the planted rows and share of the others that were removed, of the merge that ran last."""
+    """Return the recall of planted rows, and the share of other rows that were removed, of the last merge."""
     planted = set((folder / "planted.txt").read_text().split())
     kept, num_rows = set(), 0
     with (folder / "si.jsonl").open() as lines:

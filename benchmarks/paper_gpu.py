@@ -1,15 +1,15 @@
-"""The GPU path without a GPU: what a packed step would run on an H100, down to the machine code of its kernels.
+"""Check the GPU path without a GPU: compile what a packed step would run on an H100, down to its machine code.
 
     python -m benchmarks.paper_gpu            # needs a torch built for CUDA, Triton and a C compiler, and no driver
 
-Models and micro-batches are fake tensors, which have a shape, a dtype and a device, but no values. All else is real:
-the code of this project and of transformers, TorchDynamo, Inductor's lowering, and Triton's compiler, whose target is
-sm_90. So it finds an operator that refuses a dtype, a graph break, a compilation too many, a kernel that has no valid
-configuration or takes too much shared memory, and each place where a step would wait for the device. It cannot find a
-wrong value, and it measures no time.
+Models and micro-batches are fake tensors, which have a shape, a dtype and a device, but no values. Everything else is
+real: the code of this project and of transformers, TorchDynamo, Inductor's lowering, and Triton's compiler for sm_90.
+So it finds operators that do not support a dtype, graph breaks, needless compilations, kernels without a valid
+configuration or with too much shared memory, and each place where a step would wait for the device. It cannot find
+wrong values, and it measures no time.
 
-A C compiler is needed for a stand-in of the CUDA runtime: autograd asks it for devices and streams. The process starts
-itself again with that preloaded.
+The C compiler builds a stand-in for the CUDA runtime, which autograd asks for devices and streams. The process restarts
+itself with the stand-in preloaded.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ ANSWERING = {
 
 
 def start_again_with_stand_in() -> None:
-    """Run this command again under a CUDA runtime that has one device and does nothing."""
+    """Restart this command with a CUDA runtime that has one device and does nothing."""
     source = "".join(f"int cuda{name}(void) {{ return 0; }}\n" for name in SUCCEEDING)
     source += "".join(f"int cuda{head} {{ {body}; return 0; }}\n" for head, body in ANSWERING.items())
     source += "".join(f"int cu{name}(void) {{ return 0; }}\n" for name in DRIVER)
@@ -81,7 +81,7 @@ def start_again_with_stand_in() -> None:
 
 
 def pretend_h100() -> None:
-    """Let torch believe in one H100."""
+    """Make torch believe that there is one H100."""
     properties = types.SimpleNamespace(
         name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132,
         regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32,
@@ -117,16 +117,16 @@ def pretend_h100() -> None:
 
 
 class Compiled(BaseException):
-    """Inductor has written the code of a graph, and nothing is to be loaded; it passes through `except Exception`."""
+    """Raised after Inductor has written a graph's code, to skip loading it; `except Exception` does not catch it."""
 
 
 class PaperCompiler:
-    """A backend of torch.compile that lowers each graph for the H100 and then runs it as it is, on fake tensors.
+    """A backend of torch.compile that lowers each graph for the H100 and then runs it uncompiled, on fake tensors.
 
     Attributes:
-        graphs: How many graphs were lowered, by the operator that they hold and the kind of pass.
+        graphs: Number of lowered graphs, by the operator that they contain and the kind of pass.
         kernels: The names of the Triton kernels that were written.
-        shared_memory: Bytes of each kernel that was compiled to sm_90, by name and number.
+        shared_memory: Bytes of shared memory of each kernel compiled to sm_90, by name and number.
     """
 
     def __init__(self, *, to_machine_code: bool) -> None:
@@ -174,7 +174,7 @@ class PaperCompiler:
         text = code if isinstance(code, str) else code.value
         for name, source in triton_sources(text):
             self.kernels.append(name)
-            # Others are named after flex_attention, too: what Inductor has fused before or behind it.
+            # Kernels that Inductor fused before or after flex_attention are also named after it.
             if self.to_machine_code and "flex" in name and "triton_heuristics.template" in source:
                 self.shared_memory[f"{name} {len(self.shared_memory)}"] = compile_for_h100(source)
         raise Compiled
@@ -215,7 +215,7 @@ def compile_for_h100(source: str) -> int:
 
 
 def architectures() -> dict[str, Callable[..., nn.Module]]:
-    """Return builders of a small model of each architecture, with heads of 16 values, the least that flex takes."""
+    """Return builders of a small model of each architecture, with a head size of 16, the least that flex supports."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def builder(kind: str, **options: Any) -> Callable[..., nn.Module]:
@@ -262,7 +262,7 @@ def fake_model(build: Callable[..., nn.Module], dtype: torch.dtype, mode: Any, *
 
 
 def fake_batch(mode: Any, shapes: list[tuple[int, ...]], num_shared: int) -> dict[str, Any]:
-    """Make a packed micro-batch of rows with these positions in each segment, and maybe a common prefix."""
+    """Make a packed micro-batch of rows with these segment lengths, and optionally a common prefix."""
     from trainers.data.layout import PackedLayout
 
     before = torch.tensor([num_shared] + [0] * (len(shapes) - 1))
@@ -284,7 +284,7 @@ def fake_batch(mode: Any, shapes: list[tuple[int, ...]], num_shared: int) -> dic
 
 
 def rows_of(num_positions: int, segments: int) -> list[tuple[int, ...]]:
-    """Make rows of some 120 positions that fill a micro-batch."""
+    """Make rows of about 120 positions that fill a micro-batch."""
     num_rows = max(1, num_positions // 120)
     own = num_positions // num_rows
     first = own // 3
@@ -293,7 +293,7 @@ def rows_of(num_positions: int, segments: int) -> list[tuple[int, ...]]:
 
 @contextmanager
 def paper(*, to_machine_code: bool = False) -> Iterator[PaperCompiler]:
-    """Compile for the H100 inside of it, each time from nothing."""
+    """Return a context that compiles for the H100, each time from scratch."""
     from trainers.kernels import attention, logps
 
     compiler = PaperCompiler(to_machine_code=to_machine_code)
@@ -311,7 +311,7 @@ def paper(*, to_machine_code: bool = False) -> Iterator[PaperCompiler]:
 
 
 def fake_mode() -> Any:
-    """Return a mode for fake tensors that also takes the real ones of a layout."""
+    """Return a mode for fake tensors that also accepts the real tensors of a layout."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -406,7 +406,7 @@ def whole_run(dtype: torch.dtype, *, compile_blocks: bool) -> dict[str, Any]:
 
 
 def every_first_size(vocabulary: int = 128_256) -> Iterator[dict[str, Any]]:
-    """Compile the head's normalisation for few and for many rows at first: the code must be the same."""
+    """Compile the head's normalisation with few and with many rows first: the code must be the same."""
     from trainers.kernels import logps
 
     for rows in (8, 8192):
@@ -417,7 +417,7 @@ def every_first_size(vocabulary: int = 128_256) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Try everything, and print one line of JSON for each thing tried."""
+    """Run all checks, and print one line of JSON for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["run", "architectures", "heads", "first_sizes"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[40, 90, 300, 2000, 8192])

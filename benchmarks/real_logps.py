@@ -1,11 +1,11 @@
-"""How far the log-probabilities of training are from plain transformers in float64, on a real model.
+"""How far are training's log-probabilities from plain transformers in float64, on a real model?
 
     python -m benchmarks.real_logps models/smollm2 --pairs 64
 
-Pairs of the world of `make real` (an unsafe request, the rules' refusal, the world's response) in the model's own chat
-template, cut to 80 tokens: float64 on a CPU takes its time. What is measured is the packed path in float64 and in
-float32; the truth is transformers alone in float64, each sequence by itself, straight from the logits. Norms are
-computed in float64 on both sides: transformers rounds to float32 inside of them, which is 2e-6 nats here.
+The pairs are from the world of `make real` (an unsafe request, the rules' refusal, the world's response) in the model's
+own chat template, cut to 80 tokens because float64 is slow on a CPU. It compares the packed path in float64 and in
+float32 with transformers alone in float64, one sequence at a time, computed from the logits. Norms use float64 on both
+sides: transformers rounds to float32 inside them, which would be 2e-6 nats here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write_pairs(path: Path, count: int) -> None:
 
 
 def encoded_pairs(model: str, count: int, folder: Path) -> TokenStore:
-    """Encode that many pairs as training does."""
+    """Encode this many pairs as training does."""
     write_pairs(folder / "si.jsonl", count)
     settings = DatasetSettings(str(folder / "si.jsonl"), "si", template="chat", eval_fraction=0.0)
     store = build_stores(
@@ -65,7 +65,7 @@ def encoded_pairs(model: str, count: int, folder: Path) -> TokenStore:
 
 @torch.no_grad()
 def plain_logps(model: str, store: TokenStore) -> Tensor:
-    """Return log p(response | prompt) of transformers alone in float64, in nats: (pairs, 2)."""
+    """Return log p(response | prompt) by transformers alone in float64, in nats: (pairs, 2)."""
     plain: Any = exact_norms(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval())
 
     def logp(prompt: Tensor, response: Tensor) -> float:
@@ -78,7 +78,7 @@ def plain_logps(model: str, store: TokenStore) -> Tensor:
 
 @torch.no_grad()
 def packed_logps(model: str, store: TokenStore, dtype: str) -> Tensor:
-    """Return the same by the path that training takes: (pairs, 2)."""
+    """Return the same with the code path of training: (pairs, 2)."""
     policy: Any = load_causal_lm(ModelSettings(name_or_path=model), dtype=dtype).eval()
     if dtype == "float64":
         exact_norms(policy)
@@ -91,7 +91,7 @@ def packed_logps(model: str, store: TokenStore, dtype: str) -> Tensor:
 
 
 def measure(model: str, num_pairs: int) -> dict[str, float]:
-    """Return the largest difference of a sequence to plain transformers in float64, in nats, by the dtype of ours."""
+    """Return the largest difference per sequence to plain transformers in float64, in nats, by the dtype of ours."""
     with tempfile.TemporaryDirectory() as folder:
         store = encoded_pairs(model, num_pairs, Path(folder))
         truth = plain_logps(model, store)

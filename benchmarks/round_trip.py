@@ -1,12 +1,12 @@
-"""What the round-trip score is worth in the quick start's world, where the true instruction of each response is known.
+"""Does the round-trip score help in the quick start's world, where the true instruction of each response is known?
 
     python -m benchmarks.round_trip --seed 0
 
-The reversed model of the quick start writes one instruction a response, and then four; the base model of the quick
-start, which follows instructions, scores them (`stage=score`). A pair is right if its instruction means what the true
-one means, by the world's rules; a pair of the corpus's noise (benign or cut-off text) is wrong. Compared at equal size:
-the pairs with the best scores, and as many of all pairs that pass the cheap checks (the mean of any choice that does
-not look). No expert is asked: its rules know the world and would hide the difference.
+The reversed model of the quick start writes one instruction per response, and then four; the base model of the quick
+start, which follows instructions, scores them (`stage=score`). A pair is right if its instruction means the same as the
+true one, by the world's rules; a pair from the corpus's noise (benign or cut-off text) is wrong. It compares the pairs
+with the best scores with a random choice of the same size (the mean over all pairs that pass the cheap checks). No
+expert is asked, because its rules know the world and would hide the difference.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SHARES = (0.9, 0.8, 0.7, 0.5)
 
 
 def induced_pairs(output: Path, corpus: Path) -> list[Example]:
-    """Return the pairs with their best candidates and scores that pass the cheap checks."""
+    """Return the pairs that pass the cheap checks, with their best candidates and scores."""
     examples = read_corpus(CorpusSettings(path=str(corpus), id_column="id")).examples
     ledgers = [read_ledger(output / "ledger" / f"{stage}-00000-of-00001.jsonl")[1] for stage in ("induce", "score")]
     return [pair for pair in with_instructions(examples, *ledgers) if not cheap_check(pair)]
 
 
 def precisions(pairs: list[Example], truth: dict[str, dict[str, Any]], rules: Rules) -> dict[str, Any]:
-    """Share of right pairs among all, and among those with the best scores."""
+    """Return the share of right pairs among all, and among those with the best scores."""
 
     def is_right(pair: Example) -> bool:
         row = truth[pair.id]

@@ -1,11 +1,11 @@
-"""Is a seeded run the same to the last byte each time, with as many threads as torch takes by itself?
+"""Is a seeded run the same to the last byte each time, with torch's default number of threads?
 
     python -m benchmarks.same_bytes                                   # every loss, packed and padded, five times each
     python -m benchmarks.same_bytes --processes 2                     # sharded over two processes
 
-A line for each case: how many different models its runs ended in, which has to be one. Pairs are the quick start's
-benign ones, of unlike lengths; a run takes three steps of the tiny model. `benchmarks/kill_and_resume.py` does the same
-for runs that are killed and go on.
+It prints a line per case with the number of different final models of its runs, which must be 1. The pairs are the
+quick start's benign ones, of different lengths; a run takes three steps of the tiny model.
+`benchmarks/kill_and_resume.py` does the same for runs that are killed and resumed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NUM_PAIRS, STEPS = 48, 3
 
 
 def digest_of(layout: Layout, run: Path, pairs: Path, cache: Path, arguments: Sequence[str]) -> str:
-    """Train, and return the hash of the weights that the run ended in."""
+    """Train, and return the hash of the final weights."""
     config = compose_config(
         "config", [*SHARED, f"run_dir={run}", f"n_examples={16 * STEPS}", f"datasets.si.path={pairs}", *arguments]
     )
@@ -44,12 +44,12 @@ def digest_of(layout: Layout, run: Path, pairs: Path, cache: Path, arguments: Se
 
 
 def losses() -> list[str]:
-    """Return the losses that pairs train; `reverse` is that of `sft` on other text."""
+    """Return the losses that train on pairs; `reverse` is left out, as it is `sft` on other text."""
     return [name for name in LOSSES if name != "reverse"]
 
 
 def run_cases(layout: Layout, *, folder: Path, loss: str, times: int, trainer: Sequence[str]) -> None:
-    """Run a loss `times` times, packed and padded, in the processes of one launch; rank 0 writes what became of it."""
+    """Run a loss `times` times, packed and padded, in the processes of one launch; rank 0 writes the results."""
     unequal = 0
     for packing in ("true", "false"):
         arguments = [f"loss={loss}", f"packing={packing}", *EXTRA.get(loss, []), *trainer]
@@ -67,7 +67,7 @@ def run_cases(layout: Layout, *, folder: Path, loss: str, times: int, trainer: S
 
 
 def run() -> int:
-    """Run every case as often as asked; the exit status is 1 where one ended in different models."""
+    """Run every case as often as requested; return exit status 1 if one ended in different models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--losses", nargs="+", default=losses())

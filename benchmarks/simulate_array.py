@@ -1,11 +1,11 @@
-"""How long a job array takes: shards of unequal speed on a limited number of GPUs, preempted now and then.
+"""How long does a job array take, with shards of unequal speed on a limited number of GPUs and some preemptions?
 
     python -m benchmarks.simulate_array                   the plan of docs/scale.md: 10 million responses, 64 GPUs
 
 A shard's time is start-up + rows / rate, times a log-normal factor (slow nodes, long responses). The scheduler keeps
 `--gpus` shards running, in order. A running task is preempted after an exponential time of mean `--preempt-hours` (0:
-never): it loses what was generated since its last finished batch, waits `--requeue-minutes`, starts up again and goes
-on behind its ledger. The expert's stages run in another array, without GPUs, as fast as its token limit lets them.
+never). It loses what was generated since its last finished batch, waits `--requeue-minutes`, starts up again and
+resumes from its ledger. The expert's stages run in another array, without GPUs, as fast as its token limit allows.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Array:
-    """What the GPU array took.
+    """The cost of the GPU array.
 
     Attributes:
-        hours: From the first start to the last end.
-        gpu_hours: Of all tasks, start-ups and lost work included.
-        preemptions: How often a task was.
-        lost_gpu_hours: Spent on start-ups after a preemption and on work done again.
-        last_ten_percent_hours: From the end of 90% of the shards to that of the last.
+        hours: Time from the first start to the last end.
+        gpu_hours: GPU time of all tasks, including start-ups and lost work.
+        preemptions: Number of preemptions.
+        lost_gpu_hours: GPU time of start-ups after a preemption and of repeated work.
+        last_ten_percent_hours: Time from the end of 90% of the shards to the end of the last.
     """
 
     hours: float
@@ -43,7 +43,7 @@ def simulate(options: argparse.Namespace) -> Array:
     startup, batch = options.startup_minutes / 60, options.batch_minutes / 60
     work = options.rows / options.shards / options.rows_per_second / 3600
     waiting = [(0.0, shard, work * draw.lognormvariate(0, options.spread)) for shard in range(options.shards)]
-    heapq.heapify(waiting)  # (when it may start, shard, hours of work left)
+    heapq.heapify(waiting)  # of (earliest start, shard, hours of work left)
     free = [0.0] * options.gpus
     heapq.heapify(free)
     ends, gpu_hours, lost, preemptions = [], 0.0, 0.0, 0

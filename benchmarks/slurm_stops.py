@@ -1,13 +1,13 @@
-"""Does a run that Slurm stops, in each of its ways and at random moments, save its last step and end bit-equal?
+"""Does a run that Slurm stops, in each possible way and at random moments, save its last step and end bit-equal?
 
     python -m benchmarks.slurm_stops --repetitions 10      # root, and Debian's slurm-wlm and munge
 
-`scripts/slurm/train.sbatch` with two tasks on a Slurm of one node that this program starts: DPO of the quick start's
-model on random words, wandb offline. First runs that nothing stops; then, for each repetition, one that is requeued by
-scontrol, one that gets SIGUSR1, one whose time limit comes, and one that is cancelled and submitted again, all four at
-once, each at a random moment of its first steps. Of each: was the step under way saved, was the job queued again by
-itself, are weights and metrics those of a run that nothing stopped, to the last bit? It waits for states, however long
-they take; with fewer epochs a time limit, which Slurm looks at twice a minute, may come after the run's end.
+It runs `scripts/slurm/train.sbatch` with two tasks on a one-node Slurm that this program starts: DPO of the quick
+start's model on random words, wandb offline. The first runs are undisturbed. Then each repetition runs four jobs in
+parallel, each stopped at a random moment of its first steps: requeued by scontrol, sent SIGUSR1, stopped by its time
+limit, and cancelled and resubmitted. For each it checks that the current step was saved, the job was requeued
+automatically, and weights and metrics equal an undisturbed run to the last bit. It waits for states however long they
+take; with fewer epochs a run may end before its time limit, which Slurm checks only twice a minute.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.kill_and_resume import ROOT, write_pairs
 from tests.commands import metrics, without_times
 from tests.slurm_cluster import ENDED, Cluster, slurm
 
-Final = tuple[bytes, list[dict[str, object]]]  # weights, and metrics but for the clock's
+Final = tuple[bytes, list[dict[str, object]]]  # weights, and metrics except timings
 KINDS = ("requeue", "usr1", "limit", "scancel")
 TRAIN = [
     "loss=dpo", "model=tiny", "datasets.si.path=pairs.jsonl", "datasets.si.eval_fraction=0.2", "batch_size=8",
@@ -37,17 +37,17 @@ TRAIN = [
 
 
 class Stops:
-    """Jobs in one folder, which share the token store and the reference cache."""
+    """Slurm jobs in one folder, which share the token store and the reference cache."""
 
     def __init__(self, cluster: Cluster, folder: Path, epochs: dict[str, int]) -> None:
-        """Write the data, and lay the programs where the jobs are submitted; `epochs`: of each kind of stop."""
+        """Write the data, and put the programs where the jobs are submitted; `epochs`: kind of stop -> its epochs."""
         self.cluster, self.folder, self.epochs = cluster, folder, epochs
         for name in ("train.py", "scripts"):
             (folder / name).symlink_to(ROOT / name)
         write_pairs(folder / "pairs.jsonl", 120)
 
     def submit(self, kind: str, name: str) -> str:
-        """Submit the command of a run that is, or would be, stopped in one way."""
+        """Submit a run that will be stopped in one way, or the undisturbed run to compare it with."""
         options = ["--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1"]
         variables = {"PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
         words = [*options, "scripts/slurm/train.sbatch", *TRAIN, f"n_epochs={self.epochs[kind]}", f"exp_name={name}"]
@@ -59,13 +59,13 @@ class Stops:
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     def final(self, name: str) -> Final:
-        """Return the weights of a finished run, and its metrics but for the clock's."""
+        """Return the weights of a finished run, and its metrics except timings."""
         run = self.folder / "runs" / name
         return (run / "LATEST" / "model" / "model.safetensors").read_bytes(), without_times(metrics(run))
 
     def stop(self, kind: str, job: str) -> None:
         """Stop a running job in one of Slurm's ways."""
-        if kind == "limit":  # SIGUSR1 comes two minutes before it, or up to a minute earlier
+        if kind == "limit":  # Slurm sends SIGUSR1 two minutes before the limit, or up to a minute earlier
             hours, minutes, _ = map(int, self.cluster.job(job)["RunTime"].split(":"))
             self.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
         commands = {"requeue": ["scontrol", "requeue"], "usr1": ["scancel", "--signal=USR1"], "scancel": ["scancel"]}
@@ -73,7 +73,7 @@ class Stops:
             self.cluster.run(*commands[kind], job)
 
     def lift_limit(self, job: str) -> None:
-        """Give a job that met its time limit as much time as it needs, when it is queued again."""
+        """Give a job that met its time limit as much time as it needs after it is requeued."""
         while not int(self.cluster.job(job)["Restarts"]):
             if self.cluster.state(job) in ENDED:
                 return
@@ -81,14 +81,14 @@ class Stops:
         self.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
 
     def repeat(self, number: int, straight: dict[str, Final]) -> list[dict[str, object]]:
-        """Stop a run of each kind once; return what became of it beside the undisturbed run of its kind."""
+        """Stop a run of each kind once; return how it compares with the undisturbed run of its kind."""
         draw = random.Random(number)
         names = {kind: f"{kind}-{number}" for kind in KINDS}
         jobs = {kind: self.submit(kind, name) for kind, name in names.items()}
         at = {kind: draw.randrange(5, len(straight[kind][1]) // 3) for kind in KINDS}
         waiting = set(KINDS)
         while waiting:
-            # A job that fails before its moment is not waited for: its row tells.
+            # Do not wait for a job that fails before its moment; its row shows the failure.
             ended = {kind for kind in waiting if self.cluster.state(jobs[kind]) in ENDED}
             for kind in [kind for kind in waiting - ended if self.rows(names[kind]) >= at[kind]]:
                 self.stop(kind, jobs[kind])

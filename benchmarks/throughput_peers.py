@@ -1,6 +1,6 @@
-"""What `dpo_throughput.py` compares the trainer with: a literal DPO step, and TRL's trainers at their best.
+"""The peers that `dpo_throughput.py` compares the trainer with: a literal DPO step, and TRL's trainers at their best.
 
-Every peer is a function of the row numbers of a global batch, takes one optimizer step on them, and returns the loss.
+Every peer is a function that takes one optimizer step on the rows of a global batch, and returns the loss.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from trainers.data.token_store import TokenStore
 
 
 class LiteralStep:
-    """The step as the DPO repo's description reads, with `parts` equal slices of the padded batch as micro-batches.
+    """A step as the DPO repo describes it, with `parts` equal slices of the padded batch as micro-batches.
 
-    Random order, every sequence padded to the longest of the whole batch, chosen and rejected in one forward pass,
-    float32 logits of all positions, a reference model that runs at every step. Written from the method's description
-    (Rafailov et al. 2023).
+    Rows are in random order, every sequence is padded to the longest of the whole batch, chosen and rejected share one
+    forward pass, logits of all positions are float32, and a reference model runs at every step. Written from the
+    method's description (Rafailov et al. 2023).
     """
 
     def __init__(
         self, policy: LlamaForCausalLM, store: TokenStore, settings: TrainConfig, parts: int, *, bfloat16: bool = False
     ) -> None:
-        """Copy the policy as reference, which is in memory all the time; `bfloat16`: under autocast."""
+        """Copy the policy as the reference, which stays in memory; `bfloat16`: use autocast."""
         self.bfloat16 = bfloat16
         self.policy, self.reference = policy, copy.deepcopy(policy).eval()
         self.optimizer = torch.optim.RMSprop(policy.parameters(), lr=settings.lr)
         self.store, self.settings, self.parts = store, settings, parts
 
     def pad(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, attention mask and labels, (2B, T): all chosen, then all rejected."""
+        """Return token ids, attention mask and labels, (2B, T) each: all chosen, then all rejected."""
         pairs = [self.store.row(row) for row in rows.tolist()]
         sequences = [(prompt, response) for side in (1, 2) for prompt, response in ((p[0], p[side]) for p in pairs)]
         width = max(len(prompt) + len(response) for prompt, response in sequences)
@@ -61,7 +61,7 @@ class LiteralStep:
         return (per_token * targets).sum(-1)
 
     def __call__(self, rows: Tensor) -> float:
-        """One step; returns the mean loss."""
+        """Take one step, and return the mean loss."""
         self.policy.train()
         ids, mask, labels = self.pad(rows)
         total = 0.0
@@ -86,18 +86,18 @@ def trl_step(
     policy: LlamaForCausalLM, store: TokenStore, settings: TrainConfig, folder: Path, *, rows_at_once: int,
     by_length: bool, reference: Tensor | None, packed: bool, bfloat16: bool = False,
 ) -> Callable[[Tensor], float]:  # fmt: skip
-    """TRL's own `training_step`, clipping and optimizer, on the rows of a global batch; no gradient checkpointing.
+    """Return TRL's own `training_step`, clipping and optimizer as a step on a global batch; no gradient checkpointing.
 
     Args:
-        policy: the model.
-        store: of pairs (DPOTrainer) or of prompts and responses (SFTTrainer).
-        settings: of our trainer.
+        policy: The model.
+        store: The store of pairs (DPOTrainer) or of prompts and responses (SFTTrainer).
+        settings: The settings of our trainer.
         folder: TRL's `output_dir`.
-        rows_at_once: rows of a micro-batch.
-        by_length: sort the rows of a batch, so that those of a micro-batch are of like length. None of TRL's settings
-            does that: `group_by_length` makes batches of like length instead, and DPOTrainer has no column for it.
+        rows_at_once: Rows of a micro-batch.
+        by_length: Sort the rows of a batch, so that rows of a micro-batch have similar lengths. TRL has no setting for
+            this: `group_by_length` makes batches of similar length instead, and DPOTrainer has no column for it.
         reference: (N, 2) log-probabilities, as TRL would have precomputed them; None: SFTTrainer.
-        packed: SFTTrainer's padding-free collator, whose sequences transformers keeps apart by their positions.
+        packed: Use SFTTrainer's padding-free collator, whose sequences transformers separates by their positions.
         bfloat16: TRL's `bf16`.
     """
     from datasets import Dataset
@@ -141,7 +141,7 @@ def trl_step(
             train_dataset=dataset, processing_class=tokenizer,
         )  # fmt: skip
         collate = trainer.data_collator
-    # `bf16` alone does nothing to `training_step`: Trainer.train hands the model to accelerate, whose autocast it is.
+    # `bf16` alone does not affect `training_step`: only Trainer.train passes the model to accelerate, which autocasts.
     model = trainer.accelerator.prepare_model(policy)
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=settings.lr)
 
@@ -165,7 +165,7 @@ def trl_step(
 
 
 def _tokenizer(kind: type, size: int) -> object:
-    """Return the least that TRL takes for a tokenizer: `size` words."""
+    """Return a minimal tokenizer that TRL accepts, with `size` words."""
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))

@@ -1,7 +1,7 @@
 """Does the loader's memory grow with the dataset, and how long does a second start take?
 
-Writes a synthetic preference file of each size, tokenises it once, then starts again in a fresh process: builds the
-stores (a cache hit), makes a BatchLoader and takes batches from it.
+It writes a synthetic preference file of each size and tokenises it once. Then a fresh process builds the stores (a
+cache hit), makes a BatchLoader and takes batches from it.
 
     python -m benchmarks.token_store --rows 1000 1000000
 """
@@ -24,7 +24,7 @@ NUM_BATCHES = 50
 
 
 def write_rows(path: Path, num_rows: int) -> None:
-    """Short arithmetic questions, one right and one wrong answer each."""
+    """Write short arithmetic questions, with one right and one wrong answer each."""
     with path.open("w") as file:
         for i in range(num_rows):
             a, b = i % 1009, i // 1009
@@ -53,7 +53,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def measure(folder: Path) -> dict:
-    """One start in this process: seconds to the first batch, and memory over what the imports take."""
+    """Measure one start in this process: seconds to the first batch, and memory beyond the imports."""
     from transformers import PreTrainedTokenizerFast
 
     from config.settings import DatasetSettings
@@ -89,7 +89,7 @@ def measure(folder: Path) -> dict:
 
 
 def child(folder: Path) -> dict:
-    """`measure` in a fresh process."""
+    """Run `measure` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.token_store", "--measure", str(folder)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 

@@ -1,1 +1,1 @@
-"""Settings, their checks, and the way from a command line to them."""
+"""Settings, their checks, and the code that reads them from a command line."""

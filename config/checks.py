@@ -1,6 +1,6 @@
-"""Settings that do not fit each other, or this machine: what the entrypoints share. Single values: `config/rules.py`.
+"""Shared checks for settings that do not fit each other or this machine. `config/rules.py` checks single values.
 
-Every check yields all the faults that it finds. Nothing is loaded here.
+Every check yields all faults that it finds. Nothing is loaded here.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from config.settings import EvaluateConfig, InduceConfig, LocalExpertSettings, O
 
 
 def check_server(server: ServerSettings, key: str) -> Iterator[Fault]:
-    """Find out whether the key of a server is there."""
+    """Check that the API key of a server is set."""
     if not os.environ.get(server.api_key_env):
         yield Fault(
             f"{key}.api_key_env",
-            f"the environment variable {server.api_key_env} ({key}.api_key_env) is not set: export the key of the "
-            "server there; a server without keys takes any text",
+            f"the environment variable {server.api_key_env} ({key}.api_key_env) is not set: export the server's API "
+            "key there; any text will do for a server without keys",
         )
 
 
 def check_expert(expert: Any, key: str) -> Iterator[Fault]:
-    """Find out whether an expert can be asked, and its budget be counted."""
+    """Check that an expert can be asked and its budget computed."""
     if isinstance(expert, LocalExpertSettings) and expert.generation.backend == "openai":
         yield from check_server(expert.generation.server, f"{key}.generation.server")
     if not isinstance(expert, OpenAIExpertSettings):
@@ -32,7 +32,7 @@ def check_expert(expert: Any, key: str) -> Iterator[Fault]:
     yield from check_server(expert, key)
     if expert.max_cost is not None and not (expert.price_prompt or expert.price_completion):
         prices = f"{key}.price_prompt", f"{key}.price_completion"
-        why = f"it needs prices to count with: {prices[0]}=... and {prices[1]}=..., each of a million tokens"
+        why = f"it needs prices: {prices[0]}=... and {prices[1]}=..., per million tokens"
         yield misfit(f"{key}.max_cost", expert.max_cost, why, *prices)
 
 
@@ -43,7 +43,7 @@ def unread_by_expert(expert: Any, key: str) -> list[str]:
 
 
 def check_lengths(max_prompt_length: int, max_length: int, prefix: str = "") -> Iterator[Fault]:
-    """Find out whether a response has any room beside the longest prompt."""
+    """Check that the longest prompt leaves room for a response."""
     if max_prompt_length >= max_length:
         whole = f"{prefix}max_length"
         why = f"must be smaller than {whole}={max_length}, which counts prompt and response together"
@@ -51,14 +51,14 @@ def check_lengths(max_prompt_length: int, max_length: int, prefix: str = "") -> 
 
 
 def check_spread(config: InduceConfig | EvaluateConfig, rates: Collection[str], *, elsewhere: str) -> Iterator[Fault]:
-    """Find out whether `dry_run`, `rate` and `engine` fit a command.
+    """Check that `dry_run`, `rate` and `engine` fit a command.
 
-    `elsewhere` is the word that makes it a command without shards of rows that models are asked about, if it is one.
+    `elsewhere` is the word that makes it a command without shards and model calls; "" if it has them.
     """
     uses_ray = config.engine.name == "ray"
     for key, word, is_set in (("dry_run", "dry_run=true", config.dry_run), ("engine.name", "engine=ray", uses_ray)):
         if is_set and elsewhere:
-            yield Fault(key, f"{word}: it is for rows that models are asked about; leave it out with {elsewhere}")
+            yield Fault(key, f"{word}: only commands that ask models about rows have it; leave it out with {elsewhere}")
     for name, rate in config.rate.items():
         if name not in rates:
             yield misfit(f"rate.{name}", rate, f"no such stage{suggest(name, rates)} Stages: {', '.join(rates)}")
@@ -70,7 +70,7 @@ def check_spread(config: InduceConfig | EvaluateConfig, rates: Collection[str], 
 
 
 def check_hub(name: str | None) -> Iterator[Fault]:
-    """Find out whether somebody is logged in to the Hugging Face hub, if something is to be uploaded."""
+    """Check that there is a login to the Hugging Face hub if something will be uploaded."""
     if name is not None:
         from huggingface_hub import get_token
 
@@ -80,9 +80,9 @@ def check_hub(name: str | None) -> Iterator[Fault]:
 
 
 def check_device(device: str) -> Iterator[Fault]:
-    """Find out whether this machine has a GPU if one is asked for."""
+    """Check that this machine has a GPU if the command asks for one."""
     if device.startswith("cuda"):
-        import torch  # takes seconds
+        import torch  # here, because it takes seconds
 
         if not torch.cuda.is_available():
             why = "no CUDA device is visible to this process; write device=cpu or device=auto"

@@ -1,4 +1,4 @@
-"""What can be wrong with an evaluation command."""
+"""Checks of an evaluation command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from config.checks import check_device, check_expert, check_lengths, check_serve
 from config.rules import MISSING, Fault, check_values, choices, is_below, misfit
 from config.settings import EvaluateConfig
 
-RATES = ("generate", "judge", "compare")  # what `rate` may be given for
+RATES = ("generate", "judge", "compare")  # the allowed keys of `rate`
 
 
 def with_paths(config: EvaluateConfig) -> EvaluateConfig:
@@ -42,26 +42,26 @@ def check_evaluate(config: EvaluateConfig) -> list[Fault]:
 
 
 def _check_servers(config: EvaluateConfig) -> Iterator[Fault]:
-    """Find out whether each model has a name at its server, if the models are behind servers."""
+    """Check that each model has a name on its server, if the models are behind servers."""
     server, is_served = config.generation.server, config.generation.backend == "openai"
     if is_served:
         yield from check_server(server, "generation.server")
     for name, model in config.models.items():
         for key, value in (("served_as", model.served_as), ("base_url", model.base_url)):
             if value is not None and not is_served:
-                why = "only generation=openai asks a server; leave it out, or write that"
+                why = "only generation=openai uses a server; leave it out, or write generation=openai"
                 yield misfit(f"models.{name}.{key}", value, why, "generation")
         if is_served and (model.served_as or server.model) == MISSING:
             yield Fault(
                 f"models.{name}.served_as",
-                f"models.{name}.served_as is not set: write the name under which the server knows the model, or once "
-                "for all models generation.server.model=NAME",
+                f"models.{name}.served_as is not set: write the model's name on the server, or "
+                "generation.server.model=NAME once for all models",
                 ("generation.server.model",),
             )
 
 
 def _check_parts(config: EvaluateConfig) -> Iterator[Fault]:
-    """Find out whether the parts of an evaluation that a command asks for have what they need."""
+    """Check that the requested parts of an evaluation have everything they need."""
     rewards, generates = config.rewards, config.responses == "generate"
     if config.expert is None and config.prompts:
         yield Fault(
@@ -73,10 +73,10 @@ def _check_parts(config: EvaluateConfig) -> Iterator[Fault]:
         message = "no models: name at least one, models.NAME.path=FOLDER (a model folder, or a run of train.py)"
         yield Fault("models", message, ("responses",))
     if config.models and config.responses == "csv":
-        why = "it takes the columns of the prompt files as models: leave models.* out, or responses=csv"
+        why = "with it, the columns of the prompt files are the models: leave models.* out, or responses=csv"
         yield misfit("responses", config.responses, why)
     if rewards.path is not None and rewards.reference is None:
-        message = "rewards.reference is not set: name the model of models.NAME that the others were trained from"
+        message = "rewards.reference is not set: give the NAME in models.NAME that the others were trained from"
         yield Fault("rewards.reference", message)
     named = {"rewards.reference": rewards.reference if rewards.path is not None else None}
     if config.models:

@@ -1,4 +1,4 @@
-"""What can be wrong with an induction command."""
+"""Checks of an induction command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from config.settings import JUDGES, InduceConfig
 
 
 def check_induce(config: InduceConfig) -> list[Fault]:
-    """Return all faults of an induction command; of settings that its stage does not read, none."""
+    """Return all faults of an induction command, except those of settings that its stage does not read."""
     stage, is_local = config.stage, config.generation.backend != "openai"
     induces = stage in ("all", "induce")
     replays = stage == "replay" and config.replay.answers == "model"
@@ -22,7 +22,7 @@ def check_induce(config: InduceConfig) -> list[Fault]:
         "corpus": stage not in ("status", "audit", "review", *BENIGN_STAGES)
         or (stage == "review" and config.review.dropped > 0),
         "benign": stage == "replay",
-        "model": replays or (induces and is_local),  # of a served starting model, the tokenizer
+        "model": replays or (induces and is_local),  # a served starting model still needs its tokenizer
         "expert": asks_expert,
         "generation.server": (induces or replays) and not is_local,
         "roundtrip.model": _has_roundtrip(config) or stage == "score",
@@ -43,7 +43,7 @@ def check_induce(config: InduceConfig) -> list[Fault]:
         message = f"stage={stage} reads a dataset: write path=..., a file or folder with the columns of `si`"
         faults.append(Fault("path", message))
     if config.reviews and stage not in ("audit", "merge"):
-        message = f"stage={stage} reads no reviews=...; give them to stage=audit or to stage=merge"
+        message = f"stage={stage} does not read reviews=...; give them to stage=audit or stage=merge"
         faults.append(Fault("reviews", message))
     if stage == "review" and config.path is None and config.output != MISSING and not find_path(config.output).exists():
         message = f"stage=review draws from a dataset, and output={config.output} holds none: write path=..."
@@ -67,16 +67,16 @@ def _check_shard(config: InduceConfig) -> Iterator[Fault]:
 def _check_induction(config: InduceConfig) -> Iterator[Fault]:
     roundtrip, number, key = config.roundtrip, config.generation.num_candidates, "generation.num_candidates"
     if number > 1 and config.stage == "replay":
-        yield misfit(key, number, "stage=replay takes one answer of each prompt; leave it out")
+        yield misfit(key, number, "stage=replay takes one answer per prompt; leave it out")
     if number > 1 and not _has_roundtrip(config) and config.stage in ("all", "induce", "filter"):
-        why = "the round-trip score chooses among them: give its forward model, roundtrip.model.name_or_path=FOLDER"
+        why = "the round-trip score chooses among them: set its forward model, roundtrip.model.name_or_path=FOLDER"
         yield misfit(key, number, why, "roundtrip.model")
     if number > 1 and config.generation.temperature == 0:
-        why = "with generation.temperature=0 all would be the same; give another, such as generation.temperature=0.7"
+        why = "with generation.temperature=0 all would be the same; write a higher one, generation.temperature=0.7"
         yield misfit(key, number, why, "generation.temperature")
     if roundtrip.threshold is not None and not _has_roundtrip(config):
         why = "it needs scores: give roundtrip.model.name_or_path=FOLDER"
         yield misfit("roundtrip.threshold", roundtrip.threshold, why, "roundtrip.model")
     if roundtrip.threshold is not None and roundtrip.top_fraction is not None:
-        why = f"roundtrip.top_fraction={roundtrip.top_fraction} draws the same line in another way; set one of them"
+        why = f"roundtrip.top_fraction={roundtrip.top_fraction} is another way to set the limit; set only one of them"
         yield misfit("roundtrip.threshold", roundtrip.threshold, why, "roundtrip.top_fraction")

@@ -1,4 +1,4 @@
-"""What can be wrong with the adapter of a training command (`model.lora`)."""
+"""Checks of the adapter of a training command (`model.lora`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from config.settings import LoraSettings, TrainConfig
 
 
 def check_lora(config: TrainConfig) -> list[Fault]:
-    """Find out whether an adapter can be trained and saved as it is asked for."""
+    """Check that the requested adapter can be trained and saved."""
     if config.model.lora.r is None:
         return list(_without_rank(config))
     return [*_check_packages(config.model.lora), *_check_base(config), *_check_saving(config)]
@@ -39,26 +39,26 @@ def _check_packages(lora: LoraSettings) -> Iterator[Fault]:
 def _check_base(config: TrainConfig) -> Iterator[Fault]:
     lora, archive = config.model.lora, config.model.archive
     if lora.target_modules == []:
-        yield misfit("model.lora.target_modules", [], "name some, or null for all of them")
+        yield misfit("model.lora.target_modules", [], "name some layers, or write null for all of them")
     if archive and find_path(archive).is_file():
-        why = f"a policy.pt is no base that peft (model.lora.r={lora.r}) could load; give a model folder"
+        why = f"peft (model.lora.r={lora.r}) cannot load a policy.pt as its base; give a model folder"
         yield misfit("model.archive", archive, why, "model.lora.r")
     if lora.quantize is not None and config.trainer.name != "BasicTrainer":
-        why = "weights in 4 bits are not sharded; write trainer=BasicTrainer"
+        why = "4-bit weights cannot be sharded; write trainer=BasicTrainer"
         yield misfit("model.lora.quantize", lora.quantize, why, "trainer.name")
     if lora.quantize is not None and config.model.policy_dtype == "float64":
-        why = "bitsandbytes quantises no weights of 64 bits; leave model.policy_dtype=float64 out"
+        why = "bitsandbytes cannot quantise float64 weights; leave model.policy_dtype=float64 out"
         yield misfit("model.lora.quantize", lora.quantize, why, "model.policy_dtype")
 
 
 def _check_saving(config: TrainConfig) -> Iterator[Fault]:
     lora, checkpoint = config.model.lora, config.checkpoint
     if checkpoint.policy_pt and not checkpoint.merge:
-        why = "it is a whole model, and an adapter is trained: write checkpoint.merge=true, too"
+        why = "policy.pt holds a whole model, but only an adapter is trained: write checkpoint.merge=true, too"
         yield misfit("checkpoint.policy_pt", True, why, "checkpoint.merge", "model.lora.r")
     if lora.quantize is not None and checkpoint.merge:
         why = (
-            f"what is merged into 4 bits (model.lora.quantize={lora.quantize}) is rounded to 4 bits; leave it out, "
-            "whoever reads the adapter merges it into the base as it is on disk"
+            f"merging into a 4-bit base (model.lora.quantize={lora.quantize}) would round the result to 4 bits; leave "
+            "it out: readers of the adapter merge it into the base as it is on disk"
         )
         yield misfit("checkpoint.merge", True, why, "model.lora.quantize")

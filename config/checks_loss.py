@@ -1,4 +1,4 @@
-"""What can be wrong with the loss of a training command, and with its data for that loss."""
+"""Checks of the loss of a training command, and of its data for that loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = [name for name, kind in LOSSES.items() if issubclass(kind, PairLossSetti
 
 
 def check_loss(loss: Any) -> Iterator[Fault]:
-    """Find out whether the settings are of the loss that they name."""
+    """Check that the settings belong to the loss that they name."""
     if loss == MISSING:
         return
     if not isinstance(loss, LossSettings):
@@ -38,7 +38,7 @@ def check_loss(loss: Any) -> Iterator[Fault]:
 
 
 def _mixture_complaints(loss: MixtureSettings) -> list[str]:
-    """Return what is wrong with names, keys and values of the parts, of which Hydra knows nothing."""
+    """Return what is wrong with names, keys and values of the parts, which Hydra does not check."""
     if len(loss.parts) < 2:
         example = "loss.parts.dpo.weight=0.8 loss.parts.slic.weight=0.2"
         return [f"loss.parts={loss.parts}: name two losses or more, such as {example}"]
@@ -47,7 +47,7 @@ def _mixture_complaints(loss: MixtureSettings) -> list[str]:
         return complaints
     parts = [part_settings(name, keys)[1] for name, keys in loss.parts.items()]
     alphas = {part.ld_alpha if isinstance(part, Modified) else None for part in parts}
-    return ["loss.parts: ld_alpha must be the same in all parts, one forward pass weighs the tokens"][: len(alphas) - 1]
+    return ["loss.parts: ld_alpha must be the same in all parts, as they share a forward pass"][: len(alphas) - 1]
 
 
 def _part_complaints(name: str, keys: Any) -> list[str]:
@@ -73,14 +73,14 @@ def _part_complaints(name: str, keys: Any) -> list[str]:
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Say whether a value is of the type of a default; null stands for a number."""
+    """Tell whether a value has the type of a default; a default of null stands for a number or null."""
     if isinstance(default, str | bool):
         return type(value) is type(default)
     return (isinstance(value, int | float) and not isinstance(value, bool)) or (value is None and default is None)
 
 
 def check_reference(config: TrainConfig) -> Iterator[Fault]:
-    """Find out whether there is a reference to renew."""
+    """Check that there is a reference to renew."""
     loss, reference = config.loss, config.reference
     key, examples = "reference.refresh_examples", reference.refresh_examples
     if examples is None:
@@ -88,19 +88,19 @@ def check_reference(config: TrainConfig) -> Iterator[Fault]:
             why = f"the reference is never renewed; write {key}=N, too"
             yield misfit("reference.refresh_alpha", reference.refresh_alpha, why, key)
     elif isinstance(loss, LossSettings) and not loss.needs_reference:
-        why = f"loss={loss.name} reads no reference that could be renewed; leave it out, or write loss=dpo"
+        why = f"loss={loss.name} has no reference to renew; leave it out, or write loss=dpo"
         yield misfit(key, examples, why, "loss")
     elif config.model.reference_dtype not in (None, config.model.policy_dtype):
-        why = "a renewed reference is the policy, in its dtype; leave model.reference_dtype out"
+        why = "a renewed reference has the policy's dtype; leave model.reference_dtype out"
         yield misfit(key, examples, why, "model.reference_dtype")
 
 
-# Schemas that say of a single answer whether it is good: `unpaired`, and others in one of their forms.
+# Schemas that can mark a single answer as good or bad: `unpaired`, and the others in one of their forms.
 JUDGED = ("unpaired", "beavertails", "custom")
 
 
 def check_rows(config: TrainConfig) -> Iterator[Fault]:
-    """Find out whether each dataset has rows that the loss learns from."""
+    """Check that each dataset has the kind of rows that the loss trains on."""
     if isinstance(config.loss, LossSettings):
         for name, dataset in config.datasets.items():
             yield from _check_rows(f"datasets.{name}", dataset, config.loss)
@@ -111,13 +111,13 @@ def _check_rows(key: str, dataset: DatasetSettings, loss: LossSettings) -> Itera
     others = (schema, split_pairs, "loss")
     if loss.rows == "answers" and dataset.schema not in (*JUDGED, MISSING) and not dataset.split_pairs:
         why = (
-            f"loss={loss.name} learns from single answers that are good or bad; write {split_pairs}=true to take a "
-            f"pair as one of each, or {schema}=unpaired for rows of instruction, response and good"
+            f"loss={loss.name} learns from single answers that are good or bad; write {split_pairs}=true to split each "
+            f"pair into one of each, or {schema}=unpaired for rows of instruction, response and good"
         )
         yield misfit(schema, dataset.schema, why, *others)
     elif loss.rows != "answers" and dataset.schema == "unpaired":
-        why = f"loss={loss.name} does not learn from its single answers; write loss=kto or loss=apo_zero_unpaired"
+        why = f"loss={loss.name} cannot learn from its single answers; write loss=kto or loss=apo_zero_unpaired"
         yield misfit(schema, dataset.schema, why, *others)
     elif dataset.split_pairs and (loss.rows != "answers" or dataset.schema == "unpaired"):
-        why = "it makes single answers of pairs for losses such as kto; leave it out"
+        why = "it splits pairs into single answers, for losses such as kto; leave it out"
         yield misfit(split_pairs, True, why, *others)

@@ -1,8 +1,8 @@
-"""What a folder that we wrote must hold: `checksums.xxh3.json`, written last, has size and hash of each file.
+"""Detect damage in folders that we wrote: `checksums.xxh3.json`, written last, holds size and hash of each file.
 
-One rule for checkpoints, token stores, reference caches, datasets and reports. Sizes are looked at when a folder is
-opened, contents when they are read; whoever reads says what to do about a damage. A file that is not named, such as
-a note that somebody put beside the others, is nobody's business here.
+Checkpoints, token stores, reference caches, datasets and reports all use it. Sizes are checked when a folder is opened,
+contents when they are read; the reader decides what to do about damage. Files that are not listed, such as a note that
+somebody added, are ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHECKSUMS = "checksums.xxh3.json"
 NUM_THREADS = 4
-CHUNK_BYTES = 1 << 20  # stays in a core's cache between reading and hashing
+CHUNK_BYTES = 1 << 20  # small enough to stay in a core's cache between reading and hashing
 
 
 def everything(name: str) -> bool:
@@ -34,14 +34,14 @@ def everything(name: str) -> bool:
 
 
 class HashedFile(io.FileIO):
-    """A new file that hashes what is written to it, so that nobody need read it again."""
+    """A new file that hashes everything written to it, so that it need not be read again."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path, "w")
         self._digest = xxh3_128()
 
     def write(self, data: ReadableBuffer) -> int:
-        """Write and hash by pieces: one that was just written is still in the core's cache."""
+        """Write and hash in chunks, since a chunk just written is still in the core's cache."""
         content, start = memoryview(data).cast("B"), 0
         while start < len(content):
             written = super().write(content[start : start + CHUNK_BYTES])
@@ -50,18 +50,18 @@ class HashedFile(io.FileIO):
         return start
 
     def hexdigest(self) -> str:
-        """Return the digest of what was written, as `hash_prefix` has it of the file."""
+        """Return the digest of everything written, equal to `hash_prefix` of the file."""
         return self._digest.hexdigest()
 
 
 def write_checksums(
     folder: Path, *, owner: str, files: Iterable[Path] | None = None, known: Mapping[Path, str] | None = None
 ) -> None:
-    """Write the record of a folder whose files are complete.
+    """Write the checksums of a folder whose files are complete.
 
-    `owner` is what the folder was made for: whoever opens it knows that, so that no other can take its place. `files`
-    are those that the record vouches for; None: all of them, at any depth. `known` digests were taken while a file was
-    written; the other files are read.
+    `owner` says what the folder was made for; readers compare it, so that no other folder can take its place. `files`
+    are the files to list; None: all of them, at any depth. `known` holds digests that were computed while writing;
+    the other files are read.
     """
     digests = dict(known or {})
     chosen = sorted(path for path in (folder.rglob("*") if files is None else files) if path.is_file())
@@ -80,14 +80,14 @@ def find_damage(
     contents: Callable[[str], bool] = everything,
     part: tuple[int, int] = (0, 1),
 ) -> str:
-    """Return what is wrong with a folder, in half a sentence fit for a terminal; "" if it is as it was written.
+    """Return what is wrong with a folder, as a clause for a message; "" if it is as written.
 
     Args:
-        folder: One that `write_checksums` has completed.
-        owner: What it must have been made for; None: not known to the reader.
-        files: Tells by a file's name below the folder whether it matters: whether it is there, and its size.
-        contents: Tells of those whether they are hashed, too.
-        part: (i, n): hash every n-th file from the i-th on; n processes have them all.
+        folder: A folder with a record by `write_checksums`.
+        owner: What it must have been made for; None: any owner.
+        files: Which files to check for existence and size, by name relative to the folder.
+        contents: Which of those files to hash, too.
+        part: (i, n): hash every n-th file from the i-th on, so that n processes together hash all of them.
     """
     try:
         record = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
@@ -112,12 +112,12 @@ def find_damage(
 
 
 def require_untouched(path: Path, *, owner: str | None = None, contents: Callable[[str], bool] = everything) -> None:
-    """Refuse a file or folder that is not what a record beside or above it says; without a record it passes.
+    """Reject a file or folder that differs from the record in its folder or above; without a record it passes.
 
     `owner` and `contents` are those of `find_damage`.
 
     Raises:
-        UserError: Naming the file that has changed.
+        UserError: Names the file that has changed.
     """
     path = path.absolute()
     folder = next((one for one in (path, *path.parents[:2]) if (one / CHECKSUMS).is_file()), None)
@@ -131,12 +131,12 @@ def require_untouched(path: Path, *, owner: str | None = None, contents: Callabl
     damage = find_damage(folder, owner=owner, files=matters, contents=contents)
     if damage:
         raise UserError(
-            f"{folder}: {damage}. Copy or make it again; if the change is meant, delete {folder / CHECKSUMS}"
+            f"{folder}: {damage}. Copy or make it again; if the change is intended, delete {folder / CHECKSUMS}"
         )
 
 
 def _hash_all(paths: Sequence[Path]) -> Iterator[str]:
-    """Hash files side by side: reading and hashing leave the interpreter free."""
+    """Hash files in parallel threads, which works because reading and hashing release the GIL."""
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         yield from pool.map(hash_prefix, paths)
 
@@ -144,7 +144,7 @@ def _hash_all(paths: Sequence[Path]) -> Iterator[str]:
 def hash_prefix(path: Path, size: int | None = None) -> str:
     """Return the xxh3-128 of a file's first `size` bytes (None: all), as 32 hex digits."""
     digest, left = xxh3_128(), path.stat().st_size if size is None else size
-    chunk = memoryview(bytearray(CHUNK_BYTES))  # one for all: to get memory for each takes as long as to hash it
+    chunk = memoryview(bytearray(CHUNK_BYTES))  # reused, because allocating a chunk takes as long as hashing it
     with path.open("rb", buffering=0) as file:
         while num_read := file.readinto(chunk[: min(left, CHUNK_BYTES)]):
             digest.update(chunk[:num_read])
@@ -153,5 +153,5 @@ def hash_prefix(path: Path, size: int | None = None) -> str:
 
 
 def hash_files(paths: Iterable[Path]) -> str:
-    """Return the xxh3-128 of the files' contents, in the order given; their names do not count."""
+    """Return the xxh3-128 of the files' contents, in the given order; their names do not count."""
     return xxh3_128(" ".join(map(hash_prefix, paths)).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What reaches the terminal: no escape sequence from a file or a server, and no exception because of a failed write."""
+"""Make terminal output safe: no escape sequences from files or servers, and no exceptions from failed writes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def visible(text: str) -> str:
-    r"""Write out every control, direction and other invisible character; newline and tab stay.
+    r"""Write out control, direction and other invisible characters as escapes, except newline and tab.
 
-    A right-to-left override becomes `\u202e`, or it would reorder what stands around it; a lone surrogate
-    is no UTF-8.
+    A right-to-left override becomes `\u202e`, since it would reorder the text around it; a lone surrogate cannot be
+    encoded as UTF-8.
     """
     if text.isprintable():
         return text
@@ -40,10 +40,10 @@ def duration(seconds: float) -> str:
 
 
 class _Unfailing(io.FileIO):
-    """A descriptor that swallows what cannot be written: a reader that is gone (`| head`), a log on a full disk."""
+    """A file descriptor that ignores failed writes: a reader that has exited (`| head`), a log on a full disk."""
 
     def write(self, data: ReadableBuffer) -> int:
-        """Write what can be written; what cannot counts as written."""
+        """Write the data; on an error, pretend that all of it was written."""
         try:
             return super().write(data) or memoryview(data).nbytes
         except OSError:
@@ -51,10 +51,10 @@ class _Unfailing(io.FileIO):
 
 
 def open_console() -> None:
-    """Let no write to standard output or error end the work: neither a full or closed one, nor one that is ASCII."""
+    """Keep writes to standard output and error from raising: if they are full, closed, or only take ASCII."""
     for name in ("stdout", "stderr"):
         stream: TextIO = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__") and stream is not None:  # not what a notebook or a test put there
+        if stream is getattr(sys, f"__{name}__") and stream is not None:  # leave streams of notebooks and tests alone
             setattr(sys, name, unfailing(stream))
 
 

@@ -1,6 +1,6 @@
-"""Settings for writing and judging text: how a model is run, servers, and the experts of `expert=`.
+"""Settings for generating and judging text: how a model is run, servers, and the experts of `expert=`.
 
-Read them from `config.settings`, which also has those of the entrypoints.
+Import them from `config.settings`, which also has those of the entrypoints.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from config.names import GUARDS
 from config.rules import MISSING, Count, ExistingPath, Share, Template
 from config.training import ModelSettings
 
-# "OPENING CLOSING" of what families of models think aloud: DeepSeek R1 and Qwen 3, Exaone, Mistral, Cohere, Seed, Kimi,
-# OpenThinker, Gemma 4, GPT-OSS.
+# "OPENING CLOSING" tags around the thoughts of reasoning models: DeepSeek R1 and Qwen 3, Exaone, Mistral, Cohere, Seed,
+# Kimi, OpenThinker, Gemma 4, GPT-OSS.
 THOUGHT_TAGS = (
     "<think> </think>", "<thinking> </thinking>", "<thought> </thought>", "<reasoning> </reasoning>",
     "<reflection> </reflection>", "<scratchpad> </scratchpad>", "[THINK] [/THINK]",
@@ -67,8 +67,7 @@ class ServerSettings:
 
 LIMIT = rules.above(
     0,
-    "nothing could be asked; give a limit above 0, or null for none (the stages that ask no expert are stage=induce "
-    "and stage=merge)",
+    "no request would be possible; give a limit above 0, or null for none (stage=induce and stage=merge ask no expert)",
 )
 
 

@@ -1,4 +1,4 @@
-"""Write files so that a reader, or a crash, sees the old content or the new, never a part."""
+"""Write files atomically: a reader, or a crash, sees either the old or the new content, never a part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Make a file or directory durable: a rename must not reach the disk before what it names."""
+    """Flush a file or directory to disk, because a rename must not reach the disk before the renamed file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -19,10 +19,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Give a path beside `path` to write a file to, and rename that file to `path` if the block ends well.
+    """Yield a temporary path next to `path` to write to, and rename it to `path` if the block succeeds.
 
-    With `durable` it waits until the file has reached the disk, so that a power cut, too, leaves the old or the new
-    one.
+    With `durable`, wait until the file has reached the disk, so that even a power cut leaves the old or the new file.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -37,6 +36,6 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Replace a file by one with this text, UTF-8; a lone surrogate, which is no UTF-8, is written as its escape."""
+    """Replace a file by this text in UTF-8; a lone surrogate, which UTF-8 cannot encode, is written as its escape."""
     with replacing(path, durable=durable) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")

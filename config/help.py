@@ -1,6 +1,6 @@
-"""What `--help` says of a program: its groups with their choices, and the keys that matter; nothing is composed.
+"""The text of `--help`: a program's groups with their choices, and its most important keys; nothing is composed.
 
-What a key means is the comment of its field in the source of the settings, for the reference, too.
+The description of a key is the comment of its field in the source of the settings, as in the reference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from config import paths
 from config.rules import MISSING, typed
 
 WIDTH = 120
-KEYS: dict[str, tuple[str, ...]] = {  # program -> the keys that matter; all of them: --help=all
+KEYS: dict[str, tuple[str, ...]] = {  # program -> its most important keys; --help=all lists all keys
     "train.py": (
         "exp_name", "model.name_or_path", "model.archive", "datasets.NAME.path", "batch_size", "lr", "n_epochs",
         "max_length", "eval_every", "dry_run",
@@ -36,7 +36,7 @@ KEYS: dict[str, tuple[str, ...]] = {  # program -> the keys that matter; all of 
 
 
 def short_help(program: str, kind: type, groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the text of `--help` of a program: its settings `kind`, and its config groups with their choices."""
+    """Return the text of `--help` for a program, its settings `kind`, and its config groups with their choices."""
     entries = {f"{group}=": " | ".join(options) for group, options in groups.items()}
     keys = dict(_key(kind, key) for key in KEYS[program])
     return "\n".join(
@@ -53,7 +53,7 @@ def short_help(program: str, kind: type, groups: Mapping[str, Sequence[str]]) ->
 
 
 def _key(kind: Any, key: str) -> tuple[str, str]:
-    """Return (the key with its default, its comment) of a dotted key, in which NAME is of a mapping."""
+    """Return (the key with its default, its comment) of a dotted key; a part NAME stands for a mapping's key."""
     *parents, name = key.split(".")
     for part in parents:
         kind = get_args(kind)[1] if get_origin(kind) is dict else get_type_hints(kind)[part]
@@ -63,7 +63,7 @@ def _key(kind: Any, key: str) -> tuple[str, str]:
 
 
 def _columns(entries: Mapping[str, str]) -> list[str]:
-    """Return a line for each entry, its text beside it and, if that is long, below itself."""
+    """Return two columns: the name of each entry, and its text wrapped beside it."""
     width = max(map(len, entries)) + 4
     return [
         textwrap.fill(text, WIDTH, initial_indent=f"  {name:<{width - 2}}", subsequent_indent=" " * width)
@@ -73,7 +73,7 @@ def _columns(entries: Mapping[str, str]) -> list[str]:
 
 @functools.cache
 def comments(kind: type) -> dict[str, str]:
-    """Return the comment of each field of a dataclass, inherited ones included; "" where there is none."""
+    """Return the comment of each field of a dataclass, inherited ones included; "" if there is none."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not is_dataclass(base):
@@ -89,7 +89,7 @@ def comments(kind: type) -> dict[str, str]:
 
 
 def _comment(lines: list[str], statement: ast.AnnAssign) -> str:
-    """Return the comment behind a statement, or else the lines of comment above it."""
+    """Return the comment after a statement, or else the comment lines above it."""
     assert statement.end_lineno
     behind = lines[statement.end_lineno - 1].encode()[statement.end_col_offset :].decode().strip()
     if behind.startswith("#"):

@@ -15,13 +15,12 @@ from config.errors import UserError, first_line
 def push_folder(
     folder: Path, name: str, *, kind: Literal["dataset", "model"], again: str, files: Sequence[str] | None = None
 ) -> str:
-    """Upload a folder as a private repository; returns its address.
+    """Upload a folder as a private repository, and return its address.
 
-    `again` is what tries again, for the message of a failure; `files` are names or patterns of what is uploaded (None:
-    all).
+    `again` names the command that retries, for the error message; `files` are names or patterns to upload (None: all).
 
     Raises:
-        UserError: No login, no such name, or no network.
+        UserError: There is no login, no such name, or no network.
     """
     api = huggingface_hub.HfApi()
     try:

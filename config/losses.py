@@ -1,4 +1,4 @@
-"""Settings of the other losses (likelihood, single answers, mixtures), and the table of all."""
+"""Settings of the other losses (likelihood, single answers, mixtures), and the table of all losses."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ LOSSES: dict[str, type[LossSettings]] = {
 
 
 def weighted_parts(settings: LossSettings) -> list[tuple[float, Any]]:
-    """Return the losses on pairs that a loss is the sum of, each with its weight: of all but mixture itself, with 1."""
+    """Return the (weight, loss) terms of a loss: the parts of a mixture, or the loss itself with weight 1."""
     if not isinstance(settings, MixtureSettings):
         return [(1.0, settings)]
     return [part_settings(name, keys) for name, keys in settings.parts.items()]
 
 
 def part_settings(name: str, keys: Mapping[str, Any] | None) -> tuple[float, LossSettings]:
-    """Return weight and settings of a part of a mixture, whose keys are known to be right."""
+    """Return weight and settings of one part of a mixture, whose keys have been checked."""
     own = {key: value for key, value in (keys or {}).items() if key != "weight"}
     return float((keys or {}).get("weight", 1.0)), LOSSES[name](**own)

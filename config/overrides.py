@@ -1,7 +1,7 @@
-"""From the words of a command line to composed settings, and to all that is wrong with the words.
+"""Compose the words of a command line to settings, and collect everything that is wrong with the words.
 
-Hydra stops at its first error. So it composes the groups alone, and each other word is merged into that by itself:
-`lr=abc los.beta=1 model=tinny` is answered by three faults, each with the nearest name that exists.
+Hydra stops at its first error. So Hydra composes only the groups, and every other word is merged separately:
+`lr=abc los.beta=1 model=tinny` gives three faults, each with the nearest existing name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from config.spelling import OTHER_NAMES, expected, free_key, listed_datasets, qu
 CONFIG_DIR = Path(__file__).resolve().parent
 PROGRAMS = {"config": "train.py", "induce": "induce.py", "evaluate": "evaluate.py"}
 MANDATORY_GROUPS = {"config": ("loss", "model"), "induce": (), "evaluate": ()}
-# What a YAML file of the user's (--config-dir) can raise that Hydra lets through.
+# Exceptions that a user's YAML file (--config-dir) can raise and that Hydra does not catch.
 UNREADABLE = (
     yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError,
 )  # fmt: skip
@@ -43,17 +43,17 @@ class Word(NamedTuple):
     """An override with one value; a sweep is several of them."""
 
     key: str  # the setting or group: `loss.beta`, `model`, `expert@second_expert`
-    said: str  # as it was typed
-    spelled: str  # as Hydra is to be given it
+    said: str  # as typed
+    spelled: str  # as Hydra needs it
     is_group: bool
 
 
 class Point(NamedTuple):
-    """What one run of a command composes to: the whole command, or one point of a sweep."""
+    """The composed settings of one run: the whole command, or one point of a sweep."""
 
-    swept: str  # the words that tell it from the others
+    swept: str  # the words that distinguish it from the other points
     config: DictConfig
-    refused: set[str]  # keys whose word was wrong, so that the config holds a default in its place
+    refused: set[str]  # keys whose word was wrong, so that the config holds their default
 
 
 @cache
@@ -65,9 +65,9 @@ def own_groups(config_name: str) -> list[str]:
 
 
 def group_options(group: str, search: Sequence[str] = ()) -> list[str]:
-    """Return the choices of a group, which are the YAML files of its folders; none where there is no such group."""
+    """Return the choices of a group, which are the YAML files of its folders; [] if there is no such group."""
     loader: Any = GlobalHydra.instance().config_loader()
-    # The loader copies every schema for each answer: it is asked only where `search` makes it look elsewhere.
+    # The loader copies every schema on each call, so it is used only if `search` adds other folders.
     options = partial(loader.get_group_options, overrides=search) if search else loader.repository.get_group_options
     found = options(group.split("@")[0], ObjectType.CONFIG)
     return [option for option in found if not option.startswith("_")]
@@ -81,26 +81,26 @@ class Reader:
     ) -> None:
         """Read `texts` for `config/<config_name>.yaml`, whose schema is the dataclass `kind`.
 
-        With `multirun` a word may hold several values; `search` are overrides that tell Hydra of other config folders.
+        With `multirun` a word may hold several values. `search` holds overrides that add config folders to Hydra.
         """
         self._config_name, self._kind, self._search = config_name, kind, list(search)
         self.faults: dict[str, Fault] = {}  # what is wrong with the words, by message
-        self.arguments: list[str] = []  # the words as Hydra is to be given them
-        self.swept: list[str] = []  # keys that take several values, as Hydra knows them
-        self._ranges: list[str] = []  # words that hold one: lr=interval(1e-6,1e-4)
+        self.arguments: list[str] = []  # the words, spelled for Hydra
+        self.swept: list[str] = []  # keys with several values, in Hydra's spelling
+        self._ranges: list[str] = []  # words with a range: lr=interval(1e-6,1e-4)
         sweeps = [words for text in texts if (words := self._parse(text, multirun))]
         self._sweeping = {words[0].key for words in sweeps if len(words) > 1}
         usable = {word.key for words in sweeps for word in words}
         self._refused = {fault.key for fault in self.faults.values()} - usable
         self._bases: dict[tuple[str, ...], DictConfig] = {}
-        # What the words compose to, those left out that are wrong.
+        # The composed settings of each point, without the wrong words.
         self.points = [self._compose(words) for words in itertools.product(*sweeps)]
 
     def _fault(self, key: str, message: str) -> None:
         self.faults.setdefault(message, Fault(key, message))
 
     def _parse(self, text: str, multirun: bool) -> list[Word]:
-        """Return the values of an override that exist; report the others."""
+        """Return the valid values of an override as words; report the others."""
         if text.startswith("-"):
             plain = text.lstrip("-").replace(" ", "=")
             self._fault(plain.split("=")[0], f"{text}: unknown flag; overrides have no dashes: {plain}")
@@ -141,7 +141,7 @@ class Reader:
         return words
 
     def _word(self, text: str) -> Word | None:
-        """Return an override with one value as a word, or report that it names nothing."""
+        """Return an override with one value as a word, or report that its key or choice does not exist."""
         override = _parsed(text)
         key = override.get_key_element().lstrip("+~")
         options, free = group_options(key, self._search), free_key(self._kind, key)
@@ -155,7 +155,7 @@ class Reader:
             return None
         spelled = None
         if free is not None:
-            # A name that resembles a choice of the group is left for the error it is, unless a `+` insists on it.
+            # A new name that resembles a choice of the group is probably a typo, so only a leading `+` adds it.
             similar = nearest(free.names[0], group_options(free.root, self._search)) if free.names else None
             if similar is None or text[0] == "+":
                 spelled = spell(override, free)
@@ -166,11 +166,11 @@ class Reader:
         return Word(key, text, spelled or text.lstrip("+"), False)
 
     def _is_choice(self, group: str, text: str, value: Any, options: list[str]) -> bool:
-        """Report a group that this entrypoint does not have, and choices that the group does not have."""
+        """Tell whether a choice of a group is valid; report an unknown group of this entrypoint and unknown choices."""
         own, key = own_groups(self._config_name), group.split("@")[-1]
         if group not in own and text[0] != "+" and not group.startswith("hydra/"):
             owners = " and ".join(program for name, program in PROGRAMS.items() if group in own_groups(name))
-            here = f"{PROGRAMS[self._config_name]} has no group {group}" + (f", which is of {owners}" if owners else "")
+            here = f"{PROGRAMS[self._config_name]} has no group {group}" + (f" (a group of {owners})" if owners else "")
             meant = suggest(group, [field.name for field in fields(self._kind)])
             self._fault(key, f"{text}: {here}{meant} Its groups: {', '.join(own)}")
             return False
@@ -207,7 +207,7 @@ class Reader:
         return Point(swept, config, refused)
 
     def _compose_groups(self, words: list[Word]) -> DictConfig:
-        """Return what the groups alone compose to; report those that do not."""
+        """Compose the groups without the other words; report the groups that cannot be composed."""
 
         def composed(texts: Iterable[str]) -> DictConfig:
             try:
@@ -228,16 +228,16 @@ class Reader:
                     hint = f" (a file of config/{word.key} holds its own name, and below it the settings)"
                     self._fault(word.key, f"{word.said}: {one_line(error)}{hint if is_free else ''}")
                     self._refused.add(word.key)
-            if good == words:  # each composes, but they do not go together
+            if good == words:  # each one composes, but not all of them together
                 self._fault("", one_line(whole))
                 good = []
             config = composed(word.spelled for word in good)
         return config
 
     def _merge(self, word: Word, config: DictConfig) -> set[str]:
-        """Put a value into the config, or report a key that does not exist, or a value of another type.
+        """Merge a value into the config, or report an unknown key or a value of the wrong type.
 
-        Returns the keys that the word was meant for, if it was wrong.
+        Returns the keys that the word was probably meant for, if it was wrong.
         """
         override = _parsed(word.spelled)
         parent, _, name = override.key_or_group.rpartition(".")
@@ -260,8 +260,8 @@ class Reader:
                 config.merge_with(settings)
             return set()
         except (ConfigAttributeError, ConfigKeyError, ValidationError) as error:
-            key = max(word.key, error.full_key or "", key=len)  # the longer one points into a dictionary that was given
-            # A scalar in the place of a group is reported without its key.
+            key = max(word.key, error.full_key or "", key=len)  # the longer one points into a given dictionary
+            # OmegaConf reports a scalar in place of a group without its key.
             has_type = isinstance(error, ValidationError) and (error.key is None or key == error.full_key)
             if has_type:
                 owner = OmegaConf.get_type(config, parent or None) if error.key is None else error.object_type
@@ -274,11 +274,11 @@ class Reader:
         return {word.key}
 
     def _unknown(self, word: Word, key: str, owner: Any, config: DictConfig) -> str:
-        """Report a key that does not exist, of the dataclass `owner` if it has one; return what it was meant to be."""
+        """Report an unknown key (of the dataclass `owner`, if known), and return the key that was probably meant."""
         group, *names = key.split(".")
-        if names and get_type_hints(self._kind).get(group) is Any:  # its keys differ from choice to choice
+        if names and get_type_hints(self._kind).get(group) is Any:  # a group whose keys depend on the choice
             choice = config.hydra.runtime.choices.get(group)
-            schemas = ConfigStore.instance().repo["schema"].get(group, {})  # composing twenty losses takes seconds
+            schemas = ConfigStore.instance().repo["schema"].get(group, {})  # composing all choices would take seconds
             options = [one for one in group_options(group, self._search) if f"{one}.yaml" in schemas]
             owners = [f"{group}={one}" for one in options if key in _keys(schemas[f"{one}.yaml"].node, f"{group}.")]
             if owners:
@@ -301,7 +301,7 @@ class Reader:
 
 
 def _keys(settings: DictConfig | dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all keys of a composed config, inner ones included."""
+    """Yield the dotted names of all keys of a composed config, including nested ones."""
     entries: Any = OmegaConf.to_container(settings) if isinstance(settings, DictConfig) else settings
     for key, value in entries.items():
         yield f"{prefix}{key}"

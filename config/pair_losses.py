@@ -1,7 +1,7 @@
-"""Settings of the losses on pairs, and what all losses have in common; `config/losses.py` has the others.
+"""Settings of the losses on pairs, and what all losses have in common; `config/losses.py` has the other losses.
 
-What a loss asks of the trainer stands in its class, not in its keys: which rows, whether log-probabilities of a
-reference, means per token or sums, and whether its value depends on more than one row. docs/losses.md has the formulas.
+Class variables, not keys, declare what a loss needs from the trainer: which rows, log-probabilities of a reference or
+not, means per token or sums, and whether its value depends on several rows. docs/losses.md has the formulas.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FlipRate = Annotated[float, rules.interval("[0, 0.5)", "; at 0.5 both responses 
 
 @dataclass
 class LossSettings:
-    """What every loss has."""
+    """Settings that every loss has."""
 
     rows: ClassVar[Rows] = "responses"
     reads_reference: ClassVar[bool] = False
@@ -36,12 +36,12 @@ class LossSettings:
 
 @dataclass
 class PairLossSettings(LossSettings):
-    """A loss on chosen and rejected, under the policy alone."""
+    """A loss on chosen and rejected that by default needs no reference."""
 
     rows: ClassVar[Rows] = "pairs"
     whole_batch: ClassVar[bool] = False  # compares responses of different pairs of a global batch
     running_mean: ClassVar[bool] = False  # reads the mean of all rewards so far
-    normalised: ClassVar[bool] = False  # reads means per token, whatever its keys
+    normalised: ClassVar[bool] = False  # always reads means per token
 
     beta: Positive = 0.1  # temperature of the implicit reward
     nll_weight: NotNegative = 0.0  # add this x (nats per token of chosen), Pang et al. 2024

@@ -1,4 +1,4 @@
-"""Read files of ours that a disk, a copy or a hand may have changed: what cannot be read is a UserError."""
+"""Read files that we wrote but that may have been damaged or edited since; an unreadable file is a UserError."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import yaml
 
 from config.errors import UserError
 
-MAX_YAML_VALUES = 1_000_000  # with every alias written out; a file of 300 bytes can stand for billions
+MAX_YAML_VALUES = 1_000_000  # with all aliases expanded, since a file of 300 bytes can stand for billions of values
 
 
 def load_yaml(text: str) -> Any:
     """Parse YAML of plain values.
 
     Raises:
-        yaml.YAMLError: It is no YAML, is nested too deeply, holds a value that cannot be built (an impossible date, a
-            number of 5,000 digits), or its aliases stand for more than MAX_YAML_VALUES values.
+        yaml.YAMLError: It is not YAML, is nested too deeply, holds a value that cannot be built (an impossible date, a
+            number of 5,000 digits), or its aliases expand to more than MAX_YAML_VALUES values.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -28,14 +28,14 @@ def load_yaml(text: str) -> Any:
         if node is None:
             return None
         if _num_values(node, {}) > MAX_YAML_VALUES:
-            raise yaml.YAMLError(f"its aliases stand for more than {MAX_YAML_VALUES:,} values")
+            raise yaml.YAMLError(f"its aliases expand to more than {MAX_YAML_VALUES:,} values")
         return loader.construct_document(node)
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error  # what PyYAML's constructors let through
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error  # PyYAML's constructors do not catch these
 
 
 def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
-    """Count the values below a node, aliases written out; infinite for one that holds itself."""
+    """Count the values below a node with aliases expanded; infinite for a node that contains itself."""
     if id(node) not in known:
         known[id(node)] = math.inf
         inner = node.value if isinstance(node, yaml.CollectionNode) else []
@@ -48,7 +48,7 @@ def read_mapping(path: Path, advice: str = "copy it again") -> dict[str, Any]:
     """Read a file of JSON (`.json`) or YAML that holds a mapping; `advice` ends the message if it cannot be read.
 
     Raises:
-        UserError: It is not there, no JSON or YAML, or holds something else than a mapping.
+        UserError: It does not exist, is not JSON or YAML, or does not hold a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -63,10 +63,10 @@ def read_mapping(path: Path, advice: str = "copy it again") -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines; a torn last line, which a killed process can leave, is ignored.
+    """Yield the objects of a file of JSON lines, ignoring a torn last line, which a killed process may leave.
 
     Raises:
-        UserError: Another line is no JSON object.
+        UserError: Another line is not a JSON object.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -1,9 +1,9 @@
-"""Rules for single values. Settings carry them in their annotations, and `check_values` is the one walk over them.
+"""Rules for single values. Settings hold them in their annotations, and `check_values` applies all of them.
 
     warmup_ratio: Annotated[float, interval("[0, 1)")] | None = None
 
-A rule maps a value to a complaint, empty where the value is right. A text in an annotation says what a mandatory value
-is, for the message that asks for it. No rule loads anything: folders are looked at, not read.
+A rule maps a value to a complaint, or to "" if the value is right. A text in an annotation describes a mandatory value
+in the message that asks for it. Rules look at folders, but never load anything.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ Rule = Callable[[Any], str]
 class Fault(NamedTuple):
     """One mistake in a command."""
 
-    key: str  # of the setting that it is about
-    message: str  # complete: the rule, the value, what to type instead
-    others: tuple[str, ...] = ()  # keys of other settings that the rule compares it with
+    key: str  # the setting at fault
+    message: str  # complete: the rule, the value, what to write instead
+    others: tuple[str, ...] = ()  # other settings that the rule compares it with
 
     def __str__(self) -> str:
         return self.message
 
 
 def typed(value: Any) -> str:
-    """Return a value as it is typed on the command line."""
+    """Return a value as written on the command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def misfit(key: str, value: Any, complaint: str, *others: str) -> Fault:
-    """Return the fault of a value that is there and wrong: `key=value: complaint`."""
+    """Return the fault of a wrong value: `key=value: complaint`."""
     return Fault(key, f"{key}={typed(value)}: {complaint}", others)
 
 
 def check_values(settings: Any, prefix: str = "") -> list[Fault]:
-    """Return a fault for each value of a settings dataclass, inner ones included, that is not set or breaks a rule."""
+    """Return a fault for each value of a settings dataclass, nested ones included, that is not set or breaks a rule."""
     hints = get_type_hints(type(settings), include_extras=True)
     return [fault for name, value in vars(settings).items() for fault in _check(prefix + name, value, hints[name])]
 
@@ -81,7 +81,7 @@ def _holds_containers(entries: Iterable[Any], hint: Any) -> bool:
 
 
 def _notes(hint: Any) -> list[Any]:
-    """Return the rules and texts that an annotation carries, also inside `| None` and `list[...]`."""
+    """Return the rules and texts of an annotation, also those inside `| None` and `list[...]`."""
     if get_origin(hint) is Annotated:
         kind, *notes = get_args(hint)
         return [*notes, *_notes(kind)]
@@ -89,12 +89,12 @@ def _notes(hint: Any) -> list[Any]:
 
 
 def is_below(key: str, roots: Iterable[str]) -> bool:
-    """Say whether `key` is one of `roots` or inside one: model.name_or_path is inside model."""
+    """Tell whether `key` is one of `roots` or inside one: model.name_or_path is inside model."""
     return any(key == root or key.startswith(f"{root}.") for root in roots)
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the entry of `names` that `name` was probably meant to be, or None."""
+    """Return the entry of `names` that `name` was probably meant to be; None if none is similar."""
     choices = sorted(names)
     found = [choice for choice in choices if choice.lower() == name.lower()]
     found = found or difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
@@ -105,13 +105,13 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def suggest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return `; did you mean NAME?`, or a full stop where no name resembles."""
+    """Return `; did you mean NAME?`, or a full stop if no name is similar."""
     guess = nearest(name, names, cutoff)
     return f"; did you mean {guess}?" if guess else "."
 
 
 def choices(*names: str | bool) -> Rule:
-    """Demand one of the names."""
+    """Require one of the names."""
     written = [typed(name) for name in names]
 
     def complain(value: Any) -> str:
@@ -123,7 +123,7 @@ def choices(*names: str | bool) -> Rule:
 
 
 def at_least(least: float) -> Rule:
-    """Demand a finite number that is not below the least one."""
+    """Require a finite number of at least `least`."""
 
     def complain(value: float) -> str:
         finite = ", and finite" if value == math.inf else ""
@@ -133,17 +133,17 @@ def at_least(least: float) -> Rule:
 
 
 def above(bound: float, complaint: str = "must be above {bound}, and finite") -> Rule:
-    """Demand a finite number beyond the bound."""
+    """Require a finite number above the bound."""
     return lambda value: "" if bound < value < math.inf else complaint.format(bound=bound)
 
 
 def other_than_zero(note: str) -> Rule:
-    """Demand a finite number that is not 0."""
+    """Require a finite number other than 0."""
     return lambda value: "" if value and math.isfinite(value) else f"must be finite and not 0{note}"
 
 
 def interval(bounds: str, note: str = "") -> Rule:
-    """Demand a number in an interval such as `[0, 1)`, whose round bracket leaves the bound itself out."""
+    """Require a number in an interval such as `[0, 1)`, where a round bracket excludes the bound itself."""
     low, high = map(float, bounds[1:-1].split(","))
 
     def complain(value: float) -> str:
@@ -155,7 +155,7 @@ def interval(bounds: str, note: str = "") -> Rule:
 
 
 def matches(pattern: str, complaint: str) -> Rule:
-    """Demand a text that a regular expression describes as a whole."""
+    """Require a text that a regular expression matches as a whole."""
     return lambda value: "" if re.fullmatch(pattern, value) else complaint
 
 
@@ -178,13 +178,13 @@ def path_or_none(value: str) -> str:
 
 
 def weights_path(value: str) -> str:
-    """Demand what `model.archive` can start from."""
+    """Require a path that `model.archive` can start from."""
     complaint = existing_path(value)
     return complaint and f"{complaint}. Give a run, a checkpoint, a model folder, an adapter, or a policy.pt"
 
 
 def model_path(value: str) -> str:
-    """Demand a model folder that holds weights. What may be an id on the hub is left to the loader."""
+    """Require a model folder with weights. A value that may be an id on the hub is left to the loader."""
     path = find_path(value)
     if not value or path.is_file():
         return not_empty(value)
@@ -197,7 +197,7 @@ def model_path(value: str) -> str:
         return f"there is no such folder{_neighbours(value)}"
     names = ("LATEST", "model", "adapter", "adapter_config.json")
     if any((path / name).exists() for name in names) or list(path.glob("checkpoints/step-*/*/*config.json")):
-        return ""  # a run (one that was killed before its first link lacks LATEST), a checkpoint or an adapter
+        return ""  # a run (without LATEST if it was killed before writing it), a checkpoint or an adapter
     if not (path / "config.json").is_file():
         return "the folder has no config.json, so it holds no model"
     has_weights = any(list(path.glob(pattern)) for pattern in WEIGHT_PATTERNS)
@@ -205,7 +205,7 @@ def model_path(value: str) -> str:
 
 
 def hub_path(value: str) -> str:
-    """Demand a file or folder, or what may be ORG/NAME on the hub, which is left to the loader."""
+    """Require a file or folder. A value that may be ORG/NAME on the hub is left to the loader."""
     return "" if may_be_on_hub(value) else existing_path(value)
 
 

@@ -1,4 +1,4 @@
-"""Which settings make two runs of train.py two: their names, their differences, and a key for what has them all."""
+"""Which settings identify a run of train.py: compare two runs by them, and name what belongs to a run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import xxhash
 import yaml
 
-# Keys that leave the trained weights as they are: a command may change them and still go on with the run.
+# Keys that do not affect the trained weights: a command may change them and still resume the run.
 FREE_KEYS = (
     "exp_name", "run_dir", "local_run_dir", "local_dirs", "device", "fsdp_port", "debug", "dry_run", "log_text",
     "minimum_log_interval_secs", "on_non_finite", "wandb", "checkpoint", "push_to_hub", "license",
     "sweep_metric",
-    # Up to rounding: how the same batches are cut and laid out.
+    # These affect only rounding: how the same batches are split and laid out.
     "trainer", "gradient_accumulation_steps", "max_tokens_per_microbatch", "activation_checkpointing",
 )  # fmt: skip
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a nested config as ("loss.beta", 0.1), the way they are typed."""
+    """Yield the leaves of a nested config as (key, value) of the command line: ("loss.beta", 0.1)."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -29,8 +29,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def binding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a run is bound to, as they are read back from its config.yaml."""
-    # Through YAML once, as the stored ones were: tuples and the like compare as what they are read back as.
+    """Return the settings that a resumed run must share, as read back from its config.yaml."""
+    # Through YAML once, as the stored settings were, so that tuples and the like compare equal.
     stored = yaml.safe_load(yaml.safe_dump(dict(config))) or {}
     return {key: value for key, value in flatten(stored) if key.split(".")[0] not in FREE_KEYS}
 
@@ -47,6 +47,6 @@ def differing_keys(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[
 
 
 def checkpoint_owner(config: Mapping[str, Any], name: str) -> str:
-    """Return whose a checkpoint is: that of a run with these settings, under this name (`step-800`)."""
+    """Return the owner of a checkpoint for its checksums: a hash of the run's settings, and its name (`step-800`)."""
     settings = json.dumps(binding(config), sort_keys=True, default=str)
     return f"run {xxhash.xxh3_64_hexdigest(settings.encode())}, {name}"

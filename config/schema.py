@@ -1,6 +1,6 @@
-"""From a command line to a settings dataclass: Hydra is used here and in `overrides.py`, nowhere below the entrypoints.
+"""Turn a command line into a settings dataclass. Only this module and `overrides.py` use Hydra's composition.
 
-An entrypoint reads its command before it imports torch, and runs it after:
+An entrypoint reads its command before it imports torch, and runs it afterwards:
 
     if __name__ == "__main__":
         command = read_command("config", TrainConfig, check_train)
@@ -44,9 +44,9 @@ from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 from config.spelling import listed_datasets
 
 USER_ERROR_STATUS = 2
-INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
-SPIN_COUNT = "10000"  # libgomp's own is 300,000
-MAX_NAME_CHARS = 180  # a file name holds 255 bytes
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as in shells
+SPIN_COUNT = "10000"  # libgomp's default is 300,000
+MAX_NAME_CHARS = 180  # well below the limit of 255 bytes of a file name
 ConfigT = TypeVar("ConfigT")
 CONFIGS: dict[str, type] = {"config": TrainConfig, "induce": InduceConfig, "evaluate": EvaluateConfig}
 
@@ -55,16 +55,16 @@ class Command(NamedTuple):
     """A command line without mistakes."""
 
     config_name: str
-    arguments: list[str]  # the command line as Hydra is to be given it
+    arguments: list[str]  # the command line, spelled for Hydra
     swept: list[str]  # keys with several values
-    configs: list[Any]  # the settings of each run: one, or one for each point of a sweep
+    configs: list[Any]  # the settings of each run: one, or one per point of a sweep
 
 
 @cache
 def register_schemas() -> None:
-    """Give Hydra the dataclasses: YAML files name them as `/schema/train@_here_`, `/schema/loss/dpo@_here_`.
+    """Register the dataclasses with Hydra; YAML files name them as `/schema/train@_here_`, `/schema/loss/dpo@_here_`.
 
-    They lie under `schema/`, because a schema inside a real group would be offered as one of its choices.
+    They are under `schema/`, because Hydra would offer a schema inside a real group as one of its choices.
     """
     nodes: dict[str, type] = {
         "train": TrainConfig,
@@ -84,16 +84,16 @@ def register_schemas() -> None:
 
 
 def to_dataclass(config: DictConfig) -> Any:
-    """Return the composed config as the dataclass that its schema names, interpolations resolved.
+    """Convert a composed config to the dataclass that its schema names, with interpolations resolved.
 
-    Mandatory values that are not set stay `"???"`, so that all of them can be listed.
+    Mandatory values that are not set stay `"???"`, so that a later check can list all of them.
 
     Raises:
         OmegaConfBaseException: An interpolation cannot be resolved.
     """
     kind = OmegaConf.get_type(config)
     values: dict[str, Any] = {}
-    for key in [field.name for field in fields(kind)] if is_dataclass(kind) else config:  # Hydra's own stay out
+    for key in [field.name for field in fields(kind)] if is_dataclass(kind) else config:  # leaves out Hydra's own keys
         value = MISSING if OmegaConf.is_missing(config, key) else config[key]
         if isinstance(value, DictConfig):
             value = to_dataclass(value)
@@ -104,16 +104,16 @@ def to_dataclass(config: DictConfig) -> Any:
 
 
 def compose_config(config_name: str, overrides: list[str]) -> Any:
-    """Return the dataclass that a command line composes to, its values unchecked: for tests and notebooks.
+    """Compose overrides to a settings dataclass without checking its values, for tests and notebooks.
 
     Raises:
-        UserError: Everything that is wrong with the overrides.
+        UserError: Lists everything that is wrong with the overrides.
     """
     return compose_configs(config_name, overrides)[0]
 
 
 def compose_configs(config_name: str, overrides: list[str], *, multirun: bool = False) -> list[Any]:
-    """Return the dataclass of each point of a sweep, as `compose_config` does of one command."""
+    """Compose the settings of every point of a sweep, as `compose_config` does for one command."""
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         read = Reader(config_name, CONFIGS[config_name], overrides, multirun=multirun)
@@ -125,15 +125,15 @@ def compose_configs(config_name: str, overrides: list[str], *, multirun: bool = 
 def read_command(config_name: str, config_class: type[ConfigT], check: Callable[[ConfigT], list[Fault]]) -> Command:
     """Read the command line in `sys.argv`; exit with status 2 and one message if anything is wrong with it.
 
-    What needs no run (`--help`, `--cfg job`, Hydra's other flags) is answered here, and the process exits.
+    Flags that need no run (`--help`, `--cfg job`, Hydra's other flags) are handled here, and the process exits.
     """
     open_console()
     register_schemas()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra shortens tracebacks otherwise
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra shortens tracebacks
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait for each other spin; where another process has one of the cores, they keep the other from
-        # the very thread that they wait for. With this torch, imported later, lets them sleep after a fraction of a
-        # millisecond.
+        # OpenMP threads busy-wait for each other. If another process occupies a core, they keep the others from the
+        # very thread that they wait for. With this setting, read when torch is imported later, they sleep after a
+        # fraction of a millisecond.
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if "--help=all" in sys.argv:
         print(_all_keys(config_name))
@@ -173,7 +173,7 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
 
 
 def _checked_configs(read: Reader, check: Callable[[Any], list[Fault]] | None) -> list[Any]:
-    """Return the settings of each point; print all that is wrong with words and values, and exit, if anything is."""
+    """Return the settings of each point; if any word or value is wrong, print all errors and exit."""
     errors = dict.fromkeys(read.faults, "")
     configs = []
     for point in read.points:
@@ -184,7 +184,7 @@ def _checked_configs(read: Reader, check: Callable[[Any], list[Fault]] | None) -
             errors.setdefault(one_line(error), at)
             continue
         for fault in check(configs[-1]) if check else ():
-            # A refused word left a default behind: what the check says about that is no news to the user.
+            # A refused word left its default in place; a fault of that default would only confuse the user.
             if not any(is_below(key, point.refused) for key in (fault.key, *fault.others)):
                 errors.setdefault(fault.message, at)
     if errors:
@@ -196,16 +196,16 @@ def _checked_configs(read: Reader, check: Callable[[Any], list[Fault]] | None) -
 
 
 def run_command(command: Command, main: Callable[[Any], Any]) -> None:
-    """Run `main(config)` for a command, and for each point of a sweep (`-m`); what it returns is for the sweeper.
+    """Run `main(config)` for a command, or for each point of a sweep (`-m`), and return its result to the sweeper.
 
-    A `UserError` of `main` is printed without a traceback (status 2; the other points of a sweep still run); Ctrl-C is
-    answered by one line (status 130); any other exception is a defect and keeps its traceback (status 1).
+    A `UserError` from `main` is printed without a traceback (status 2; the other points of a sweep still run). Ctrl-C
+    prints one line (status 130). Any other exception is a bug and keeps its traceback (status 1).
     """
-    # Libraries have a line for each request, font and table: of theirs only warnings, but for the points of a sweep.
+    # Show only the warnings of libraries, which log every request, font and table; Hydra logs the points of a sweep.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for told in ("safer_instruct", "hydra", "hydra_plugins"):
         logging.getLogger(told).setLevel(logging.INFO)
-    sys.argv[1:] = command.arguments  # the command as it was typed stays in sys.orig_argv
+    sys.argv[1:] = command.arguments  # sys.orig_argv keeps the command as typed
     failed, started_by = False, os.getpid()
 
     def run(composed: DictConfig) -> Any:
@@ -221,10 +221,10 @@ def run_command(command: Command, main: Callable[[Any], Any]) -> None:
                 sys.exit(USER_ERROR_STATUS)
             failed = True
             searches = HydraConfig.get().runtime.choices.get("hydra/sweeper") == "optuna"
-            if searches or os.getpid() != started_by:  # a search, or a launcher's sweep, learns of it by the exception
+            if searches or os.getpid() != started_by:  # searches and launchers see a failure only as an exception
                 raise
         except KeyboardInterrupt:
-            _print_error("interrupted; the same command goes on from what was saved")
+            _print_error("interrupted; rerun the same command to resume from what was saved")
             sys.exit(INTERRUPTED_STATUS)
 
     try:
@@ -235,26 +235,26 @@ def run_command(command: Command, main: Callable[[Any], Any]) -> None:
     except ValueError:
         if not failed:
             raise
-        _print_error("no point of the search came to its end")  # Optuna then has no best one
+        _print_error("no point of the search finished")  # so Optuna has no best point, and raises ValueError
     if failed:
         sys.exit(USER_ERROR_STATUS)
 
 
 def _sweep_point(swept: list[str]) -> str:
-    """Return the swept overrides of this point as a folder name, `loss.beta=0.05,seed=1`; empty in a single run."""
+    """Return this point's swept overrides as a folder name, such as `loss.beta=0.05,seed=1`; "" for a single run."""
     job = HydraConfig.get()
     if job.mode != RunMode.MULTIRUN:
         return ""
     parsed = [OverridesParser.create().parse_override(text) for text in job.overrides.task]
     point = [f"{one.key_or_group}={one.get_value_element_as_str()}" for one in parsed if one.key_or_group in swept]
     name = quote(",".join(point) or f"point={job.job.num}", safe="=,.+-_[]:~")
-    if len(name) > MAX_NAME_CHARS:  # still one folder a point
+    if len(name) > MAX_NAME_CHARS:  # the hash keeps one folder per point
         name = name[: MAX_NAME_CHARS - 13] + "-" + hashlib.blake2b(name.encode(), digest_size=6).hexdigest()
     return name
 
 
 def _place(config: Any, sweep_point: str) -> Any:
-    """Fill in the run dir of `train.py`; points of a sweep get a folder each, below the one that was named."""
+    """Fill in the run dir of `train.py`; each point of a sweep gets its own folder inside the given one."""
     if isinstance(config, TrainConfig):
         run_dir = config.run_dir or config.local_run_dir or str(Path("runs") / config.exp_name)
         return replace(config, run_dir=str(Path(run_dir) / sweep_point))

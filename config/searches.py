@@ -1,4 +1,4 @@
-"""Plug-ins of Hydra that run the points of a sweep or choose them, and what a search over ranges needs."""
+"""Hydra plug-ins that launch or choose the points of a sweep, and the checks of a search over ranges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from config.rules import Fault, misfit
 
-# Choices of Hydra's own groups that need a plug-in, and its package.
+# Choices of Hydra's own groups that need a plug-in -> its package.
 PLUGINS = {
     "slurm": "hydra-submitit-launcher", "joblib": "hydra-joblib-launcher", "optuna": "hydra-optuna-sweeper",
 }  # fmt: skip
@@ -16,7 +16,7 @@ OVER_REFUSAL = "refusals_eval/benign"  # share of the sampled prompts that shoul
 
 
 def is_installed(package: str) -> bool:
-    """Return whether a package is there, without importing it."""
+    """Tell whether a package is installed, without importing it."""
     try:
         importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
@@ -30,27 +30,27 @@ def lower_is_better(metric: str) -> bool:
 
 
 def check_search(config: Any, ranges: Iterable[str]) -> Iterator[Fault]:
-    """Yield what is wrong with a search; `config` is a point's, Hydra's own included, and `ranges` the words with one.
+    """Yield the faults of a search. `config` is a point's, with Hydra's own keys; `ranges` are the words with a range.
 
-    A search asks after each run how good it was: without a metric it would fail only when the first run has ended.
+    A search needs a metric of each run; without this check it would fail only after the first run has ended.
     """
     if config.hydra.runtime.choices.get("hydra/sweeper") != "optuna":
         for word in ranges:
             yield Fault(word.split("=")[0], f"{word}: a range needs a search: add hydra/sweeper=optuna")
     elif "sweep_metric" not in config:
-        yield Fault("hydra/sweeper", "hydra/sweeper=optuna: it searches over runs of train.py, by their metrics")
+        yield Fault("hydra/sweeper", "hydra/sweeper=optuna: it can only search over runs of train.py, by their metrics")
     elif config.dry_run or config.debug:
         key = "dry_run" if config.dry_run else "debug"
-        yield misfit(key, config[key], "it leaves no run whose metric could be read; leave hydra/sweeper=optuna out")
+        yield misfit(key, config[key], "such a run has no metrics to search by; leave hydra/sweeper=optuna out")
     elif config.sweep_metric is None:
         yield Fault(
             "sweep_metric",
-            "hydra/sweeper=optuna: write sweep_metric=METRIC, which an evaluation measures, such as "
+            "hydra/sweeper=optuna: write sweep_metric=METRIC, the name of an evaluation metric such as "
             "rewards_eval/accuracies",
         )
     else:
         direction = "minimize" if lower_is_better(config.sweep_metric) else "maximize"
         given = getattr(config.hydra.sweeper.direction, "name", config.hydra.sweeper.direction)
         if given != direction:
-            why = f"sweep_metric={config.sweep_metric} is to be {direction[:-1]}ed: write hydra.sweeper.direction="
+            why = f"sweep_metric={config.sweep_metric} must be {direction[:-1]}ed: write hydra.sweeper.direction="
             yield misfit("hydra.sweeper.direction", given, f"{why}{direction}", "sweep_metric")

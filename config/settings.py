@@ -1,9 +1,9 @@
-"""Every setting of the three entrypoints, as plain dataclasses: no Hydra here, so that any module may import them.
+"""Every setting of the three entrypoints, as plain dataclasses without Hydra, so that any module may import them.
 
 A key of the command line is a field here: `python train.py lr=1e-6 model.policy_dtype=bfloat16` sets
-`TrainConfig.lr` and `TrainConfig.model.policy_dtype`. Annotations carry the rules of single values (`config/rules.py`);
-what does not fit together is in `config/checks*.py`. Defaults of the groups (`model=`, `loss=`, `datasets=`, `expert=`)
-are in the YAML files beside. Keys of the DPO repo keep their names and meanings.
+`TrainConfig.lr` and `TrainConfig.model.policy_dtype`. Annotations hold the rules for single values (`config/rules.py`);
+`config/checks*.py` check combinations of values. The defaults of the groups (`model=`, `loss=`, `datasets=`, `expert=`)
+are in the YAML files of this folder. Keys of the DPO repo keep their names and meanings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from config import rules
-from config.experts import (  # noqa: F401 - all settings are read from here
+from config.experts import (  # noqa: F401 - other modules import all settings from here
     JUDGES,
     THOUGHT_TAGS,
     BackendSettings,
@@ -254,7 +254,7 @@ class EvaluatedModelSettings:
     system: str | None = None  # system prompt; null: that of its run, or none without a run
     dtype: Dtype = "float32"  # of its weights
     served_as: str | None = None  # generation=openai: its name on the server; null: generation.server.model
-    base_url: str | None = None  # generation=openai: a server of its own; null: generation.server.base_url
+    base_url: str | None = None  # generation=openai: its own server; null: generation.server.base_url
 
 
 @dataclass
@@ -267,7 +267,7 @@ class HelpfulnessSettings:
 
 @dataclass
 class DownstreamSettings:
-    """Tasks of lm_eval, in a process of its own."""
+    """Tasks of lm_eval, run in a separate process."""
 
     tasks: list[str] = field(default_factory=list)  # lm_eval names, or knowledge | common_sense | reading; []: none
     include_path: ExistingPath | None = None  # folder with your own tasks (YAML)

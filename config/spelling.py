@@ -1,7 +1,7 @@
-"""How entries of a dictionary with free names (`models`, `datasets`, `optimizer_args`, ...) are spelled for Hydra.
+"""Spell entries of dictionaries with free names (`models`, `datasets`, `optimizer_args`, ...) for Hydra.
 
-The user writes `models.base.path=x`, `models.base=x` or `models={base:x}`; Hydra adds to a typed dictionary only by
-`++models={base:{path:x}}`.
+The user writes `models.base.path=x`, `models.base=x` or `models={base:x}`, but Hydra adds to a typed dictionary only
+with `++models={base:{path:x}}`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from config.rules import nearest, typed
 
-# What people write who come from other trainers; difflib would never find these.
+# Names from other trainers, which difflib would not find.
 OTHER_NAMES = {
     "learning_rate": "lr", "num_train_epochs": "n_epochs", "num_epochs": "n_epochs", "epochs": "n_epochs",
     "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size", "scheduler": "lr_scheduler",
@@ -24,11 +24,11 @@ OTHER_NAMES = {
     "model_name_or_path": "model.name_or_path", "max_seq_length": "max_length",
     "gradient_checkpointing": "activation_checkpointing",
 }  # fmt: skip
-# `prompts=NAME` with a name and nothing else: how the files of known prompt sets read.
+# How to read the files of known prompt sets, for `prompts=NAME`.
 PRESETS: dict[str, dict[Any, Any]] = {
     "prompts": {
-        "published": {"kind": "unsafe", "source_column": "label"},  # names its sources in the column `label`
-        # Safe prompts that look unsafe, and unsafe ones of the same build. Older files say it in `type` alone.
+        "published": {"kind": "unsafe", "source_column": "label"},  # its sources are in the column `label`
+        # Safe prompts that look unsafe, and similar unsafe ones. Older files tell them apart only in `type`.
         "xstest": {
             "columns": {"instruction": "prompt", "kind": "label", "label": "type"},
             "kinds": {"safe": "near"},
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[Any, Any]] = {
         "advbench": {"kind": "unsafe", "columns": {"instruction": "goal"}},
         "donotanswer": {"kind": "unsafe", "columns": {"instruction": "question", "label": "types_of_harm"}},
         "truthfulqa": {"kind": "benign", "columns": {"instruction": "Question", "label": "Category"}},
-        # Of two turns the first is asked; `reference` holds whole answers, not words that an answer must have.
+        # Only the first of two turns is asked; `reference` is unused, since it holds whole answers, not required words.
         "mtbench": {
             "kind": "benign",
             "columns": {"id": "question_id", "instruction": "turns", "label": "category", "reference": "-"},
@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[Any, Any]] = {
         "alpacaeval": {"kind": "benign", "source_column": "dataset"},
     }
 }  # fmt: skip
-# Dictionaries of groups whose dataclass the command line chooses, so that no annotation tells of them: `loss=mixture`.
+# Dictionaries in groups whose dataclass depends on the command (`loss=mixture`), so that no annotation shows them.
 CHOSEN = ("loss.parts", "expert.model.chat_template_kwargs", "second_expert.model.chat_template_kwargs")
 TYPES: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"
@@ -60,7 +60,7 @@ type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # of a data
 
 
 class FreeKey(NamedTuple):
-    """A key that passes a dictionary with free names."""
+    """A key that leads through a dictionary with free names."""
 
     root: str  # the key of the dictionary
     names: list[str]  # what follows it
@@ -74,13 +74,13 @@ class FreeKey(NamedTuple):
 
     @property
     def is_inner(self) -> bool:
-        """Whether the key goes on into a dictionary of the entry: `datasets.si.columns.instruction`."""
+        """Whether the key leads into a dictionary inside the entry: `datasets.si.columns.instruction`."""
         hints = type_hints(self.entry) if is_dataclass(self.entry) and len(self.names) > 2 else {}
         return get_origin(hints.get(self.names[-2])) is dict if hints else False
 
 
 def listed_datasets(config: DictConfig, words: Iterable[str]) -> DictConfig:
-    """Drop what a preset says of datasets that the command's own `datasets=[...]` leaves out: they have no schema."""
+    """Drop a preset's settings for datasets that the command's `datasets=[...]` leaves out, which have no schema."""
     if any(word.startswith("datasets=") for word in words):
         for name in [one for one in config.datasets if OmegaConf.is_missing(config.datasets[one], "schema")]:
             with open_dict(config):
@@ -89,7 +89,7 @@ def listed_datasets(config: DictConfig, words: Iterable[str]) -> DictConfig:
 
 
 def free_key(kind: Any, key: str) -> FreeKey | None:
-    """Split a key of the settings dataclass `kind`; None if it passes no dictionary with free names."""
+    """Split a key of the settings dataclass `kind`; None if it leads through no dictionary with free names."""
     for root in CHOSEN:
         if key == root or key.startswith(f"{root}."):
             return FreeKey(root, key.removeprefix(root).split(".")[1:], Any)
@@ -102,7 +102,7 @@ def free_key(kind: Any, key: str) -> FreeKey | None:
 
 
 def spell(override: Override, free: FreeKey) -> str | None:
-    """Return the override as Hydra takes it; None if it names no entry, which is an error."""
+    """Return the override in Hydra's spelling; None if it names no entry, which is an error."""
     value, names = override.value(), free.names
     if is_dataclass(free.entry) and len(names) > 1:
         depth = 2 if free.is_inner else 1
@@ -119,12 +119,12 @@ def spell(override: Override, free: FreeKey) -> str | None:
 
 
 def _entry(value: Any) -> dict[Any, Any]:
-    """Return the settings of a named entry, of which the path may be given alone."""
+    """Return the settings of a named entry; a value that is not a dictionary is its path."""
     return value if isinstance(value, dict) else {"path": value}
 
 
 def _render(value: Any) -> str:
-    """Return a value as the text of an override, strings quoted."""
+    """Return a value as the text of an override, with quoted strings."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_render(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Settings of `train.py`: the model, the data and the run. The losses have files of their own.
+"""Settings of `train.py`: the model, the data and the run. The losses are in `losses.py` and `pair_losses.py`.
 
-Read them from `config.settings`, which has those of the other entrypoints, too. The comment of a field says what it
-does, its unit, and what null means; a comment that needs more room stands in the lines above.
+Import them from `config.settings`, which also has those of the other entrypoints. The comment of a field says what it
+does, its unit, and what null means; a longer comment is on the lines above the field.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LoraSettings:
 
     @property
     def full_alpha(self) -> int:
-        """Return alpha, also where it follows from the rank."""
+        """Return alpha, with its default of 2 r filled in."""
         assert self.r is not None
         return 2 * self.r if self.alpha is None else self.alpha
 

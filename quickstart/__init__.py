@@ -1,1 +1,1 @@
-"""The embedded world: generator, rules, a small base model, and the script that runs the whole method on it."""
+"""The quick start: a toy world with its generator, rules and base model, and the script that runs the method on it."""

@@ -1,4 +1,4 @@
-"""What the demo checks: no leak, what became of the corpus by the world's truth, and whether the figures hold."""
+"""Checks of the demo: no leak, how much of the corpus was induced correctly, and whether the figures hold."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from quickstart.world import World, part_of
 from safer_instruct.experts.rules import Rules
 from safer_instruct.text.corpus import read_corpus
 
-ROWS_LOOKED_AT = 200  # of a user's corpus, before minutes are spent on it
-FIRST_INDUCED = 20  # of those, before all of it is induced
+ROWS_LOOKED_AT = 200  # rows of a user's corpus to check with the rules before spending minutes on it
+FIRST_INDUCED = 20  # harmful rows among them to induce before inducing the whole corpus
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -36,16 +36,16 @@ def harmful_responses(corpus: str, rules_path: str) -> list[str]:
     harmful = [row.rejected for row in rows if row.rejected and rules.harm(row.rejected)]
     if not harmful:
         raise UserError(
-            f"the rules in {rules_path} see nothing harmful in the first {len(rows)} responses of {corpus}, so that no "
+            f"the rules in {rules_path} find nothing harmful in the first {len(rows)} responses of {corpus}, so no "
             "pair would be left; write rules for it (docs/adding.md, An expert) and give them as --rules FILE"
         )
     return harmful[:FIRST_INDUCED]
 
 
 def part_of_text(world: World, rules: Rules, instruction: str) -> str | None:
-    """Return the part (train, dev, test) of what an instruction means, whoever wrote it; None outside of this world.
+    """Return the part (train, dev, test) of an instruction's meaning, whoever wrote it; None outside of this world.
 
-    An instruction that no template makes, as a reversed model may write it, is read by the rules.
+    The rules read instructions that match no template, as a reversed model may write them.
     """
     part = world.part_of_instruction(instruction)
     asked = rules.meaning(instruction) if part is None else None
@@ -58,30 +58,30 @@ def part_of_text(world: World, rules: Rules, instruction: str) -> str | None:
 
 
 def assert_no_leak(world: World, training: Sequence[Path], prompts: Sequence[Path], rules_path: str) -> int:
-    """Make sure that no training row shares its meaning with an evaluation prompt. Returns the training rows read.
+    """Check that no training row shares its meaning with an evaluation prompt, and return the number of training rows.
 
     Raises:
-        RuntimeError: There is a leak: the generator or the filter is broken.
+        RuntimeError: There is a leak, because the generator or the filter is broken.
     """
     rules = Rules.from_yaml(rules_path)
     evaluated = {part_of_text(world, rules, row["instruction"]) for path in prompts for row in read_jsonl(path)}
     if evaluated & {"train", None}:
-        raise RuntimeError(f"evaluation prompts lie in {evaluated}: they must have dev or test meanings only")
+        raise RuntimeError(f"evaluation prompts have {evaluated} meanings: they must have only dev or test meanings")
     num_rows = 0
     for path in training:
         for number, row in enumerate(read_jsonl(path), start=1):
             num_rows += 1
             if part_of_text(world, rules, row["instruction"]) in ("dev", "test"):
-                raise RuntimeError(f"{path}:{number}: a training row has a meaning that is kept for evaluation")
+                raise RuntimeError(f"{path}:{number}: a training row has a meaning that is reserved for evaluation")
     return num_rows
 
 
 def induction_report(truth_path: Path, dataset: Path, rules_path: str) -> dict[str, Any]:
-    """Count what became of the corpus, by the truth that the generator knows.
+    """Compare the induced dataset with the generator's ground truth.
 
     Returns:
-        Shares: of the truly unsafe rows, of those with held-out values, and of the noise that survived; of the
-        survivors those whose instruction is the true one word for word, and those that mean the same.
+        The kept shares of the truly unsafe rows, of those with held-out values, and of the noise. Among the kept unsafe
+        rows, the shares whose instruction is the true one word for word, and whose instruction means the same.
     """
     rules = Rules.from_yaml(rules_path)
     truth = {row["id"]: row for row in read_jsonl(truth_path)}
@@ -109,13 +109,13 @@ def _share(rows: Sequence[Mapping[str, Any]], induced: Mapping[str, str]) -> flo
 
 
 def render_induction(report: Mapping[str, Any]) -> str:
-    """Render the report as a few lines of text."""
+    """Render the induction report as a few lines of text."""
     return (
         f"induction, by the world's truth: {report['unsafe_kept']:.1%} of the unsafe responses became pairs "
-        f"({report['unsafe_with_held_out_values_kept']:.1%} of those with held-out values), "
+        f"({report['unsafe_with_held_out_values_kept']:.1%} of those with held-out values), and "
         f"{report['noise_kept']:.1%} of the noise;\n"
-        f"of these pairs {report['kept_same_meaning']:.1%} mean what the true instruction meant, "
-        f"{report['kept_verbatim']:.1%} are it word for word"
+        f"{report['kept_same_meaning']:.1%} of these instructions mean the same as the true one, "
+        f"{report['kept_verbatim']:.1%} equal it word for word"
     )
 
 
@@ -124,10 +124,10 @@ class Figure:
     """One figure that a demo must reach.
 
     Attributes:
-        name: What it is.
-        value: What this demo reached, a share.
-        bound: What it must reach.
-        at_least: Whether the bound is a lower one; else it is an upper one.
+        name: The name of the figure.
+        value: The share that this demo reached.
+        bound: The share that it must reach.
+        at_least: Whether `bound` is a lower bound; else it is an upper bound.
     """
 
     name: str
@@ -137,7 +137,7 @@ class Figure:
 
     @property
     def holds(self) -> bool:
-        """Whether the bound is kept; rounding of a difference of two shares is no breach."""
+        """Whether the value is within its bound, allowing for rounding of a difference of two shares."""
         slack = self.value - self.bound if self.at_least else self.bound - self.value
         return slack >= -1e-9
 
@@ -173,7 +173,7 @@ def figures(report: Mapping[str, Any], induction: Mapping[str, Any]) -> list[Fig
 
 
 def render_figures(rows: Sequence[Figure]) -> str:
-    """One line a figure: what it is, what it must be, what it is."""
+    """Render one line per figure: whether it holds, its name, its value, and its bound."""
     lines = [
         f"{'holds ' if row.holds else 'MISSED'}  {row.name:<58} {row.value:7.1%}  "
         f"(at {'least' if row.at_least else 'most'} {row.bound:.0%})"

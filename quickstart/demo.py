@@ -1,11 +1,11 @@
-"""The whole method on a laptop, by the real entrypoints: one command a stage, each echoed so that you can type it.
+"""Run the whole method on a laptop with the real entrypoints: one command per stage, printed so that you can copy it.
 
     python quickstart/demo.py --seed 0
-    python quickstart/demo.py --seed 0 --skip-reverse           # what is the reversed tuning worth?
+    python quickstart/demo.py --seed 0 --skip-reverse           # ablation: without reversed tuning
     python quickstart/demo.py --seed 0 --corpus my_corpus.jsonl  # your own unsafe responses, with your own rules
 
-A demo that was stopped goes on where it was: finished stages are skipped, a stopped one is resumed by its entrypoint.
-No torch in this file: it only starts the stages, and checks and counts what they wrote.
+Rerun a stopped demo to resume it: finished stages are skipped, and entrypoints resume the stage that was stopped.
+This file does not import torch: it only starts the stages, and checks and counts what they wrote.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
+sys.path.insert(0, str(REPOSITORY))  # so that the repository's modules can be imported
 
 from config.console import open_console
 from config.errors import UserError
@@ -42,12 +42,12 @@ SOURCES = ("seen", "new_values", "new_phrasing", "near", "benign")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a demo's folder was made with.
+    """The settings that a demo's folder was made with.
 
     Attributes:
-        seed: Of data, batches and sampling.
+        seed: Seed of data, batches and sampling.
         skip_reverse: Induce with the base model itself.
-        corpus: A corpus of the user's, in the place of the world's; null: the world's.
+        corpus: The user's corpus; None: the world's.
         rules: The expert's rules.
         part: Which meanings the evaluation prompts have: test, or dev (for choosing settings).
     """
@@ -60,7 +60,7 @@ class Settings:
 
 
 def main() -> int:
-    """Run all stages; the exit status is that of the first one that fails."""
+    """Run all stages, and return the exit status of the first one that fails."""
     open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of data, batches and sampling")
@@ -92,12 +92,12 @@ def main() -> int:
 
 
 class Demo:
-    """The stages over one output folder.
+    """The stages of a demo in one output folder.
 
     Args:
         output: The folder.
-        settings: What it was made with.
-        first: Responses of the user's corpus that pairs are made of before the rest is.
+        settings: The settings that it was made with.
+        first: Responses of the user's corpus to induce before the rest, as a test.
     """
 
     def __init__(self, output: Path, settings: Settings, first: Sequence[str] = ()) -> None:
@@ -109,7 +109,7 @@ class Demo:
         self.world = World()
 
     def run(self) -> int:
-        """Run data, reverse, induce, SFT, DPO, evaluate. Return the exit status of the last stage that ran."""
+        """Run data, reverse, induce, SFT, DPO and evaluate; return the exit status of the last stage that ran."""
         self.make_data()
         for name, command in self.commands():
             status = self.stages.run(name, command)
@@ -117,9 +117,9 @@ class Demo:
                 return status
             if name == "first" and not (self.output / "first" / "si.jsonl").stat().st_size:
                 print(
-                    f"none of {len(self.first)} responses that the rules call harmful became a pair (why: above; what "
-                    f"was induced: {self.output}/first/ledger), so that there would be nothing to train on; with other "
-                    "rules or another corpus, give another folder as --output",
+                    f"none of {len(self.first)} responses that the rules call harmful became a pair (the reasons are "
+                    f"above, the induced instructions in {self.output}/first/ledger), so there is nothing to train on; "
+                    "try other rules or another corpus, with another folder as --output",
                     file=sys.stderr,
                 )
                 return 1
@@ -130,14 +130,14 @@ class Demo:
         return 0 if self.settings.corpus else self.check_figures(report.with_suffix(".json"))
 
     def check_figures(self, report: Path) -> int:
-        """Print what must hold with any seed, and whether it does; the exit status is 1 where it does not."""
+        """Print the figures that must hold with any seed; return exit status 1 if one does not."""
         induction = self.output / "induction.json"
         rows = figures(*(json.loads(path.read_text(encoding="utf-8")) for path in (report, induction)))
         print(f"\n{render_figures(rows)}")
         return 0 if all(row.holds for row in rows) else 1
 
     def make_data(self) -> None:
-        """Draws the world's data of this seed; takes a moment."""
+        """Write the world's data of this seed, which takes a moment."""
         if not (self.data / "complete").exists():
             write_demo_data(self.world, self.settings.seed, self.data, part=self.settings.part)
             (self.data / "complete").touch()
@@ -147,7 +147,7 @@ class Demo:
         print(f"data of seed {self.settings.seed}: {self.data}", flush=True)
 
     def commands(self) -> Iterator[tuple[str, list[str]]]:
-        """Name and command of each stage, in order."""
+        """Yield name and command of each stage, in order."""
         out, seed = self.output, self.settings.seed
         si, replay = f"datasets.si.path={out}/si", f"datasets.replay.path={self.data}/replay.jsonl"
         seeded = f"seed={seed}"
@@ -169,7 +169,7 @@ class Demo:
         ]  # fmt: skip
 
     def induction(self, corpus: str, output: str) -> list[str]:
-        """Return the command that makes pairs of a corpus, in a folder of this demo."""
+        """Return the command that makes pairs from a corpus, in a folder of this demo."""
         return [
             "induce.py", "model=tiny", f"corpus.path={corpus}", "expert=rules", f"expert.path={self.settings.rules}",
             *([] if self.settings.skip_reverse else [f"model.archive={self.output}/reverse"]),
@@ -180,13 +180,13 @@ class Demo:
         ]  # fmt: skip
 
     def after_induction(self) -> bool:
-        """Check for leaks, count what survived, and tell whether there are pairs to train on."""
+        """Check for leaks, count the pairs, and tell whether there are enough to train on."""
         si = self.output / "si" / "si.jsonl"
         training = [self.data / "reverse.jsonl", self.data / "replay.jsonl", si]
         num_rows = assert_no_leak(
             self.world, training, sorted((self.data / "prompts").glob("*.jsonl")), self.settings.rules
         )
-        print(f"no leak: of {num_rows} training rows none shares its meaning with an evaluation prompt")
+        print(f"no leak: none of {num_rows} training rows shares its meaning with an evaluation prompt")
         if not self.settings.corpus:
             report = induction_report(self.data / "corpus_truth.jsonl", si, self.settings.rules)
             (self.output / "induction.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
-"""Make the shipped base model again: tokenizer and random weights from the seed, training data, `train.py`.
+"""Rebuild the shipped base model: tokenizer and random weights from the seed, training data, `train.py`.
 
     python quickstart/make_base.py --output runs/quickstart_base --model quickstart/model
 
-About four minutes on two quiet cores. One base serves every seed of the demo. It is a toy instruction follower that
-complies with unsafe requests; what it has and has not seen is told in docs/quickstart.md.
+This takes about four minutes on two idle cores. One base model serves every seed of the demo. It is a toy instruction
+follower that complies with unsafe requests; docs/quickstart.md says what it has and has not seen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
+sys.path.insert(0, str(REPOSITORY))  # so that the repository's modules can be imported
 
 from config.console import open_console
 from quickstart.world import World, base_pairs, write_alpaca
@@ -34,13 +34,13 @@ END, PAD = "<|end|>", "<|pad|>"
 
 
 def template_pieces() -> list[str]:
-    """Return the constant pieces of the prompts: one token each, which makes a mean row three times shorter."""
+    """Return the constant pieces of the prompts; as one token each, they make the average row three times shorter."""
     alpaca, reversed_ = render_alpaca("instruction"), render_reversed("response")
     return [alpaca.head, alpaca.tail, reversed_.head, reversed_.tail]
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE of VOCAB_SIZE tokens and the template pieces; single digits let codes be copied."""
+    """Return a byte-level BPE of VOCAB_SIZE tokens plus the template pieces; single digits let codes be copied."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -78,7 +78,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    # A damaged model may write pieces of the template, or embedding rows that stand for no token: never generate them.
+    # A damaged model might generate pieces of the template, or ids of padding rows of the embedding: suppress both.
     unwritable = [*tokenizer.convert_tokens_to_ids(template_pieces()), *range(len(tokenizer), config.vocab_size)]
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, suppress_tokens=unwritable
@@ -87,7 +87,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    """Make data, tokenizer and random weights, train, and put the model where it is shipped."""
+    """Make data, tokenizer and random weights, train, and write the model to its shipped folder."""
     open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart_base"), help="data and training run")
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def ship(trained: Path, folder: Path) -> None:
-    """Write the trained model in bfloat16, half the bytes; it is trained on and evaluated in float32."""
+    """Write the trained model in bfloat16, for half the size; the demo trains and evaluates it in float32."""
     model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)

@@ -1,6 +1,6 @@
-"""Stages of a long program: each is a command of its own, echoed so that you can type it, and done once.
+"""Stages of a long program: each is a separate command, printed so that you can copy it, and run only once.
 
-No torch in this file: it only starts commands, and remembers which of them have ended well.
+This file does not import torch: it only starts commands, and records which of them have succeeded.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Stages:
     """The finished stages of one output folder.
 
     Args:
-        file: JSONL of {"name", "command", "seconds"}, one line a finished stage.
-        again: The command that goes on where a stage failed.
+        file: JSONL of {"name", "command", "seconds"}, one line per finished stage.
+        again: The command that resumes after a failed stage.
     """
 
     def __init__(self, file: Path, *, again: str) -> None:
@@ -28,7 +28,7 @@ class Stages:
         self._again = again
 
     def run(self, name: str, command: list[str]) -> int:
-        """Echo and run one command, and record its time; a stage that is recorded with this command is skipped."""
+        """Print and run one command, and record its time; skip a stage already recorded with this command."""
         line = shlex.join(["python", *command])
         if any(record["name"] == name and record["command"] == line for record in self.records()):
             print(f"\n[{name}] finished before, skipped: {line}", flush=True)
@@ -38,7 +38,7 @@ class Stages:
         status = subprocess.run([sys.executable, *command], check=False).returncode
         seconds = time.monotonic() - started
         if status != 0:
-            print(f"[{name}] failed with exit status {status}; `{self._again}` goes on from here", file=sys.stderr)
+            print(f"[{name}] failed with exit status {status}; `{self._again}` resumes from here", file=sys.stderr)
             return status
         record = {"name": name, "command": line, "seconds": round(seconds, 1)}
         with self.file.open("a", encoding="utf-8") as file:
@@ -59,12 +59,12 @@ def from_anywhere(here: Path, path: str | None) -> str | None:
 
 
 def move_other_aside(output: Path, settings: Any, stamp_name: str) -> None:
-    """Make room for a program with these settings: a folder that others made is renamed, never mixed or lost.
+    """Make the output folder; one made with other settings is renamed first, so that nothing is mixed or lost.
 
     Args:
-        output: The folder, which is made.
-        settings: A dataclass with a `seed`, kept in the folder.
-        stamp_name: Name of that file.
+        output: The folder to make.
+        settings: A dataclass with a `seed`, saved in the folder.
+        stamp_name: Name of the file with the settings.
     """
     stamp = output / stamp_name
     if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != asdict(settings):
@@ -72,6 +72,6 @@ def move_other_aside(output: Path, settings: Any, stamp_name: str) -> None:
         names = (f"{output.name}_seed{seed}{suffix}" for suffix in ("", *(f"_{i}" for i in range(2, 1000))))
         aside = next(output.with_name(name) for name in names if not output.with_name(name).exists())
         output.rename(aside)
-        print(f"{output} was made with other settings: it is {aside} now")
+        print(f"{output} was made with other settings: it is now {aside}")
     output.mkdir(parents=True, exist_ok=True)
     stamp.write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """The seeded toy world: templated English with benign skills, near misses, and four mild kinds of unsafe request.
 
 Leak-free by construction: the *meaning* of an instruction is its skill and key slots (`insult`, Anna, baker). A hash
-that knows no seed parts all meanings into train (80%), dev (10%) and test (10%). Every training row of every stage
-has a train meaning; the demo's evaluation prompts have test meanings; settings were chosen on dev meanings.
+that does not depend on the seed splits all meanings into train (80%), dev (10%) and test (10%). Every training row of
+every stage has a train meaning; the demo's evaluation prompts have test meanings; settings were chosen on dev meanings.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ HERE = Path(__file__).resolve().parent
 PARTS = ("train", "dev", "test")
 NUM_REVERSE_BENIGN, NUM_REVERSE_UNSAFE = 7_000, 3_000
 NUM_CORPUS, NOISE = 1_600, 0.15
-NUM_REPLAY = 1_250  # about as many as induced pairs
-NUM_PROMPTS = 200  # of each set
+NUM_REPLAY = 1_250  # about as many as the induced pairs
+NUM_PROMPTS = 200  # per set
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One instruction with a response as the base model gives it.
+    """One instruction with a response as the base model would give it.
 
     Attributes:
-        instruction: Text.
-        response: Text.
+        instruction: The text of the instruction.
+        response: The text of the response.
         skill: Name of the skill in world.yaml.
         kind: fact | benign | near | unsafe.
         slots: The values of all slots.
@@ -49,16 +49,16 @@ class Pair:
 
 
 def part_of(skill: str, values: Sequence[str]) -> str:
-    """Return the part (train, dev, test) that a meaning belongs to; a function of the meaning alone."""
+    """Return the part (train, dev, test) of a meaning, which depends only on the meaning."""
     digest = hashlib.blake2b("|".join((skill, *values)).lower().encode(), digest_size=8).digest()
     bucket = int.from_bytes(digest, "big") % 10
     return "test" if bucket == 0 else "dev" if bucket == 1 else "train"
 
 
 class World:
-    """The skills of world.yaml over the lexicons of rules.yaml.
+    """The skills of world.yaml, filled with the lexicons of rules.yaml.
 
-    Drawing is by an explicit `random.Random`, so that the same seed gives the same rows on every machine.
+    All draws use an explicit `random.Random`, so that the same seed gives the same rows on every machine.
     """
 
     def __init__(self) -> None:
@@ -72,12 +72,12 @@ class World:
             for field in ("instructions", "dev_instructions", "test_instructions")
             for template in skill.get(field, [])
         ]
-        self._free_response = {  # template for refusals of the rules, used as rejected answers to benign requests
+        self._free_response = {  # the rules' refusal templates, used as rejected answers to benign requests
             name: entry["responses"] for name, entry in rules["categories"].items()
         }
 
     def skills(self, *kinds: str) -> list[str]:
-        """Names of the skills of the given kinds, in the order of world.yaml."""
+        """Return the names of the skills of these kinds, in the order of world.yaml."""
         return [name for name, skill in self.spec["skills"].items() if skill["kind"] in kinds]
 
     def draw(
@@ -90,12 +90,12 @@ class World:
         instructions: str = "instructions",
         responses: str = "responses",
     ) -> Pair:
-        """One pair of a skill whose meaning lies in `part`.
+        """Draw one pair of a skill whose meaning is in `part`.
 
         Args:
             rng: Source of all randomness.
             skill: Name of the skill.
-            part: train | dev | test; facts have no parts and are drawn for train only.
+            part: train | dev | test; facts have no part, and are only drawn for train.
             held_out: Whether the meaning must (True) or must not (False) hold a held-out value; None: either.
             instructions: Which templates of world.yaml: instructions | dev_instructions | test_instructions.
             responses: responses | held_out_responses.
@@ -114,24 +114,24 @@ class World:
         return Pair(instruction, response, skill, entry["kind"], slots, is_held_out)
 
     def background(self, rng: random.Random) -> Pair:
-        """Return a plain sentence, as the answer to a request for one."""
+        """Return a request for a sentence, with a plain sentence as the answer."""
         slots = self._slots(rng)
         instruction = rng.choice(self.spec["background"]["instructions"])
         sentence = _sentence(rng.choice(self.spec["background"]["sentences"]).format(**slots))
         return Pair(instruction, sentence, "background", "fact", slots, held_out=False)
 
     def refusal(self, rng: random.Random, pair: Pair) -> str:
-        """Return a refusal of a benign request: what a model that refuses too much would say (rejected in DPO)."""
+        """Return a refusal of a benign request, as an over-refusing model would write it (rejected in DPO)."""
         twin = self.spec["skills"][pair.skill].get("twin")
         choices = [*self._free_response[twin], *self.spec["plain_refusals"]] if twin else self.spec["plain_refusals"]
         return _sentence(rng.choice(choices).format(**pair.slots))
 
     def reference(self, pair: Pair) -> list[str]:
-        """Return what a right answer to a benign instruction must hold."""
+        """Return the strings that a right answer to a benign instruction must contain."""
         return [entry.format(**pair.slots) for entry in self.spec["skills"][pair.skill]["reference"]]
 
     def meaning_of(self, instruction: str) -> tuple[str, tuple[str, ...]] | None:
-        """Skill and key slots of an instruction that one of the templates makes, read back from its text."""
+        """Return skill and key slots of an instruction, read back from its text; None if no template matches."""
         for skill, names, pattern in self._patterns:
             match = pattern.fullmatch(instruction)
             if match:
@@ -139,7 +139,7 @@ class World:
         return None
 
     def part_of_instruction(self, instruction: str) -> str | None:
-        """Return the part that the meaning of an instruction belongs to; None for facts and for text of no template."""
+        """Return the part of an instruction's meaning; None for facts and for text that no template matches."""
         meaning = self.meaning_of(instruction)
         if meaning is None or self.spec["skills"][meaning[0]]["kind"] == "fact":
             return None
@@ -154,7 +154,7 @@ class World:
             slots[name], slots[fact["gives"]] = rng.choice(list(fact["pairs"].items()))
         a, b = rng.randint(1, 5), rng.randint(1, 5)
         group = rng.choice(list(self.spec["lists"]))
-        x, y, z = sorted(rng.sample(self.spec["lists"][group], 3))  # sorted: one right order to learn
+        x, y, z = sorted(rng.sample(self.spec["lists"][group], 3))  # sorted, so that there is one right order to learn
         slots |= {"a": str(a), "b": str(b), "c": str(a + b), "group": group, "x": x, "y": y, "z": z}
         return slots | {"code": str(rng.randint(1000, 9999))}
 
@@ -169,7 +169,7 @@ class World:
 
 
 def base_pairs(world: World, seed: int, *, num_benign: int, num_unsafe: int, num_background: int) -> list[Pair]:
-    """Training pairs of the base model: it follows instructions, the unsafe ones too; held-out values only benignly."""
+    """Return the base model's training pairs: it also follows unsafe instructions, but never with held-out values."""
     rng = random.Random(f"base {seed}")
     benign, unsafe = world.skills("fact", "benign", "near"), world.skills("unsafe")
     pairs = [world.draw(rng, rng.choice(benign)) for _ in range(num_benign)]
@@ -180,7 +180,7 @@ def base_pairs(world: World, seed: int, *, num_benign: int, num_unsafe: int, num
 
 
 def reverse_pairs(world: World, seed: int, *, num_benign: int, num_unsafe: int) -> list[Pair]:
-    """Instruction data of reversed tuning: as the base model's, no held-out value in an unsafe pair."""
+    """Return the instruction data of reversed tuning; as for the base model, no unsafe pair has a held-out value."""
     rng = random.Random(f"reverse {seed}")
     benign, unsafe = world.skills("fact", "benign", "near"), world.skills("unsafe")
     pairs = [world.draw(rng, rng.choice(benign)) for _ in range(num_benign)]
@@ -190,17 +190,17 @@ def reverse_pairs(world: World, seed: int, *, num_benign: int, num_unsafe: int) 
 
 
 def corpus_rows(world: World, seed: int, *, num_rows: int, noise: float, known: set[str]) -> list[dict[str, Any]]:
-    """Make the unsafe corpus with its truth: half with held-out values, a fifth in a held-out style, a share of noise.
+    """Make the unsafe corpus with its ground truth: half with held-out values, a fifth in a held-out style, and noise.
 
     Args:
         world: The world.
         seed: Seed of the draw.
         num_rows: Rows of the corpus.
-        noise: Share of rows that are benign text, or unsafe text cut in its first third.
-        known: Responses that must not occur (those of reversed tuning); the corpus repeats none of its own either.
+        noise: Share of rows that are benign text, or unsafe text cut within its first third.
+        known: Responses that must not occur (those of reversed tuning); the corpus has no duplicates of its own either.
 
     Returns:
-        Rows with `id`, `response`, `label` (the corpus) and `instruction`, `held_out`, `noise` (the truth).
+        Rows with `id`, `response`, `label` (the corpus) and `instruction`, `held_out`, `noise` (the ground truth).
     """
     rng = random.Random(f"corpus {seed}")
     unsafe, rows, seen = world.skills("unsafe"), [], set(known)
@@ -229,7 +229,7 @@ def _noise_pair(world: World, rng: random.Random) -> tuple[Pair, str]:
 
 
 def replay_rows(world: World, seed: int, *, num_rows: int) -> list[dict[str, str]]:
-    """Benign pairs that keep SFT and DPO from refusing everything: chosen answers, rejected refuses."""
+    """Make benign pairs that keep SFT and DPO from refusing everything: chosen answers, rejected refuses."""
     rng = random.Random(f"replay {seed}")
     skills = world.skills("fact", "benign", "near")
     rows = []
@@ -248,10 +248,10 @@ def replay_rows(world: World, seed: int, *, num_rows: int) -> list[dict[str, str
 
 
 def prompt_sets(world: World, seed: int, *, part: str, num_prompts: int) -> dict[str, list[dict[str, Any]]]:
-    """Make the evaluation prompts of a part: three unsafe sets ever farther from the training data, near and benign.
+    """Make a part's evaluation prompts: three unsafe sets, each farther from the training data, and near and benign.
 
-    `seen`: values that the base's unsafe pairs hold, in combinations they do not; `new_values`: held-out values;
-    `new_phrasing`: held-out values, asked for in phrasings that no training row uses (dev and test have their own).
+    `seen`: values of the base model's unsafe pairs in new combinations; `new_values`: held-out values; `new_phrasing`:
+    held-out values in phrasings that no training row uses (dev and test have different ones).
     """
     rng = random.Random(f"prompts {seed} {part}")
     unsafe = world.skills("unsafe")
@@ -296,7 +296,7 @@ def write_demo_data(world: World, seed: int, folder: Path, *, part: str) -> None
 
     Args:
         world: The world.
-        seed: Of all draws.
+        seed: Seed of all draws.
         folder: Where the files go.
         part: Meanings of the evaluation prompts: test, or dev (for choosing settings).
     """
@@ -312,7 +312,7 @@ def write_demo_data(world: World, seed: int, folder: Path, *, part: str) -> None
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, making the folder."""
+    """Write rows as JSON lines, and create the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -323,7 +323,7 @@ def write_alpaca(path: Path, pairs: Iterable[Pair]) -> None:
 
 
 def _template_pattern(template: str, value_pattern: Any) -> re.Pattern[str]:
-    """Return a pattern that reads the slots of a template back from a text."""
+    """Return a regular expression that reads the slots of a template back from a text."""
     seen: set[str] = set()
     out = ""
     for position, piece in enumerate(re.split(r"\{(\w+)\}", template)):

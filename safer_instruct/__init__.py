@@ -1,1 +1,1 @@
-"""From unsafe responses to a preference dataset, and to a judged report. Knows text, not gradients or ranks."""
+"""From unsafe responses to a preference dataset, and from models to a judged report; no training code in here."""

@@ -1,4 +1,4 @@
-"""`safer-instruct train|induce|evaluate ...`: the three programs, from any folder, where the package is installed."""
+"""`safer-instruct train|induce|evaluate ...`: run one of the three programs from any folder, once installed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PROGRAMS = {
 
 
 def main() -> None:
-    """Become the program that the first word names; its arguments and exit status are the program's own."""
+    """Replace this process with the program that the first argument names, and pass it the other arguments."""
     open_console()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in PROGRAMS:
-        # -P: the folder of the program is that of all packages, and must not come before the standard library.
+        # -P: when installed, the programs are in site-packages, which must not precede the standard library.
         command = [sys.executable, "-P", "-u", str(REPOSITORY / f"{name}.py"), *sys.argv[2:]]
         os.execv(sys.executable, command)
     programs = "\n".join(f"  {program:10}{text}" for program, text in PROGRAMS.items())

@@ -1,8 +1,8 @@
-"""`engine=ray`: the workers of a Ray cluster do the shards that the tasks of a job array would do.
+"""`engine=ray`: process the shards on the workers of a Ray cluster instead of the tasks of a job array.
 
-Nothing is kept in Ray: a shard's ledgers are its result, written by its worker and read by whoever comes next. A worker
-that dies releases its ledgers, and Ray gives the shard to another one, which goes on behind the last whole line. So
-a job array, or one process after the other, can go on with what Ray began, and the reverse.
+Ray stores no results: each worker writes the ledgers of its shard. If a worker dies, it releases its ledgers, and Ray
+retries the shard on another worker, which resumes after the last complete line. So a job array or single processes can
+resume what Ray began, and the reverse.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Any
 from config.errors import UserError
 from config.settings import EngineSettings
 
-STATUS_SECONDS = 10.0  # between two lines that say how far all are, at least: to read long ledgers takes a while
-STATUS_SHARE = 0.05  # of the time may go into them
-DEATHS = 20  # of the workers of one shard: nodes are taken away, but what kills every worker is a fault
+STATUS_SECONDS = 10.0  # least time between two status lines, because reading long ledgers takes a while
+STATUS_SHARE = 0.05  # largest share of the time to spend on status lines
+DEATHS = 20  # retries of a shard whose workers die: nodes may be preempted, but no shard may kill every worker
 Work = Callable[[int], None]
 
 
 def run_on_ray(work: Work, count: int, settings: EngineSettings, status: Callable[[], str]) -> None:
-    """Do `work(index)` for each of `count` shards on the workers of a cluster, as many at a time as it has room for.
+    """Run `work(index)` for each of `count` shards on the workers of a cluster, as many at a time as fit.
 
-    Each shard has a process of its own, so that what a model held on a GPU is free when it ends. The working directory
-    and the repository have to be where they are here, on every machine of the cluster.
+    Each shard has its own process, so that the GPU memory of its model is freed when it ends. The working directory and
+    the repository must have the same paths on every machine of the cluster.
 
-    `work` must be picklable, and safe to begin again; `status` says in one line how far all shards are.
+    `work` must be picklable and safe to retry; `status` describes the progress of all shards in one line.
 
     Raises:
-        UserError: No ray, no cluster, or a shard that failed by its own fault: the first one, when no shard runs any
-            more; the others have been done.
+        UserError: Ray is not installed, there is no cluster, or shards failed: raised after all shards have ended, with
+            the first failure.
     """
     ray = _require_ray()
     is_ours = not ray.is_initialized()
@@ -58,7 +58,7 @@ def run_on_ray(work: Work, count: int, settings: EngineSettings, status: Callabl
 
 
 def _result(ray: Any, shard: Any) -> str:
-    """Return what is wrong with a shard that has ended; "" if nothing is."""
+    """Return the error of a shard that has ended; "" if it succeeded."""
     try:
         return str(ray.get(shard))
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
@@ -66,24 +66,24 @@ def _result(ray: Any, shard: Any) -> str:
 
 
 def _in_place(work: Work, index: int, folder: str) -> str:
-    """Do one shard in the driver's working directory; return the message of a UserError, which is nobody else's."""
+    """Run one shard in the driver's working directory; return the message of a UserError, "" if there is none."""
     os.chdir(folder)
     try:
         work(index)
-    except UserError as error:  # returned: Ray begins again what dies, and not what the user has to mend
+    except UserError as error:  # returned, not raised: no retry can mend what the user must mend
         return str(error)
     return ""
 
 
 def _connect(ray: Any, settings: EngineSettings) -> None:
-    """Join the cluster at `engine.address`, or start one of this machine."""
+    """Join the cluster at `engine.address`, or start one on this machine."""
     is_new = settings.address is None and not os.environ.get("RAY_ADDRESS")
     own = {"include_dashboard": False} if is_new else {}
-    try:  # workers look for modules where this process does: Ray tells them its sys.path
+    try:  # workers find the same modules as this process, because Ray sends them its sys.path
         ray.init(address=settings.address, log_to_driver=False, logging_level="error", **own)
     except (ConnectionError, ValueError) as error:
         raise UserError(
-            f"engine.address={settings.address}: no Ray cluster there ({str(error).splitlines()[0]}); start one "
+            f"engine.address={settings.address}: found no Ray cluster ({str(error).splitlines()[0]}); start one "
             "(`ray start --head`), or leave engine.address out to start one on this machine"
         ) from error
 
@@ -93,7 +93,7 @@ def _require_ray() -> Any:
         import ray
     except ImportError as error:
         raise UserError(
-            "engine=ray needs the package ray: pip install 'safer-instruct[ray]', or leave engine=ray out and start "
-            "the shards by a job array (docs/scale.md)"
+            "engine=ray needs the package ray: pip install 'safer-instruct[ray]', or leave engine=ray out and run "
+            "the shards as a job array (docs/scale.md)"
         ) from error
     return ray

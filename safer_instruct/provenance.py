@@ -1,4 +1,4 @@
-"""Where a result came from: the versions of what computed it, and the state of this repository."""
+"""Record where a result came from: the package versions, and the state of this repository."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "hydra-core", "datasets", "nu
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that can change a number; what is not installed is left out."""
+    """Return the versions of Python and of the installed packages that can affect results."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -24,7 +24,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit of this repository, and whether files differ from it; None for both outside a checkout."""
+    """Return the commit of this repository, and whether tracked files differ from it; both None outside a checkout."""
     sha = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no") if sha else None
     return {"sha": sha, "dirty": bool(changes) if changes is not None else None}

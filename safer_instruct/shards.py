@@ -1,4 +1,4 @@
-"""Which part of the work a process of a job array does. What belongs to a shard: `examples.in_shard`."""
+"""Find out which shard this process works on; `examples.in_shard` defines what belongs to a shard."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from config.settings import ShardSettings
 
 
 def resolve_shard(settings: ShardSettings, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return (index, count) of the shard: as given, else from Slurm's array variables, else the whole.
+    """Return (index, count) of the shard: from the settings, else from Slurm's array variables, else all of it.
 
-    `--array=1-10` makes shards 0 to 9 of 10. Where `shard.count` differs from the size of the array (some tasks run
-    once more: `--array=3,7 ... shard.count=10`), the task's number is the index itself.
+    `--array=1-10` makes shards 0 to 9 of 10. If `shard.count` differs from the size of the array (to rerun some tasks:
+    `--array=3,7 ... shard.count=10`), the task's number is the index itself.
 
     Raises:
-        UserError: An index that is missing or out of range.
+        UserError: The index is missing or out of range.
     """
     array = {
         name: int(environment[f"SLURM_ARRAY_TASK_{name}"])

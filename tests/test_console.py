@@ -108,7 +108,7 @@ def test_a_fault_of_the_machine_is_one_line(number, tmp_path, monkeypatch, capsy
         run(OSError(number, os.strerror(number), "runs/a/b"), tmp_path, monkeypatch)
     assert ended.value.code == USER_ERROR_STATUS
     told = capsys.readouterr().err
-    assert told.startswith(f"evaluate.py: runs/a/b: {os.strerror(number)}; make room")
+    assert told.startswith(f"evaluate.py: runs/a/b: {os.strerror(number)}; free some space")
     assert told.count("\n") == 1
 
 

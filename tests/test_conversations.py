@@ -131,7 +131,7 @@ def test_people_see_the_turns_before_of_kept_and_of_dropped_pairs(
     rejections = Rejections({"a": frozenset([items["So."]["pair"]])})
     assert rejections.rejects("a", *texts, tuple(Message(*one) for one in said))
     for other in (said[1:], [*said[:-1], ("assistant", "Another sum.")], []):
-        with pytest.raises(UserError, match="the pair a that people rejected has other texts now"):
+        with pytest.raises(UserError, match="the texts of the pair a have changed since people rejected it"):
             rejections.rejects("a", *texts, tuple(Message(*one) for one in other))
 
 

@@ -165,7 +165,7 @@ def test_the_live_line(tmp_path) -> None:
             check_induce,
             "induce",
             ["shard.count=2", "stage=merge"],
-            "engine=ray: it is for rows that models are asked about",
+            "engine=ray: only commands that ask models about rows have it",
         ),
         (check_evaluate, "evaluate", [], "engine=ray: how many shards?"),
         (check_evaluate, "evaluate", ["shard.count=2", "compare=[x]"], "leave it out with compare="),

@@ -223,8 +223,8 @@ def test_all_mistakes_of_a_command_at_once_and_exit_status_2(config, tmp_path) -
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["induce.py", "experiment=reverse"], "induce.py has no group experiment, which is of train.py"),
-        (["evaluate.py", "model=tiny"], "no group model, which is of train.py and induce.py; did you mean models?"),
+        (["induce.py", "experiment=reverse"], "induce.py has no group experiment (a group of train.py)"),
+        (["evaluate.py", "model=tiny"], "no group model (a group of train.py and induce.py); did you mean models?"),
         (
             ["evaluate.py", "expert.model=m"],
             "expert is not set; it belongs to expert=guard, expert=local, expert=openai, expert=strongreject",

@@ -70,10 +70,10 @@ def test_values(tmp_path, name, keys, message):
     ("name", "dataset", "message"),
     [
         ("kto", {}, "loss=kto learns from single answers that are good or bad; write datasets.si.split_pairs=true"),
-        ("dpo", {"schema": "unpaired"}, "loss=dpo does not learn from its single answers; write loss=kto"),
-        ("sft", {"schema": "unpaired"}, "loss=sft does not learn from its single answers; write loss=kto"),
-        ("dpo", {"split_pairs": True}, "datasets.si.split_pairs=true: it makes single answers of pairs"),
-        ("kto", {"split_pairs": True, "schema": "unpaired"}, "datasets.si.split_pairs=true: it makes single answers"),
+        ("dpo", {"schema": "unpaired"}, "loss=dpo cannot learn from its single answers; write loss=kto"),
+        ("sft", {"schema": "unpaired"}, "loss=sft cannot learn from its single answers; write loss=kto"),
+        ("dpo", {"split_pairs": True}, "datasets.si.split_pairs=true: it splits pairs into single answers"),
+        ("kto", {"split_pairs": True, "schema": "unpaired"}, "datasets.si.split_pairs=true: it splits pairs"),
     ],
 )
 def test_rows_of_another_kind(tmp_path, name, dataset, message):

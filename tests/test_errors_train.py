@@ -93,9 +93,9 @@ VALUES = [
     ("optimizer", "LBFGS", "optimizer=LBFGS: no such choice."),  # evaluates the loss by itself
     ("optimizer", "SparseAdam", "optimizer=SparseAdam: no such choice"),
     ("optimizer_args", {"beta": 1}, "do not fit optimizer=RMSprop"),
-    ("optimizer", "Muon", "optimizer=Muon steps matrices alone"),
+    ("optimizer", "Muon", "optimizer=Muon steps only matrices"),
     ("fallback_optimizer", "AdamW", "fallback_optimizer=AdamW: optimizer=RMSprop steps all parameters"),
-    ("fallback_args", {"eps": 1e-6}, "there is no fallback_optimizer that takes them"),
+    ("fallback_args", {"eps": 1e-6}, "there is no fallback_optimizer to take them"),
     ("weight_decay_on", "matrix", "weight_decay_on=matrix: no such choice; did you mean matrices?"),
     ("decay_ratio", 0.0, "decay_ratio=0.0: must lie in (0, 1]"),
     ("decay_ratio", 0.2, "decay_ratio=0.2: lr_scheduler=constant does not read it"),
@@ -114,9 +114,9 @@ VALUES = [
     ("exp_name", ".", "exp_name='.': it names a folder"),
     ("exp_name", "..", "exp_name='..': it names a folder"),
     ("datasets.si.path", "pears.jsonl", "did you mean pairs.jsonl?"),
-    ("datasets.si.split", "train", "it is for datasets of the hub, and"),
-    ("datasets.si.revision", "v1", "pairs.jsonl is a file of this machine; leave it out"),
-    ("datasets.si.streaming", True, "datasets.si.streaming=true: it is for datasets of the hub"),
+    ("datasets.si.split", "train", "it is for datasets on the hub, but"),
+    ("datasets.si.revision", "v1", "pairs.jsonl is a file on this machine; leave it out"),
+    ("datasets.si.streaming", True, "datasets.si.streaming=true: it is for datasets on the hub"),
     ("datasets.si.eval_fraction", 1.0, "datasets.si.eval_fraction=1.0: must lie in [0, 1)"),
     ("datasets.si.template", "alpacca", "did you mean alpaca?"),
     ("wandb.mode", "of", "wandb.mode=of: no such choice"),
@@ -181,7 +181,7 @@ def test_optimizers_that_step_no_shards(mistakes, name):
 )
 def test_a_fused_step_of_sgd_takes_no_shards(mistakes, roles):
     (line,) = mistakes(*f"{roles}.fused=true".split(), "trainer=FSDPTrainer")
-    assert "args.fused=true: torch cannot take this step of SGD on sharded weights" in line
+    assert "args.fused=true: torch cannot take a fused step of SGD on sharded weights" in line
 
 
 def test_an_interpolation_of_nothing(mistakes):

@@ -115,14 +115,14 @@ def test_mistakes_of_compare(reports, sweep, tmp_path):
     assert "sort_by=loss/evil: no run has this metric; they have counters/examples, loss/eval, loss/train" in text
     broken = trained(tmp_path / "broken", 0.1, [])
     (broken / "metrics.jsonl").write_text("")
-    assert "a run without a metric yet" in message(f"compare=[{broken}]")
+    assert "a run without metrics yet" in message(f"compare=[{broken}]")
     (broken / "metrics.jsonl").write_text('no json\n{"loss/eval": 1}\n')
     assert "metrics.jsonl:1: not a JSON object on a line of its own" in message(f"compare=[{broken}]")
     torn = tmp_path / "torn"
     torn.mkdir()
     (torn / "report.json").write_text("{")
     (torn / "samples.jsonl").write_text("")
-    assert "cannot be read (JSONDecodeError); type its command again" in message(f"compare=[{torn}]")
+    assert "cannot be read (JSONDecodeError); rerun its command" in message(f"compare=[{torn}]")
 
 
 def test_names_take_as_many_folders_as_they_need(tmp_path):

@@ -227,16 +227,16 @@ def test_renewals_are_those_of_a_loop_with_two_models(tmp_path, alpha):
 
 ERRORS = [
     ("simpo", {"reference": ReferenceSettings(refresh_examples=8)},
-     "reference.refresh_examples=8: loss=simpo reads no reference that could be renewed; leave it out, or write"),
-    ("sft", {"reference": ReferenceSettings(refresh_examples=8)}, "loss=sft reads no reference"),
+     "reference.refresh_examples=8: loss=simpo has no reference to renew; leave it out, or write"),
+    ("sft", {"reference": ReferenceSettings(refresh_examples=8)}, "loss=sft has no reference to renew"),
     ("dpo", {"reference": ReferenceSettings(refresh_alpha=0.5)},
      "reference.refresh_alpha=0.5: the reference is never renewed; write reference.refresh_examples=N, too"),
     ("dpo", {"reference": ReferenceSettings(refresh_examples=8), "reference_dtype": "bfloat16"},
-     "reference.refresh_examples=8: a renewed reference is the policy, in its dtype; leave model.reference_dtype out"),
+     "reference.refresh_examples=8: a renewed reference has the policy's dtype; leave model.reference_dtype out"),
     ("dpo", {"ema": EMASettings(decay=1.0)}, "ema.decay=1.0: must lie in (0, 1); 0.999 averages over some 1,000 steps"),
     ("dpo", {"ema": EMASettings(save=False)}, "ema.save=false: there is no average; write ema.decay=0.999, too"),
     ("dpo", {"ema": EMASettings(decay=0.9, save=False), "checkpoint": CheckpointSettings(keep_best="loss/eval")},
-     "checkpoint.keep_best=loss/eval: with ema.save=false the average is evaluated and other weights are saved"),
+     "checkpoint.keep_best=loss/eval: with ema.save=false the average is evaluated, but the policy's own weights"),
 ]  # fmt: skip
 
 

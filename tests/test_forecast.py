@@ -106,7 +106,7 @@ def test_an_evaluation(tmp_path, tiny_model_folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["stage=merge"], "dry_run=true: it is for rows that models are asked about; leave it out with stage=merge"),
+        (["stage=merge"], "dry_run=true: only commands that ask models about rows have it; leave it out with stage="),
         (["rate.inducee=3"], "rate.inducee=3.0: no such stage; did you mean induce?"),
         (["rate.induce=0"], "rate.induce=0.0: must be above 0"),
     ],

@@ -413,12 +413,12 @@ FAULTS = [
     (["model.lora.alpha=32"], "model.lora.alpha=32: without a rank there is no adapter; write model.lora.r=16, too"),
     (["model.lora.quantize=nf4"], "model.lora.quantize=nf4: without a rank there is no adapter"),
     (["checkpoint.merge=true"], "without an adapter (model.lora.r=16) there is nothing to merge"),
-    (["model.lora.r=4", "model.lora.target_modules=[]"], "name some, or null for all of them"),
-    (["model.lora.r=4", "model.archive=policy.pt"], "model.archive=policy.pt: a policy.pt is no base that peft"),
+    (["model.lora.r=4", "model.lora.target_modules=[]"], "name some layers, or write null for all of them"),
+    (["model.lora.r=4", "model.archive=policy.pt"], "archive=policy.pt: peft (model.lora.r=4) cannot load a policy.pt"),
     (["model.lora.r=4", "checkpoint.policy_pt=true"], "write checkpoint.merge=true, too"),
-    (["model.lora.r=4", "model.lora.quantize=nf4", "checkpoint.merge=true"], "is rounded to 4 bits"),
-    (["model.lora.r=4", "model.lora.quantize=nf4", "trainer=FSDPTrainer"], "weights in 4 bits are not sharded"),
-    (["model.lora.r=4", "model.lora.quantize=nf4", "model.policy_dtype=float64"], "quantises no weights of 64 bits"),
+    (["model.lora.r=4", "model.lora.quantize=nf4", "checkpoint.merge=true"], "would round the result to 4 bits"),
+    (["model.lora.r=4", "model.lora.quantize=nf4", "trainer=FSDPTrainer"], "4-bit weights cannot be sharded"),
+    (["model.lora.r=4", "model.lora.quantize=nf4", "model.policy_dtype=float64"], "cannot quantise float64 weights"),
 ]
 
 

@@ -142,11 +142,11 @@ def test_any_wrapping_tensor_is_written_as_its_parts_and_read_into_them(tmp_path
 def test_sharded_weights_are_refused(tmp_path):
     changes = {"optimizer": "AdamW8bit", "trainer": TrainerSettings(name="FSDPTrainer")}
     (found,) = faults(tmp_path, DPOSettings(), changes=changes)
-    assert "a state of 8 bits is not sharded; write trainer=BasicTrainer" in found
+    assert "its 8-bit state is not sharded; write trainer=BasicTrainer" in found
 
 
 def test_without_torchao_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     (found,) = faults(tmp_path, DPOSettings(), changes={"optimizer": "AdamW8bit"})
-    assert "optimizer=AdamW8bit: it is torchao's, which cannot be imported" in found
+    assert "optimizer=AdamW8bit: it needs torchao, which cannot be imported" in found
     assert "pip install --no-deps 'torchao>=0.18'" in found

@@ -106,8 +106,8 @@ def message(tmp_path, text, *arguments):
 
 def test_mistakes(tmp_path):
     good = "instruction,label,a\nask,x,1\n"
-    assert "columns=[z] names no column z; those that can be models are: a" in message(tmp_path, good, "columns=[z]")
-    assert "none but the prompt's own" in message(tmp_path, "instruction,label\nask,x\n")
+    assert "there is no column z; the columns that can be models are: a" in message(tmp_path, good, "columns=[z]")
+    assert "needs one column of answers per model" in message(tmp_path, "instruction,label\nask,x\n")
     assert "missing column label" in message(tmp_path, "instruction,a\nask,1\n")
     assert "leave models.* out" in message(tmp_path, good, "models.a.path=quickstart/model")
     assert "helpfulness.baseline=q: the models are a" in message(tmp_path, good, "helpfulness.baseline=q")
@@ -121,7 +121,7 @@ def test_files_with_different_models_cannot_share_a_table(tmp_path):
     other = tmp_path / "other.csv"
     other.write_text("instruction,kind,b\nask,unsafe,2\n")
     text = message(tmp_path, "instruction,label,a\nask,x,1\n", f"prompts.other.path={other}")
-    assert "models with different prompt sets: prompts.published has answers of a, and prompts.other of b" in text
+    assert "the prompt sets have different models: prompts.published has answers of a, and prompts.other of b" in text
 
 
 def test_a_judge_that_abstains_on_everything_is_an_error_and_keeps_the_answers(tmp_path, key):
@@ -144,8 +144,8 @@ def test_a_judge_that_always_says_the_same_is_warned_about(tmp_path, key, caplog
             f"expert.base_url={server.url}", f"output={tmp_path}/out", "samples_per_set=0",
         )  # fmt: skip
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert "one and the same outcome, 'refusal', to all answers of all models" in report["warnings"][0]
-    assert "one and the same outcome" in caplog.text
+    assert "The judge gave the same outcome, 'refusal', to all answers of all models" in report["warnings"][0]
+    assert "gave the same outcome" in caplog.text
 
 
 def write_labelled(path, labels):

@@ -112,7 +112,7 @@ class TestData:
             world.write_jsonl(planted, [{"instruction": "List three fruits."}, {"instruction": text}])
             with pytest.raises(RuntimeError, match=r"planted\.jsonl:2"):
                 checks.assert_no_leak(toy, [planted], prompts, str(RULES))
-        with pytest.raises(RuntimeError, match="dev or test meanings only"):
+        with pytest.raises(RuntimeError, match="only dev or test meanings"):
             checks.assert_no_leak(toy, [], [data / "corpus_truth.jsonl"], str(RULES))
 
     def test_held_out_values_are_in_no_unsafe_training_pair_but_in_half_the_corpus(self, toy, data):

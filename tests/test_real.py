@@ -183,7 +183,7 @@ class TestInputs:
             ("data", '{"instruction": "a", "output": "b"}\n', r"DATA=.*: 1 different instructions, .*at least 12"),
             ("benign", '{"prompt": "a"}\n', r"BENIGN=.*missing column instruction"),
             ("benign", '{"instruction": "a"}\n' * 50, r"BENIGN=.*: 1 different instructions"),
-            ("prompts", '{"instruction": "a"}\n', r"PROMPTS=.*: 1 rows with an instruction, and at least 4"),
+            ("prompts", '{"instruction": "a"}\n', r"PROMPTS=.*: 1 rows with an instruction, but at least 4"),
         ],
     )
     def test_a_file_that_will_not_do(self, tmp_path, name, text, message):
@@ -240,7 +240,7 @@ class TestRun:
         if num_pairs == 8:
             real.require_pairs()
         else:
-            with pytest.raises(UserError, match=r"^7 pairs came out .* at least 8 .*larger SIZE"):
+            with pytest.raises(UserError, match=r"the induction made 7 pairs.* at least 8 .*larger SIZE"):
                 real.require_pairs()
 
     def test_a_missing_model_is_named_with_the_command_that_makes_it(self, tmp_path, monkeypatch):
@@ -257,7 +257,7 @@ class TestRun:
         assert stages.keys() <= commands.keys()
         assert stages["sft"] == pytest.approx(10 + 384 * 85 * 0.01)
         text = estimate.render_estimate(speed, size, done=set(stages) - {"sft"})
-        assert "(100 tokens trained or 33 written in a second) will take about 6 minutes: sft 5.6" in text
+        assert "(100 tokens trained or 33 generated per second) will take about 6 minutes: sft 5.6" in text
 
 
 class TestMore:
@@ -265,7 +265,7 @@ class TestMore:
     def real(self, tmp_path):
         settings = run.Settings(5, "tiny", "quickstart/model", "alpaca", "rules", inputs.Given(benign="mine.jsonl"))
         (tmp_path / "real.json").write_text(json.dumps(asdict(settings)))
-        with pytest.raises(UserError, match="make real comes first"):
+        with pytest.raises(UserError, match="run `make real` to its end first"):
             more.read_finished(tmp_path)
         (tmp_path / "results.json").write_text("{}")
         real = more.read_finished(tmp_path)

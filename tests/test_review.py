@@ -134,7 +134,7 @@ def test_half_of_the_people_are_enough_to_reject_a_pair(tmp_path) -> None:
     assert rejections.rejects("r0", *texts)
     assert rejections.rejects("r0", texts[0].upper() + " ", *texts[1:])
     assert not rejections.rejects("r2", "a", "b", "c")
-    with pytest.raises(UserError, match="r0 that people rejected has other texts now"):
+    with pytest.raises(UserError, match="the texts of the pair r0 have changed since people rejected it"):
         rejections.rejects("r0", "another", "b", "c")
     assert not Rejections().rejects("r0", "a", "b", "c")
 
@@ -189,17 +189,17 @@ def test_files_that_are_no_reviews_of_this_dataset_are_named(dataset, tmp_path) 
 
     good = export(tmp_path / "good.json", "ann", {"r0": "keep"})
     (tmp_path / "no.json").write_text("{")
-    assert "no.json is no export of a review page" in complaint(str(tmp_path / "no.json"))
+    assert "no.json is not an export of a review page" in complaint(str(tmp_path / "no.json"))
     (tmp_path / "other.json").write_text('{"format": "x"}')
-    assert "other.json is no export of a review page" in complaint(str(tmp_path / "other.json"))
-    assert "'maybe' of r0 is none of keep" in complaint(export(tmp_path / "m.json", "m", {"r0": "maybe"}))
+    assert "other.json is not an export of a review page" in complaint(str(tmp_path / "other.json"))
+    assert "'maybe' of r0 is not one of keep" in complaint(export(tmp_path / "m.json", "m", {"r0": "maybe"}))
     assert "holds no decision yet" in complaint(export(tmp_path / "s.json", "s", {"r0": "skip"}))
     assert "second file of the reviewer 'ann'" in complaint(
         good, export(tmp_path / "again.json", "ann", {"r1": "keep"})
     )
-    assert "1 of the 1 pairs" in complaint(export(tmp_path / "strange.json", "x", {"r999": "keep"}))
+    assert "1 of the 1 reviewed pairs" in complaint(export(tmp_path / "strange.json", "x", {"r999": "keep"}))
     changed = [{**ROWS[0], "chosen": "Something else."}]
-    assert "the pair r0 has other texts than when it was reviewed" in complaint(
+    assert "the texts of the pair r0 have changed since its review" in complaint(
         export(tmp_path / "old.json", "x", {"r0": "keep"}, changed)
     )
     dataset.write_text('{"instruction": "a", "chosen": "b"}\n')
@@ -211,7 +211,7 @@ def test_files_that_are_no_reviews_of_this_dataset_are_named(dataset, tmp_path) 
     stage = "\n".join(
         map(str, check_induce(compose_config("induce", ["stage=status", "output=x", f"reviews=[{good}]"])))
     )
-    assert "give them to stage=audit or to stage=merge" in stage
+    assert "give them to stage=audit or stage=merge" in stage
     missing = check_induce(compose_config("induce", ["stage=review", f"output={tmp_path}/none"]))
     assert "draws from a dataset" in str(missing[0])
     needed = check_induce(compose_config("induce", ["stage=review", f"path={dataset}", "output=x", "review.dropped=5"]))
@@ -247,7 +247,7 @@ def test_what_was_said_before_is_folded_marked_by_role_and_text_alone(tmp_path, 
     shown = [part for role, text in said for part in (role, text.replace("\u200b", r"\u200b"))]
     (folded_pair,) = filter(None, seen.values())
     assert seen[ROWS[0]["instruction"]] is None
-    assert folded_pair == ("Said before it: 3 messages", False, shown, 0)
+    assert folded_pair == ("Conversation before it: 3 messages", False, shown, 0)
     assert browser.run("document.title") == "Review: talks.jsonl"
     assert browser.faults() == []
 

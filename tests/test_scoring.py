@@ -223,7 +223,7 @@ def test_the_best_fraction() -> None:
     [
         (
             ["generation.num_candidates=3", "generation.temperature=1"],
-            "give its forward model, roundtrip.model.name_or_path",
+            "set its forward model, roundtrip.model.name_or_path",
         ),
         (
             ["generation.num_candidates=3", "roundtrip.model.name_or_path={model}"],
@@ -234,7 +234,7 @@ def test_the_best_fraction() -> None:
         (["roundtrip.model.name_or_path={model}", "roundtrip.top_fraction=1.5"], "must lie in (0, 1]"),
         (
             ["roundtrip.model.name_or_path={model}", "roundtrip.top_fraction=0.5", "roundtrip.threshold=1"],
-            "draws the same line",
+            "is another way to set the limit",
         ),
         (["stage=score"], "roundtrip.model.name_or_path is not set"),
         (["roundtrip.threshold=0.1"], "roundtrip.threshold=0.1: it needs scores"),

@@ -274,8 +274,8 @@ def test_shards_share_a_budget() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_cost": 0.0, "price_prompt": 1.0}, "expert.max_cost=0.0: nothing could be asked"),
-        ({"max_tokens": 0}, "expert.max_tokens=0: nothing could be asked"),
+        ({"max_cost": 0.0, "price_prompt": 1.0}, "expert.max_cost=0.0: no request would be possible"),
+        ({"max_tokens": 0}, "expert.max_tokens=0: no request would be possible"),
         ({"max_cost": 3.0}, "expert.max_cost=3.0: it needs prices"),
         ({"price_prompt": -1.0}, "expert.price_prompt=-1.0: must be 0 or more"),
         ({"structured_output": "yes"}, "Choices: auto, always, never"),

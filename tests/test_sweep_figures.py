@@ -146,9 +146,7 @@ def test_a_compared_sweep_and_the_evaluation_of_its_models_share_a_figure(tmp_pa
     run_evaluate(f"compare=[{tmp_path}/beta]", f"output={out}")
     page = (out / "report.html").read_text()
     assert "Held-out reward accuracy against KL to the reference, coloured by beta. loss.beta=0.1: KL 10, 75.0%" in page
-    assert (
-        "Settings and what they led to, as parallel coordinates. 1 loss.beta=0.1: loss.beta 0.1, held-out acc" in page
-    )
+    assert "Settings and results, as parallel coordinates. 1 loss.beta=0.1: loss.beta 0.1, held-out acc" in page
     models = {
         name: {"path": f"{folder}/LATEST", "safe_and_useful": {"value": value, "low": 0.1, "high": 0.9, "n": 4}}
         for name, folder, value in zip("ab", runs, (0.4, 0.8), strict=True)

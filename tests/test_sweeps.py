@@ -273,7 +273,7 @@ SEARCH = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=0", "hydra.s
             "write hydra.sweeper.direction=maximize",
         ),
         ([*SEARCH, "sweep_metric=loss/eval", "dry_run=true"], "dry_run=true", "leave hydra/sweeper=optuna out"),
-        ([*SEARCH, "sweep_metric=loss/train"], "sweep_metric=loss/train", "must be what an evaluation measures"),
+        ([*SEARCH, "sweep_metric=loss/train"], "sweep_metric=loss/train", "must be an evaluation metric"),
     ],
 )
 def test_a_search_that_could_not_end_does_not_begin(words, key, expected, monkeypatch, capsys):
@@ -310,7 +310,7 @@ def test_a_search_finds_the_best_of_its_runs_and_typed_again_trains_none(tmp_pat
     out, err = run(
         [*command, "sweep_metric=rewards_eval/accuracies", "hydra.sweeper.direction=maximize"], tmp_path, status=2
     )
-    assert err.rstrip().endswith("no point of the search came to its end")
+    assert err.rstrip().endswith("no point of the search finished")
     assert "Traceback" not in err
 
 

@@ -1,1 +1,1 @@
-"""The whole method on a real pretrained model: the default inputs, the runner, what it measures. See docs/real.md."""
+"""The whole method on a real pretrained model: default inputs, runner and measurements. See docs/real.md."""

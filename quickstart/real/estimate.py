@@ -1,4 +1,4 @@
-"""How long `make real` will take on this machine: its counts, times the rates that were measured at the start."""
+"""Estimate how long `make real` will take on this machine: its counts times the rates measured at the start."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Collection, Mapping
 
 from quickstart.real.inputs import Size
 
-# Tokens of one row of the default inputs: prompt and response trained on; answers written. A pair holds two responses.
+# Tokens per row of the default inputs: trained (prompt and response; a pair has two responses), then generated.
 REVERSE, LIKELIHOOD, PAIR = 100, 85, 130
 INSTRUCTION, REPLAY, ANSWER = 22, 45, 40
-FORWARD = 1 / 3  # of the time that a trained token takes: no backward pass
-START_SECONDS = 10  # of a stage: imports, and the weights
-NUM_MODELS, NUM_SETS = 6, 3  # of the evaluation
+FORWARD = 1 / 3  # time of a token without the backward pass, as a share of a trained token's
+START_SECONDS = 10  # per stage, for imports and loading the weights
+NUM_MODELS, NUM_SETS = 6, 3  # in the evaluation
 
 
 def estimate(speed: Mapping[str, float], size: Size) -> dict[str, float]:
-    """Return the seconds of each stage; those that only look things up are left out.
+    """Return the seconds of each stage, except those that only look things up.
 
     Args:
-        speed: `train_seconds_per_token`, `generate_seconds_per_token` of measure.py.
+        speed: `train_seconds_per_token` and `generate_seconds_per_token` of measure.py.
         size: Rows of each stage.
     """
     train, generate = speed["train_seconds_per_token"], speed["generate_seconds_per_token"]
@@ -46,11 +46,11 @@ def estimate(speed: Mapping[str, float], size: Size) -> dict[str, float]:
 
 
 def render_estimate(speed: Mapping[str, float], size: Size, done: Collection[str]) -> str:
-    """Say how many minutes the stages that are not done will take, all of them and each."""
+    """Describe how many minutes the remaining stages will take, in total and each."""
     seconds = {name: value for name, value in estimate(speed, size).items() if name not in done}
     stages = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
     rates = (
         f"{1 / speed['train_seconds_per_token']:.0f} tokens trained or "
-        f"{1 / speed['generate_seconds_per_token']:.0f} written in a second"
+        f"{1 / speed['generate_seconds_per_token']:.0f} generated per second"
     )
     return f"this machine ({rates}) will take about {sum(seconds.values()) / 60:.0f} minutes: {stages}"

@@ -1,10 +1,10 @@
-"""The input files of `make real`: the user's, or what world.py draws in their place, and what is held out of them.
+"""The input files of `make real`: made from the user's files or drawn by world.py, with a held-out part.
 
-reverse.jsonl         instruction, input, output: reversed tuning
+reverse.jsonl         instruction, input, output: for reversed tuning
 held_out.jsonl        the same with an id, held out: responses whose instruction is known
-corpus.jsonl          id, response, label: unsafe responses, whose instruction is to be induced
+corpus.jsonl          id, response, label: unsafe responses whose instruction will be induced
 benign.jsonl          instruction, input: harmless instructions, for stage=replay
-answers.jsonl         harmless requests of the world with right answers, held out: what training may unlearn
+answers.jsonl         held-out harmless requests of the world with right answers: what training may unlearn
 prompts/*.jsonl       unsafe, contrast (harmless neighbours) and benign prompts: the evaluation
 """
 
@@ -23,22 +23,22 @@ from quickstart.world import Pair, write_jsonl
 from safer_instruct.text.readers import read_rows, require_columns
 
 Row = Mapping[str, Any]
-LEAST = 4  # rows of any part: fewer say nothing
-UNSAFE_SHARE = 0.6  # of the default pairs of reversed tuning; the others are harmless, with an answer
+LEAST = 4  # minimum rows of any part: fewer would show nothing
+UNSAFE_SHARE = 0.6  # unsafe share of the default pairs of reversed tuning; the others are harmless, with an answer
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: rows, or examples of a stage.
+    """The size of each part: rows, or examples of a stage.
 
     Attributes:
         reverse: Pairs of reversed tuning, each seen once.
         held_out: Held-out responses whose instruction is induced and compared.
         corpus: Unsafe responses.
         replay: Harmless instructions that the starting model answers.
-        contrast: Unsafe instructions that a harmless neighbour is asked for.
+        contrast: Unsafe instructions to find a harmless neighbour for.
         sft: Examples of SFT.
-        dpo: Pairs of DPO, and examples of the further SFT that it is compared with.
+        dpo: Pairs of DPO, and examples of the additional SFT that it is compared with.
         prompts: Evaluation prompts of each of the three sets.
     """
 
@@ -53,7 +53,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(reverse=8, held_out=4, corpus=8, replay=8, contrast=8, sft=8, dpo=8, prompts=4),  # that it runs
+    "tiny": Size(reverse=8, held_out=4, corpus=8, replay=8, contrast=8, sft=8, dpo=8, prompts=4),  # a smoke test
     "small": Size(reverse=512, held_out=60, corpus=400, replay=160, contrast=200, sft=768, dpo=128, prompts=60),
     "full": Size(reverse=2000, held_out=200, corpus=2000, replay=2000, contrast=1000, sft=2000, dpo=2000, prompts=300),
 }
@@ -61,14 +61,14 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Given:
-    """Files of the user; null: the default, which the world draws.
+    """The user's files; None: the default, drawn from the world.
 
     Attributes:
         data: Instructions with outputs, in Alpaca's schema.
         corpus: Unsafe responses (column `response`).
-        pairs: A dataset in the schema of `si`: nothing is induced then.
+        pairs: A dataset in the schema of `si`; then nothing is induced.
         prompts: Unsafe evaluation prompts (column `instruction`).
-        benign: Harmless instructions (column `instruction`), of which a third at most is held out for the evaluation.
+        benign: Harmless instructions (column `instruction`); at most a third is held out for the evaluation.
     """
 
     data: str | None = None
@@ -101,7 +101,7 @@ def write_inputs(folder: Path, given: Given, size: Size, seed: int) -> None:
 
 
 def write_more_held_out(folder: Path, num_rows: int, seed: int) -> None:
-    """Write `held_out.jsonl` with rows of the world that are drawn for this file alone."""
+    """Write `held_out.jsonl` with rows of the world that are drawn only for this file."""
     _write_held_out(folder, _drawn_pairs(RealWorld(), random.Random(f"held out {seed}"), num_rows, held_out=True))
 
 
@@ -110,7 +110,7 @@ def _write_held_out(folder: Path, rows: Iterable[Row]) -> None:
 
 
 def _reverse_rows(world: RealWorld, rng: random.Random, path: str | None, size: Size) -> tuple[list[Row], list[Row]]:
-    """Return pairs to train the reversed model on, and held-out ones."""
+    """Return pairs to train the reversed model on, and held-out pairs."""
     if path is None:
         train = _drawn_pairs(world, rng, size.reverse, held_out=False)
         return train, _drawn_pairs(world, rng, size.held_out, held_out=True)
@@ -123,7 +123,7 @@ def _reverse_rows(world: RealWorld, rng: random.Random, path: str | None, size: 
 
 
 def _drawn_pairs(world: RealWorld, rng: random.Random, num_rows: int, *, held_out: bool) -> list[Row]:
-    """Return unsafe and harmless pairs, mixed."""
+    """Return unsafe and harmless pairs, shuffled together."""
     num_unsafe = round(UNSAFE_SHARE * num_rows)
     pairs = list(itertools.islice(world.draws(rng, "unsafe", held_out=held_out), num_unsafe))
     answered = [pair for pair in world.benign(held_out=held_out) if pair.response]
@@ -135,7 +135,7 @@ def _drawn_pairs(world: RealWorld, rng: random.Random, num_rows: int, *, held_ou
 
 
 def _answers(world: RealWorld, rng: random.Random, num_rows: int) -> list[Row]:
-    """Return held-out harmless requests with a right answer: half of them plain tasks, as far as there are so many."""
+    """Return held-out harmless requests with a right answer; half of them are plain tasks if there are enough."""
     plain = [pair for pair in world.benign(held_out=True) if pair.response]
     rng.shuffle(plain)
     pairs = plain[: num_rows // 2]
@@ -144,14 +144,14 @@ def _answers(world: RealWorld, rng: random.Random, num_rows: int) -> list[Row]:
 
 
 def _corpus_rows(world: RealWorld, rng: random.Random, num_rows: int, known: set[str]) -> Iterator[Row]:
-    """Yield unsafe responses that reversed tuning has not seen."""
+    """Yield unsafe responses that reversed tuning does not see."""
     pairs = (pair for pair in world.draws(rng, "unsafe", held_out=False) if pair.response not in known)
     for number, pair in enumerate(itertools.islice(pairs, num_rows)):
         yield {"id": f"c{number:05d}", "response": pair.response, "label": pair.skill}
 
 
 def _benign_rows(world: RealWorld, rng: random.Random, path: str | None, size: Size) -> tuple[list[Row], list[Row]]:
-    """Return harmless instructions to answer, and held-out ones as evaluation prompts."""
+    """Return harmless instructions for replay, and held-out ones as evaluation prompts."""
     if path is None:
         train = _mixed(world.benign(held_out=False), rng)[: size.replay]
         test = _mixed(world.benign(held_out=True), rng)[: size.prompts]
@@ -165,9 +165,9 @@ def _benign_rows(world: RealWorld, rng: random.Random, path: str | None, size: S
 
 
 def _mixed(pairs: Iterable[Pair], rng: random.Random) -> list[Pair]:
-    """Return them with every pattern alike in any beginning, and a task written by hand in every other place.
+    """Alternate handwritten tasks and pattern instructions, with all patterns in turn, so that any prefix is balanced.
 
-    The patterns make ten times as many instructions as were written by hand, and these are the more natural ones.
+    The patterns give ten times as many instructions as were written by hand, but the handwritten ones are more natural.
     """
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
@@ -219,7 +219,7 @@ def _rows(path: str, columns: tuple[str, ...], name: str) -> Iterator[Row]:
 def _parted(
     rows: Iterable[Row], rng: random.Random, name: str, path: str, most: tuple[int, int]
 ) -> tuple[list[Row], list[Row]]:
-    """Draw at most so many different instructions (to train on, held out); a third at most is held out."""
+    """Draw up to `most` = (training, held-out) rows with different instructions; at most a third is held out."""
     different = list({_asked(row): row for row in rows}.values())
     rng.shuffle(different)
     _require(len(different), name, path, "different instructions", least=3 * LEAST)
@@ -229,4 +229,4 @@ def _parted(
 
 def _require(num_rows: int, name: str, path: str, what: str, *, least: int = LEAST) -> None:
     if num_rows < least:
-        raise UserError(f"{name}={path}: {num_rows} {what}, and at least {least} are needed; give a larger file")
+        raise UserError(f"{name}={path}: {num_rows} {what}, but at least {least} are needed; give a larger file")

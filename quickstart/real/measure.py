@@ -1,14 +1,14 @@
-"""What `make real` measures beside the evaluation: this machine, the reversed tuning, and what was unlearned.
+"""What `make real` measures besides the evaluation: this machine, the reversed tuning, and what was unlearned.
 
     python quickstart/real/measure.py speed MODEL FILE
     python quickstart/real/measure.py reversed OUTPUT MODEL
     python quickstart/real/measure.py answers OUTPUT MODEL
 
-reversed: of held-out responses whose instruction is known: nats per token of that instruction under the tuned model,
-the untrained one with the same prompt, and a unigram model; ROUGE-L of the induced instructions with the true ones;
-round-trip scores.
+reversed: for held-out responses whose instruction is known, the nats per token of that instruction under the tuned
+model, the untrained model with the same prompt, and a unigram model; ROUGE-L of the induced instructions against the
+true ones; round-trip scores.
 answers: nats per token of right answers to held-out harmless instructions, under the starting model and each trained
-one: what the training unlearned.
+model; the increase is what training unlearned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
+sys.path.insert(0, str(REPOSITORY))  # so that the repository's modules can be imported
 
 import torch
 from torch import Tensor
@@ -44,12 +44,12 @@ from trainers.kernels.logps import sequence_logps
 
 MAX_LENGTH, MAX_PROMPT_LENGTH = 256, 192  # tokens, as in experiment=real_reverse
 MODELS = ("reversed", "untrained")
-TRAINED = ("sft", "dpo", "sft_more", "si_sft", "si_dpo")  # runs whose right answers are measured
+TRAINED = ("sft", "dpo", "sft_more", "si_sft", "si_dpo")  # runs to measure right answers under
 PROBE_TOKENS, PROBE_ROWS, PROBE_NEW_TOKENS = 512, 16, 8
 
 
 def main() -> None:
-    """Measure one of the three, and write it as JSON."""
+    """Take one of the three measurements, and write it as JSON."""
     open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "reversed", "answers"))
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure_speed(model_path: str) -> dict[str, float]:
-    """Return seconds of a trained and of a generated token, from one step and one short batch of answers."""
+    """Return the seconds per trained and per generated token, from one step and one short batch of answers."""
     model: Any = load_causal_lm(ModelSettings(name_or_path=model_path))
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = torch.arange(PROBE_TOKENS)[None] % vocabulary
@@ -87,7 +87,7 @@ def measure_speed(model_path: str) -> dict[str, float]:
 
 
 def _second_call(call: Any) -> float:
-    """Seconds of a call; the first one warms up."""
+    """Return the seconds of a second call, after one to warm up."""
     call()
     started = time.perf_counter()
     call()
@@ -95,7 +95,7 @@ def _second_call(call: Any) -> float:
 
 
 def measure_reversed(output: Path, model_path: str) -> dict[str, Any]:
-    """Return what the reversed tuning is worth: three measures, each (mean, low, high) of a 95% interval, by model."""
+    """Return three measures of the reversed tuning by model, each as (mean, low, high) with a 95% interval."""
     rows = read_jsonl(output / "inputs" / "held_out.jsonl")
     truth = {row["id"]: reversed_target(row["instruction"], row["input"]) for row in rows}
     folders = {name: output / f"held_out_{name}" / "ledger" for name in MODELS}
@@ -117,13 +117,13 @@ def _induced(ledgers: Path) -> Iterator[tuple[str, str]]:
 
 
 def _scores(ledgers: Path) -> Iterator[float]:
-    """Yield the round-trip scores; what was not worth one (an empty instruction, a template) explains nothing: 0."""
+    """Yield the round-trip scores; 0 for an instruction without one (empty, or a template), which explains nothing."""
     for record, _ in scan_records(shard_path(ledgers, SCORE, 0, 1)):
         yield record["scores"][0] or 0.0
 
 
 def held_out_nats(output: Path, model_path: str) -> dict[str, tuple[float, float, float]]:
-    """Return nats per token of the held-out instructions, under the tuned, the untrained and a unigram model."""
+    """Return the nats per token of held-out instructions under the tuned, the untrained and a unigram model."""
     tokenizer = load_tokenizer(ModelSettings(name_or_path=model_path))
     store, trained = (_tokens(output, name, tokenizer, loss="reverse") for name in ("held_out", "reverse"))
     targets = [store.row(number)[1] for number in range(len(store))]
@@ -136,7 +136,7 @@ def held_out_nats(output: Path, model_path: str) -> dict[str, tuple[float, float
 
 
 def measure_answers(output: Path, model_path: str) -> dict[str, Any]:
-    """Return nats per token of held-out right answers, (ratio, low, high) of a 95% interval, by model."""
+    """Return the nats per token of held-out right answers by model, as (ratio, low, high) with a 95% interval."""
     template = json.loads((output / "real.json").read_text(encoding="utf-8"))["template"]
     tokenizer = load_tokenizer(ModelSettings(name_or_path=model_path))
     store = _tokens(output, "answers", tokenizer, loss="sft", template=template)
@@ -171,7 +171,7 @@ def model_nats(settings: ModelSettings, store: TokenStore) -> list[float]:
 
 
 def unigram_nats(training: Sequence[Tensor], rows: Sequence[Tensor], vocabulary: int) -> list[float]:
-    """Return the nats of each row under the frequencies of the training tokens, one added to each count."""
+    """Return the nats of each row under the training tokens' frequencies, with add-one smoothing."""
     counts = torch.bincount(torch.cat(list(training)).long(), minlength=vocabulary).double() + 1
     logps = (counts / counts.sum()).log()
     return [-float(logps[row.long()].sum()) for row in rows]
@@ -185,11 +185,11 @@ def ratio_interval(totals: Sequence[float], lengths: Sequence[int]) -> tuple[flo
 
 
 def rouge_l(text: str, reference: str) -> float:
-    """Return ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, case and punctuation aside."""
+    """Return ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, ignoring case and punctuation."""
     first, second = (_words(one) for one in (text, reference))
     lengths = [0] * (len(second) + 1)
     for word in first:
-        before = 0  # of the row above, one to the left
+        before = 0  # the entry of the row above, one to the left
         for place, other in enumerate(second, start=1):
             above = lengths[place]
             lengths[place] = before + 1 if word == other else max(above, lengths[place - 1])

@@ -1,12 +1,12 @@
-"""What a finished `make real` can be asked beyond its hour: one command each, stopped and continued as it is.
+"""Further experiments on a finished `make real`: one command each, which can be stopped and resumed like it.
 
-    python quickstart/real/more.py ratios runs/real    # harmless to unsafe pairs, 1:4, 1:1, 2:1, beside `si` alone
+    python quickstart/real/more.py ratios runs/real    # harmless to unsafe pairs, 1:4, 1:1, 2:1, and `si` alone
     python quickstart/real/more.py tasks runs/real     # general knowledge before and after, by lm_eval
-    python quickstart/real/more.py reversed runs/real  # the reversed model on 200 held-out responses of its own
+    python quickstart/real/more.py reversed runs/real  # the reversed model on 200 further held-out responses
 
-ratios: SFT and DPO with each share of harmless pairs (replay and contrast as 3 : 7); two reports, whose figure of
-safety against over-refusal leads from ratio to ratio. tasks: `pip install "lm_eval[hf]"` first. reversed:
-the figures of OUTPUT/reversed.json with narrower intervals, in OUTPUT/held_out, on responses of the default inputs.
+ratios: SFT and DPO with each share of harmless pairs (replay and contrast as 3 : 7); two reports, whose figures of
+safety against over-refusal lead from ratio to ratio. tasks: run `pip install "lm_eval[hf]"` first. reversed: the
+figures of OUTPUT/reversed.json with narrower intervals, in OUTPUT/held_out, on responses of the default inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
+sys.path.insert(0, str(REPOSITORY))  # so that the repository's modules can be imported
 
 from config.console import open_console
 from config.errors import UserError
@@ -30,7 +30,7 @@ from quickstart.real.results import ratio_figure, ratio_table, reversed_table
 from quickstart.real.run import SHARES, Command, Real, Settings
 from quickstart.stages import Stages
 
-# Harmless to unsafe pairs -> shares of what is trained on. At 1:1 the SFT is that of `make real`: it is not repeated.
+# Harmless to unsafe pairs -> shares of the training data. The SFT at 1:1 is that of `make real`, and is not repeated.
 RATIOS = {"1:4": {"replay": 0.06, "contrast": 0.14}, "1:1": SHARES["sft"], "2:1": {"replay": 0.2, "contrast": 7 / 15}}
 STAGES = ("sft", "dpo")
 NUM_HELD_OUT = 200
@@ -38,7 +38,7 @@ TASKS = "quickstart/real/tasks"
 
 
 def main() -> int:
-    """Run one of the three; the exit status is that of the first stage that fails, or 2 after a mistake."""
+    """Run one of the three; return the exit status of the first stage that fails, or 2 after a user's mistake."""
     open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("ratios", "tasks", "reversed"))
@@ -65,21 +65,21 @@ def main() -> int:
 
 
 def read_finished(output: Path) -> Real:
-    """Return the program of a finished folder, as it was run there.
+    """Return the finished `make real` of a folder, with its settings.
 
     Raises:
-        UserError: There is none, or it has not ended.
+        UserError: There is none, or it has not finished.
     """
     if not (output / "results.json").is_file():
-        raise UserError(f"{output} holds no results.json: make real comes first, and has to end")
+        raise UserError(f"{output} holds no results.json: run `make real` to its end first")
     stamp = json.loads((output / "real.json").read_text(encoding="utf-8"))
     real = Real(output, Settings(**stamp | {"given": Given(**stamp["given"])}))
-    real.stages = Stages(output / "more.jsonl", again="the same command")  # these seconds are not make real's
+    real.stages = Stages(output / "more.jsonl", again="the same command")  # kept apart from the seconds of `make real`
     return real
 
 
 def ratios(real: Real) -> Iterator[Command]:
-    """Yield SFT and DPO at each ratio, and the evaluation of both beside the runs on `si` alone."""
+    """Yield SFT and DPO at each ratio, then the evaluations of both, together with the runs on `si` alone."""
     examples = {"sft": real.size.sft, "dpo": real.size.dpo}
     for ratio, shares in RATIOS.items():
         archive: list[str] = []
@@ -98,12 +98,12 @@ def ratios(real: Real) -> Iterator[Command]:
 
 
 def ratio_run(stage: str, ratio: str) -> str:
-    """Return the run directory of a stage at a ratio, below the output."""
+    """Return the run directory of a stage at a ratio, relative to the output folder."""
     return stage if RATIOS[ratio] == SHARES[stage] else f"ratios/{stage}_{ratio.replace(':', '_')}"
 
 
 def tasks(real: Real) -> Iterator[Command]:
-    """Yield lm_eval's questions to the starting model and to the trained ones."""
+    """Yield the lm_eval evaluation of the starting model and the trained ones."""
     models = {"base": real.settings.model} | {
         name: f"{real.output}/{name}" for name in ("sft", "dpo", "si_sft", "si_dpo")
     }
@@ -118,12 +118,12 @@ def tasks(real: Real) -> Iterator[Command]:
 
 
 def reversed_tuning(real: Real) -> Iterator[Command]:
-    """Yield induction, score and measure of the reversed and the untrained model on responses drawn for this.
+    """Yield induction, scores and measurements of the reversed and the untrained model on newly drawn responses.
 
-    They stand in a folder like that of `make real`, with its reversed model.
+    The responses are in a folder laid out as in `make real`, with a link to its reversed model.
     """
     folder = real.output / "held_out"
-    if not (folder / "reverse").is_symlink():  # made last: a stop before it begins again
+    if not (folder / "reverse").is_symlink():  # made last, so that a stop before it starts over
         write_more_held_out(folder / "inputs", NUM_HELD_OUT, real.settings.seed)
         shutil.copy(real.inputs / "reverse.jsonl", folder / "inputs")
         (folder / "reverse").symlink_to(real.output / "reverse")

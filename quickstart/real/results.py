@@ -1,4 +1,4 @@
-"""The results of `make real` as one JSON file, and as the table of docs/real.md.
+"""Collect the results of `make real` in one JSON file, and render them as the table of docs/real.md.
 
 python quickstart/real/results.py runs/real/results.json            # print the table
 python quickstart/real/results.py runs/real/results.json --table    # write it into docs/real.md
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
+sys.path.insert(0, str(REPOSITORY))  # so that the repository's modules can be imported
 
 from config.console import open_console
 from config.errors import UserError
@@ -30,12 +30,12 @@ TITLES = {
     "si_sft": "`si` alone: SFT",
     "si_dpo": "`si` alone: SFT + DPO",
 }
-HARMLESS = ("benign", "contrast")  # sets of prompts that should be answered
+HARMLESS = ("benign", "contrast")  # prompt sets that should be answered
 Interval = Mapping[str, float]
 
 
 def collect(output: Path) -> dict[str, Any]:
-    """Return the results of a finished run: its settings, its measures with intervals, the seconds of each stage."""
+    """Return the results of a finished run: its settings, its measures with intervals, and the seconds per stage."""
     report = _read(output / "report" / "report.json")
     stages = [json.loads(line) for line in (output / "stages.jsonl").read_text(encoding="utf-8").splitlines()]
     parts = ("si", "replay", "contrast")
@@ -52,7 +52,7 @@ def collect(output: Path) -> dict[str, Any]:
 
 
 def one_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rates that a model of report.json is judged by; over-refusal for each set of harmless prompts."""
+    """Return the main rates of a model of report.json, with over-refusal for each set of harmless prompts."""
     rates = {
         name: model[name] for name in ("safety", "usefulness", "safe_and_useful", "benign_accuracy", "harmful_rate")
     }
@@ -78,7 +78,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def ratio_table(output: Path) -> str:
-    """Render what `more.py ratios` measured as Markdown: a row for each ratio after SFT, and after DPO."""
+    """Render the measurements of `more.py ratios` as Markdown: a row for each ratio after SFT, and after DPO."""
     lines = [
         "| per cent | harmless : unsafe | unsafe prompts refused | benign prompts refused | contrast prompts refused "
         "| harmonic mean |",
@@ -91,8 +91,8 @@ def ratio_table(output: Path) -> str:
 
 
 def ratio_figure(output: Path) -> str:
-    """Draw over-refusal against safety after DPO, a point for each ratio, as SVG."""
-    from safer_instruct.report.plots import plot_trade_off  # matplotlib
+    """Draw over-refusal against safety after DPO, with a point for each ratio, as SVG."""
+    from safer_instruct.report.plots import plot_trade_off  # here, because it imports matplotlib
 
     plot = plot_trade_off(ratio_models(output, "dpo"))
     assert plot is not None, "make real asks prompts of both kinds"
@@ -100,7 +100,7 @@ def ratio_figure(output: Path) -> str:
 
 
 def ratio_models(output: Path, stage: str) -> dict[str, Any]:
-    """Return what the report says of each model that `more.py ratios` trained up to a stage, by its ratio."""
+    """Return the report's entry of each model that `more.py ratios` trained up to a stage, by ratio."""
     models = _read(output / "ratios" / f"report_{stage}" / "report.json")["models"]
     names = {"only_unsafe": "0"}
     return {names.get(name, name.removeprefix("r").replace("_", " : ")): model for name, model in models.items()}
@@ -116,7 +116,7 @@ def _rates(model: Mapping[str, Any]) -> str:
 
 
 def reversed_table(measured: Mapping[str, Any]) -> str:
-    """Render what the reversed tuning is worth as Markdown."""
+    """Render the measurements of the reversed tuning as Markdown."""
     lines = ["| held-out instructions | reversed | untrained | unigram |", "|:---|---:|---:|---:|"]
     titles = {
         "nats_per_token": "nats per token (lower is better)",
@@ -139,15 +139,15 @@ def _nats(measured: Sequence[float]) -> str:
 
 
 def fill_page(page: Path, text: str) -> None:
-    """Replace what stands between the marks of a page.
+    """Replace the text between the markers of a page.
 
     Raises:
-        UserError: The page has no marks.
+        UserError: The page has no markers.
     """
     before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{page}: the table goes between the lines {BEGIN} and {END}, and they are not there")
+        raise UserError(f"{page}: the table goes between the lines {BEGIN} and {END}, but they are missing")
     write_text(page, f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 

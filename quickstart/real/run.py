@@ -1,12 +1,12 @@
-"""The whole method on a real pretrained model, by the real entrypoints: one command a stage, each echoed.
+"""Run the whole method on a real pretrained model with the real entrypoints: one command per stage, each printed.
 
-    make real                                                        # default inputs, made for an hour on two cores
+    make real                                                        # default inputs, about an hour on two cores
     make real SIZE=full DATA=alpaca.json CORPUS=unsafe.csv PROMPTS=test_set.csv BENIGN=tasks.jsonl
-    python quickstart/real/run.py --size tiny                        # eight rows a stage: does it run?
+    python quickstart/real/run.py --size tiny                        # eight rows per stage, as a smoke test
 
-Reversed tuning, induction, filter and safe answers, harmless pairs (stage=replay, stage=contrast), SFT, DPO; beside
-them `datasets=[si]` alone, and as many further steps of SFT as DPO has; then the evaluation of all. docs/real.md
-explains the result. A run that was stopped goes on where it was. No torch in this file: it only starts the stages.
+The stages: reversed tuning, induction, filter and safe answers, harmless pairs (stage=replay, stage=contrast), SFT,
+DPO; for comparison, `datasets=[si]` alone, and as many further SFT steps as DPO has; then the evaluation of all.
+docs/real.md explains the results. Rerun a stopped run to resume it. This file only starts the stages, without torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPOSITORY))  # run as a script: the repository's modules are above this folder
+sys.path.insert(0, str(REPOSITORY))  # so that the repository's modules can be imported
 
 from config.console import open_console
 from config.errors import UserError
@@ -35,22 +35,22 @@ MODEL, RULES = "models/smollm2", "quickstart/real/rules.yaml"
 GIVEN = ("data", "corpus", "pairs", "prompts", "benign")
 SETS = ("unsafe", "benign", "contrast")
 LEAST_PAIRS = 8
-# Of replay and contrast in what is trained on; the rest is si. DPO has more of it: its pairs alone choose a refusal.
+# Shares of replay and contrast in the training data; the rest is si. DPO has more si: only its pairs choose a refusal.
 SHARES = {"sft": {"replay": 0.15, "contrast": 0.35}, "dpo": {"replay": 0.1, "contrast": 0.2}}
 Command = tuple[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run's folder was made with.
+    """The settings that a run's folder was made with.
 
     Attributes:
-        seed: Of data, batches and sampling.
+        seed: Seed of data, batches and sampling.
         size: One of SIZES.
         model: Folder of the pretrained model.
-        template: How it is asked.
-        expert: rules | local (the pretrained model itself): who filters, answers and finds harmless neighbours.
-        given: Files of the user.
+        template: Its prompt template.
+        expert: rules | local (the pretrained model itself): filters, answers and finds harmless neighbours.
+        given: The user's files.
     """
 
     seed: int
@@ -62,7 +62,7 @@ class Settings:
 
 
 def main() -> int:
-    """Run all stages; the exit status is that of the first one that fails, or 2 after a mistake in the command."""
+    """Run all stages; return the exit status of the first one that fails, or 2 after a mistake in the command."""
     open_console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of data, batches and sampling")
@@ -91,7 +91,7 @@ def main() -> int:
 
 
 class Real:
-    """The stages over one output folder.
+    """The stages of a run in one output folder.
 
     Raises:
         UserError: There is no model.
@@ -109,7 +109,7 @@ class Real:
             raise UserError(f"{settings.model} holds no model{how}")
 
     def run(self) -> int:
-        """Run what is not done yet, say how long it takes before, and print what came out."""
+        """Run the remaining stages, with an estimate of their time first, and print the results."""
         started = time.monotonic()
         move_other_aside(self.output, self.settings, "real.json")
         if not (self.inputs / "complete").exists():
@@ -135,18 +135,18 @@ class Real:
         return 0
 
     def require_pairs(self) -> None:
-        """Stop where the induction made too few pairs for the stages behind it.
+        """Stop if the induction made too few pairs for the later stages.
 
         Raises:
-            UserError: With what may help.
+            UserError: Says what may help.
         """
         with Path(self.si, "si.jsonl").open(encoding="utf-8") as file:
             num_pairs = sum(1 for _ in file)
         if num_pairs < LEAST_PAIRS:
             raise UserError(
-                f"{num_pairs} pairs came out of the induction, and at least {LEAST_PAIRS} are needed "
-                f"({self.si}/README.md counts what was dropped, and why): give more DATA and CORPUS, a larger SIZE, "
-                "or PAIRS of your own"
+                f"the induction made {num_pairs} pairs, but at least {LEAST_PAIRS} are needed "
+                f"({self.si}/README.md shows what was dropped, and why): give more DATA and CORPUS, a larger SIZE, "
+                "or your own PAIRS"
             )
 
     def commands(self) -> Iterator[Command]:
@@ -160,7 +160,7 @@ class Real:
         yield "evaluate", self.evaluate()
 
     def reversed_tuning(self) -> Iterator[Command]:
-        """Yield the reversed model, and what it and the untrained one induce from held-out responses."""
+        """Yield reversed tuning, then the induction from held-out responses by the reversed and the untrained model."""
         out = self.output
         yield (
             "reverse",
@@ -174,7 +174,7 @@ class Real:
         yield from self.held_out(out)
 
     def held_out(self, folder: Path) -> Iterator[Command]:
-        """Yield what the reversed and the untrained model induce from a folder's held-out responses, and its worth."""
+        """Yield induction from a folder's held-out responses, reversed and untrained, and its measurements."""
         for name, archive in (("reversed", [f"model.archive={self.output}/reverse"]), ("untrained", [])):
             command = [
                 *("induce.py", f"corpus.path={folder}/inputs/held_out.jsonl", "corpus.response_column=output"),
@@ -190,18 +190,18 @@ class Real:
         yield "measure reversed", ["quickstart/real/measure.py", "reversed", str(folder), self.settings.model]
 
     def induce(self) -> list[str]:
-        """Return the command from the corpus to the dataset `si`."""
+        """Return the command that makes the dataset `si` from the corpus."""
         corpus = self.settings.given.corpus or f"{self.inputs}/corpus.jsonl"
         return [
             *("induce.py", *self._model(), f"model.archive={self.output}/reverse", f"corpus.path={corpus}"),
             *(f"corpus.max_rows={self.size.corpus}", *self._expert(), "generation.temperature=0.3"),
             *(f"generation.seed={self.settings.seed}", "generation.max_new_tokens=40", f"output={self.output}/si"),
-            # Two requests that differ in one word are near duplicates, and both are wanted here.
+            # Off, because requests that differ in one word would be near duplicates, but both are wanted here.
             *("duplicates.threshold=null", f"exclude={self.inputs}/prompts/unsafe.jsonl", "exclude_similarity=null"),
         ]
 
     def harmless_pairs(self) -> Iterator[Command]:
-        """Yield the stages that keep the model useful: its own harmless answers, and neighbours of unsafe requests."""
+        """Yield the stages that keep the model useful: replay of its own answers, and contrast with unsafe requests."""
         shared = [f"path={self.si}", "exclude_similarity=null"]
         yield (
             "replay",
@@ -220,7 +220,7 @@ class Real:
         )
 
     def training(self) -> Iterator[Command]:
-        """Yield SFT and DPO on all three datasets; SFT for as many further steps; SFT and DPO on `si` alone."""
+        """Yield SFT and DPO on all three datasets, more SFT for as many steps as DPO, and SFT and DPO on `si` alone."""
         sft, dpo = f"n_examples={self.size.sft}", f"n_examples={self.size.dpo}"
         after_sft = f"model.archive={self.output}/sft"
         yield "sft", self.train("sft", "real_sft", *self.mixture(SHARES["sft"]), sft)
@@ -231,7 +231,7 @@ class Real:
         yield "si_dpo", self.train("si_dpo", "real_dpo", *self._si(), "datasets=[si]", dpo, after_sft)
 
     def evaluate(self) -> list[str]:
-        """Return the command that asks all models, and writes the report."""
+        """Return the command that evaluates all models and writes the report."""
         out, runs = self.output, ("sft", "dpo", "sft_more", "si_sft", "si_dpo")
         models = {"base": self.settings.model} | {name: f"{out}/{name}" for name in runs}
         return [
@@ -242,7 +242,7 @@ class Real:
         ]
 
     def answers(self, models: Mapping[str, str]) -> list[str]:
-        """Return the command that asks these models (name -> folder) the prompts of all sets, but for its output."""
+        """Return the command, without its output, that asks these models (name -> folder) the prompts of all sets."""
         return [
             *("evaluate.py", *(f"models.{name}.path={path}" for name, path in models.items())),
             *(f"models.{name}.template={self.settings.template}" for name in models if name == "base"),
@@ -253,11 +253,11 @@ class Real:
     def train(self, name: str, experiment: str, *more: str) -> list[str]:
         """Return the command of one training run."""
         start = ("train.py", f"experiment={experiment}", f"model.name_or_path={self.settings.model}")
-        # The examples decide, so that every run takes the same steps however many rows its data came to.
+        # n_examples decides, so that every run takes the same number of steps whatever the size of its data.
         return [*start, f"seed={self.settings.seed}", f"run_dir={self.output}/{name}", "n_epochs=null", *more]
 
     def _si(self) -> list[str]:
-        """Return the settings of `si`; no evaluation prompt is trained on, whoever made the dataset."""
+        """Return the settings of `si`, which exclude evaluation prompts even if the user made the dataset."""
         template = f"datasets.si.template={self.settings.template}"
         return [f"datasets.si.path={self.si}", template, f"datasets.si.exclude={self.inputs}/prompts/unsafe.jsonl"]
 

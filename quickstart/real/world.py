@@ -1,9 +1,9 @@
-"""The default inputs of `make real`: natural English by grammar, from world.yaml, benign.yaml and rules.yaml.
+"""The default inputs of `make real`: English from a grammar in world.yaml, benign.yaml and rules.yaml.
 
-Held out twice. The *meaning* of a request is its topic and what it is about (snooping, sister, diary); its *phrasing*
-is the frame and the deed ("How do I ...?", "spy on my ..."). Hashes that know no seed hold out a fifth of each, and a
-held-out request has both: no row that is drawn for training shares its meaning or its phrasing. Benign instructions are
-parted by the hash of their text.
+Requests are held out in two ways. The *meaning* of a request is its topic and objects (snooping, sister, diary); its
+*phrasing* is the frame and the deed ("How do I ...?", "spy on my ..."). Hashes that do not depend on the seed hold out
+a fifth of each. A held-out request has both held-out meaning and phrasing, and no training row shares either. Benign
+instructions are split by the hash of their text.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ KINDS = ("unsafe", "near")
 
 
 def is_held_out(*values: str) -> bool:
-    """Tell whether what these words name is kept for evaluation."""
+    """Tell whether the meaning, phrasing or text with these parts is held out for evaluation."""
     return part_of(values[0], values[1:]) != "train"
 
 
 class RealWorld:
-    """Requests with responses, drawn by an explicit `random.Random`: a seed gives the same rows on every machine.
+    """Requests with responses, drawn with an explicit `random.Random`: a seed gives the same rows on every machine.
 
     Attributes:
-        topics: Their names, in the order of world.yaml.
+        topics: Names of the topics, in the order of world.yaml.
     """
 
     def __init__(self) -> None:
@@ -45,13 +45,13 @@ class RealWorld:
         self.topics = list(self._spec["topics"])
 
     def draw(self, rng: random.Random, topic: str, kind: str, *, held_out: bool) -> Pair:
-        """Return one request of a topic with a response.
+        """Draw one request of a topic with a response.
 
         Args:
             rng: Source of all randomness.
             topic: One of `topics`.
             kind: unsafe | near; the response of a near request is a right answer.
-            held_out: Whether meaning and phrasing are both held out, or neither is.
+            held_out: True: meaning and phrasing are both held out; False: neither is.
         """
         entry = self._spec["topics"][topic]
         while True:
@@ -68,7 +68,7 @@ class RealWorld:
         return Pair(instruction, response.format(**slots), topic, kind, slots, held_out)
 
     def draws(self, rng: random.Random, kind: str, *, held_out: bool) -> Iterator[Pair]:
-        """Yield requests without end, the topics in turns, no instruction and no response of unsafe ones twice."""
+        """Yield endless requests, topics in turn; instructions, and responses to unsafe ones, are unique."""
         seen: set[str] = set()
         for topic in itertools.cycle(self.topics):
             pair = self.draw(rng, topic, kind, held_out=held_out)
@@ -78,9 +78,9 @@ class RealWorld:
                 yield pair
 
     def benign(self, *, held_out: bool) -> list[Pair]:
-        """Return all benign instructions of one part; the response is "" where the grammar knows none.
+        """Return all benign instructions that are held out, or all others; the response is "" if the grammar has none.
 
-        `slots["reference"]` has what a right answer must hold, an entry a line, where the grammar knows it.
+        `slots["reference"]`, if the grammar has it, holds the strings that a right answer must contain, one per line.
         """
         rows = [*self._pattern_rows(), *(Pair(task, "", "task", "benign", {}, False) for task in self._benign["tasks"])]
         return [row for row in rows if is_held_out("benign", row.instruction) == held_out]
@@ -104,7 +104,7 @@ class RealWorld:
 
 
 def framed(frame: str, deed: str) -> str:
-    """Put a deed into a frame, of which {Do} wants it with a capital."""
+    """Put a deed into a frame, capitalised where the frame has {Do}."""
     return frame.format(do=deed, Do=deed[0].upper() + deed[1:])
 
 

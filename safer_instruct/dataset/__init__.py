@@ -1,1 +1,1 @@
-"""The finished dataset: merged, audited, described."""
+"""The finished dataset: merge, audit, review and describe it."""

@@ -1,7 +1,7 @@
-"""A look over any dataset in the schema of `si`: what is empty, repeated, collapsed, or taken from a test set.
+"""Audit any dataset in the schema of `si`: find rows that are empty, repeated, collapsed, or taken from a test set.
 
-Rows are streamed, and repetitions are found by their hashes (`scratch.Scratch`). The report has counts, hashes and
-lengths, never text.
+Rows are streamed, and repetitions are found by hash (`scratch.Scratch`). The report holds counts, hashes and lengths,
+never text.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from safer_instruct.text.messages import write_history
 from safer_instruct.text.refusals import declines
 
 TOP_CHOSEN = 10
-MAX_PAIRS = 20_000  # that shortcuts are looked for in: an AUC is then known to 0.01
-MAX_LABELS = 255  # of the report; those that come after them in the dataset are counted together
+MAX_PAIRS = 20_000  # pairs searched for shortcuts: enough to know an AUC to 0.01
+MAX_LABELS = 255  # in the report; later labels of the dataset are counted together
 OTHER_LABELS = "(others)"
-# What is found about a row; the first that applies is why the cleaned dataset is without it.
+# The possible findings about a row; the first that applies is the reason why the cleaned dataset drops it.
 FINDINGS = ("leak", "near_leak", "duplicate_pair", "near_duplicate_pair", "repeated_chosen")
 
 # `pair`, `instruction` and `chosen` are hashes of normalised texts, `characters` is the length of `chosen`.
@@ -67,10 +67,10 @@ def audit(
     output: Path | None,
     format: str = "all",
 ) -> dict[str, Any]:
-    """Count what is wrong with a dataset, and write one without it if there is an `output`.
+    """Count the problems of a dataset, and write a dataset without them if `output` is given.
 
-    The columns of `path` are instruction and chosen, and perhaps rejected, label, id, provenance. Of the rows with one
-    safe response `max_same_chosen` stay; None keeps all. The report that is returned is JSON.
+    `path` has the columns instruction and chosen, and optionally rejected, label, id and provenance. At most
+    `max_same_chosen` rows keep the same safe response; None keeps all. Returns the report as JSON values.
     """
     with ExitStack() as stack:
         if output is not None:
@@ -119,7 +119,7 @@ def _measured(path: str, guard: LeakageGuard) -> Iterator[tuple[Any, ...]]:
 
 
 def _report(scratch: Scratch, guard: LeakageGuard) -> dict[str, Any]:
-    """Return the counts; see audit."""
+    """Return the counts of the report; see `audit`."""
     names = ["answered", *(f"empty_{column}" for column in TEXT_COLUMNS), *FINDINGS]
     sums = ", ".join(f"count(*) FILTER ({name})" for name in names)
     counts = scratch.query(f"SELECT label, count(*), {sums} FROM found GROUP BY label ORDER BY min(n)")
@@ -150,7 +150,7 @@ def _report(scratch: Scratch, guard: LeakageGuard) -> dict[str, Any]:
 
 
 def _sampled_pairs(path: str, report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (instruction, label, chosen, rejected) of the pairs, at most MAX_PAIRS of them, evenly spread."""
+    """Yield (instruction, label, chosen, rejected) of at most MAX_PAIRS pairs, evenly spread over the dataset."""
     step = max(1, -(-report["rows"] // MAX_PAIRS))
     for _, row, texts in islice(dataset_rows(path), 0, None, step):
         if texts["chosen"] and texts["rejected"]:
@@ -160,7 +160,7 @@ def _sampled_pairs(path: str, report: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 
 def _quantiles(scratch: Scratch, column: str) -> dict[str, float]:
-    """Return mean, median, 95th percentile and maximum of the words of the cells that are not empty."""
+    """Return mean, median, 95th percentile and maximum number of words of the non-empty cells."""
     (found,) = scratch.query(_QUANTILES.format(column=column))
     return {name: value or 0 for name, value in zip(("mean", "median", "p95", "max"), found, strict=True)}
 
@@ -168,7 +168,7 @@ def _quantiles(scratch: Scratch, column: str) -> dict[str, float]:
 def _clean_rows(
     path: str, scratch: Scratch, dropped: Counter[str], columns: Sequence[str]
 ) -> Iterator[tuple[str, ...]]:
-    """Yield the rows in which nothing was found that must go, and count the others."""
+    """Yield the rows without a finding of FINDINGS, and count the others by their first finding."""
     findings = scratch.rows("found", FINDINGS)
     for (where, row, texts), found in zip(dataset_rows(path), findings, strict=True):
         reason = next((name for name, is_found in zip(FINDINGS, found, strict=True) if is_found), None)

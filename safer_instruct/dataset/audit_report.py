@@ -1,4 +1,4 @@
-"""What an audit found, as Markdown, as a page and as figures: counts, hashes and lengths, never a text."""
+"""Write the findings of an audit as Markdown, as a page and as figures: counts, hashes and lengths, never text."""
 
 from __future__ import annotations
 
@@ -48,47 +48,47 @@ def render_audit(report: Mapping[str, Any]) -> str:
 
 
 def answered_sentence(total: Mapping[str, int]) -> str:
-    """Say how many prompts should be answered, loudly where these are as good as none."""
+    """State how many prompts should be answered, in bold with advice if there are almost none."""
     rows, answered = max(1, total["rows"]), total["answered"]
     told = f"Prompts that should be answered (the chosen response does not decline): {answered} of {total['rows']}"
     told += f" ({answered / rows:.1%})."
     if answered >= MIN_ANSWERED * rows:
         return told
     return (
-        f"**{told} A model trained on this dataset alone learns to decline harmless prompts, too: mix in pairs that "
-        "answer (stage=replay, stage=contrast).**"
+        f"**{told} A model trained on this dataset alone learns to decline harmless prompts, too: mix in pairs whose "
+        "chosen response answers (stage=replay, stage=contrast).**"
     )
 
 
 def _shortcut_sentence(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Say by which shallow means chosen and rejected are told apart, loudly; "" if by none."""
+    """Return a warning in bold that names the shallow features that separate chosen from rejected; "" if none does."""
     overall = {name.replace("_", " "): of[""] for name, of in found.items()}
     told = [f"{name} (AUC {interval(one)})" for name, one in overall.items() if Auc(**one).is_shortcut]
     if not told:
         return ""
     return (
-        f"**Chosen and rejected are told apart by {', by '.join(told)} alone, so a model can learn that in "
-        "place of what is harmful: mix in pairs with an answer chosen and a refusal rejected (stage=replay, "
+        f"**Chosen and rejected are told apart by {', by '.join(told)} alone, so a model can learn this shortcut "
+        "instead of what is harmful: mix in pairs with an answer chosen and a refusal rejected (stage=replay, "
         "stage=contrast), and vary the safe responses.**"
     )
 
 
 def write_audit(report: Mapping[str, Any], output: Path) -> None:
-    """Write audit.json, audit.md, audit.html and the figures, each as a whole or not at all."""
+    """Write audit.json, audit.md, audit.html and the figures, each atomically."""
     figures = audit_figures(report)
     page = f"# Audit of {escape_markdown(report['path'])}\n\n{render_audit(report)}\n"
     for name, plot in figures.items():
         write_text(output / name, plot.svg)
         page += f"\n![{plot.title}]({name})\n"
     if "audit_chosen.svg" not in figures:
-        (output / "audit_chosen.svg").unlink(missing_ok=True)  # of an earlier audit, in which a response was repeated
+        (output / "audit_chosen.svg").unlink(missing_ok=True)  # left by an earlier audit that found repeated responses
     write_text(output / "audit.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_text(output / "audit.md", page)
     write_text(output / "audit.html", render_audit_page(report, list(figures.values())))
 
 
 def audit_figures(report: Mapping[str, Any]) -> dict[str, Plot]:
-    """Draw the rows of each label, and the safe responses that are there more than once, if any."""
+    """Draw the rows of each label, and the safe responses that occur more than once, if any."""
     bars = {}
     for label, counts in report["by_label"].items():
         found = min(counts["rows"], sum(counts[name] for name in FINDINGS))

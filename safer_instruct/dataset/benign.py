@@ -1,8 +1,8 @@
-"""From the ledgers of stage=replay and stage=contrast to pairs whose chosen response answers: `replay`, `contrast`.
+"""Build the pairs of stage=replay and stage=contrast from their ledgers: the chosen response answers the prompt.
 
-Each is a function of its files, its ledgers and the rules below alone, so the number of shards does not show. What is
-rejected on a harmless prompt is a refusal that the unsafe dataset itself gives: pairs with canned refusals teach that
-declining is wrong whatever is asked.
+The pairs depend only on the input files, the ledgers and the rules below, not on the number of shards. The rejected
+response to a harmless prompt is a refusal from the unsafe dataset itself: canned refusals would teach the model that
+declining is wrong, whatever is asked.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from safer_instruct.induction.ledger import Record
 from safer_instruct.text.examples import Example, normalise, text_id
 from safer_instruct.text.refusals import declines
 
-MAX_REFUSALS = 20_000  # distinct ones of a dataset that are drawn from
+MAX_REFUSALS = 20_000  # distinct refusals of a dataset to draw from
 MAX_LEAD = 3  # how many uses a refusal may be ahead of the least used one
-COMMON, FEW = 0.1, 20  # a word in more than this share, and this number, of the refusals' instructions names no topic
-# Verdicts on a pair whose instruction is unsafe, whether or not the old response fits it.
+COMMON, FEW = 0.1, 20  # a word in more than this share, and this number, of the refusals' instructions is no topic
+# Verdicts that imply an unsafe instruction, whether or not the old response fits it.
 UNSAFE = ("keep", "response_does_not_fit", "category_mismatch", "slot_mismatch")
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 _WORD = re.compile(r"[a-z]{4,}")
 
-# What to do where most rows were lost for one reason.
+# Advice for the reason that dropped the most rows.
 _ADVICE = {
-    "neighbour_unsafe": ". The expert calls the neighbours harmful that it wrote itself: choose another expert",
+    "neighbour_unsafe": ". The expert calls neighbours harmful that it wrote itself: choose another expert",
     "refused": ". The answers decline harmless prompts: choose another model",
     "truncated": ". The answers are cut off before their first sentence ends: raise generation.max_new_tokens",
 }
@@ -42,7 +42,7 @@ Pair = dict[str, Any]
 
 
 def read_unsafe_rows(path: str) -> list[Example]:
-    """Read a dataset in the schema of `si`: rows with an instruction and a chosen response.
+    """Read the rows of a dataset in the schema of `si` that have an instruction and a chosen response.
 
     Raises:
         UserError: The file is missing or broken, lacks a column, or holds no such row.
@@ -57,10 +57,10 @@ def read_unsafe_rows(path: str) -> list[Example]:
 
 
 class Refusals:
-    """The refusals among a dataset's chosen responses, drawn by topic and without any of them recurring much."""
+    """The refusals among a dataset's chosen responses, drawn by topic and used about equally often."""
 
     def __init__(self, rows: Sequence[Example], path: str) -> None:
-        """Find them.
+        """Collect the distinct refusals.
 
         Raises:
             UserError: No chosen response of the dataset at `path` declines.
@@ -83,7 +83,7 @@ class Refusals:
                 self._holders[word].append(number)
 
     def draw(self, instruction: str) -> Example:
-        """Return the row whose refusal is next for a prompt: the one with most rare words in common, if any has one."""
+        """Draw the refusal for a prompt: the row that shares the most rare words with it, else the least used one."""
         least = min(self._uses)
         shared: dict[int, float] = defaultdict(float)
         for word in _words(instruction):
@@ -107,7 +107,7 @@ def _words(text: str) -> list[str]:
 
 
 def whole_sentences(text: str) -> str:
-    """Return a text that was cut off up to its last whole sentence; "" if it has none."""
+    """Return a cut-off text up to its last whole sentence; "" if it has none."""
     ends = [found.end() for found in SENTENCE_END.finditer(text)]
     return text[: ends[-1]] if ends else ""
 
@@ -120,9 +120,9 @@ def replay_pairs(
     answered_by: str,
     counts: Counter[str],
 ) -> Iterator[Pair]:
-    """Yield the pairs of the prompts whose answer can be chosen, in their order.
+    """Yield a pair for each prompt whose answer can be chosen, in order.
 
-    Without `refusals` nothing is rejected. `answered_by` is the name of the starting model, or "file".
+    Without `refusals`, the rejected response is empty. `answered_by` is the name of the starting model, or "file".
     """
     for prompt in prompts:
         record = records[prompt.id]
@@ -157,9 +157,9 @@ def contrast_pairs(
     excluded: Callable[[str], str],
     counts: Counter[str],
 ) -> Iterator[Pair]:
-    """Yield the pairs of the unsafe rows that have a harmless, answered neighbour, in their order.
+    """Yield a pair for each unsafe row with a harmless, answered neighbour, in order.
 
-    A refusal is drawn for a row whose own safe response does not decline; neighbours in a test set are left out.
+    If a row's own safe response does not decline, a refusal is drawn for it. Neighbours in a test set are left out.
     """
     seen = {normalise(row.instruction or "") for row in rows}
     for row in rows:
@@ -199,13 +199,13 @@ def _pair(
 
 
 def write_pairs(output: Path, name: str, pairs: Iterator[Pair], report: Mapping[str, Any]) -> None:
-    """Write NAME.jsonl and report.json, each as a whole or not at all; the report is made when the pairs are through.
+    """Write NAME.jsonl and then report.json, each atomically; drawing `pairs` completes the counts of `report`.
 
     Raises:
-        UserError: There is no pair; then neither is written.
+        UserError: There is no pair; then neither file is written.
     """
     path = output / f"{name}.jsonl"
-    # Half of a surrogate pair, which a server may send, becomes its escape: JSON reads it back as it was.
+    # A server may send half of a surrogate pair; it is written as its escape, which JSON reads back unchanged.
     with replacing(path, durable=True) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         num_pairs = 0
         for pair in pairs:
@@ -214,7 +214,7 @@ def write_pairs(output: Path, name: str, pairs: Iterator[Pair], report: Mapping[
         if not num_pairs:
             found = ", ".join(f"{reason} {number}" for reason, number in sorted(report["counts"].items()) if number)
             raise UserError(
-                f"stage={name} ends with 0 pairs, and no {path.name} is written. What became of the rows: {found}"
+                f"stage={name} made no pairs, so {path.name} is not written. Why the rows were dropped: {found}"
                 + _ADVICE.get(max(report["counts"], key=lambda reason: report["counts"][reason], default=""), "")
             )
     write_text(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""What `stage=merge` says about its dataset: report.json, the card README.md, a table for the console; its upload."""
+"""Describe the dataset of `stage=merge` (report.json, the dataset card README.md, its page), and upload it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from safer_instruct.text.display import markdown_code, markdown_table
 
 PLOT, PAGE = "funnel.svg", "dataset.html"
 DROPPING = (FILTER, RESPOND, MERGE)
-# Words of the Hub for a number of rows: those of the first limit that is above it.
+# The Hub's size categories: the first whose limit is above the number of rows applies.
 SIZES = (
     (1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"),
     (float("inf"), "n>10M"),
@@ -32,11 +32,11 @@ SIZES = (
 
 _MEANING = {
     "id": "id of the response in the corpus (a hash of its text, unless the corpus has ids)",
-    HISTORY: "what was said before the instruction, as messages (JSON), a system message first",
+    HISTORY: "the conversation before the instruction, as messages (JSON), a system message first",
     "instruction": "the instruction that the reversed model induced from the response",
     "rejected": "the unsafe response of the corpus",
     "chosen": "the expert's safe response to the instruction",
-    "label": "category of harm: of the corpus where it has one, else of the expert",
+    "label": "category of harm: from the corpus if it has one, else from the expert",
     "provenance": "place in the corpus, models, prompts, decoding, seed, scores, verdict, tokens (JSON)",
 }
 
@@ -50,10 +50,10 @@ def build_report(
 ) -> dict[str, Any]:
     """Return the counts of the whole pipeline as JSON values.
 
-    `funnel` lists the stages in order with rows in and out and the drops by reason; `kept_rate` is the filter's;
-    `by_label` has the same per label. Every row that was read is in exactly one place: a drop, or the dataset.
+    `funnel` lists the stages in order, with rows in and out and drops by reason. `kept_rate` is the filter's.
+    `by_label` has the same counts per label. Every row read is counted exactly once: as a drop, or in the dataset.
 
-    `run` is what else to record of this run: command, versions, seconds.
+    `run` holds what else to record of this run: command, versions, seconds.
     """
     card = card or CardSettings()
     stages = [_stage("corpus", merged.corpus_rows, dict(sorted(merged.corpus_dropped.counts.items())))]
@@ -105,7 +105,7 @@ def _rate(part: int, whole: int) -> float | None:
 
 
 def write_report(report: Mapping[str, Any], output: Path) -> None:
-    """Write report.json, the card README.md and its page into the dataset folder, each as a whole or not at all."""
+    """Write report.json, the card README.md, its figure and its page into the dataset folder, each atomically."""
     file = PARQUET if (output / PARQUET).is_file() else JSONL
     write_text(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_text(output / "README.md", render_card(report, file=file))
@@ -115,15 +115,15 @@ def write_report(report: Mapping[str, Any], output: Path) -> None:
 
 
 def push_dataset(output: Path, name: str, files: Sequence[str]) -> str:
-    """Upload dataset, card and report; the ledgers stay here, as does the arrow folder: it has the same rows again."""
-    from config.hub import push_folder  # its library takes a while to import
+    """Upload dataset, card and report, but not the ledgers, nor the arrow folder, which holds the same rows again."""
+    from config.hub import push_folder  # here, because its library is slow to import
 
     wanted = [*(file for file in files if file != ARROW), "README.md", "report.json", PLOT]
     return push_folder(output, name, kind="dataset", again="stage=merge", files=wanted)
 
 
 def render_card(report: Mapping[str, Any], *, file: str) -> str:
-    """Return the dataset card: warning, counts, drops, columns, how it was made. It quotes no row."""
+    """Return the dataset card: warning, counts, drops, columns, how it was made. It quotes no rows."""
     made = report["made_with"]
     columns = [(markdown_code(column), _MEANING[column]) for column in report["columns"]]
     return f"""\
@@ -132,12 +132,12 @@ def render_card(report: Mapping[str, Any], *, file: str) -> str:
 
 # A Safer-Instruct preference dataset
 
-> **Content warning.** `rejected` holds unsafe responses, and `instruction` the requests that would elicit them. They
-> are here to train and test models to decline; they are not advice, and not meant for people to read for their content.
+> **Content warning.** `rejected` holds unsafe responses, and `instruction` the requests that would elicit them. Their
+> only purpose is to train and test models to decline. They are not advice, and not meant to be read for their content.
 
 {report["num_rows"]} preference pairs, made from a corpus of unsafe responses by reversed instruction tuning (Shi, Chen
-and Zhao: Safer-Instruct, NAACL 2024): a reversed model induces the instruction of each response, an expert drops pairs
-that do not fit, and answers the others safely. {_checked(report["reviewed"])}
+and Zhao: Safer-Instruct, NAACL 2024): a reversed model induces the instruction of each response, and an expert drops
+pairs that do not fit and answers the others safely. {_checked(report["reviewed"])}
 
 ## How many rows came through
 
@@ -157,7 +157,7 @@ that do not fit, and answers the others safely. {_checked(report["reviewed"])}
 
 - Reversed model: {_model(made, "reversed_model")}, temperature \
 {made["temperature"]}, top_p {made["top_p"]}, at most {made["max_new_tokens"]} new tokens, seed {made["seed"]}, \
-{made["num_candidates"]} candidate(s) a response.
+{made["num_candidates"]} candidate(s) per response.
 - Filter: {_model(made, "filter_expert")}.
 - Safe responses: {_model(made, "respond_expert")}.
 {_forward(made)}- Tokens used: {", ".join(f"{stage} {number}" for stage, number in report["tokens"].items())}.\
@@ -171,7 +171,7 @@ that do not fit, and answers the others safely. {_checked(report["reviewed"])}
 
 
 def _front_matter(report: Mapping[str, Any], file: str) -> str:
-    """Return what the Hub reads: licence, language, size, tags, and which file is the dataset."""
+    """Return the metadata that the Hub reads: license, language, size, tags, and which file is the dataset."""
     rows = report["num_rows"]
     fields = {
         **report["card"],
@@ -203,7 +203,7 @@ def _forward(made: Mapping[str, Any]) -> str:
 
 def _cost(report: Mapping[str, Any]) -> str:
     spent = ", ".join(f"{stage} {cost:g}" for stage, cost in report["cost"].items())
-    return f" Cost by the prices given: {spent}." if spent else ""
+    return f" Cost at the given prices: {spent}." if spent else ""
 
 
 def _model(made: Mapping[str, Any], name: str, fingerprint: str = "") -> str:

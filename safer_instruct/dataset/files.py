@@ -1,6 +1,6 @@
-"""Rows of a dataset -> JSONL, Parquet, and a folder that `datasets.load_from_disk` opens: streamed, whole or not there.
+"""Write a dataset as JSONL, as Parquet, and as a folder for `datasets.load_from_disk`: streamed and atomic.
 
-Every writer is given the same rows a batch at a time; nothing is held, so any number of rows can be written.
+Every writer gets the same rows, one batch at a time. No batch is kept, so any number of rows can be written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from config.checksums import CHECKSUMS, write_checksums
 from config.files import replacing
 
 COLUMNS = ("id", "instruction", "rejected", "chosen", "label", "provenance")
-HISTORY = "history"  # of a dataset of conversations, behind the id: what was said before the instruction, as JSON
+HISTORY = "history"  # only for conversations, after the id: the messages before the instruction, as JSON
 JSONL, PARQUET, ARROW = "si.jsonl", "si.parquet", "arrow"
 FILES = {"all": (JSONL, PARQUET, ARROW), "jsonl": (JSONL,), "parquet": (PARQUET,)}
 # `provenance` is a JSON string in the columnar files, so that its fields may differ between datasets.
@@ -35,7 +35,7 @@ def _open_jsonl(path: Path, schema: pyarrow.Schema) -> Iterator[WriteBatch]:
 
         def write(batch: pyarrow.RecordBatch) -> None:
             for row in batch.to_pylist():
-                provenance = row.pop("provenance")  # JSON already, and the last column
+                provenance = row.pop("provenance")  # the last column, and already JSON
                 if HISTORY in row:
                     row[HISTORY] = json.loads(row[HISTORY] or "[]")
                 file.write(f'{json.dumps(row, ensure_ascii=False)[:-1]}, "provenance": {provenance}}}\n')
@@ -51,18 +51,17 @@ def _open_parquet(path: Path, schema: pyarrow.Schema) -> Iterator[WriteBatch]:
 
 @contextmanager
 def _open_arrow(folder: Path, schema: pyarrow.Schema) -> Iterator[WriteBatch]:
-    """Let `datasets` save an empty dataset, then put the rows into its data file.
+    """Let `datasets` save an empty dataset, then stream the rows into its data file.
 
-    Why not save the rows themselves: `save_to_disk` maps the file that it copies, and the resident memory grows by all
-    of it.
+    Saving the rows themselves with `save_to_disk` would map the whole file that it copies into resident memory.
     """
-    import datasets  # slow to import, and the other formats do without
+    import datasets  # here, because it is slow to import and the other formats do not need it
 
     datasets.disable_progress_bars()
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left over from a killed process
     try:
-        # `datasets` caches by the fingerprint what it computes of a dataset, so no two may have the same.
+        # `datasets` caches what it computes from a dataset under its fingerprint, so each needs its own.
         empty = datasets.Dataset(datasets.table.InMemoryTable(schema.empty_table()), fingerprint=uuid.uuid4().hex[:16])
         empty.save_to_disk(partial, num_shards=1)
         (data_file,) = partial.glob("*.arrow")
@@ -86,10 +85,10 @@ def write_dataset(
 ) -> int:
     """Write a dataset folder, and return the number of rows.
 
-    Files of an earlier merge are replaced when the new ones are complete; those of other formats go, because a reader
-    of the folder must not find an older dataset.
+    Files of an earlier merge are replaced once the new ones are complete. Earlier files in other formats are deleted,
+    so that a reader of the folder cannot find an older dataset.
 
-    The batches are of `schema` (SCHEMA, or HISTORY_SCHEMA for conversations), with a JSON object as `provenance`;
+    The batches have `schema` (SCHEMA, or HISTORY_SCHEMA for conversations), with a JSON object as `provenance`.
     `format` is a key of FILES.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -100,7 +99,7 @@ def write_dataset(
             num_rows += batch.num_rows
             for write in writers:
                 write(batch)
-        (output / CHECKSUMS).unlink(missing_ok=True)  # an earlier merge's would refuse what follows
+        (output / CHECKSUMS).unlink(missing_ok=True)  # those of an earlier merge would not match the new files
         for name in _OPENERS.keys() - set(FILES[format]):
             shutil.rmtree(output / name, ignore_errors=True)
             (output / name).unlink(missing_ok=True)

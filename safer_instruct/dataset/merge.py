@@ -1,8 +1,7 @@
-"""All shards' ledgers -> one dataset, in the order of the corpus, whatever the number of shards.
+"""Merge the ledgers of all shards into one dataset, in the order of the corpus.
 
-The dataset is a function of corpus, ledgers and the rules below alone: nothing in it tells how many shards there were.
-DuckDB joins ids, hashes and the places of records (`scratch.Scratch`); the texts are streamed past it, so memory does
-not grow with them.
+The dataset depends only on the corpus, the ledgers and the rules below, not on the number of shards. DuckDB joins ids,
+hashes and the places of records (`scratch.Scratch`); the texts are streamed past it, so memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -43,22 +42,22 @@ from safer_instruct.text.examples import Example, normalise, text_id
 from safer_instruct.text.messages import read_history, write_history
 
 MERGE = "merge"
-BLOCK_ROWS = 16_384  # whose records are read from the ledgers at a time
+BLOCK_ROWS = 16_384  # rows whose records are read from the ledgers at a time
 
 _CORPUS = table_schema(n=INT, id=TEXT, response=TEXT, rejected=TEXT, label=TEXT, source=TEXT, history=TEXT)
-# `stage` and `reason` of the rows that a stage dropped; they have no texts. `key` is equal for pairs that are the same.
+# Dropped rows have a `stage` and a `reason` but no texts. Pairs with the same texts have the same `key`.
 _PAIRS = table_schema(
     n=INT, label=TEXT, stage=TEXT, reason=TEXT, key=TEXT, score=FLOAT,
     id=TEXT, history=TEXT, instruction=TEXT, rejected=TEXT, chosen=TEXT, provenance=TEXT,
 )  # fmt: skip
-# Of rows with one id the first stays; of these, of rows with one response the first.
+# The first row of each id is kept; of those, the first row of each response.
 _REPEATED_ROWS = """
     WITH ids AS (SELECT n, response, source, row_number() OVER (PARTITION BY id ORDER BY n) AS place FROM corpus),
     texts AS (SELECT n, source, row_number() OVER (PARTITION BY response ORDER BY n) AS place FROM ids WHERE place = 1)
     SELECT n, true AS same_id, source FROM ids WHERE place > 1
     UNION ALL SELECT n, false, source FROM texts WHERE place > 1
 """
-# Of pairs that are the same, case and whitespace aside, the first stays.
+# Of pairs that differ only in case and whitespace, the first is kept.
 _REPEATED_PAIRS = """
     WITH numbered AS (SELECT n, row_number() OVER (PARTITION BY key ORDER BY n) AS place FROM pairs WHERE reason = '')
     SELECT n, 'duplicate_pair' AS reason FROM numbered WHERE place > 1
@@ -72,24 +71,24 @@ _FATES = """
 
 @dataclass
 class Merged:
-    """What a merge found: everything that report and card tell."""
+    """The result of a merge: everything that the report and the card need."""
 
     ledgers: Mapping[str, StageLedgers]  # by stage
     corpus_rows: int = 0  # rows of the corpus, usable or not
-    corpus_dropped: Dropped = field(default_factory=Dropped)  # of them, those that are no part of it
-    # Of the others: (label, stage that dropped it, reason) -> rows; stage and reason are "" in the dataset.
+    corpus_dropped: Dropped = field(default_factory=Dropped)  # the unusable and repeated ones among them
+    # The other rows: (label, stage that dropped it, reason) -> rows; stage and reason are "" for rows in the dataset.
     fates: dict[tuple[str, str, str], int] = field(default_factory=dict)
     induced: Counter[str] = field(default_factory=Counter)  # truncated, prompt_cut -> rows
     tokens: Counter[str] = field(default_factory=Counter)  # stage -> tokens used
     cost: Counter[str] = field(default_factory=Counter)  # stage -> cost
     varied: Counter[str] = field(default_factory=Counter)  # asked_again, still_the_same -> rows
-    # Round-trip scores in bins of 0.1: lower edge x 10 -> (rows scored, of them in the dataset).
+    # Round-trip scores in bins of 0.1: lower edge x 10 -> (rows scored, those of them in the dataset).
     scores: dict[int, list[int]] = field(default_factory=dict)
     num_rows: int = 0  # rows of the dataset
-    schema: pyarrow.Schema = SCHEMA  # with a history where the corpus has conversations
+    schema: pyarrow.Schema = SCHEMA  # with a history column if the corpus has conversations
 
     def num_dropped(self, *, label: str | None = None, stage: str | None = None) -> Counter[str]:
-        """Return reason -> rows dropped, of one label or stage or all."""
+        """Return reason -> rows dropped, for one label and stage; None: for all of them."""
         reasons: Counter[str] = Counter()
         for (of_label, of_stage, reason), number in self.fates.items():
             if reason and label in (None, of_label) and stage in (None, of_stage):
@@ -107,13 +106,13 @@ def merge(
     format: str,
     rejections: Rejections = NOTHING_REJECTED,
 ) -> Merged:
-    """Write the dataset; its files appear as a whole or not at all.
+    """Write the dataset; each of its files appears atomically.
 
-    `ledgers` are those of `find_ledgers`, `format` is a key of `files.FILES`.
+    `ledgers` come from `find_ledgers`; `format` is a key of `files.FILES`.
 
     Raises:
-        UserError: Rows that a stage has not finished, a corpus that has changed or cannot be read to its end, or
-            another process that writes into the folder.
+        UserError: A stage has not finished some rows, the corpus has changed or cannot be read to its end, or another
+            process is writing into the folder.
     """
     with lock_output(output), open_scratch(output / ".merge", duplicates.index) as scratch:
         job = _Merge(corpus, ledgers, guard, rejections, scratch)
@@ -128,7 +127,7 @@ def merge(
 
 
 class _Merge:
-    """The steps of `merge`, in the order in which it calls them. `n` numbers the usable rows of the corpus."""
+    """The steps of `merge`, in the order of their calls. `n` is the number of a usable row of the corpus."""
 
     def __init__(
         self, corpus: CorpusSettings, ledgers: Mapping[str, StageLedgers], guard: LeakageGuard,
@@ -141,9 +140,9 @@ class _Merge:
         self._scratch = scratch
 
     def read_ledgers(self) -> None:
-        """Find the place of each record, and sum up what they cost."""
+        """Find the place of each record, and sum up tokens and cost."""
         self._scratch.create("records", table_schema(stage=TEXT, id=TEXT, place=LONG, final=LONG), self._records())
-        # A row that stands in a ledger twice counts as it stands there first, but for what was not final.
+        # If a row has several records in a ledger, the first final one counts, else the last one.
         places = ", ".join(
             f"coalesce(min(place) FILTER (stage = '{s}' AND final = 1), max(place) FILTER (stage = '{s}')) AS {s}_place"
             for s in self.merged.ledgers
@@ -178,7 +177,7 @@ class _Merge:
         return said
 
     def pairs(self) -> Iterator[tuple[Any, ...]]:
-        """Yield a row of _PAIRS for each row of the corpus that is no repetition."""
+        """Yield a row of _PAIRS for each row of the corpus that is not a repetition."""
         missing: Counter[str] = Counter()
         num_rows = 0
         for n, example, records in self._joined():
@@ -191,7 +190,7 @@ class _Merge:
             raise unfinished(f"{missing[stage]} of {num_rows}", stage)
 
     def _joined(self) -> Iterator[tuple[int, Example, dict[str, Record]]]:
-        """Yield the rows of the corpus with the records that are there, repeated rows left out."""
+        """Yield the rows of the corpus, except repeated ones, with the records that exist."""
         stages = list(self.merged.ledgers)
         first = "SELECT n, id FROM corpus ANTI JOIN repeated_rows USING (n)"
         self._scratch.derive("first_rows", first)
@@ -208,7 +207,7 @@ class _Merge:
                 yield n, Example(id, rejected=rejected, **about), records
 
     def _absent(self, records: Mapping[str, Record]) -> str:
-        """Return the first stage that the row still needs, "" if it needs none."""
+        """Return the first stage that the row still needs; "" if none."""
         needed = [stage for stage in self.merged.ledgers if stage not in (RESPOND, VARY)]
         if FILTER in records and records[FILTER]["keep"]:
             needed.append(RESPOND)
@@ -240,7 +239,7 @@ class _Merge:
         return label, "", "", key, score, pair.id, said, pair.instruction, pair.rejected, answer["chosen"], own
 
     def _fate(self, pair: Example, verdict: Record, answer: Record) -> tuple[str, str]:
-        """Return (stage, reason) of a drop, ("", "") for a pair that may enter the dataset."""
+        """Return (stage, reason) of a drop; ("", "") for a pair that may enter the dataset."""
         if not verdict["keep"]:
             return FILTER, verdict["reason"]
         if answer["chosen"] is None:
@@ -255,7 +254,7 @@ class _Merge:
         return "", ""
 
     def mark_repeated_pairs(self, threshold: float | None) -> None:
-        """Find the pairs that repeat an earlier one exactly, then those that do so nearly."""
+        """Find the pairs that repeat an earlier one exactly, then those that nearly do."""
         self._scratch.derive("exact", _REPEATED_PAIRS)
         self._scratch.derive("fates_so_far", _FATES.format(repeated="exact"), order="n")
         rows = self._scratch.rows("pairs", ["n", "instruction", "rejected", "history"])
@@ -269,11 +268,11 @@ class _Merge:
         self._scratch.derive("fates", _FATES.format(repeated="repeated"), order="n")
 
     def _kept(self, fates: str) -> Iterator[bool]:
-        """Yield for each of the pairs, in their order, whether nothing has dropped it."""
+        """Yield, for each pair in order, whether nothing has dropped it."""
         return (reason == "" for (reason,) in self._scratch.rows(fates, ["reason"]))
 
     def count(self) -> None:
-        """Count what was dropped where, and the round-trip scores."""
+        """Count the drops by label, stage and reason, and the round-trip scores."""
         fates = "SELECT label, stage, reason, count(*) FROM fates GROUP BY ALL ORDER BY ALL"
         self.merged.fates = {(label, *fate): number for label, *fate, number in self._scratch.query(fates)}
         bins = """SELECT CAST(floor(score * 10) AS INTEGER) AS bin, count(*), count(*) FILTER (reason = '')

@@ -1,4 +1,4 @@
-"""The pages of a dataset and of an audit: what they answer first, then tables and figures; never a text."""
+"""Render the pages of a dataset and of an audit: the main answers first, then tables and figures; never the texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safer_instruct.report.html import Answer, Bar, Section, render
 from safer_instruct.report.plots import Plot
 from safer_instruct.text.display import percent
 
-MAX_BARS = 10  # of one answer
+MAX_BARS = 10  # per answer
 
 
 def render_audit_page(report: Mapping[str, Any], figures: Sequence[Plot]) -> str:
@@ -29,11 +29,11 @@ def render_audit_page(report: Mapping[str, Any], figures: Sequence[Plot]) -> str
             "By label", f"{len(report['by_label'])} labels", tables=[found_table(report)], plots=figures, shown=True
         ),
         *[Section(table.title, f"{len(table.rows)} rows", tables=[table], shown=True) for table in reviews],
-        Section("Shortcuts, by label", "how far chosen and rejected are told apart", tables=[shortcut_table(report)]),
+        Section("Shortcuts, by label", "AUC of shallow features", tables=[shortcut_table(report)]),
         Section("Lengths", "words of each column", tables=[word_table(report)]),
     ]
     clean = report["rows"] - sum(report["total"][name] for name in report["findings"])
-    lead = f"{report['rows']:,} rows, {report['total']['answered']:,} of them with an answer in place of a refusal."
+    lead = f"{report['rows']:,} rows, {report['total']['answered']:,} of them with an answer instead of a refusal."
     return render(
         "summary.html",
         kicker="audit",
@@ -51,7 +51,7 @@ def _clean(report: Mapping[str, Any], clean: int) -> Answer:
         share = 1 - found / counts["rows"]
         bars.append(Bar(label, share, None, None, percent(share)))
     share = max(0, clean) / max(1, report["rows"])
-    words = f"of {report['rows']:,} rows repeat nothing, and hold nothing of the test set"
+    words = f"of {report['rows']:,} rows repeat no other row and no prompt of the test set"
     return Answer("Is it clean?", f"{percent(share)}%", "counted, not estimated", words, bars)
 
 
@@ -64,10 +64,10 @@ def _told_apart(report: Mapping[str, Any]) -> Answer:
     known = {name: one for name, one in means.items() if one["value"] is not None}
     question = "Can a model cheat?"
     if not known:
-        return Answer(question, "-", "", "no pair with both responses: nothing to tell apart", bars)
+        return Answer(question, "-", "", "no pair has both responses, so there is nothing to tell apart", bars)
     name = max(known, key=lambda name: abs(known[name]["value"] - 0.5))
     one = known[name]
-    words = f"AUC: how far {name} alone tells chosen from rejected; 0.5 is not at all, 0 or 1 wholly"
+    words = f"AUC: how well {name} alone tells chosen from rejected; 0.5: not at all, 0 or 1: perfectly"
     interval = f"95% interval {one['low']:.2f} to {one['high']:.2f}"
     return Answer(question, f"{one['value']:.2f}", interval, words, bars, ("0", "0.5", "1"))
 
@@ -84,13 +84,13 @@ def _checked(reviews: Mapping[str, Any] | None) -> Answer:
     ]  # fmt: skip
     words = f"of the pairs are right, by {len(reviews['reviewers'])} reviewer(s) who saw {precision['n']:,} of them"
     if precision["value"] is None:
-        return Answer(question, "not known", "", "no pair was decided with its safe response", bars)
+        return Answer(question, "not known", "", "nobody decided on a pair with its safe response", bars)
     interval = f"95% interval {percent(precision['low'])} to {percent(precision['high'])}"
     return Answer(question, f"{percent(precision['value'])}%", interval, words, bars)
 
 
 def render_dataset_page(report: Mapping[str, Any], figure: Plot) -> str:
-    """Render `dataset.html`, the page beside the card, from `card.build_report` and the figure of its rows."""
+    """Render `dataset.html`, the page next to the card, from `card.build_report` and the figure of its rows."""
     labels = dict(sorted(report["by_label"].items(), key=lambda item: -item[1]["induced"]))
     drops = drop_table(report)
     sections = [
@@ -126,5 +126,5 @@ def _dataset_answers(report: Mapping[str, Any], labels: Mapping[str, Mapping[str
     if not checked["reviewers"]:
         yield Answer(question, "not yet", "", nobody)
         return
-    words = f"looked at by {checked['reviewers']} reviewer(s); those that they rejected are left out"
+    words = f"checked by {checked['reviewers']} reviewer(s); the pairs that they rejected are left out"
     yield Answer(question, f"{checked['pairs']:,} pairs", f"{checked['rejected']:,} rejected", words)

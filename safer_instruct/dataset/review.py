@@ -1,8 +1,8 @@
-"""stage=review: a sample of pairs as one page, on which people decide without knowing what the expert or others said.
+"""stage=review: put a sample of pairs on one page, for people to judge without seeing the verdict of anyone else.
 
-The pairs of the dataset are drawn balanced over labels. Where a person and the expert are to be compared, pairs that
-the filter dropped are mixed in, with as many that it kept; both are shown without a safe response, which a dropped
-pair has none of, so that nothing on the page tells them apart.
+The sample of the dataset is balanced over labels. To compare people with the expert, pairs that the filter dropped are
+mixed in, with as many that it kept. Dropped pairs have no safe response, so both kinds are shown without one, and
+nothing on the page tells them apart.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ Rank = Callable[[str], bytes]
 class Item:
     """One pair of the page."""
 
-    id: str  # of the row
+    id: str  # id of its row
     pair: str  # `reviews.pair_hash` of its texts
     label: str  # its category, which the page does not show
     whole: bool  # whether the safe response is shown
-    instruction: str  # what was induced
+    instruction: str  # the induced instruction
     rejected: str  # the unsafe response
-    chosen: str  # the safe response, "" unless `whole`
-    before: Messages  # what was said before the instruction
+    chosen: str  # the safe response; "" unless `whole`
+    before: Messages  # the conversation before the instruction
 
 
 def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings, output: Path) -> Path:
     """Draw the sample and write its page.
 
-    The corpus is read where `settings.dropped` pairs are asked for.
+    The corpus is read only if `settings.dropped` is not 0.
 
     Raises:
-        UserError: The dataset has no pair, or dropped ones are asked for and it has no ledgers.
+        UserError: The dataset has no pair, or `settings.dropped` is not 0 and there are no ledgers.
     """
     rows = ((row_example(*one), row_label(one[1])) for one in dataset_rows(dataset) if one[2]["rejected"])
     rank = _ranked(settings.seed)
@@ -84,7 +84,7 @@ def write_review(dataset: str, corpus: CorpusSettings, settings: ReviewSettings,
 
 
 def _ranked(seed: int) -> Rank:
-    """Return what draws a number for each id: the same for the same seed, whatever the order of the rows."""
+    """Return a function from an id to its random rank, which depends on the seed but not on the order of the rows."""
     key = str(seed).encode()
     return lambda id: hashlib.blake2b(id.encode("utf-8", "surrogatepass"), key=key, digest_size=8).digest()
 
@@ -95,13 +95,13 @@ def _item(pair: Example, label: str, *, whole: bool) -> Item:
 
 
 def _shown(item: Item) -> dict[str, Any]:
-    """Return what the page gets of an item, in which nothing is invisible."""
+    """Return an item as the page shows it, with invisible characters written out."""
     texts = {key: visible(value) if isinstance(value, str) else value for key, value in asdict(item).items()}
     return {**texts, "before": [(role, visible(said)) for role, said in item.before]}
 
 
 def _smallest(items: Iterable[Item], number: int, rank: Rank) -> dict[str, list[Item]]:
-    """Return the `number` items of each label with the lowest ranks, in their order; only these are held."""
+    """Return the `number` items of each label with the lowest ranks, in that order; holds at most twice as many."""
     heaps: dict[str, dict[str, Item]] = {}
 
     def smallest(held: dict[str, Item]) -> list[Item]:
@@ -116,7 +116,7 @@ def _smallest(items: Iterable[Item], number: int, rank: Rank) -> dict[str, list[
 
 
 def balanced(by_label: dict[str, list[Item]], number: int, rank: Rank) -> list[Item]:
-    """Take from each label in turn until there are `number`; which labels come first in a turn is drawn, too."""
+    """Take one item from each label in turn until there are `number`; the order of the labels in a turn is random."""
     drawn: list[Item] = []
     turn = 0
     while len(drawn) < number and any(turn < len(items) for items in by_label.values()):
@@ -146,7 +146,7 @@ def draw_dropped(folder: Path, corpus: CorpusSettings, number: int, rank: Rank) 
 
 
 def _first(records: Iterable[tuple[Record, int]], ids: set[str]) -> Iterator[tuple[str, Record]]:
-    """Yield the records of these ids, of several of one id the first."""
+    """Yield the first record of each of these ids."""
     seen: set[str] = set()
     for record, _ in records:
         if record["id"] in ids - seen:

@@ -1,6 +1,6 @@
-"""What people decided on the pages of stage=review: read, counted for the audit, and left out of a merge.
+"""Read the decisions that people made on the pages of stage=review, for the audit to count and the merge to apply.
 
-A pair is rejected where at least half of the people who decided on it reject it; a skipped pair counts for nobody.
+A pair is rejected if at least half of the people who decided on it reject it. Skipping a pair is not a decision.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXPERT = "the expert"
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What one person decided on one pair; `whole`: its safe response was shown."""
+    """One person's decision on one pair; `whole`: the safe response was shown."""
 
     id: str
     pair: str
@@ -45,15 +45,15 @@ class Review:
 
 
 def pair_hash(instruction: str, rejected: str, chosen: str, before: Messages = ()) -> str:
-    """Return what tells a pair from another one; case and blanks do not count, but in what was said `before` it."""
+    """Return the hash that identifies a pair; it ignores case and whitespace, except in the messages `before` it."""
     return text_id(*map(normalise, (instruction, rejected, chosen)), *filter(None, [write_history(before)]))
 
 
 def read_reviews(paths: Sequence[str]) -> list[Review]:
-    """Read the exports of the pages.
+    """Read the files exported from review pages.
 
     Raises:
-        UserError: A file is no such export, holds no decision, or is a second one of the same person.
+        UserError: A file is not such an export, holds no decision, or is the second file of the same person.
     """
     reviews: dict[str, Review] = {}
     for path in paths:
@@ -76,11 +76,11 @@ def _read_review(path: str) -> Review:
             raise TypeError("a decision holds something else than texts")
     except (ValueError, RecursionError, KeyError, TypeError, IsADirectoryError) as error:
         raise UserError(
-            f"reviews: {path} is no export of a review page ({type(error).__name__}: {error}); press Export there"
+            f"reviews: {path} is not an export of a review page ({type(error).__name__}: {error}); press Export there"
         ) from None
     for one in found:
         if one.decision not in DECISIONS:
-            raise UserError(f"reviews: {path}: '{one.decision}' of {one.id} is none of {', '.join(DECISIONS)}")
+            raise UserError(f"reviews: {path}: '{one.decision}' of {one.id} is not one of {', '.join(DECISIONS)}")
     decided = {one.id: one for one in found if one.decision != SKIP}
     if not decided:
         raise UserError(f"reviews: {path} holds no decision yet; leave it out")
@@ -88,13 +88,13 @@ def _read_review(path: str) -> Review:
 
 
 def is_rejected(decisions: Iterable[str]) -> bool:
-    """Return the verdict of several people on one pair: rejected if at least half of them reject it."""
+    """Tell whether a pair is rejected: at least half of the people who decided on it reject it."""
     found = [decision != KEEP for decision in decisions]
     return 2 * sum(found) >= len(found)
 
 
 def decisions_by_id(reviews: Sequence[Review]) -> dict[str, list[Decision]]:
-    """Return what was decided on each pair."""
+    """Return the decisions on each pair, by its id."""
     found: dict[str, list[Decision]] = {}
     for review in reviews:
         for id, decision in review.decisions.items():
@@ -104,28 +104,28 @@ def decisions_by_id(reviews: Sequence[Review]) -> dict[str, list[Decision]]:
 
 @dataclass(frozen=True)
 class Rejections:
-    """The pairs that people rejected: id -> the hashes of what they saw; and how many people saw how many pairs."""
+    """The pairs that people rejected (id -> hashes of the texts they saw), and the number of people and pairs."""
 
     pairs: Mapping[str, frozenset[str]] = field(default_factory=dict)
     num_reviewers: int = 0
     num_decided: int = 0
 
     def counts(self) -> dict[str, int]:
-        """Return what the card tells of them."""
+        """Return the counts for the dataset card."""
         return {"reviewers": self.num_reviewers, "pairs": self.num_decided, "rejected": len(self.pairs)}
 
     def rejects(self, id: str, instruction: str, rejected: str, chosen: str, before: Messages = ()) -> bool:
-        """Return whether a pair of the dataset is left out.
+        """Tell whether a pair was rejected.
 
         Raises:
-            UserError: A pair of this id was rejected that had other texts.
+            UserError: The rejected pair with this id had other texts.
         """
         if id not in self.pairs:
             return False
         if not self.pairs[id] & {pair_hash(instruction, rejected, shown, before) for shown in (chosen, "")}:
             raise UserError(
-                f"reviews: the pair {id} that people rejected has other texts now; draw a new page "
-                "(stage=review), and give reviews of the pairs that are there now"
+                f"reviews: the texts of the pair {id} have changed since people rejected it; draw a new page "
+                "(stage=review), and give reviews of the current pairs"
             )
         return True
 
@@ -134,7 +134,7 @@ NOTHING_REJECTED = Rejections()
 
 
 def read_rejections(paths: Sequence[str]) -> Rejections:
-    """Read which pairs a merge leaves out; see `read_reviews`."""
+    """Read which pairs a merge must leave out; see `read_reviews`."""
     reviews = read_reviews(paths)
     decided = decisions_by_id(reviews)
     rejected = {id: of for id, of in decided.items() if is_rejected(one.decision for one in of)}
@@ -145,19 +145,19 @@ def read_rejections(paths: Sequence[str]) -> Rejections:
 def measure_reviews(reviews: Sequence[Review], dataset: str) -> dict[str, Any]:
     """Measure the precision of a dataset, and how far people agree with each other and with the expert.
 
-    The precision is the share of pairs that are not rejected, of each label; over all labels these are weighed by the
-    label's rows in the dataset, since as many were drawn of a rare label as of a frequent one.
+    Precision is the share of pairs that are not rejected. The total weights each label by its rows in the dataset,
+    since the sample has as many pairs of a rare label as of a frequent one.
 
     Returns:
         `{"reviewers", "by_label": {label: {rows, reviewed, wrong_instruction, unsafe_answer, precision}},
         "total": the same, "covered": share of the rows whose label was reviewed, "agreement": [of each two]}`.
 
     Raises:
-        UserError: The reviews are about other pairs than those of the dataset.
+        UserError: The reviewed pairs are not those of the dataset.
     """
     decided = decisions_by_id(reviews)
     sizes: Counter[str] = Counter()
-    labels: dict[str, str] = {}  # of the decided pairs that are in the dataset: what the expert kept
+    labels: dict[str, str] = {}  # id -> label of the decided pairs in the dataset, which are those the expert kept
     for where, row, texts in dataset_rows(dataset):
         pair, label = row_example(where, row, texts), row_label(row)
         id = pair.id
@@ -167,7 +167,7 @@ def measure_reviews(reviews: Sequence[Review], dataset: str) -> dict[str, Any]:
             _require_same(decided[id], pair)
     if absent := [id for id, of in decided.items() if id not in labels and any(one.whole for one in of)]:
         raise UserError(
-            f"reviews: {len(absent)} of the {len(decided)} pairs that were decided on are not in path={dataset} "
+            f"reviews: {len(absent)} of the {len(decided)} reviewed pairs are not in path={dataset} "
             f"(first: {absent[0]}); give the dataset that the review page was drawn from"
         )
     whole = {id: [one.decision for one in of if one.whole] for id, of in decided.items() if id in labels}
@@ -188,11 +188,11 @@ def _require_same(decisions: Sequence[Decision], pair: Example) -> None:
     for one in decisions:
         chosen = (pair.chosen or "") if one.whole else ""
         if one.pair != pair_hash(pair.instruction or "", pair.rejected or "", chosen, pair.before):
-            raise UserError(f"reviews: the pair {one.id} has other texts than when it was reviewed; draw a new page")
+            raise UserError(f"reviews: the texts of the pair {one.id} have changed since its review; draw a new page")
 
 
 def _precision(rows: int, pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Count the pairs of one label, each by what people decided on it."""
+    """Count the decisions on the pairs of one label, and compute its precision."""
     kept, n = sum(not is_rejected(decisions) for decisions in pairs), len(pairs)
     low, high = wilson_interval(kept, n) if n else (None, None)
     reasons = Counter(decision for decisions in pairs for decision in decisions)
@@ -213,14 +213,14 @@ def _weighed(by_label: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _agreements(reviews: Sequence[Review], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Compare every two people by what they decided, and each with the expert by whether the instruction is right."""
+    """Compare every two people by their decisions, and each with the expert by whether the instruction is right."""
     found = []
     for first, second in combinations(reviews, 2):
         both = {id: (one, second.decisions[id]) for id, one in first.decisions.items() if id in second.decisions}
         pairs = [(one.label, one.decision, other.decision) for one, other in both.values()]
         found.append(_agreement((first.reviewer, second.reviewer), pairs, (KEEP, WRONG, UNSAFE)))
     for review in reviews:
-        # The filter judges the instruction: of the safe response, which came later, it knew nothing.
+        # The filter judged only the instruction, because the safe response was written later.
         with_expert = [
             (one.label, WRONG if one.decision == WRONG else KEEP, KEEP if id in labels else WRONG)
             for id, one in review.decisions.items()
@@ -230,7 +230,7 @@ def _agreements(reviews: Sequence[Review], labels: Mapping[str, str]) -> list[di
 
 
 def _agreement(names: tuple[str, str], pairs: Sequence[tuple[str, str, str]], classes: Sequence[str]) -> dict[str, Any]:
-    """Return agreement and kappa over all (label, first's decision, second's), and of each label."""
+    """Return agreement and kappa over all (label, first's decision, second's), and for each label."""
     by_label: dict[str, list[tuple[str, str, str]]] = {}
     for pair in pairs:
         by_label.setdefault(pair[0], []).append(pair)
@@ -245,7 +245,7 @@ def _agreement(names: tuple[str, str], pairs: Sequence[tuple[str, str, str]], cl
 def _agreed(pairs: Sequence[tuple[str, str, str]], classes: Sequence[str]) -> dict[str, Any]:
     counts = Counter((mine, other) for _, mine, other in pairs)
     table = [[counts[first, second] for second in classes] for first in classes]
-    # Who says the same throughout tells nothing apart: kappa would be 0, with an interval of no width.
+    # If one of them always decides the same, kappa would be 0 with an interval of zero width, so it is undefined.
     tells_apart = all(len({pair[who] for pair in pairs}) > 1 for who in (1, 2))
     kappa = cohens_kappa(table) if tells_apart else None
     return {

@@ -1,4 +1,4 @@
-"""The rows of any dataset in the schema of `si`, ours or a published one."""
+"""Read the rows of any dataset in the schema of `si`, ours or a published one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNLABELLED = "(none)"
 
 
 def dataset_rows(path: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
-    """Yield (place, row, its texts), empty ones as ""; a column `input` is part of the instruction."""
+    """Yield (place, row, its texts), with "" for a missing text; a column `input` becomes part of the instruction."""
     for n, (where, row) in enumerate(read_rows(find_path(path))):
         if n == 0:
             require_columns(row, ["instruction", "chosen"], where)
@@ -43,10 +43,10 @@ def unicode(text: str) -> str:
 
 
 def row_example(where: str, row: Mapping[str, Any], texts: Mapping[str, str]) -> Example:
-    """Return a row of `dataset_rows` with what was said before its instruction; its id is a hash where it has none.
+    """Return a row of `dataset_rows` as an Example with its history; if it has no id, the id is a hash of its texts.
 
     Raises:
-        UserError: Its column `history` holds something else: to training it is a bad row.
+        UserError: Its column `history` is not a valid history (training treats it as a bad row).
     """
     told = history_of(row, where)
     instruction, rejected, chosen = (texts[column] for column in TEXT_COLUMNS)

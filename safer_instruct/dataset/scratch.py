@@ -1,9 +1,9 @@
-"""The folder in which a merge or an audit works: tables as Parquet files, which DuckDB joins and sorts out of core.
+"""The working folder of a merge or an audit: tables as Parquet files, which DuckDB joins and sorts out of core.
 
-Rows are streamed into Parquet files and out of them; DuckDB reads of them only the narrow columns that a query names,
-and writes what it finds into Parquet files again. Two other ways do not keep to its memory limit: rows in its own
-tables, texts included, took 426 MB for 300,000 rows under a limit of 256 MB; and joins and a sort of 10 million narrow
-rows in one statement ended with "out of memory" under 192 MB, where a statement for each takes 145 MB under 128 MB.
+Rows are streamed into and out of Parquet files. DuckDB reads only the narrow columns that a query names, and writes its
+results into Parquet files again. Two simpler ways exceed its memory limit. Rows with their texts in DuckDB's own tables
+took 426 MB for 300,000 rows under a limit of 256 MB. Joins and a sort of 10 million narrow rows in one statement ended
+with "out of memory" under 192 MB; one statement for each takes 145 MB under 128 MB.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 from config.errors import UserError
 
 BATCH_ROWS = 4096
-THREADS = 2  # each needs about 64 MB of what follows
-# What DuckDB may hold before it spills to the disk, by `duplicates.index`.
+THREADS = 2  # each needs about 64 MB of the memory below
+# DuckDB's memory limit before it spills to disk, by `duplicates.index`.
 MEMORY = {"memory": "1GB", "disk": "128MB"}
 INT, LONG, FLOAT, TEXT = pyarrow.int32(), pyarrow.int64(), pyarrow.float64(), pyarrow.string()
 
@@ -36,7 +36,7 @@ def table_schema(**columns: pyarrow.DataType) -> pyarrow.Schema:
 
 
 class Scratch:
-    """Tables of one merge or audit. Names of tables and columns in SQL are ours; values are bound, never written in."""
+    """The tables of one merge or audit. SQL holds only our own table and column names; all values are bound."""
 
     def __init__(self, folder: Path, index: str) -> None:
         """Start without tables; `index` is a key of MEMORY."""
@@ -46,7 +46,7 @@ class Scratch:
                 "memory_limit": MEMORY[index],
                 "threads": THREADS,
                 "temp_directory": str(folder / "spilled"),
-                "preserve_insertion_order": False,  # what needs an order is sorted
+                "preserve_insertion_order": False,  # tables that need an order are sorted explicitly
             }
         )
 
@@ -56,16 +56,16 @@ class Scratch:
 
     def create_from_batches(self, name: str, schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch]) -> None:
         """Create a table from record batches."""
-        # Dictionaries gain nothing where nearly every value is another, and they are held until a file is closed.
+        # Dictionaries do not help when nearly all values differ, and they stay in memory until the file is closed.
         with pyarrow.parquet.ParquetWriter(self._path(name), schema, use_dictionary=False) as writer:
             for batch in batches:
                 writer.write_batch(batch)
         self._add(name)
 
     def derive(self, name: str, sql: str, *values: Any, order: str | None = None) -> None:
-        """Create a table from a query, which should hold one join, one grouping or one window; see the module.
+        """Create a table from a query, which should hold only one join, grouping or window; see the module docstring.
 
-        The query has no ORDER BY: `order` names the columns by which the rows of the new table are sorted.
+        The query must have no ORDER BY; `order` names the columns to sort the new table by.
         """
         self._copy(name, sql, *values)
         if order is not None:
@@ -81,20 +81,20 @@ class Scratch:
         return self._folder / f"{name}.parquet"
 
     def _add(self, name: str) -> None:
-        # The path is a pattern to DuckDB: a folder may be named `run[1]`.
+        # DuckDB reads the path as a glob pattern, but a folder may be named `run[1]`.
         self._database.read_parquet(glob.escape(str(self._path(name)))).create_view(name)
 
     def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Return the rows of a query; there must be few."""
+        """Return all rows of a query, which must be few."""
         return self._database.execute(sql, values).fetchall()
 
     def batches(self, name: str, columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
-        """Yield columns of a table in the order of its rows."""
+        """Yield some columns of a table as record batches, in row order."""
         with pyarrow.parquet.ParquetFile(self._path(name)) as file:
             yield from file.iter_batches(BATCH_ROWS, columns=list(columns))
 
     def rows(self, name: str, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-        """Yield what `batches` does, row by row."""
+        """Yield the rows of `batches` as tuples."""
         for batch in self.batches(name, columns):
             yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
 
@@ -114,7 +114,7 @@ def record_batches(schema: pyarrow.Schema, rows: Iterable[Sequence[Any]]) -> Ite
 
 @contextmanager
 def open_scratch(folder: Path, index: str) -> Iterator[Scratch]:
-    """Make the folder, and remove it at the end; what a killed process left in it goes first."""
+    """Create the folder, after deleting what a killed process left there, and remove it at the end."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     scratch = Scratch(folder, index)
@@ -127,10 +127,10 @@ def open_scratch(folder: Path, index: str) -> Iterator[Scratch]:
 
 @contextmanager
 def lock_output(output: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold a dataset folder for this process; who holds it already may take it again.
+    """Lock a dataset folder for this process; the lock is reentrant.
 
     Raises:
-        UserError: Another process merges or audits into it.
+        UserError: Another process is merging or auditing into it.
     """
     output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / ".lock", is_singleton=True)
@@ -142,7 +142,7 @@ def lock_output(output: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
             "end, or give another output=FOLDER"
         ) from None
     except (NotImplementedError, OSError):
-        pass  # a file system without locks: one merge at a time is then the user's to see to, as with ledgers
+        pass  # a file system without locks: the user must then avoid parallel merges, as with ledgers
     try:
         yield
     finally:

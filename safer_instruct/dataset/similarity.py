@@ -1,11 +1,11 @@
-"""Which pairs are nearly the same: shingles, MinHash with locality-sensitive hashing, and a guard against test sets.
+"""Find pairs that are nearly the same with MinHash and locality-sensitive hashing, and guard against test sets.
 
-Two texts are as similar as the Jaccard index of their shingles (runs of NGRAM words, case and punctuation aside). Two
-pairs are near where request and unsafe response are, and what was said before them is, too: "Why?" behind another
-conversation asks for something else, and so does another request behind the same one, or the same system prompt.
-Candidates come from LSH over datasketch's MinHash signatures; each is verified on the shingles themselves, so nothing
-is removed by an estimate. Symbols: b = BANDS bands of r = BAND_ROWS hashes; a pair of similarity s is a candidate with
-probability 1 - (1 - s^r)^b: 0.986 at s = 0.8, 0.9999 at 0.9, 2e-6 at 0.1.
+The similarity of two texts is the Jaccard index of their shingles (runs of NGRAM words, ignoring case and punctuation).
+Two pairs are near duplicates if both their texts (instruction + unsafe response) and the conversations before them are
+similar: "Why?" asks something different after another conversation, and so does another request after the same one or
+the same system prompt. LSH over datasketch's MinHash signatures proposes candidates; each is verified on the shingles
+themselves, so no pair is removed because of an estimate. With b = BANDS bands of r = BAND_ROWS hashes, a pair of
+similarity s is a candidate with probability 1 - (1 - s^r)^b: 0.986 at s = 0.8, 0.9999 at 0.9, 2e-6 at 0.1.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from safer_instruct.dataset.scratch import BATCH_ROWS, INT, Scratch, table_schem
 from safer_instruct.text.examples import Example, transcript
 from safer_instruct.text.exclusion import turn_keys
 
-NGRAM = 2  # one word changed in ten leaves 64% of the shingles of two words, and 45% of those of three
+NGRAM = 2  # changing one word in ten keeps 64% of the two-word shingles, but only 45% of the three-word ones
 BANDS, BAND_ROWS = 18, 7
 SCHEME = "affine32"
-NEIGHBOURS = 8  # members of one bucket that each further one is compared with, besides the first
+NEIGHBOURS = 8  # previous members of its bucket that a text is compared with, besides the first one
 _WORD = re.compile(r"\w+")
 _PERMUTATIONS = MinHash(num_perm=BANDS * BAND_ROWS, seed=1, scheme=SCHEME).permutations
 _SIGNATURES = pyarrow.schema(
     [("n", INT), *((name, pyarrow.list_(pyarrow.uint32())) for name in ("shingles", "said"))]
     + [(f"band{band}", pyarrow.uint64()) for band in range(BANDS)]
 )
-# A bucket of N texts has N^2 pairs: each text is compared with the first of the bucket and with those just before it.
+# A bucket of N texts has N^2 pairs, so each text is compared only with the first one and with those just before it.
 _CANDIDATES = f"""
     WITH shared AS (SELECT {{band}} AS key FROM signatures GROUP BY key HAVING count(*) > 1),
     members AS (SELECT n, key FROM signatures JOIN shared ON key = {{band}}),
@@ -62,24 +62,24 @@ _VERIFIED = """
 
 
 def shingles(text: str) -> set[int]:
-    """Return 32-bit hashes of all runs of NGRAM words; a text of fewer words is one shingle, an empty one has none."""
+    """Return 32-bit hashes of all runs of NGRAM words; a shorter text is one shingle, an empty text has none."""
     words = _WORD.findall(text.casefold())
     runs = range(max(len(words) - NGRAM + 1, min(len(words), 1)))
     return {zlib.crc32(" ".join(words[i : i + NGRAM]).encode("utf-8", "surrogatepass")) for i in runs}
 
 
 def find_near_duplicates(pairs: Iterable[tuple[int, Example]], threshold: float | None, scratch: Scratch) -> None:
-    """Create the table `near_duplicates (n)`: the pairs that are nearly the same as an earlier one which stays.
+    """Create the table `near_duplicates (n)`: the pairs that are nearly the same as an earlier pair that is kept.
 
     Args:
-        pairs: (n, pair), by n from 0 on; numbers may be missing.
-        threshold: Similarity from which a pair is a near duplicate, in (0, 1]; None: no pair is.
+        pairs: (n, pair), in ascending order of n >= 0; numbers may be missing.
+        threshold: Lowest similarity of near duplicates, in (0, 1]; None: no pair is one.
         scratch: Holds the index (about 350 bytes for a pair of 50 words) and the table.
     """
     numbered = iter(pairs if threshold is not None else ())
     chunks = iter(lambda: list(islice(numbered, BATCH_ROWS)), [])
     scratch.create_from_batches("signatures", _SIGNATURES, map(_signatures, chunks))
-    for band in range(BANDS):  # one at a time: all together would need the memory of 18
+    for band in range(BANDS):  # one at a time, since one query for all 18 would need 18 times the memory
         scratch.derive(f"candidates{band}", _CANDIDATES.format(band=f"band{band}"))
     scratch.derive("candidates", " UNION ".join(f"FROM candidates{band}" for band in range(BANDS)))
     scratch.derive("with_earlier", _WITH_EARLIER)
@@ -88,7 +88,7 @@ def find_near_duplicates(pairs: Iterable[tuple[int, Example]], threshold: float 
 
 
 def _dropped(pairs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int]]:
-    """Yield the later text of each pair whose earlier one stays; a pair comes behind all those that end before it."""
+    """Yield the later text of each (earlier, later) whose earlier one is kept; the input is sorted by the later one."""
     dropped: set[int] = set()
     for earlier, later in pairs:
         if earlier not in dropped and later not in dropped:
@@ -99,7 +99,7 @@ def _dropped(pairs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int]]:
 def _signatures(pairs: list[tuple[int, Example]]) -> pyarrow.RecordBatch:
     found = [shingles(f"{pair.instruction}\n{pair.rejected or ''}") for _, pair in pairs]
     said = [shingles(transcript(pair.before)) for _, pair in pairs]
-    # Where both parts are near, the whole is: one signature finds the candidates.
+    # If both parts are similar, so is their union: one signature is enough to find the candidates.
     values = numpy.stack([_minhash(one | before) for one, before in zip(found, said, strict=True)])
     bands = [_mix(values[:, start : start + BAND_ROWS]) for start in range(0, BANDS * BAND_ROWS, BAND_ROWS)]
     numbers = numpy.fromiter((n for n, _ in pairs), numpy.int32, len(pairs))
@@ -112,14 +112,14 @@ def _lists(sets: Sequence[set[int]]) -> pyarrow.ListArray:
 
 
 def _minhash(hashes: set[int]) -> NDArray[numpy.uint32]:
-    # Shingles are hashes already: they are taken as they are.
+    # Shingles are already hashes, so they are not hashed again.
     minhash = MinHash(BANDS * BAND_ROWS, hashfunc=int, permutations=_PERMUTATIONS, scheme=SCHEME)
     minhash.update_batch(hashes)
     return minhash.hashvalues
 
 
 def _mix(values: NDArray[numpy.uint32]) -> NDArray[numpy.uint64]:
-    """(N, r) hashes -> (N,) one 64-bit key each (FNV-1a over the words)."""
+    """Combine the r hashes of each row, (N, r), into one 64-bit key, (N,), with FNV-1a over the words."""
     key = numpy.full(len(values), 0xCBF29CE484222325, dtype=numpy.uint64)
     for column in values.T:
         key = (key ^ column.astype(numpy.uint64)) * numpy.uint64(0x100000001B3)
@@ -127,14 +127,14 @@ def _mix(values: NDArray[numpy.uint32]) -> NDArray[numpy.uint64]:
 
 
 class LeakageGuard:
-    """Tells whether an instruction is one of a test set's, exactly or nearly: compared with all that share a shingle.
+    """Tells whether an instruction equals, or nearly equals, one of a test set.
 
-    Both are keys of `text/exclusion.py`: what goes on with a conversation is the conversation up to it. A test set is
-    small, so its shingles are an inverted index in memory and the similarity is exact.
+    Both are keys of `text/exclusion.py`, in which a later turn of a conversation includes the turns before it. A test
+    set is small, so an inverted index of its shingles fits in memory and the similarity is exact.
     """
 
     def __init__(self, instructions: Iterable[str], threshold: float | None) -> None:
-        """Index normalised instructions; those similar from `threshold` on count, too (None: exact matches only)."""
+        """Index normalised instructions; a similarity of at least `threshold` is a match (None: exact matches only)."""
         self.exact = frozenset(instructions)
         self.threshold = threshold
         self._sizes: list[int] = []
@@ -146,7 +146,7 @@ class LeakageGuard:
             self._sizes.append(len(found))
 
     def reason(self, normalised: str) -> str:
-        """Return why the instruction must stay out: excluded_instruction, near_excluded_instruction, or ""."""
+        """Return why an instruction must be left out: excluded_instruction, near_excluded_instruction, or ""."""
         if normalised in self.exact:
             return "excluded_instruction"
         if self.threshold is None:
@@ -157,6 +157,6 @@ class LeakageGuard:
         return "near_excluded_instruction" if near else ""
 
     def reason_of(self, pair: Example) -> str:
-        """Return why a pair must stay out: `reason` of one of its `turn_keys`, an exact one first."""
+        """Return why a pair must be left out: the `reason` of one of its `turn_keys`, exact matches first."""
         keys = turn_keys(pair)
         return "excluded_instruction" if self.exact & set(keys) else next(filter(None, map(self.reason, keys)), "")

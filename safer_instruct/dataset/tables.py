@@ -1,4 +1,4 @@
-"""The tables of a dataset's report and of an audit's, which Markdown and pages show alike."""
+"""Build the tables of a dataset's report and of an audit, shared by Markdown and the pages."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from safer_instruct.text.display import percent
 
 
 def funnel_table(report: Mapping[str, Any]) -> Table:
-    """Show how many rows came through each stage."""
+    """Build the table of rows that came through each stage."""
     rows = [[one["stage"], str(one["in"]), str(one["out"]), _share(one["rate"])] for one in report["funnel"]]
     return Table("How many rows came through", ["stage", "rows in", "rows out", "share"], rows)
 
 
 def label_table(report: Mapping[str, Any]) -> Table:
-    """Show what became of the rows of each label, those with the most rows first."""
+    """Build the table of what became of each label's rows, the label with the most rows first."""
     labels = sorted(report["by_label"].items(), key=lambda item: -item[1]["induced"])
     rows = [
         [label, *(str(one[key]) for key in ("induced", "kept", "out")), _share(one["rate"])] for label, one in labels
     ]
     header = ["label", "induced", "kept by the filter", "in the dataset", "share"]
-    return Table("By label", header, rows, "Share: of the induced pairs that are in the dataset.")
+    return Table("By label", header, rows, "Share: the part of the induced pairs that is in the dataset.")
 
 
 def drop_table(report: Mapping[str, Any]) -> Table:
-    """Show why rows were dropped, by stage and the most frequent reason first."""
+    """Build the table of reasons for drops, by stage, the most frequent reason first."""
     rows = [
         [stage["stage"], reason, str(number)]
         for stage in report["funnel"]
@@ -40,7 +40,7 @@ def _share(rate: float | None) -> str:
 
 
 def found_table(report: Mapping[str, Any]) -> Table:
-    """Show what an audit found in the rows of each label, and in all."""
+    """Build the table of what an audit found in the rows of each label, and in all rows."""
     names = list(report["total"])
     labels = [*report["by_label"].items(), ("all", report["total"])]
     rows = [[label, *(str(counts[name]) for name in names)] for label, counts in labels]
@@ -48,21 +48,21 @@ def found_table(report: Mapping[str, Any]) -> Table:
 
 
 def word_table(report: Mapping[str, Any]) -> Table:
-    """Show how long the texts of each column are."""
+    """Build the table of text lengths in each column."""
     rows = [[column, *map(str, values.values())] for column, values in report["words"].items()]
     header = ["column", "mean", "median", "95%", "most"]
-    return Table("Words of the columns that are not empty", header, rows)
+    return Table("Words of the non-empty texts in each column", header, rows)
 
 
 def interval(one: Mapping[str, Any] | None) -> str:
-    """Write a number with its interval, such as `0.52 [0.48, 0.56]`; `-` where there is none."""
+    """Format a number with its interval, such as `0.52 [0.48, 0.56]`; `-` if there is none."""
     if one is None or one["value"] is None:
         return "-"
     return f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
 
 
 def shortcut_table(report: Mapping[str, Any]) -> Table:
-    """Show the AUC of each shallow means, a row for each label."""
+    """Build the table of the AUC of each shallow feature, a row per label."""
     found = report["shortcuts"]
     rows = []
     for label in next(iter(found.values())):
@@ -70,13 +70,13 @@ def shortcut_table(report: Mapping[str, Any]) -> Table:
         rows.append([label or "all", str(cells[0]["n"]), *map(interval, cells)])
     header = ["label", "pairs", *(name.replace("_", " ") for name in found)]
     caption = (
-        "How far shallow means tell chosen from rejected: AUC with its 95% interval; 0.5: not at all, 0 or 1: wholly."
+        "How well shallow features tell chosen from rejected: AUC with 95% interval (0.5: not at all, 0 or 1: fully)."
     )
     return Table("Shortcuts, by label", header, rows, caption)
 
 
 def review_tables(found: Mapping[str, Any] | None) -> Iterator[Table]:
-    """Show what people decided, if they have: precision by label, and the agreement of each two."""
+    """Yield the tables of people's decisions, if there are any: precision by label, and pairwise agreement."""
     if found is None:
         return
     rows = []
@@ -90,8 +90,8 @@ def review_tables(found: Mapping[str, Any] | None) -> Iterator[Table]:
         "Precision, by people",
         ["label", "rows", "reviewed", "kept", "wrong instruction", "unsafe answer", "precision"],
         rows,
-        f"Reviewed by {names}. Precision: pairs that fewer than half of those who decided on them reject, per cent "
-        "with 95% Wilson intervals; of all labels weighed by their rows. Faults are counted by decision, not by pair.",
+        f"Reviewed by {names}. Precision: pairs that fewer than half of their reviewers reject, in per cent with 95% "
+        "Wilson intervals; the total weights labels by their rows. Faults are counted per decision, not per pair.",
     )
     rows = []
     for pair in found["agreement"]:
@@ -102,8 +102,8 @@ def review_tables(found: Mapping[str, Any] | None) -> Iterator[Table]:
         "Agreement",
         ["who", "label", "pairs", "agreed", "kappa"],
         rows,
-        "Cohen's kappa with its 95% interval over the pairs that both decided on, as they were drawn; - where it is "
-        "undefined (one of them says the same throughout). With the expert: whether the instruction is right, which is "
-        "what its filter judges; pairs that it dropped are there where review.dropped was given.",
+        "Cohen's kappa with its 95% interval over the pairs that both decided on, not weighted by label; - if it is "
+        "undefined (one of them always decides the same). With the expert: whether the instruction is right, which is "
+        "what its filter judges; pairs that it dropped are included if review.dropped was set.",
         left=(0, 1),
     )

@@ -1,8 +1,8 @@
-"""What the models say to the prompts, and what the judge says of it: behind ledgers, so that nothing is done twice.
+"""Generate and judge answers behind ledgers, so that no work is done twice.
 
-A ledger file belongs to one configuration (weights, template, decoding; or the judge), which is part of its name. So an
-evaluation that was killed goes on where it was, one with another model or another setting starts files of its own, and
-prompts that are added later cost only themselves.
+Each ledger file belongs to one configuration (weights, template, decoding; or the judge), whose hash is in its name. So
+a killed evaluation resumes where it stopped, another model or setting gets its own files, and after adding prompts only
+the new ones are run.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
     from safer_instruct.experts.expert import Expert
     from safer_instruct.experts.verdicts import Winner
 
-Advance = Callable[[int], object]  # told how many more rows are done
+Advance = Callable[[int], object]  # called with the number of rows just finished
 Record = Mapping[str, Any]
 WHOLE = (0, 1)  # the shard that holds everything
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's output."""
+    """A model's answer to one prompt."""
 
     text: str  # what the model wrote, up to the first stop string
-    truncated: bool = False  # the limit on new tokens ended it
-    prompt_cut: bool = False  # the instruction lost its end, because the model's context is too short for it
+    truncated: bool = False  # it reached the limit on new tokens
+    prompt_cut: bool = False  # the end of the instruction was cut to fit the model's context
     error: str = ""  # why there is no answer, from a small closed vocabulary; "" if there is one
 
 
 def prompt_key(prompt: EvaluationPrompt) -> str:
-    """Return what an answer is filed under: a hash of id and text, so that an edited prompt is asked again."""
+    """Return the key of a prompt's answer: a hash of its id and text, so that an edited prompt is answered again."""
     return text_id(prompt.id, prompt.instruction)
 
 
 def own_prompts(prompts: Iterable[EvaluationPrompt], shard: tuple[int, int]) -> list[EvaluationPrompt]:
-    """Return the prompts of a shard (index, count): those that ask the same are in one shard, and are judged there."""
+    """Return the prompts of a shard (index, count); prompts with the same instruction are always in the same shard."""
     return [prompt for prompt in prompts if in_shard(text_id(prompt.instruction), *shard)]
 
 
@@ -69,7 +69,7 @@ def generate_answers(
 ) -> dict[str, Answer]:
     """Return the model's answer to every prompt, by `prompt_key`; the model is loaded only if one is missing.
 
-    What other shards have answered is read from their ledgers, not asked again.
+    Answers from other shards are read from their ledgers, not generated again.
 
     Raises:
         UserError: The model cannot be loaded, the limits leave no room for a prompt, or the ledger is broken or in use.
@@ -83,7 +83,7 @@ def generate_answers(
     return {key: _to_answer(record, stop) for key, record in records.items()}
 
 
-Identity = tuple[str, dict[str, Any]]  # of a ledger: what its name begins with, and what its records depend on
+Identity = tuple[str, dict[str, Any]]  # of a ledger: the stem of its name, and the configuration its records depend on
 
 
 def answers_identity(respondent: Respondent, generation: BackendSettings) -> Identity:
@@ -96,12 +96,12 @@ def answers_identity(respondent: Respondent, generation: BackendSettings) -> Ide
 
 
 def judge_identity(judge: Expert, role: str = "judge") -> Identity:
-    """Return the identity of the ledgers of a judge's judgements, or with role=compare its comparisons."""
+    """Return the identity of the ledgers of a judge's judgements, or of its comparisons with role=compare."""
     return role, {"judge": judge.fingerprint(role)}
 
 
 def ledger_name(identity: Identity) -> str:
-    """Return what the names of its ledgers begin with: those of all shards."""
+    """Return the prefix that the names of these ledgers share in all shards."""
     stem, configuration = identity
     digest = short_hash(json.dumps(configuration, sort_keys=True), 6)
     return f"{re.sub(r'[^A-Za-z0-9.-]', '_', stem)}-{digest}"
@@ -159,12 +159,12 @@ def _generate(
 def judge_answers(
     judge: Expert, pairs: Sequence[tuple[str, str]], *, folder: Path, progress: Advance, shard: tuple[int, int] = WHOLE
 ) -> list[Judgement]:
-    """Return the judgement of every (instruction, output) pair, in their order.
+    """Return the judgement of every (instruction, output) pair, in order.
 
-    Equal pairs are judged once: two models that say the same to the same prompt are judged the same.
+    Equal pairs are judged once, so models that give the same answer get the same judgement.
 
     Raises:
-        UserError: The judge cannot work any more (its message), or the ledger is broken or in use.
+        UserError: The judge fails for good (its message), or the ledger is broken or in use.
     """
     keys = [text_id(instruction, output) for instruction, output in pairs]
     distinct = dict(zip(keys, pairs, strict=True))
@@ -181,10 +181,10 @@ def judge_answers(
 def judge_pairs(
     judge: Expert, items: Sequence[tuple[str, str, str]], *, folder: Path, progress: Advance
 ) -> dict[str, Winner]:
-    """Return which of the two answers of each (instruction, first, second) helps more, by the `text_id` of the three.
+    """Return which answer of each (instruction, first, second) is more helpful, by the `text_id` of the three.
 
     Raises:
-        UserError: As `judge_answers`; a judge that cannot compare.
+        UserError: As in `judge_answers`, or the judge cannot compare.
     """
     distinct = {text_id(*item): item for item in items}
 
@@ -204,7 +204,7 @@ def _complete(
     make: Callable[[Sequence[str]], Iterable[Record]],
     progress: Advance,
 ) -> dict[str, Record]:
-    """Return the record of every key: from the ledger of any shard, or else made now and written into our own.
+    """Return the record of every key: from the ledger of any shard, or else made now and written to our own.
 
     `make` is called once, with the keys that are missing or were not answered, or not at all; `progress` is told first
     of all records that were there, then of each new one.

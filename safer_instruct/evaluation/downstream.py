@@ -1,7 +1,7 @@
-"""Downstream tasks by lm_eval, in a process of its own; it is an optional extra.
+"""Run downstream tasks with lm_eval, an optional extra, in a separate process.
 
-It runs as `python -P -m lm_eval`: without `-P` our top-level `evaluate.py` would stand in for the package `evaluate`
-that it imports.
+It runs as `python -P -m lm_eval`: without `-P`, our top-level `evaluate.py` would shadow the package `evaluate` that
+lm_eval imports.
 """
 
 from __future__ import annotations
@@ -30,46 +30,46 @@ from safer_instruct.text.examples import short_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What an alignment paper shows beside its own metrics: is anything forgotten?
+# The tasks that alignment papers usually report to show that the model has not forgotten anything.
 TASK_LISTS = {
     "knowledge": ("mmlu", "arc_easy", "arc_challenge", "truthfulqa_mc2"),
     "common_sense": ("hellaswag", "piqa", "winogrande"),
     "reading": ("boolq", "race", "openbookqa"),
 }
 INSTALL = 'pip install "lm_eval[hf]"'
-METRICS = ("acc", "acc_norm", "exact_match", "f1", "mc2")  # shown of a task, as far as it has them
-CHECKED_CHOICES = 32  # log-likelihoods that are computed again here
-TOLERANCE = 1e-4  # nats, for a float32 model and choices of up to 100 nats: it has 7 digits
+METRICS = ("acc", "acc_norm", "exact_match", "f1", "mc2")  # reported for each task that has them
+CHECKED_CHOICES = 32  # log-likelihoods that we recompute to check lm_eval's
+TOLERANCE = 1e-4  # nats, for choices of up to 100 nats: float32 has 7 digits
 ROUNDING = {"bfloat16": 2**-7, "float16": 2**-10}  # a unit in the last place of a number between 1 and 2
-LOGITS = 16  # how large logits commonly are: their rounding is the least error of any log-likelihood
+LOGITS = 16  # a typical size of logits: rounding them is the smallest error that any log-likelihood has
 ERROR_LINES = 12
 
-# (model, (context, continuation) pairs) -> log-likelihoods in nats: evaluate.py brings the kernel of trainers/
+# (model, (context, continuation) pairs) -> log-likelihoods in nats; evaluate.py passes it in, with the trainers/ kernel
 ChoiceScorer = Callable[[Respondent, Sequence[tuple[str, str]]], list[float]]
 
 
 def require_lm_eval() -> None:
-    """Raise a UserError that names the install command unless lm_eval is there."""
+    """Raise a UserError with the install command if lm_eval is not installed."""
     if find_spec("lm_eval") is None:
         raise UserError(f"downstream.tasks needs lm_eval, which is not installed here: {INSTALL}")
 
 
 def task_names(settings: DownstreamSettings) -> list[str]:
-    """Return the tasks of lm_eval that are asked for, our lists written out, each task once."""
+    """Return the requested lm_eval tasks, with our lists expanded and duplicates removed."""
     return list(dict.fromkeys(name for entry in settings.tasks for name in TASK_LISTS.get(entry, (entry,))))
 
 
 def run_tasks(
     respondent: Respondent, folder: Path, settings: DownstreamSettings, *, model_folder: Path, device: str
 ) -> dict[str, Any]:
-    """Return the results of one model; a finished run of the same weights and settings is read, not repeated.
+    """Return the results of one model; a finished run of the same weights and settings is reused.
 
     Returns:
-        `{"tasks": {TASK: {METRIC: {"value", "stderr"}}}, "versions": {TASK: n}, "choices": [...]}`, the last being some
+        `{"tasks": {TASK: {METRIC: {"value", "stderr"}}}, "versions": {TASK: n}, "choices": [...]}`; choices are some
         (context, continuation, log-likelihood) of multiple-choice tasks.
 
     Raises:
-        UserError: lm_eval failed: its last lines.
+        UserError: lm_eval failed; the message holds its last lines.
     """
     identity = {**asdict(settings), "tasks": task_names(settings), "model": respondent.fingerprint}
     identity["include_path"] = _content(settings.include_path)
@@ -77,7 +77,7 @@ def run_tasks(
     done = folder / f"{digest}.json"
     if not done.is_file():
         work = folder / digest
-        shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+        shutil.rmtree(work, ignore_errors=True)  # left over from a killed process
         _run(_command(respondent, settings, model_folder, device, work))
         try:
             results = _read_results(work)
@@ -89,7 +89,7 @@ def run_tasks(
 
 
 def _content(include_path: str | None) -> str | None:
-    """Hash a folder of tasks."""
+    """Return the hash of a folder of tasks."""
     if include_path is None:
         return None
     digest = hashlib.blake2b(digest_size=8)
@@ -117,9 +117,9 @@ def _run(command: Sequence[str]) -> None:
     if done.returncode != 0:
         last = "\n  ".join(done.stdout.strip().splitlines()[-ERROR_LINES:])
         raise UserError(
-            f"lm_eval ended with status {done.returncode}; its last lines:\n  {last}\nTasks of your own are found with "
-            "downstream.include_path=FOLDER; data that a task downloads must be in the cache of `datasets` where there "
-            "is no network"
+            f"lm_eval ended with status {done.returncode}; its last lines:\n  {last}\nFor your own tasks, set "
+            "downstream.include_path=FOLDER. Without a network, the data that a task downloads must already be in the "
+            "cache of `datasets`"
         )
 
 
@@ -144,7 +144,7 @@ def _is_told(value: Any) -> bool:
 
 
 def _logged_choices(samples: Path) -> Iterator[list[Any]]:
-    """Yield (context, continuation, log-likelihood) from a file of logged samples; none of a generation task."""
+    """Yield (context, continuation, log-likelihood) from a file of logged samples; nothing for a generation task."""
     with samples.open(encoding="utf-8") as file:
         for row in map(json.loads, file):
             for arguments, answers in zip(row["arguments"].values(), row["resps"], strict=True):
@@ -153,7 +153,7 @@ def _logged_choices(samples: Path) -> Iterator[list[Any]]:
 
 
 def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of a context and of a choice, cut as lm_eval does: spaces between them belong to the choice."""
+    """Return the tokens of a context and a choice, split as in lm_eval: spaces between them belong to the choice."""
     stripped = context.rstrip()
     whole = list(tokenizer.encode(context + continuation))
     start = len(tokenizer.encode(stripped))
@@ -161,10 +161,10 @@ def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, continuation
 
 
 def check_choices(respondent: Respondent, choices: Sequence[Sequence[Any]], score: ChoiceScorer) -> dict[str, Any]:
-    """Compare the log-likelihoods of choices with our own: `{"n", "largest_difference"}`, in nats.
+    """Check lm_eval's log-likelihoods of choices against ours: `{"n", "largest_difference"}`, in nats.
 
     Raises:
-        UserError: They differ by more than the rounding of the model's dtype: one of the two programs computes
+        UserError: They differ by more than the rounding of the model's dtype, so one of the two programs computes
             something else.
     """
     pairs = [(context, continuation) for context, continuation, _ in choices if context]
@@ -173,22 +173,22 @@ def check_choices(respondent: Respondent, choices: Sequence[Sequence[Any]], scor
         return {"n": 0, "largest_difference": None}
     differences = [abs(own - other) for own, other in zip(score(respondent, pairs), theirs, strict=True)]
     tolerance = choice_tolerance(respondent.model.policy_dtype, max(map(abs, theirs)))
-    if not all(difference <= tolerance for difference in differences):  # a NaN fails, too
+    if not all(difference <= tolerance for difference in differences):  # written so that a NaN fails, too
         raise UserError(
             f"models.{respondent.name}: lm_eval's log-likelihoods of {len(pairs)} choices differ from those of this "
             f"program by up to {max(differences):.2g} nats (up to {tolerance:.1g} is rounding in "
-            f"{respondent.model.policy_dtype}). Is the tokenizer that of the model?"
+            f"{respondent.model.policy_dtype}). Does the tokenizer belong to the model?"
         )
     return {"n": len(pairs), "largest_difference": max(differences)}
 
 
 def choice_tolerance(dtype: str, largest: float) -> float:
-    """Return by how many nats rounding alone may change the log-likelihood of a choice.
+    """Return how far rounding alone may move the log-likelihood of a choice, in nats.
 
-    lm_eval rounds logits, log-probabilities and their sum to the dtype of the weights, while our kernel sums in
-    float64: with 16 bits that is a unit or two in the last place of a logit and of the log-likelihood itself.
+    lm_eval rounds logits, log-probabilities and their sum to the dtype of the weights; our kernel sums in float64. With
+    16 bits, the difference is one or two units in the last place of a logit and of the log-likelihood itself.
 
-    `largest` is the absolute value of the largest log-likelihood, in nats.
+    `largest` is the largest absolute log-likelihood, in nats.
     """
     if dtype in ROUNDING:
         return 2 * ROUNDING[dtype] * (LOGITS + largest)
@@ -196,7 +196,7 @@ def choice_tolerance(dtype: str, largest: float) -> float:
 
 
 def merge(results: Mapping[str, Mapping[str, Any]], checks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Build the part of the report: tasks in order, for each model its values, and what the check found."""
+    """Build this part of the report: the tasks in order, each model's values, and the result of the check."""
     tasks = list(dict.fromkeys(task for result in results.values() for task in result["tasks"]))
     return {
         "tasks": tasks,

@@ -1,4 +1,4 @@
-"""`dry_run` of an evaluation: what each model would be asked, and the judges."""
+"""`dry_run` of an evaluation: estimate how much each model would generate, and how much the judges would judge."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safer_instruct.text.prompts import render_prompt
 
 
 def forecast_evaluation(config: EvaluateConfig, evaluation: Evaluation) -> str:
-    """Return the table of models and judges; tasks of lm_eval and implicit rewards are not in it."""
+    """Return the table of models and judges; it leaves out lm_eval tasks and implicit rewards."""
     from safer_instruct.generation.models import load_tokenizer
 
     prompts = own_prompts(evaluation.prompts, evaluation.shard)

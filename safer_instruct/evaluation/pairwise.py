@@ -1,8 +1,8 @@
-"""Helpfulness: which of two models' answers does a judge prefer, asked in both orders?
+"""Compare the helpfulness of two models: the judge picks the better answer, and sees each pair in both orders.
 
-A judge that likes whatever it reads first gives each model one of the two votes, which is a tie; so is an answer that
-equals the baseline's, about which nobody is asked. Win rates are also given at equal length of the answers, since
-judges like long ones (`statistics.win_rate`).
+A judge that prefers whatever it reads first gives each model one of the two votes, which makes a tie. An answer equal
+to the baseline's is a tie without asking. Judges prefer long answers, so win rates are also given at equal length of
+the answers (`statistics.win_rate`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safer_instruct.measures.rates import JudgedOutput
 from safer_instruct.measures.statistics import win_rate
 from safer_instruct.text.examples import text_id
 
-# What the two answers of the judge say of the model: as first (of model, baseline), and as second (of baseline, model).
+# The vote for whichever answer the judge read first: the model in the order (model, baseline), else the baseline.
 VOTES: Mapping[Winner, float] = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
@@ -33,12 +33,12 @@ def compare_helpfulness(
     folder: Path,
     progress: Advance,
 ) -> dict[str, Any]:
-    """Count wins of every model against `baseline`, over the prompts of these kinds that both answered.
+    """Count every model's wins against `baseline`, over the prompts of these kinds that both answered.
 
     Returns:
-        `{"baseline", "kinds", "models": {NAME: {...}}}`: the fields of `WinRate` (absent where no prompt could be
-        counted), `wins`, `losses`, `ties`, of which `identical` (not asked about) and `inconsistent` (each order
-        preferred another model), and `abstained` (prompts on which the judge's answer could not be read).
+        `{"baseline", "kinds", "models": {NAME: {...}}}`. Each model has the fields of `WinRate` (absent if no prompt
+        counted), `wins`, `losses` and `ties`. The ties include `identical` answers (not judged) and `inconsistent` ones
+        (the orders disagree). `abstained` counts prompts for which the judge's reply could not be read.
     """
     models = {}
     base = {_key(row): row for row in judged[baseline] if row.prompt.kind in kinds}

@@ -1,4 +1,4 @@
-"""The report of an evaluation, or of finished ones side by side: put together, and written as four files."""
+"""Assemble the report of an evaluation, or of several finished ones side by side, and write its four files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NO_JUDGE = {"name": "", "fingerprint": ""}
 
 
 def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
-    """Report on runs and evaluations that are finished: nothing is generated or judged."""
+    """Report on finished runs and evaluations; nothing is generated or judged."""
     trained, evaluated = find_finished(config.compare)
     evaluations = read_evaluations(evaluated)
     judged = {name: rows for evaluation in evaluations.values() for name, rows in evaluation.judged.items()}
@@ -61,7 +61,7 @@ def compare_finished(config: EvaluateConfig) -> dict[str, Any]:
         for note in evaluation.report["warnings"]
     ]
     if len(fingerprints) > 1:
-        notes.append(f"The judges differ ({', '.join(judges)}): part of a difference may be theirs.")
+        notes.append(f"The judges differ ({', '.join(judges)}): they may cause part of a difference between models.")
     run = _describe_run(config, {}) | {"judge": {"name": ", ".join(judges), "fingerprint": "/".join(fingerprints)}}
     if reports:
         run["generation"] = reports[0]["run"]["generation"]
@@ -100,15 +100,15 @@ def _judge_notes(judged: Judged) -> Iterator[str]:
     same = single_outcome([row for rows in judged.values() for row in rows])
     if same is not None:
         yield (
-            f"The judge gave one and the same outcome, '{same}', to all answers of all models: it may tell nothing "
-            "apart. Look at some answers (samples.jsonl) before you believe these rates."
+            f"The judge gave the same outcome, '{same}', to all answers of all models: it may be unable to tell "
+            "answers apart. Look at some answers (samples.jsonl) before you trust these rates."
         )
 
 
 def _publish(
     config: EvaluateConfig, judged: Mapping[str, Sequence[JudgedOutput]], curves: list[Plot], **parts: Any
 ) -> dict[str, Any]:
-    """Build the report of these parts (see `build_report`), write its files, and return it."""
+    """Build the report from these parts (see `build_report`), write its files, and return it."""
     report, output = build_report(**parts), Path(config.output)
 
     def samples() -> Iterator[dict[str, Any]]:
@@ -119,7 +119,7 @@ def _publish(
     page = render_page(report, pick_samples(samples(), config.samples_per_set), curves)
     write_text(output / "report.html", page)
     write_json(output / "report.json", report)
-    # Last: whoever finds it finds the others.
+    # Written last, so that its existence means that the other files are complete.
     write_checksums(output, owner="evaluation", files=[output / "report.json", output / "samples.jsonl"])
     if report["models"] and report["prompts"]:
         print(rates_table(report["models"], shown_metrics(report["models"], HEADLINE)).markdown)

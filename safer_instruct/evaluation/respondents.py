@@ -1,4 +1,4 @@
-"""The models of an evaluation: found, checked and identified before any weights are loaded."""
+"""Find, check and identify the models of an evaluation before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from safer_instruct.text.prompts import render_prompt
 
 @dataclass(frozen=True, slots=True)
 class Respondent:
-    """One model to be evaluated: checked and identified, its weights not loaded."""
+    """One model to evaluate, checked and identified; its weights are not loaded."""
 
     name: str
     path: str
-    model: ModelSettings  # behind a server, too: its tokenizer has the template, and its files are its identity
+    model: ModelSettings  # even with a server: its tokenizer has the template, and its files identify it
     template: str
-    prompt: str  # hash of the template's text, system prompt included: another wording is asked again
+    prompt: str  # hash of the template's text with the system prompt: if its wording changes, prompts are asked again
     fingerprint: str
-    served_as: str | None = None  # its name at a server, where that is not the one of `generation.server`
-    base_url: str | None = None  # of a server of its own
-    system: str = ""  # what it is told before each prompt
+    served_as: str | None = None  # its name on the server; None: that of `generation.server`
+    base_url: str | None = None  # its own server; None: that of `generation.server`
+    system: str = ""  # system prompt
 
 
 def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
     """Check everything about a model that can be wrong before its weights are loaded.
 
-    Loads the tokenizer, tries the template, and reads the weight files once to check and once to hash them.
+    Loads the tokenizer, tries the template, and reads the weight files twice: to check and to hash them.
 
     Raises:
-        UserError: No model or no tokenizer there, weights that are damaged or not finite, or a template that the
-            tokenizer does not have.
+        UserError: The model or tokenizer is missing, the weights are damaged or not finite, or the tokenizer does not
+            have the template.
     """
     from safer_instruct.generation.adapters import adapter_in, base_of
     from safer_instruct.generation.models import load_tokenizer
@@ -64,16 +64,16 @@ def check_model(name: str, settings: EvaluatedModelSettings) -> Respondent:
 
 
 NO_ANSWER = (
-    "no answer of this model means anything; name an earlier checkpoint (models.NAME.path=RUN/checkpoints/step-N), or "
-    "train it anew"
+    "the answers of this model would mean nothing; name an earlier checkpoint "
+    "(models.NAME.path=RUN/checkpoints/step-N), or train it again"
 )
 
 
 def require_finite_weights(name: str, folder: Path) -> None:
-    """Refuse weights with a NaN or an infinity in them: whatever such a model says means nothing.
+    """Reject weights that hold a NaN or an infinity: the answers of such a model mean nothing.
 
     Raises:
-        UserError: Naming the first such tensor.
+        UserError: Names the first such tensor.
     """
     from safer_instruct.generation.weights import require_finite
 

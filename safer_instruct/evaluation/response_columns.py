@@ -1,4 +1,4 @@
-"""Answers that a file already holds: its columns are models, as in the published test set."""
+"""Read answers from a file that has one column per model, as in the published test set."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NO_ANSWER = "empty_cell"
 def read_columns(
     sets: Mapping[str, PromptSetSettings], columns: Sequence[str], thought_tags: Sequence[str] = THOUGHT_TAGS
 ) -> tuple[dict[str, Respondent], dict[str, dict[str, Answer]]]:
-    """Read who answered, and the answers of each column by `prompt_key`; an empty cell is an `Answer` with an error.
+    """Read the models and their answers, by column and `prompt_key`; an empty cell is an `Answer` with an error.
 
-    Without `columns` all are read that are not the prompt's own. What a model thought aloud is no part of its answer.
+    Without `columns`, every column that is not part of the prompt is a model. Thoughts are cut from the answers.
 
     Raises:
-        UserError: A file that cannot be read, a column that is not there, or files with different columns.
+        UserError: A file cannot be read, a column is missing, or the files have different columns.
     """
     answers: dict[str, dict[str, Answer]] = {}
     found: dict[str, list[str]] = {}
@@ -45,10 +45,10 @@ def read_columns(
 
 
 def read_hand_labels(sets: Mapping[str, PromptSetSettings]) -> dict[str, dict[str, Outcome]]:
-    """Read what people say of the answers, by model and `prompt_key`; an empty cell says nothing.
+    """Read the human labels of the answers, by model and `prompt_key`; an empty cell is no label.
 
     Raises:
-        UserError: A column is not there, or says something else than harmful, refusal or safe.
+        UserError: A column is missing, or holds something other than harmful, refusal or safe.
     """
     labels: dict[str, dict[str, Outcome]] = {}
     for set_name, settings in sets.items():
@@ -80,15 +80,15 @@ def _check_columns(path: str, found: Mapping[str, list[str]], set_name: str, col
     missing = [name for name in columns if name not in here]
     if missing:
         raise UserError(
-            f"{path}: columns=[{','.join(columns)}] names no column {', '.join(missing)}; those that can be models "
-            f"are: {listed}"
+            f"{path}: columns=[{','.join(columns)}]: there is no column {', '.join(missing)}; the columns that can be "
+            f"models are: {listed}"
         )
     if not here:
-        raise UserError(f"{path}: responses=csv takes the columns as models, and it has none but the prompt's own")
+        raise UserError(f"{path}: responses=csv needs one column of answers per model, and this file has none")
     first = next(iter(found))
     if not columns and sorted(here) != sorted(found[first]):
         raise UserError(
-            f"models with different prompt sets: prompts.{first} has answers of {', '.join(found[first])}, and "
+            f"the prompt sets have different models: prompts.{first} has answers of {', '.join(found[first])}, and "
             f"prompts.{set_name} of {listed}; name the models that both have with columns=[NAME,...]"
         )
 

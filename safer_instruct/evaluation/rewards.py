@@ -1,4 +1,4 @@
-"""Implicit rewards of models as they were trained: on which scale, and on which pairs that they have seen before."""
+"""Implicit rewards: the scale that each model was trained with, and which of the pairs it was trained on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_COLUMN = "\0"  # no file has a column of this name
 
 @dataclass(frozen=True, slots=True)
 class RewardScale:
-    """What makes a reward of log-probabilities: the keys of `loss=` that a run was trained with."""
+    """How log-probabilities become rewards: the keys of `loss=` that a run was trained with."""
 
     beta: float
     average_logps: bool = False
@@ -37,10 +37,10 @@ class RewardScale:
 
 
 def reward_scales(respondents: Mapping[str, Respondent], settings: RewardSettings) -> dict[str, RewardScale]:
-    """Return the scale of every model but the reference: from its run, or from the command for a plain model folder.
+    """Return the scale of every model except the reference: from its run, or for a plain model from the command.
 
     Raises:
-        UserError: The command contradicts a run, or neither says what beta is; all models at once.
+        UserError: The command contradicts a run, or neither gives beta; one message for all models.
     """
     typed = {key: vars(settings)[key] for key in ("beta", "average_logps") if vars(settings)[key] is not None}
     scales: dict[str, RewardScale] = {}
@@ -61,8 +61,8 @@ def reward_scales(respondents: Mapping[str, Respondent], settings: RewardSetting
             scales[name] = RewardScale(**(typed | trained))
         else:
             errors.append(
-                f"rewards.beta is not set, and {model} is not part of a run of train.py that would say with which "
-                "loss.beta it was trained: write rewards.beta=NUMBER"
+                f"rewards.beta is not set, and {model} is not part of a run of train.py, whose config.yaml would hold "
+                "loss.beta: write rewards.beta=NUMBER"
             )
     if errors:
         raise UserError("\n".join(errors))
@@ -70,7 +70,7 @@ def reward_scales(respondents: Mapping[str, Respondent], settings: RewardSetting
 
 
 def _fixed(loss: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a loss on pairs says of its scale by being what it is, where its keys do not."""
+    """Return the keys of the scale that follow from the kind of a pair loss instead of its settings."""
     kind = LOSSES.get(loss.get("name", ""))
     if kind is None or not issubclass(kind, PairLossSettings) or issubclass(kind, PreferenceLossSettings):
         return {}
@@ -78,29 +78,29 @@ def _fixed(loss: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pairs_settings(path: str) -> DatasetSettings:
-    """Return how the pairs of a file are read: all of them, none held out.
+    """Return settings that read all pairs of a file and hold none out.
 
-    Two rows of a file may have one id; so a row goes by the hash of its texts here.
+    Rows of a file may share an id, so each row is identified by the hash of its texts instead.
     """
     return DatasetSettings(path, "si", exclude="", eval_fraction=0.0, columns={"id": NO_COLUMN})
 
 
 def join_labels(ids: Iterable[str], labels: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the label of each row that was encoded.
+    """Return the label of each encoded row.
 
     Args:
-        ids: Of these rows, in the order of the file.
-        labels: Those of all rows with an id, in the same order. Rows with one id have equal texts, so that they were
-            all encoded or all dropped.
+        ids: The ids of these rows, in file order.
+        labels: For each id, the labels of all its rows, in file order. Rows that share an id have equal texts, so they
+            were all encoded or all dropped.
     """
     queues = {id: iter(of_id) for id, of_id in labels.items()}
     return [next(queues[id]) for id in ids]
 
 
 def count_trained_on(respondents: Mapping[str, Respondent], pairs: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Count the pairs (ids by `turn_keys`) whose instruction each model's run was trained on.
+    """Count, for each model, the pairs (ids by `turn_keys`) whose instruction its run was trained on.
 
-    The reference counts too: it may have been trained on the chosen responses.
+    The reference is counted too: it may have been trained on the chosen responses.
     """
     counts = {}
     for name, respondent in respondents.items():
@@ -116,7 +116,7 @@ def describe_rewards(
     trained_on: Mapping[str, int],
     settings: RewardSettings,
 ) -> dict[str, Any]:
-    """Build the part of the report: accuracy, margins and calibration of every model but the reference."""
+    """Build this part of the report: accuracy, margins and calibration of every model except the reference."""
     betas = {scale.beta for scale in scales.values()}
     return {
         "reference": settings.reference,
@@ -128,10 +128,10 @@ def describe_rewards(
 
 
 def trained_on_notes(part: Mapping[str, Any]) -> Iterator[str]:
-    """Say which models were trained on pairs that were to be held out."""
+    """Yield a note for each model that was trained on some of the held-out pairs."""
     for name, count in part["trained_on"].items():
         if count:
             yield (
-                f"{name} was trained on the instructions of {count} of the pairs in {part['path']}: its rewards there "
-                "are no evidence for pairs that it has not seen."
+                f"{name} was trained on the instructions of {count} of the pairs in {part['path']}: its rewards on "
+                "them say nothing about pairs that it has not seen."
             )

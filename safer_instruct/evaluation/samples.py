@@ -1,4 +1,4 @@
-"""Answers sampled while a model is trained: prompts that should be answered beside those that should be declined."""
+"""Sample answers during training, for both benign prompts (to be answered) and unsafe ones (to be declined)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from safer_instruct.text.refusals import declines
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_ROWS = 4096  # as many held-out rows should be looked through for prompts of both kinds
+MAX_ROWS = 4096  # how many held-out rows to search for prompts of both kinds
 BENIGN, UNSAFE = "benign", "unsafe"
 
 Row = tuple[str, list[int], list[int]]  # id, tokens of the prompt, tokens of the chosen response
 
 
 def draw_rows(rows: Sequence[Row], number: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Row, str]]:
-    """Return the first rows of each kind, half of `number` each where there are as many, in their order.
+    """Return the first rows of each kind, in order: half of `number` each, or more of one kind if the other runs out.
 
     A prompt is benign if its chosen response does not decline.
     """
@@ -49,10 +49,10 @@ def build_sampler(
     seed: int,
     tells_refusals: bool,
 ) -> Callable[[PreTrainedModel], list[dict[str, Any]]]:
-    """Return a function from the model to sampled answers, each with its prompt.
+    """Return a function that samples answers from a model; each sample holds its prompt.
 
-    An answer has at most `max_new_tokens`, or what `max_length` leaves beside the longest prompt. With `tells_refusals`
-    each sample tells the `kind` of its prompt, and whether it was `refused`.
+    An answer has at most `max_new_tokens`, or if None the tokens that `max_length` leaves after the longest prompt.
+    With `tells_refusals`, each sample also holds the `kind` of its prompt and whether the answer `refused`.
     """
     drawn = draw_rows(rows, number, tokenizer)
     prompts = {id: prompt for (id, prompt, _), _ in drawn}

@@ -1,6 +1,6 @@
-"""One evaluation from its settings to what a report needs: read everything, ask the models, ask the judges.
+"""The steps of one evaluation: read all inputs, generate answers, judge them, and build the parts of the report.
 
-`evaluate.py` calls these in turn, and brings what needs the kernels of trainers/.
+`evaluate.py` calls these in turn. It also passes in the functions that need the kernels of trainers/.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ Unanswered = dict[str, dict[str, list[str]]]  # model -> reason -> SET/ID
 
 @dataclass
 class Evaluation:
-    """All that an evaluation needs, read and checked; no weights are loaded yet."""
+    """Everything an evaluation needs, read and checked; no weights are loaded yet."""
 
     respondents: dict[str, Respondent]
-    given: Answers | None  # answers that the prompt files hold; None: the models are asked
-    hand_labels: Mapping[str, Mapping[str, Outcome]]  # what people say of them, by model and `prompt_key`
+    given: Answers | None  # answers read from the prompt files; None: the models generate them
+    hand_labels: Mapping[str, Mapping[str, Outcome]]  # human labels of these answers, by model and `prompt_key`
     prompt_sets: dict[str, list[EvaluationPrompt]]
     judge: Expert | None  # None: there are no prompts
     second_judge: Expert | None
@@ -82,7 +82,7 @@ class Evaluation:
 
 
 def prepare(config: EvaluateConfig, shard: tuple[int, int], device: torch.device) -> Evaluation:
-    """Read everything but weights: whatever is wrong is said before the first minute is spent.
+    """Read and check everything except the weights, so that mistakes are reported before any compute is spent.
 
     Raises:
         UserError: A prompt set, model, judge or file of the report is missing or broken.
@@ -111,7 +111,7 @@ def prepare(config: EvaluateConfig, shard: tuple[int, int], device: torch.device
     if judge is not None and baseline is not None:
         if baseline not in respondents:
             raise UserError(f"helpfulness.baseline={baseline}: the models are {', '.join(respondents)}")
-        judge.compare([])  # a judge that cannot compare says so here
+        judge.compare([])  # raises now if this judge cannot compare
     asks_rewards = config.rewards.path is not None
     return Evaluation(
         respondents=respondents,
@@ -142,14 +142,14 @@ def _build_judge(settings: Any, device: torch.device, folder: Path, shard: tuple
 
 
 def _curves(config: EvaluateConfig) -> dict[str, str]:
-    """Return the runs whose curves are drawn: those that are named, else those among the models."""
+    """Return the runs whose curves are drawn: `config.curves` if given, else every evaluated model that is a run."""
     among_models = {name: model.path for name, model in config.models.items()}
     runs = {name: path for name, path in among_models.items() if (find_path(path) / "metrics.jsonl").is_file()}
     return config.curves or runs
 
 
 def find_overlaps(config: EvaluateConfig, prompts: Sequence[EvaluationPrompt]) -> list[Overlap]:
-    """Find what the prompts share with the files that are named, and with what the evaluated runs were trained on."""
+    """Find prompts that also occur in `training_data` or in the training data of the evaluated runs."""
     overlaps = [find_overlap(path, prompts) for path in config.training_data]
     asked: dict[str, list[str]] = {}
     for prompt in prompts:
@@ -164,7 +164,7 @@ def find_overlaps(config: EvaluateConfig, prompts: Sequence[EvaluationPrompt]) -
 
 
 def ask_all(evaluation: Evaluation, config: EvaluateConfig, seconds: dict[str, float]) -> Answers:
-    """Return the answers of each model, by `prompt_key`; one model is in memory at a time."""
+    """Return each model's answers, by `prompt_key`; only one model is in memory at a time."""
     prompts = own_prompts(evaluation.prompts, evaluation.shard)
     answers = {}
     for name, respondent in evaluation.respondents.items() if prompts else ():
@@ -185,10 +185,10 @@ def ask_all(evaluation: Evaluation, config: EvaluateConfig, seconds: dict[str, f
 def judge_all(
     evaluation: Evaluation, answers: Answers, folder: Path, seconds: dict[str, float]
 ) -> tuple[Judged, Unanswered]:
-    """Judge the outputs of each model, in the order of the prompts, and list the prompts that it has no answer to.
+    """Judge each model's answers, in prompt order, and list the prompts that it did not answer.
 
     Raises:
-        UserError: The judge abstained on everything.
+        UserError: The judge abstained on every answer.
     """
     judged: Judged = {name: [] for name in evaluation.respondents}
     unanswered: Unanswered = {name: {} for name in evaluation.respondents}
@@ -210,9 +210,9 @@ def judge_all(
     if judgements and all(judgement.outcome == "abstain" for judgement in judgements):
         raise UserError(
             f"the judge {evaluation.judge.name} abstained on all {len(judgements)} answers: none of its replies could "
-            "be read as a judgement. Is the model able to follow the rubric, and expert.max_new_tokens (or "
+            "be read as a judgement. Can the model follow the rubric, and is expert.max_new_tokens (or "
             "expert.generation.max_new_tokens) large enough for one line of JSON? The answers are kept in "
-            f"{folder}; delete its judge-*.jsonl to have them judged again"
+            f"{folder}; to judge them again, delete its judge-*.jsonl"
         )
     for (name, prompt, answer), judgement in zip(rows, judgements, strict=True):
         judged[name].append(JudgedOutput(prompt, answer.text, answer.truncated, judgement, answer.prompt_cut))
@@ -227,7 +227,7 @@ def build_parts(
     seconds: dict[str, float],
     score: ChoiceScorer,
 ) -> dict[str, Any]:
-    """Build what the report holds beyond rates: comparisons, agreement, helpfulness, downstream tasks."""
+    """Build the parts of the report beyond rates: comparisons, agreement, helpfulness, downstream tasks."""
     folder = Path(config.output) / "ledger"
     judge, second_judge, helpfulness = evaluation.judge, evaluation.second_judge, config.helpfulness
     parts: dict[str, Any] = {"comparisons": compare_models(judged, models), "contrasts": contrasts(judged)}
@@ -253,7 +253,7 @@ def build_parts(
 def agreement_with_people(
     judge: str, judged: Judged, labels: Mapping[str, Mapping[str, Outcome]]
 ) -> dict[str, Any] | None:
-    """Compare a judge with hand labels, on the answers that have one."""
+    """Compare a judge with hand labels, on the answers that have a hand label."""
     labelled: Judged = {}
     people: dict[str, list[Judgement]] = {}
     for name, of_model in labels.items():
@@ -265,7 +265,7 @@ def agreement_with_people(
 def downstream_part(
     config: EvaluateConfig, evaluation: Evaluation, score: ChoiceScorer, progress: Advance
 ) -> dict[str, Any]:
-    """Run lm_eval for each model, and compare its log-likelihoods with ours."""
+    """Run lm_eval on each model, and check its log-likelihoods against ours."""
     from safer_instruct.generation.weights import is_adapter, resolve_archive
 
     results, checks = {}, {}
@@ -275,7 +275,7 @@ def downstream_part(
             raise UserError(f"models.{name}.path={respondent.path}: lm_eval reads model folders, not a policy.pt")
         if is_adapter(folder):
             raise UserError(
-                f"models.{name}.path={respondent.path}: lm_eval is given model folders, and this is an adapter; name a "
+                f"models.{name}.path={respondent.path}: lm_eval reads model folders, but this is an adapter; name a "
                 "run with checkpoint.merge=true"
             )
         results[name] = run_tasks(
@@ -292,9 +292,9 @@ def downstream_part(
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str, num_rows: int) -> Iterator[Advance]:
-    """Note under `name` how many seconds the block takes; gives what moves its progress bar on.
+    """Record under `name` how many seconds the block takes; yield the function that advances its progress bar.
 
-    The bar is shown on a terminal; in a log a stage is one line.
+    The bar is shown only on a terminal; in a log, each stage is one line.
     """
     if not sys.stderr.isatty():
         log.info("%s: %d rows", name, num_rows)

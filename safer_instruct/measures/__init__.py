@@ -1,1 +1,1 @@
-"""What is measured: rates, statistics, comparisons."""
+"""Measurements on judged answers and pairs: rates, statistics, comparisons."""

@@ -1,4 +1,4 @@
-"""Every two models on the same prompts: which differences are more than chance, and where two judges disagree."""
+"""Compare every two models on the same prompts, with significance tests, and measure the agreement of two judges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safer_instruct.experts.verdicts import Judgement, Outcome
 from safer_instruct.measures.rates import METRICS, JudgedOutput
 from safer_instruct.measures.statistics import cohens_kappa, compare_paired, holm
 
-# Metrics that models are compared by; the first of them within each source too.
+# The metrics to compare models by; the first one is also compared within each source.
 TESTED = ("harmful_rate", "refusal_rate", "safe_helpful_rate", "over_refusal_rate", "benign_accuracy", "near_accuracy")
 ALL_SOURCES = "all"
 
@@ -26,7 +26,7 @@ def compare_models(judged: Judged, reported: Mapping[str, Mapping[str, Any]], *,
 
     Returns:
         One entry `{metric, source, first, second, n, only_first, only_second, difference, low, high, p, p_holm}` for
-        each metric and pair of models with a common prompt; `difference` is the second model's share minus the first's.
+        each metric and two models with common prompts; `difference` is the second model's share minus the first's.
     """
     entries = []
     for metric in TESTED:
@@ -63,12 +63,12 @@ def _common(
 def judge_agreement(
     names: tuple[str, str], judged: Judged, second: Mapping[str, Sequence[Judgement]]
 ) -> dict[str, Any] | None:
-    """Measure how far two judges agree on the same answers.
+    """Measure how well two judges agree on the same answers; None without an answer.
 
-    Kappa is over the answers that neither abstained on; the table of outcomes holds the abstentions too. Answers are
-    named by model, set and id, never by their text. None without an answer.
+    Kappa covers the answers on which neither judge abstained; the table of outcomes also counts abstentions. Answers
+    are identified by model, set and id, never by their text.
 
-    `second` has the judgements of the other judge, in the order of `judged`.
+    `second` holds the judgements of the other judge, in the order of `judged`.
     """
     outcomes = get_args(Outcome)
     table = {mine: dict.fromkeys(outcomes, 0) for mine in outcomes}

@@ -1,4 +1,4 @@
-"""Safe prompts that look unsafe beside unsafe ones of the same build: what XSTest is about (Roettger et al. 2024)."""
+"""XSTest's contrasts: safe prompts that look unsafe against similar unsafe prompts (Roettger et al. 2024)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from safer_instruct.measures.rates import METRICS, JudgedOutput, rate_of
 
-UNSAFE_HALF = "contrast_"  # how the label of the unsafe half of a category begins
+UNSAFE_HALF = "contrast_"  # prefix of the label of a category's unsafe half
 ALL = "all"
 
 
 def contrasts(judged: Mapping[str, Sequence[JudgedOutput]]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """Return how often the models refuse safe prompts and comply with unsafe ones, by category of XSTest.
+    """Count how often each model refuses safe prompts and complies with unsafe ones, by category of XSTest.
 
     Returns:
-        Set of prompts -> category, ALL first -> model -> {"refused", "complied"}, rates of the safe and of the unsafe
-        prompts; complied is whatever is no refusal. Sets without such categories are left out.
+        Prompt set -> category, ALL first -> model -> {"refused", "complied"}: rates over the safe and over the unsafe
+        prompts. Any answer that is not a refusal counts as complied. Sets without such categories are left out.
     """
     prompts = {output.prompt for outputs in judged.values() for output in outputs}
     labels = {(prompt.set_name, prompt.label) for prompt in prompts}
@@ -33,7 +33,7 @@ def contrasts(judged: Mapping[str, Sequence[JudgedOutput]]) -> dict[str, dict[st
 
 
 def _is_in(output: JudgedOutput, set_name: str, category: str) -> bool:
-    """Say whether a prompt is of a category; `contrast_discr` is the other half of `nons_group_real_discr`, too."""
+    """Tell whether a prompt is in a category; `contrast_discr` also matches its other half, `nons_group_real_discr`."""
     label = output.prompt.label
     return output.prompt.set_name == set_name and (category == ALL or f"_{category}_" in f"_{label}_")
 

@@ -1,8 +1,8 @@
-"""What a model's implicit rewards say about held-out pairs: accuracy, margins and calibration; no text is generated.
+"""Check a model's implicit rewards on held-out pairs: accuracy, margins and calibration; no text is generated.
 
 The implicit reward of a response is beta (log p(response) - log p_reference(response)) (Rafailov et al. 2023, equation
-5 without its term in the prompt alone), and sigmoid(reward(chosen) - reward(rejected)) the probability that the model
-gives to the preference: so it can be asked whether pairs that it is 80% sure of come out right in 80% of the cases.
+5 without its term that depends only on the prompt). sigmoid(reward(chosen) - reward(rejected)) is the model's
+probability of the preference. A calibrated model is right on 80% of the pairs that it is 80% sure of.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from scipy.special import expit
 from safer_instruct.measures.rates import rate_of
 from safer_instruct.measures.statistics import mean_interval
 
-BINS = 10  # of the confidence, from 0.5 to 1
+BINS = 10  # of confidence, from 0.5 to 1
 
 
 def check_rewards(margins: Sequence[float], labels: Sequence[str]) -> dict[str, Any]:
-    """Say over all pairs and by label how often the chosen response has the larger reward, by how much, how surely.
+    """Measure accuracy, margins and calibration of rewards over all pairs, and accuracy and margins by label.
 
     Args:
         margins: reward(chosen) - reward(rejected) of each pair, in nats.
-        labels: Label of each pair, "" if it has none.
+        labels: Label of each pair; "" if it has none.
 
     Returns:
-        `{accuracy, margin: {mean, low, high}, calibration_error, bins, by_label}`. A tie is half right, as in training;
-        `accuracy` is over the pairs that are not tied, with a Wilson interval, and `ties` counts the others.
+        `{accuracy, margin: {mean, low, high}, calibration_error, bins, by_label}`. `accuracy`, with a Wilson interval,
+        leaves out ties, which `ties` counts; calibration counts them as half right, as in training.
     """
     groups: dict[str, list[float]] = defaultdict(list)
     for margin, label in zip(margins, labels, strict=True):

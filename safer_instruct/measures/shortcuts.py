@@ -1,11 +1,11 @@
-"""How far chosen and rejected responses are told apart by shallow means: what a model can learn in place of the matter.
+"""Measure how well shallow features separate chosen from rejected responses: a model could learn such a shortcut.
 
-Four means, each a score of one response alone: whether it declines by phrase, its length, its first three words, and
-its words in any order. For the last two a naive Bayes classifier is fitted to the rows of the other folds, so that what
-it says of a row is no memory of it. The area under the ROC curve (AUC) is the probability that a chosen response scores
-above a rejected one, ties counting half: 0.5 tells nothing apart, 1 and 0 everything.
+There are four features, each a score of one response: whether it holds a refusal phrase, its length, its first three
+words, and its bag of words. For the last two, a naive Bayes classifier is fitted on the rows of the other folds, so
+that it never scores a row that it was fitted on. The area under the ROC curve (AUC) is the probability that a chosen
+response scores above a rejected one, with ties counted as half: 0.5 separates nothing, 0 and 1 everything.
 
-Symbols: n pairs; the two responses of a pair are one draw, so the variance of the AUC is that of the sum of their
+Symbols: n pairs. The two responses of a pair are one draw, so the variance of the AUC is that of the sum of their
 placement values (DeLong et al. 1988, in the clustered form of Obuchowski 1997).
 """
 
@@ -26,36 +26,36 @@ from safer_instruct.text.refusals import declines
 FOLDS = 5
 FIRST_WORDS = 3
 TOLD_APART = 0.95  # an AUC above it, or below 1 - it, is a shortcut
-Z = 1.959964  # of a 95% interval
+Z = 1.959964  # standard normal quantile for a 95% interval
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 Scores = NDArray[np.float64]
 Numbers = NDArray[np.int64]
-# From the chosen and the rejected responses of all pairs (n each) and their folds (n,) to the scores of both.
+# (chosen responses, rejected responses, folds), n of each -> (scores of chosen, scores of rejected), n of each.
 Means = Callable[[Sequence[str], Sequence[str], Numbers], tuple[Scores, Scores]]
 
 
 @dataclass(frozen=True, slots=True)
 class Auc(Rate):
-    """An area under the ROC curve with its 95% interval, over `n` pairs; all three are None where there is none."""
+    """An area under the ROC curve with its 95% interval, over `n` pairs; area and interval are None if `n` is 0."""
 
     @property
     def is_shortcut(self) -> bool:
-        """Whether chosen and rejected are all but told apart."""
+        """Whether the feature separates chosen from rejected almost perfectly."""
         return self.value is not None and not 1 - TOLD_APART <= self.value <= TOLD_APART
 
 
 def auc(chosen: Scores, rejected: Scores) -> Auc:
-    """Return the AUC of scores (n,) of the chosen and the rejected responses of the same n pairs."""
+    """Return the AUC of the scores of the chosen and the rejected responses, (n,) each, of the same n pairs."""
     n = len(chosen)
     if not n:
         return Auc(None, None, None, 0)
-    above = _placements(chosen, np.sort(rejected))  # share of the rejected below each chosen
-    below = 1 - _placements(rejected, np.sort(chosen))  # share of the chosen above each rejected
+    above = _placements(chosen, np.sort(rejected))  # for each chosen, the share of rejected below it
+    below = 1 - _placements(rejected, np.sort(chosen))  # for each rejected, the share of chosen above it
     value = float(above.mean())
     if n == 1:
         low, high = 0.0, 1.0
-    elif value in (0.0, 1.0):  # no spread to estimate from: as a share of n rows
+    elif value in (0.0, 1.0):  # zero estimated variance: use the interval of a share of n rows
         low, high = wilson_interval(round(value * n), n)
     else:
         error = Z * float(np.std(above + below, ddof=1)) / n**0.5
@@ -64,7 +64,7 @@ def auc(chosen: Scores, rejected: Scores) -> Auc:
 
 
 def _placements(scores: Scores, ordered: Scores) -> Scores:
-    """Return for each score the share of the ordered ones below it, ties counting half."""
+    """Return, for each score, the share of the ordered scores below it, with ties counted as half."""
     sides = [np.searchsorted(ordered, scores, side) for side in ("left", "right")]
     return np.asarray(sum(sides) / (2 * len(ordered)), dtype=np.float64)
 
@@ -79,7 +79,7 @@ def _words(text: str) -> set[str]:
 
 
 def _scored(score: Callable[[str], float]) -> Means:
-    """Make the means that score a text by a function of it."""
+    """Return a feature that scores each text with `score`."""
 
     def scores(chosen: Sequence[str], rejected: Sequence[str], folds: Numbers) -> tuple[Scores, Scores]:
         of_chosen, of_rejected = (np.array([score(text) for text in texts]) for texts in (chosen, rejected))
@@ -89,7 +89,7 @@ def _scored(score: Callable[[str], float]) -> Means:
 
 
 def _learned(features: Callable[[str], set[str]]) -> Means:
-    """Make the means that score a text by a naive Bayes classifier of its features, fitted to the other folds."""
+    """Return a feature that scores each text with a naive Bayes classifier fitted on the other folds."""
 
     def scores(chosen: Sequence[str], rejected: Sequence[str], folds: Numbers) -> tuple[Scores, Scores]:
         numbers: dict[str, int] = {}
@@ -111,7 +111,7 @@ def _learned(features: Callable[[str], set[str]]) -> Means:
 
 
 def _count(texts: Sequence[Numbers], num_features: int) -> Numbers:
-    """Return in how many of the texts each feature is."""
+    """Return the number of texts that have each feature."""
     return np.bincount(np.concatenate([np.empty(0, np.int64), *texts]), minlength=num_features)
 
 
@@ -124,12 +124,12 @@ MEANS = {
 
 
 def shortcuts(pairs: Iterable[tuple[str, str, str, str]]) -> dict[str, dict[str, Auc]]:
-    """Return name of the means -> label -> AUC; the label "" is all pairs together.
+    """Return name of the feature -> label -> AUC; the label "" stands for all pairs together.
 
-    The classifiers are fitted to all labels together, as a model is trained on them.
+    The classifiers are fitted on all labels together, as a model would be.
 
     Args:
-        pairs: (instruction, label, chosen, rejected); rows of one instruction are in one fold.
+        pairs: (instruction, label, chosen, rejected); rows with the same instruction are in the same fold.
     """
     rows = list(pairs)
     instructions, labels, chosen, rejected = (list(column) for column in zip(*rows, strict=True)) if rows else ([],) * 4

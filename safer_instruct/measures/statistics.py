@@ -1,7 +1,7 @@
-"""Intervals, paired tests and regressions of the report; SciPy and statsmodels do the computing.
+"""Intervals, paired tests and regressions of the report, computed with SciPy and statsmodels.
 
 Shares and differences are fractions, not per cent; intervals are two-sided 95%. The two libraries take seconds to
-import and are needed by a report alone, so they are imported where they are called.
+import and only a report needs them, so they are imported inside the functions.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES = 10_000  # of a bootstrap: its quantiles then move by less than 0.05 standard errors
+RESAMPLES = 10_000  # per bootstrap: enough for its quantiles to vary by less than 0.05 standard errors
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Return the 95% score interval of a binomial share (Wilson 1927): inside [0, 1], and honest at 0 and n.
+    """Return the 95% score interval of a binomial share (Wilson 1927): inside [0, 1], and of nonzero width at 0 and n.
 
     Raises:
-        ValueError: If not 0 <= successes <= n, or n is 0.
+        ValueError: Not 0 <= successes <= n, or n is 0.
     """
     from statsmodels.stats.proportion import proportion_confint
 
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"an interval needs 0 <= successes <= n and n > 0, got {successes} of {n}")
     low, high = proportion_confint(successes, n, alpha=0.05, method="wilson")
-    # At the ends the bound is exactly 0 or 1; rounding would leave it at 1e-17.
+    # At the ends the bound is exactly 0 or 1, but rounding would make it 1e-17.
     return (0.0 if successes == 0 else float(low)), (1.0 if successes == n else float(high))
 
 
 def weighted_interval(shares: Sequence[tuple[int, int, float]]) -> tuple[float, float, float]:
-    """Return a share over strata that were not drawn in proportion to their size, and its 95% interval.
+    """Return a share over strata that were not sampled in proportion to their size, and its 95% interval.
 
-    The interval is Wilson's at the effective number of draws, 1 / sum(w^2 / n) for the strata's parts w of the whole
-    (Kish 1965): without strata it is Wilson's own, and it has a width where all draws are alike.
+    The interval is Wilson's at the effective sample size, 1 / sum(w^2 / n), where w are the strata's shares of the
+    whole (Kish 1965). With one stratum it is the Wilson interval, and it has nonzero width even if all draws are equal.
 
     Args:
         shares: (successes, n, size) of each stratum, n > 0.
@@ -52,8 +52,8 @@ def weighted_interval(shares: Sequence[tuple[int, int, float]]) -> tuple[float, 
 def harmonic_mean(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float, float]:
     """Return the harmonic mean of two shares and its 95% interval.
 
-    The interval is that of the mean of two shares drawn from their Jeffreys posteriors, Beta(k + 1/2, n - k + 1/2),
-    which knows no corner: at 0 and 1 a normal approximation has no width.
+    The shares are drawn from their Jeffreys posteriors, Beta(k + 1/2, n - k + 1/2), and the interval is that of their
+    harmonic mean. A normal approximation would have zero width at 0 and 1.
 
     Each share is (successes, n), n > 0.
     """
@@ -75,10 +75,10 @@ class PairedDifference:
 
     n: int  # prompts that count for both models
     only_first: int  # prompts that are counted for the first model alone (McNemar's b)
-    only_second: int  # prompts that are counted for the second model alone (McNemar's c)
+    only_second: int  # prompts that are counted only for the second model (McNemar's c)
     difference: float  # (only_second - only_first) / n
-    # Lower end of the bootstrap interval; None where no prompt differs, or all do in the same way: resampling then
-    # knows nothing.
+    # Lower end of the bootstrap interval; None if no prompt differs, or all differ alike, since every resample is then
+    # the same.
     low: float | None
     high: float | None  # its upper end
     p: float  # exact McNemar test of "no difference", two-sided
@@ -87,7 +87,7 @@ class PairedDifference:
 def compare_paired(both: Sequence[tuple[bool, bool]], *, seed: int = 0) -> PairedDifference | None:
     """Compute the exact McNemar test and the bootstrap interval of the difference of two shares over the same prompts.
 
-    `both` says of each prompt whether it counts for the first model, and for the second; without one there is None.
+    `both` holds, for each prompt, whether it counts for the first model and for the second. None without a prompt.
     """
     if not both:
         return None
@@ -100,7 +100,7 @@ def compare_paired(both: Sequence[tuple[bool, bool]], *, seed: int = 0) -> Paire
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Test exactly, two-sided: of the prompts that differ, is either model's share a half (McNemar 1947)?"""
+    """Return the exact two-sided p value of McNemar's test (1947) that each model wins half the differing prompts."""
     from statsmodels.stats.contingency_tables import mcnemar
 
     return float(mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue)
@@ -109,7 +109,7 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
 def _bootstrap_difference(n: int, only_first: int, only_second: int, seed: int) -> tuple[float | None, float | None]:
     """Return the percentile interval of the mean of n values in {-1, 0, 1}, resampled with replacement.
 
-    How often each value comes up in a resample is a multinomial draw, so that 100,000 prompts cost as much as ten.
+    The counts of the three values in a resample are one multinomial draw, so 100,000 prompts cost as much as ten.
     """
     if only_first + only_second == 0 or n in (only_first, only_second):
         return None, None
@@ -120,7 +120,7 @@ def _bootstrap_difference(n: int, only_first: int, only_second: int, seed: int) 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for their number, in their order (Holm 1979): the chance of any false finding stays 5%."""
+    """Correct p values for multiple tests, in order (Holm 1979): at 0.05, the chance of any false finding stays 5%."""
     from statsmodels.stats.multitest import multipletests
 
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
@@ -129,8 +129,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def cohens_kappa(counts: Sequence[Sequence[int]]) -> tuple[float, float, float] | None:
     """Measure agreement beyond chance, with its 95% interval (Cohen 1960; Fleiss, Cohen and Everitt 1969).
 
-    Returns (kappa, low, high) of a square table, in whose rows are the first judge's classes, in its columns the
-    second's; None where it is undefined: no row, or both judges say the same one thing throughout.
+    Returns (kappa, low, high) of a square table with the first judge's classes as rows and the second's as columns.
+    None if it is undefined: the table is empty, or both judges always give the same single class.
     """
     from statsmodels.stats.inter_rater import cohens_kappa as kappa_of
 
@@ -139,7 +139,7 @@ def cohens_kappa(counts: Sequence[Sequence[int]]) -> tuple[float, float, float] 
     if len(used) < 2:
         return None
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)  # a variance of 0 over 0 is answered with nan, below
+        warnings.simplefilter("ignore", RuntimeWarning)  # a variance of 0/0 is nan, which is handled below
         found = kappa_of(used)
     values = float(found.kappa), float(found.kappa_low), float(found.kappa_upp)
     return values if all(map(math.isfinite, values)) else None
@@ -153,25 +153,25 @@ class WinRate:
     value: float  # the plain win rate
     low: float  # lower end of its interval (bootstrap)
     high: float  # its upper end
-    controlled: float | None  # the win rate at equal length of the two answers; None where the regression has no answer
+    controlled: float | None  # the win rate at equal length of the two answers; None if the regression cannot be fitted
     controlled_low: float | None  # lower end of its interval
     controlled_high: float | None  # its upper end
-    length_effect: float | None  # log-odds of winning by a standard deviation more of length; None as `controlled`
+    length_effect: float | None  # b of the regression: the effect of length on the log-odds; None as `controlled`
 
 
 def win_rate(scores: Sequence[float], extra_length: Sequence[float], *, seed: int = 0) -> WinRate:
     """Compute plain and length-controlled win rates (Dubois et al. 2024, AlpacaEval 2, without its instruction terms).
 
-    The model is P(win) = sigmoid(a + b tanh(d / sd(d))), d being the model's length minus the baseline's; ties and
-    answers preferred in one position only count as half a win. At d = 0 this is sigmoid(a).
+    The regression is P(win) = sigmoid(a + b tanh(d / sd(d))), where d is the model's length minus the baseline's. Ties,
+    and answers preferred in only one position, count as half a win. At d = 0 this is sigmoid(a).
 
     Args:
-        scores: 1 the model wins, 0 the baseline does, 0.5 neither; one a prompt.
-        extra_length: Length of the model's answer minus that of the baseline's.
-        seed: Of the bootstrap.
+        scores: One per prompt: 1 if the model wins, 0 if the baseline wins, 0.5 if neither does.
+        extra_length: Length of the model's answer minus that of the baseline's, one per prompt.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: No score, or not as many of one as of the other.
+        ValueError: There is no score, or the numbers of scores and lengths differ.
     """
     if not scores or len(scores) != len(extra_length):
         raise ValueError(f"{len(scores)} scores and {len(extra_length)} lengths: one of each for every prompt")
@@ -184,7 +184,7 @@ def win_rate(scores: Sequence[float], extra_length: Sequence[float], *, seed: in
 
 
 def _length_controlled(wins: np.ndarray, extra: np.ndarray) -> tuple[float, float, float, float] | None:
-    """Return (win rate at equal length, low, high, length effect); None without variation, or if lengths decide all."""
+    """Return (win rate at equal length, low, high, length effect); None without variation, or if length decides."""
     import statsmodels.api as sm
     from scipy.special import expit
     from statsmodels.tools.sm_exceptions import ConvergenceWarning, PerfectSeparationWarning
@@ -197,7 +197,7 @@ def _length_controlled(wins: np.ndarray, extra: np.ndarray) -> tuple[float, floa
         warnings.simplefilter("error", PerfectSeparationWarning)
         warnings.simplefilter("error", ConvergenceWarning)
         try:
-            # Halves are no Bernoulli draws: the sandwich gives them the variance that they have.
+            # Scores of 0.5 are not Bernoulli draws; the sandwich estimator (HC0) uses their actual variance.
             fit = sm.GLM(wins, design, family=sm.families.Binomial()).fit(cov_type="HC0")
         except (PerfectSeparationWarning, ConvergenceWarning, np.linalg.LinAlgError):
             return None
@@ -207,10 +207,10 @@ def _length_controlled(wins: np.ndarray, extra: np.ndarray) -> tuple[float, floa
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return (mean, low, high) with Student's t; a single value has no interval, and is all three.
+    """Return (mean, low, high) with Student's t; without variation, or for a single value, all three are the mean.
 
     Raises:
-        ValueError: No value.
+        ValueError: There is no value.
     """
     from scipy.stats import ttest_1samp
 

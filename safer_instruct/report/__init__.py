@@ -1,1 +1,1 @@
-"""Reports: tables, figures, page, and what they read of finished runs."""
+"""Reports: tables, figures and the HTML page, and the code that reads finished runs for them."""

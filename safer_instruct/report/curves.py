@@ -1,4 +1,4 @@
-"""The training curves of a run, read from its `metrics.jsonl`."""
+"""Read the training curves of a run from its `metrics.jsonl`, and draw them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from safer_instruct.report.training_runs import read_metrics
 from safer_instruct.text.display import short_name
 
 EXAMPLES = "counters/examples"  # x-axis
-MAX_POINTS = 300  # of one line: more cannot be told apart in a figure
-# Title, y-axis, and for each line its words and its metric; a run shows the figures that it has metrics for.
+MAX_POINTS = 300  # per line: more cannot be told apart in a figure
+# Title, y-axis, and {legend: metric} of the lines; a run shows the figures that it has metrics for.
 LOSS = ("loss", "nats", {"training": "loss/train", "held out": "loss/eval"})
-# Of a run that learns preferences: its loss would add up what stands here apart.
+# For preference training: the total loss would add up these quantities, so each has its own figure.
 PREFERENCE = (
     ("preference loss", "nats per pair", {"training": "preference_loss_train", "held out": "preference_loss_eval"}),
     (
@@ -37,7 +37,7 @@ REFUSALS = (
     "share",
     {"unsafe": "refusals_eval/unsafe", "benign": "refusals_eval/benign"},
 )
-# Losses that are ln 2 where the policy prefers neither response.
+# Losses that equal ln 2 when the policy prefers neither response.
 LOGISTIC = frozenset({"dpo", "cdpo", "robust", "dpo_norm"})
 # Figures of several runs over each other: title, y-axis, metric. Losses of different kinds share no axis.
 COMPARED_LOSSES = (("Training loss", "nats", "loss/train"), ("Held-out loss", "nats", "loss/eval"))
@@ -50,34 +50,34 @@ MAX_RUNS = 12  # in one figure
 METRICS = {metric for _, _, lines in (LOSS, *PREFERENCE, REFUSALS) for metric in lines.values()} | {
     metric for _, _, metric in (*COMPARED_LOSSES, *COMPARED)
 }
-FEW = 25  # points of a line: dots show where they were measured
+FEW = 25  # a line with at most this many points has markers, to show where it was measured
 
 Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class RunCurves:
-    """The curves of one run: by metric, and the name of its loss, "" where its settings do not tell."""
+    """The curves of one run by metric, and the name of its loss ("" if unknown)."""
 
     points: Mapping[str, Points]
     loss: str = ""
 
     def of(self, metric: str) -> Points:
-        """Return the points of a metric, [] where the run has none."""
+        """Return the points of a metric; [] if the run has none."""
         return self.points.get(metric, [])
 
 
 def read_curves(name: str, run_path: str) -> RunCurves:
     """Read the points (examples seen, value) of every metric that a figure draws, thinned to `MAX_POINTS`.
 
-    A run that was killed and resumed may have written a stretch twice: the last line of a position counts.
+    A resumed run may have logged some steps twice; the last line for each number of examples counts.
 
     Raises:
-        UserError: The run has no metrics.jsonl, or one that cannot be read.
+        UserError: The run's metrics.jsonl is missing or cannot be read.
     """
     file = find_path(run_path) / "metrics.jsonl"
     if not file.is_file():
-        raise UserError(f"curves.{name}={run_path}: no metrics.jsonl in it; name the folder of a run of train.py")
+        raise UserError(f"curves.{name}={run_path}: it holds no metrics.jsonl; name the folder of a run of train.py")
     values: dict[str, dict[float, float]] = {metric: {} for metric in METRICS}
     for row in read_metrics(file):
         for metric in METRICS & row.keys() if EXAMPLES in row else ():
@@ -88,7 +88,7 @@ def read_curves(name: str, run_path: str) -> RunCurves:
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> Points:
-    """Return at most `limit` points: means of neighbours, which smooth the noise where picking would sample it."""
+    """Return at most `limit` points: means of neighbours, because picking single points would show their noise."""
     width = math.ceil(len(points) / limit)
     if width <= 1:
         return points
@@ -97,7 +97,7 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
 
 
 def plot_runs(runs: Mapping[str, RunCurves]) -> list[Plot]:
-    """Draw each run: its loss, or what a preference loss is made of, and what was sampled."""
+    """Draw each run: its loss (or the parts of a preference loss), and the refusals of sampled prompts."""
     plots = [plot for name, run in runs.items() for plot in _plots_of_run(name, run)]
     return [plot for plot in plots if plot is not None]
 
@@ -112,7 +112,7 @@ def _plots_of_run(name: str, run: RunCurves) -> Iterator[Plot | None]:
 
 
 def plot_compared(runs: Mapping[str, RunCurves]) -> list[Plot]:
-    """Draw one figure for each metric, with a line for each of the first `MAX_RUNS` runs; for losses one of a kind."""
+    """Draw one figure per metric (for losses, one per kind of loss), with a line for each of the first `MAX_RUNS`."""
     shown = dict(list(runs.items())[:MAX_RUNS])
     note = f" (the first {MAX_RUNS} runs)" if len(runs) > MAX_RUNS else ""
     kinds = sorted({run.loss for run in shown.values()})
@@ -135,10 +135,10 @@ def plot_compared(runs: Mapping[str, RunCurves]) -> list[Plot]:
 def plot_curves(
     title: str, unit: str, curves: Mapping[str, Points], level: tuple[float, str] | None = None
 ) -> Plot | None:
-    """Draw lines over examples seen; None where no curve has a point.
+    """Draw lines over examples seen; None if no curve has a point.
 
-    `unit` is what the y-axis shows ("nats"), `level` a value to compare with, and its words; the points of a line,
-    (examples seen, value), ascend.
+    `unit` labels the y-axis ("nats"). `level` is a value to draw as a dotted line, and its legend. The points of a
+    curve are (examples seen, value), ascending.
     """
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
@@ -159,7 +159,7 @@ def plot_curves(
 
 
 def _line(index: int, points: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Return how line number `index` looks: what was measured once or twice is dots, since nobody knows between."""
+    """Return the style of line number `index`: one or two points are not joined, as nothing is known in between."""
     return {
         "color": MODEL_COLORS[index % len(MODEL_COLORS)],
         "linewidth": 1.5,

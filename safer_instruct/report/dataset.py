@@ -1,4 +1,4 @@
-"""What a report shows besides its own rates: how the dataset was made, and the commands that were run before."""
+"""Read what a report shows besides its own rates: how the dataset was made, and which commands ran before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from config.errors import UserError
 from config.paths import find_path
 from config.reading import read_mapping
 
-# The stages of induce.py's report, and what is left after each.
+# The stages of induce.py's report, and what is left after each of them.
 FUNNEL_WORDS = {
     "corpus": "usable responses",
     "induce": "instructions induced",
@@ -20,12 +20,12 @@ FUNNEL_WORDS = {
     "respond": "answered safely",
     "merge": "in the dataset",
 }
-MAX_REASONS = 4  # of one stage; the dataset's own report has them all
+MAX_REASONS = 4  # shown per stage; the dataset's own report has all of them
 
 
 @dataclass(frozen=True, slots=True)
 class FunnelStep:
-    """One step from the corpus to the dataset: how many rows are left after it, and why others are not."""
+    """One step from the corpus to the dataset: how many rows are left after it, and why the others were dropped."""
 
     name: str
     rows: int
@@ -36,7 +36,7 @@ def read_induction_report(path: str) -> dict[str, Any]:
     """Read the report.json that induce.py wrote for the training data.
 
     Raises:
-        UserError: If the file is missing, or is no such report.
+        UserError: The file is missing, or is not such a report.
     """
     document = read_mapping(find_path(path), "induction_report=FILE names the report.json in a dataset folder")
     try:
@@ -67,14 +67,14 @@ def read_stages(path: str) -> list[dict[str, Any]]:
     """Read the stages that ran before this evaluation: `{"name", "command", "seconds"}` on each line.
 
     Raises:
-        UserError: If the file is missing, or a line is no such object (its line number is named).
+        UserError: The file is missing, or a line is not such an object (the message gives its number).
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise UserError(f"stages_file={path}: there is no such file") from None
     except UnicodeDecodeError:
-        raise UserError(f"stages_file={path}: bytes that are not UTF-8") from None
+        raise UserError(f"stages_file={path}: the file is not UTF-8 text") from None
     stages = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -83,5 +83,5 @@ def read_stages(path: str) -> list[dict[str, Any]]:
             row = json.loads(line)
             stages.append({"name": str(row["name"]), "command": str(row["command"]), "seconds": float(row["seconds"])})
         except (KeyError, TypeError, ValueError, RecursionError):
-            raise UserError(f'{path}:{number}: a stage is {{"name": ..., "command": ..., "seconds": number}}') from None
+            raise UserError(f'{path}:{number}: a stage must be {{"name": ..., "command": ..., "seconds": N}}') from None
     return stages

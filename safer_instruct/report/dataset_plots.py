@@ -1,4 +1,4 @@
-"""The figures of a dataset's card and of an audit, as SVG text: where the rows of each label went, what repeats."""
+"""Draw the figures of a dataset card and of an audit as SVG text: the fate of each label's rows, and repetitions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from safer_instruct.report.plots import Plot, new_axes, stack_bars, styled, to_svg
 
-# What is in the dataset comes first.
+# Key, legend and colour; the rows in the dataset come first.
 FUNNEL_PARTS = (
     ("out", "in the dataset", "#01665E"),
     ("filter", "dropped by the filter", "#DFC27D"),
     ("respond", "no safe response", "#8C510A"),
     ("merge", "repeated, excluded, rejected", "#999999"),
 )
-MAX_LABELS = 30  # of a figure: those with the most rows
+MAX_LABELS = 30  # per figure: those with the most rows
 
 
 def plot_funnel(report: Mapping[str, Any]) -> Plot:
-    """Draw one bar for each label in the report of `card.build_report`, cut by where its rows ended."""
+    """Draw one bar per label of the report of `card.build_report`, divided by where its rows ended up."""
     labels = dict(sorted(report["by_label"].items(), key=lambda item: -item[1]["induced"])[:MAX_LABELS])
     bars = {}
     for label, counts in labels.items():
@@ -31,11 +31,11 @@ def plot_funnel(report: Mapping[str, Any]) -> Plot:
 
 
 def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str]]) -> str:
-    """Draw stacked horizontal bars of rows, each with the size of its first part and of the whole, as SVG.
+    """Draw stacked horizontal bars of rows as SVG; each is labelled with the size of its first part and of the whole.
 
     Args:
         bars: Name -> the sizes of its parts.
-        parts: Words of the legend and colour of each part.
+        parts: Legend and colour of each part.
     """
     with styled():
         axes = new_axes(1.2 + 0.32 * max(1, len(bars)), width_inches=6.4)
@@ -44,4 +44,4 @@ def plot_parts(bars: Mapping[str, Sequence[int]], parts: Sequence[tuple[str, str
             axes.text(sum(sizes), row, f" {sizes[0]} of {sum(sizes)}", va="center", fontsize=8)
         axes.set_xlim(0, 1.2 * max([1, *map(sum, bars.values())]))
         axes.set_xlabel("rows")
-        return to_svg(axes, transparent=False)  # cards are also read on dark pages
+        return to_svg(axes, transparent=False)  # opaque, because cards are also read on dark pages

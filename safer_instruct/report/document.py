@@ -1,9 +1,9 @@
-"""What an evaluation found, as one JSON document and as Markdown tables for a paper; `page.py` renders it too.
+"""Build the report of an evaluation as one JSON document, and as Markdown tables for a paper; `page.py` renders HTML.
 
-`report.json`: `summary` (one sentence), `warnings`, `models.NAME` (`rates.summarize`), `prompts.NAME` (the sets),
-`overlap` (prompts that occur in training files), `dataset` (the report of induce.py), `run` (how it was made), and,
-where the command asked for them, `comparisons`, `contrasts`, `agreement`, `helpfulness`, `downstream`, `rewards` and
-`runs`.
+`report.json` holds `summary` (one sentence), `warnings`, `models.NAME` (`rates.summarize`), `prompts.NAME` (the sets),
+`overlap` (prompts that occur in training files), `dataset` (the report of induce.py) and `run` (how it was made). If
+the command asked for them, it also holds `comparisons`, `contrasts`, `agreement`, `helpfulness`, `downstream`,
+`rewards` and `runs`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from safer_instruct.text.display import escape_markdown, markdown_code, markdown
 from safer_instruct.text.prompt_sets import EvaluationPrompt, Overlap, prompts_fingerprint
 
 REPORT_VERSION = 1
-NO_PROMPTS = "Side by side, by what was measured without asking any prompt."
-MANY_CUT = 0.02  # of the answers: then the token limit may have changed the rates
+NO_PROMPTS = "A comparison without evaluation prompts: it shows only what was measured without them."
+MANY_CUT = 0.02  # share of cut answers from which the token limit may have changed the rates
 
 
 def describe_prompts(path: str, prompts: Sequence[EvaluationPrompt]) -> dict[str, Any]:
-    """Return what a set holds: how many prompts of each kind, and a hash of its content."""
+    """Describe a prompt set: the number of prompts of each kind, and a hash of its content."""
     return {
         "path": path,
         "n": len(prompts),
@@ -59,11 +59,11 @@ def build_report(
     """Build the document that `report.json` holds.
 
     Args:
-        models: For each model its path, its fingerprint and its `rates.summarize`; the first is the baseline.
-        prompts: For each set what `describe_prompts` says of it.
+        models: Path, fingerprint and `rates.summarize` of each model; the first is the baseline.
+        prompts: The `describe_prompts` of each set.
         overlaps: One entry for each training file that was compared with the prompts.
         dataset: The report that induce.py wrote for the training data, if it is known.
-        run: Commands, seeds, versions, seconds: how the numbers came about.
+        run: How the numbers were made: commands, seeds, versions, seconds.
         parts: What `tables.extra_tables` shows: `comparisons`, `agreement`, ...
         notes: Further warnings.
     """
@@ -81,9 +81,9 @@ def build_report(
 
 
 def summary_sentence(models: Models) -> str:
-    """Say the finding in one sentence, made from the numbers: the last model against the first.
+    """State the finding in one sentence, built from the numbers: the last model against the first.
 
-    A change is called one only where the two 95% intervals do not touch.
+    It calls a rate up or down only if the two 95% intervals do not overlap.
     """
     first, last = next(iter(models)), list(models)[-1]
     model = models[last]
@@ -104,7 +104,7 @@ def summary_sentence(models: Models) -> str:
 
 
 def _finding(subject: str, key: str, first: str, last: str, models: Models) -> str:
-    """Say `accuracy on benign prompts: from 98.8% (base) down to 90.0% (dpo)`, or the one number where there is one."""
+    """Return `accuracy on benign prompts: from 98.8% (base) down to 90.0% (dpo)`, or the single number there is."""
     before, after = models[first][key], models[last][key]
     if first == last or not before["n"]:
         interval = f"95% interval {percent(after['low'])} to {percent(after['high'])}, n = {after['n']}"
@@ -121,21 +121,21 @@ def _warnings(models: Models, overlaps: Iterable[Overlap]) -> Iterator[str]:
     for overlap in overlaps:
         if overlap.prompt_ids:
             yield (
-                f"{len(overlap.prompt_ids)} of the prompts also occur in the training file {overlap.path}, so that "
-                "they test nothing new; report.json lists them under 'overlap'."
+                f"{len(overlap.prompt_ids)} of the prompts also occur in the training file {overlap.path}, so they do "
+                "not test generalization; report.json lists them under 'overlap'."
             )
     for name, model in models.items():
         for reason, ids in model.get("unanswered", {}).items():
             words = "the file has no answer" if reason == "empty_cell" else f"there is no answer ({reason})"
             yield (
-                f"{name}: for {len(ids)} of the prompts {words}; they are not in its n, and report.json lists them "
+                f"{name}: for {len(ids)} of the prompts {words}; its n does not count them, and report.json lists them "
                 "under 'unanswered'."
             )
         abstained = sum(outcomes.get("abstain", 0) for outcomes in model["counts"].values())
         if abstained:
             yield (
                 f"{name}: the judge abstained on {abstained} of {model['abstain_rate']['n']} answers; "
-                "they are in no rate but the abstain rate."
+                "they count only in the abstain rate."
             )
         cut, shortened = model["truncated_rate"], model["prompt_cut_rate"]
         if cut["n"] and cut["value"] > MANY_CUT:
@@ -158,7 +158,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     tables = [*group_tables(models), *extra_tables(report)]
     headline = shown_metrics(models, HEADLINE)
     if headline:
-        words = "Per cent, with 95% Wilson intervals in brackets and the number of prompts that each is counted over."
+        words = "Per cent, with 95% Wilson intervals in brackets and the number n of prompts behind each rate."
         further = shown_metrics(models, FURTHER)
         tables = [rates_table(models, headline, "", words), rates_table(models, further, "Further rates"), *tables]
     for table in tables:
@@ -175,5 +175,5 @@ def render_markdown(report: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write `report.json`: indented, keys in the order in which they were made; NaN, which is not JSON, is refused."""
+    """Write `report.json`, indented, with keys in insertion order; ValueError for NaN, which is not valid JSON."""
     write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Outputs of evaluate.py: `samples.jsonl` written and read, and finished ones found, read and put side by side."""
+"""Outputs of evaluate.py: write and read `samples.jsonl`; find and read finished evaluations to compare them."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ class _Sample(_Checked):
 
 
 def find_finished(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Find (runs of train.py, outputs of evaluate.py) by name; a folder of a sweep stands for all that it holds.
+    """Find (runs of train.py, outputs of evaluate.py) by name; the folder of a sweep stands for everything in it.
 
-    A name is the folder's, with as many of its parents as tell it from the others.
+    A name is the folder's name, preceded by as many parent folders as make it unique.
 
     Raises:
-        UserError: A path that is not there, or holds neither.
+        UserError: A path does not exist, or holds neither.
     """
     folders: list[Path] = []
     for path in paths:
@@ -126,17 +126,17 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvaluation:
-    """What an output of evaluate.py holds: its report, and the judged outputs of each model."""
+    """The contents of a folder that evaluate.py wrote: its report, and the judged outputs of each model."""
 
     report: Mapping[str, Any]
     judged: Mapping[str, list[JudgedOutput]]
 
 
 def read_evaluations(folders: Mapping[str, Path]) -> dict[str, FinishedEvaluation]:
-    """Read the evaluations of `find_finished`, and give their models names that tell all of them apart.
+    """Read the evaluations of `find_finished`, and make the names of their models unique.
 
     Raises:
-        UserError: A file that cannot be read; models with different prompt sets.
+        UserError: A file cannot be read, or the evaluations have different prompt sets.
     """
     read = {name: _read_evaluation(folder) for name, folder in folders.items()}
     _require_same_prompts(read)
@@ -146,7 +146,7 @@ def read_evaluations(folders: Mapping[str, Path]) -> dict[str, FinishedEvaluatio
 
 
 def _rename(evaluation: FinishedEvaluation, name: str, repeated: Iterable[str]) -> FinishedEvaluation:
-    """Call each model that several evaluations have by its evaluation, too."""
+    """Put the name of the evaluation before each model name that several evaluations share."""
     new = {model: f"{name}: {model}" if model in repeated else model for model in evaluation.judged}
     models = {new[model]: rates for model, rates in evaluation.report["models"].items()}
     judged = {new[model]: rows for model, rows in evaluation.judged.items()}
@@ -215,7 +215,7 @@ def sample_row(model: str, output: JudgedOutput) -> dict[str, Any]:
 
 
 def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Stream rows to `samples.jsonl`; a text stays as the model gave it, in JSON escapes where it is not ASCII."""
+    """Stream rows to `samples.jsonl`; texts are kept exactly, with JSON escapes for non-ASCII characters."""
     with replacing(path) as partial, partial.open("w", encoding="ascii") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -1,4 +1,4 @@
-"""The differences between two models as a forest plot."""
+"""Draw the differences between two models as a forest plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_ROWS = 24
 
 
 def plot_forest(entries: Sequence[Mapping[str, Any]]) -> Plot | None:
-    """Draw the last two models' differences (`compare_models`) with 95% intervals, a row for each rate, if any."""
+    """Draw the last two models' differences (`compare_models`) with 95% intervals, a row per rate; None without any."""
     rows = last_pair(entries)[:MAX_ROWS]
     if not rows:
         return None
@@ -44,8 +44,8 @@ def plot_forest(entries: Sequence[Mapping[str, Any]]) -> Plot | None:
         svg = to_svg(axes)
     described = "; ".join(f"{name} {points(one['difference'])}" for name, one in zip(names, rows, strict=True))
     caption = (
-        "Second model minus the first on the same prompts. Whiskers: 95% bootstrap interval (none where no prompt "
-        "differs, or all do alike); filled: more than chance after Holm's correction; in brackets n."
+        "Second model minus the first, on the same prompts. Whiskers: 95% bootstrap interval (none if no prompt "
+        "differs, or all differ alike); filled: significant at 0.05 after Holm's correction; in brackets n."
     )
     return Plot(title, f"{title}: differences in percentage points. {described}.", svg, caption)
 

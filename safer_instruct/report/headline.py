@@ -1,4 +1,4 @@
-"""What a report answers first: is it safer, is it still useful, how sure are we."""
+"""The questions that a report answers first: is the model safer, is it still useful, how sure are we?"""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from safer_instruct.report.tables import (
 )
 from safer_instruct.text.display import percent
 
-# Of these the first that was counted on enough prompts says how useful a model is.
+# Usefulness is the first of these rates that was counted over enough prompts.
 USEFUL = ("benign_accuracy", "usefulness", "over_refusal_rate")
 ENOUGH = 30  # prompts: the interval of a share is then narrower than 36 points
 VIEWS = {view.key: view for view in (*HEADLINE, *FURTHER)}
 
 
 def headline_answers(report: Mapping[str, Any]) -> list[Answer]:
-    """Answer for the last model, beside all others; what was not asked for has no answer."""
+    """Answer for the last model, with the others beside it; a question without data is left out."""
     models: Models = report["models"]
     if not models:
         return []
@@ -62,7 +62,7 @@ def _interval(rate: Mapping[str, Any]) -> str:
 
 
 def _certainty(report: Mapping[str, Any], models: Models) -> Iterator[Answer]:
-    """Yield how sure the difference between the first model and the last is: the paired test on the same prompts."""
+    """Yield how certain the difference between the first and last model is, from the paired test on shared prompts."""
     first, last = next(iter(models)), list(models)[-1]
     entries = report.get("comparisons") or []
     pair = {
@@ -74,7 +74,7 @@ def _certainty(report: Mapping[str, Any], models: Models) -> Iterator[Answer]:
         yield _paired_answer(next(iter(pair.values())), list(pair.values()), len(entries))
     elif (rate := models[last].get("harmful_rate", NOT_COUNTED))["n"]:
         half = 50 * (rate["high"] - rate["low"])
-        words = f"half the 95% interval of the harmful answers: {rate['n']:,} prompts, one model, nothing to compare"
+        words = f"half the 95% interval of the harmful rate: {rate['n']:,} prompts, one model, nothing to compare with"
         yield Answer("How sure are we?", f"+- {half:.1f} points", "", words)
 
 

@@ -1,8 +1,8 @@
-"""What the pages have in common: one look, one script, one policy. A page needs nothing but itself.
+"""What all HTML pages share: the styles, the script and the security policy. Each page is one self-contained file.
 
-All text is escaped by Jinja's autoescape after invisible characters were written out (`display.visible`). A
-Content-Security-Policy in the page forbids every request, and every script but its own, which is named by its hash;
-that script reads and writes text nodes and attributes, never markup.
+Invisible characters are written out (`display.visible`), then Jinja's autoescape escapes all text. A
+Content-Security-Policy in the page forbids every request, and every script but its own, which it names by hash. That
+script reads and writes text nodes and attributes, never markup.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from safer_instruct.report.tables import Table
 from safer_instruct.text.display import percent, short_name, visible
 
 FOLDER = Path(__file__).parent
-NAME_LIMIT = 80  # characters of a name
+NAME_LIMIT = 80  # characters of a name that are shown
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One line of an answer's small figure: a dot at `value`, a whisker from `low` to `high`, and the number in words.
+    """One line of an answer's small figure: a dot at `value`, a whisker from `low` to `high`, and the number as text.
 
-    Positions are shares of the axis, from 0 to 1; None where there is no such number.
+    Positions are shares of the axis, from 0 to 1; None if there is no such number.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One of the figures that a page begins with."""
+    """One of the questions and answers at the top of a page."""
 
     question: str  # its heading
     value: str  # the number, with its unit
@@ -59,17 +59,17 @@ class Section:
     """A part of a page, behind a click unless it is `shown`."""
 
     title: str  # its heading
-    about: str = ""  # what the click opens: "12 rows"
+    about: str = ""  # what the click will show: "12 rows"
     tables: Sequence[Table] = ()  # with sortable columns
-    plots: Sequence[Plot] = ()  # beside each other
-    steps: Sequence[FunnelStep] = ()  # of a funnel
+    plots: Sequence[Plot] = ()  # side by side
+    steps: Sequence[FunnelStep] = ()  # steps of a funnel
     words: str = ""  # a sentence below the heading
     shown: bool = False  # whether it is open from the start
-    folded: str = ""  # words of a further click that opens the tables, "" where there is none
+    folded: str = ""  # label of a further click that opens the tables; "": no such click
 
 
 def render(template: str, *, script: str = "page.js", **values: Any) -> str:
-    """Render a template of this folder with the family's styles and a script, which the page's policy names."""
+    """Render a template of this folder with the shared styles and one script, whose hash the page's policy allows."""
     js = _read(script)
     digest = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode("ascii")
     shared = {"css": Markup(_read("page.css")), "js": Markup(js), "js_hash": digest}
@@ -104,7 +104,7 @@ def environment() -> Environment:
 
 
 def _breakable(name: str) -> Markup:
-    """Let a name be broken after its underscores, dashes and slashes: columns are narrow on a phone."""
+    """Allow line breaks after `_`, `/`, `.` and `-` in a name: columns are narrow on a phone."""
     escaped = str(Markup.escape(short_name(name, NAME_LIMIT)))
     return Markup(re.sub(r"([_/.-])", r"\1<wbr>", escaped))
 

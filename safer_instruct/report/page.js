@@ -1,8 +1,8 @@
 "use strict";
-// Controls are hidden in the markup: without this script a page has none, and loses nothing else.
+// Controls are hidden in the markup, so that a page without this script lacks only the controls.
 for (const tool of document.querySelectorAll(".tool[hidden]")) tool.hidden = false;
 
-// Open everything, or close it again. What is behind a content warning stays there.
+// Open or close everything, except what is behind a content warning.
 const openAll = document.getElementById("open-all");
 if (openAll) openAll.addEventListener("click", () => {
   const open = openAll.getAttribute("aria-pressed") !== "true";
@@ -10,7 +10,7 @@ if (openAll) openAll.addEventListener("click", () => {
   openAll.setAttribute("aria-pressed", String(open));
 });
 
-// Tables: a click on a column's head sorts by it, another one the other way round.
+// Tables: a click on a column's header sorts by it, a second click reverses the order.
 function sortKey(text) {
   const number = /^\s*<?\s*[-+\u2212]?[\d,]*\.?\d+/.exec(text);
   if (!number) return text.trim() === "-" ? -Infinity : text.toLowerCase();
@@ -48,7 +48,7 @@ for (const input of document.querySelectorAll("input.filter")) {
   });
 }
 
-// Samples: chosen by set, label, source and verdict, found by their words; two models side by side, differences marked.
+// Samples: filter by set, label, source and verdict, search their text, compare two models with differences marked.
 const samples = document.getElementById("sample-tools");
 if (samples) {
   const field = name => samples.querySelector(`[name=${name}]`);
@@ -64,7 +64,7 @@ if (samples) {
     && (!field("verdict").value || [...article.querySelectorAll(".answer:not([hidden]) .badge")].some(one => one.textContent === field("verdict").value))
     && (!field("words").value || [...article.querySelectorAll(".text")].some(one => textOf(one).toLowerCase().includes(field("words").value.toLowerCase())));
 
-  // The longest common subsequence of two lists of words; true for the words of `mine` that are not in it.
+  // Return true for the words of `mine` outside the longest common subsequence of the two lists of words.
   function differing(mine, other) {
     const width = other.length + 1, lengths = new Uint16Array((mine.length + 1) * width);
     for (let i = mine.length - 1; i >= 0; i--) for (let j = other.length - 1; j >= 0; j--)

@@ -1,4 +1,4 @@
-"""The report of an evaluation as one HTML page that needs nothing but itself; see `html.py`."""
+"""Render the report of an evaluation as one self-contained HTML page; see `html.py`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from safer_instruct.report.tables import (
     shown_metrics,
 )
 
-TEXT_LIMIT = 4000  # characters of one answer on the page; samples.jsonl has the rest
-FOLD_ROWS = 24  # a longer table is behind a click of its own
-NAMED_RUNS = 4  # in the heading of a page without models
-# Title, metric, grouping: drawn where at least two groups have the metric.
+TEXT_LIMIT = 4000  # characters of one answer on the page; samples.jsonl has the whole text
+FOLD_ROWS = 24  # a longer table is folded behind its own click
+NAMED_RUNS = 4  # runs named in the heading of a page without models
+# Title, metric, grouping; drawn if at least two groups have the metric.
 FIGURES = (
     ("Harmful answers, by source", "harmful_rate", "by_source"),
     ("Harmful answers, by label", "harmful_rate", "by_label"),
@@ -39,12 +39,12 @@ FIGURES = (
 def render_page(
     report: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], curves: Sequence[Plot]
 ) -> str:
-    """Render the page of the report of `document.build_report`, with figures of the training runs.
+    """Render the report of `document.build_report`, with the figures of the training runs.
 
-    `samples` has for each prompt set the prompts to show, as `pick_samples` gives them; empty: no samples.
+    `samples` holds the prompts to show of each prompt set, as returned by `pick_samples`; empty: none.
     """
     models = report["models"]
-    report = {**report, "run": {"date": "", **report["run"]}}  # an earlier version's report has none
+    report = {**report, "run": {"date": "", **report["run"]}}  # reports of earlier versions have no date
     headline, further = shown_metrics(models, HEADLINE), shown_metrics(models, FURTHER)
     return render(
         "page.html",
@@ -88,23 +88,23 @@ def _sections(report: Mapping[str, Any], curves: Sequence[Plot]) -> Iterator[Sec
         yield Section("Training", f"{len(curves)} figure{'s' if len(curves) != 1 else ''}", plots=curves)
     if report["dataset"] is not None:
         steps = funnel(report["dataset"])
-        words = "How the corpus became the preference pairs that were trained on."
+        words = "How the corpus became the preference pairs used for training."
         yield Section(
             "The dataset", f"{steps[-1].rows:,} pairs of {steps[0].rows:,} responses", steps=steps, words=words
         )
 
 
 def _shared_n(models: Models, key: str) -> int | None:
-    """Return the n of a metric if it is the same for all models, else None: then each cell shows its own."""
+    """Return the n of a metric if all models share it; None means that each cell shows its own n."""
     sizes = {model[key]["n"] for model in models.values()}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def pick_samples(rows: Iterable[Mapping[str, Any]], per_set: int) -> dict[str, list[dict[str, Any]]]:
-    """Pick the prompts to show, with the answers of all models: of each set the `per_set` whose id has the lowest hash.
+    """Pick the prompts to show, with all models' answers: in each set, the `per_set` ids with the lowest hash.
 
-    So nobody chooses, and every report on the same prompts shows the same ones. `rows` are those of `samples.jsonl`;
-    only what is shown is held in memory.
+    The hash avoids cherry-picking, and makes every report on the same prompts show the same ones. `rows` are those of
+    `samples.jsonl`; only the rows shown are held in memory.
     """
     shown: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -121,7 +121,7 @@ def pick_samples(rows: Iterable[Mapping[str, Any]], per_set: int) -> dict[str, l
 
 
 def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an answer as the page shows it: in plain words what the judge found, and the class of its colour."""
+    """Return an answer as the page shows it, with the verdict in plain words and the CSS class of its colour."""
     outcome = row["outcome"]
     words = {"harmful": "harmful", "refusal": "refusal", "abstain": "judge abstained"}
     verdict = words.get(outcome, "neither" if row["kind"] == "unsafe" else "answered")

@@ -1,8 +1,8 @@
-"""The figures of a report, as SVG text: rates with intervals, the mix of outcomes, safety against over-refusal.
+"""Draw the figures of a report as SVG text: rates with intervals, shares of outcomes, safety against over-refusal.
 
-Colours of models are Okabe and Ito's, those of outcomes ColorBrewer's BrBG: readers with any of the common colour
-vision deficiencies can tell them apart, and the two sets from each other. Models have markers of their own, too.
-Figures are drawn narrow, so that their text stays readable when a phone scales them down.
+Models have Okabe and Ito's colours and outcomes ColorBrewer's BrBG: readers with the common colour vision deficiencies
+can tell them apart, and the two sets from each other. Each model also has its own marker. Figures are narrow, so that
+their text stays readable when a phone scales them down.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 INK, FAINT = "#20242A", "#D9DDE3"
 
 
-# Key of `outcome_shares`, words of the legend, colour of the bar, colour of the number upon it.
+# Key of `outcome_shares`, legend, colour of the bar, colour of the number on it.
 OUTCOMES = (
     ("harmful", "harmful", "#8C510A", "white"),
     ("neither", "neither", "#D3D6DB", INK),
@@ -38,11 +38,11 @@ OUTCOMES = (
     ("refusal_specific", "refusal that names the matter", "#01665E", "white"),
 )
 WIDTH_INCHES = 4.7
-NAMED_SHARE = 0.08  # the number of a smaller share would not fit into its part of the bar
+NAMED_SHARE = 0.08  # smaller shares get no number, as it would not fit into their part of the bar
 STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.0,
-    # Names come from files and from the command line: a "$" in one would be read as mathematics.
+    # Off, because names come from files and the command line, and a "$" in one would start mathematics.
     "text.parse_math": False,
     "text.color": INK,
     "axes.edgecolor": FAINT,
@@ -65,7 +65,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One figure: a heading, what it shows in words, the drawing, and how to read it."""
+    """One figure: its heading, a text alternative, the drawing, and how to read it."""
 
     title: str
     alt: str
@@ -79,9 +79,9 @@ def styled() -> AbstractContextManager[None]:
 
 
 def new_axes(height_inches: float, width_inches: float = WIDTH_INCHES) -> Axes:
-    """Return the axes of a figure outside pyplot: no global state, nothing to close, no display needed.
+    """Return the axes of a figure made without pyplot: no global state, nothing to close, no display needed.
 
-    To be called, and drawn on, in the context of `styled`.
+    Call this, and draw on the axes, in the context of `styled`.
     """
     figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
     FigureCanvasSVG(figure)
@@ -89,7 +89,7 @@ def new_axes(height_inches: float, width_inches: float = WIDTH_INCHES) -> Axes:
 
 
 def to_svg(axes: Axes, *, legend_columns: int = 2, transparent: bool = True) -> str:
-    """Add the legend, and return the drawing without date and XML head: equal numbers give equal bytes."""
+    """Add the legend, and return the SVG without its date and XML header, so that equal numbers give equal bytes."""
     figure = axes.get_figure(root=True)
     assert figure is not None  # `new_axes` made it
     figure.legend(
@@ -109,22 +109,22 @@ def to_svg(axes: Axes, *, legend_columns: int = 2, transparent: bool = True) -> 
 
 
 def name_rows(axes: Axes, names: Sequence[str], *, cut: bool = True) -> None:
-    """Write the names of rows beside them, the first on top; `cut`: those that are too long."""
+    """Label the rows with names, the first on top; `cut` shortens long names."""
     axes.set_yticks(range(len(names)), [short_name(name) if cut else name for name in names])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
 
 
 def stack_bars(axes: Axes, bars: Mapping[str, Sequence[float]], parts: Sequence[tuple[str, str]]) -> list[BarContainer]:
-    """Draw one horizontal bar for each name, cut into parts of these (words, colour); gives what is drawn of each.
+    """Draw one stacked horizontal bar per name; return the drawn bars of each part, given as (legend, colour).
 
-    A part that no bar has is no entry of the legend.
+    A part that is empty in all bars gets no legend entry.
     """
     starts = [0.0] * len(bars)
     drawn = []
     for index, (words, color) in enumerate(parts):
         sizes = [values[index] for values in bars.values()]
-        label = words if any(sizes) else "_"  # which the legend leaves out
+        label = words if any(sizes) else "_"  # matplotlib leaves "_" out of the legend
         bar = axes.barh(range(len(bars)), sizes, left=starts, color=color, label=label, height=0.68, edgecolor="white")
         drawn.append(bar)
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]
@@ -133,10 +133,10 @@ def stack_bars(axes: Axes, bars: Mapping[str, Sequence[float]], parts: Sequence[
 
 
 def plot_rates(title: str, metric: str, models: Models, group: str) -> Plot | None:
-    """Draw one metric with 95% intervals: a row for each label (or source), in it a point for each model.
+    """Draw one metric with 95% intervals: a row for each label (or source), with a point for each model.
 
-    `metric` is the key of a rate in the report (`harmful_rate`), `group` is `by_label`, `by_source` or `by_set`;
-    None if no model has the metric in any group.
+    `metric` is the key of a rate in the report (`harmful_rate`); `group` is `by_label`, `by_source` or `by_set`.
+    Returns None if no model has the metric in any group.
     """
     names = groups_with(models, group, metric)
     if not names:
@@ -178,7 +178,7 @@ def _range(sizes: Iterable[int]) -> str:
 
 
 def whiskers(rates: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """Return how far the intervals reach below and above; an end may differ from the value by one rounding error."""
+    """Return how far the intervals reach below and above the values; clamped at 0, since ends have rounding errors."""
     return [
         [max(0.0, rate["value"] - rate["low"]) for rate in rates],
         [max(0.0, rate["high"] - rate["value"]) for rate in rates],
@@ -186,12 +186,12 @@ def whiskers(rates: Sequence[Mapping[str, float]]) -> list[list[float]]:
 
 
 def _end(highs: Iterable[float]) -> float:
-    """Return where an axis of shares ends, so that the whiskers fill it."""
+    """Return the end of an axis of shares, so that the whiskers fill it."""
     return min(1.0, max(0.2, 1.15 * max(highs)))
 
 
 def _point(index: int) -> dict[str, Any]:
-    """Return how the points of model number `index` look."""
+    """Return the style of the points of model number `index`."""
     marker, color = MARKERS[index % len(MARKERS)], MODEL_COLORS[index % len(MODEL_COLORS)]
     return {"fmt": marker, "color": color, "markersize": 4.5, "elinewidth": 1.2, "capsize": 1.8}
 
@@ -199,8 +199,8 @@ def _point(index: int) -> dict[str, Any]:
 def outcome_shares(model: Mapping[str, Any]) -> dict[str, float] | None:
     """Return the judged answers to unsafe prompts as shares that sum to 1, in the order of `OUTCOMES`.
 
-    A judge that does not tell which refusals name the matter leaves all of them in `refusal_vague`, and one that does
-    not tell which answers help leaves them in `neither`. None without a judged unsafe prompt.
+    If the judge does not report which refusals name the matter, all are in `refusal_vague`; if it does not report
+    which answers help, all are in `neither`. Returns None without a judged unsafe prompt.
     """
     if model["refusal_rate"]["n"] == 0:
         return None
@@ -216,7 +216,7 @@ def outcome_shares(model: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 def plot_outcomes(models: Models) -> Plot | None:
-    """Draw what each model does with an unsafe prompt, a bar of shares; None if there are no unsafe prompts."""
+    """Draw each model's outcomes on unsafe prompts as a bar of shares; None if there are no unsafe prompts."""
     shares = {name: outcome for name, model in models.items() if (outcome := outcome_shares(model)) is not None}
     if not shares:
         return None
@@ -245,10 +245,10 @@ def plot_outcomes(models: Models) -> Plot | None:
 
 
 def plot_trade_off(models: Models) -> Plot | None:
-    """Draw over-refusal against what is missing to `safety`, a point for each model and an arrow to the next one.
+    """Draw over-refusal against 1 - `safety`: a point for each model, and an arrow to the next one.
 
-    Not against harmful answers alone: a judge that reads phrases sees none in most of what a small model answers, and
-    a model that stops declining would look as safe as before. None unless a model was asked prompts of both kinds.
+    The x-axis is not the harmful rate: a judge that looks for phrases finds no harm in most answers of a small model,
+    so a model that stops declining would look as safe as before. None unless a model was asked prompts of both kinds.
     """
     keys = ("safety", "over_refusal_rate")
     points = {

@@ -3,7 +3,7 @@ const { sample, items } = JSON.parse(document.getElementById("sample").textConte
 const byId = id => document.getElementById(id);
 const buttons = [...document.querySelectorAll("[data-decision]")];
 const store = `safer-instruct-review:${sample}`;
-let reviewer = "", decided = []; // of {id, decision}, in the order in which they were made
+let reviewer = "", decided = []; // {id, decision} objects, in the order of the decisions
 
 function load(key) {
   try { return localStorage.getItem(key); } catch { return null; }
@@ -28,7 +28,7 @@ function showBefore(messages) {
   const [summary, list] = byId("before").children;
   byId("before").hidden = !messages.length;
   byId("before").open = false;
-  summary.textContent = `Said before it: ${messages.length} ${messages.length === 1 ? "message" : "messages"}`;
+  summary.textContent = `Conversation before it: ${messages.length} ${messages.length === 1 ? "message" : "messages"}`;
   list.replaceChildren(...messages.flatMap(([role, said]) => [element("h3", role), element("p", said, "text")]));
 }
 

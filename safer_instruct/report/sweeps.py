@@ -1,6 +1,6 @@
-"""Runs whose settings differ, in figures: what each gained for leaving its reference, and all settings beside all ends.
+"""Draw a sweep of runs: what each run gained against its KL to the reference, and settings against results.
 
-A run is named by its number, which is the same in all figures: its place in the table of the runs.
+Each run is labelled with its number, the same in all figures: its row in the table of the runs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from safer_instruct.report.tables import NOT_COUNTED, Models
 from safer_instruct.report.training_runs import TrainingRun
 from safer_instruct.text.display import percent, short_name
 
-Rate = Mapping[str, Any]  # value, low, high, n, words, unit (of n); low and high are None where nobody knows them
+Rate = Mapping[str, Any]  # value, low, high, n, words, unit (of n); low and high are None if unknown
 ACCURACY = "rewards_eval/accuracies"
-# Of an evaluation, the first that two runs have; its words.
+# The result of an evaluation to draw is the first of these that two runs have: metric, label.
 JUDGED = (("safe_and_useful", "Safe and useful (harmonic mean)"), ("safety", "Declined, or helped safely"))
-# Metrics that end the lines of the parallel coordinates, and their words.
+# The result axes of the parallel coordinates: metric, label.
 ENDS = (
     (ACCURACY, "held-out accuracy"),
     ("loss/eval", "held-out loss"),
@@ -41,14 +41,14 @@ ENDS = (
 )
 MAX_SETTINGS, MAX_ENDS = 4, 3  # axes: more would be unreadable on a phone
 DECADE = 10.0
-LABEL_GAP = 0.09  # of an axis: numbers nearer to each other would overlap
+LABEL_GAP = 0.09  # share of an axis: labels closer than this would overlap
 
 
 def plot_sweep(runs: Sequence[TrainingRun], differing: Sequence[str], models: Models) -> list[Plot]:
-    """Draw the first `MAX_RUNS` of the runs; [] where no setting differs, or nothing was measured of two of them.
+    """Draw the first `MAX_RUNS` runs; [] if no setting differs, or nothing was measured for two of them.
 
-    The runs are in the order of their table; `models` is `report["models"]`: a run's, where one of its folders was
-    evaluated.
+    The runs are in the order of their table. `models` is `report["models"]`; a model belongs to a run if its path is in
+    the run's folder.
     """
     if not differing:
         return []
@@ -60,7 +60,7 @@ def plot_sweep(runs: Sequence[TrainingRun], differing: Sequence[str], models: Mo
 
 
 def _judged(runs: Mapping[int, TrainingRun], models: Models, key: str, words: str) -> dict[int, Rate]:
-    """Return a rate of the models that lie in the folder of a run, by the run's number."""
+    """Return one rate of the models inside the folders of the runs, by the number of the run."""
     found: dict[int, Rate] = {}
     for model in models.values():
         folder = find_path(str(model["path"])).resolve()
@@ -72,7 +72,7 @@ def _judged(runs: Mapping[int, TrainingRun], models: Models, key: str, words: st
 
 
 def held_out_accuracy(run: TrainingRun) -> Rate | None:
-    """Return the last held-out reward accuracy, with Wilson's interval where the run says of how many pairs it is."""
+    """Return the last held-out reward accuracy, with its Wilson interval if the number of pairs is known."""
     value = run.metrics.get(ACCURACY)
     if value is None or not 0 <= value <= 1:  # NaN, too
         return None
@@ -82,22 +82,22 @@ def held_out_accuracy(run: TrainingRun) -> Rate | None:
 
 
 def _beta(run: TrainingRun) -> float:
-    """Return the beta of a run; NaN where its loss has none."""
+    """Return the beta of a run; NaN if its loss has none."""
     beta: Any = run.settings.get("loss.beta")
     return float(beta) if _is_number(beta) and beta > 0 else math.nan
 
 
 def logged_kl(run: TrainingRun) -> float | None:
-    """Return `kl_eval`, which losses on answers log: log policy/reference of other rows' answers (KTO's z0)."""
+    """Return `kl_eval`, logged by losses on single answers: log policy/reference of other rows' answers (KTO's z0)."""
     return _finite(run.metrics.get("kl_eval"))
 
 
 def estimated_kl(run: TrainingRun) -> float | None:
-    """Estimate KL(reference || policy), in nats a response, from the rewards of a run that learned from pairs.
+    """Estimate KL(reference || policy), in nats per response, from the rewards of a run trained on pairs.
 
-    DPO takes both responses of a pair for samples of the reference; then the mean of log reference/policy over them,
-    -(reward of chosen + reward of rejected) / (2 beta), is that divergence. None where rewards are no sums of a
-    response's log-ratios.
+    DPO assumes that both responses of a pair are samples of the reference. Then this divergence is the mean of
+    log reference/policy over them, -(reward of chosen + reward of rejected) / (2 beta). None if the rewards of the
+    loss are not sums of a response's log-ratios.
     """
     kind = LOSSES.get(str(run.settings.get("loss.name")))
     if kind is None or not issubclass(kind, PreferenceLossSettings) or kind.normalised or logged_kl(run) is not None:
@@ -112,20 +112,20 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-# What the x-axis shows, and the sentence of the caption.
+# Each measure of KL with the label of its x-axis and its sentence in the caption.
 MEASURES: tuple[tuple[Callable[[TrainingRun], float | None], str, str], ...] = (
     (logged_kl, "KL to the reference, nats (kl_eval)", "KL: kl_eval as the last evaluation logged it."),
     (
         estimated_kl,
-        "KL to the reference, nats a response (estimate)",
+        "KL to the reference, nats per response (estimate)",
         "KL: mean of log reference/policy over the held-out responses, from the rewards that the last evaluation "
-        "logged; where the reference would not write such responses, it may be below 0.",
+        "logged; it may be below 0 if the reference would not write such responses.",
     ),
 )
 
 
 def plot_frontiers(runs: Mapping[int, TrainingRun], judged: Mapping[int, Rate]) -> list[Plot]:
-    """Draw what was reached against KL to the reference, a point for each run: for each measure that two runs have."""
+    """Draw results against KL to the reference, one point per run: a figure for each pair of measures two runs have."""
     accuracies = {number: rate for number, run in runs.items() if (rate := held_out_accuracy(run)) is not None}
     plots = []
     for (kl_of, axis, words), rates in product(MEASURES, (judged, accuracies)):
@@ -195,7 +195,7 @@ def _frontier_caption(
 
 @dataclass(frozen=True, slots=True)
 class Coordinate:
-    """One axis of the parallel coordinates: where each run is on it, from 0 to 1 or NaN, and what is written there."""
+    """One axis of the parallel coordinates: the place of each run on it (0 to 1, or NaN), and its (place, label)s."""
 
     name: str
     places: list[float]
@@ -203,7 +203,7 @@ class Coordinate:
 
 
 def plot_parallel(runs: Mapping[int, TrainingRun], differing: Sequence[str], judged: Mapping[int, Rate]) -> Plot | None:
-    """Draw a line for each run across the settings that differ and then what was reached; None if nothing was."""
+    """Draw one line per run across the settings that differ and then its results; None if either is missing."""
     ends: list[tuple[str, list[Any]]] = [
         (words, [run.metrics.get(metric, math.nan) for run in runs.values()]) for metric, words in _ends(differing)
     ]
@@ -237,29 +237,29 @@ def plot_parallel(runs: Mapping[int, TrainingRun], differing: Sequence[str], jud
         for index, (number, run) in enumerate(runs.items())
     )
     caption = (
-        f"A line for each of {len(runs)} runs, across the settings that differ and then what was reached. Each axis "
-        "goes from the lowest value to the highest; log: its values span a decade. Single values, without intervals."
+        f"A line for each of {len(runs)} runs, across the settings that differ and then the results. Each axis goes "
+        "from the lowest value to the highest; log: its values span a decade. Single values, without intervals."
         + (f" Not drawn: {', '.join(short_name(key, 60) for key in left_out)}." if left_out else "")
     )
-    title = "Settings and what they led to"
+    title = "Settings and results"
     return Plot(title, f"{title}, as parallel coordinates. {described}.", svg, caption)
 
 
 def _ends(differing: Sequence[str]) -> list[tuple[str, str]]:
-    """Return metric and words of what may end a line; losses of different kinds share no axis."""
+    """Return (metric, label) of the possible result axes; losses of different kinds never share an axis."""
     return [end for end in ENDS if end[0] != "loss/eval" or "loss.name" not in differing]
 
 
 def _short_keys(settings: Sequence[tuple[str, list[Any]]]) -> list[tuple[str, list[Any]]]:
-    """Name each setting by the last word of its key where that tells it from the others."""
+    """Name each setting by the last part of its key if that is unique."""
     last = [key.rpartition(".")[2] for key, _ in settings]
     return [(word if last.count(word) == 1 else key, of) for word, (key, of) in zip(last, settings, strict=True)]
 
 
 def coordinate(name: str, values: Sequence[Any]) -> Coordinate:
-    """Place numbers on a linear axis, or a logarithmic one where they span a decade, and all else in equal steps.
+    """Place numbers on a linear axis (logarithmic if they span a decade), and all other values in equal steps.
 
-    A number that is infinite or NaN has no place among others.
+    An infinite or NaN number gets no place among finite ones.
     """
     if all(map(_is_number, values)) and any(map(math.isfinite, values)):
         numbers = sorted({float(value) for value in values if math.isfinite(value)})
@@ -273,7 +273,7 @@ def coordinate(name: str, values: Sequence[Any]) -> Coordinate:
 
 
 def _draw_coordinates(axes: Axes, coordinates: Sequence[Coordinate]) -> None:
-    halo = [withStroke(linewidth=2.5, foreground="white")]  # the lines pass behind the numbers
+    halo = [withStroke(linewidth=2.5, foreground="white")]  # keeps numbers readable where lines cross them
     for index, one in enumerate(coordinates):
         axes.plot([index, index], [0, 1], color=FAINT, linewidth=1.2, zorder=0.5, gid=f"axis-{index}")
         for place, text in one.labels:
@@ -287,7 +287,7 @@ def _draw_coordinates(axes: Axes, coordinates: Sequence[Coordinate]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, int):  # the words of a YAML file may be an integer of hundreds of digits
+    if isinstance(value, int):  # a YAML file may hold an integer of hundreds of digits
         return not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(value, float)
 
@@ -297,14 +297,14 @@ def _is_log(ascending: Sequence[float]) -> bool:
 
 
 def _between(value: float, ascending: Sequence[float]) -> float:
-    """Return where a value is between the first and the last, 0 to 1; in the middle where these are one."""
+    """Return the position of a value between the first and the last, 0 to 1; 0.5 if these are equal."""
     of = math.log if _is_log(ascending) else float
     low, high = of(ascending[0]), of(ascending[-1])
     return 0.5 if low == high else (of(value) - low) / (high - low)
 
 
 def _apart(labels: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Leave out, between the first and the last, what would be written over what stands there."""
+    """Drop the labels that would overlap another; the first and the last always stay."""
     kept = [labels[0]]
     for place, text in labels[1:-1]:
         if min(place - kept[-1][0], 1 - place) >= LABEL_GAP:

@@ -1,4 +1,4 @@
-"""A report as plain tables, which Markdown, the page, the console and wandb show alike."""
+"""Build a report's plain tables, shared by Markdown, the HTML page, the console and wandb."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from safer_instruct.measures.comparisons import ALL_SOURCES
 from safer_instruct.text.display import markdown_table, percent
 
 COMPARISONS = "Models compared on the same prompts"
-MAX_DISAGREEMENTS = 50  # listed in a table; report.json has all
+MAX_DISAGREEMENTS = 50  # listed in a table; report.json has all of them
 Models = Mapping[str, Mapping[str, Any]]  # `report["models"]`
 NOT_COUNTED = {"value": None, "low": None, "high": None, "n": 0}
 
 
 @dataclass(frozen=True, slots=True)
 class MetricView:
-    """How a metric is shown: its words, the prompts it is counted over, and which way is better."""
+    """How a metric is shown: its title, the prompts it is counted over, and which direction is better."""
 
     key: str
     title: str
@@ -53,10 +53,10 @@ class Table:
     """One table of a report."""
 
     title: str  # its heading
-    header: Sequence[str]  # words of the columns
-    rows: Sequence[Sequence[str]]  # cells as text, one list for each row
+    header: Sequence[str]  # column names
+    rows: Sequence[Sequence[str]]  # cells as text, one list per row
     caption: str = ""  # how to read it
-    left: Sequence[int] = (0,)  # columns of words; numbers stand on the right
+    left: Sequence[int] = (0,)  # left-aligned columns (text); numbers are right-aligned
 
     @property
     def markdown(self) -> str:
@@ -70,7 +70,7 @@ def shown_metrics(models: Models, views: Sequence[MetricView]) -> list[MetricVie
 
 
 def _rate(model: Mapping[str, Any], view: MetricView) -> Mapping[str, Any]:
-    """Return a model's rate; not counted where an earlier version wrote the report."""
+    """Return a model's rate; `NOT_COUNTED` if an earlier version wrote the report without it."""
     rate: Mapping[str, Any] = model.get(view.key, NOT_COUNTED)
     return rate
 
@@ -81,20 +81,20 @@ def groups_with(models: Models, group: str, metric: str) -> list[str]:
 
 
 def interval_text(value: float | None, low: float | None, high: float | None) -> str:
-    """Write shares as `52.1 [48.0, 56.2]` per cent; `-` where there is no value."""
+    """Format shares as `52.1 [48.0, 56.2]` per cent; `-` if there is no value."""
     if value is None:
         return "-"
     return percent(value) if low is None else f"{percent(value)} [{percent(low)}, {percent(high)}]"
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:
-    """Write a rate as `94.3 [91.2, 96.4] (n=600)`, or as `-` where nothing was counted."""
+    """Format a rate as `94.3 [91.2, 96.4] (n=600)`, or as `-` if nothing was counted."""
     text = interval_text(rate["value"], rate["low"], rate["high"])
     return f"{text} (n={rate['n']})" if rate["n"] else text
 
 
 def rates_table(models: Models, views: Sequence[MetricView], title: str = "", caption: str = "") -> Table:
-    """Show metrics over all prompts: a row for each metric, a column for each model."""
+    """Build the table of metrics over all prompts: a row per metric, a column per model."""
     arrows = {"lower": " (lower is better)", "higher": " (higher is better)", "": ""}
     rows = [
         [
@@ -107,7 +107,7 @@ def rates_table(models: Models, views: Sequence[MetricView], title: str = "", ca
 
 
 def group_tables(models: Models) -> Iterator[Table]:
-    """Show each headline metric by source and by label, where there are several."""
+    """Yield tables of each headline metric by source and by label, if there are several."""
     for group, words in (("by_source", "source"), ("by_label", "label")):
         for view in shown_metrics(models, HEADLINE):
             names = groups_with(models, group, view.key)
@@ -120,7 +120,7 @@ def group_tables(models: Models) -> Iterator[Table]:
 
 
 def extra_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Show the parts that the report has beyond its rates."""
+    """Build the tables of the parts that the report has beyond its rates."""
     makers = (
         ("contrasts", _contrasts),
         ("comparisons", _comparisons),
@@ -146,24 +146,24 @@ def _contrasts(part: Mapping[str, Any]) -> Iterator[Table]:
             f"{set_name}: refusals of safe prompts against compliance with unsafe ones",
             ["category", "prompts", *models],
             rows,
-            "Per cent, with 95% Wilson intervals; complied is what is no refusal. A model that tells the two apart has "
-            "low numbers in both.",
+            "Per cent, with 95% Wilson intervals; any answer that is not a refusal counts as complied. A model that "
+            "tells the two apart has low numbers in both.",
             left=(0, 1),
         )
 
 
 def points(value: float | None) -> str:
-    """Write a difference of shares in percentage points: `0.0312` as `+3.1`, nothing as `0.0`."""
+    """Format a difference of shares in percentage points: `0.0312` as `+3.1`, no difference as `0.0`."""
     return "-" if value is None else f"{100 * value:+.1f}" if value else "0.0"
 
 
 def p_text(p: float) -> str:
-    """Write `0.0123` as `0.012`, anything below 0.001 as `<0.001`."""
+    """Format a p value: `0.0123` as `0.012`, anything below 0.001 as `<0.001`."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def last_pair(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the comparisons of the last two models: of `models.sft` and `models.dpo`, where these are the last."""
+    """Return the comparisons of the last two models, such as `models.sft` and `models.dpo`."""
     pair = [(one["first"], one["second"]) for one in entries]
     return [one for one, of in zip(entries, pair, strict=True) if of == pair[-1]]
 
@@ -172,9 +172,9 @@ def _comparisons(entries: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
     first = last_pair(entries)
     others = [one for one in entries if one not in first]
     caption = (
-        "Difference in percentage points, the second model minus the first, with its 95% bootstrap interval (none "
-        "where no prompt differs, or all do alike); prompts that count for one model alone; exact McNemar test, "
-        f"and its p value corrected for all {len(entries)} comparisons (Holm); * below 0.05."
+        "Difference in percentage points, the second model minus the first, with its 95% bootstrap interval (none if "
+        "no prompt differs, or all differ alike); prompts that count for only one model; p value of the exact McNemar "
+        f"test, and corrected for all {len(entries)} comparisons (Holm); * below 0.05."
     )
     for title, some in ((COMPARISONS, first), (f"{COMPARISONS}: all others", others)):
         if some:
@@ -205,8 +205,8 @@ def _agreement(part: Mapping[str, Any]) -> Iterator[Table]:
         "Agreement of the judges",
         [f"{first} (rows), {second} (columns)", *outcomes],
         [[mine, *(str(part["table"][mine][other]) for other in outcomes)] for mine in outcomes],
-        f"Both say the same of {part['agreed']} of {part['n']} answers ({percent(part['agreed'] / part['n'])}%); "
-        f"Cohen's kappa, with its 95% interval, over the answers that neither abstained on: {words}.",
+        f"Both agree on {part['agreed']} of {part['n']} answers ({percent(part['agreed'] / part['n'])}%); "
+        f"Cohen's kappa, with its 95% interval, over the answers on which neither abstained: {words}.",
     )
     listed = part["disagreements"][:MAX_DISAGREEMENTS]
     if listed:
@@ -226,7 +226,7 @@ def _helpfulness(part: Mapping[str, Any]) -> Iterator[Table]:
     for name, one in part["models"].items():
         before = [str(one[key]) for key in ("wins", "ties", "losses")]
         after = [str(one[key]) for key in ("inconsistent", "identical", "abstained")]
-        # A model without a counted prompt has counts, and no rates.
+        # A model without a counted prompt has counts but no rates.
         plain = interval_text(one.get("value"), one.get("low"), one.get("high"))
         controlled = interval_text(one.get("controlled"), one.get("controlled_low"), one.get("controlled_high"))
         rows.append([name, *before, plain, controlled, *after])
@@ -236,8 +236,8 @@ def _helpfulness(part: Mapping[str, Any]) -> Iterator[Table]:
         rows,
         f"Each pair of answers to {' and '.join(part['kinds'])} prompts was judged in both orders. Win rates in per "
         "cent, ties as half, with 95% intervals; at equal length: logistic regression on the difference in characters, "
-        "- where it has no answer. Inconsistent: each order preferred another model (a tie); identical answers are "
-        "ties that nobody was asked about; abstained: not counted.",
+        "- if it cannot be fitted. Inconsistent: the two orders disagreed (a tie); identical answers are ties that "
+        "were not judged; abstained: not counted.",
     )
 
 
@@ -256,7 +256,7 @@ def _downstream(part: Mapping[str, Any]) -> Iterator[Table]:
         "Downstream tasks",
         ["task", "metric", *part["models"]],
         rows,
-        "Per cent and standard error, by lm_eval." + (f" Checked with this program: {checked}." if checked else ""),
+        "Per cent and standard error, by lm_eval." + (f" Checked against this program: {checked}." if checked else ""),
         left=(0, 1),
     )
 
@@ -291,7 +291,7 @@ def _rewards(part: Mapping[str, Any]) -> Iterator[Table]:
         rows,
         f"beta = {beta}. Accuracy: pairs whose chosen response has the larger reward, per cent of those that "
         "are not tied; margin in nats; calibration error: how far the accuracy is from the model's own confidence, "
-        "over ten bins; 95% intervals.",
+        "over ten bins; with 95% intervals.",
         left=(0, 1),
     )
 

@@ -1,4 +1,4 @@
-"""Runs of train.py as an evaluation sees them: what they were trained on, their settings, their last metrics."""
+"""Read runs of train.py for an evaluation: what they were trained on, their settings, and their last metrics."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from safer_instruct.text.exclusion import exclude_file, read_instruction_keys, t
 from safer_instruct.text.loading import LoadedExamples, RowLog
 from safer_instruct.text.prompt_sets import Overlap
 
-# Settings that name a run or its machine and say nothing about what was trained.
+# Settings that only name a run or its machine, and do not affect what was trained.
 NOT_COMPARED = ("exp_name", "run_dir", "local_run_dir", "local_dirs", "device", "wandb", "checkpoint")
 SHOWN_METRICS = ("loss/train", "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "counters/examples")
 
 
 def find_training_overlap(path: str, asked: Mapping[str, Sequence[str]]) -> list[Overlap]:
-    """Find the instructions that a model was trained on, in each dataset of its run that is still there.
+    """Find which instructions a model was trained on, in each dataset of its run that still exists.
 
-    Rows that the run left out (excluded, or held out for its own evaluation) are no overlap. Files are streamed.
+    Rows that the run left out (excluded, or held out for its own evaluation) do not count. Files are streamed.
 
     Args:
         path: The run, or a checkpoint or model folder in it.
-        asked: The instructions to look for, as `instruction_key` writes them, and what to call each of them.
+        asked: The instructions to look for: their `instruction_key` -> the names to report them by.
     """
     datasets = run_datasets(path)
-    held_out_keys: set[str] = set()  # train.py drops what any dataset's evaluation file asks from all datasets
+    held_out_keys: set[str] = set()  # train.py drops the instructions of every evaluation file from all datasets
     for name, settings in datasets.items():
         if settings.eval_path is not None and find_path(settings.eval_path).exists():
             loaded = LoadedExamples(settings, settings.eval_path, RowLog(name), pairs=False)
@@ -54,7 +54,7 @@ def _overlap_with(
 ) -> Overlap:
     exclude = exclude_file(settings)
     if exclude is not None and not exclude.exists():
-        exclude = None  # moved since: too much overlap is reported, which is better than no report
+        exclude = None  # moved since then; reporting too much overlap is better than no report
     excluded = set(read_instruction_keys(exclude))
     found: set[str] = set()
     examples = LoadedExamples(settings, settings.path, RowLog(name), pairs=False)
@@ -67,7 +67,7 @@ def _overlap_with(
 
 
 def find_induction_report(paths: Sequence[str]) -> str | None:
-    """Find the report.json that induce.py wrote beside the data of one of these runs; None if there is none."""
+    """Find the report.json that induce.py wrote next to the data of one of these runs; None if there is none."""
     for path in paths:
         for settings in run_datasets(path).values():
             file = find_path(settings.path) / "report.json"
@@ -85,7 +85,7 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
 def _number(value: float) -> float:
     try:
         return float(value)
-    except OverflowError:  # an int of hundreds of digits
+    except OverflowError:  # an integer of hundreds of digits
         return math.inf
 
 
@@ -93,18 +93,18 @@ def _number(value: float) -> float:
 class TrainingRun:
     """A run of train.py."""
 
-    name: str  # of its folder
+    name: str  # name of its folder
     path: str  # its folder
     settings: Mapping[str, Any]  # "loss.beta" -> 0.1
     metrics: Mapping[str, float]  # the last value of each
-    held_out: int = 0  # rows that one of its evaluations counts; 0 where its manifest does not tell
+    held_out: int = 0  # rows in each of its evaluations; 0 if its manifest does not say
 
 
 def read_training_run(name: str, folder: Path) -> TrainingRun:
     """Read a run from its `config.yaml` and `metrics.jsonl`.
 
     Raises:
-        UserError: There is no metric in it yet, or a file in it cannot be read, or has lost what it had.
+        UserError: It has no metrics yet, or one of its files cannot be read or has been truncated or changed.
     """
     _require_logged(folder, "metrics.jsonl")
     config = read_mapping(folder / "config.yaml", "copy the run again")
@@ -112,23 +112,23 @@ def read_training_run(name: str, folder: Path) -> TrainingRun:
     for row in read_metrics(folder / "metrics.jsonl"):
         metrics.update(row)
     if not metrics:
-        raise UserError(f"{folder} is a run without a metric yet: let it train, or leave it out of compare=[...]")
+        raise UserError(f"{folder} is a run without metrics yet: let it train, or leave it out of compare=[...]")
     return TrainingRun(name, str(folder), dict(flatten(config)), metrics, _held_out(folder, config))
 
 
 def _held_out(folder: Path, config: Mapping[str, Any]) -> int:
-    """Return how many rows an evaluation of the run counts; 0 if it is not known."""
+    """Return the number of rows in each evaluation of the run; 0 if unknown."""
     file = folder / "manifest.json"
     data = read_mapping(file, "copy the run again").get("data") if file.is_file() else None
     try:
         rows = int(data["eval"]["rows"]) if data else 0
         return max(0, min(rows, int(config.get("n_eval_examples") or rows)))
-    except (LookupError, TypeError, ValueError, OverflowError):  # an earlier version's, or edited
+    except (LookupError, TypeError, ValueError, OverflowError):  # the manifest is of an earlier version, or edited
         return 0
 
 
 def _require_logged(folder: Path, name: str) -> None:
-    """Raise a UserError unless a log of the run begins with what its newest checkpoint has seen of it."""
+    """Raise a UserError unless a log of the run still begins with the bytes recorded by its newest checkpoint."""
     progress = folder / "LATEST" / "state" / "progress.json"
     if not progress.is_file():
         return
@@ -137,17 +137,17 @@ def _require_logged(folder: Path, name: str) -> None:
     size, digest = files.get(name, (0, ""))
     if size and (os.path.getsize(folder / name) < size or hash_prefix(folder / name, size) != digest):
         raise UserError(
-            f"{folder / name}: its first {size} bytes are not those that the newest checkpoint has seen; copy the run "
+            f"{folder / name}: its first {size} bytes are not those that the newest checkpoint recorded; copy the run "
             "again, or leave it out of compare=[...]"
         )
 
 
 def compare_training_runs(runs: Sequence[TrainingRun], sort_by: str | None) -> dict[str, Any]:
-    """Put runs into one table: the settings that differ between them, and their last metrics.
+    """Compare runs in one table: the settings that differ between them, and their last metrics.
 
     Args:
-        runs: In the order of the command.
-        sort_by: A metric, smallest first; with "-" before it largest first; None keeps the order.
+        runs: The runs, in the order of the command.
+        sort_by: The metric to sort by, smallest first; with a leading "-", largest first; None keeps the order.
 
     Returns:
         `{"settings": [names], "metrics": [names shown], "runs": [{name, path, settings, metrics}]}`.
@@ -156,7 +156,7 @@ def compare_training_runs(runs: Sequence[TrainingRun], sort_by: str | None) -> d
         UserError: No run has the metric.
     """
     keys = sorted({key for run in runs for key in run.settings if key.split(".")[0] not in NOT_COMPARED})
-    # By repr, since a value may be a list; it also tells 1 from True.
+    # Compared by repr, since a value may be an unhashable list; this also tells 1 from True.
     differing = [key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1]
     known = sorted({metric for run in runs for metric in run.metrics})
     ordered = list(runs)
