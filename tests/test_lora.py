@@ -393,7 +393,7 @@ def test_a_base_that_has_changed_ends_a_resumed_run(here, words, tmp_path, tiny_
     for checkpoint in sorted(Path("runs/a/checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))[1:]:
         shutil.rmtree(checkpoint)
     tiny_llama(400, seed=5).save_pretrained(folder)
-    with pytest.raises(UserError, match=r"what it stands on has changed:\n  base: \w+ at its start, \w+ now"):
+    with pytest.raises(UserError, match=r"its inputs have changed:\n  base: \w+ at its start, \w+ now"):
         train.main(compose_config("config", words))
 
 

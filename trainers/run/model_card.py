@@ -1,7 +1,7 @@
-"""The model card of a checkpoint, `model/README.md`: from what it was trained, how, what was measured, for what it is.
+"""The model card of a checkpoint, `model/README.md`: its base and data, training, metrics, purpose and limits.
 
-It is a function of the run's settings and data and of where the run stood, so that a resumed run writes the same one;
-it tells no path of the machine.
+It depends only on the run's settings, data and progress, so that a resumed run writes the same card. It contains no
+path of the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from config.paths import find_path
 from config.run_keys import flatten
 
 SHOWN = ("optimizer", "lr", "lr_scheduler", "batch_size", "n_epochs", "n_examples", "max_length", "seed")
-IN_PAIRS = "_eval/accuracies"  # shares of the held-out pairs; of other means the number of their terms is not kept
+IN_PAIRS = "_eval/accuracies"  # shares of the held-out pairs; for other means the number of terms is unknown
 PURPOSE = {
     "reverse": (
         "This model writes the instruction that a given response would answer. It is a tool to build training data "
@@ -41,7 +41,7 @@ LIMITS = """\
 
 
 def render_model_card(config: Mapping[str, Any], manifest: Mapping[str, Any], progress: Mapping[str, Any]) -> str:
-    """Return the card as Markdown, from what config.yaml, manifest.json and state/progress.json of a run hold."""
+    """Return the card as Markdown, from the contents of a run's config.yaml, manifest.json and state/progress.json."""
     loss, model = config["loss"]["name"], config["model"]
     base = str(model["name_or_path"])
     tags = {"license": config["license"], "library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -90,7 +90,7 @@ def _metrics(manifest: Mapping[str, Any], evaluation: Mapping[str, float]) -> It
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Return the 95% score interval of a share of n (Wilson 1927); here, because trainers/ cannot ask `measures/`."""
+    """Return the 95% score interval of a share of n (Wilson 1927); here, as trainers/ must not import `measures/`."""
     z = NormalDist().inv_cdf(0.975)
     middle, half = share + z * z / (2 * n), z * sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
