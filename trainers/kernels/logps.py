@@ -64,7 +64,7 @@ def sequence_logps(
             because it caches cast weights, which must not outlive an optimizer step.
         add_to_grad: for a packed batch, the backward pass (it must be `backward()`) adds the gradients of both
             embeddings to `.grad` in place; see `trainers.kernels.shortcuts`.
-        agreements: also sum log(sum over the vocabulary of p^2), the log-probability that two samples are the same.
+        agreements: also sum log(sum over the vocabulary of p^2), the log-probability that two samples agree.
 
     Returns:
         log-probabilities (float64, nats) and numbers of target tokens (int64); on request agreements, shaped like
@@ -283,9 +283,7 @@ def _normalise(logits_RV: Tensor, bias_V: Tensor | None, targets_R: Tensor) -> t
     logits = _wide(logits_RV, bias_V)
     largest = logits.amax(dim=1, keepdim=True)
     log_sum = (logits - largest).exp().sum(dim=1, keepdim=True).log()
-    target = (
-        logits.gather(1, targets_R[:, None]) - largest
-    )  # in this order: log_sum would lose digits beside a big logit
+    target = logits.gather(1, targets_R[:, None]) - largest  # in this order: log_sum would lose digits to a big logit
     return largest + log_sum, (target - log_sum).squeeze(1)
 
 
