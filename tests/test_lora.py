@@ -403,7 +403,7 @@ def test_an_archive_that_is_another_adapter_is_refused(here, words):
     for change, message in {
         "model.lora.r=8": "model.lora.r=8, and it has 4; model.lora.alpha=16, and it has 8",
         "model.lora.use_rslora=true": "model.lora.use_rslora=True, and it has False",
-        "model.lora.target_modules=[q_proj]": "does not fit the model and its model.lora: 24 tensors are missing",
+        "model.lora.target_modules=[q_proj]": "does not fit the model and model.lora: 24 tensors are missing",
     }.items():
         with pytest.raises(UserError, match=message):
             train.main(compose_config("config", [*words, change]))
