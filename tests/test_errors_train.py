@@ -93,7 +93,7 @@ VALUES = [
     ("optimizer", "LBFGS", "optimizer=LBFGS: no such choice."),  # evaluates the loss by itself
     ("optimizer", "SparseAdam", "optimizer=SparseAdam: no such choice"),
     ("optimizer_args", {"beta": 1}, "do not fit optimizer=RMSprop"),
-    ("optimizer", "Muon", "optimizer=Muon only updates matrices"),
+    ("optimizer", "Muon", "optimizer=Muon steps matrices alone"),
     ("fallback_optimizer", "AdamW", "fallback_optimizer=AdamW: optimizer=RMSprop steps all parameters"),
     ("fallback_args", {"eps": 1e-6}, "there is no fallback_optimizer that takes them"),
     ("weight_decay_on", "matrix", "weight_decay_on=matrix: no such choice; did you mean matrices?"),
