@@ -1,4 +1,4 @@
-"""Reversed instruction tuning, supervised fine-tuning and preference training, by one command each.
+"""Train a model: reversed instruction tuning, supervised fine-tuning or preference training, one command each.
 
     python train.py loss=reverse model=llama7b datasets=[alpaca] datasets.alpaca.path=FILE exp_name=reverse
     python train.py loss=sft model=tiny datasets.si.path=FOLDER exp_name=si_sft
@@ -117,7 +117,7 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
         trainer.train()
         if layout.is_main and is_over(trainer.progress, config.early_stop):
             examples = trainer.progress.examples
-            print(f"stopped by early_stop.over_refusal={config.early_stop.over_refusal} after {examples}")
+            print(f"stopped by early_stop.over_refusal={config.early_stop.over_refusal} after {examples} examples")
         layout.on_main(lambda: print(end_run(config, run), flush=True))
 
 

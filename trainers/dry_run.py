@@ -87,5 +87,5 @@ def _why_no_steps(config: TrainConfig, layout: Layout, count_parameters: Callabl
         return ""
     return (
         f"device=auto found no GPU, and the model has {billions:.1f} billion parameters; run the command on the "
-        "machine for training, or insist with device=cpu"
+        "training machine, or set device=cpu to measure here"
     )

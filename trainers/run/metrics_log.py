@@ -245,7 +245,7 @@ def log_tables(
         return
     import wandb
 
-    instead = "The report is written; wandb.mode=disabled."
+    instead = "The report is written to disk; use wandb.mode=disabled to leave wandb out."
     run = _init_wandb(settings, mode, instead, name=name, job_type="evaluate", dir=folder)
     # A column of a wandb table has one type; a rate that was not counted is None among the numbers.
     run.log({title: wandb.Table(columns=list(head), data=rows) for title, (head, rows) in tables.items()})

@@ -21,22 +21,22 @@ SHOWN = ("optimizer", "lr", "lr_scheduler", "batch_size", "n_epochs", "n_example
 IN_PAIRS = "_eval/accuracies"  # shares of the held-out pairs; for other means the number of terms is unknown
 PURPOSE = {
     "reverse": (
-        "This model writes the instruction that a given response would answer. It is a tool to build training data "
-        "from unsafe text for `induce.py`, and it was trained to put unsafe requests into words: do not deploy it, and "
-        "do not give it to others without restricting what it is used for."
+        "This model writes the instruction that a given response would answer. It is a tool for `induce.py` to build "
+        "training data from unsafe text, and it was trained to write unsafe requests: do not deploy it, and do not "
+        "share it without restricting its use."
     ),
     "": (
         "This model was trained to decline unsafe requests and to answer the others. It is meant for research on "
-        "safety training; before it talks to people, evaluate it on the requests of its users (`evaluate.py`), and "
-        "keep other safeguards beside it."
+        "safety training. Before deployment, evaluate it on the requests of its users (`evaluate.py`), and use other "
+        "safeguards as well."
     ),
 }
 LIMITS = """\
-- What it declines is what its training data holds: other languages, other kinds of harm and adversarial prompts may
-  pass, and harmless requests that look like unsafe ones may be declined.
-- Its data was written by models and checked by models; errors and biases of these are in it.
-- Safety training can be undone by further training. The method in reverse makes a model more harmful: the rejected
-  responses of its data are unsafe text, and a model trained to prefer them must not be made.
+- It learned to decline only what is in its training data. It may answer unsafe requests in other languages, of other
+  kinds, or in adversarial prompts, and it may decline harmless requests that look unsafe.
+- Its data was written and checked by models, and contains their errors and biases.
+- Further training can undo safety training. The rejected responses of its data are unsafe text: training a model to
+  prefer them would make it more harmful, and must not be done.
 """
 
 
@@ -68,8 +68,8 @@ def render_model_card(config: Mapping[str, Any], manifest: Mapping[str, Any], pr
             "95% Wilson intervals.\n",
             _table(("metric", "value", "95% interval", "n"), _metrics(manifest, progress["evaluation"])),
             f"## Use\n\n{_use(config)}\n## Limits\n\n{LIMITS}",
-            f"## Licence\n\n`{config['license']}`, as `license=` of the training command. The licences of the base "
-            "model and of the data bind this model, too.\n",
+            f"## Licence\n\n`{config['license']}`, set by `license=` of the training command. The licences of the base "
+            "model and of the data also apply to this model.\n",
         ]
     )
 
@@ -101,7 +101,7 @@ def _use(config: Mapping[str, Any]) -> str:
     return (
         '```python\ntokenizer = transformers.AutoTokenizer.from_pretrained("FOLDER")\n'
         'model = transformers.AutoModelForCausalLM.from_pretrained("FOLDER")\n```\n\n'
-        f"`vllm serve FOLDER` serves it. Prompts have the form of template {', '.join(templates)}.\n"
+        f"`vllm serve FOLDER` serves it. Prompts must use the template {', '.join(templates)}.\n"
     )
 
 
