@@ -250,7 +250,7 @@ class CheckpointWriter:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error; for DCP's, that of the first process that failed."""
+    """Return the first line of an error; for DCP's, that of the failed process with the lowest rank."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
         return f"rank {rank}: {type(cause).__name__}: {reason(cause)}"
