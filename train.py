@@ -1,11 +1,11 @@
-"""Reversed instruction tuning, supervised fine-tuning and preference training, by one command each.
+"""Train a model: reversed instruction tuning, supervised fine-tuning or preference training, one command each.
 
     python train.py loss=reverse model=llama7b datasets=[alpaca] datasets.alpaca.path=FILE exp_name=reverse
     python train.py loss=sft model=tiny datasets.si.path=FOLDER exp_name=si_sft
     python train.py loss=dpo model=tiny model.archive=runs/si_sft datasets.si.path=FOLDER exp_name=si_dpo
     python train.py --help
 
-The same command typed again continues where the run stopped. Every key: config/settings.py (TrainConfig).
+Rerunning the same command resumes the run where it stopped. Every key: config/settings.py (TrainConfig).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from __future__ import annotations
 from trainers.distributed.preemption import exit_on_signals  # isort: skip
 
 if __name__ == "__main__":
-    exit_on_signals()  # before the imports that take seconds: a signal may come during them
+    exit_on_signals()  # before the slow imports: a signal may arrive during them
 
 from config.checks_train import check_train
 from config.schema import read_command, run_command
 from config.settings import TrainConfig
 
 if __name__ == "__main__":
-    command = read_command("config", TrainConfig, check_train)  # before torch is imported: a mistake need not wait
+    command = read_command("config", TrainConfig, check_train)  # before torch is imported, to report mistakes at once
 
 import sys
 import time
@@ -72,7 +72,7 @@ from trainers.trainer import Trainer
 
 
 def main(config: TrainConfig) -> float | None:
-    """Train, or with `dry_run` say what that would take; return the last value of `sweep_metric`, if it is set."""
+    """Train, or with `dry_run` estimate the cost; return the last value of `sweep_metric` if it is set."""
     manifest = {
         "command": sys.orig_argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -83,12 +83,12 @@ def main(config: TrainConfig) -> float | None:
     if config.sweep_metric is None or config.dry_run or config.debug:
         return None
     evaluation = read_progress(Path(config.run_dir or "") / "LATEST").evaluation
-    require_measured("sweep_metric", config.sweep_metric, evaluation)  # of a run that was finished before, too
+    require_measured("sweep_metric", config.sweep_metric, evaluation)  # also if the run had already finished
     return evaluation[config.sweep_metric]
 
 
 def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> None:
-    """Do what each process of a run does: data, model, reference, training."""
+    """Run one process of the job: load the data, model and reference, then train."""
     torch.manual_seed(config.seed)
     for note in speed_notes(config, layout.device):
         say_note(note, layout)
@@ -117,7 +117,7 @@ def work(layout: Layout, *, config: TrainConfig, manifest: dict[str, Any]) -> No
         trainer.train()
         if layout.is_main and is_over(trainer.progress, config.early_stop):
             examples = trainer.progress.examples
-            print(f"stopped by early_stop.over_refusal={config.early_stop.over_refusal} after {examples}")
+            print(f"stopped by early_stop.over_refusal={config.early_stop.over_refusal} after {examples} examples")
         layout.on_main(lambda: print(end_run(config, run), flush=True))
 
 
@@ -125,11 +125,11 @@ def build_trainer(
     config: TrainConfig, stores: TrainEval, train_loader: BatchLoader, eval_loader: BatchLoader | None,
     tokenizer: PreTrainedTokenizerBase, cache_dir: Path, run: RunDir, layout: Layout,
 ) -> Trainer:  # fmt: skip
-    """Return a trainer with the policy and the log-probabilities of its reference, ready to train."""
+    """Return a trainer, ready to train, with the policy and the reference log-probabilities."""
     policy, weights = load_policy(config, stores, layout)
     stop_where_answers_end(policy, tokenizer)
     objective = build_objective(config.loss)
-    identity = {"data": stores.train.content}  # what a resumed run must have started from, too
+    identity = {"data": stores.train.content}  # must be the same when the run is resumed
     if config.model.lora.r is not None:
         identity["base"] = layout.on_main(lambda: base_hash(base_name(config.model)))
     if objective.needs_reference:
@@ -144,7 +144,7 @@ def build_trainer(
 
 @contextmanager
 def open_run(config: TrainConfig, manifest: Mapping[str, Any], layout: Layout) -> Iterator[RunDir]:
-    """Open the run directory, which rank 0 locks for all processes."""
+    """Open the run directory; rank 0 holds the lock for all processes."""
     path = Path(config.run_dir or "")
     opened = layout.main_only(lambda: RunDir.open(path, config=asdict(config), manifest=manifest))
     with opened or RunDir(path, None) as run:
@@ -153,7 +153,7 @@ def open_run(config: TrainConfig, manifest: Mapping[str, Any], layout: Layout) -
 
 
 def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple[PreTrainedModel, str]:
-    """Return the policy with its initial weights, laid out, and the key of these weights (`load_model`)."""
+    """Return the policy with its initial weights, placed on its devices, and the key of these weights."""
 
     def check(policy: PreTrainedModel) -> None:
         require_context(config, stores, policy)
@@ -161,7 +161,7 @@ def load_policy(config: TrainConfig, stores: TrainEval, layout: Layout) -> tuple
         check_training(policy)
 
     policy, weights = load_model(config, layout, check=check, compute_dtype=config.model.fsdp_policy_mp)
-    if config.packing:  # now: on its device, and with the kernel that will run there
+    if config.packing:  # only now: the check must run on the training device, with the kernel that training uses
         autocast = autocast_dtype(config.model.autocast)
         packed, alone = forward_function(policy, packed_and_alone, device=layout.device, autocast=autocast)()
         check_packed_attention(packed, alone, name=type(policy).__name__.removeprefix("FSDP"), autocast=autocast)
@@ -176,8 +176,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, str]:  # fmt: skip
     """Return the model of the config, laid out, and the key of its weights (empty where no reference asks for it).
 
-    The weights have `dtype`, without one the policy's. `check` raises a UserError for a model that will not do, in rank
-    0, before it is laid out. Where it `is_trained`, there will be backward passes, which may recompute what they need.
+    The weights have `dtype`; None means the policy's. `check` runs in rank 0, before the model is placed, and raises a
+    UserError for an unsuitable model. Activation checkpointing applies only if the model `is_trained`.
     """
     lora, (base, trained) = config.model.lora, split_archive(config.model)
 
@@ -205,7 +205,7 @@ def load_model(
 
 
 def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
-    """Return the policy on the meta device, attending as the loaded one does."""
+    """Return the policy on the meta device, with the same attention implementation as the loaded one."""
     model = meta_causal_lm(config.model, dtype=dtype)
     if config.packing:
         model.set_attn_implementation(PACKED)
@@ -214,7 +214,7 @@ def skeleton(config: TrainConfig, dtype: str | None = None) -> PreTrainedModel:
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, layout: Layout) -> TrainEval:
-    """Return the token stores of all datasets, for the kind of rows that the loss reads."""
+    """Return the token stores of all datasets, encoded for the kind of rows that the loss reads."""
     build = partial(
         build_stores, config.datasets, loss=ENCODED_FOR[config.loss.rows], tokenizer=tokenizer,
         max_length=config.max_length, max_prompt_length=config.max_prompt_length, cache_dir=cache_dir,
@@ -232,7 +232,7 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, cache_dir
 def build_loaders(
     config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout
 ) -> tuple[BatchLoader, BatchLoader | None]:
-    """Batches for training, and for each evaluation (None: nothing is held out)."""
+    """Return the loaders for training and for evaluation (None if nothing is held out)."""
     cutter = partial(
         build_cutter, packing=config.packing, device=layout.device, pad_token_id=tokenizer.pad_token_id,
         max_tokens=config.max_tokens_per_microbatch,
@@ -270,9 +270,9 @@ def attach_references(
     config: TrainConfig, policy: PreTrainedModel, weights: str, loaders: list[BatchLoader], cache_dir: Path,
     layout: Layout,
 ) -> str:  # fmt: skip
-    """Attach reference log-probabilities for every row that is visited; the policy's own unless another dtype is set.
+    """Attach reference log-probabilities for every row that training visits, and return the key of the weights.
 
-    Returns the key of the reference weights.
+    The policy itself computes them, unless `model.reference_dtype` differs from its dtype.
     """
     dtype = config.model.reference_dtype or config.model.policy_dtype
     compute_dtype = config.model.fsdp_policy_mp if layout.mesh is not None else None
@@ -290,12 +290,12 @@ def attach_references(
 def sampler_of(
     config: TrainConfig, store: TokenStore, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[PreTrainedModel], list[dict[str, Any]]] | None:
-    """Return a function from the model to sampled answers on evaluation prompts; None if none are wanted."""
+    """Return a function that samples answers to evaluation prompts from a model; None if no samples are wanted."""
     if not config.sample_during_eval or not config.n_eval_model_samples or not len(store):
         return None
     segments = [(store.ids(row), store.row(row)) for row in range(min(len(store), MAX_ROWS))]
     return build_sampler(
-        # Of a conversation whose answers are all trained on: the first one.
+        # If all answers of a conversation are trained on, take only the first.
         [(id, prompt.tolist(), chosen[(chosen < 0).cumsum(0) == 0].tolist()) for id, (prompt, chosen, *_) in segments],
         tokenizer,
         number=config.n_eval_model_samples, max_length=config.max_length, max_new_tokens=config.max_new_tokens,
@@ -304,13 +304,13 @@ def sampler_of(
 
 
 def say_note(note: str | None, layout: Layout) -> None:
-    """Print a note, where there is one."""
+    """Print a note, if there is one, from rank 0."""
     if note and layout.is_main:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def estimate(config: TrainConfig, stores: TrainEval, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
-    """Print what the run would be and what it would take (`dry_run`)."""
+    """Print the size and the estimated cost of the run (`dry_run`)."""
 
     def make_trainer(settings: TrainConfig, first: BatchLoader, largest: BatchLoader, run: RunDir) -> Trainer:
         return build_trainer(settings, stores, first, largest, tokenizer, run.path.parent, run, layout)

@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch
     monkeypatch.setattr(checkpoint, writer, FullDisk(vars(checkpoint)[writer], allowed=1))
     with pytest.raises(UserError, match="No space left on device") as caught:
         train(tmp_path, settings)
-    assert "step-8 is whole" in str(caught.value)
+    assert "step-8 is intact" in str(caught.value)
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
     assert (tmp_path / "run" / "LATEST").resolve().name == "step-8"
     monkeypatch.undo()
@@ -251,7 +251,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         settings = tiny_settings(n_epochs=20)
         with pytest.raises(UserError, match="could not save the checkpoint") as caught:
             train(tmp_path, settings, run_path=small / "run")
-        assert "is whole" in str(caught.value)
+        assert "is intact" in str(caught.value)
         assert not list((small / "run" / "checkpoints").glob(".*"))
         AutoModelForCausalLM.from_pretrained(resolve_archive(str(small / "run")))
     finally:
@@ -357,7 +357,7 @@ def test_links_are_pointed_anew_on_every_start(tmp_path):
 def test_a_latest_that_is_no_link_is_refused(tmp_path):
     train(tmp_path, tiny_settings())
     copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")  # follows links, as cp -rL does
-    with pytest.raises(UserError, match=r"copy/LATEST is no link: .* Delete it"):
+    with pytest.raises(UserError, match=r"copy/LATEST is not a link: .* Delete it"):
         repair_links(RunDir(copy, None), CheckpointSettings())
     shutil.rmtree(copy / "LATEST")
     repair_links(RunDir(copy, None), CheckpointSettings())

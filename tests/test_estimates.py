@@ -229,7 +229,7 @@ def test_a_signal_ends_a_dry_run_after_a_step(command, tmp_path, here, monkeypat
     with pytest.raises(SystemExit) as stopped:
         here("loss=sft", "dry_run=true", *command)
     assert (stopped.value.code, len(taken)) == (75, 1)
-    assert "stopped as asked; nothing of a dry run stays" in capsys.readouterr().err
+    assert "stopped as asked; a dry run leaves nothing behind" in capsys.readouterr().err
     assert leftovers(tmp_path) == set()
 
 

@@ -393,7 +393,7 @@ def test_a_base_that_has_changed_ends_a_resumed_run(here, words, tmp_path, tiny_
     for checkpoint in sorted(Path("runs/a/checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))[1:]:
         shutil.rmtree(checkpoint)
     tiny_llama(400, seed=5).save_pretrained(folder)
-    with pytest.raises(UserError, match=r"what it stands on has changed:\n  base: \w+ at its start, \w+ now"):
+    with pytest.raises(UserError, match=r"its inputs have changed:\n  base: \w+ at its start, \w+ now"):
         train.main(compose_config("config", words))
 
 
@@ -403,7 +403,7 @@ def test_an_archive_that_is_another_adapter_is_refused(here, words):
     for change, message in {
         "model.lora.r=8": "model.lora.r=8, and it has 4; model.lora.alpha=16, and it has 8",
         "model.lora.use_rslora=true": "model.lora.use_rslora=True, and it has False",
-        "model.lora.target_modules=[q_proj]": "does not fit the model and its model.lora: 24 tensors are missing",
+        "model.lora.target_modules=[q_proj]": "does not fit the model and model.lora: 24 tensors are missing",
     }.items():
         with pytest.raises(UserError, match=message):
             train.main(compose_config("config", [*words, change]))

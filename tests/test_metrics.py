@@ -89,7 +89,7 @@ def test_a_log_that_is_not_what_the_checkpoint_has_seen_is_refused(tmp_path, dam
             log.write({"counters/examples": 2})
         assert run.metrics.read_text() == '{"counters/examples": 2}\n'
         return
-    with pytest.raises(UserError, match=r"metrics.jsonl: its first \d+ bytes are not those .* delete it"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: its first \d+ bytes differ from those .* delete it"):
         open_log(tmp_path, state)
 
 

@@ -144,7 +144,7 @@ def test_programs_with_ledgers_end_with_the_status_that_asks_for_another_start()
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == PREEMPTED_STATUS
-    assert "SIGUSR1 ends it; the same command goes on behind the last row" in done.stderr
+    assert "SIGUSR1 ends it; rerun the same command to continue after the last row" in done.stderr
 
 
 def test_signals_can_be_answered_before_torch_is_imported():

@@ -1,1 +1,1 @@
-"""Training: losses, log-probabilities and the one loop. Knows token rows, not text."""
+"""Training: losses, log-probabilities and the training loop. It works on token rows and never sees text."""

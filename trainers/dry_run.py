@@ -1,4 +1,4 @@
-"""`dry_run`: what a run would be and, from three real steps, what it would take; nothing of it stays."""
+"""`dry_run`: the size of a run and, measured in three real steps, its cost. It leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainers.run.progress_line import saying
 from trainers.run.run_dir import RunDir
 from trainers.trainer import Trainer
 
-LARGE_ON_A_CPU = 1.0  # billions of parameters: nobody trains so many without a GPU by intention
+LARGE_ON_A_CPU = 1.0  # billions of parameters: training so many without a GPU is probably a mistake
 TrainerMaker = Callable[[TrainConfig, BatchLoader, BatchLoader, RunDir], Trainer]
 
 
@@ -34,12 +34,12 @@ def print_estimate(
 ) -> None:  # fmt: skip
     """Print what the run would be and, unless `dry_run=data`, what it would take; every process must come here.
 
-    `loaders` are for training and, if anything is held out, for evaluation; `cut` counts what of the rows was cut;
-    `count_parameters` loads no model; `make_trainer` takes settings, batches to train and to evaluate on, and a run
-    directory.
+    `loaders` are for training and, if anything is held out, evaluation; `cut` counts truncated texts by what was cut;
+    `count_parameters` must not load the model; `make_trainer` takes settings, the loaders for training and evaluation,
+    and a run directory.
     """
     works = layout.on_main(lambda: [count_work(loader) for loader in loaders])
-    if layout.is_main:  # now: the steps may fail
+    if layout.is_main:  # printed now, because the steps may fail
         print(f"{config.exp_name}, from the lengths of its rows:", flush=True)
         print(describe_work(config, loaders, works, cut), flush=True)
     lines: list[str] = []
@@ -53,7 +53,7 @@ def print_estimate(
 def _steps(
     config: TrainConfig, layout: Layout, loaders: list[BatchLoader], works: list[Work], make_trainer: TrainerMaker
 ) -> list[str]:
-    """Take three steps, and return lines on them; `works` are those of `loaders`."""
+    """Take three steps and return the lines that describe them; `works` belong to `loaders`."""
     first, largest = (loaders[0].excerpt(rows, MEASURED) for rows in (works[0].first, works[0].largest))
     what = f"three real steps, of up to {max(count_work(one).positions for one in (first, largest)):,} positions"
     if layout.is_main:
@@ -63,7 +63,7 @@ def _steps(
         trainer = make_trainer(alone, first, largest, RunDir(Path(folder) / "run", None))
         measured = measure(trainer)
     num_positions = 0
-    if trainer.objective.needs_reference:  # each row once, where a run may visit it in several epochs
+    if trainer.objective.needs_reference:  # computed once per row, however many epochs visit it
         for loader, work in zip(loaders, works, strict=True):
             num_positions += work.positions * len(loader.rows_visited()) // work.ends[-1]
     renewed = renewal_positions(config, loaders, works)
@@ -74,13 +74,13 @@ def _steps(
 
 
 def _why_no_steps(config: TrainConfig, layout: Layout, count_parameters: Callable[[], int]) -> str:
-    """Return why the model should not be loaded (this looks like a login node); empty if it may."""
+    """Return why the model should not be loaded (this looks like a login node), or "" if it may be."""
     if config.device != "auto" or layout.device.type != "cpu":
         return ""
     billions = count_parameters() / 1e9
     if billions < LARGE_ON_A_CPU:
         return ""
     return (
-        f"device=auto found no GPU, and the model has {billions:.1f} billion parameters; type the command where it "
-        "will run, or insist with device=cpu"
+        f"device=auto found no GPU, and the model has {billions:.1f} billion parameters; run the command on the "
+        "training machine, or set device=cpu to measure here"
     )

@@ -1,4 +1,4 @@
-"""What a run would be and would take, for `dry_run`: counts from the lengths of the rows, times from real steps."""
+"""The size and cost of a run, for `dry_run`: counts from the lengths of the rows, times from real steps."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from trainers.run.state import plain_state
 from trainers.trainer import Trainer
 
 T = TypeVar("T")
-MEASURED = 2  # micro-batches of a process in a step that is timed: the second one finds a gradient to add to
+MEASURED = 2  # micro-batches per process in a timed step: unlike the first, the second adds to an existing gradient
 
 
 @dataclass(frozen=True)
 class Work:
-    """The batches of a loader, over all processes."""
+    """The amount of work in all batches of a loader, over all processes."""
 
     ends: list[int]  # examples seen after each global batch
-    microbatches: int  # their number
-    tokens: int  # of all sequences, the prompt of a pair counted in both
-    positions: int  # that the model is run on
-    padding: float  # share of the positions that hold no token
-    largest_microbatch: int  # its positions
+    microbatches: int  # number of micro-batches
+    tokens: int  # in all sequences; the prompt of a pair counts in both
+    positions: int  # positions that the model is run on
+    padding: float  # share of the positions that are padding
+    largest_microbatch: int  # positions of the largest micro-batch
     first: Tensor  # rows of the first global batch, (B,) int64
     largest: Tensor  # rows of the global batch that has the largest micro-batch, (B,) int64
 
 
 def count_work(loader: BatchLoader) -> Work:
-    """Count without making a batch: some twenty seconds for a million rows. The loader must have rows."""
+    """Count without making batches (about 20 s for a million rows). The loader must not be empty."""
     plan = list(loader.plan())
     batches = [rows for rows, _ in plan]
     sizes = [[size for own in ranks for size in own] for _, ranks in plan]
@@ -57,7 +57,7 @@ def count_work(loader: BatchLoader) -> Work:
         microbatches=sum(map(len, sizes)),
         tokens=tokens,
         positions=positions,
-        padding=max(0.0, 1 - tokens / positions),  # packed, a position may stand for a token of two sequences
+        padding=max(0.0, 1 - tokens / positions),  # a packed position may count as a token of two sequences
         largest_microbatch=max(sizes[largest]),
         first=batches[0],
         largest=batches[largest],
@@ -70,7 +70,7 @@ def num_evaluations(ends: Sequence[int], settings: TrainConfig) -> int:
 
 
 def num_checkpoints(ends: Sequence[int], settings: TrainConfig) -> int:
-    """Count the checkpoints that it leaves; with `keep_best`, the best one stays beside the last ones."""
+    """Count the checkpoints that a run leaves; `keep_best` keeps the best one in addition to the last ones."""
     checkpoint = settings.checkpoint
     written = 0 if settings.debug else len(_due_at(ends, checkpoint.every_examples or settings.eval_every))
     if checkpoint.keep_last is None:
@@ -79,7 +79,7 @@ def num_checkpoints(ends: Sequence[int], settings: TrainConfig) -> int:
 
 
 def renewals(ends: Sequence[int], settings: TrainConfig) -> list[int]:
-    """Return the examples seen at each renewal of the reference (`reference.refresh_examples`), just before a step."""
+    """Return the examples seen at each renewal of the reference (`reference.refresh_examples`)."""
     found = [0]
     for start in [0, *ends[:-1]]:
         if renewal_is_due(start, found[-1], settings.reference.refresh_examples):
@@ -88,16 +88,16 @@ def renewals(ends: Sequence[int], settings: TrainConfig) -> list[int]:
 
 
 def num_renewed_evaluations(ends: Sequence[int], settings: TrainConfig) -> int:
-    """Count the evaluations that find the reference renewed since the one before, and compute their rows anew."""
+    """Count the evaluations that must recompute reference rows, because the reference was renewed since the last."""
     renewed = renewals(ends, settings)
     references = {max((at for at in renewed if at < end), default=0) for end in _due_at(ends, settings.eval_every)}
     return len(references - {0})
 
 
 def renewal_positions(settings: TrainConfig, loaders: Sequence[BatchLoader], works: Sequence[Work]) -> int:
-    """Count the positions of all renewals: each is computed on the rows up to the next one, and on those evaluated."""
+    """Count the positions run for all renewals: for each, the training rows up to the next, and the evaluation rows."""
     ends = works[0].ends
-    num_rows = len(loaders[0].rows_visited())  # one that lasts for several epochs computes each row once
+    num_rows = len(loaders[0].rows_visited())  # a reference that lasts for several epochs is computed once per row
     spans = pairwise([*renewals(ends, settings), ends[-1]])
     examples = sum(min(stop - start, num_rows) for start, stop in spans)
     evaluated = num_renewed_evaluations(ends, settings) * sum(one.positions for one in works[1:])
@@ -105,41 +105,41 @@ def renewal_positions(settings: TrainConfig, loaders: Sequence[BatchLoader], wor
 
 
 def _due_at(ends: Sequence[int], every: int) -> set[int]:
-    """Return the ends of the steps that pass a multiple of `every`, and of the last step."""
+    """Return the ends of the steps that pass a multiple of `every`, plus the end of the last step."""
     starts = [0, *ends[:-1]]
     return {end for start, end in zip(starts, ends, strict=True) if passes_multiple(start, end, every)} | {ends[-1]}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a few real steps took."""
+    """Measurements of a few real steps."""
 
-    step_seconds: float  # of a step but for its update, for each position of its batch over all processes
-    update_seconds: float  # of the optimizer, in each step
-    forward_seconds: float  # of an evaluation, likewise
-    peak_memory_gib: float  # of the process that held most
-    weights_bytes: int  # of a checkpoint
-    optimizer_bytes: int
+    step_seconds: float  # of a step without its optimizer update, per position of its batch over all processes
+    update_seconds: float  # of the optimizer update in each step
+    forward_seconds: float  # of an evaluation, per position
+    peak_memory_gib: float  # maximum over processes
+    weights_bytes: int  # in a checkpoint
+    optimizer_bytes: int  # likewise
 
 
 def measure(trainer: Trainer) -> Measured:
-    """Take three steps and evaluate; every process must come here. Raises Preempted after a step: the run is to stop.
+    """Take three steps and evaluate; every process must call it. Raises Preempted after a step if asked to stop.
 
-    The trainer is before its first step, under `debug`. Its training loader is an excerpt (of MEASURED micro-batches)
-    of the first global batch of the run, its evaluation loader one of the batch that has the largest micro-batch.
+    The trainer must be new and under `debug`. Its training loader is an excerpt (of MEASURED micro-batches) of the
+    first global batch of the run; its evaluation loader is one of the batch with the largest micro-batch.
     """
     first, largest, device = trainer.train_loader, trainer.eval_loader, trainer.layout.device
     assert largest is not None
     seconds, updates = 0.0, []
     trainer.optimizer.register_step_pre_hook(lambda *_: updates.append(-_now(device)))
     trainer.optimizer.register_step_post_hook(lambda *_: updates.append(_now(device)))
-    # The first step warms up and makes the optimizer's state, beside which the largest micro-batch needs most memory.
+    # The first step warms up and allocates the optimizer state, so that the largest micro-batch shows the peak memory.
     for loader in (first, largest, first):
         (batch,) = loader.batches()
         batch, trainer.train_loader = replace(batch, start_examples=trainer.progress.examples), loader
         agreed, seconds = _timed(partial(trainer.train_step, batch), device)
         if agreed.stop:
-            raise Preempted("stopped as asked; nothing of a dry run stays" if trainer.layout.is_main else "")
+            raise Preempted("stopped as asked; a dry run leaves nothing behind" if trainer.layout.is_main else "")
     forward_seconds = [_timed(trainer.evaluate, device)[1] for _ in range(2)][-1]  # the first one warms up
     weights, optimizer = checkpoint_bytes(trainer)
     return Measured(
@@ -153,25 +153,25 @@ def measure(trainer: Trainer) -> Measured:
 
 
 def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """Return what a call returns, and its seconds, the device's part included."""
+    """Call `work` and return its result and its seconds, including pending work on the device."""
     started = _now(device)
     return work(), _now(device) - started
 
 
 def _now(device: torch.device) -> float:
-    """Return the time when the device has done what it was given."""
+    """Return the time after the device has finished its pending work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
 
 
 def checkpoint_bytes(trainer: Trainer) -> tuple[int, int]:
-    """Count the bytes of all weights (`model/` twice with `checkpoint.policy_pt`) and of the optimizer's state.
+    """Return the bytes of the weights and of the optimizer state in a checkpoint, over all processes.
 
-    After a step; of an adapter those that are trained and, with `checkpoint.merge`, the whole model. The tensors of all
-    processes; tokenizer, random states and headers are some 100 kB beside them.
+    Call it after a step. `checkpoint.policy_pt` counts the model twice. With an adapter, count its weights and, with
+    `checkpoint.merge`, the whole model. Tokenizer, random states and headers, about 100 kB, are not counted.
     """
-    weights = {id(tensor): tensor for tensor in trainer.policy.state_dict(keep_vars=True).values()}  # tied ones once
+    weights = {id(tensor): tensor for tensor in trainer.policy.state_dict(keep_vars=True).values()}  # tied weights once
     states = tree_leaves([plain_state(state) for state in trainer.optimizer.state.values()])
     checkpoint, adapter = trainer.settings.checkpoint, adapter_of(trainer.policy)
     trained = [] if adapter is None else [one for one in weights.values() if one.requires_grad]
@@ -183,16 +183,16 @@ def checkpoint_bytes(trainer: Trainer) -> tuple[int, int]:
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # of a DTensor: of all its shards
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # for a DTensor, of all shards
 
 
 def describe_work(
     settings: TrainConfig, loaders: Sequence[BatchLoader], works: Sequence[Work], cut: Mapping[str, int]
 ) -> str:
-    """Describe what the run is, in a few lines.
+    """Describe the size of the run in a few lines.
 
-    `loaders` are for training and, if anything is held out, for evaluation, `works` is theirs; `cut` counts, by what
-    was cut, the texts that were too long.
+    `loaders` are for training and, if anything is held out, for evaluation, and `works` belong to them; `cut` counts
+    truncated texts by what was cut.
     """
     rows, work, limit = [len(loader.store) for loader in loaders], works[0], loaders[0].cutter.max_tokens
     return _table(
@@ -215,11 +215,11 @@ def describe_measured(
     reference_positions: int,
     renewed_positions: int = 0,
 ) -> str:
-    """Describe what the run takes, in a few lines.
+    """Describe the cost of the run in a few lines.
 
-    `works` are of its training and, if anything is held out, of each of its evaluations; `reference_positions` of all
-    rows that need reference log-probabilities, 0 where the objective reads none; `renewed_positions` of those of
-    renewals (`renewal_positions`).
+    `works` are for training and, if anything is held out, for each evaluation; `reference_positions` are those of all
+    rows that need reference log-probabilities, 0 if the objective reads none; `renewed_positions` see
+    `renewal_positions`.
     """
     work = works[0]
     training = measured.step_seconds * work.positions + measured.update_seconds * len(work.ends)

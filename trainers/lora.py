@@ -1,10 +1,10 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) by `peft`: W x + s B A x, with W frozen, in the linear layers of a policy.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) with `peft`: W x + s B A x, with W frozen, in the linear layers of a policy.
 
-peft's layers take the place of linear layers inside of the model. No wrapper is put round it: it keeps its class, its
-`base_model`, head and blocks, so that attention, log-probabilities, hooks, FSDP and generation find what they know.
-What an adapter's tensors are called, in the model and in peft's folder, is known here alone.
+peft's layers replace linear layers inside the model, without a `PeftModel` around it. The model keeps its class,
+`base_model`, head and blocks, so that attention, log-probabilities, hooks, FSDP and generation work unchanged. Only
+this file knows the names of an adapter's tensors, in the model and in peft's folder.
 
-B is zero at first: the policy computes bit for bit what its base does, which is therefore its reference.
+B starts at zero, so the initial policy computes bit for bit the same as its base, which is the reference.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from config.checksums import hash_prefix
 from config.errors import UserError
 from config.settings import LoraSettings
 
-NAME = "default"  # what peft calls an adapter that is alone
+NAME = "default"  # peft's name for a single adapter
 WEIGHTS = "adapter_model.safetensors"  # peft's name
 BASE = "base.json"  # ours: the config of the base, and the hash of its files
-PREFIX = "base_model.model."  # that a `PeftModel` puts before the names of its model's tensors
+PREFIX = "base_model.model."  # prefix of tensor names in a `PeftModel`
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,22 @@ class Adapter:
     """The adapter of a model."""
 
     config: Any  # peft's LoraConfig
-    names: dict[str, str]  # of a tensor in peft's file -> of the parameter in the model
+    names: dict[str, str]  # name of a tensor in peft's file -> name of the parameter in the model
 
 
 def add_adapter(model: Any, settings: LoraSettings, *, base: str, seed: int) -> None:
     """Put a new adapter into a causal LM, in place, and freeze all other parameters.
 
-    The adapter is float32 at least: steps of 1e-5 would be lost in weights of 16 bits.
+    The adapter is at least float32: steps of 1e-5 would be lost in 16-bit weights.
 
     Args:
-        model: Whole; on the meta device, the adapter is there, too.
-        settings: Without a rank, nothing is done.
-        base: Where peft will find the base.
-        seed: Of the matrices A; the global random numbers stay as they are.
+        model: Not sharded; the adapter of a model on the meta device is also on meta.
+        settings: Without a rank, do nothing.
+        base: Name or path of the base model, for peft.
+        seed: For the matrices A; the global random state is not changed.
 
     Raises:
-        UserError: For a target that no linear layer has as the end of its name.
+        UserError: If no linear layer's name ends in one of the targets.
     """
     if settings.r is None:
         return
@@ -74,11 +74,11 @@ def add_adapter(model: Any, settings: LoraSettings, *, base: str, seed: int) -> 
 def targets(model: Any, asked: list[str] | None) -> list[str]:
     """Return which linear layers get an adapter, by the ends of their names.
 
-    The output embedding never does: log-probabilities are computed from its matrix. `asked` is what the user names;
-    None: all there are.
+    `asked` is the user's choice; None means all linear layers except the output embedding. That never gets an adapter,
+    because log-probabilities are computed from its matrix.
 
     Raises:
-        UserError: With the candidates.
+        UserError: If no layer has such a name; the message lists the candidates.
     """
     head = model.get_output_embeddings()
     names = [
@@ -95,35 +95,35 @@ def targets(model: Any, asked: list[str] | None) -> list[str]:
 
 
 def adapter_of(model: Any) -> Adapter | None:
-    """Return the adapter of a model, sharded or not; None where there is none."""
+    """Return the adapter of a model, sharded or not, or None."""
     if not hasattr(model, "peft_config"):
         return None
     import peft
 
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
-    # Embeddings are not looked at: to find out whether they have been resized, peft would ask the hub.
+    # Skip embeddings: to find out whether they were resized, peft would query the hub.
     stored = peft.get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
     return Adapter(model.peft_config[NAME], {PREFIX + name: names[id(one)] for name, one in stored.items()})
 
 
 def save_adapter(folder: Path, adapter: Adapter, weights: Mapping[str, Tensor], base: Mapping[str, Any]) -> None:
-    """Write peft's folder, and beside its files what the base is (JSON).
+    """Write peft's folder, plus base.json, which identifies the base.
 
     `weights` are on the host, by the names of the policy's parameters.
     """
     config = deepcopy(adapter.config)
-    config.inference_mode = True  # a reader gets frozen weights, unless it asks for others
+    config.inference_mode = True  # loaded frozen, unless the reader requests otherwise
     config.save_pretrained(folder)
     save_file({stored: weights[name] for stored, name in adapter.names.items()}, folder / WEIGHTS, {"format": "pt"})
     (folder / BASE).write_text(json.dumps(base, indent=1) + "\n", encoding="utf-8")
 
 
 def read_adapter(folder: Path, model: Any) -> dict[str, Tensor]:
-    """Return the tensors of peft's folder by the names of the parameters of a model with such an adapter.
+    """Return the tensors of peft's folder, by the parameter names of a model with such an adapter.
 
     Raises:
-        UserError: They are damaged, or those of another adapter: missing, left over, or of another shape.
+        UserError: The file is damaged, or does not fit: tensors are missing, unexpected, or of another shape.
     """
     adapter = adapter_of(model)
     assert adapter is not None
@@ -137,17 +137,17 @@ def read_adapter(folder: Path, model: Any) -> dict[str, Tensor]:
                 if stored[name].shape != parameters[adapter.names[name]].shape]  # fmt: skip
     if strange:
         raise UserError(
-            f"the adapter in {folder} does not fit the model and its model.lora: {len(strange)} tensors are missing, "
-            f"left over, or of another shape, first {strange[0]}"
+            f"the adapter in {folder} does not fit the model and model.lora: {len(strange)} tensors are missing, "
+            f"unexpected, or of another shape, the first is {strange[0]}"
         )
     return {adapter.names[name]: tensor for name, tensor in stored.items()}
 
 
 def start_adapter(model: Any, settings: LoraSettings, trained: Path | None, *, base: str, seed: int) -> str:
-    """Put into a whole model, as `add_adapter` does, a new adapter or one that is trained further.
+    """Add a new adapter (`add_adapter`) to an unsharded model, and load the weights of `trained`, if it is given.
 
-    Returns what the log-probabilities of the start depend on besides the base: "" for a new one, which is zero, and the
-    hash of the other's tensors. Errors are those of `add_adapter` and `read_adapter`.
+    Returns the part of the reference's key besides the base: "" for a new adapter, which changes no output yet, or a
+    hash of the trained tensors. Errors are those of `add_adapter` and `read_adapter`.
     """
     add_adapter(model, settings, base=base, seed=seed)
     if trained is None:
@@ -160,15 +160,15 @@ def start_adapter(model: Any, settings: LoraSettings, trained: Path | None, *, b
 
 
 def merged(exporter: nn.Module, adapter: Adapter, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of the model that base and adapter make together, under the names of the base alone.
+    """Merge the adapter into its base; return the weights under the names of the base.
 
-    `exporter` is the base on the meta device; `weights` are on the host, by the names of the policy's parameters, and
-    those of the base may be overwritten.
+    `exporter` is the base on the meta device; `weights` are on the host, by the names of the policy's parameters. Those
+    of the base may be overwritten.
     """
     import peft
     from peft.tuners.lora import LoraLayer
 
-    with torch.device("meta"):  # which draws no random numbers: the training goes on beside this
+    with torch.device("meta"):  # draws no random numbers, which would disturb the concurrent training
         model = peft.inject_adapter_in_model(deepcopy(adapter.config), deepcopy(exporter))
     model.load_state_dict(weights, assign=True)
     for module in model.modules():

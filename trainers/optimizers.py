@@ -1,4 +1,4 @@
-"""The optimizer by its name, what of a model it steps and decays, and the learning rate as a function of the update."""
+"""The optimizer by name, the parameters that it updates and decays, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from config.names import TORCHAO_OPTIMIZERS
 from config.settings import TrainConfig
 from trainers.distributed.sharding import local_part
 
-# Optimizers with a fused step on CPU and, in every supported torch, on CUDA; that of SGD refuses weights in shards.
+# Optimizers with a fused step on CPU and, in every supported torch, on CUDA; SGD's does not accept sharded weights.
 FUSED = ("Adam", "AdamW", "SGD")
-CHOOSE_THE_STEP = {"fused", "foreach", "capturable", "differentiable"}  # arguments that name an implementation
+CHOOSE_THE_STEP = {"fused", "foreach", "capturable", "differentiable"}  # arguments that select an implementation
 
 
 class RMSprop(torch.optim.RMSprop):
-    """torch's RMSprop, the DPO repo's default, with a step of one pass: for a GPU, where torch has no fused one.
+    """torch's RMSprop, the DPO repo's default, with a fused step for a GPU, which torch lacks.
 
-    A step reads parameter, gradient and average and writes parameter and average: 20 bytes a float32 parameter. torch's
-    `foreach` step goes over them five times: 56 bytes, and 4 more are held by a temporary. The state is torch's.
+    A step reads parameter, gradient and average and writes parameter and average: 20 bytes per float32 parameter.
+    torch's `foreach` step makes five passes: 56 bytes, and 4 more in a temporary. The state is the same as torch's.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, alpha: float = 0.99, eps: float = 1e-8) -> None:
-        """Take only the arguments that the pass knows; without momentum, centering and weight decay."""
+        """Take only the arguments that the fused step supports: no momentum, centering or weight decay."""
         super().__init__(parameters, lr=lr, alpha=alpha, eps=eps)
         self._one_pass = torch.compile(rmsprop_pass, dynamic=True, fullgraph=True)
 
@@ -36,7 +36,7 @@ class RMSprop(torch.optim.RMSprop):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here evaluates the loss again
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            # A tensor: a number would be compiled in, and the learning rate changes. One for all: each is a kernel.
+            # A tensor, as a number would be compiled in; and one for all parameters, as each costs a kernel launch.
             lr = torch.full((), group["lr"], device=local_part(group["params"][0]).device)
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -57,32 +57,32 @@ def rmsprop_pass(parameter: Tensor, gradient: Tensor, average: Tensor, lr: Tenso
 
 
 class TwoOptimizers(torch.optim.Optimizer):
-    """Two optimizers over different parameters, as one with the groups and the state of both.
+    """Two optimizers over different parameters, combined into one with the groups and state of both.
 
-    Checkpoints, learning rates and layouts see one optimizer, whose groups say in `part` which of the two steps them.
+    Checkpoints, schedules and layouts see one optimizer; `part` of a group tells which of the two steps it.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        """Take both, each over its own parameters."""
+        """Take both optimizers, each over its own parameters."""
         groups = [{**group, "part": number} for number, part in enumerate(parts) for group in part.param_groups]
         super().__init__(groups, {})
         self._parts = parts
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here evaluates the loss again
-        """Let each of the two step its groups."""
+        """Let each optimizer step its own groups."""
         for number, part in enumerate(self._parts):
             part.param_groups = [group for group in self.param_groups if group["part"] == number]
-            part.state = self.state  # anew each time: loading a checkpoint replaces both
+            part.state = self.state  # set every time, because loading a checkpoint replaces groups and state
             part.step()
 
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], settings: TrainConfig, tables: Collection[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of the settings over these parameters, with a step of one pass where there is one.
+    """Return the configured optimizer over these parameters, with a fused step if there is one.
 
-    Arguments that choose torch's implementation (`optimizer_args.foreach=true`) are obeyed.
+    Arguments that select torch's implementation (`optimizer_args.foreach=true`) take precedence.
 
     Args:
         parameters: To be trained.
@@ -102,12 +102,12 @@ def build_optimizer(
     if not others:
         return muon
     if settings.fallback_optimizer is None:
-        raise UserError("optimizer=Muon steps matrices alone; write fallback_optimizer=AdamW for the other parameters")
+        raise UserError("optimizer=Muon only updates matrices; write fallback_optimizer=AdamW for the other parameters")
     return TwoOptimizers(muon, _one_optimizer(settings.fallback_optimizer, others, settings, settings.fallback_args))
 
 
 def tables_of(policy: Any) -> list[nn.Parameter]:
-    """Return the matrices of a causal LM that hold a row a token."""
+    """Return the matrices of a causal LM with one row per token: input and output embeddings."""
     return [module.weight for module in (policy.get_input_embeddings(), policy.get_output_embeddings())]
 
 
@@ -124,17 +124,17 @@ def _one_optimizer(
     try:
         return kind(decay_groups(parameters, settings.weight_decay_on), lr=settings.lr, **arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer={name} refuses lr={settings.lr} and arguments {dict(given)}: {error}") from error
+        raise UserError(f"optimizer={name} rejects lr={settings.lr} and arguments {dict(given)}: {error}") from error
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give all groups a learning rate; one that is a tensor, which torchao's compiled step reads, stays one."""
+    """Set the learning rate of all groups; fill it in place if it is a tensor, which torchao's compiled step reads."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
 
 def decay_groups(parameters: list[nn.Parameter], weight_decay_on: str) -> list[Any]:
-    """Return parameters, or groups of them of which the second, of vectors, has no weight decay."""
+    """Return the parameters, or two groups of them: matrices, and vectors without weight decay."""
     if weight_decay_on == "all":
         return parameters
     groups = [[one for one in parameters if one.ndim >= 2], [one for one in parameters if one.ndim < 2]]
@@ -142,14 +142,14 @@ def decay_groups(parameters: list[nn.Parameter], weight_decay_on: str) -> list[A
 
 
 def num_warmup_steps(num_updates: int, settings: TrainConfig) -> int:
-    """Count the steps of the warm-up of a run of `num_updates`."""
+    """Return the number of warm-up steps in a run of `num_updates`."""
     if settings.warmup_ratio is not None:
         return math.ceil(settings.warmup_ratio * num_updates)
     return settings.warmup_steps
 
 
 def warmup_note(num_updates: int, settings: TrainConfig) -> str:
-    """Return a sentence for a run that ends in its warm-up; empty for others."""
+    """Return a sentence if the run ends during its warm-up, otherwise ""."""
     warmup = num_warmup_steps(num_updates, settings)
     if not 0 < num_updates <= warmup:
         return ""
@@ -161,11 +161,11 @@ def warmup_note(num_updates: int, settings: TrainConfig) -> str:
 
 
 def learning_rate(update: int, num_updates: int, settings: TrainConfig) -> float:
-    """Return the learning rate of one update, counted from 0, of a run of `num_updates`.
+    """Return the learning rate of update number `update`, counted from 0, in a run of `num_updates`.
 
-    It rises as (update + 1) / (warm-up + 1), the DPO repo's way, then stays, or falls to 0 at the end of the run as a
-    line or half a cosine; wsd (warm-up, stable, decay) stays and falls as a line in the last `decay_ratio` of all
-    updates, where it is not below that line already. A pure function, so that a resumed run has nothing to restore.
+    It rises as (update + 1) / (warm-up + 1), as in the DPO repo. Then it is constant, or falls to 0 at the end of the
+    run, linearly or as half a cosine; wsd (warm-up, stable, decay) is constant until a linear fall to 0 in the last
+    `decay_ratio` of all updates, which also caps a long warm-up. A pure function: resuming has nothing to restore.
     """
     warmup = num_warmup_steps(num_updates, settings)
     warmed = settings.lr * min(1.0, (update + 1) / (warmup + 1))

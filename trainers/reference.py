@@ -1,12 +1,12 @@
-"""Log-probabilities of the reference model: computed once, by the policy itself before its first step, and kept.
+"""Log-probabilities of the reference model: computed once, by the policy before its first step, and cached.
 
-During training no reference model is in memory. The cache is a file found by its content: weights, token rows, dtype,
-kind of device, and the versions of the code that computes them. Points of a sweep that start together share it: one
-builds, the others wait. The weights are always the run's *initial* ones: callers load those on a resumed run, too, so
-that a cache that was deleted meanwhile is never rebuilt from trained weights.
+During training no reference model is in memory. The cache is a file whose key covers weights, token rows, dtype, kind
+of device, and the versions of the code that computes it. Runs of a sweep that start together share it: one builds it,
+the others wait. The weights are always the run's *initial* ones: callers load these also when resuming, so that a
+deleted cache is never rebuilt from trained weights.
 
-Under several processes each computes its part of the micro-batches, which are cut as one process would cut them: the
-file is the same whatever their number.
+With several processes, each computes a part of the micro-batches, which are cut as in one process, so that the file
+does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from trainers.losses.lengths import ld_alpha_of, response_logps
 from trainers.run.progress_line import saying
 from trainers.run.saved import RunProgress
 
-CODE_VERSION = 2  # raise it with any change of logps.py that moves a result by more than rounding
+CODE_VERSION = 2  # increase it when a change to logps.py changes results by more than rounding
 LOGPS = "logps.f64"
 
 
 def weights_key(model: Any) -> str:
-    """Return 32 hex digits of what a model computes: its config, and every tensor by name, dtype and content."""
+    """Return a hash (32 hex digits) of a model: its config, and every tensor's name, dtype, shape and content."""
     digest = xxhash.xxh3_128()
     config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype"):
-        config.pop(key, None)  # where it came from, not what it is
+        config.pop(key, None)  # these describe its origin, not what it computes
     digest.update(json.dumps([config, model.config._attn_implementation], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -62,19 +62,19 @@ def reference_logps(
 ) -> Tensor:  # fmt: skip
     """Return log-probabilities of the C responses of a row, in nats: (N, C) float64, memory-mapped; NaN in other rows.
 
-    Every process must come here.
+    Every process must call it.
 
     Args:
-        model: the reference; computed through the same `sequence_logps` as the policy, in the model's dtype.
+        model: the reference; run through the same `sequence_logps` as the policy, in its own dtype.
         store: N rows of a prompt and C responses.
         rows: the rows that training will visit.
         layout: of the model.
-        cache_dir: where caches lie; the file is `reference/<key>/logps.f64`.
+        cache_dir: the cache directory; the file is `reference/<key>/logps.f64` in it.
         weights: `weights_key` of the model before it was sharded.
-        cutter: makes the micro-batches; of the policy's kind.
-        autocast: as the policy has its matrix products.
-        compute_dtype: what a sharded model computes in, where that is not its own dtype.
-        ld_alpha: as the objective weighs tokens, see `response_logps`.
+        cutter: cuts the micro-batches, packed or padded like the policy's.
+        autocast: dtype of the matrix products, as for the policy.
+        compute_dtype: compute dtype of a sharded model, if it differs from its own dtype.
+        ld_alpha: the objective's weight of later tokens, see `response_logps`.
     """
     rows, shape = rows.unique(), (len(store), store.num_segments - 1)
     weighed = "" if ld_alpha is None else f" {ld_alpha}"
@@ -90,7 +90,7 @@ def reference_logps(
         with saying(f"log-probabilities of the reference on {len(rows)} rows", active=layout.is_main):
             compute().numpy().tofile(folder / LOGPS)
 
-    # Rank 0 alone looks for the entry and holds its lock. The others compute when it says so, until it is through.
+    # Only rank 0 looks for the entry and holds its lock. The others compute when rank 0 tells them, until it is done.
     if layout.is_main:
         try:
             build_once(directory, key, build)
@@ -101,7 +101,7 @@ def reference_logps(
         while layout.on_main(lambda: "") == "compute":
             compute()
     file = _on_every_file_system(directory, key, math.prod(shape), layout) / LOGPS
-    # A private map: its pages are shared with the other processes that read the file.
+    # A private map is copy-on-write: unchanged pages are shared with other processes that read the file.
     return torch.from_file(str(file), shared=False, size=math.prod(shape), dtype=torch.float64).view(shape)
 
 
@@ -118,7 +118,7 @@ def computed_logps(
     model.eval()
     found: list[tuple[Tensor, Tensor]] = []  # row numbers (B,), log-probabilities (B, C)
     number = 0
-    # The loader cuts as if there were one process, and each process skips what is the others'.
+    # The loader cuts as for one process, and each process skips the micro-batches of the others.
     with tqdm(total=len(loader.store), desc="reference", unit=" rows", disable=None if layout.is_main else True) as bar:
         for global_batch in loader.batches():
             for batch in global_batch.microbatches:
@@ -126,12 +126,12 @@ def computed_logps(
                     found.append((batch["row"], logps_of(batch.to(layout.device, non_blocking=True))[0]))
                 number += 1
             bar.update(global_batch.num_examples)
-    if layout.rank >= (number % layout.world_size or layout.world_size):  # the others have one more: keep step
+    if layout.rank >= (number % layout.world_size or layout.world_size):  # the others run one more: keep in step
         logps_of(loader.filler().to(layout.device))
     reshard(model)
     model.train(was_training)
     parts: list[Any] = [None] * layout.world_size
-    # Copied to the host only here: the device has not been waited for between two micro-batches.
+    # Copied to the host only here, so that the loop does not synchronise with the device.
     own = [(places, logps.cpu()) for places, logps in found]
     dist.gather_object(own, parts if layout.is_main else None, dst=0)
     result = torch.full((len(store), store.num_segments - 1), math.nan, dtype=torch.float64)
@@ -141,8 +141,8 @@ def computed_logps(
 
 
 def _cache_key(identity: str, device: torch.device) -> str:
-    # Another kernel, or another release of the model's code, may move a result by more than the check of the first
-    # batch tolerates; TF32 does.
+    # Another kernel or version of the model's code may change results by more than the check of the first batch
+    # tolerates; TF32 does.
     code = f"{CODE_VERSION} {transformers.__version__} {torch.__version__} {device.type}"
     return xxhash.xxh3_128_hexdigest(f"{code} {identity} {torch.get_float32_matmul_precision()}".encode())
 
@@ -152,7 +152,7 @@ def _raise(error: UserError) -> NoReturn:
 
 
 def _on_every_file_system(directory: Path, key: str, size: int, layout: Layout) -> Path:
-    """Copy rank 0's entry to where a process does not see it (the disks of other nodes), and return its path."""
+    """Copy rank 0's entry to processes that do not see it (on other nodes' disks), and return its path."""
     entry = directory / key
     if not all(gather_objects(is_whole(entry))):
         values = torch.empty(size, dtype=torch.float64)
@@ -169,8 +169,8 @@ def attach_reference(
 ) -> None:  # fmt: skip
     """Give each loader the column `reference_logps`, (N, C), that a preference objective reads.
 
-    `model` must have the run's initial weights, see above; the trainer compares `weights`, their key, with that of the
-    run's start.
+    `model` must have the run's initial weights (see the module's docstring). `weights` is their key, which the trainer
+    compares with that of the start of the run.
     """
     for loader in loaders:
         logps = reference_logps(
@@ -182,28 +182,28 @@ def attach_reference(
 
 
 def renewal_is_due(examples: int, renewed_at: int, every: int | None) -> bool:
-    """Tell whether the reference is renewed before the step that begins with so many examples seen."""
+    """Return whether to renew the reference before the step that starts after `examples` examples."""
     return every is not None and examples - renewed_at >= every
 
 
 class MovingReference:
-    """The reference of a run, which the policy renews every `reference.refresh_examples` (Gorbatovski et al. 2024).
+    """The reference of a run, updated from the policy every `reference.refresh_examples` (Gorbatovski et al. 2024).
 
     At a renewal the weights of the reference become
 
-        alpha x (the policy's) + (1 - alpha) x (the reference's before)        (TR-DPO, section 3)
+        alpha x policy + (1 - alpha) x previous reference        (TR-DPO, section 3)
 
-    and their log-probabilities of the rows up to the next one are computed, in one pass without gradients over as many
-    rows as are trained on until then. It happens just before the step that needs it, so that an evaluation or a
-    checkpoint at that moment still has the reference before. A run that goes on computes the same rows with the same
-    weights again: the same numbers. Without renewals this does nothing, and the columns of `attach_reference` stay.
+    and one pass without gradients computes their log-probabilities for the rows that are trained on until the next
+    renewal. It happens just before the step that needs it, so an evaluation or checkpoint at the same point still has
+    the previous reference. A resumed run recomputes the same rows with the same weights, and gets the same numbers.
+    Without renewals this class does nothing, and the columns of `attach_reference` remain.
 
     Attributes:
-        progress: Of the run; its `refreshed_at` is kept here.
+        progress: Of the run; this class sets its `refreshed_at`.
     """
 
     def __init__(self, policy: Any, settings: TrainConfig, layout: Layout) -> None:
-        """Begin with the policy's initial weights."""
+        """Start from the policy's initial weights."""
         self._policy, self._layout = policy, layout
         self._every, self._alpha = settings.reference.refresh_examples, settings.reference.refresh_alpha
         self._weights = None if self._every is None else FollowingWeights(policy, self._alpha)
@@ -213,7 +213,7 @@ class MovingReference:
         self.progress = RunProgress()
 
     def shards(self) -> dict[str, dict[str, Tensor]]:
-        """Return its weights, as a checkpoint keeps them."""
+        """Return the weights of the reference, for a checkpoint."""
         return {} if self._weights is None else {"reference": self._weights.values}
 
     def is_policy(self, examples: int) -> bool:
@@ -223,7 +223,7 @@ class MovingReference:
         return exact and examples == self.progress.refreshed_at and (examples == 0 or self._alpha == 1)
 
     def batches(self, loader: BatchLoader) -> Iterator[GlobalBatch]:
-        """Yield the batches that the run has not seen yet, each with the reference of its time."""
+        """Yield the batches that the run has not seen yet, each with its current reference's log-probabilities."""
         progress = self.progress
         if self._weights is None or self._every is None:
             yield from loader.batches(progress.examples)
@@ -232,18 +232,18 @@ class MovingReference:
             if renewal_is_due(progress.examples, progress.refreshed_at, self._every):
                 self._weights.update()
                 progress.refreshed_at = progress.examples
-                progress.objective.clear()  # means of rewards against the reference before
+                progress.objective.clear()  # running means of rewards under the old reference
             if progress.refreshed_at:
                 stop = progress.refreshed_at + self._every
                 rows = loader.rows_of_batches(progress.refreshed_at, stop)
                 self._compute(loader, torch.cat([rows, loader.filler()["row"]]).unique())
-            for batch in loader.batches(progress.examples):  # made ahead: with the next reference, begun anew
+            for batch in loader.batches(progress.examples):  # prefetched with old columns: restart after a renewal
                 yield batch
                 if renewal_is_due(progress.examples, progress.refreshed_at, self._every):
                     break
 
     def prepare_evaluation(self, loader: BatchLoader | None) -> None:
-        """Give a loader, if there is one, the log-probabilities of the present reference."""
+        """Give the evaluation loader, if there is one, the log-probabilities of the current reference."""
         if loader is not None and self._evaluated_at != self.progress.refreshed_at:
             self._compute(loader, loader.rows_visited())
             self._evaluated_at = self.progress.refreshed_at

@@ -1,4 +1,4 @@
-"""The one training loop: sft, reverse and preference objectives, on whatever layout the model has."""
+"""The training loop, shared by all objectives (sft, reverse, preference) and all layouts (one process or FSDP)."""
 
 from __future__ import annotations
 
@@ -53,32 +53,32 @@ Sampler = Callable[[PreTrainedModel], list[dict[str, Any]]]  # -> rows for `samp
 
 
 class Agreement(NamedTuple):
-    """What the processes settle before their passes over a batch, in one collective of numbers that the host has."""
+    """What the processes agree on before their passes over a batch, in one all-reduce of host numbers (no GPU sync)."""
 
     own_units: float  # of this process's micro-batches
     num_units: float  # of the global batch
-    stop: bool  # some process was asked to stop
+    stop: bool  # at least one process was asked to stop
     log: bool  # the next row of metrics is due, by rank 0's clock
 
 
 @dataclass(kw_only=True, eq=False)
 class Trainer:
-    """Trains a policy on batches of a loader; `train` begins a run, or continues one that was cut short.
+    """Trains a policy on the batches of a loader; `train` starts a run or resumes an interrupted one.
 
-    Where the run's directory has a checkpoint, a new trainer has loaded it. It raises a UserError for a model, an
-    optimizer or a checkpoint that cannot be used.
+    The constructor loads the newest checkpoint of the run's directory, if there is one. It raises a UserError for a
+    model, an optimizer or a checkpoint that cannot be used.
     """
 
-    policy: PreTrainedModel  # laid out (`place_model`), with its initial weights, on a resumed run too
-    objective: Objective  # what is minimised
+    policy: PreTrainedModel  # placed by `place_model`, with its initial weights, also when resuming
+    objective: Objective  # the loss that is minimised
     train_loader: BatchLoader  # batches of the whole run, with the reference columns if the objective needs them
-    eval_loader: BatchLoader | None  # the same batches at each evaluation; None: no evaluation
+    eval_loader: BatchLoader | None  # yields the same batches at each evaluation; None: no evaluation
     settings: TrainConfig
-    layout: Layout  # this process's place
+    layout: Layout  # rank, world size and device of this process
     run: RunDir  # locked
-    sampler: Sampler | None = None  # called at each evaluation if `sample_during_eval`, in every process alike
-    tokenizer: PreTrainedTokenizerBase | None = None  # saved beside the weights
-    identity: Mapping[str, str] | None = None  # what a resumed run must agree on besides its config: name -> value
+    sampler: Sampler | None = None  # called at each evaluation if `sample_during_eval`, in every process
+    tokenizer: PreTrainedTokenizerBase | None = None  # saved with the weights
+    identity: Mapping[str, str] | None = None  # besides the config, what must not change on resume: name -> value
 
     def __post_init__(self) -> None:
         """Load the newest checkpoint, if there is one."""
@@ -94,7 +94,7 @@ class Trainer:
         self.progress = self._restore(dict(self.identity or {}))
         self.objective.state = self.progress.objective
         self.reference.progress = self.progress
-        self.saved = (self.progress.examples, self.progress.evaluated_at)  # what the newest checkpoint has seen
+        self.saved = (self.progress.examples, self.progress.evaluated_at)  # state of the newest checkpoint
         self.speed = Speed(self.policy, layout)
 
     def _restore(self, identity: dict[str, str]) -> RunProgress:
@@ -110,19 +110,19 @@ class Trainer:
         ]
         if changed:
             raise UserError(
-                f"the run in {self.run.path} cannot go on, what it stands on has changed:\n  "
+                f"the run in {self.run.path} cannot be resumed, because its inputs have changed:\n  "
                 + "\n  ".join(changed)
-                + "\nPut that back, or start anew with another exp_name."
+                + "\nRestore them, or start a new run with another exp_name."
             )
         self.train_metrics.load(unlogged)
         return progress
 
     def train(self) -> None:
-        """Run to the end of the data: first evaluation, steps, evaluations, checkpoints, last evaluation and save.
+        """Train to the end of the data, with an evaluation before (if configured) and evaluations and saves on the way.
 
         Raises:
-            Preempted: the run was asked to stop; it is saved as of its last step.
-            NotFiniteError: as `train_step` says; likewise.
+            Preempted: the run was asked to stop; its last step is saved.
+            NotFiniteError: see `train_step`; the steps before it are saved.
         """
         progress, is_main = self.progress, self.layout.is_main
         with (
@@ -132,11 +132,11 @@ class Trainer:
             try:
                 self._train(log, line)
             except NotFiniteError:
-                self._save_and_wait(log)  # raises another one if it is the weights that are not finite
+                self._save_and_wait(log)  # raises another NotFiniteError if the weights themselves are not finite
                 raise
             except Preempted:
                 self._save_and_wait(log)
-                message = f"stopped as asked after {progress.examples} examples; the same command goes on from there"
+                message = f"stopped as asked after {progress.examples} examples; rerun the same command to resume"
                 raise Preempted(message if is_main else "") from None
 
     def _train(self, log: MetricsLog, line: ProgressLine) -> None:
@@ -162,7 +162,7 @@ class Trainer:
         self._save_and_wait(log)
 
     def _evaluation_is_due(self) -> bool:
-        """Tell whether the run begins with an evaluation: its first one, or one that a request to stop cut short."""
+        """Return whether to begin with an evaluation: the first of the run, or one that a stop request interrupted."""
         progress = self.progress
         if progress.examples == 0:
             return self.settings.do_first_eval
@@ -171,11 +171,11 @@ class Trainer:
         return due and progress.evaluated_at != progress.examples
 
     def train_step(self, batch: GlobalBatch, wait_seconds: float = 0.0) -> Agreement:
-        """Take one optimizer step on a global batch; its loss is the exact mean over the units of all micro-batches.
+        """Take one optimizer step on a global batch; the loss is the exact mean over the units of all micro-batches.
 
         Raises:
-            NotFiniteError: if loss or gradient is not finite and `on_non_finite=stop`. The weights are then still those
-                of before the step.
+            NotFiniteError: if the loss or gradient is not finite and `on_non_finite=stop`. The weights are then
+                unchanged.
         """
         started = time.monotonic()
         state = dict(self.objective.state)
@@ -213,14 +213,14 @@ class Trainer:
         return Agreement(own_units, num_units, stop=stop > 0, log=log > 0)
 
     def accumulate_gradients(self, batch: GlobalBatch, num_units: float) -> tuple[list[LossOutput], Tensor]:
-        """Add the gradient of the global batch's mean loss to the policy's.
+        """Add the gradient of the global batch's mean loss to the gradients of the policy.
 
-        Returns what the objective said of each pass of this process (see `LossOutput.detached`), and the sum of losses.
+        Returns the objective's output for each pass of this process (`LossOutput.detached`), and the sum of losses.
         """
         outputs = []
         self.objective.begin_batch(self.logps_of, batch.passes, self.layout.device)
         for number, (microbatch, counts) in enumerate(batch.passes, start=1):
-            # Summed over the processes once, in the last pass: not a reduce-scatter for each micro-batch.
+            # Reduce gradients across processes only in the last pass, to save a reduce-scatter per micro-batch.
             reduce = self.settings.trainer.reduce_every_microbatch or number == len(batch.passes)
             reduce_gradients_in_backward(self.policy, reduce)
             output = self.objective(self.logps_of, microbatch.to(self.layout.device, non_blocking=True))
@@ -234,17 +234,17 @@ class Trainer:
     def _not_finite(
         self, batch: GlobalBatch, outputs: list[LossOutput], loss: float, grad_norm: float
     ) -> NotFiniteError:
-        """Drop the gradient, and make the error that names the examples; every process must come here."""
+        """Drop the gradient and return the error that names the examples. A collective: every process must call it."""
         self.optimizer.zero_grad(set_to_none=True)
         own = []
-        for microbatch, output in zip(batch.microbatches, outputs, strict=False):  # fillers have outputs, too
+        for microbatch, output in zip(batch.microbatches, outputs, strict=False):  # fillers have outputs too
             own += microbatch["row"][~output.is_finite().cpu()].tolist()
         rows = [row for part in gather_objects(own) for row in part]
         named = [f"{self.train_loader.store.ids(row)} (row {row})" for row in rows or batch.rows.tolist()]
         return not_finite_step(named, len(rows) > 0, self.progress.examples, loss, grad_norm)
 
     def _log_training(self, log: MetricsLog) -> str | None:
-        """Write the means since the last row; return those that the progress line shows, None where there are none."""
+        """Log the means since the last row; return the ones that the progress line shows, or None if there are none."""
         self.last_log = time.monotonic()
         means = self.train_metrics.means()
         if not means:
@@ -258,11 +258,11 @@ class Trainer:
         return {**counters, "counters/skipped": self.progress.skipped} if self.progress.skipped else counters
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Return the means over the whole evaluation set, and samples; neither leaves a trace in the random numbers.
+        """Return the means over the whole evaluation set, and samples; the random state is left as it was.
 
         Raises:
-            Preempted: in the middle: the evaluation is made anew when the run goes on.
-            UserError: it does not measure what `checkpoint.keep_best` or `sweep_metric` names.
+            Preempted: the run was asked to stop; the whole evaluation is repeated on resume.
+            UserError: the metric of `checkpoint.keep_best` or `sweep_metric` is not measured.
         """
         devices = [self.layout.device] if self.layout.device.type == "cuda" else []
         means: dict[str, float] = {}
@@ -305,15 +305,15 @@ class Trainer:
         log.write_samples(samples, self.progress.examples)
 
     def save(self, log: MetricsLog) -> None:
-        """Begin a checkpoint of this moment; none under `debug`, none before the first step, none twice."""
+        """Start writing a checkpoint, unless `debug` is set, no step was taken yet, or this state is already saved."""
         moment = (self.progress.examples, self.progress.evaluated_at)
         if self.settings.debug or not self.progress.examples or self.saved == moment:
             return
         if not weights_are_finite(self.policy):
             raise NotFiniteError(
-                f"the weights hold NaN or infinite numbers after {self.progress.examples} examples: a step has made "
-                "them, not the batch that follows. They were not saved; the newest checkpoint is the one before. Lower "
-                "lr, use model.policy_dtype=float32, or in 16 bits an eps that is not 0 there: optimizer_args.eps=1e-4"
+                f"the weights hold NaN or infinite numbers after {self.progress.examples} examples: a past step made "
+                "them, not the next batch. They were not saved; the newest checkpoint is an earlier one. Lower lr, use "
+                "model.policy_dtype=float32, or an eps that 16 bits do not round to 0: optimizer_args.eps=1e-4"
             )
         self.progress.log = log.state()
         self.checkpoints.save(
@@ -323,7 +323,7 @@ class Trainer:
         self.saved = moment
 
     def shards(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of the run's state beside weights and optimizer, by what they are and by parameter."""
+        """Return the sharded state besides weights and optimizer (average, reference): kind -> parameter -> tensor."""
         return self.ema.shards() | self.reference.shards()
 
     def _save_and_wait(self, log: MetricsLog) -> None:

@@ -1,1 +1,1 @@
-"""From token rows to micro-batches."""
+"""Data loading: from token rows to micro-batches."""

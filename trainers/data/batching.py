@@ -1,9 +1,9 @@
-"""Which rows make up which batch, in which order; `trainers.data.cutters` makes micro-batches of them.
+"""The global batches of a run and their order; `trainers.data.cutters` cuts them into micro-batches.
 
 Letters: N rows of a store, B rows of a batch.
 
-Global batch k of epoch e is a function of (seed, e, batch_size) alone: 1 process and 16 see the same batches. The
-position of a run is one number, the examples seen.
+Global batch k of epoch e depends only on (seed, e, batch_size), so that 1 process and 16 see the same batches. The
+position of a run in the data is one number: the examples seen.
 """
 
 from __future__ import annotations
@@ -28,53 +28,53 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One optimizer step's rows, as this rank sees them.
+    """The rows of one optimizer step, and this rank's share of them.
 
-    A rank without rows (a batch of fewer rows than ranks) has no micro-batch. Where the model is sharded, every pass is
-    a collective: a rank with fewer micro-batches than another makes up for it with passes that do not count.
+    A rank without rows (fewer rows than ranks) has no micro-batch. Every forward and backward pass of a sharded model
+    is a collective, so a rank with fewer micro-batches than another runs fillers, which do not count.
     """
 
-    microbatches: list[TensorDict]  # this rank's rows, padded ones longest first; never an empty one
-    fillers: list[TensorDict]  # for the passes that do not count
+    microbatches: list[TensorDict]  # this rank's rows; padded ones are sorted longest first; none is empty
+    fillers: list[TensorDict]  # micro-batches that are run but do not count
     num_examples: int  # rows of the whole global batch, over all ranks
     rows: Tensor  # (num_examples,) int64 row numbers of the whole global batch, in the order of the epoch
     start_examples: int  # examples seen before this batch
 
     @property
     def passes(self) -> list[tuple[TensorDict, bool]]:
-        """Return the micro-batches that this rank runs, each with whether it counts."""
+        """Return (micro-batch, whether it counts) for every pass of this rank."""
         return [*((one, True) for one in self.microbatches), *((one, False) for one in self.fillers)]
 
 
 def permutation(num_rows: int, *, seed: int, epoch: int) -> Tensor:
-    """Return the order of the rows in an epoch, (N,) int64: a function of the arguments, not of the epochs before."""
+    """Return the order of the rows in an epoch, (N,) int64; it depends on the arguments only, not on earlier epochs."""
     digest = hashlib.blake2b(f"order of seed {seed}, epoch {epoch}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randperm(num_rows, generator=generator)
 
 
 class BatchLoader:
-    """Global batches of a store, in an order that only the seed and the epoch decide.
+    """Global batches of a store, in an order that depends only on the seed and the epoch.
 
-    An epoch's last batch may be smaller: it is kept, and a batch never crosses epochs. A store smaller than
-    `batch_size` gives one batch an epoch.
+    A batch never crosses epochs; the last one of an epoch may be smaller. A store smaller than `batch_size` gives one
+    batch per epoch.
 
     Args:
         store: The tokenised rows.
-        cutter: Makes micro-batches of a global batch.
+        cutter: Cuts a global batch into micro-batches.
         batch_size: Rows of a global batch, over all ranks.
-        seed: Decides the order, together with the epoch. None: the store's own order, the same in every epoch.
+        seed: Determines the order, together with the epoch. None: the order of the store, in every epoch.
         num_epochs: Stop after this many passes over the store.
-        num_examples: Stop after this many rows, whichever comes first; at least one of the two is needed.
+        num_examples: Stop after this many rows. At least one of the two limits is needed; the first one reached counts.
         rank: This process, from 0.
         world_size: Number of processes.
-        device: Where the micro-batches will be used. They are made on the host, for a GPU in pinned memory, from which
-            a copy need not be waited for.
+        device: Where the micro-batches will be used. They are made on the host, in pinned memory if this is a GPU, so
+            that they can be copied asynchronously.
 
     Attributes:
         store, cutter: As given.
-        columns: Per-row values (N, ...) by name, of which a micro-batch gets those of its rows: those of the store and
-            what is added before `batches`.
+        columns: Per-row values (N, ...) by name, from the store or added before `batches` is called. A micro-batch gets
+            the values of its rows.
         total_examples: Rows of the whole run, repeats included.
         steps: Global batches of the whole run.
     """
@@ -99,24 +99,24 @@ class BatchLoader:
         self.steps = epochs * -(-len(store) // batch_size) + -(-rest // batch_size)
 
     def rows_visited(self) -> Tensor:
-        """Return the row numbers that the run visits at least once, ascending, int64."""
+        """Return the sorted row numbers that the run visits, int64."""
         return self._order(0)[: self.total_examples].sort().values
 
     def rows_of_batches(self, start: int, stop: int) -> Tensor:
-        """Return the row numbers of the batches that begin in start..stop - 1 examples, ascending, each once, int64."""
+        """Return the sorted unique row numbers (int64) of the batches that begin at start to stop - 1 examples seen."""
         rows = [rows for _, rows in takewhile(lambda batch: batch[0] < stop, self._plan(start))]
         return torch.cat(rows).unique() if rows else torch.empty(0, dtype=torch.int64)
 
     def batches(self, start_examples: int = 0) -> Iterator[GlobalBatch]:
-        """Yield the batches of the run from a position on, each made in a thread while the one before it is in use.
+        """Yield the batches of the run from a position on; a thread makes the next one while the current one is used.
 
-        What goes wrong in the thread is raised here.
+        Exceptions of the thread are raised here.
 
         Args:
-            start_examples: Examples seen so far. A run that stopped at the end of a batch goes on with the same
-                batches as if it had not; from a position inside of a batch, its rest comes first.
+            start_examples: Examples seen so far. At the end of a batch, the batches are the same as in an
+                uninterrupted run; inside a batch, the rest of that batch comes first.
         """
-        # A new thread's GPU is the first one, whichever is this rank's: to pin memory there would open a context on it.
+        # A new thread starts on GPU 0, whatever this rank's GPU is, and pinning memory would open a CUDA context there.
         choose_gpu = partial(torch.cuda.set_device, self._device) if self._device.type == "cuda" else None
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=choose_gpu) as thread:
             coming = None
@@ -129,19 +129,19 @@ class BatchLoader:
                 yield coming.result()
 
     def plan(self) -> Iterator[tuple[Tensor, list[list[int]]]]:
-        """Yield what `batches` would make, from the lengths and beginnings of the rows alone.
+        """Yield the sizes of the batches without making them, from the lengths and first tokens of the rows alone.
 
         Yields:
-            of each global batch its rows (int64), and for each rank the positions of each of its micro-batches.
+            for each global batch, its rows (int64), and the number of positions of each micro-batch of each rank.
         """
         for _, rows in self._plan(0):
             shares = self.cutter.cut(self.store, rows, self._world_size)
             yield rows, [[part.positions for part in share] for share in shares]
 
     def excerpt(self, rows: Tensor, microbatches: int | None = None) -> BatchLoader:
-        """Return a loader of a single global batch, of these rows (B,), cut as in this one; its store has no others.
+        """Return a loader of a single global batch of these rows (B,), over a store of no other rows.
 
-        Where a rank has more than so many micro-batches, the rows of its largest ones alone.
+        If a rank has more than `microbatches` micro-batches, keep only the rows of its largest ones.
         """
         one = copy.copy(self)
         shares = self.cutter.cut(self.store, rows, self._world_size)
@@ -163,7 +163,7 @@ class BatchLoader:
         return self._collate(self.cutter.cut(self.store, self._shortest, 1)[0][0])
 
     def previous(self, examples: int) -> int:
-        """Return the examples seen before the batch that carried the run to `examples` of them."""
+        """Return the examples seen before the batch that ended at `examples`."""
         epoch, offset = divmod(examples - 1, len(self.store))
         return epoch * len(self.store) + offset - offset % self._batch_size
 
@@ -173,7 +173,7 @@ class BatchLoader:
         return permutation(len(self.store), seed=self._seed, epoch=epoch)
 
     def _plan(self, start: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (examples seen before it, row numbers) of each global batch."""
+        """Yield (examples seen before, row numbers) of each global batch."""
         while start < self.total_examples:
             epoch, offset = divmod(start, len(self.store))
             base = epoch * len(self.store)
@@ -185,7 +185,7 @@ class BatchLoader:
             start = base + offset
 
     def _make(self, start: int, rows: Tensor) -> GlobalBatch:
-        # From the rows alone each rank knows how the others cut their shares.
+        # Cutting depends on the rows only, so each rank knows the others' shares without communication.
         shares = self.cutter.cut(self.store, rows, self._world_size)
         own = shares[self._rank]
         num_idle = max(map(len, shares)) - len(own)
@@ -203,5 +203,5 @@ class BatchLoader:
 
 
 def passes_multiple(before: int, after: int, every: int) -> bool:
-    """Tell whether a batch that carried the examples seen from `before` to `after` passed a multiple of `every`."""
+    """Return whether the examples seen passed a multiple of `every` on the way from `before` to `after`."""
     return after // every > before // every

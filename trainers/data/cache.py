@@ -1,9 +1,8 @@
-"""Things that are built once and shared by every run that needs them: the token store, the reference cache.
+"""A cache of what is built once and shared by runs: token stores and reference log-probabilities.
 
-An entry is a directory named by a hash of all that it depends on. It appears by one rename, so it is there complete or
-not at all, whatever kills its builder; runs that start together wait for the first of them. Its contents are hashed
-once by each process that opens it, and an entry that is not what was written (a disk that fails, a copy cut short) is
-built again.
+An entry is a directory named by a hash of everything it depends on. It is put in place by one rename, so it is complete
+or absent, even if its builder is killed. Runs that start together wait for the first to build it. Each process that
+opens an entry verifies its checksums; a damaged entry (failing disk, truncated copy) is rebuilt.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ TEMPORARY = ".tmp-"
 
 
 def build_once(directory: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the entry `directory/key`, never to be written to, built by `build` unless it is there and whole.
+    """Return the read-only entry `directory/key`; call `build` first if it is missing or damaged.
 
     Args:
-        directory: The cache; made where it does not exist.
-        key: Hash of the entry's content; a file name.
-        build: Fills the empty directory that it is given. Runs at most once at a time over all processes that see
-            this file system; where it fails, the next process tries again.
+        directory: The cache; created if missing.
+        key: Hash of everything the entry depends on; used as a file name.
+        build: Fills the empty directory that it is given. Only one process on this file system runs it at a time; if
+            it fails, the next process tries again.
 
     Raises:
-        UserError: The disk is full, or the folder is another user's. Whatever else `build` raises passes through.
+        UserError: The disk is full or the folder is not writable. Other errors of `build` pass through.
     """
     entry = directory / key
     if is_whole(entry):
@@ -57,23 +56,23 @@ def build_once(directory: Path, key: str, build: Callable[[Path], None]) -> Path
 
 
 def is_whole(entry: Path) -> bool:
-    """Return whether an entry is there, made for its own key, and as it was written to the last bit."""
+    """Return whether an entry exists, was made for its own key, and matches its checksums."""
     return entry.is_dir() and not find_damage(entry, owner=entry.name)
 
 
 def _not_writable(directory: Path, error: OSError) -> UserError:
     return UserError(
-        f"{directory} cannot be written to ({error.strerror}), it may be another user's; name another folder first in "
-        "local_dirs=[...]"
+        f"{directory} cannot be written to ({error.strerror}); it may belong to another user. Put another folder first "
+        "in local_dirs=[...]"
     )
 
 
 def _build(entry: Path, build: Callable[[Path], None]) -> None:
-    """Build beside the entry and rename; the caller holds the lock, so any temporary there is a dead process's."""
+    """Build in a temporary directory, then rename. The caller holds the lock, so other temporaries are leftovers."""
     try:
         if entry.is_dir():
             damage = find_damage(entry, owner=entry.name)
-            print(f"note: {entry} is damaged ({damage}); it is built again", file=sys.stderr, flush=True)
+            print(f"note: {entry} is damaged ({damage}); rebuilding it", file=sys.stderr, flush=True)
             entry.rename(entry.with_name(f"{entry.name}{TEMPORARY}damaged-{os.getpid()}"))  # deleted below
         for stale in entry.parent.glob(f"{entry.name}{TEMPORARY}*"):
             stale.unlink() if stale.is_symlink() else shutil.rmtree(stale)
@@ -90,9 +89,9 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
         temporary.rename(entry)
         sync(entry.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # numpy's tofile says only that a write was short
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # None: numpy's tofile raises without errno
             raise UserError(
-                f"{entry.parent}: the disk is full; free some space, or name another folder first in local_dirs=[...]"
+                f"{entry.parent}: the disk is full; free some space, or put another folder first in local_dirs=[...]"
             ) from error
         raise
     finally:
@@ -100,10 +99,10 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
 
 
 def usable_dir(candidates: Sequence[str]) -> Path:
-    """Return the first directory that can be made and written to (`local_dirs`; ~ and $VARIABLES are expanded).
+    """Return the first directory that is or can be made writable (`local_dirs`; ~ and $VARIABLES are expanded).
 
     Raises:
-        UserError: None of them can; each is named with the reason.
+        UserError: None is writable; the message gives the reason for each.
     """
     reasons = []
     for candidate in candidates:

@@ -1,4 +1,4 @@
-"""How a global batch is cut into micro-batches: packed (`trainers.data.packing`), or padded.
+"""Cut a global batch into micro-batches, packed (`trainers.data.packing`) or padded.
 
 Letters: N rows of a store, B rows of a batch, T padded length, S segments of a row.
 """
@@ -24,32 +24,32 @@ from trainers.data.packing import (
 from trainers.data.prefixes import Prefixes, no_prefixes, shared_prefixes
 from trainers.data.token_store import TokenStore, sequence_lengths, split_given
 
-# Positions of a padded micro-batch that keeps no activations for a backward pass: 16 pairs of 512 tokens.
+# Limit of positions of a padded micro-batch without gradients, which keeps no activations: 16 pairs of 512 tokens.
 PADDED_FORWARD_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch whose tensors are not made yet."""
+    """A micro-batch before its tensors are made."""
 
     batch: Tensor  # row numbers of the whole global batch, (B,) int64
-    places: list[int]  # which of them are this micro-batch's, as indices into `batch`
-    positions: int  # that the model will be run on
-    prefixes: Prefixes  # what the rows of the whole global batch have in common
+    places: list[int]  # indices into `batch` of this micro-batch's rows
+    positions: int  # the number of positions that the model is run on
+    prefixes: Prefixes  # shared by rows of the whole global batch
 
 
 @dataclass(frozen=True)
 class PackedCutter:
-    """Micro-batches without padding that hold the prompt of a pair once, see `collate_packed`."""
+    """Cuts micro-batches without padding that contain the prompt of a pair once, see `collate_packed`."""
 
     packed: ClassVar[bool] = True
-    max_tokens: int  # positions that no micro-batch exceeds, unless a single row does
-    num_microbatches: int = 1  # of a share, at least; fewer where it has fewer rows
+    max_tokens: int  # limit of positions per micro-batch; only a single longer row exceeds it
+    num_microbatches: int = 1  # minimum per share; fewer if the share has fewer rows
 
     def cut(self, store: TokenStore, rows: Tensor, num_shares: int) -> list[list[Part]]:
         """Cut a global batch of these rows (B,) into one share for each rank, and each share into micro-batches.
 
-        Shares are balanced by positions; rows that begin alike go together.
+        Shares are balanced by positions; rows that share a prefix are kept together.
         """
         prefixes = shared_prefixes(store, rows)
         sizes = RowSizes.of(input_lengths(store.lengths[rows].long()).sum(1), prefixes)
@@ -61,29 +61,29 @@ class PackedCutter:
         return shares
 
     def collate(self, store: TokenStore, part: Part, columns: Mapping[str, Tensor]) -> TensorDict:
-        """Make the flat tensors of a micro-batch; `columns` are per-row values (N, ...) by name."""
+        """Return the flat tensors of a micro-batch; `columns` are per-row values (N, ...) by name."""
         places = torch.tensor(part.places)
         return collate_packed(store, part.batch[places], columns, part.prefixes.select(places))
 
     def forward_only(self, device: torch.device) -> PackedCutter:
         """Return the cutter for passes without gradients, which need less memory.
 
-        It depends on the kind of device, not on the limits of a run: the runs of a sweep share what it computes.
+        It depends only on the kind of device, not on the run's limits, so that the runs of a sweep can share a cache.
         """
         return PackedCutter(default_max_tokens(device))
 
 
 @dataclass(frozen=True)
 class PaddedCutter:
-    """Micro-batches of right-padded rows."""
+    """Cuts micro-batches of right-padded rows."""
 
     packed: ClassVar[bool] = False
     pad_token_id: int
-    max_tokens: int | None = None  # as for packed rows, the positions of both sequences counted; None: no limit
-    num_microbatches: int = 1  # of a share; fewer where it has fewer rows, more where `max_tokens` asks for it
+    max_tokens: int | None = None  # as for packed rows, counting the positions of both sequences; None: no limit
+    num_microbatches: int = 1  # per share; fewer if it has fewer rows, more if `max_tokens` requires it
 
     def cut(self, store: TokenStore, rows: Tensor, num_shares: int) -> list[list[Part]]:
-        """Cut as `PackedCutter.cut` does, but deal the rows out by length, and keep those of like length together."""
+        """Cut as `PackedCutter.cut` does, but deal rows to ranks by length, and group rows of similar length."""
         positions = sequence_lengths(store.lengths[rows]) * (store.num_segments - 1)
         by_length, sizes = torch.argsort(positions, descending=True, stable=True).tolist(), positions.tolist()
         nothing = no_prefixes(len(rows))
@@ -94,7 +94,7 @@ class PaddedCutter:
         return shares
 
     def _parts(self, share: list[int], positions: list[int]) -> list[list[int]]:
-        """Cut a share, longest row first, into equal parts (to one row), and each of them by the limit."""
+        """Cut a share, longest row first, into parts of equal row counts (+-1), and split these to fit the limit."""
         num_parts = min(self.num_microbatches, len(share))
         parts: list[list[int]] = []
         start = 0
@@ -108,7 +108,7 @@ class PaddedCutter:
         return parts
 
     def collate(self, store: TokenStore, part: Part, columns: Mapping[str, Tensor]) -> TensorDict:
-        """Make the tensors of a micro-batch: (B, T) for one response a row, (B, 2, T) for chosen and rejected."""
+        """Return the tensors of a micro-batch: (B, T) for one response per row, (B, 2, T) for chosen and rejected."""
         rows = part.batch[torch.tensor(part.places)]
         responses = store.num_segments - 1
         shape = (len(rows), responses, int(sequence_lengths(store.lengths[rows]).max()))
@@ -142,7 +142,7 @@ Cutter = PackedCutter | PaddedCutter
 def build_cutter(
     *, packing: bool, device: torch.device, pad_token_id: int, max_tokens: int | None = None, num_microbatches: int = 1
 ) -> Cutter:
-    """Return the cutter that a run's settings ask for; None: packed rows have the device's limit, padded ones none."""
+    """Return the cutter for a run; without `max_tokens`, packed rows get the device's default, padded ones no limit."""
     if num_microbatches < 1:
         raise ValueError(f"{num_microbatches=} must be positive")
     if packing:

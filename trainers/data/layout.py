@@ -1,7 +1,7 @@
-"""Where the sequences of a packed micro-batch stand, and which positions see which.
+"""The layout of a packed micro-batch: where its sequences are, and which positions see which.
 
-A position sees the prefix that its row shares, its row's prompt and its own response, up to itself. All of it is worked
-out on the host, in the thread that prefetches batches, so that no training step waits for the device to learn a number.
+A position sees the shared prefix of its row, the prompt of its row and its own response, up to itself. The layout is
+computed on the host, in the thread that prefetches batches, so that no training step synchronises with the GPU.
 
 Letters: B = rows, S = segments of a row (2: prompt and response; 3: prompt, chosen and rejected), T = positions.
 """
@@ -18,20 +18,19 @@ BLOCK = 128  # edge of a block of attention scores: the default of flex_attentio
 
 
 class SeenKeys(NamedTuple):
-    """A micro-batch as causal sequences whose keys are more than their queries: what flash attention is called with.
+    """A micro-batch as N causal sequences with at least as many keys as queries: the arguments of flash attention.
 
-    Consecutive places that see the same from the beginning are the queries of one sequence: a prefix, a row's prompt
-    with its first response, another response. Its keys are all that they see, in the order of their positions and the
-    queries themselves last. So a prefix stands there once for each sequence that shares it, and a prompt once for each
-    response.
+    The queries of a sequence are consecutive places with the same context: a prefix, a prompt with its first response,
+    or another response. The keys are everything that these see, in the order of positions, so that the queries
+    themselves come last. A prefix is thus repeated for each sequence that shares it, and a prompt for each response.
     """
 
-    query_starts: Tensor  # (N + 1,) int32, where the queries of each sequence start in the micro-batch, and T
-    key_starts: Tensor  # (N + 1,) int32, where its keys start in `places`, and K
-    longest: tuple[int, int]  # the most queries and the most keys of a sequence
-    # (K,) int32, the place of each key in the micro-batch; None where it is its own: nothing is shared.
+    query_starts: Tensor  # (N + 1,) int32, where the queries of each sequence start in the micro-batch; at the end T
+    key_starts: Tensor  # (N + 1,) int32, where its keys start in `places`; at the end K
+    longest: tuple[int, int]  # the largest numbers of queries and of keys of a sequence
+    # (K,) int32, the place of each key in the micro-batch; None if keys and places are the same (nothing is shared).
     places: Tensor | None = None
-    by_place: Tensor | None = None  # (K,) int32, the keys in the order of their places
+    by_place: Tensor | None = None  # (K,) int32, the keys sorted by place
     copies: Tensor | None = None  # (T,) int32, how often each place is a key
 
 
@@ -39,19 +38,19 @@ class PackedLayout:
     """The segments of a micro-batch, on the host.
 
     Attributes:
-        lengths: (B, S + 1) int64: positions of the prefix that stands before the row, of its prompt and its responses.
-        prefix_rows: (B,) int64: the row before which the row's prefix stands; the row itself where it has none.
+        lengths: (B, S + 1) int64: positions of the prefix stored before the row, of its prompt and its responses.
+        prefix_rows: (B,) int64: the row before which the prefix of this row is stored; the row itself if it has none.
         num_positions: T.
-        longest_sequence: Positions of the longest sequence, prefix and prompt included.
-        table: (4, T or more) int32. Of each position its segment, the segments that are its row's prompt and prefix
-            (of a prefix: itself), and its position in its sequence. The width is at least BLOCK, and such that each of
-            the four is aligned on a GPU.
+        longest_sequence: Positions of the longest sequence, including prefix and prompt.
+        table: (4, T or more) int32. For each position: its segment, the segments of its row's prompt and prefix (for a
+            prefix: itself), and its position in the sequence. Padded to BLOCK or more columns, a multiple of 64, so
+            that each of the four rows is aligned on a GPU.
     """
 
     def __init__(
         self, lengths: Tensor, prefix_lengths: Tensor | None = None, prefix_rows: Tensor | None = None
     ) -> None:
-        """Take (B, S) positions of the segments, and of prefixes what the attributes say; None: there are none."""
+        """Take the (B, S) lengths of the segments, and the prefixes as in the attributes (None: there are none)."""
         numbers = torch.arange(len(lengths))
         before = torch.zeros_like(numbers) if prefix_lengths is None else prefix_lengths
         self.prefix_rows = numbers if prefix_rows is None else prefix_rows
@@ -83,7 +82,7 @@ class PackedLayout:
         return F.pad(table, (0, width - self.num_positions))
 
     def seen_keys(self) -> SeenKeys:
-        """Return the micro-batch as sequences of queries and all that they see, made once."""
+        """Return the micro-batch as sequences of queries and keys; computed once."""
         if self._seen_keys is None:
             self._seen_keys = self._make_seen_keys()
         return self._seen_keys
@@ -91,8 +90,8 @@ class PackedLayout:
     def _make_seen_keys(self) -> SeenKeys:
         flat = self.lengths.flatten()
         starts = (flat.cumsum(0) - flat).view_as(self.lengths)
-        # Three runs of places for each sequence: of the prefix, of the prompt, and its own. A row's sequences are its
-        # prefix, its prompt with the first response, and the other responses, (B, S, 3).
+        # The keys of a sequence are three runs of places: prefix, prompt, and the sequence itself. The sequences of a
+        # row are its prefix, its prompt with the first response, and the other responses: (B, S, 3).
         run_starts = torch.stack(
             [starts[self.prefix_rows, :1].expand_as(starts), starts[:, 1:2].expand_as(starts), starts], dim=2
         )
@@ -100,7 +99,7 @@ class PackedLayout:
             [self.lengths[self.prefix_rows, :1].expand_as(starts), self.lengths[:, 1:2].expand_as(starts),
              self.lengths], dim=2,
         ).clone()  # fmt: skip
-        run_lengths[:, 0, :2] = 0  # a prefix and a prompt see what stands before them, not themselves twice
+        run_lengths[:, 0, :2] = 0  # a prefix or prompt must not be its own context as well
         run_lengths[:, 1, 1] = 0
         run_lengths[:, 1, 2] += self.lengths[:, 2]
         sequences = [0, 1, *range(3, self.lengths.shape[1])]
@@ -121,15 +120,15 @@ class PackedLayout:
         )  # fmt: skip
 
     def blocks(self, window: int | None) -> Tensor:
-        """Return which blocks of the scores are computed, as flex_attention reads them, made once for each window.
+        """Return which blocks of the scores are computed, in the format of flex_attention; computed once per window.
 
         Args:
-            window: positions that a token sees, itself included; None: all before it.
+            window: positions that a token sees, including itself; None: all before it.
 
         Returns:
-            (4, n, n + 1) int32 for n blocks: of each block of queries the number of blocks of keys, then their numbers;
-            for blocks that are visible in part, then for those that are in full, then both with queries and keys
-            exchanged. n is at least 2, because a compiler makes another kernel where a size is 1.
+            (4, n, n + 1) int32 for n blocks. Each row is a block of queries: the number of its key blocks, then their
+            indices. The four tables are for partly visible blocks, for fully visible ones, and both again with queries
+            and keys exchanged. n is at least 2, because a compiler specialises on a size of 1.
         """
         if window is not None and window >= self.longest_sequence:
             window = None
@@ -142,11 +141,11 @@ class PackedLayout:
         return self._blocks[window]
 
     def _visible_pairs(self, window: int | None) -> Tensor:
-        """Count the pairs of query and key in each block that see each other: (n, n) int64.
+        """Count the visible (query, key) pairs in each block: (n, n) int64.
 
-        Segments are cut at the edges of blocks. Two such pieces, of m queries from position p and n keys from r, see
-        each other where their segments do and 0 <= (p + i) - (r + j) < window: a sum that has a closed form, so that
-        no mask of T x T is made.
+        Segments are cut at the edges of blocks. Take a piece of m queries from position p and a piece of n keys from r:
+        a key is visible if its segment is and 0 <= (p + i) - (r + j) < window. The number of such pairs has a closed
+        form, so that no T x T mask is needed.
         """
         edges = torch.cat([self.lengths.flatten().cumsum(0), torch.arange(0, self.num_positions, BLOCK)])
         edges = edges.unique()
@@ -177,17 +176,17 @@ def _pairs_apart(num_queries: Tensor, num_keys: Tensor, least: Tensor) -> Tensor
 
 
 def visible(table: tuple[Tensor, ...], query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Return whether the place `query` sees the place `key`; index tensors of any shapes that broadcast.
+    """Return whether the place `query` sees the place `key`; both are index tensors that broadcast.
 
     Args:
         table: the rows of `PackedLayout.table`.
-        query: its place in the micro-batch, from 0 to T - 1.
+        query: places in the micro-batch, from 0 to T - 1.
         key: likewise.
         window: as for `PackedLayout.blocks`.
     """
     segment, prompt, prefix, position = table
     of_key = segment[key]
     related = (of_key == segment[query]) | (of_key == prompt[query]) | (of_key == prefix[query])
-    # What a position sees stands before it, so that the order of places is that of positions.
+    # Everything that a position sees is stored before it, so comparing places is comparing positions.
     seen = related & (key <= query)
     return seen if window is None else seen & (position[query] - position[key] < window)

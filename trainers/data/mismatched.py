@@ -1,7 +1,7 @@
-"""Judged answers beside answers to other prompts, which show how far a policy has moved where nothing was judged.
+"""Rows of judged answers with a mismatched answer (that of another row), which KTO needs to estimate the KL divergence.
 
-A row [prompt | answer] becomes [prompt | own answer | another row's answer]: the shape of a pair, so that packing,
-reference cache and attention are those of pairs, and the second response costs its own tokens alone.
+A row [prompt | answer] becomes [prompt | own answer | another row's answer]. This is the shape of a pair, so packing,
+reference cache and attention are shared with pairs, and the second response costs only its own tokens.
 
 Letters: N rows of a store.
 """
@@ -19,13 +19,13 @@ from trainers.data.token_store import TokenStore, sequence_lengths
 
 
 class MismatchedStore(TokenStore):
-    """Rows of a store of (prompt, answer), each with its partner's answer as a third segment, over the same maps.
+    """A view of a store of (prompt, answer) rows, with the answer of a partner row as a third segment.
 
-    No sequence is longer than the store's longest: a partner's answer that would be loses its end.
+    A partner's answer is truncated if it would make a sequence longer than the longest one of the store.
     """
 
     def __init__(self, store: TokenStore, partners: Tensor) -> None:
-        """Take a store of N rows of two segments, and of each row its partner, (N,) int64."""
+        """Take a store of N rows of two segments, and the partner of each row, (N,) int64."""
         self.__dict__.update(store.__dict__)
         room = sequence_lengths(store.lengths).max() - store.lengths[:, 0].long()
         others = torch.minimum(store.lengths[partners, 1].long(), room).int()
@@ -47,13 +47,13 @@ class MismatchedStore(TokenStore):
 
 
 def with_mismatched(store: TokenStore) -> TokenStore:
-    """Return the store with another row's answer beside each; one without rows as it is.
+    """Return the store with another row's answer added to each row; return an empty store unchanged.
 
-    Partners are neighbours in a random order that depends on the number of rows alone: over a batch, answers are then
-    drawn as the data has them. Where the neighbour has the same prompt, it is the one behind it.
+    The partner is the next row, in a random order that depends only on the number of rows, so that the answers of a
+    batch follow the distribution of the data. If it has the same prompt, take the first one after it that differs.
 
     Raises:
-        UserError: If all rows have one prompt.
+        UserError: If all rows have the same prompt.
     """
     if not len(store):
         return store
@@ -68,7 +68,7 @@ def with_mismatched(store: TokenStore) -> TokenStore:
             return MismatchedStore(store, torch.empty_like(order).index_copy_(0, order, order[partners]))
         partners = torch.where(same, (partners + 1) % len(store), partners)
     raise UserError(
-        f"loss=kto: all {len(store)} rows of a split have the same prompt, and the loss compares with answers to "
-        "others; add rows, hold out more of them (datasets.NAME.eval_fraction) or none, or write "
-        "loss=apo_zero_unpaired, which does not compare"
+        f"loss=kto: all {len(store)} rows of a split have the same prompt, but the loss needs answers to other "
+        "prompts; add rows, hold out more of them (datasets.NAME.eval_fraction) or none, or use "
+        "loss=apo_zero_unpaired, which does not need them"
     )

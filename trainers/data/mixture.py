@@ -1,4 +1,4 @@
-"""Which rows of several datasets are trained on together, by the shares that each is to have."""
+"""Mix several datasets: choose the rows of each that give the configured shares."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def mixture(num_rows: Mapping[str, int], weights: Mapping[str, float | None]) -> dict[str, Tensor]:
-    """Choose rows of each dataset so that they have their shares; no row is repeated, and as many as can be are used.
+    """Choose rows of each dataset to match the shares, without repeating rows, and as many as possible.
 
-    With another weight a dataset's rows are a part of the same order, so one choice holds the other. A dataset without
-    any row, the rest's share of none, takes no part.
+    Each dataset has a fixed random order and contributes the beginning of it, so for two weights one choice contains
+    the other. A dataset without rows and without a weight contributes nothing.
 
     Args:
         num_rows: Rows by dataset.
-        weights: Shares by dataset, checked (`checks_train`): all given ones sum to 1, or some to less; those without a
-            weight share the rest by their sizes.
+        weights: Shares by dataset, already checked (`checks_train`): they sum to 1, or to less if datasets without a
+            weight share the rest in proportion to their sizes.
 
     Returns:
-        The rows (M,) int64 of each dataset, counted from its own first, in ascending order.
+        The row numbers (M,) int64 of each dataset, in ascending order.
     """
     rest = 1 - sum(weight for weight in weights.values() if weight is not None)
     others = sum(num_rows[name] for name, weight in weights.items() if weight is None)

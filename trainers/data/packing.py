@@ -1,10 +1,10 @@
-"""Rows of unequal length without padding: which rows share a micro-batch, and the flat tensors that they become.
+"""Packing rows of unequal length without padding: which rows share a micro-batch, and its flat tensors.
 
-The sequences of a pair, [prompt, chosen] and [prompt, rejected], have their prompt in common, so a packed row holds it
-once: [prompt | chosen | rejected]. Positions of the rejected response continue from the prompt's, and
-`trainers.kernels.attention` keeps the two responses apart. Rows whose prompts begin alike (`trainers.data.prefixes`)
-share that beginning in the same way: it stands once, before the first of them, and each row holds the rest. The last
-token of a response predicts nothing and no token sees it: it is a target, but not an input.
+The sequences of a pair, [prompt, chosen] and [prompt, rejected], share their prompt, so a packed row contains it once:
+[prompt | chosen | rejected]. The positions of the rejected response continue from the prompt, and
+`trainers.kernels.attention` hides the two responses from each other. Rows whose prompts begin alike share that prefix
+(`trainers.data.prefixes`) in the same way: it is stored once, before the first of them, and each row holds the rest.
+The last token of a response predicts nothing and no token sees it, so it is a target but not an input.
 
 Letters: B = rows of a micro-batch, S = segments of a row (2: prompt and response; 3: prompt, chosen and rejected),
 T = token positions of the micro-batch, R = its target tokens.
@@ -28,7 +28,7 @@ from trainers.data.token_store import TokenStore, split_given
 
 
 def default_max_tokens(device: torch.device) -> int:
-    """Return the positions of a micro-batch where none are set.
+    """Return the default limit of positions in a micro-batch.
 
     A CPU is fastest while the activations of a layer fit its cache; a GPU needs more rows to fill its matrix units.
     """
@@ -36,20 +36,20 @@ def default_max_tokens(device: torch.device) -> int:
 
 
 def input_lengths(lengths: Tensor) -> Tensor:
-    """Return the positions that each segment takes: (..., S) tokens -> (..., S); responses without their last token."""
+    """Return the positions of each segment: (..., S) tokens -> (..., S). The last token of a response is no input."""
     return torch.cat([lengths[..., :1], (lengths[..., 1:] - 1).clamp(min=0)], dim=-1)
 
 
 def balanced_shares(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Deal indices into shares of like size: the largest goes to the share that has least so far.
+    """Distribute indices over shares of similar size: the largest remaining one goes to the smallest share so far.
 
     Args:
         sizes: positions of each row.
-        num_shares: shares to make; some are empty where there are fewer rows.
+        num_shares: number of shares; some are empty if there are fewer rows.
 
     Returns:
         `num_shares` lists of indices into `sizes`, each by descending size. Equal sizes keep their order, so that the
-        result depends on nothing but the arguments.
+        result is deterministic.
     """
     heap = [(0, share) for share in range(num_shares)]
     shares: list[list[int]] = [[] for _ in range(num_shares)]
@@ -61,11 +61,11 @@ def balanced_shares(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
 
 
 def best_fit(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Put indices into bins: every row, largest first, into the fullest bin that has room for it.
+    """Bin packing by best fit decreasing: each row, largest first, goes into the fullest bin that has room for it.
 
     Args:
         sizes: positions of each row.
-        limit: positions that no bin exceeds, unless a single row does.
+        limit: positions per bin; only a single longer row exceeds it.
     """
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room, bin), ascending
@@ -80,7 +80,7 @@ def best_fit(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 class RowSizes(NamedTuple):
-    """What rows add to a micro-batch."""
+    """The positions that rows add to a micro-batch."""
 
     own: list[int]  # positions of each row, without those of its prefix
     prefixes: list[int]  # positions of the prefix of its family
@@ -88,11 +88,11 @@ class RowSizes(NamedTuple):
 
     @classmethod
     def of(cls, positions: Tensor, prefixes: Prefixes) -> RowSizes:
-        """Take the positions of each row by itself, (B,)."""
+        """Take the positions of each row, prefix included, (B,)."""
         return cls((positions - prefixes.lengths).tolist(), prefixes.lengths.tolist(), prefixes.families.tolist())
 
     def select(self, rows: list[int]) -> RowSizes:
-        """Return those of some of the rows."""
+        """Return the sizes of some of the rows."""
         return RowSizes(*([values[i] for i in rows] for values in self))
 
     def positions(self, rows: list[int]) -> int:
@@ -102,16 +102,16 @@ class RowSizes(NamedTuple):
 
 
 def pack_rows(sizes: RowSizes, *, limit: int, at_least: int) -> list[list[int]]:
-    """Put indices into micro-batches: as few as a best fit needs, and of like size.
+    """Distribute row indices over micro-batches: as few as best fit needs, and of similar size.
 
-    Rows of a family go together, so that few micro-batches hold its prefix; families that leave room are then put
-    together. Finally the rows are spread evenly over as many micro-batches, if that keeps the limit and repeats no
-    more prefixes: equal sizes need less memory than full ones and a small rest.
+    First each family is packed by itself, so that few micro-batches repeat its prefix; then families that leave room
+    are combined. Finally the rows are spread evenly over the same number of micro-batches, if that keeps the limit and
+    repeats no more prefixes: equal sizes need less memory than full micro-batches and a small last one.
 
     Args:
         sizes: of B rows.
-        limit: positions that no micro-batch exceeds, unless a single row does.
-        at_least: micro-batches to make; fewer where there are fewer rows.
+        limit: positions per micro-batch; only a single longer row exceeds it.
+        at_least: minimum number of micro-batches; fewer if there are fewer rows.
     """
     fitted = _fit_families(sizes, limit)
     needed = sum(map(sizes.positions, fitted))
@@ -128,7 +128,7 @@ def pack_rows(sizes: RowSizes, *, limit: int, at_least: int) -> list[list[int]]:
 
 
 def _fit_families(sizes: RowSizes, limit: int) -> list[list[int]]:
-    """Fit each family by itself, then the parts that this makes."""
+    """Pack each family by itself, then pack the resulting parts together."""
     families: dict[int, list[int]] = {}
     for i, family in enumerate(sizes.families):
         families.setdefault(family, []).append(i)
@@ -143,29 +143,29 @@ def _fit_families(sizes: RowSizes, limit: int) -> list[list[int]]:
 def collate_packed(
     store: TokenStore, rows: Tensor, columns: Mapping[str, Tensor], prefixes: Prefixes | None = None
 ) -> TensorDict:
-    """Make the flat tensors of B rows, one behind the other.
+    """Return the flat tensors of B concatenated rows.
 
     For a row of prompt [5, 6], chosen [7, 8, 2], rejected [9, 2]:
 
         input_ids       5  6  7  8  9
         position_ids    0  1  2  3  2
-        sources         1  2  3  1  4      each response's first token is predicted from the prompt's last
-        needed          1  2  3  4         the positions among the sources
+        sources         1  2  3  1  4      the last prompt token predicts the first token of each response
+        needed          1  2  3  4         the distinct sources
         targets         7  8  2  9  2
         num_targets     3, 2
-        num_given       0, 0               tokens of the responses that are no targets
+        num_given       0, 0               response tokens that are not targets
 
     Args:
         store: N rows of S segments.
         rows: (B,) row numbers.
         columns: per-row values (N, ...) by name.
-        prefixes: of these rows (`Prefixes.select` of a larger batch's); None: they share nothing.
+        prefixes: shared by these rows (`Prefixes.select` from a larger batch); None: they share nothing.
 
     Returns:
         input_ids, position_ids (T,), sources, targets (R,), needed, num_targets, num_given (B, S - 1), all int64; (B,)
         `row` and the columns; `layout`, a `PackedLayout`, which stays on the host when the rest is moved to a device.
-        Rows of a family stand together, in the order of their first rows, and their prefix before the first of them. It
-        has no batch dimension: its tensors count different things.
+        The rows of a family are adjacent, with their prefix before the first; families are ordered by first row. The
+        TensorDict has no batch dimension, because its tensors count different things.
     """
     families, shared = no_prefixes(len(rows)) if prefixes is None else prefixes
     order = families.argsort(stable=True)
@@ -178,7 +178,7 @@ def collate_packed(
     own_lengths = torch.cat([lengths[:, :1] - shared[:, None], lengths[:, 1:]], dim=1)
     layout = PackedLayout(input_lengths(own_lengths), shared * is_first, first_rows)
     if torch.cuda.is_available():
-        layout.seen_keys()  # here, in the thread that prefetches, rather than in the step
+        layout.seen_keys()  # computed and kept here, in the prefetch thread, not in the training step
     return TensorDict(
         {
             **flat,
@@ -194,9 +194,9 @@ def collate_packed(
 
 
 def _flat_rows(store: TokenStore, rows: Tensor, skipped_tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Put rows (B,) one behind the other, each prompt without its first `skipped_tokens` (B,): see `collate_packed`.
+    """Concatenate rows (B,), each prompt without its first `skipped_tokens` (B,); see `collate_packed`.
 
-    Also returns how many tokens of each response are given, (B, S - 1): they are inputs, and no targets.
+    Also return how many tokens of each response are given, (B, S - 1): these are inputs but not targets.
     """
     input_ids, position_ids, sources, targets = [], [], [], []
     num_given = torch.zeros(len(rows), store.num_segments - 1, dtype=torch.int64)
@@ -213,7 +213,7 @@ def _flat_rows(store: TokenStore, rows: Tensor, skipped_tokens: Tensor) -> tuple
             num_inputs = max(len(response) - 1, 0)
             input_ids.append(response[:num_inputs])
             position_ids.append(torch.arange(start, start + num_inputs))
-            # Without a prompt nothing predicts the first token, and it is no target.
+            # Without a prompt nothing predicts the first token, so it is not a target.
             places = torch.cat([last_of_prompt[: len(response)], torch.arange(offset, offset + num_inputs)])
             is_target = ~is_given[1 - last :]
             sources.append(places[is_target])
@@ -230,31 +230,31 @@ def _flat_rows(store: TokenStore, rows: Tensor, skipped_tokens: Tensor) -> tuple
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
-    """Return whether a micro-batch is packed (flat), rather than padded."""
+    """Return whether a micro-batch is packed (flat) rather than padded."""
     return "sources" in batch.keys()  # noqa: SIM118  # a TensorDict iterates over rows, not names
 
 
 def num_tokens(batch: TensorDict) -> Tensor:
-    """Count the tokens of all sequences, a shared prompt in each: a scalar, the same packed and padded."""
+    """Count the tokens of all sequences, a shared prompt in each of them: a scalar, equal for packed and padded."""
     if not is_packed(batch):
         return batch["attention_mask"].sum()
-    # A response's tokens are its targets (all but the first one of a row without prompt) and what is given.
+    # The tokens of a response are its targets and its given tokens (without a prompt, the first is neither).
     layout, num_responses = batch["layout"], batch["num_targets"].shape[1]
     prompts = layout.lengths[layout.prefix_rows, 0] + layout.lengths[:, 1]
     return num_responses * prompts.sum() + batch["num_targets"].sum() + batch["num_given"].sum()
 
 
 def num_positions(batch: TensorDict) -> int:
-    """Count the positions that the model is run on."""
+    """Count the positions that the model is run on, padding included."""
     return batch["input_ids"].numel()
 
 
 def num_target_tokens(batch: TensorDict) -> Tensor:
-    """Count the tokens whose log-probabilities are summed: a scalar, int64."""
+    """Count the target tokens, whose log-probabilities are summed: a scalar, int64."""
     return batch["num_targets"].sum() if is_packed(batch) else batch["response_mask"][..., 1:].sum()
 
 
 def longest_sequence(batch: TensorDict) -> int:
     """Return the number of tokens of the longest sequence."""
-    # The last token of a response is no input.
+    # + 1: the last token of a response is not an input.
     return batch["layout"].longest_sequence + 1 if is_packed(batch) else batch["input_ids"].shape[-1]

@@ -1,4 +1,4 @@
-"""Common beginnings of prompts (the head of a template, a system prompt), which a packed micro-batch computes once.
+"""Shared prefixes of prompts (a template's head, a system prompt), which a packed micro-batch computes only once.
 
 Letters: B = rows.
 """
@@ -16,27 +16,27 @@ MIN_TOKENS = 16  # estimated: below it, copying keys and values for every row co
 
 
 class Prefixes(NamedTuple):
-    """Which of B rows begin alike: those of one family have their first `lengths` tokens in common."""
+    """The families of B rows: the rows of a family share their first `lengths` tokens."""
 
-    families: Tensor  # (B,) int64: the place of the family's first row
-    lengths: Tensor  # (B,) int64: 0 for a row that begins as no other does
+    families: Tensor  # (B,) int64: the index of the family's first row
+    lengths: Tensor  # (B,) int64: length of the shared prefix; 0 if the row shares none
 
     def select(self, places: Tensor) -> Prefixes:
-        """Return those of some of the rows, (M,) places; a family of which one row is left has no prefix."""
+        """Return the prefixes among some of the rows, (M,) indices; a family with one row left has no prefix."""
         _, members, counts = self.families[places].unique(return_inverse=True, return_counts=True)
         firsts = torch.full((len(counts),), len(places)).scatter_reduce_(0, members, torch.arange(len(places)), "amin")
         return Prefixes(firsts[members], self.lengths[places] * (counts[members] > 1))
 
 
 def no_prefixes(num_rows: int) -> Prefixes:
-    """Return what holds of rows that share nothing."""
+    """Return the prefixes of rows that share nothing."""
     return Prefixes(torch.arange(num_rows), torch.zeros(num_rows, dtype=torch.int64))
 
 
 def shared_prefixes(store: TokenStore, rows: Tensor) -> Prefixes:
-    """Find families of rows whose prompts have MIN_TOKENS or more first tokens in common.
+    """Find families of rows (B,) whose prompts share a prefix of MIN_TOKENS tokens or more.
 
-    The last token of a prompt stays with its row: it predicts the first one of the responses. `rows` are (B,) numbers.
+    The prefix excludes the last token of a prompt, because that predicts the first token of the row's responses.
     """
     found = no_prefixes(len(rows))
     room = store.lengths[rows, 0].long() - 1
@@ -53,7 +53,7 @@ def shared_prefixes(store: TokenStore, rows: Tensor) -> Prefixes:
 
 
 def _common_tokens(store: TokenStore, rows: Tensor, limit: int) -> int:
-    """Count the first tokens, up to `limit`, that all these rows have in common."""
+    """Return the length of the longest common prefix of these rows, at most `limit`."""
     beginnings = store.beginnings(rows, limit)
     differs = (beginnings != beginnings[0]).any(dim=0)
     return int(differs.int().argmax()) if differs.any() else limit

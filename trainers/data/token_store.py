@@ -1,8 +1,8 @@
-"""Tokenised rows on disk, read through memory maps: resident memory does not grow with the number of rows.
+"""Tokenised rows on disk, memory-mapped, so that resident memory does not grow with the number of rows.
 
-A store is a directory: `tokens.bin` (int32, all rows one behind the other), `offsets.bin` (int64, where each row
-starts), `lengths.bin` (int32, N x S), `ids.bin` (N fixed-width names) and `meta.json`; of judged answers also
-`is_good.bin` (N bytes).
+A store is a directory of `tokens.bin` (int32, all rows concatenated), `offsets.bin` (int64, where each row starts),
+`lengths.bin` (int32, N x S), `ids.bin` (N fixed-width names), `meta.json` and, for judged answers, `is_good.bin`
+(N bytes).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ ID_BYTES = 32
 
 
 def split_given(response: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the token ids of a response (T,), and which of them are given rather than targets, (T,) bool.
+    """Return the token ids of a response (T,), and a mask (T,) of those that are given, not targets.
 
-    A token t between two answers of a conversation is stored as ~t: the model reads it, and is not trained to write it.
+    Tokens between two answers of a conversation are given: read, but not trained on. A given t is stored as ~t (< 0).
     """
     is_given = response < 0
     return response.where(~is_given, ~response), is_given
 
 
 def sequence_lengths(lengths: Tensor) -> Tensor:
-    """Return the tokens of each row's (longer) sequence, prompt included: (..., S) of its segments -> (...) int64."""
+    """Return the sequence length of each row, prompt and longest response: (..., S) lengths -> (...) int64."""
     return lengths[..., 0].long() + lengths[..., 1:].amax(-1)
 
 
@@ -39,11 +39,11 @@ class TokenStore:
 
     Attributes:
         num_segments: S.
-        key: Hash of everything that the content depends on, the code that made it included.
-        content: Hash of the rows themselves (ids, lengths, tokens): what a run that goes on must find unchanged.
-        meta: What the writer recorded: counts of rows used, dropped and cut. Never text.
+        key: Hash of everything that the content depends on, including the code that makes it.
+        content: Hash of the rows themselves (ids, lengths, tokens), which must be unchanged when a run is resumed.
+        meta: What the writer recorded: counts of rows used, dropped and truncated. Never text.
         lengths: (N, S) int32, tokens of each segment.
-        columns: Per-row values (N,) by name: `is_good` (bool) of judged answers; none of other rows.
+        columns: Per-row values (N,) by name: `is_good` (bool) for judged answers, otherwise empty.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -64,24 +64,24 @@ class TokenStore:
         return len(self.lengths)
 
     def row(self, i: int) -> list[Tensor]:
-        """Return the S segments of row i, each (T,) int32: views of the map, not to be written to."""
+        """Return the S segments of row i, each (T,) int32: read-only views of the memory map."""
         place = i if self._index is None else int(self._index[i])
         start = int(self._offsets[place])
         lengths = self.lengths[i].tolist()
         return list(self._tokens[start : start + sum(lengths)].split(lengths))
 
     def beginnings(self, rows: Tensor, width: int) -> Tensor:
-        """Return the first tokens of these rows (B,), none of which is shorter: (B, width) int32."""
+        """Return the first `width` tokens of rows (B,), all of which must be that long: (B, width) int32."""
         places = rows if self._index is None else self._index[rows]
         return self._tokens[self._offsets[places, None] + torch.arange(width)]
 
     def ids(self, i: int) -> str:
-        """Return the name of row i, by which errors and reports call it."""
+        """Return the name of row i, for errors and reports."""
         place = i if self._index is None else int(self._index[i])
         return self._ids[place].decode()
 
     def select(self, rows: Tensor) -> Self:
-        """Return a store of rows (M,), int64, in this order, over the same maps; key and content tell the selection."""
+        """Return a view of rows (M,), int64, in this order; its key and content include the selection."""
         chosen = type(self).__new__(type(self))
         chosen.__dict__.update(self.__dict__)
         chosen._index = rows if self._index is None else self._index[rows]
@@ -94,7 +94,7 @@ class TokenStore:
 
 
 def _map(path: Path, dtype: type[np.generic]) -> Tensor:
-    """Map a file as a flat tensor, copy-on-write: torch wants it writable, and nothing reaches the file."""
+    """Map a file as a flat tensor, copy-on-write: torch wants writable memory, but the file must not change."""
     if not path.stat().st_size:
         return torch.from_numpy(np.empty(0, dtype))
     return torch.from_numpy(np.memmap(path, dtype, "c"))
@@ -104,7 +104,7 @@ class TokenStoreWriter:
     """Writes a store row by row; `finish` completes it. Use as a context manager.
 
     Args:
-        directory: Made by the writer; becomes visible as a whole where it lies inside an entry of `build_once`.
+        directory: Created by the writer; inside a `build_once` entry, it becomes visible only when complete.
         key: Hash of everything that the content depends on.
         num_segments: S.
     """
@@ -124,9 +124,9 @@ class TokenStoreWriter:
             file.close()
 
     def append(self, id: str, segments: Sequence[Sequence[int]], *, is_good: bool | None = None) -> None:
-        """Add a row of S segments, lists of token ids; its name `id` has at most ID_BYTES bytes in UTF-8.
+        """Add a row of S segments (token ids); its name `id` has at most ID_BYTES bytes in UTF-8.
 
-        `is_good` tells how an answer was judged: of all rows of a store, or of none.
+        `is_good` is the judgement of an answer; give it for all rows of a store or for none.
         """
         name = id.encode()
         if len(segments) != self._num_segments or not 0 < len(name) <= ID_BYTES:
@@ -141,12 +141,12 @@ class TokenStoreWriter:
         for file, data in {**content, "tokens": tokens}.items():
             self._files[file].write(data)
             self._content.update(data)
-        self._files["offsets"].write(self._num_tokens.to_bytes(8, "little"))  # the sums of the lengths
+        self._files["offsets"].write(self._num_tokens.to_bytes(8, "little"))  # the cumulative lengths
         self._num_tokens += sum(lengths)
         self.num_rows += 1
 
     def finish(self, meta: dict[str, Any]) -> None:
-        """Write meta.json, without which the directory is no store; `meta`, of JSON, goes to `TokenStore.meta`."""
+        """Write meta.json, which completes the store; readers find `meta` (JSON values) in `TokenStore.meta`."""
         for file in self._files.values():
             file.flush()
         counts = {"num_segments": self._num_segments, "num_rows": self.num_rows, "num_tokens": self._num_tokens}

@@ -1,4 +1,4 @@
-"""A second copy of a model's weights that follows them: their moving average, or a reference that is renewed."""
+"""A second copy of a model's weights that follows them: a moving average, or a reference that is renewed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from trainers.distributed.sharding import local_part, reshard
 
 
 class FollowingWeights:
-    """Weights that move towards a model's own by `rate` x (own - these) at each update; sharded as the model is.
+    """A copy of a model's trained weights that moves by `rate` x (model - copy) at each update; sharded as the model.
 
-    They are float32, or wider where the model is: an average of 16-bit weights would round small updates away. Weights
-    that are not trained have no copy.
+    The copy is float32, or the model's dtype if that is wider: in 16 bits, small updates would be rounded away. Frozen
+    weights have no copy.
 
     Attributes:
-        values: Name of a parameter -> its copy, a tensor or DTensor. A checkpoint may read them and write into them.
+        values: Name of a parameter -> its copy, a tensor or DTensor. A checkpoint reads them and loads into them.
     """
 
     def __init__(self, model: nn.Module, rate: float) -> None:
-        """Begin as the model's weights, which are laid out and whole or sharded."""
+        """Copy the weights of a model that is already on its devices, sharded or not."""
         self._model, self._rate = model, rate
         self._own = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.values: dict[str, Tensor] = {
@@ -33,14 +33,14 @@ class FollowingWeights:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move; the model is between two steps."""
+        """Move towards the model's weights; call it between two steps."""
         for name, value in self.values.items():
             value = local_part(value)
             value.lerp_(local_part(self._own[name]).to(value.dtype), self._rate)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Run the model with these weights. Its own are kept beside, in their dtype: the room that gradients take."""
+        """Put these weights into the model; its own are backed up in their dtype, which takes as much as gradients."""
         reshard(self._model)
         own = {name: local_part(one).detach().clone() for name, one in self._own.items()}
         try:
@@ -60,27 +60,27 @@ class WeightAverage:
     """The exponential moving average of a policy's weights, w <- decay w + (1 - decay) policy; or none."""
 
     def __init__(self, policy: nn.Module, settings: EMASettings) -> None:
-        """Begin at the policy's weights."""
+        """Start from the policy's weights."""
         self._policy, self._saves = policy, settings.save
         self._weights = None if settings.decay is None else FollowingWeights(policy, 1 - settings.decay)
 
     def update(self) -> None:
-        """Take in the policy's weights, after a step."""
+        """Update the average after a step."""
         if self._weights is not None:
             self._weights.update()
 
     def evaluated(self) -> AbstractContextManager[None]:
-        """Put the average in the place of the policy's weights, where there is one."""
+        """Use the average, if there is one, in place of the policy's weights within the context."""
         return nullcontext() if self._weights is None else self._weights.in_place()
 
     def saved(self) -> AbstractContextManager[None]:
-        """Do so for what becomes `model/` of a checkpoint."""
+        """Do the same for the `model/` of a checkpoint, if `ema.save`."""
         return self.evaluated() if self._saves else nullcontext()
 
     def shards(self) -> dict[str, dict[str, Tensor]]:
-        """Return what a run needs to go on, beside `model/`: the average and, if it is there, the policy's own weights.
+        """Return what resuming needs besides `model/`: the average and, with `ema.save`, the policy's own weights.
 
-        The tensors are those in use: what is written into them counts.
+        These are the live tensors: loading into them changes the weights.
         """
         if self._weights is None:
             return {}

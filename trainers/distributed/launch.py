@@ -1,7 +1,7 @@
-"""The processes of a run: how they start, find each other, and talk.
+"""The processes of a run: how they start and form a process group.
 
-A process group always exists, of one process as of many, so that nothing else asks how many there are. How a model is
-laid out over the processes is in `trainers/distributed/parallelize.py`.
+There is always a process group, even for one process, so that no other code depends on the number of processes. How a
+model is distributed over the processes is in `trainers/distributed/parallelize.py`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from trainers.distributed.spawn import Place, start_processes
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device that `device=auto|cpu|cuda|cuda:1` means on this machine; a GPU becomes the current one.
+    """Return the device for `device=auto|cpu|cuda|cuda:1` on this machine, and make a GPU the current device.
 
     Raises:
-        UserError: if CUDA is asked for and there is none, or not one for each process of this machine.
+        UserError: if CUDA is requested but missing, or there are fewer GPUs than processes on this machine.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -37,21 +37,21 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"there is no {device} for process {local_rank} of this machine, which has {torch.cuda.device_count()} "
-            "GPUs: set trainer.num_processes to that, or device=cpu."
+            "GPUs: set trainer.num_processes to that number, or device=cpu."
         )
-    torch.cuda.set_device(device)  # the random state that is saved, and nccl, are of the current one
+    torch.cuda.set_device(device)  # nccl, and the saved random state, use the current device
     return device
 
 
 def launch(worker: Callable[[Layout], None], settings: TrainConfig) -> None:
     """Run `worker(layout)` in the processes of the run, each inside a process group.
 
-    `trainer=BasicTrainer` is this process alone. `trainer=FSDPTrainer` joins the processes of torchrun or srun where
-    one of them started this process, and otherwise starts `trainer.num_processes` of its own (`worker` is pickled).
+    `trainer=BasicTrainer` uses this process only. `trainer=FSDPTrainer` joins the processes of torchrun or srun if one
+    of these started this process; otherwise it starts `trainer.num_processes` processes (`worker` is pickled).
 
     Raises:
-        UserError: one process's trainer under a launcher of several, or numbers that do not fit each other.
-        SystemExit: with PREEMPTED_STATUS after a request to stop; with a crash's status where a process crashed.
+        UserError: BasicTrainer under a launcher of several processes, or settings that do not fit their number.
+        SystemExit: with PREEMPTED_STATUS after a request to stop, or with the status of a process that crashed.
     """
     try:
         if settings.trainer.name == "BasicTrainer":
@@ -74,7 +74,7 @@ def launch(worker: Callable[[Layout], None], settings: TrainConfig) -> None:
 
 
 def default_num_processes(settings: TrainConfig) -> int:
-    """Return `trainer.num_processes`; if null, one for each GPU, or two on a CPU (one if it has a single core)."""
+    """Return `trainer.num_processes`; if null, one per GPU, or two on a CPU (one if it has a single core)."""
     if settings.trainer.num_processes is not None:
         return settings.trainer.num_processes
     if settings.device == "cpu" or not torch.cuda.is_available():
@@ -83,7 +83,7 @@ def default_num_processes(settings: TrainConfig) -> int:
 
 
 def launcher_place(environment: Mapping[str, str]) -> Place | None:
-    """Return the place that torchrun, or an `srun` step of several tasks, gave this process; None without either."""
+    """Return the place that torchrun, or an `srun` step of several tasks, gave this process; None if neither did."""
     if "WORLD_SIZE" in environment and "RANK" in environment:
         rank = int(environment["RANK"])
         return Place(rank, int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", rank)))
@@ -100,7 +100,7 @@ def launcher_place(environment: Mapping[str, str]) -> Place | None:
 
 
 def _refuse_launchers() -> None:
-    # A launcher's own count: torchrun's, or that of one `srun` step (an array job's tasks are steps of one).
+    # The process count of torchrun, or of one `srun` step (each task of an array job is a step of one process).
     for variable in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         if int(os.environ.get(variable, "1")) > 1:
             raise UserError(
@@ -111,16 +111,16 @@ def _refuse_launchers() -> None:
 
 
 def local_store(settings: TrainConfig) -> dist.TCPStore:
-    """Open the meeting point of this machine's processes; without `fsdp_port`, the system names a port that is free."""
+    """Open the store at which this machine's processes meet; without `fsdp_port`, the system chooses a free port."""
     port = settings.fsdp_port or 0
     try:
         return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:  # DistNetworkError is a RuntimeError
-        raise _port_taken(f"fsdp_port={port}", "leave fsdp_port out: a free one is found", error) from error
+        raise _port_taken(f"fsdp_port={port}", "leave fsdp_port out to get a free port", error) from error
 
 
 def _port_taken(what: str, instead: str, error: BaseException) -> UserError:
-    return UserError(f"{what} cannot be used ({str(error).splitlines()[0]}); another program may have it: {instead}.")
+    return UserError(f"{what} cannot be used ({str(error).splitlines()[0]}); another program may use it: {instead}.")
 
 
 def work_in_group(
@@ -129,8 +129,8 @@ def work_in_group(
 ) -> None:  # fmt: skip
     """Join the process group and work.
 
-    `address` is the port of the launcher's store on this machine; "env": MASTER_ADDR and MASTER_PORT tell; None: this
-    process is alone and needs no port, so that runs started at once cannot take each other's.
+    `address` is the port of the launcher's store on this machine, or "env" for MASTER_ADDR and MASTER_PORT. None means
+    a single process, which uses no port, so that runs that start at the same time cannot conflict.
     """
     check_numbers(settings, place.world_size)
     device = pick_device(settings.device, place.local_rank)
@@ -146,7 +146,7 @@ def work_in_group(
             raise _port_taken(here, "export another MASTER_PORT", error) from error
     else:
         store = dist.TCPStore("127.0.0.1", int(address), is_master=False)
-    # gloo beside nccl: counts and other small things of the host are reduced without touching the GPU.
+    # gloo in addition to nccl, to reduce counts and other small host values without touching the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     group = dist.PrefixStore("group", store)
     with stop.on_signals():
@@ -162,8 +162,8 @@ def work_in_group(
             )
             try:
                 worker(layout)
-            except Preempted:  # in all of them
-                # A launcher ends the others as soon as one is gone: let rank 0 close its logs, then leave together.
+            except Preempted:  # raised in all processes
+                # A launcher kills the others once one exits: wait until rank 0 has closed its logs, then exit together.
                 layout.on_main(stop.close)
                 stop.close()
                 raise
@@ -172,12 +172,12 @@ def work_in_group(
 
 
 def check_numbers(settings: TrainConfig, world_size: int) -> None:
-    """Raise a UserError for numbers that only the number of processes makes wrong."""
+    """Raise a UserError for settings that do not fit the number of processes."""
     replicas = settings.trainer.num_replicas
     if world_size % replicas:
         raise UserError(
             f"trainer.num_replicas={replicas} does not divide the {world_size} processes of this run: each replica is "
-            f"sharded over world size / num_replicas of them; use one of {_divisors(world_size)}."
+            f"sharded over world size / num_replicas processes; use one of {_divisors(world_size)}."
         )
     for name, rows in (("batch_size", settings.batch_size), ("eval_batch_size", settings.eval_batch_size)):
         if rows < world_size:
@@ -192,8 +192,8 @@ def _divisors(number: int) -> str:
 
 
 def _mesh(settings: TrainConfig, world_size: int, device: torch.device) -> DeviceMesh | None:
-    # In one process FSDP shards nothing, but copies every parameter and gradient. It stays where it has another task:
-    # another dtype to compute in, or the host's memory.
+    # Why not always? In one process FSDP shards nothing, but copies every parameter and gradient. It is only used there
+    # for its other features: another compute dtype, or CPU offload.
     fsdp_serves = world_size > 1 or settings.model.fsdp_policy_mp is not None or settings.trainer.cpu_offload
     if settings.trainer.name == "BasicTrainer" or not fsdp_serves:
         return None

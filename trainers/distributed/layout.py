@@ -1,4 +1,4 @@
-"""The place of a process in its run, and how the processes talk."""
+"""The place of a process in its run, and communication between the processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainers.distributed.preemption import StopRequest
 
 T = TypeVar("T")
 
-WAIT = timedelta(days=2)  # for rank 0 to tokenise a corpus; a rank that dies ends the others long before
+WAIT = timedelta(days=2)  # time for rank 0 to tokenise a corpus; if a rank dies, the launcher ends the others
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Layout:
     world_size: int
     device: torch.device
     stop: StopRequest = field(default_factory=StopRequest)
-    mesh: DeviceMesh | None = None  # the model is sharded over it; None: whole in its one process
+    mesh: DeviceMesh | None = None  # the model is sharded over it; None: a single process, not sharded
     store: dist.Store = field(default_factory=dist.HashStore)  # small messages between the processes, in order
     _calls: Iterator[int] = field(default_factory=itertools.count)
 
@@ -40,22 +40,22 @@ class Layout:
         return self.rank == 0
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Return the result of rank 0's call (picklable) in every process; each process must come here.
+        """Call `function` in rank 0 and return its result (picklable) in every process. Every process must call this.
 
         Raises:
-            UserError: rank 0's, there; `SaidElsewhere` in the other processes, also where rank 0 failed otherwise.
+            SaidElsewhere: in the other processes, if rank 0 failed; rank 0 raises its own error.
         """
         return cast(T, self._call_on_main(function, share=True))
 
     def main_only(self, function: Callable[[], T]) -> T | None:
-        """Return the result of rank 0's call there, and None in the others, which wait for it; errors as in `on_main`.
+        """Call `function` in rank 0 and return its result there; the others wait and return None. See `on_main`.
 
-        For results that are not picklable or too large to send, such as a model.
+        For results that cannot be pickled or are too large to send, such as a model.
         """
         return self._call_on_main(function, share=False)
 
     def main_first(self, function: Callable[[], T]) -> T:
-        """Return every process's own result, the others' after rank 0's: what it leaves in a cache is found there."""
+        """Call `function` in rank 0 and then in the others, which find in the cache what rank 0 has put there."""
         result = self.main_only(function)
         return cast(T, result) if self.is_main else function()
 
@@ -76,19 +76,19 @@ class Layout:
         return result
 
 
-# A process that is alone has nobody to ask. The collectives below then make no call at all: on a GPU even one of a
-# single process launches kernels and waits. This is the only place that knows.
+# The collectives below do nothing in a single process: on a GPU even a collective of one process launches kernels and
+# waits. No other code depends on the number of processes.
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Return the sum of every process's `values` (any shape), taken in place."""
+    """Return the sum of `values` (any shape) over all processes, computed in place."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return every process's value (picklable), by rank, in all of them."""
+    """Return the (picklable) values of all processes, ordered by rank, in every process."""
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -97,6 +97,6 @@ def gather_objects(value: T) -> list[T]:
 
 
 def share_from_main(values: Tensor) -> None:
-    """Overwrite every process's `values` (contiguous, of one shape and dtype in all of them) by rank 0's."""
+    """Overwrite `values` (contiguous, same shape and dtype everywhere) with those of rank 0 in every process."""
     if dist.get_world_size() > 1:
         dist.broadcast(values.view(-1).view(torch.uint8), src=0)  # as bytes: gloo has no booleans

@@ -1,8 +1,8 @@
-"""How a model is made to run: on its device and over the processes of a run, whole in one or sharded by FSDP2.
+"""Prepare a model for training: shortcuts, checkpointing, compilation, and its devices (one, or sharded by FSDP2).
 
-`fully_shard` on each transformer block and then on the whole model, over a mesh of one dimension (shard) or of two
-(replicate x shard, HSDP). A sharded parameter is a DTensor under its old name, so that one optimizer, one clipping and
-one way to save serve every layout. What the training loop does with a sharded model is in `sharding.py`.
+`fully_shard` is applied to each transformer block and then to the whole model, over a mesh of one dimension (shard) or
+two (replicate x shard, HSDP). A sharded parameter is a DTensor under its old name, so that the same optimizer, clipping
+and saving work for every layout. What the training loop does with a sharded model is in `sharding.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from trainers.distributed.layout import Layout
 from trainers.distributed.sharding import fill_model, full_state
 from trainers.kernels.shortcuts import use_fast_norms, use_needed_positions
 
-# What takes the time of a block: its matrix products, and attention by any kernel. The rest waits for memory, and is
-# quick to compute again.
+# The compute-bound operators of a block: matrix products, and attention by any kernel. The others are memory-bound and
+# cheap to recompute.
 KEPT_BY_SELECTIVE = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -41,10 +41,10 @@ KEPT_BY_SELECTIVE = [
 
 
 def find_blocks(model: nn.Module, name: str | None) -> list[nn.Module]:
-    """Return the transformer blocks: modules of class `name`, or, for None, the largest list of like modules.
+    """Return the transformer blocks: modules of class `name`, or, for None, the ModuleList with most parameters.
 
     Raises:
-        UserError: if there is no module of that class; the candidates are named.
+        UserError: if there is no module of that class (the message names candidates) or no list.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if name is not None:
@@ -54,7 +54,7 @@ def find_blocks(model: nn.Module, name: str | None) -> list[nn.Module]:
             listed = ", ".join(f"{kind} ({count})" for kind, count in candidates.most_common())
             raise UserError(
                 f"model.block_name={name}: {type(model).__name__} has no such module; its lists hold "
-                f"{listed or 'none'}. Leave model.block_name out: the blocks are found."
+                f"{listed or 'none'}. Leave model.block_name out to find the blocks automatically."
             )
         return blocks
     if not lists:
@@ -69,16 +69,16 @@ def parallelize(
 ) -> None:  # fmt: skip
     """Apply shortcuts, activation checkpointing, compilation and sharding to a model, in place, in this order and once.
 
-    The model is whole, and on the meta device if it will be sharded; `compute_dtype` is what it computes in then, None:
-    its own dtype. `packing` says whether its rows are packed.
+    The model is not sharded yet, and on the meta device if it will be. `compute_dtype` is the compute dtype of a
+    sharded model; None: its own dtype. `packing` tells whether rows are packed.
     """
     blocks = find_blocks(model, block_name)
     if packing and not trainer.compile:
         use_needed_positions(blocks[-1])
-    if layout.device.type == "cpu" and not trainer.compile:  # a compiler makes its own
+    if layout.device.type == "cpu" and not trainer.compile:  # torch.compile fuses norms by itself
         use_fast_norms(model)
     if activation_checkpointing not in (False, "none"):
-        # The reentrant kind needs inputs with gradients and breaks with frozen embeddings.
+        # Reentrant checkpointing needs inputs that require gradients, so frozen embeddings break it.
         how: dict[str, Any] = {"use_reentrant": False}
         if activation_checkpointing == "selective":
             how["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT_BY_SELECTIVE)
@@ -95,21 +95,21 @@ def _shard(
 ) -> None:
     options: dict[str, Any] = {
         "mesh": layout.mesh,
-        # Inputs keep their dtypes: log-probabilities of the reference are float64 and must stay so.
+        # Inputs keep their dtype, because log-probabilities of the reference must stay float64.
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=getattr(torch, compute_dtype) if compute_dtype else None,
             reduce_dtype=torch.float32 if compute_dtype else None,
         ),
         "offload_policy": CPUOffloadPolicy() if trainer.cpu_offload else OffloadPolicy(),
     }
-    # A process that is alone gathers nothing, but would make its copy in the compute dtype anew for the backward pass.
+    # A single process gathers nothing, but resharding would repeat its cast to the compute dtype in the backward pass.
     reshard = trainer.reshard_after_forward and layout.world_size > 1
     for block in blocks:
         fully_shard(block, reshard_after_forward=reshard, **options)
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss is divided by the units of all ranks before: gradients are summed, not averaged.
+            # Sum gradients instead of averaging them: the loss is already divided by the units of all ranks.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
@@ -120,9 +120,9 @@ def place_model(
 ) -> Any:  # fmt: skip
     """Return a model on its device, laid out: no process but rank 0 ever holds more than its shard and one tensor.
 
-    `loaded` is the model on the CPU, in rank 0, and None in the others (`layout.main_only`); `skeleton` makes the same
-    one on the meta device; `prepare` is `parallelize` with its other arguments bound. With `cpu_offload` the shards
-    stay in host memory.
+    Except in rank 0, a process never holds more than its shard and one full tensor. `loaded` is the model on the CPU in
+    rank 0, and None in the others (`layout.main_only`); `skeleton` makes the same model on the meta device; `prepare`
+    is `parallelize` with its other arguments bound. With `cpu_offload` the shards stay in host memory.
     """
     if layout.mesh is None:
         assert loaded is not None

@@ -1,10 +1,10 @@
-"""Stopping on request: SIGTERM, SIGUSR1 or Ctrl-C ends a run at its next step boundary, with a checkpoint.
+"""Stopping on request: after SIGTERM, SIGUSR1 or Ctrl-C a run saves a checkpoint at its next step boundary and ends.
 
-Slurm sends SIGTERM before it takes a job's nodes away, and whatever `sbatch --signal` names before the time is up. The
-first signal asks, and the others that come while all is being saved are the same request: Slurm and torchrun repeat
-it, and kill what takes too long. Only a second Ctrl-C, more than a second later, exits at once.
+Slurm sends SIGTERM before it preempts a job, and the signal of `sbatch --signal` before the time limit. Signals after
+the first count as the same request while the run is saving: Slurm and torchrun repeat signals, and kill a process that
+takes too long. Only a second Ctrl-C, more than a second later, exits at once.
 
-Nothing but the standard library is imported here, so that `train.py` can answer while torch is still loading.
+This file imports only the standard library, so that `train.py` can handle signals while torch is still loading.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SAME_REQUEST_SECONDS = 1.0
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and all that it has is saved."""
+    """The run was asked to stop, and its state is saved."""
 
 
 def exit_on_signals(
-    numbers: Collection[signal.Signals] = SIGNALS, said: str = "before the run had begun; the same command begins it"
+    numbers: Collection[signal.Signals] = SIGNALS, said: str = "before the run had started; rerun the same command"
 ) -> None:
-    """Exit on a signal with the status that asks for another try: there is nothing (more) to save."""
+    """On a signal, exit at once with the status that requests a rerun; use it while there is nothing to save."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         _say(f"{signal.Signals(number).name} {said}")
@@ -41,16 +41,16 @@ def exit_on_signals(
     for number in _heard_signals():
         if number in numbers:
             signal.signal(number, leave)
-    atexit.register(_ignore_signals)  # what is done is done: the interpreter's last steps know no handlers
+    atexit.register(_ignore_signals)  # Python's handlers do not run during its shutdown, and the work is done
 
 
 def exit_behind_ledgers() -> None:
-    """Exit on SIGTERM and SIGUSR1 with that status, in a program whose results are durable one by one."""
-    exit_on_signals(SIGNALS[:2], "ends it; the same command goes on behind the last row")
+    """Exit at once on SIGTERM and SIGUSR1, in a program that saves every result as it is made (in a ledger)."""
+    exit_on_signals(SIGNALS[:2], "ends it; rerun the same command to continue after the last row")
 
 
 def _heard_signals() -> list[signal.Signals]:
-    """Return the signals to answer: those that are not ignored, as shells have it for Ctrl-C and jobs behind `&`."""
+    """Return the signals to handle: all but the ignored ones (shells make background jobs, `&`, ignore Ctrl-C)."""
     return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
@@ -58,17 +58,17 @@ class StopRequest:
     """Whether this process, or the launcher that started it, was asked to stop."""
 
     def __init__(self, asked_elsewhere: Callable[[], bool] = lambda: False) -> None:
-        """Begin with nothing asked; what tells whether other processes were is cheap: it is called at every step."""
+        """Start without a request; `asked_elsewhere` (other processes) must be cheap, as every step calls it."""
         self._asked_elsewhere = asked_elsewhere
         self._asked_at: float | None = None
         self._closed = False
 
     def __bool__(self) -> bool:
-        """Whether a request has come."""
+        """Whether a stop was requested."""
         return self._asked_at is not None or self._asked_elsewhere()
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
-        """Note a request, as a signal handler; a second Ctrl-C ends the process (128 + signal, as shells have it)."""
+        """Record a request (a signal handler); a second Ctrl-C ends the process with status 128 + signal."""
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
@@ -78,13 +78,13 @@ class StopRequest:
             os._exit(128 + number)
 
     def close(self) -> None:
-        """Ignore all further signals, for good: all is saved, and a launcher signals those that end last."""
+        """Ignore signals from now on: everything is saved, and a launcher signals the processes that end last."""
         self._closed = True
         _ignore_signals()
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Answer signals for the time of the context; in the main thread, the only one that may."""
+        """Handle signals within the context; do nothing outside the main thread, where Python allows no handlers."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,4 +1,4 @@
-"""What the training loop does with a model that `parallelize.py` has laid out, whole or sharded."""
+"""What the training loop does with a model that `parallelize.py` has prepared, sharded or not."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from trainers.distributed.preemption import Preempted
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a sharded tensor, and any other tensor itself."""
+    """Return this process's shard of a DTensor; return any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name; also the buffers that no state dict has: a meta model needs them, too."""
+    """Return parameters and all buffers by name, also non-persistent ones, which a model from meta needs too."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -32,13 +32,13 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
 def fill_model(
     model: nn.Module, state: Mapping[str, Tensor], layout: Layout, names: Collection[str] | None = None
 ) -> None:
-    """Copy a full state into a model, sharded or not; one tensor at a time travels, and of it only the shards.
+    """Copy a full state into a model, sharded or not; one tensor is sent at a time, and only its shards.
 
     Args:
-        model: Laid out by `parallelize`; changed in place.
+        model: Prepared by `parallelize`; changed in place.
         state: `full_state` of the same model; read in rank 0 only.
         layout: Of the model.
-        names: Parameters that are filled, an adapter's; None: all, and the buffers.
+        names: Parameters to fill (those of an adapter); None: all parameters and buffers.
     """
     reshard(model)
     for name, parameter in model.named_parameters():
@@ -62,9 +62,9 @@ def fill_model(
 
 
 def full_parameters(model: nn.Module, layout: Layout, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Return copies of parameters and saved buffers on the host, by state-dict name; empty except in rank 0.
+    """Return host copies of the state dict's full tensors by name in rank 0, and an empty dict in other processes.
 
-    Every process must come here. One parameter at a time is whole on the device. `names`: of those wanted; None: all.
+    Every process must call it. Only one full parameter is on the device at a time. `names`: tensors to copy; None: all.
     """
     reshard(model)
     result: dict[str, Tensor] = {}
@@ -83,20 +83,20 @@ def full_parameters(model: nn.Module, layout: Layout, names: Collection[str] | N
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
-    """Begin a copy; from a GPU into page-locked memory, so that it waits for nothing and runs at the bus's speed."""
+    """Start a copy; a GPU tensor goes to pinned memory, asynchronously and at the speed of the bus."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor, non_blocking=True)
 
 
 def forward_function(model: Any, function: Callable[..., tuple[Tensor, ...]], **options: Any) -> Callable[..., Any]:
-    """Return `function(model, ..., **options)` with both bound, run as a forward pass: FSDP gathers the parameters."""
+    """Bind `model` and `options` to `function`, as a forward method: calling it makes FSDP gather the parameters."""
     if not isinstance(model, FSDPModule):
         return partial(function, model, **options)
-    module: Any = model  # an FSDPModule is always an nn.Module, which its type does not say
+    module: Any = model  # an FSDPModule is always an nn.Module, but its type does not say so
     name = function.__name__
 
     def fresh(module: Any, *arguments: Any, **more: Any) -> tuple[Tensor, ...]:
-        # FSDP puts its hooks on the outputs, and warns of views, on which they could be lost.
+        # FSDP registers hooks on the outputs, and warns if they are views, which can lose hooks; so clone them.
         return tuple(value.clone() for value in function(module, *arguments, **options, **more))
 
     setattr(module, name, MethodType(fresh, module))
@@ -107,8 +107,8 @@ def forward_function(model: Any, function: Callable[..., tuple[Tensor, ...]], **
 def reshard(model: nn.Module) -> None:
     """Put the sharded parameters back in place.
 
-    After a forward pass without a backward pass, the root's (embeddings, head) stay whole and are the module's
-    parameters: an optimizer, a checkpoint or a copy must not take them for the sharded ones.
+    After a forward pass without a backward pass, the root's parameters (embeddings, head) remain gathered. An
+    optimizer, a checkpoint or a copy must not use these in place of the sharded ones.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -116,22 +116,22 @@ def reshard(model: nn.Module) -> None:
 
 
 def reduce_gradients_in_backward(model: nn.Module, reduce: bool) -> None:
-    """Let the next backward pass sum the gradients over the processes, or leave that to a later one."""
+    """Set whether the next backward pass sums the gradients over the processes, or leaves that to a later one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(reduce)
 
 
 @contextmanager
 def same_logits(model: nn.Module, layout: Layout) -> Iterator[None]:
-    """Put rank 0's logits in every process, so that all of them sample the same tokens and make as many passes.
+    """Share rank 0's logits with every process, so that all sample the same tokens in the same number of passes.
 
-    Sampling from a sharded model is a collective at each token: processes that end at different lengths would wait for
-    each other for ever. Between two tokens a request to stop is answered.
+    Every token sampled from a sharded model is a collective: processes that stopped at different lengths would
+    deadlock. Stop requests are handled between two tokens.
     """
 
     def share(module: nn.Module, arguments: Any, output: Any) -> None:
         share_from_main(output.logits)
-        if sum_over_processes(torch.tensor(int(bool(layout.stop)))):  # the same answer in all of them
+        if sum_over_processes(torch.tensor(int(bool(layout.stop)))):  # the same result in all processes
             raise Preempted
 
     handle = model.register_forward_hook(share)
@@ -145,19 +145,18 @@ def same_logits(model: nn.Module, layout: Layout) -> Iterator[None]:
 def clip_grad_norm(
     parameters: Iterable[nn.Parameter], max_norm: float, loss_sum: Tensor, layout: Layout
 ) -> tuple[float, float]:
-    """Scale the gradients down to a global L2 norm of at most `max_norm`; return (norm before, loss of all processes).
+    """Clip the gradients to a global L2 norm of at most `max_norm`; return (norm before, loss of all processes).
 
-    The squares are summed in float64: in float32 their sum is off by some 1e-5, and differently for each layout. Most
-    steps need no scaling, and are spared the second pass over all gradients. To know that, the host waits for the
-    device here, once in a step; the loss comes along (`loss_sum` is this process's, a scalar), so that the caller need
-    not wait again.
+    The squares are summed in float64: in float32 the error is about 1e-5 and depends on the layout. Most steps need no
+    scaling, so they skip the second pass over the gradients. To decide that, the host synchronises with the device,
+    once per step; the loss (`loss_sum` is this process's part, a scalar) is read in the same synchronisation.
     """
     gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    # On a GPU one read of the gradients, widened in registers; `vector_norm` would write a float64 copy of each.
+    # On a GPU this reads the gradients once, widening in registers; `vector_norm` would write float64 copies.
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
     squares = torch.stack(norms).square().sum().to(layout.device)
     if layout.mesh is not None and layout.mesh.ndim == 2:
-        squares /= layout.mesh.size(0)  # each replica has them all
+        squares /= layout.mesh.size(0)  # every replica holds all gradients
     total, loss = sum_over_processes(torch.stack([squares, loss_sum.detach().double()])).tolist()
     norm = math.sqrt(total)
     scale = max_norm / (norm + 1e-6)
@@ -167,6 +166,6 @@ def clip_grad_norm(
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Tell whether no process holds a NaN or an infinite number in its part of the weights; all must come here."""
+    """Return whether the weights are finite in all processes; every process must call it."""
     finite = torch.stack([local_part(parameter).isfinite().all() for parameter in model.parameters()])
     return not sum_over_processes((~finite).sum().cpu())

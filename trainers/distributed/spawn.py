@@ -1,8 +1,8 @@
 """The processes of one node, started and watched by `python train.py trainer=FSDPTrainer`.
 
-They are spawned, not forked: CUDA and thread pools do not survive a fork. The parent does no work. It hands on a
-request to stop, and when a process dies it ends the others and says why: the first that died is the cause, the rest
-only lost their peer.
+They are spawned, not forked, because CUDA and thread pools do not survive a fork. The parent does no work. It forwards
+stop requests. If a process dies, it kills the others and reports the cause: the error of the first process that died,
+because the others only lost their peer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from config.errors import SaidElsewhere, UserError, machine_faults
 from trainers.distributed.preemption import PREEMPTED_STATUS, SIGNALS, Preempted, StopRequest
 
-GRACE_SECONDS = 2.0  # for the other processes to say what ended them, too
+GRACE_SECONDS = 2.0  # time for the other processes to report their own errors
 USER_ERROR_STATUS = 2
 
 
@@ -45,18 +45,18 @@ class _Child:
 
 
 def start_processes(work: Callable[[Place, StopRequest], None], num_processes: int) -> None:
-    """Run `work(place, stop)`, which is pickled, in processes of this node; return when all have ended well.
+    """Run `work(place, stop)` (pickled) in processes on this node; return when all have succeeded.
 
     Raises:
-        Preempted: they were asked to stop, and did.
-        UserError: that of the process that failed first.
+        Preempted: the processes stopped on request.
+        UserError: the error of the process that failed first.
         SystemExit: a process crashed; its traceback was printed. Status 1, or 128 + the signal that killed it.
     """
     context = multiprocessing.get_context("spawn")
-    stop_flag = context.RawValue("b", 0)  # no lock: one that a killed process holds would never be free again
+    stop_flag = context.RawValue("b", 0)  # no lock: a killed process would never release it
     children: list[_Child] = []
     threads = os.environ.get("OMP_NUM_THREADS")
-    if threads is None:  # each process would take all cores otherwise
+    if threads is None:  # otherwise each process would use all cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_processes))
     stop = StopRequest()
     try:
@@ -79,7 +79,7 @@ def start_processes(work: Callable[[Place, StopRequest], None], num_processes: i
 
 
 def _watch(children: list[_Child], stop: StopRequest, stop_flag: Any) -> None:
-    """Return when all have ended well; see `start_processes` for what it raises."""
+    """Return when all processes have succeeded; raise as `start_processes` does."""
     running = {child.process.sentinel: child for child in children}
     preempted: list[str] = []
     while running:
@@ -98,15 +98,15 @@ def _watch(children: list[_Child], stop: StopRequest, stop_flag: Any) -> None:
 
 
 def _ended(running: dict[int, _Child]) -> list[_Child]:
-    """Take out those that end within a tenth of a second, in the order of their ends if they differ by more."""
+    """Remove and return the processes that end within 0.1 s; calls in a loop give the order in which they end."""
     ended = [running.pop(sentinel) for sentinel in wait(list(running), timeout=0.1) if isinstance(sentinel, int)]
     for child in ended:
-        child.process.join()  # a sentinel is ready an instant before there is an exit code
+        child.process.join()  # a sentinel becomes ready just before the exit code is available
     return ended
 
 
 def _raise_cause(ended: list[_Child], num_processes: int) -> None:
-    """Raise what ended the first process that has something to say; `ended` is in the order of their ends."""
+    """Raise the error of the first process that reported one itself; `ended` is in the order in which they ended."""
     reports = [(child, *_report(child)) for child in ended]
     told = [report for report in reports if report[1] != "said elsewhere"] or reports
     child, kind, text = told[0]
@@ -117,10 +117,10 @@ def _raise_cause(ended: list[_Child], num_processes: int) -> None:
         print(f"{text}\nrank {rank} of {num_processes} failed first (above); the others were stopped", file=sys.stderr)
     elif status is not None and status < 0:
         name = signal.Signals(-status).name
-        hint = " (out of memory? the kernel's log, dmesg, tells)" if -status == signal.SIGKILL else ""
+        hint = " (out of memory? see the kernel's log, dmesg)" if -status == signal.SIGKILL else ""
         print(
             f"rank {rank} of {num_processes} (process {child.process.pid}) was killed by {name}{hint}; the others were "
-            "stopped. The same command goes on from the newest checkpoint.",
+            "stopped. Rerun the same command to resume from the newest checkpoint.",
             file=sys.stderr,
         )
     else:
@@ -131,16 +131,16 @@ def _raise_cause(ended: list[_Child], num_processes: int) -> None:
 def _report(child: _Child) -> tuple[str, str]:
     try:
         return child.report.recv()
-    except EOFError:  # it was killed, or left by os._exit
+    except EOFError:  # it was killed, or exited by os._exit
         return "none", ""
 
 
 def _child(work: Callable[[Place, StopRequest], None], place: Place, stop_flag: Any, report: Connection) -> None:
-    """Do the work in a process of its own, and tell the parent how it ended."""
-    for number in SIGNALS:  # the parent's handlers are not inherited; until the work has its own:
+    """Do the work in this child process, and report to the parent how it ended."""
+    for number in SIGNALS:  # a spawned child inherits no handlers; these apply until the work sets its own
         signal.signal(number, lambda number, frame: os._exit(PREEMPTED_STATUS))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent answers it
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which an abrupt end would leave behind
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes: the parent handles it
+    tqdm.set_lock(threading.RLock())  # tqdm's default is a system semaphore, which leaks if the process is killed
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with_parent, args=(parent.sentinel,), daemon=True).start()
@@ -160,10 +160,10 @@ def _child(work: Callable[[Place, StopRequest], None], place: Place, stop_flag: 
     report.send((kind, text))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # threads that wait for a peer which is gone would keep an ordinary exit from ending
+    os._exit(status)  # a normal exit would hang on threads that wait for a dead peer
 
 
 def _end_with_parent(sentinel: int) -> None:
-    """End with the parent: one that was killed with SIGKILL cannot end its children."""
+    """Exit when the parent ends: if it is killed with SIGKILL, it cannot end its children itself."""
     wait([sentinel])
     os._exit(128 + signal.SIGKILL)

@@ -1,1 +1,1 @@
-"""What a step computes: attention, log-probabilities, norms, embeddings."""
+"""The computations of a step: attention, log-probabilities, norms, embeddings."""

@@ -1,13 +1,13 @@
-"""Attention of packed rows: each sequence of a micro-batch sees its prefix, its prompt and itself, and nothing else.
+"""Attention for packed rows: each sequence of a micro-batch sees its prefix, its prompt and itself, and nothing else.
 
-Registered with transformers under the name `packed`, so that every architecture that takes its attention from there has
-it. The layout of a micro-batch travels as the attention mask: transformers asks for a mask once a forward pass, gets a
-`PackedMask`, and hands it to every layer, also where a layer is run again by activation checkpointing. A forward pass
-outside of `packed_states` (generation, padded batches) is the `sdpa` of transformers.
+It is registered with transformers as `packed`, which makes it available to every architecture that uses transformers'
+attention interface. The layout of a micro-batch is passed as the attention mask: once per forward pass, transformers
+asks for a mask, gets a `PackedMask`, and passes it to every layer, also when activation checkpointing reruns one. A
+forward pass outside of `packed_states` (generation, padded batches) uses transformers' `sdpa`.
 
-Which kernel runs follows from device and dtype alone (`kernel_for`): on a GPU flash attention for numbers of 16 bits
-(`trainers.kernels.flash_attention`), for others `flex_attention` with a block mask; elsewhere
-`trainers.kernels.cpu_attention`. What a kernel cannot do (soft caps, sinks, biases, dropout) is refused, and
+The kernel depends only on device and dtype (`kernel_for`): on a GPU, flash attention for 16-bit dtypes
+(`trainers.kernels.flash_attention`) and `flex_attention` with a block mask for others; elsewhere
+`trainers.kernels.cpu_attention`. Unsupported features (soft caps, sinks, biases, dropout) are refused, and
 `check_packed_attention` compares each model with itself, unpacked.
 
 Letters: B = rows, S = segments of a row, T = positions of the micro-batch, H = heads, D = size of a head.
@@ -45,15 +45,15 @@ MAX_COMPILATIONS = 64
 
 @dataclass(eq=False)
 class PackedMask:
-    """What the layers get as their attention mask."""
+    """The attention mask that the layers receive."""
 
-    kernel: Kernel  # what computes the attention; the fields below `window` are what that kernel reads
-    # What it computes in on a GPU: under autocast, queries and keys come out of the rotary embedding in float32, which
-    # has no flash kernel and half the speed.
+    kernel: Kernel  # computes the attention; it reads its own fields among those below `window`
+    # Compute dtype on a GPU. Under autocast, rotary embeddings return queries and keys in float32, which has no flash
+    # kernel and half the speed; so the kernels cast to this.
     dtype: torch.dtype
-    needed: Tensor | None  # places whose last hidden states are asked for, (N,) int64; None: all
+    needed: Tensor | None  # places whose last hidden states are needed, (N,) int64; None: all
     num_positions: int  # T
-    window: int | None  # positions that a token sees, itself included; None: all before it
+    window: int | None  # positions that a token sees, including itself; None: all before it
     flex: Callable[..., Any] = flex_attention
     blocks: BlockMask | None = None
     seen: SeenKeys | None = None
@@ -65,7 +65,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, PackedMask, float | None], Tensor]
 
 
 class ForwardPass(NamedTuple):
-    """What the packed rows of a forward pass are, for the masks that transformers asks for inside of it."""
+    """The packed rows of the current forward pass, from which `_mask` builds the masks that transformers asks for."""
 
     layout: PackedLayout
     device: torch.device
@@ -76,21 +76,21 @@ _current: ContextVar[ForwardPass | None] = ContextVar("packed forward pass", def
 
 
 def kernel_for(device: str, dtype: torch.dtype) -> Kernel:
-    """Return what computes the attention of packed rows."""
+    """Return the attention kernel for packed rows on a device type, in a dtype."""
     if device != "cuda":
         return _by_pieces
     return _flash if dtype.itemsize == 2 else _flex
 
 
 def packed_mask(now: ForwardPass, window: int | None, dtype: torch.dtype) -> PackedMask:
-    """Make the mask of a forward pass whose states have this dtype."""
+    """Return the mask of a forward pass with hidden states of this dtype."""
     layout, device, needed = now
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     kernel = kernel_for(device.type, dtype)
     mask = PackedMask(kernel, dtype, needed, layout.num_positions, window)
     if kernel is _flex:
-        # Here and not in the layer, which may be compiled itself, and then takes this function in as it is.
+        # Made here, not in the layer, which may itself be compiled and then takes the finished function as it is.
         mask.flex, mask.blocks = _compiled_flex(), block_mask(layout, window, device)
     elif kernel is _flash:
         mask.seen = _on_device(layout.seen_keys(), device)
@@ -100,7 +100,7 @@ def packed_mask(now: ForwardPass, window: int | None, dtype: torch.dtype) -> Pac
 
 
 def block_mask(layout: PackedLayout, window: int | None, device: torch.device) -> BlockMask:
-    """Return what flex_attention reads: `create_block_mask` would evaluate all T x T pairs on the device."""
+    """Return the mask for flex_attention. Why not `create_block_mask`? It evaluates all T x T pairs on the device."""
     table = _to_device(layout.table, device).unbind()
     partial, full, partial_of_keys, full_of_keys = _to_device(layout.blocks(window), device).unbind()
     numbers = {"kv": partial, "full_kv": full, "q": partial_of_keys, "full_q": full_of_keys}
@@ -116,19 +116,19 @@ def block_mask(layout: PackedLayout, window: int | None, device: torch.device) -
 
 
 def _on_device(seen: SeenKeys, device: torch.device) -> SeenKeys:
-    """Copy the tables at once."""
+    """Copy the tables to a device as one tensor."""
     tables = {name: table for name, table in seen._asdict().items() if isinstance(table, Tensor)}
     parts = _to_device(torch.cat([*tables.values()]), device).split([len(table) for table in tables.values()])
     return seen._replace(**dict(zip(tables, parts, strict=True)))
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting for what the device still has to do, which a copy from pageable memory does."""
+    """Copy asynchronously; a copy from pageable memory would wait for the device's pending work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _mask(*arguments: Any, **keywords: Any) -> PackedMask | Tensor | None:
-    """Answer transformers, which asks for a mask once for the full and once for the sliding layers."""
+    """Make the mask for transformers, which asks once for full-attention and once for sliding-window layers."""
     now = _current.get()
     if now is None:
         return sdpa_mask(*arguments, **keywords)
@@ -153,7 +153,7 @@ def _attention(
         refused.append(f"a window of {sliding_window} under a mask of {window}")
     if refused:
         raise UserError(
-            f"{type(module).__name__} attends with {', '.join(refused)}, which packed attention lacks: packing=false"
+            f"{type(module).__name__} uses {', '.join(refused)}, which packed attention lacks; use packing=false"
         )
     return attention_mask.kernel(query, key, value, attention_mask, scaling), None
 
@@ -170,17 +170,17 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: f
 
 @cache
 def _compiled_flex() -> Any:
-    """Compile flex_attention for all sizes; an error, not its eager form of T x T scores, where it cannot be."""
+    """Compile flex_attention for dynamic sizes; failures are errors, because eager mode would build T x T scores."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILATIONS)
-    # Two sizes that are equal by chance, such as blocks and head size, would be one to the compiled kernel.
+    # Otherwise the compiler would treat two sizes that happen to be equal (blocks, head size) as always equal.
     torch.fx.experimental._config.use_duck_shape = False
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _filled_up(states: Tensor) -> Tensor:
-    """Add positions up to a block, in the memory layout of states that come out of a projection.
+    """Pad to a full block of positions, in the memory layout that a projection produces.
 
-    Another layout would be compiled for, too.
+    Another memory layout would need another compilation.
     """
     _, heads, size, width = states.shape
     if size >= BLOCK:
@@ -190,15 +190,15 @@ def _filled_up(states: Tensor) -> Tensor:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None) -> Tensor:
-    """Use `flex_attention`, which skips the blocks that hold nothing visible.
+    """Attend with `flex_attention`, which skips blocks without visible pairs.
 
-    Less than a block of positions is filled up: it would be compiled again for them.
+    Inputs shorter than a block are padded to one, which saves another compilation.
     """
     size = query.shape[2]
     query, key, value = (_filled_up(x.to(mask.dtype)) for x in (query, key, value))
     output = mask.flex(
         query, key, value, block_mask=mask.blocks, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
-        # Not its kernel for decoding, which it would choose below 128 positions, and which some numbers of heads lack.
+        # Never the decoding kernel, chosen below 128 positions: it does not support all numbers of heads.
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )  # fmt: skip
     return output[:, :, :size].transpose(1, 2)
@@ -209,14 +209,14 @@ AttentionMaskInterface.register(PACKED, _mask)
 
 
 def use_packed_attention(model: Any) -> None:
-    """Switch a model to `packed`; `check_packed_attention` tells whether that is right for it.
+    """Switch a model to `packed` attention; `check_packed_attention` tests whether it computes the same.
 
     Raises:
-        UserError: for an attention that was asked for and is not this one, or a model that takes none from outside.
+        UserError: if another attention was requested, or the model does not use transformers' attention interface.
     """
     if model.config._attn_implementation not in (PACKED, "sdpa"):
         raise UserError(
-            f"packing=true computes attention by itself; model.attn_implementation={model.config._attn_implementation} "
+            f"packing=true has its own attention; model.attn_implementation={model.config._attn_implementation} "
             "needs packing=false (slower), or leave model.attn_implementation=sdpa"
         )
     model.set_attn_implementation(PACKED)
@@ -225,16 +225,16 @@ def use_packed_attention(model: Any) -> None:
 
 
 def packed_states(model: Any, batch: Mapping[str, Any], embedded_TD: Tensor | None = None) -> Tensor:
-    """Return the last hidden states of packed rows, (T, D), from what `trainers.data.packing.collate_packed` makes.
+    """Return the last hidden states, (T, D), of a batch from `trainers.data.packing.collate_packed`.
 
-    Where `batch` says which states are `needed`, the others may be anything: see `use_needed_positions`.
+    If `batch` has `needed`, only those states are defined: see `use_needed_positions`.
 
-    `embedded_TD`: what the model's input embedding returns for the tokens; None: the model computes it.
+    `embedded_TD`: the input embeddings of the tokens; None: the model computes them.
     """
     assert model.config._attn_implementation == PACKED, "use_packed_attention was not called for this model"
     input_ids = batch["input_ids"][None]
     inputs = {"input_ids": input_ids} if embedded_TD is None else {"inputs_embeds": embedded_TD[None]}
-    # Without a mask transformers would look for packed rows in the positions, and wait for the device to find them.
+    # Without a mask, transformers would detect packed rows from the positions, which synchronises with the device.
     some_mask = torch.ones_like(input_ids, dtype=torch.bool)
     token = _current.set(ForwardPass(batch["layout"], input_ids.device, batch.get("needed", None)))
     try:

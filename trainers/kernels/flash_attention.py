@@ -1,8 +1,8 @@
-"""Attention of packed rows by flash attention, which a GPU has for numbers of 16 bits.
+"""Attention for packed rows by flash attention, for 16-bit dtypes on a GPU.
 
-It takes sequences of unequal numbers of queries and keys, so a prompt that several responses share is run once and
-copied where its keys are read: at the lengths of preference data that costs less than a kernel with a mask, which works
-through blocks of 128 x 128 scores of which most are hidden.
+Its sequences may have more keys than queries. So a prompt that several responses share is computed once, and only its
+keys and values are copied for each response. At the lengths of preference data this is cheaper than a masked kernel,
+which works through blocks of 128 x 128 scores, most of them hidden.
 
 Letters: T = positions of the micro-batch, K = keys of all sequences, H = heads, D = size of a head.
 """
@@ -18,23 +18,23 @@ from torch.nn.attention.varlen import varlen_attn
 
 from trainers.data.layout import SeenKeys
 
-# Keys and values of fewer heads than the queries: torch 2.13 wants it said, 2.11 has no word for it and takes them.
+# For grouped-query attention torch 2.13 requires `enable_gqa`; 2.11 has no such argument and needs none.
 GROUPED: dict[str, Any] = dict.fromkeys({"enable_gqa"} & inspect.signature(varlen_attn).parameters.keys(), True)
 
 
-# Operators of their own, so that a compiled block takes them as they are, whatever the sizes; one call for keys
-# and values, because a call takes the host tens of microseconds.
+# Custom operators, which a compiled block calls as they are, for all sizes. One call handles keys and values, because
+# each call costs the host tens of microseconds.
 @torch.library.custom_op("safer_instruct::copy_keys", mutates_args=())
 def copy_keys(
     keys: Tensor, values: Tensor, places: Tensor, by_place: Tensor, copies: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (K, H, D) twice, the states (T, H, D) at `places`; the rest is what the backward pass reads."""
+    """Return keys and values (T, H, D) gathered at `places`: (K, H, D) each. The backward pass reads the rest."""
     return keys.index_select(0, places), values.index_select(0, places)
 
 
 @copy_keys.register_fake
 def _(keys: Tensor, values: Tensor, places: Tensor, by_place: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
-    size = places.shape[0]  # not len(), which would make it a constant of the compiled block
+    size = places.shape[0]  # not len(), which a compiled block would treat as a constant
     return keys.new_empty(size, *keys.shape[1:]), values.new_empty(size, *values.shape[1:])
 
 
@@ -42,9 +42,9 @@ def _(keys: Tensor, values: Tensor, places: Tensor, by_place: Tensor, copies: Te
 def sum_copies(
     grad_keys: Tensor, grad_values: Tensor, by_place: Tensor, copies: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (T, H, D) twice, for each place the sum of the gradients (K, H, D) of its copies.
+    """Sum the gradients (K, H, D) of the copies of each place, for keys and for values: (T, H, D) each.
 
-    In float32, for a prefix has hundreds of them, and in the same order each time, unlike `index_add` on a GPU.
+    Sums are float32, because a prefix may have hundreds of copies, and deterministic, unlike `index_add` on a GPU.
     """
     return _sum(grad_keys, by_place, copies), _sum(grad_values, by_place, copies)
 
@@ -76,19 +76,19 @@ def attend_by_flash(
 ) -> Tensor:
     """Attend with (1, H, T, D) queries, and keys and values of H or fewer heads: (1, T, H, D).
 
-    `seen`: on the device. `window`: positions that a token sees, itself included; None: all before it.
+    `seen`: on the device. `window`: positions that a token sees, including itself; None: all before it.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if seen.places is not None:
         assert seen.by_place is not None
         assert seen.copies is not None
         k, v = copy_keys(k, v, seen.places, seen.by_place, seen.copies)
-    # Causal means here that the last query sees the last key. Its window counts the positions before the query, ours
-    # the query's own too.
+    # Causal means here: aligned at the end, so that the last query sees the last key. The kernel's window counts the
+    # positions before the query, ours also counts the query itself.
     sees = (-1 if window is None else window - 1, 0)
     grouped = GROUPED if q.shape[1] != k.shape[1] else {}
     output = varlen_attn(
         q, k, v, seen.query_starts, seen.key_starts, *seen.longest, scale=scale, window_size=sees, **grouped
     )
-    assert isinstance(output, Tensor)  # a tuple where more than the output is asked for
+    assert isinstance(output, Tensor)  # it would be a tuple if more than the output were requested
     return output[None]

@@ -1,4 +1,4 @@
-"""Arithmetic of a training step, for `mfu`: the share of what the GPU could do that the model needed; and bfloat16."""
+"""FLOPs of a training step for `mfu` (model FLOPs utilisation), and whether a CPU has bfloat16 instructions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Dense bfloat16 FLOP/s, from the vendor's data sheets; the first name that is part of the device's. The boards named
-# NVL and PCIe have less power, and a lower clock, than those that are named by the chip alone (SXM).
+# Dense bfloat16 FLOP/s from the vendor's data sheets. The first key contained in the device's name applies, so NVL and
+# PCIe boards come first: they have less power and a lower clock than those named by the chip alone (SXM).
 PEAK_FLOPS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
@@ -30,7 +30,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the FLOP/s of bfloat16 matrix products that a GPU is built for; None: a CPU, or one not in the table."""
+    """Return the peak FLOP/s of a GPU for bfloat16 matrix products; None for a CPU, or a GPU not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -38,9 +38,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def emulates_bfloat16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether a CPU lacks instructions for bfloat16 products, which then take several times as long as others.
+    """Return whether a CPU has no bfloat16 instructions and emulates such products, several times more slowly.
 
-    False where the operating system does not say.
+    False if the operating system does not report it.
     """
     if device.type != "cpu" or not cpuinfo.is_file():
         return False
@@ -49,19 +49,19 @@ def emulates_bfloat16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo"
 
 
 def training_flops_per_token(model: Any) -> float:
-    """Return the FLOPs of a token in the blocks, both passes: 6 x their parameters (Kaplan et al. 2020, sec. 2.1).
+    """Return the FLOPs per token in the blocks, both passes: 6 x their parameters (Kaplan et al. 2020, sec. 2.1).
 
-    Of a frozen parameter 4 x: no gradient is computed for it, only the one that goes through it to those below.
-    Embeddings, the output head and the products of attention are left out, so that `mfu` is a lower bound.
+    For frozen parameters 4 x: the backward pass computes only the gradient of their input, not their own. Embeddings,
+    the output head and the score products of attention are not counted, so that `mfu` is a lower bound.
     """
     embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     return sum(_flops(one) for one in model.parameters() if id(one) not in embeddings)
 
 
 def head_flops_per_target(model: Any) -> float:
-    """Return the FLOPs of the output head for a target token, both passes: 6 x its parameters, 4 x where it is frozen.
+    """Return the FLOPs of the output head per target token, both passes: 6 x its parameters, 4 x if it is frozen.
 
-    For `mfu_with_head`. The head is run on target tokens alone, so that its part counts with them, not with positions.
+    For `mfu_with_head`. It is per target token, not per position, because the head runs on target tokens only.
     """
     return _flops(model.get_output_embeddings().weight)
 
@@ -69,5 +69,5 @@ def head_flops_per_target(model: Any) -> float:
 def _flops(parameter: nn.Parameter) -> float:
     shape = parameter.shape
     if (quantized := getattr(parameter, "quant_state", None)) is not None:
-        shape = quantized.shape  # bitsandbytes keeps two numbers in a byte
+        shape = quantized.shape  # bitsandbytes packs two 4-bit numbers into a byte
     return (6.0 if parameter.requires_grad else 4.0) * math.prod(shape)

@@ -1,4 +1,4 @@
-"""Whether a model's logits are what `logps.py` computes: its output embedding applied to its last hidden states."""
+"""Check that a model's logits are what `logps.py` computes: the output embedding applied to the last hidden states."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trainers.kernels.self_check import PROBE_ERRORS
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Refuse a model whose logits are more than its output embedding applied to its last hidden states.
+    """Refuse a model whose logits are not its output embedding applied to its last hidden states.
 
-    Scaled or shifted logits (Cohere, Granite, ...) would make every log-probability here wrong without a sign of it; a
-    soft cap that the config names is computed. A list of architectures would be out of date: two tokens are run with a
-    spy on the output embedding, which reads what goes in and replaces what comes out.
+    Scaled or shifted logits (Cohere, Granite, ...) would silently make all log-probabilities wrong. A soft cap in the
+    config is supported. Why not a list of architectures? It would become outdated. Instead, two tokens are run with a
+    hook on the output embedding that reads its input and replaces its output.
 
     Raises:
-        UserError: with the class of the model, and what it does instead.
+        UserError: with the class of the model, and what it does differently.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -37,7 +37,7 @@ def check_head(model: Any) -> None:
     def spy(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen["input"] = args[0]
         seen["difference"] = output - F.linear(args[0], module.weight, module.bias)  # type: ignore[arg-type]  # a head
-        # Values as large as logits get, where a soft cap bends them.
+        # The range of real logits, in which a soft cap shows.
         seen["output"] = torch.linspace(-100, 100, output.numel(), device=device).view(output.shape).to(output.dtype)
         return seen["output"]
 
@@ -49,7 +49,7 @@ def check_head(model: Any) -> None:
             logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
     except PROBE_ERRORS as error:
         raise UserError(
-            f"{type(model).__name__} does not run on tokens, their mask and positions alone ({type(error).__name__}: "
+            f"{type(model).__name__} cannot be run on tokens, mask and positions only ({type(error).__name__}: "
             f"{error}); train a causal language model."
         ) from error
     finally:
@@ -62,12 +62,12 @@ def check_head(model: Any) -> None:
     elif "input" not in seen or not _equal(seen["input"], expected):
         problem = "changes its hidden states before the output embedding"
     elif not torch.equal(logits.to(seen["output"].dtype), capped(seen["output"], cap)):
-        problem = "changes its logits after the output embedding (a scale, a shift, or a soft cap its config tells not)"
+        problem = "changes its logits after the output embedding (a scale, a shift, or a soft cap not in its config)"
     if problem is not None:
         raise UserError(
             f"{type(model).__name__} {problem}. Log-probabilities are computed here from the last hidden states and "
-            "that embedding alone, and would be wrong; use a model without that (Llama, Mistral, Qwen, GPT-NeoX, GPT-2 "
-            "and GPT-J are tested)."
+            "that embedding only, and would be wrong; use another model (Llama, Mistral, Qwen, GPT-NeoX, GPT-2 and "
+            "GPT-J are tested)."
         )
 
 

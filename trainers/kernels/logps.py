@@ -1,8 +1,8 @@
 """Log-probabilities of target tokens under a causal language model.
 
-One path for policy, reference and evaluation: hidden states of all positions, the output embedding on the rows that
-predict a target (about a third of them in preference data), float32 softmax, float64 sum over a sequence. A sum of
-hundreds of token log-probabilities in float32 is off by 1e-3 nats, 25 times as much as all other rounding.
+Policy, reference and evaluation share one path: hidden states of all positions, the output embedding only at positions
+that predict a target (about a third in preference data), float32 softmax, float64 sum over the sequence. Summing
+hundreds of token log-probabilities in float32 has an error of 1e-3 nats, 25 times that of all other rounding.
 
 Letters: B = rows, S = segments of a row, T = positions, D = width, V = vocabulary, R = target tokens of the batch.
 """
@@ -23,11 +23,11 @@ from trainers.data.packing import is_packed
 from trainers.kernels.attention import packed_states
 from trainers.kernels.shortcuts import embed, gradient_so_far
 
-# Held at once. On a CPU 256 MiB of float32. On a GPU 2 GiB of bfloat16, which hold all rows of a micro-batch of 8,192
-# positions at a vocabulary of 131,072: their matrix product is then made once, not again in the backward pass, and the
-# gradient of the weight is added up once, not by parts that each read and write all of it.
+# Logits held at a time. CPU: 256 MiB of float32. GPU: 2 GiB of bfloat16, which fits a micro-batch of 8,192 positions
+# at a vocabulary of 131,072. Then the backward pass does not recompute the matrix product, and the weight's gradient is
+# accumulated once, not part by part with a read and write of all of it.
 MAX_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 30}
-ROW_TILE = 128  # parts of more rows than this are multiples of it, which the matrix products of a GPU are cut into
+ROW_TILE = 128  # larger parts are multiples of it, because a GPU tiles matrix products
 
 
 def autocast_dtype(name: str | None) -> torch.dtype | None:
@@ -36,10 +36,10 @@ def autocast_dtype(name: str | None) -> torch.dtype | None:
 
 
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the states that the output embedding reads: (B, T) tokens, (B, T) right-padded mask -> (B, T, D).
+    """Return the last hidden states, before the output embedding: (B, T) tokens and right-padded mask -> (B, T, D).
 
-    Positions count the real tokens from 0. Padding repeats the last one, because a model with a table of positions may
-    have no more.
+    Positions count real tokens from 0. Padding repeats the last position, because a learned position table may have no
+    further entries.
     """
     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return model.base_model(
@@ -54,21 +54,21 @@ def sequence_logps(
     """Sum log p(token | all before it) over the target tokens of each sequence.
 
     Args:
-        model: a causal LM of transformers that `check_head` accepts and, for packed batches, `use_packed_attention`.
+        model: a transformers causal LM that passes `check_head` and, for packed batches, `use_packed_attention`.
         batch: a micro-batch of `BatchLoader`, packed (see `collate_packed`) or padded:
             input_ids: (..., T) int64, right-padded.
             attention_mask: (..., T) bool, True at real tokens.
-            response_mask: (..., T) bool, True where the token is a target. A token at position 0 has nothing before
-                it that could predict it, and is not a target whatever the mask says.
-        autocast: dtype of the matrix products where it is not that of the weights. Entered here and left again, so
-            that no weight that was cast before an optimizer step is used after it.
-        add_to_grad: the backward pass, which must be `backward()`, adds the gradients of both embeddings to `.grad` by
-            itself where the batch is packed; see `trainers.kernels.shortcuts`.
-        agreements: also sum log(sum over the vocabulary of p^2): how probable two samples of a token are one.
+            response_mask: (..., T) bool, True where the token is a target. Position 0 is never a target, whatever the
+                mask says, because nothing before it predicts it.
+        autocast: dtype of the matrix products if it differs from the weights. The autocast context ends with this call,
+            because it caches cast weights, which must not outlive an optimizer step.
+        add_to_grad: for a packed batch, the backward pass (it must be `backward()`) adds the gradients of both
+            embeddings to `.grad` in place; see `trainers.kernels.shortcuts`.
+        agreements: also sum log(sum over the vocabulary of p^2), the log-probability that two samples agree.
 
     Returns:
-        log-probabilities and numbers of target tokens: float64 in nats, and int64. Packed: (B,) for one response a
-        row, (B, 2) for two. Padded: of the leading dimensions (...). If asked for, agreements like log-probabilities.
+        log-probabilities (float64, nats) and numbers of target tokens (int64); on request agreements, shaped like
+        log-probabilities. Packed: (B,) for one response per row, (B, 2) for two. Padded: the leading dimensions (...).
     """
     with torch.autocast(batch["input_ids"].device.type, dtype=autocast, enabled=autocast is not None):
         run = partial(_packed_logps, add_to_grad=add_to_grad) if is_packed(batch) else _padded_logps
@@ -78,7 +78,7 @@ def sequence_logps(
 def _packed_logps(model: Any, batch: Mapping[str, Any], agreements: bool, add_to_grad: bool) -> tuple[Tensor, ...]:
     embedded_TD = embed(model.get_input_embeddings(), batch["input_ids"]) if add_to_grad else None
     states_TD = packed_states(model, batch, embedded_TD)
-    # index_select: its backward pass adds up rows without sorting their numbers, as that of states[sources] does.
+    # Why not states[sources]? Its backward pass sorts the indices; that of index_select just adds up rows.
     states_RD = states_TD.index_select(0, batch["sources"])
     head, cap = model.get_output_embeddings(), soft_cap(model)
     logps_R = token_logps(head, states_RD, batch["targets"], cap=cap, add_to_grad=add_to_grad)
@@ -86,7 +86,7 @@ def _packed_logps(model: Any, batch: Mapping[str, Any], agreements: bool, add_to
     leading = num_targets.shape if num_targets.shape[1] > 1 else num_targets.shape[:1]
 
     def summed(values_R: Tensor) -> Tensor:
-        # Summed segment by segment: the same result each time, unlike index_add on a GPU.
+        # A sum per segment is deterministic, unlike index_add on a GPU.
         sums = torch.segment_reduce(values_R.double(), "sum", lengths=num_targets.flatten(), unsafe=True, initial=0.0)
         return sums.view(leading)
 
@@ -98,14 +98,14 @@ def _padded_logps(model: Any, batch: Mapping[str, Any], agreements: bool) -> tup
     names = ("input_ids", "attention_mask", "response_mask")
     leading = batch["input_ids"].shape[:-1]
     input_ids, attention_mask, targets = (batch[name].flatten(0, -2) for name in names)
-    # The state at t predicts token t + 1: the last position predicts nothing and is not run.
+    # The state at t predicts token t + 1, so the last position predicts nothing and is not run.
     states_BTD = hidden_states(model, input_ids[:, :-1], attention_mask[:, :-1])
     targets = targets[:, 1:]
     head, cap = model.get_output_embeddings(), soft_cap(model)
     states_RD = states_BTD[targets]
 
     def summed(values_R: Tensor) -> Tensor:
-        # Placed back into rows and summed along them: the same result each time, unlike index_add on a GPU.
+        # Scattering into rows and summing along them is deterministic, unlike index_add on a GPU.
         values_BT = values_R.new_zeros(targets.shape, dtype=torch.float64)
         return values_BT.masked_scatter(targets, values_R.double()).sum(-1).view(leading)
 
@@ -115,14 +115,14 @@ def _padded_logps(model: Any, batch: Mapping[str, Any], agreements: bool) -> tup
 
 
 def soft_cap(model: Any) -> float | None:
-    """Return the c of logits that are c tanh(logits / c), as Gemma 2 has them; None of others."""
+    """Return the soft cap c of a model whose logits are c tanh(logits / c), such as Gemma 2; None for others."""
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def token_logps(
     head: Any, states_RD: Tensor, targets_R: Tensor, *, cap: float | None = None, add_to_grad: bool = False
 ) -> Tensor:
-    """Return the log-softmax of head(states) at each row's target, (R,): float32, or float64 where the states are.
+    """Return the log-softmax of head(states) at each row's target, (R,): float32, or float64 if the states are.
 
     `cap`: see `soft_cap`. `add_to_grad`: see `trainers.kernels.shortcuts`.
     """
@@ -133,7 +133,7 @@ def token_logps(
     states_RD = states_RD.to(weight.dtype)  # some models keep their head in float32
     with torch.autocast(device, enabled=False):
         if cap is not None:
-            # Autograd's copies of the logits are those of one part, which is computed again in the backward pass.
+            # Checkpointed in parts: autograd keeps copies of the logits for one part at a time, recomputed in backward.
             parts = _parts(states_RD, targets_R, weight)
             return torch.cat(
                 [checkpoint(_capped_logps, states, weight, bias, t, cap, use_reentrant=False) for states, t in parts]
@@ -143,7 +143,7 @@ def token_logps(
 
 @torch.no_grad()
 def log_agreements(head: Any, states_RD: Tensor, cap: float | None) -> Tensor:
-    """Return log(sum over the vocabulary of p^2) of each row, (R,): another product with the head."""
+    """Return log(sum over the vocabulary of p^2) of each row, (R,); it costs another product with the head."""
     measure = _compiled(_log_agreement) if states_RD.is_cuda else _log_agreement
     parts = [states for states, _ in _parts(states_RD, states_RD, head.weight)]
     return torch.cat([measure(F.linear(states.to(head.weight.dtype), head.weight, head.bias), cap) for states in parts])
@@ -160,12 +160,12 @@ def _capped_logps(states_RD: Tensor, weight: Tensor, bias_V: Tensor | None, targ
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:
-    """Bend logits to stay within the cap; as they are where it is None."""
+    """Apply a soft cap to logits; None leaves them unchanged."""
     return logits if cap is None else (logits / cap).tanh() * cap
 
 
 class Softmax(NamedTuple):
-    """The softmax of some rows, as the backward pass needs it; which numbers these are depends on the device."""
+    """The softmax of some rows, in the form that the backward pass needs, which depends on the device."""
 
     buffer_RV: Tensor
     normaliser_R1: Tensor
@@ -175,8 +175,8 @@ class Softmax(NamedTuple):
 class _TokenLogps(torch.autograd.Function):
     """The log-softmax of h W^T + b at the targets, without the copies of the logits that autograd would keep.
 
-    At most MAX_LOGITS logits exist at once. Where those of all rows fit, they wait for the backward pass and are
-    overwritten there by their gradient; more are made again, part by part. With p = softmax(logits):
+    At most MAX_LOGITS logits exist at a time. If all rows fit, their logits are kept for the backward pass, which
+    overwrites them with their gradient; otherwise it recomputes them part by part. With p = softmax(logits):
 
         d logp / d logits = onehot(target) - p
     """
@@ -206,7 +206,7 @@ class _TokenLogps(torch.autograd.Function):
         so_far = gradient_so_far(weight_VD) if needs_weight and ctx.add_to_grad else None
         grad_weight = so_far
         grad_bias = torch.zeros_like(bias_V) if needs_bias else None
-        kept, ctx.kept = ctx.kept, []  # overwritten below: a second backward pass makes them again
+        kept, ctx.kept = ctx.kept, []  # overwritten below, so a second backward pass must recompute them
         start = 0
         for states, targets in _parts(states_RD, targets_R, weight_VD):
             part = slice(start, start + len(states))
@@ -226,7 +226,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _parts(states_RD: Tensor, targets_R: Tensor, weight_VD: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Split (states, targets) into as many rows at a time as MAX_LOGITS allows."""
+    """Split (states, targets) into parts of as many rows as MAX_LOGITS allows."""
     rows = max(1, MAX_LOGITS[states_RD.device.type] // len(weight_VD))
     if rows > ROW_TILE:
         rows -= rows % ROW_TILE
@@ -234,7 +234,7 @@ def _parts(states_RD: Tensor, targets_R: Tensor, weight_VD: Tensor) -> list[tupl
 
 
 def _softmax(states_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_R: Tensor) -> Softmax:
-    # Rows of the buffer start at multiples of 64 values: the matrix products of a GPU are slow where they do not.
+    # Align the rows of the buffer to 64 values: a GPU's matrix products are slow on unaligned rows.
     stride = -(-len(weight_VD) // 64) * 64
     logits_RV = states_RD.new_empty(len(states_RD), stride)[:, : len(weight_VD)]
     torch.mm(states_RD, weight_VD.T, out=logits_RV)
@@ -244,7 +244,7 @@ def _softmax(states_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target
 
 
 def _logits_gradient(softmax: Softmax, bias_V: Tensor | None, targets_R: Tensor, grad_R1: Tensor) -> Tensor:
-    """Return the gradient of the logits, in place of the buffer."""
+    """Return the gradient of the logits, computed in place in the buffer."""
     buffer, normaliser, _ = softmax
     if buffer.is_cuda:
         _compiled(_overwrite_by_gradient)(buffer, bias_V, normaliser, targets_R, grad_R1)
@@ -254,7 +254,7 @@ def _logits_gradient(softmax: Softmax, bias_V: Tensor | None, targets_R: Tensor,
 
 
 def _exponentials(logits_RV: Tensor, bias_V: Tensor | None, targets_R: Tensor) -> Softmax:
-    """Keep exp(logits - largest) and its sums: a CPU computes exponentials slowly, and only once."""
+    """Keep exp(logits - largest) and its sums: exponentials are slow on a CPU, so compute them only once."""
     if logits_RV.dtype != torch.float64:
         logits_RV = logits_RV.float()
     if bias_V is not None:
@@ -267,10 +267,10 @@ def _exponentials(logits_RV: Tensor, bias_V: Tensor | None, targets_R: Tensor) -
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile for all sizes, so that the passes over the logits become one, which reads them as they are.
+    """Compile for dynamic sizes, which fuses the passes over the logits into one that reads them in their dtype.
 
-    The same code, whatever size comes first. Inductor would split the sums of a few rows among programs, and keep that
-    for the full micro-batches behind them; and a run that goes on after a stop begins with another size than it did.
+    The generated code must not depend on the first size, because a resumed run starts with another size. By default,
+    Inductor splits the reductions of a first batch of few rows, and keeps that for the full micro-batches after it.
     """
     options: dict[str, Any] = {"split_reductions": False, "deterministic": True}
     return torch.compile(function, dynamic=True, fullgraph=True, options=options)
@@ -279,12 +279,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _normalise(logits_RV: Tensor, bias_V: Tensor | None, targets_R: Tensor) -> tuple[Tensor, Tensor]:
     """Return log(sum(exp(logits))), (R, 1), and the log-probabilities of the targets, (R,).
 
-    A GPU keeps the logits: it waits for memory, and exponentials would be float32, with twice the bytes.
+    On a GPU the logits are kept, not exponentials: the pass is memory-bound, and float32 would be twice the bytes.
     """
     logits = _wide(logits_RV, bias_V)
     largest = logits.amax(dim=1, keepdim=True)
     log_sum = (logits - largest).exp().sum(dim=1, keepdim=True).log()
-    target = logits.gather(1, targets_R[:, None]) - largest  # in this order: the largest may have few digits to spare
+    target = logits.gather(1, targets_R[:, None]) - largest  # in this order: log_sum would lose digits to a big logit
     return largest + log_sum, (target - log_sum).squeeze(1)
 
 

@@ -1,4 +1,4 @@
-"""Compare a model on packed rows with itself on each sequence alone, before the first step."""
+"""Compare a model's states on packed rows with its states on each sequence alone, before the first step."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from config.errors import UserError
 from trainers.data.layout import PackedLayout
 from trainers.kernels.attention import packed_states
 
-# Positions of a common prefix, and the segments of a few rows: of two responses, of one, for which another kernel may
-# run where no prefix is shared, and of so many that the scores have several blocks, as in training. No sequence is
-# longer than the shortest context of a model in use.
+# Length of a shared prefix, and the segments of a few rows. The cases: two responses; one response, for which another
+# kernel may run if no prefix is shared; and enough positions for several blocks of scores, as in training. No sequence
+# is longer than the shortest context of a model in use.
 CHECKED_ROWS: tuple[tuple[int, list[tuple[int, ...]]], ...] = (
     (0, [(16, 12, 10), (1, 2, 30)] * 2),
     (0, [(16, 30), (1, 20)] * 2),
     (3, [(16, 12, 10), (1, 2, 30)] * 4),
 )
-NOT_NEEDED = [0, 4, 8, 200]  # places of the last of these whose states are not asked for
-# What the code of a model raises that does not know the mask, the positions or the arguments it is given.
+NOT_NEEDED = [0, 4, 8, 200]  # places in the last case whose states are not requested
+# Exceptions of model code that does not support the mask, the positions or the arguments it is given.
 PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 
 
 @torch.no_grad()
 def packed_and_alone(model: Any, *, device: torch.device, autocast: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Compute hidden states of packed rows, and of each of their sequences alone: (P, D) each, what is shared once.
+    """Return the hidden states of packed rows, and of their sequences run alone: (P, D) each; shared positions once.
 
-    These are all states, and those of the last rows once more where only some are needed.
+    The last rows are included again, run with `needed` (only some states requested).
 
     Raises:
         UserError: for a model that does not run on packed rows at all.
@@ -51,7 +51,7 @@ def packed_and_alone(model: Any, *, device: torch.device, autocast: torch.dtype 
 def _checked_batch(
     model: Any, num_shared: int, shapes: list[tuple[int, ...]], device: torch.device
 ) -> tuple[dict[str, Any], Tensor]:
-    """Make rows of random tokens, and the states of each sequence alone in the order of the packed places."""
+    """Return packed rows of random tokens, and the states of each sequence run alone, in the order of the places."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     sizes = [num_shared, *map(sum, shapes)]
@@ -62,7 +62,7 @@ def _checked_batch(
         for n, response in enumerate(responses):
             sequence = torch.cat([prefix, prompt, response])
             states = model.base_model(input_ids=sequence[None], use_cache=False).last_hidden_state[0]
-            # The prefix counts with the first row, the prompt with the first response.
+            # Take the prefix from the first row only, and the prompt from the first response only.
             skipped = len(sequence) - len(response) if n else num_shared if i else 0
             alone.append(states[skipped:])
             positions.append(torch.arange(skipped, len(sequence), device=device))
@@ -88,18 +88,17 @@ def _probe(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def check_packed_attention(packed: Tensor, alone: Tensor, name: str, autocast: torch.dtype | None = None) -> None:
-    """Compare the two results of `packed_and_alone`, up to the rounding of what they were computed in.
+    """Compare the two results of `packed_and_alone`, up to rounding in their compute dtype.
 
     Raises:
-        UserError: for a model (of this name) that does not take its attention, mask or positions from where the others
-            do.
+        UserError: if they differ, because the model (of this name) handles attention, mask or positions in its own way.
     """
-    size = alone.norm(dim=-1).clamp(min=1e-6)  # a padding token at the beginning has an embedding and a state of zeros
+    size = alone.norm(dim=-1).clamp(min=1e-6)  # a padding token at the start may have a state of zeros
     error = ((packed - alone).norm(dim=-1) / size).max().item()
     tolerance = 1e-3 if alone.dtype.itemsize > 2 and autocast is None else 0.1
     if not error <= tolerance:
         raise UserError(
             f"{name} computes other states for packed rows than for each sequence alone (relative difference "
-            f"{error:.1g}, at most {tolerance} is rounding): it does not attend, mask or count positions as Llama, "
-            "Mistral, Qwen, GPT-NeoX, GPT-2 and GPT-J do. Write packing=false."
+            f"{error:.1g}, at most {tolerance} is rounding): its attention, mask or positions differ from those of "
+            "Llama, Mistral, Qwen, GPT-NeoX, GPT-2 and GPT-J. Write packing=false."
         )

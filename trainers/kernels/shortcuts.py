@@ -1,10 +1,10 @@
-"""What a packed step leaves out or does in fewer passes over memory than the model and autograd would.
+"""Shortcuts of a packed step: less computation, or fewer passes over memory, than in the model and autograd.
 
-- Gradients of the input and the output embedding are added in place to those of the micro-batches before. Autograd
-  makes a gradient of the table's size in every micro-batch and adds it up afterwards: with 32,000 tokens and few
-  positions that takes as long as some of the matrix products do.
-- The MLP of the last block runs on the positions whose states are needed.
-- RMS norms, on a CPU.
+- Gradients of input and output embeddings are added in place to those of earlier micro-batches. Autograd would make a
+  gradient of the table's size in every micro-batch and then add it up: for a vocabulary of 32,000 and few positions,
+  that takes as long as some of the matrix products.
+- The MLP of the last block runs only on positions whose states are needed.
+- On a CPU, RMS norms are fused.
 
 Letters: V = vocabulary, D = width, T = positions.
 """
@@ -25,20 +25,20 @@ from trainers.kernels.self_check import PROBE_ERRORS
 
 
 def gradient_so_far(weight: Tensor) -> Tensor | None:
-    """Return what a backward pass may add the gradient of a table to by itself, instead of returning it.
+    """Return the `.grad` to which a custom backward pass may add the gradient of a table in place.
 
-    None where autograd has to: for the first gradient, a weight that is computed from another (as under autocast), or
-    one whose gradient a hook waits for.
+    Return None if the gradient must be returned to autograd: for the first one, if the weight is computed from another
+    (as under autocast), or if a hook waits for its gradient.
     """
     watched = weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)
     return weight.grad if weight.is_leaf and not watched else None
 
 
 def embed(module: nn.Module, input_ids: Tensor) -> Tensor | None:
-    """Return what a plain `nn.Embedding` does, (T,) -> (T, D); its gradient is added to `weight.grad` by `backward()`.
+    """Compute a plain `nn.Embedding`, (T,) -> (T, D); `backward()` adds its gradient to `weight.grad` in place.
 
-    `torch.autograd.grad` must not be asked for it: it would get None once there is such a gradient. For other modules,
-    which may scale, normalise or project, there is None.
+    Do not use it with `torch.autograd.grad`, which gets None once `weight.grad` exists. For other modules, which may
+    scale, normalise or project, return None.
     """
     if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return None
@@ -57,34 +57,33 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         input_ids, weight_VD = ctx.saved_tensors
-        if ctx.padding_idx is not None:  # as torch has it: the padding learns nothing, wherever it stands
+        if ctx.padding_idx is not None:  # as in torch: padding gets no gradient
             grad_TD = grad_TD.masked_fill((input_ids == ctx.padding_idx)[:, None], 0)
         gradient = gradient_so_far(weight_VD)
         added = gradient is not None
         if gradient is None:
             gradient = torch.zeros_like(weight_VD)
         if gradient.is_cuda:
-            # index_add_ would add in any order here. The unsafe form does not wait for the device to check the tokens.
+            # index_add_ is not deterministic on a GPU. `unsafe` skips the index check, which would synchronise.
             torch._index_put_impl_(gradient, (input_ids,), grad_TD, accumulate=True, unsafe=True)
         else:
-            gradient.index_add_(0, input_ids, grad_TD)  # index_put_ would add in any order here, with several threads
+            gradient.index_add_(0, input_ids, grad_TD)  # index_put_ is not deterministic with several CPU threads
         return None, None if added else gradient, None
 
 
 def use_needed_positions(block: nn.Module) -> None:
     """Run the MLP of a model's last block only on the positions whose states are needed.
 
-    No other block reads what it adds to the states of a prompt, and neither does the head. The MLP is found by its
-    name, which all architectures tested share; the check of packed states tells whether it treats each position by
-    itself.
+    Its output at prompt positions is read neither by another block nor by the head. The MLP is found by its name, which
+    all tested architectures share; `check_packed_attention` verifies that it works position by position.
     """
     mlp = getattr(block, "mlp", None)
     if not isinstance(mlp, nn.Module):
         return
-    now: list[tuple[Tensor, int]] = []  # the needed positions, and of how many
+    now: list[tuple[Tensor, int]] = []  # the needed positions, and the number of all positions
 
     def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        # From the mask, which is also there when checkpointing runs the block again.
+        # Read from the mask, which is also passed when checkpointing reruns the block.
         masks = (one for one in (*arguments, *keywords.values()) if isinstance(one, PackedMask))
         now[:] = [(mask.needed, mask.num_positions) for mask in masks if mask.needed is not None]
 
@@ -110,8 +109,8 @@ class _RMSNorm(torch.autograd.Function):
 
         y = x r w        dx = r (w dy - x r mean(x r w dy))        dw = sum of x r dy
 
-    Written in its parts, as the models of transformers have it, every part is read and written for itself, twice again
-    in the backward pass, and the normalised states are kept.
+    As separate operations, as in transformers' models, each operation reads and writes memory, again twice in the
+    backward pass, and the normalised states are kept for it.
     """
 
     @staticmethod
@@ -137,14 +136,14 @@ rms_norm = _RMSNorm.apply
 def _forward(module: Any, x: Tensor) -> Any:
     if x.dtype == module.weight.dtype == torch.float32:
         return rms_norm(x, module.weight, module.variance_epsilon)
-    return type(module).forward(module, x)  # which rounds to float32 inside, and that is not done again here
+    return type(module).forward(module, x)  # it rounds via float32 inside, which the fast version does not reproduce
 
 
 @torch.no_grad()
 def _is_rms_norm(module: nn.Module) -> bool:
-    """Try whether it computes the formula, on random numbers so small that another eps would be seen.
+    """Return whether a module computes the formula, tested on random inputs small enough to show another eps.
 
-    The weight is random, too: the module's own may be on no device yet.
+    The weight is random too, because the module's own may still be on the meta device.
     """
     if set(module._parameters) != {"weight"} or not hasattr(module, "variance_epsilon"):
         return False
@@ -154,13 +153,13 @@ def _is_rms_norm(module: nn.Module) -> bool:
     probe._parameters = {"weight": nn.Parameter(weight)}
     try:
         found = type(module).forward(probe, x)
-    except PROBE_ERRORS:  # a norm that takes more than its input, such as a gate
+    except PROBE_ERRORS:  # a norm with more inputs, such as a gate
         return False
     return torch.allclose(found, rms_norm(x, weight, module.variance_epsilon), rtol=1e-5, atol=1e-7)
 
 
 def use_fast_norms(model: nn.Module) -> None:
-    """Replace the forward pass of the RMS norms of a model, in place; other norms stay as they are."""
+    """Replace the forward pass of a model's RMS norms in place; leave other norms unchanged."""
     for module in model.modules():
         if _is_rms_norm(module):
-            module.forward = MethodType(_forward, module)  # of this one alone
+            module.forward = MethodType(_forward, module)  # of this instance only

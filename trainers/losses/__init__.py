@@ -1,4 +1,4 @@
-"""The losses by their names in `loss=NAME`: pure functions, one for each; docs/losses.md has formulas and papers."""
+"""The losses by their name in `loss=NAME`, each a pure function; docs/losses.md has formulas and papers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainers.losses.ratios import (
 )
 from trainers.losses.responses import Answers, Pairs
 
-# Name -> function of B pairs and of the loss's own settings, to B losses.
+# Name -> function that maps B pairs and the settings of the loss to B losses.
 PAIR_LOSSES: dict[str, Callable[[Pairs, Any], Tensor]] = {
     "dpo": dpo_loss, "cdpo": dpo_loss, "rpo": dpo_loss, "robust": robust_loss, "ipo": ipo_loss, "hinge": hinge_loss,
     "exo_pair": exo_pair_loss, "discopop": discopop_loss, "nca_pair": nca_pair_loss, "sppo_hard": sppo_hard_loss,
@@ -36,7 +36,7 @@ PAIR_LOSSES: dict[str, Callable[[Pairs, Any], Tensor]] = {
     "simpo": simpo_loss, "alphapo": alphapo_loss,
 }  # fmt: skip
 
-# Name -> function of B single answers and of the loss's own settings, to B losses.
+# Name -> function that maps B single answers and the settings of the loss to B losses.
 ANSWER_LOSSES: dict[str, Callable[[Answers, Any], Tensor]] = {
     "kto": kto_loss, "apo_zero_unpaired": apo_zero_unpaired_loss,
 }  # fmt: skip

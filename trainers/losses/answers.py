@@ -1,7 +1,7 @@
-"""Losses on single answers that are good or bad, as pure functions.
+"""Losses on single answers judged good or bad, as pure functions.
 
 Letters: B = answers; r = log pi/ref of an answer. Every function maps B answers and the settings of its loss to B
-losses; `weights` gives good and bad answers theirs.
+losses, with the weights lambda_D for good and lambda_U for bad answers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def kto_loss(answers: Answers, settings: KTOSettings) -> Tensor:
 def apo_zero_unpaired_loss(answers: Answers, settings: APOZeroUnpairedSettings) -> Tensor:
     """Return 1 - sigmoid(beta r) for a good answer and sigmoid(beta r) for a bad one.
 
-    D'Oosterlinck et al. 2024: equation 7 answer by answer, each with its weight.
+    D'Oosterlinck et al. 2024: equation 7 split into its two answers, each with its weight.
     """
     moved = answers.ratios
     return weights(answers, settings) * torch.sigmoid(settings.beta * torch.where(answers.is_good, -moved, moved))

@@ -1,4 +1,4 @@
-"""LD-DPO: log-probabilities in which the tokens beyond the length of the shorter response count less.
+"""LD-DPO: log-probabilities in which tokens beyond the length of the shorter response have less weight.
 
 Letters: B = pairs, T = positions of a padded row.
 """
@@ -17,26 +17,26 @@ from trainers.losses.responses import LogpsOf
 def response_logps(
     logps_of: LogpsOf, batch: TensorDict, ld_alpha: float | None, agreements: bool = False
 ) -> tuple[Tensor, ...]:
-    """Return log-probabilities as a loss weighs them, plain ones, and numbers of target tokens: each (B, 2).
+    """Return weighted log-probabilities, plain ones, and numbers of target tokens: each (B, 2).
 
-    And, if they are asked for, the agreements of `sequence_logps`, every token counted.
+    On request, also return the agreements of `sequence_logps`, which are not weighted.
 
-    With l = the length of the shorter response of a pair, the first are
+    With l = the length of the shorter response of a pair, the weighted log-probability is
 
         sum over t <= l of log pi(y_t|...) + alpha x (sum over t > l)          (Liu et al. 2024, equation 9)
 
     Args:
-        logps_of: Of the model.
+        logps_of: Computes log-probabilities under the model.
         batch: A micro-batch of rows with two responses.
-        ld_alpha: None: both are the plain sums, and nothing more is computed.
-        agreements: Whether they are asked for.
+        ld_alpha: Weight of the later tokens; None: both results are the plain sums, at no extra cost.
+        agreements: Whether to return agreements.
     """
     asked = {"agreements": True} if agreements else {}
     if ld_alpha is None:
         logps, *rest = logps_of(batch, **asked)
         return logps, logps, *rest
     if is_packed(batch):
-        # A sum is made for each number in `num_targets`: here each response is two of them.
+        # Sums follow `num_targets`, so splitting each response into two counts gives the sum of each part.
         num_tokens = batch["num_targets"]
         public = num_tokens.amin(-1, keepdim=True).expand_as(num_tokens)
         parts = torch.stack([public, num_tokens - public], dim=-1)
@@ -44,16 +44,16 @@ def response_logps(
         sums = logps.view_as(parts)
         whole = (values.view_as(parts).sum(-1) for values in more)
         return sums[..., 0] + ld_alpha * sums[..., 1], sums.sum(-1), num_tokens, *whole
-    # Padded rows are run twice: packed ones are the fast path.
+    # Padded rows are simply run twice, because packed rows are the fast path.
     logps, num_tokens, *more = logps_of(batch, **asked)
     counted = batch["response_mask"].clone()
-    counted[..., 0] = False  # has nothing before it and is no target
+    counted[..., 0] = False  # never a target, because nothing predicts it
     public = num_tokens.amin(-1)[:, None, None]
     shared, *_ = logps_of(batch.copy().set("response_mask", counted & (counted.cumsum(-1) <= public)))
     return shared + ld_alpha * (logps - shared), logps, num_tokens, *more
 
 
 def ld_alpha_of(settings: LossSettings) -> float | None:
-    """Return what a token counts beyond the length of the shorter response: one number for all parts of a mixture."""
+    """Return the weight of tokens beyond the shorter response's length; all parts of a mixture share it."""
     own = [part.ld_alpha for _, part in weighted_parts(settings) if isinstance(part, PreferenceLossSettings)]
     return own[0] if own else None

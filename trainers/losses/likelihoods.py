@@ -1,7 +1,7 @@
 """Losses on the policy's own log-probabilities, without a reference, as pure functions.
 
 Letters as in `trainers.losses.ratios`; p_w and p_l = log pi of chosen and rejected. The reward of a response is beta
-log pi, of the mean per token where a loss is on means.
+log pi, where log pi is the mean per token if the loss uses means.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from config.pair_losses import AlphaPOSettings, CPOSettings, ORPOSettings, SimPOSettings, SLiCSettings
 from trainers.losses.responses import Pairs
 
-SMALLEST_NLL = 1e-6  # nats per token: the odds of a sequence that is certain are infinite
+SMALLEST_NLL = 1e-6  # nats per token; it avoids infinite odds for a sequence of probability 1
 
 
 def slic_loss(pairs: Pairs, settings: SLiCSettings) -> Tensor:
@@ -29,7 +29,7 @@ def cpo_loss(pairs: Pairs, settings: CPOSettings) -> Tensor:
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """Return log(P / (1 - P)) of sequences whose probability is P = exp(mean log-probability of a token)."""
+    """Return log(P / (1 - P)) of sequences, where P = exp(mean log-probability per token)."""
     logps = logps.clamp(max=-SMALLEST_NLL)
     return logps - torch.log(-torch.expm1(logps))
 

@@ -34,10 +34,10 @@ from trainers.losses.responses import Pairs
 
 
 def divergence_slope(log_ratios: Tensor, settings: MarginLossSettings) -> Tensor:
-    """Return f'(pi/ref) up to a constant, of the f-divergence that keeps the policy near the reference; (B,).
+    """Return f'(pi/ref), up to a constant, for the f-divergence that keeps the policy near the reference; (B,).
 
-    Wang et al. 2023 (beyond reverse KL), table 1. Without the constant, which h does not see, reverse KL is the
-    log-ratio itself to the last bit.
+    Wang et al. 2023 (beyond reverse KL), table 1. The constant cancels in h; without it, reverse KL is exactly the
+    log-ratio.
     """
     if settings.f_divergence == "forward_kl":
         return -torch.exp(-log_ratios)
@@ -55,7 +55,7 @@ def margins(pairs: Pairs, settings: MarginLossSettings) -> Tensor:
 
 
 def smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
-    """Return -(1 - e) log sigmoid(x) - e log sigmoid(-x): Bradley-Terry, where a label is flipped with e."""
+    """Return -(1 - e) log sigmoid(x) - e log sigmoid(-x): Bradley-Terry with labels flipped with probability e."""
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
@@ -70,7 +70,7 @@ def dpo_loss(pairs: Pairs, settings: DPOSettings) -> Tensor:
 def robust_loss(pairs: Pairs, settings: RobustSettings) -> Tensor:
     """Return (-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2e): Chowdhury et al. 2024, section 3.
 
-    Its mean over labels that are flipped with probability e is the DPO loss of the true ones. It has no lower bound.
+    Averaged over labels flipped with probability e, it is the DPO loss of the true labels. It has no lower bound.
     """
     logits, rate = settings.beta * margins(pairs, settings), settings.label_smoothing
     return (-(1 - rate) * F.logsigmoid(logits) + rate * F.logsigmoid(-logits)) / (1 - 2 * rate)
@@ -79,8 +79,8 @@ def robust_loss(pairs: Pairs, settings: RobustSettings) -> Tensor:
 def ipo_loss(pairs: Pairs, settings: IPOSettings) -> Tensor:
     """Return (h - 1 / (2 beta))^2: Azar et al. 2023, equation 17, where beta is tau.
 
-    The margin that it regresses to is fixed, so it matters whether the log-probabilities are sums over the response
-    (the DPO repo) or means per token (the authors of IPO, TRL): `loss.average_logps`.
+    The target margin is fixed, so it matters whether log-probabilities are sums over the response (the DPO repo) or
+    means per token (the authors of IPO, TRL): `loss.average_logps`.
     """
     return (margins(pairs, settings) - 1 / (2 * settings.beta)).square()
 
@@ -100,7 +100,7 @@ def exo_pair_loss(pairs: Pairs, settings: EXOPairSettings) -> Tensor:
 def discopop_loss(pairs: Pairs, settings: DiscoPOPSettings) -> Tensor:
     """Return (1 - m) (-log sigmoid(z)) + m exp(-z), z = beta h, m = sigmoid(z / tau): Lu et al. 2024, equation 5.
 
-    m exp(-z) is one exponential: far below 0 the two factors would be infinite and 0.
+    m exp(-z) is computed as one exponential, because for very negative z the two factors would be 0 and infinity.
     """
     logits = settings.beta * margins(pairs, settings)
     modulation = logits / settings.tau
@@ -110,7 +110,7 @@ def discopop_loss(pairs: Pairs, settings: DiscoPOPSettings) -> Tensor:
 def nca_pair_loss(pairs: Pairs, settings: NCAPairSettings) -> Tensor:
     """Return -log sigmoid(beta a) - log sigmoid(-beta a) / 2 - log sigmoid(-beta b) / 2.
 
-    Chen et al. 2024 (noise contrastive alignment), section 4, with two responses of rewards that are far apart.
+    Chen et al. 2024 (noise contrastive alignment), section 4, for two responses whose rewards are far apart.
     """
     chosen, rejected = (settings.beta * ratio for ratio in pairs.ratios)
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
@@ -153,7 +153,7 @@ def dpo_norm_loss(pairs: Pairs, settings: DPONormSettings) -> Tensor:
 def bco_pair_loss(pairs: Pairs, settings: BCOPairSettings) -> Tensor:
     """Return -log sigmoid(beta a - delta) - log sigmoid(-(beta b - delta)): Jung et al. 2024, equation 9.
 
-    delta is the mean of all rewards so far, of chosen and rejected.
+    delta is the running mean of all rewards, chosen and rejected.
     """
     chosen, rejected = (settings.beta * ratio for ratio in pairs.ratios)
     return -F.logsigmoid(chosen - pairs.baseline) - F.logsigmoid(pairs.baseline - rejected)
@@ -163,7 +163,7 @@ def aot_loss(pairs: Pairs, settings: AOTSettings) -> Tensor:
     """Return -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d) for the order statistics d of a global batch.
 
     Melnyk et al. 2024. paired: d_k = k-th smallest policy margin - k-th smallest reference margin. unpaired: k-th
-    smallest a - k-th smallest b. A loss is of no pair by itself.
+    smallest a - k-th smallest b. A single loss does not belong to a pair.
     """
     if settings.form == "unpaired":
         high, low = pairs.ratios

@@ -1,4 +1,4 @@
-"""What is minimised: from the log-probabilities of a micro-batch to a sum of losses."""
+"""Objectives: from the log-probabilities of a micro-batch to a sum of losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainers.objectives.pairs import PreferenceObjective
 
 
 def build_objective(settings: LossSettings) -> Objective:
-    """Return what `loss=` names, from the settings of that loss."""
+    """Return the objective for `loss=NAME`, from the settings of that loss."""
     if isinstance(settings, LikelihoodLossSettings):
         return LikelihoodObjective(settings)
     if isinstance(settings, AnswerLossSettings):

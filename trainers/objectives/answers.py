@@ -1,4 +1,4 @@
-"""Losses on single answers that are good or bad; a row may hold another row's answer beside its own."""
+"""Losses on single answers judged good or bad; a row may also contain another row's answer."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from trainers.objectives.passes import ForwardPasses, Responses
 
 
 class AnswerObjective(Objective):
-    """The mean over single answers of one of ANSWER_LOSSES, against cached reference log-probabilities.
+    """The mean of one of ANSWER_LOSSES over single answers, against cached reference log-probabilities.
 
-    z0, how far the policy has moved on answers to other prompts, is max(0, mean over the global batch of
+    z0 estimates the KL divergence from the reference: max(0, mean over the global batch of
     log pi/ref (another row's answer | prompt)), without gradient (Ethayarajh et al. 2024, section 4.1).
     """
 
     needs_reference = True
 
     def __init__(self, settings: AnswerLossSettings) -> None:
-        """Take the group `loss`, whose rows are answers."""
+        """Take the config group `loss`, for a loss on single answers."""
         super().__init__()
         self.settings = settings
         self.passes = ForwardPasses(needs_reference=True)
         self._whole: Responses | None = None
 
     def begin_batch(self, logps_of: LogpsOf, passes: Sequence[tuple[TensorDict, bool]], device: torch.device) -> None:
-        """Look at the whole batch where the loss reads z0."""
+        """Run the whole batch first, if the loss uses z0."""
         if self.settings.mismatched:
             self._whole = self.passes.whole_batch(logps_of, passes, device)
 
     def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
-        """Run the own answer and another row's in one forward pass: B rows -> log-probabilities (B, 1 or 2)."""
+        """Run the row's own answer and another row's in one forward pass: B rows -> log-probabilities (B, 1 or 2)."""
         own = self.passes(logps_of, batch)
         ratios, is_good = own.policy - own.reference, batch["is_good"]
         divergence = torch.zeros_like(ratios[0, 0])
@@ -63,14 +63,14 @@ class AnswerObjective(Objective):
         }
 
     def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
-        """Require rewards of 0: before the first step the policy is the reference.
+        """Require rewards of 0, because before the first step the policy equals the reference.
 
         Raises:
-            UserError: with the largest reward, the tolerance, and what may have gone wrong.
+            UserError: with the largest reward, the tolerance, and possible causes.
         """
         tolerance = reward_tolerance(self.settings.beta, num_tokens, dtype)
         largest = output.metrics["rewards_{split}/signed"].abs().max().item()
-        if not largest <= tolerance:  # a NaN fails, too
+        if not largest <= tolerance:  # a NaN fails too
             loss = output.metrics["preference_loss_{split}"].mean().item()
             weights = (self.settings.good_weight, self.settings.bad_weight)
             refuse_start(self.settings.name, dtype, tolerance, largest, sum(weights) / 4, loss)

@@ -13,8 +13,8 @@ from trainers.objectives.output import LossOutput, Objective
 class LikelihoodObjective(Objective):
     """Maximum likelihood of the target given the prompt.
 
-    `sequence_sum`: mean over sequences of -log p(target|prompt), the DPO repo's.
-    `token_mean`: mean over the target tokens of the global batch, Alpaca's.
+    `sequence_sum`: mean over sequences of -log p(target|prompt), as in the DPO repo.
+    `token_mean`: mean over the target tokens of the global batch, as in Alpaca.
     """
 
     def __init__(self, settings: LikelihoodLossSettings) -> None:
@@ -22,12 +22,12 @@ class LikelihoodObjective(Objective):
         self.reduction = settings.reduction
 
     def __call__(self, logps_of: LogpsOf, batch: TensorDict) -> LossOutput:
-        """Sum -log p over the targets; the two reductions differ only in what the trainer divides by."""
+        """Sum -log p over the targets; the reductions differ only in the count by which the trainer divides."""
         logps, num_tokens = logps_of(batch)
         detached = logps.detach()
         metrics = {"logps_{split}/chosen": detached, "nll_{split}": nats_per_token(detached, num_tokens)}
         return LossOutput(loss_sum=-logps.sum(), metrics=metrics)
 
     def num_units(self, batch: TensorDict) -> int:
-        """Count sequences, or target tokens."""
+        """Count sequences, or target tokens for `token_mean`."""
         return int(num_target_tokens(batch)) if self.reduction == "token_mean" else len(batch["row"])

@@ -18,25 +18,25 @@ from trainers.objectives.passes import ForwardPasses, Responses
 
 
 def wpo_of(part: PairLossSettings) -> str:
-    """Return by what a loss weighs its pairs."""
+    """Return the WPO weighting of a loss, or "none"."""
     return part.wpo if isinstance(part, PreferenceLossSettings) else "none"
 
 
 class PreferenceObjective(Objective):
-    """The sum over the parts of a loss (one, but for `mixture`) of
+    """The sum over the parts of a loss (several only for `mixture`) of
 
-        weight x (preference loss, weighed by `wpo`, + nll_weight x nats per token of chosen)
+        weight x (preference loss, weighted by `wpo`, + nll_weight x nats per token of chosen)
 
-    The second term is the one of Pang et al. 2024 (iterative reasoning preference optimization, equation 1).
+    The second term is that of Pang et al. 2024 (iterative reasoning preference optimization, equation 1).
     """  # noqa: D415  # a formula, not a sentence
 
     def __init__(self, settings: LossSettings) -> None:
-        """Take the group `loss`, whose rows are pairs."""
+        """Take the config group `loss`, for a loss on pairs."""
         super().__init__()
         self.name = settings.name
         self.parts: list[tuple[float, PairLossSettings]] = weighted_parts(settings)
         self.needs_reference = settings.needs_reference
-        # Rewards are shown on the scale of the first part that has a reference, if one has.
+        # Rewards are reported on the scale of the first part with a reference, or else of the first part.
         self.scale = max((part for _, part in self.parts), key=lambda part: part.needs_reference)
         self.passes = ForwardPasses(
             needs_reference=self.needs_reference,
@@ -46,7 +46,7 @@ class PreferenceObjective(Objective):
         self._whole: Responses | None = None
 
     def begin_batch(self, logps_of: LogpsOf, passes: Sequence[tuple[TensorDict, bool]], device: torch.device) -> None:
-        """Look at the whole batch where a part compares its pairs, or in training keeps a mean of its rewards."""
+        """Run the whole batch first, if a part compares its pairs or, in training, keeps a running mean of rewards."""
         means = [part for _, part in self.parts if part.running_mean and torch.is_grad_enabled()]
         if not means and not any(part.whole_batch for _, part in self.parts):
             return
@@ -83,7 +83,7 @@ class PreferenceObjective(Objective):
         return LossOutput(loss_sum=total.sum(), metrics=metrics)
 
     def _pairs(self, part: PairLossSettings, responses: Responses) -> Pairs:
-        """Show a part what it asks for."""
+        """Return the pairs in the form that a part asks for (reference, means per token, baseline)."""
         policy, reference = responses.policy, responses.reference
         if not part.needs_reference:
             reference = torch.zeros_like(policy)
@@ -94,21 +94,21 @@ class PreferenceObjective(Objective):
         return Pairs(policy, reference, baseline=self.state["reward_sum"] / seen if seen else 0.0)
 
     def _losses(self, part: PairLossSettings, own: Responses) -> Tensor:
-        """Return the losses of a micro-batch, (B,), whose sum has the gradient of the global batch's losses."""
+        """Return the losses of a micro-batch, (B,); their sum has its share of the gradient of the global batch."""
         function = PAIR_LOSSES[part.name]
         if not part.whole_batch or self._whole is None:
             return function(self._pairs(part, own), part)
-        # Its losses are of no pair by itself: their sum, of which this micro-batch's rows have the gradient, is spread.
+        # Single losses do not belong to single pairs, so spread the gradient of their sum over this micro-batch's rows.
         whole = self._whole.with_gradient_of(own)
         losses = function(self._pairs(part, whole), part)
         gradient = losses.sum() - losses.sum().detach()  # 0, with a gradient
         return losses.detach()[self._whole.places(own.rows)] + gradient / len(own.rows)
 
     def check_first_batch(self, output: LossOutput, num_tokens: int, dtype: torch.dtype) -> None:
-        """Require rewards of 0 and the loss that goes with them: before the first step the policy is the reference.
+        """Require rewards of 0 and the matching loss, because before the first step the policy equals the reference.
 
         Raises:
-            UserError: with the largest reward, the tolerance, and what may have gone wrong.
+            UserError: with the largest reward, the tolerance, and possible causes.
         """
         if not self.needs_reference:
             return
@@ -118,12 +118,12 @@ class PreferenceObjective(Objective):
         rewards = torch.stack([output.metrics["rewards_{split}/chosen"], output.metrics["rewards_{split}/rejected"]])
         largest = rewards.abs().max().item()
         loss = output.metrics["preference_loss_{split}"].mean().item()
-        known = all(part.needs_reference for _, part in self.parts)  # a likelihood may begin anywhere
-        if not (largest <= tolerance and (least <= loss <= most or not known)):  # a NaN fails, too
+        known = all(part.needs_reference for _, part in self.parts)  # without a reference, any initial loss is possible
+        if not (largest <= tolerance and (least <= loss <= most or not known)):  # a NaN fails too
             refuse_start(self.name, dtype, tolerance, largest, expected, loss)
 
     def _start(self, off: float) -> tuple[float, float, float]:
-        """Return the loss where policy and reference are one, and its range where log-ratios are `off` by rounding."""
+        """Return the loss for equal policy and reference, and its range if log-ratios are `off` by rounding."""
         totals = torch.zeros(5, dtype=torch.float64)
         for weight, part in self.parts:
             for i, ratios in enumerate([(0.0, 0.0), *itertools.product((-off, off), repeat=2)]):

@@ -1,8 +1,8 @@
-"""The forward passes of a global batch, and the log-probabilities of all its rows where a loss asks for them.
+"""The forward passes of a global batch, and the log-probabilities of all its rows for losses that need them.
 
-Some losses know what a row counts only when they have seen the whole global batch: `aot` sorts it, `kto` and `bco_pair`
-take a mean over it. A batch of one micro-batch is run once, and the processes tell each other what they found between
-its forward and its backward pass. Of several micro-batches the graphs are not kept: they are run once more.
+Some losses depend on the whole global batch: `aot` sorts it, `kto` and `bco_pair` take a mean over it. A single
+micro-batch is run once, and the processes exchange log-probabilities between its forward and its backward pass. Several
+micro-batches are run twice, first without gradients, so that the graph of only one is kept at a time.
 
 Letters: B = rows of a micro-batch, G = rows of the global batch, C = responses of a row.
 """
@@ -25,28 +25,28 @@ class Responses(NamedTuple):
     """Log-probabilities of the C responses of some rows: chosen and rejected, or an answer and another row's."""
 
     rows: Tensor  # (B,) int64
-    policy: Tensor  # (B, C) as the loss weighs tokens, with gradient
-    reference: Tensor  # (B, C) likewise; zeros where no reference is read
-    plain: Tensor  # (B, C) of the policy, every token counted
+    policy: Tensor  # (B, C) with the loss's token weights, with gradient
+    reference: Tensor  # (B, C) likewise; zeros for a loss without reference
+    plain: Tensor  # (B, C) of the policy, without token weights
     num_tokens: Tensor  # (B, C) int64
-    agreements: Tensor  # (B, C) of `sequence_logps`; zeros where none are read
+    agreements: Tensor  # (B, C) of `sequence_logps`; zeros if not requested
 
     def detached(self) -> Responses:
         """Drop the graph."""
         return Responses(*(values.detach() for values in self))
 
     def places(self, rows: Tensor) -> Tensor:
-        """Return where rows (B,) stand among these, which ascend; of a row that is not here, any place."""
+        """Return the places of rows (B,) among these, which are sorted; any place for a row that is missing."""
         return torch.searchsorted(self.rows, rows).clamp(max=len(self.rows) - 1)
 
     def with_gradient_of(self, own: Responses) -> Responses:
-        """Return these rows with those of a micro-batch in the place of themselves."""
+        """Return these rows, with the rows of a micro-batch replaced by `own`, which has gradients."""
         places = self.places(own.rows)
         return Responses(*(all_.index_copy(0, places, one) for all_, one in zip(self, own, strict=True)))
 
 
 class ForwardPasses:
-    """From micro-batches to `Responses`."""
+    """Maps micro-batches to `Responses`."""
 
     def __init__(self, *, needs_reference: bool, ld_alpha: float | None = None, agreements: bool = False) -> None:
         self._needs_reference, self._ld_alpha, self._agreements = needs_reference, ld_alpha, agreements
@@ -68,9 +68,9 @@ class ForwardPasses:
     def whole_batch(
         self, logps_of: LogpsOf, passes: Sequence[tuple[TensorDict, bool]], device: torch.device
     ) -> Responses:
-        """Return the rows of the global batch, (G,) ascending, from all processes; no gradient.
+        """Return all rows of the global batch, (G,) sorted, from all processes, without gradient.
 
-        `passes` are this process's micro-batches, each with whether it counts; as many as the others have.
+        `passes` are this process's micro-batches, each with whether it counts; the same number in every process.
         """
         alone = len(passes) == 1
         with torch.set_grad_enabled(alone and torch.is_grad_enabled()):

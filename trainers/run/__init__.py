@@ -1,1 +1,1 @@
-"""What a run leaves behind: directory, checkpoints, metrics."""
+"""What a run writes: its directory, checkpoints and metrics."""

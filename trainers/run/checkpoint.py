@@ -1,18 +1,18 @@
-"""Checkpoints: a folder for other programs (`model/`) and one to resume from (`state/`), complete or absent.
+"""Checkpoints: `model/` for other programs and `state/` for resuming; a checkpoint is complete or absent.
 
     checkpoints/step-<examples>/
-      adapter/       with `model.lora`, peft's folder, and base.json, which says what the base is
+      adapter/       with `model.lora`: peft's folder, and base.json, which identifies the base
       model/         weights (safetensors), tokenizer and model card, as `from_pretrained`, vLLM or lm_eval read them;
-                     with `model.lora` those of base and adapter merged, and only if `checkpoint.merge`
-      state/         optimizer (torch.distributed.checkpoint, each process its shards), progress.json, rank<r>.json;
-                     with `ema.decay` or a renewed reference their weights, too, and the policy's own beside an average
+                     with `model.lora`, base and adapter merged, and only if `checkpoint.merge`
+      state/         optimizer shards (torch.distributed.checkpoint), progress.json, rank<r>.json; the weights of the
+                     average (`ema.decay`) or renewed reference; the policy's own weights, if `model/` is the average
       policy.pt      the DPO repo's format, if `checkpoint.policy_pt`
-      checksums.xxh3.json   size and hash of every file, and whose the checkpoint is
+      checksums.xxh3.json   size and hash of every file, and the owner of the checkpoint
     LATEST -> checkpoints/step-<examples>
     BEST -> checkpoints/step-<examples>        if `checkpoint.keep_best`
 
-What is trained is kept once, in `model/` or `adapter/`, in its own dtype: what is resumed is what is published, bit for
-bit. An average that is published in its place (`ema.save`) is the exception.
+The trained weights are stored once, in `model/` or `adapter/`, in their own dtype: a run resumes from exactly the
+weights that are published. The exception is `ema.save`, which publishes the average.
 `state/` is read back only from a run's own directory, never from a `model.archive`.
 """
 
@@ -59,42 +59,42 @@ Unlogged = dict[str, tuple[float, float]]  # metric -> (sum, count)
 
 
 def fsync_tree(folder: Path) -> None:
-    """Make every file below a folder, and their names, durable."""
+    """Call fsync on every file and directory below a folder."""
     for parent, _, files in os.walk(folder):
         for name in [*files, "."]:
-            with suppress(FileNotFoundError):  # the record of the checksums, renamed meanwhile
+            with suppress(FileNotFoundError):  # the checksums' temporary file, renamed meanwhile
                 sync(Path(parent) / name)
 
 
 def pinned_stager() -> AsyncStager:
-    """Return what copies a state from a GPU into page-locked memory, at the speed of the bus.
+    """Return a DCP stager that copies a state from the GPU into pinned memory, at the speed of the bus.
 
-    That memory is kept for the next checkpoint: to lock it takes longer than to fill it. DCP's default on its own has
-    memory that the system may page, and its DefaultStager is good for one checkpoint alone in torch 2.11. This one
-    would not renew tensors inside of lists; an optimizer's state has none but torchao's learning rate, which each step
-    sets anew.
+    It keeps the pinned memory for the next checkpoint, because pinning takes longer than copying. Why not DCP's
+    default? It stages into pageable memory; and its DefaultStager only works for one checkpoint in torch 2.11. This
+    stager does not refresh tensors inside lists. The only one in an optimizer's state is torchao's learning rate, which
+    every step sets again.
     """
     return BlockingAsyncStager(cache_staged_state_dict=True)
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run; `save` copies what is to be written and returns, a thread does the rest.
+    """Writes the checkpoints of a run; `save` copies the state to host memory and returns, a thread does the rest.
 
-    In the thread of rank 0 a checkpoint becomes complete: weights, everybody's shards of the optimizer (written by
-    them, in threads of theirs), fsync, one rename; only then older ones go. So nothing that kills a run in between
-    leaves a directory that looks whole, and there is always the one before.
+    Every process writes its optimizer shards in a thread of its own. The thread of rank 0 writes the weights, waits for
+    the shards, calls fsync and renames the directory; only then does it delete older checkpoints. So a run killed at
+    any time leaves no directory that only looks complete, and the previous checkpoint is still there.
     """
 
     def __init__(
         self, run: RunDir, settings: CheckpointSettings, layout: Layout, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        """Make a process group of its own: the threads talk while the training does."""
+        """Create a separate process group, because the threads communicate at the same time as the training."""
         self._run, self._settings, self._layout, self._tokenizer = run, settings, layout, tokenizer
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._stager = pinned_stager() if layout.device.type == "cuda" else None
         self._pending: Future[Any] | None = None
-        self._exporter: PreTrainedModel | None = None  # of the first checkpoint: its layers take time to build
+        self._exporter: PreTrainedModel | None = None  # reused by later checkpoints: its layers take time to build
 
     def save(
         self, *, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: RunProgress,
@@ -103,10 +103,10 @@ class CheckpointWriter:
     ) -> None:  # fmt: skip
         """Begin `checkpoints/step-<examples>`; every process must come here. Waits for the one before it.
 
-        `shards` go into `state/` beside the optimizer; within `published` the policy has the weights for `model/`.
+        `shards` go into `state/` with the optimizer; within `published` the policy has the weights for `model/`.
 
         Raises:
-            UserError: that one could not be written: the disk is full or fails. See `wait`.
+            UserError: the previous checkpoint could not be written, because the disk is full or fails. See `wait`.
         """
         self.wait()
         run, layout = self._run, self._layout
@@ -135,10 +135,10 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Return when nothing is being written any more.
+        """Wait for this process's pending checkpoint.
 
         Raises:
-            UserError: if the disk is full or fails; the earlier checkpoints are whole, and nothing of this one is left.
+            UserError: if the disk is full or fails. Earlier checkpoints are intact, and this one was removed.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -148,13 +148,13 @@ class CheckpointWriter:
         except CheckpointException as error:
             if self._layout.is_main:
                 raise
-            raise SaidElsewhere(str(error)) from error  # DCP tells every process of a failure in any of them
+            raise SaidElsewhere(str(error)) from error  # DCP reports a failure in all processes
 
     def finish(self) -> None:
-        """Return when rank 0 has nothing to write any more, in every process: none may end before.
+        """Wait, in every process, until rank 0 has finished writing: no process may exit before that.
 
         Raises:
-            UserError: as `wait`; in every process, if it is rank 0's.
+            UserError: as `wait`; in every process, if rank 0 failed.
         """
         if self._layout.is_main:
             self._layout.on_main(self.wait)
@@ -192,15 +192,15 @@ class CheckpointWriter:
                 for name, content in state.items():
                     (partial / "state" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
             finally:
-                shards.result()  # nobody writes below `partial` any more, whatever went wrong here
+                shards.result()  # even after an error above: all writers must stop before `partial` is removed
             _readable_like(partial / "state" / "progress.json", partial)
-            with ThreadPoolExecutor(max_workers=1) as pool:  # the disk is waited for while its files are hashed
+            with ThreadPoolExecutor(max_workers=1) as pool:  # fsync in a thread, at the same time as hashing
                 synced = pool.submit(fsync_tree, partial)
                 write_checksums(partial, owner=self._run.owner(final), known=digests)
                 synced.result()
             for written in (partial / CHECKSUMS, partial):
                 sync(written)
-            # A run that went back to an earlier checkpoint has come here again.
+            # Exists if the run resumed from an earlier checkpoint and reached this step again.
             if final.is_symlink() or final.exists():
                 discard(final)
             partial.rename(final)
@@ -215,17 +215,17 @@ class CheckpointWriter:
 
     def _failure(self, final: Path, error: BaseException) -> UserError:
         earlier = [folder for folder in saved_checkpoints(self._run.path) if folder != final]
-        kept = f"{earlier[-1]} is whole, and the same command goes on from it" if earlier else "there is no earlier one"
+        kept = f"{earlier[-1]} is intact, and the run resumes from it" if earlier else "there is no earlier one"
         free = shutil.disk_usage(self._run.path).free / 2**20
-        # Some writers say only that a write failed: the free space tells the rest.
+        # Include the free space, because some writers only report that a write failed.
         return UserError(
-            f"could not save the checkpoint {final} ({reason(error)}; {free:,.0f} MiB free there); what was written of "
-            f"it is removed; {kept}. Make room, or set checkpoint.keep_last=1 or a larger checkpoint.every_examples, "
-            "and type the command again."
+            f"could not save the checkpoint {final} ({reason(error)}; {free:,.0f} MiB free there). The unfinished "
+            f"checkpoint was removed; {kept}. Free some space, or set checkpoint.keep_last=1 or a larger "
+            "checkpoint.every_examples, and rerun the command."
         )
 
     def _retire(self) -> None:
-        """Point BEST at the best checkpoint, and delete those that neither `keep_last` nor `keep_best` keeps."""
+        """Point BEST at the best checkpoint, and delete checkpoints that neither `keep_last` nor `keep_best` keeps."""
         folders = saved_checkpoints(self._run.path)
         keep = set(folders if self._settings.keep_last is None else folders[-self._settings.keep_last :])
         best = best_checkpoint(folders, self._settings.keep_best)
@@ -238,7 +238,7 @@ class CheckpointWriter:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error; of DCP's, the one of the process that failed."""
+    """Return the first line of an error; for DCP's, that of the failed process with the lowest rank."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
         return f"rank {rank}: {type(cause).__name__}: {reason(cause)}"
@@ -246,12 +246,12 @@ def reason(error: BaseException) -> str:
 
 
 def plain_class(policy: PreTrainedModel) -> Any:
-    """Return the class of a policy as it was before `fully_shard`, which puts a class of its own in front."""
+    """Return the class of a policy without the FSDP subclass that `fully_shard` puts in front."""
     return next(kind for kind in type(policy).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def exporter_of(policy: PreTrainedModel) -> PreTrainedModel:
-    """Return the policy without weights and layout, to call `save_pretrained` on while the policy trains."""
+    """Return an unsharded copy of the policy on the meta device, to call `save_pretrained` on during training."""
     with torch.device("meta"):
         exporter = plain_class(policy)(copy.deepcopy(policy.config)).to(policy.dtype)
     exporter.generation_config = copy.deepcopy(policy.generation_config)
@@ -261,14 +261,14 @@ def exporter_of(policy: PreTrainedModel) -> PreTrainedModel:
 def _save_model(
     folder: Path, exporter: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    transformers_logging.disable_progress_bar()  # the run has a line of its own
+    transformers_logging.disable_progress_bar()  # the run shows its own progress line
     decoding, exporter.generation_config = exporter.generation_config, GenerationConfig()
     try:
         exporter.save_pretrained(folder, state_dict=weights)
     finally:
         transformers_logging.enable_progress_bar()
         exporter.generation_config = decoding
-    # Published configs hold values that `save_pretrained` refuses, such as a temperature where nothing is sampled.
+    # `save_pretrained` refuses values that published configs contain, such as a temperature without sampling.
     decoding.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -285,7 +285,7 @@ def _save_adapter(
 
 
 def _readable_like(example: Path, folder: Path) -> None:
-    """Give all files of a folder the permissions of one: safetensors makes its own readable to their owner alone."""
+    """Give all files of a folder the permissions of `example`: safetensors makes files that only the owner can read."""
     mode = example.stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file():
@@ -293,5 +293,5 @@ def _readable_like(example: Path, folder: Path) -> None:
 
 
 def _save_policy_pt(path: Path, weights: dict[str, Tensor], examples: int) -> None:
-    with path.open("wb") as file:  # an open file, so that a full disk is an OSError
+    with path.open("wb") as file:  # an open file, so that a full disk raises an OSError
         torch.save({"step_idx": examples, "state": weights, "metrics": {}}, file)

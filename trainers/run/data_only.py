@@ -1,7 +1,7 @@
-"""Reading what torch.distributed.checkpoint wrote without letting it run code: its index and small values are pickles.
+"""Load a torch.distributed.checkpoint (DCP) folder safely, although its index and small values are pickles.
 
-A run directory may come from somebody else. So the index is read with the classes that DCP itself puts there, and
-values with those that torch counts as data; anything else is refused before it is made.
+A run directory may come from somebody else, and a pickle can run code. So only the classes that DCP itself writes are
+allowed in the index, and `weights_only=True` for the values; anything else is refused before it is constructed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ KNOWN = {
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     )),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),  # from a layout's name to the layout
+    ("torch.serialization", "_get_layout"),  # maps the name of a layout to the layout
     ("torch", "Size"),
-    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),  # Python 3.13 has moved it
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),  # moved in Python 3.13
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in KNOWN or (module == "torch" and isinstance(vars(torch).get(name), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"refused: it names {module}.{name}, which could run code; nothing of it was run")
+        raise pickle.UnpicklingError(f"refused: it names {module}.{name}, which could run code; nothing was run")
 
 
 class _Reader(dcp.FileSystemReader):
@@ -56,9 +56,9 @@ class _Planner(dcp.DefaultLoadPlanner):
 
 
 def load_data_only(state: dict[str, Any], folder: Path) -> None:
-    """Fill `state` from a folder of DCP's, as `dcp.load` does; every process must come here.
+    """Fill `state` from a DCP folder, as `dcp.load` does; every process must call it.
 
     Raises:
-        CheckpointException: A part is missing, does not fit, or holds more than data (an UnpicklingError in it).
+        CheckpointException: A part is missing, does not fit, or is not pure data (then it holds an UnpicklingError).
     """
     dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())

@@ -1,4 +1,4 @@
-"""What the samples of an evaluation say about refusing, and when that ends a run before its data."""
+"""Refusal rates of an evaluation's samples, and early stopping on over-refusal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainers.run.saved import RunProgress
 
 
 def refusal_rates(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return `refusals_eval/KIND` for each kind of prompt among samples that tell `kind` and `refused`."""
+    """Return the share of refusals for each kind of prompt, `refusals_eval/KIND`, over samples that have `refused`."""
     refused: dict[str, list[bool]] = {}
     for sample in samples:
         if "refused" in sample:
@@ -20,6 +20,6 @@ def refusal_rates(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def is_over(progress: RunProgress, settings: EarlyStopSettings) -> bool:
-    """Return whether the last evaluation, once a step has been taken, found more over-refusal than is allowed."""
+    """Return whether the last evaluation found more over-refusal than allowed; False before the first step."""
     limit = settings.over_refusal
     return limit is not None and progress.updates > 0 and progress.evaluation.get(OVER_REFUSAL, 0.0) > limit

@@ -1,6 +1,6 @@
-"""Sums of what is measured, over micro-batches, steps and processes, until a row of the log takes their means.
+"""Metric sums over micro-batches, steps and processes; each row of the log reports their means.
 
-The names are the DPO repo's (`loss/train`, `rewards_eval/accuracies`, ...); others stand beside them.
+The names are those of the DPO repo (`loss/train`, `rewards_eval/accuracies`, ...), plus some of our own.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from trainers.distributed.layout import gather_objects
 
 
 class MetricSums:
-    """Sums and counts of named quantities; a sum stays on the device where it was made until it is asked for."""
+    """Sums and counts of named quantities. A sum on a GPU stays there until it is read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}  # a tensor (float64) where it is a GPU's: to read it is to wait
+        self._sums: dict[str, Tensor | float] = {}  # float64 tensors if on a GPU, as reading them would synchronise
         self._counts: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:
-        """Add a sum (scalar) over `count` things to a quantity's mean."""
+        """Add a sum (scalar) over `count` units to the mean of a quantity."""
         if isinstance(total, Tensor):
             total = total.detach().double()
             total = total.item() if total.device.type == "cpu" else total
@@ -32,25 +32,25 @@ class MetricSums:
         self._counts[name] = self._counts.get(name, 0.0) + float(count)
 
     def peak(self, name: str, value: float) -> None:
-        """Note a quantity whose largest value over steps and processes is what matters."""
+        """Record a quantity that is reported as its maximum over steps and processes."""
         self._peaks[name] = max(value, self._peaks.get(name, value))
 
     def state(self) -> dict[str, tuple[float, float]]:
-        """Return this process's sums and counts, as JSON. Waits for the device once."""
+        """Return this process's (sum, count) pairs, ready for JSON. Synchronises with the GPU once."""
         on_device = {name: total for name, total in self._sums.items() if isinstance(total, Tensor)}
         values = torch.stack(list(on_device.values())).tolist() if on_device else []
         totals = {**self._sums, **dict(zip(on_device, values, strict=True))}
         return {name: (float(total), self._counts[name]) for name, total in totals.items()}
 
     def load(self, state: Mapping[str, tuple[float, float]]) -> None:
-        """Put `state()` back."""
+        """Restore what `state()` returned."""
         self._sums = {name: total for name, (total, _) in state.items()}
         self._counts = {name: count for name, (_, count) in state.items()}
 
     def means(self) -> dict[str, float]:
-        """Return the mean of every quantity over all that was added, by all processes; then begin again, empty.
+        """Return the mean of every quantity over all processes, and reset the sums.
 
-        Every process must come here, with the same names. They talk once, on the host.
+        Every process must call it, with the same names. It is a single collective, on the host.
         """
         if not self._sums:
             return {}
@@ -65,7 +65,7 @@ class MetricSums:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory that this process has held: the allocator's on a GPU, resident memory on a CPU. In GiB."""
+    """Return the peak memory of this process in GiB: of torch's allocator on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

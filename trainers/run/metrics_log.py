@@ -1,6 +1,6 @@
-"""The log of a run: `metrics.jsonl`, `samples.jsonl` and wandb. Nothing but this file knows wandb.
+"""The log of a run: `metrics.jsonl`, `samples.jsonl` and wandb. No other file imports wandb.
 
-The x-axis is `counters/examples`, so that runs with different batch sizes lie over each other.
+The x-axis is `counters/examples`, so that runs with different batch sizes can be compared.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from trainers.run.run_dir import RunDir, truncate
 
 
 def wandb_mode(settings: WandbSettings) -> str:
-    """Return `online`, `offline` or `disabled`; `auto` is online where there is a key. Touches no network.
+    """Return `online`, `offline` or `disabled`, without network access; `auto` is online if there is a key.
 
-    A key is `WANDB_API_KEY`, or an entry of the server's in the netrc file, where `wandb login` puts it.
+    The key is `WANDB_API_KEY`, or the server's entry in the netrc file, where `wandb login` writes it.
     """
     if not settings.enabled:
         return "disabled"
@@ -58,10 +58,10 @@ class MetricsLog:
     ) -> None:  # fmt: skip
         """Open them where `state` (of the checkpoint that is resumed, or empty) left off: later rows are dropped.
 
-        One that is not active, as in every process but the first, writes nothing.
+        An inactive log, as in all processes but rank 0, writes nothing.
 
         Raises:
-            UserError: A file is not what the checkpoint has seen.
+            UserError: A file differs from the one that the checkpoint recorded.
         """
         self._active = active
         self._wandb: Any = None
@@ -77,14 +77,14 @@ class MetricsLog:
             self._wandb_id = self._wandb.id
 
     def write(self, values: Mapping[str, float]) -> None:
-        """Write a row of metrics, `counters/examples` among them. A crash of this process does not lose it."""
+        """Write a row of metrics, including `counters/examples`. It survives a crash of this process."""
         if not self._active:
             return
         self._metrics.append(values)
         self._tell_wandb(lambda run: run.log(dict(values)))
 
     def write_samples(self, rows: list[dict[str, Any]], examples: int) -> None:
-        """Write rows of text, each with the counter; to wandb only if `log_text`."""
+        """Write rows of text, each with `counters/examples`; send them to wandb only if `log_text`."""
         if not self._active:
             return
         for row in rows:
@@ -97,24 +97,24 @@ class MetricsLog:
             self._tell_wandb(lambda run: run.log({"samples": table, "counters/examples": examples}))
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must know to continue after this row; make the rows so far durable."""
+        """Sync the rows so far to disk, and return the state from which a checkpoint continues after them."""
         if not self._active:
             return {}
         files = {lines.path.name: lines.state() for lines in (self._metrics, self._samples)}
         return {"files": files} if self._wandb_id is None else {"files": files, "wandb_id": self._wandb_id}
 
     def _tell_wandb(self, call: Callable[[Any], object]) -> None:
-        """Call the wandb run; if that fails, go on without it: the rows are in `metrics.jsonl`.
+        """Call the wandb run; if that fails, continue without wandb: the rows are in `metrics.jsonl`.
 
-        Slurm signals the whole step, and wandb's own process dies before this one has saved.
+        On preemption Slurm signals the whole step, so wandb's own process dies before this one has saved.
         """
         if self._wandb is None:
             return
         try:
             call(self._wandb)
-        except Exception as error:  # whatever its pipes, sockets and threads raise: none of it is the training's
+        except Exception as error:  # any failure of its pipes, sockets or threads: none must end the training
             print(
-                f"note: wandb failed ({type(error).__name__}) and is left out from here on; all rows are in "
+                f"note: wandb failed ({type(error).__name__}) and is not used any more; all rows are in "
                 f"{self._metrics.path}", file=sys.stderr, flush=True,
             )  # fmt: skip
             self._wandb = None
@@ -125,7 +125,7 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close the files and finish the wandb run, as preempted or failed if there was an error."""
+        """Close the files and finish the wandb run; after an exception, mark it as preempted or failed."""
         if not self._active:
             return
         self._metrics.close()
@@ -138,48 +138,48 @@ class MetricsLog:
 
 
 def _forget_wandb() -> None:
-    """Take wandb's hook from the interpreter's end: it would print a traceback, where its process died by a signal."""
+    """Remove wandb's exit hook, which would print a traceback if wandb's process was killed by a signal."""
     import wandb
 
-    with suppress(Exception, SystemExit):  # the second is its process's exit status
+    with suppress(Exception, SystemExit):  # SystemExit: the exit status of wandb's process
         wandb.teardown()
 
 
 class _JsonLines:
-    """A file of JSON lines that grows, and the hash of all that is in it."""
+    """An append-only file of JSON lines, and the hash of its contents."""
 
     def __init__(self, path: Path, seen: Mapping[str, tuple[int, str]]) -> None:
-        """Cut the file back to what a checkpoint has `seen` of it, (bytes, xxh3) by name; one that is gone stays gone.
+        """Truncate the file to what a checkpoint has `seen` of it: name -> (bytes, xxh3). A missing file starts empty.
 
         Raises:
-            UserError: It does not begin with that.
+            UserError: The beginning of the file differs from that.
         """
         self.path = path
         size, digest = seen.get(path.name, (0, ""))
         if size and path.exists() and (path.stat().st_size < size or hash_prefix(path, size) != digest):
             raise UserError(
-                f"{path}: its first {size} bytes are not those that the newest checkpoint has seen. Put the file back "
-                "from a copy, or delete it: it then begins where the run goes on, and the weights are the same."
+                f"{path}: its first {size} bytes differ from those that the newest checkpoint recorded. Restore it "
+                "from a copy, or delete it: it then starts where the run resumes, and the weights are the same."
             )
         truncate(path, size)
         self._digest = xxh3_128(path.read_bytes() if path.exists() else b"")
         self._file = path.open("ab", buffering=0)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; a crash of this process does not lose it."""
+        """Append a row. It survives a crash of this process."""
         line = json.dumps(row).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise UserError(
-                f"could not write to {self.path} ({error.strerror}); make room and type the command again: it goes on "
+                f"could not write to {self.path} ({error.strerror}); free some space and rerun the command: it resumes "
                 "from the newest checkpoint."
             ) from error
         self._digest.update(line)
 
     def state(self) -> tuple[int, str]:
-        """Return length and hash, after making the rows so far durable."""
+        """Sync the rows so far to disk, and return the file's length and hash."""
         os.fsync(self._file.fileno())
         return self._file.tell(), self._digest.hexdigest()
 
@@ -189,7 +189,7 @@ class _JsonLines:
 
 
 def _start_wandb(run: RunDir, settings: TrainConfig, config: Mapping[str, Any], mode: str, run_id: str | None) -> Any:
-    point = run.path.name if "=" in run.path.name else ""  # of a sweep: its points are told apart, and stay together
+    point = run.path.name if "=" in run.path.name else ""  # of a sweep: in the run's name, and all in one group
     started = _init_wandb(
         replace(settings.wandb, group=settings.wandb.group or (settings.exp_name if point else None)), mode,
         "Use wandb.mode=offline and `wandb sync` later.", name=f"{settings.exp_name} {point}".rstrip(),
@@ -206,7 +206,7 @@ def _start_wandb(run: RunDir, settings: TrainConfig, config: Mapping[str, Any], 
 
 
 def _init_wandb(settings: WandbSettings, mode: str, instead: str, **arguments: Any) -> Any:
-    """Start a wandb run; `instead` ends the message if that fails."""
+    """Start a wandb run; `instead` is the advice at the end of the error message."""
     import wandb
 
     try:
@@ -216,7 +216,7 @@ def _init_wandb(settings: WandbSettings, mode: str, instead: str, **arguments: A
             group=settings.group,
             tags=settings.tags,
             mode=mode,  # type: ignore[arg-type]  # a str here, checked by config/checks.py
-            # Half a minute for a server that does not answer: a job array should learn of it soon.
+            # Give up after half a minute without an answer, so that a job array fails early.
             settings=wandb.Settings(silent=mode != "online", init_timeout=30),
             **arguments,
         )
@@ -227,12 +227,12 @@ def _init_wandb(settings: WandbSettings, mode: str, instead: str, **arguments: A
 def log_tables(
     settings: WandbSettings, *, name: str, folder: str, tables: Mapping[str, tuple[list[str], list[list[Any]]]]
 ) -> None:
-    """Send the tables of a report, as (columns, rows) by title, to a wandb run of their own.
+    """Send the tables of a report, title -> (columns, rows), to a wandb run of their own.
 
-    With `mode=auto` and without a key there is nothing to do: the report is on the disk.
+    Do nothing with `mode=auto` and no key: the report is on disk.
 
     Raises:
-        UserError: wandb does not take them.
+        UserError: The wandb run cannot be started.
     """
     mode = wandb_mode(settings)
     waits_for_key = mode == "offline" and settings.mode == "auto" and "WANDB_MODE" not in os.environ
@@ -240,8 +240,8 @@ def log_tables(
         return
     import wandb
 
-    instead = "The report is written; wandb.mode=disabled."
+    instead = "The report is written to disk; use wandb.mode=disabled to leave wandb out."
     run = _init_wandb(settings, mode, instead, name=name, job_type="evaluate", dir=folder)
-    # A table keeps one type a column: rates that were not counted are None among numbers.
+    # A column of a wandb table has one type; a rate that was not counted is None among the numbers.
     run.log({title: wandb.Table(columns=list(head), data=rows) for title, (head, rows) in tables.items()})
     run.finish()

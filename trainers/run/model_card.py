@@ -1,7 +1,7 @@
-"""The model card of a checkpoint, `model/README.md`: from what it was trained, how, what was measured, for what it is.
+"""The model card of a checkpoint, `model/README.md`: its base and data, training, metrics, purpose and limits.
 
-It is a function of the run's settings and data and of where the run stood, so that a resumed run writes the same one;
-it tells no path of the machine.
+It depends only on the run's settings, data and progress, so that a resumed run writes the same card. It contains no
+path of the machine.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from config.paths import find_path
 from config.run_keys import flatten
 
 SHOWN = ("optimizer", "lr", "lr_scheduler", "batch_size", "n_epochs", "n_examples", "max_length", "seed")
-IN_PAIRS = "_eval/accuracies"  # shares of the held-out pairs; of other means the number of their terms is not kept
+IN_PAIRS = "_eval/accuracies"  # shares of the held-out pairs; for other means the number of terms is unknown
 PURPOSE = {
     "reverse": (
-        "This model writes the instruction that a given response would answer. It is a tool to build training data "
-        "from unsafe text for `induce.py`, and it was trained to put unsafe requests into words: do not deploy it, and "
-        "do not give it to others without restricting what it is used for."
+        "This model writes the instruction that a given response would answer. It is a tool for `induce.py` to build "
+        "training data from unsafe text, and it was trained to write unsafe requests: do not deploy it, and do not "
+        "share it without restricting its use."
     ),
     "": (
         "This model was trained to decline unsafe requests and to answer the others. It is meant for research on "
-        "safety training; before it talks to people, evaluate it on the requests of its users (`evaluate.py`), and "
-        "keep other safeguards beside it."
+        "safety training. Before deployment, evaluate it on the requests of its users (`evaluate.py`), and use other "
+        "safeguards as well."
     ),
 }
 LIMITS = """\
-- What it declines is what its training data holds: other languages, other kinds of harm and adversarial prompts may
-  pass, and harmless requests that look like unsafe ones may be declined.
-- Its data was written by models and checked by models; errors and biases of these are in it.
-- Safety training can be undone by further training. The method in reverse makes a model more harmful: the rejected
-  responses of its data are unsafe text, and a model trained to prefer them must not be made.
+- It learned to decline only what is in its training data. It may answer unsafe requests in other languages, of other
+  kinds, or in adversarial prompts, and it may decline harmless requests that look unsafe.
+- Its data was written and checked by models, and contains their errors and biases.
+- Further training can undo safety training. The rejected responses of its data are unsafe text: training a model to
+  prefer them would make it more harmful, and must not be done.
 """
 
 
 def render_model_card(config: Mapping[str, Any], manifest: Mapping[str, Any], progress: Mapping[str, Any]) -> str:
-    """Return the card as Markdown, from what config.yaml, manifest.json and state/progress.json of a run hold."""
+    """Return the card as Markdown, from the contents of a run's config.yaml, manifest.json and state/progress.json."""
     loss, model = config["loss"]["name"], config["model"]
     base = str(model["name_or_path"])
     tags = {"license": config["license"], "library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -68,8 +68,8 @@ def render_model_card(config: Mapping[str, Any], manifest: Mapping[str, Any], pr
             "95% Wilson intervals.\n",
             _table(("metric", "value", "95% interval", "n"), _metrics(manifest, progress["evaluation"])),
             f"## Use\n\n{_use(config)}\n## Limits\n\n{LIMITS}",
-            f"## Licence\n\n`{config['license']}`, as `license=` of the training command. The licences of the base "
-            "model and of the data bind this model, too.\n",
+            f"## Licence\n\n`{config['license']}`, set by `license=` of the training command. The licences of the base "
+            "model and of the data also apply to this model.\n",
         ]
     )
 
@@ -90,7 +90,7 @@ def _metrics(manifest: Mapping[str, Any], evaluation: Mapping[str, float]) -> It
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Return the 95% score interval of a share of n (Wilson 1927); here, because trainers/ cannot ask `measures/`."""
+    """Return the 95% score interval of a share of n (Wilson 1927); here, as trainers/ must not import `measures/`."""
     z = NormalDist().inv_cdf(0.975)
     middle, half = share + z * z / (2 * n), z * sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
@@ -101,7 +101,7 @@ def _use(config: Mapping[str, Any]) -> str:
     return (
         '```python\ntokenizer = transformers.AutoTokenizer.from_pretrained("FOLDER")\n'
         'model = transformers.AutoModelForCausalLM.from_pretrained("FOLDER")\n```\n\n'
-        f"`vllm serve FOLDER` serves it. Prompts have the form of template {', '.join(templates)}.\n"
+        f"`vllm serve FOLDER` serves it. Prompts must use the template {', '.join(templates)}.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The first line of a run and its last ones: what it is, where its weights are, what can be done with them."""
+"""The first and last lines that a run prints: its size, where its weights are, and commands that use them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from trainers.run.run_dir import RunDir
 
 
 def typed(key: str, value: object) -> str:
-    """Spell an override as it is typed: with quotes for shell and Hydra where the value has more than plain words."""
+    """Spell an override for the shell, quoted for shell and Hydra if the value has special characters."""
     return f"{key}={value}" if re.fullmatch(r"[\w./~-]+", str(value)) else f"\"{key}='{value}'\""
 
 
 def lora_words(config: TrainConfig) -> str:
-    """Return what trains the adapter of a run further."""
+    """Return the overrides of `model.lora` with which a new run trains this run's adapter further."""
     words = ""
     for name, value in vars(config.model.lora).items():
         if isinstance(value, list):
@@ -33,7 +33,7 @@ def lora_words(config: TrainConfig) -> str:
 
 
 def end_run(config: TrainConfig, run: RunDir) -> str:
-    """Upload the newest model if `push_to_hub` asks for that; return the last lines of the run.
+    """Upload the newest model if `push_to_hub` is set; return the last lines of the run.
 
     Raises:
         UserError: The upload failed.
@@ -49,12 +49,12 @@ def end_run(config: TrainConfig, run: RunDir) -> str:
 
 
 def _weights(config: TrainConfig) -> str:
-    """Return the folder of a checkpoint that other programs read: that of an adapter, unless it is merged."""
+    """Return the checkpoint folder that other programs read: `model`, or `adapter` for an unmerged adapter."""
     return "model" if config.model.lora.r is None or config.checkpoint.merge else "adapter"
 
 
 def last_lines(config: TrainConfig, run: RunDir) -> dict[str, str]:
-    """Return where the weights are, how to load, serve, evaluate and train them on, and the method's next command."""
+    """Return where the weights are, how to load, serve, evaluate and further train them, and the next command."""
     base, is_model = config.model.name_or_path, _weights(config) == "model"
     archive = f"{typed('model.name_or_path', base)} {typed('model.archive', run.path)}"
     further = f"model=blank_model {archive}{'' if is_model else lora_words(config)}"
@@ -80,7 +80,7 @@ def last_lines(config: TrainConfig, run: RunDir) -> dict[str, str]:
 
 
 def _uses(folder: Path, base: str, is_model: bool) -> dict[str, str]:
-    """Return how other programs load and serve a model, or an adapter with its base."""
+    """Return how to load and serve a model, or an adapter with its base, in other programs."""
     if is_model:
         load = f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
         return {"load": load, "serve": f"vllm serve {shlex.quote(str(folder))}"}
@@ -91,9 +91,9 @@ def _uses(folder: Path, base: str, is_model: bool) -> dict[str, str]:
 
 
 def starting_line(policy: PreTrainedModel, loader: BatchLoader, layout: Layout, done: int) -> str:
-    """Return what a run computes with, how long it is, and from where it goes on: `done` examples."""
+    """Return a run's device, size and length, and where it resumes: after `done` examples."""
     kind = str(policy.dtype).removeprefix("torch.")
-    begin = f"goes on from step-{done}" if done else "from the beginning"
+    begin = f"resumes from step-{done}" if done else "from the beginning"
     return (
         f"{layout.device} ({torch.get_num_threads()} threads), {layout.world_size} process(es), weights in {kind}, "
         f"{policy.num_parameters():,} parameters; {loader.steps} steps, {loader.total_examples} examples; {begin}"

@@ -1,4 +1,4 @@
-"""One line on the terminal that tells how far a run is."""
+"""One line on the terminal that shows the progress of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 @contextmanager
 def saying(what: str, *, active: bool, seconds: float = 30.0, always: bool = False) -> Iterator[None]:
-    """Print now and then what takes so long and for how long it has; `always`: on a terminal, too, which shows bars."""
+    """Print every `seconds` what is running and for how long; on a terminal (it has bars) only if `always`."""
     stream, started, done = sys.stderr, time.monotonic(), threading.Event()
 
     def repeat() -> None:
@@ -30,13 +30,13 @@ def saying(what: str, *, active: bool, seconds: float = 30.0, always: bool = Fal
 
 
 class ProgressLine:
-    """One line with the examples seen, the time that is left and a few numbers; a line now and then off a terminal."""
+    """A line with examples seen, time left and a few metrics; without a terminal, a new line every 30 seconds."""
 
     SECONDS_BETWEEN_LINES = 30.0
 
     def __init__(self, total: int, done: int, stream: TextIO | None = None, *, active: bool = True) -> None:
-        """`total` and `done` are examples; one that is not active says nothing. `stream` is stderr by default."""
-        stream = stream or sys.stderr  # now: what stderr is may have changed since the import
+        """`total` and `done` count examples; an inactive line prints nothing. `stream` is stderr by default."""
+        stream = stream or sys.stderr  # looked up here, not as a default: stderr may be replaced after the import
         self._active = active
         self._bar = tqdm(
             total=total, initial=done, unit="ex", file=stream, disable=not (active and stream.isatty()), leave=True
@@ -48,7 +48,7 @@ class ProgressLine:
         self._note = ""
 
     def update(self, done: int, note: str | None = None) -> None:
-        """Move on to `done` examples; `note` replaces the earlier one."""
+        """Set the progress to `done` examples; a `note` replaces the previous one."""
         self._note = self._note if note is None else note
         if not self._bar.disable:
             self._bar.set_postfix_str(self._note, refresh=False)

@@ -1,4 +1,4 @@
-"""Going back to a checkpoint of the run: weights, optimizer, random generators, and sums that were not logged yet."""
+"""Resuming from a checkpoint of the run: weights, optimizer, random generators, and metric sums not yet logged."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ PROGRESS = "state/progress.json"
 
 
 def is_finished(run: RunDir, total_examples: int, *, data: str) -> bool:
-    """Return whether the newest checkpoint is the end of a run over the data with this key: seen whole, evaluated.
+    """Return whether the newest checkpoint has seen all the data with this key and was evaluated.
 
     Raises:
-        UserError: It is damaged, or another run's.
+        UserError: The checkpoint is damaged or belongs to another run.
     """
     newest = saved_checkpoints(run.path)[-1:]
     if not newest:
@@ -43,12 +43,12 @@ def is_finished(run: RunDir, total_examples: int, *, data: str) -> bool:
     at_end = progress.examples >= total_examples and progress.evaluated_at == progress.examples
     if not at_end or progress.identity.get("data") != data:
         return False
-    _require_whole(run, newest[0], None)  # nothing else will read what is about to be called finished
+    _require_whole(run, newest[0], None)  # check all files: for a finished run nothing else will read them
     return True
 
 
 def _require_whole(run: RunDir, folder: Path, files: set[str] | None) -> None:
-    """Raise a UserError unless a checkpoint is this run's, and the contents of `files` (None: all) what was saved."""
+    """Raise a UserError unless a checkpoint is this run's and the contents of `files` (None: all) are intact."""
     contents = everything if files is None else files.__contains__
     damage = find_damage(folder, owner=run.owner(folder), contents=contents)
     if damage:
@@ -61,18 +61,18 @@ def load_checkpoint(
 ) -> tuple[RunProgress, Unlogged] | None:  # fmt: skip
     """Put the run's newest checkpoint into policy, optimizer and random generators; return None if there is none.
 
-    The tensors of `shards` are filled with what was saved from their like.
+    The tensors of `shards` are filled in place, too.
 
-    Every process must come here. The checkpoint may be of another layout and another number of processes. The random
-    generators of additional processes stay as they are; sums that were not logged yet go to rank 0.
+    A collective: every process must call it. The checkpoint may come from another layout or number of processes; then
+    additional processes keep their random state, and metric sums that were not logged yet go to rank 0.
 
     Raises:
-        UserError: if a part of it is missing, damaged or another run's, or does not fit the model.
+        UserError: if a part of it is missing, damaged, of another run, or does not fit the model.
     """
     newest = layout.on_main(lambda: _newest(run))
     if newest is None:
         return None
-    # Each process hashes its part of the files: one alone would take as long as all of them take to read.
+    # Each process hashes a share of the files: rank 0 alone would need as long for that as all of them need to load.
     damages = gather_objects(find_damage(newest, owner=None, part=(layout.rank, layout.world_size)))
     if any(damages):
         raise unusable(newest, next(filter(None, damages)))
@@ -82,13 +82,13 @@ def load_checkpoint(
         ranks = [json.loads((state / f"rank{rank}.json").read_text()) for rank in range(len([*state.glob("rank*")]))]
         if (adapter := adapter_of(policy)) is None:
             load_weights(policy, newest / "model", layout)
-        else:  # its base is here already
+        else:  # the base is already loaded
             stored = layout.main_only(lambda: read_adapter(newest / "adapter", policy))
             fill_model(policy, stored or {}, layout, adapter.names.values())
         own_state = get_optimizer_state_dict(policy, optimizer)
         sharded_state: dict[str, Any] = {"optimizer": plain_state(own_state), **(shards or {})}
         load_data_only(sharded_state, state)
-    except UserError:  # the weights can be read, and do not fit
+    except UserError:  # the weights are readable but do not fit
         raise
     except (OSError, ValueError, TypeError, SafetensorError, CheckpointException) as error:
         raise unusable(newest, reason(error)) from error
@@ -99,7 +99,7 @@ def load_checkpoint(
 
 
 def _newest(run: RunDir) -> Path | None:
-    """Return the newest checkpoint, None without one; a UserError if it is another run's, or its sizes are wrong."""
+    """Return the newest checkpoint, or None; raise a UserError if it is another run's or its file sizes are wrong."""
     newest = saved_checkpoints(run.path)[-1:]
     if not newest:
         return None
@@ -108,7 +108,7 @@ def _newest(run: RunDir) -> Path | None:
 
 
 def _own_part(unlogged: list[Unlogged], layout: Layout) -> Unlogged:
-    """Return this process's sums; after another number of processes, all in rank 0 and zeros elsewhere."""
+    """Return this process's sums; if the number of processes changed, rank 0 gets all and the others zeros."""
     if len(unlogged) == layout.world_size:
         return unlogged[layout.rank]
     sums: Unlogged = {}
@@ -122,10 +122,10 @@ def _own_part(unlogged: list[Unlogged], layout: Layout) -> Unlogged:
 def load_weights(policy: PreTrainedModel, folder: Path, layout: Layout) -> None:
     """Copy the weights of an HF folder into a model of the same architecture and dtype; rank 0 reads them.
 
-    `from_pretrained` does that: some architectures store tensors under other names than their own (GPT-NeoX).
+    `from_pretrained` reads them, because some architectures (GPT-NeoX) store tensors under other names.
 
     Raises:
-        UserError: for tensors that are missing, not asked for, or of another shape.
+        UserError: for missing, unexpected or misshapen tensors.
     """
     stored = layout.main_only(lambda: _read_weights(policy, folder))
     fill_model(policy, full_state(stored) if stored is not None else {}, layout)

@@ -1,4 +1,4 @@
-"""The directory of one run: who may write in it, and which command it belongs to."""
+"""The directory of one run: its lock, and the check that the command belongs to it."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def remove(path: Path) -> None:
 
 
 class RunDir:
-    """A locked run directory. Use `with RunDir.open(...) as run`; the lock goes with the process, however it ends."""
+    """A locked run directory. Use `with RunDir.open(...) as run`; the OS releases the lock when the process ends."""
 
     def __init__(self, path: Path, lock: FileLock | None, config: Mapping[str, Any] | None = None) -> None:
-        """Use `open`, or `RunDir(path, None)` in a process beside the one that has opened it."""
+        """Use `open` in rank 0, and `RunDir(path, None)` in the other processes."""
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.latest = path / "LATEST"  # link to the newest of them
-        self.best = path / "BEST"  # link to the best of them, with `checkpoint.keep_best`
+        self.latest = path / "LATEST"  # link to the newest checkpoint
+        self.best = path / "BEST"  # link to the best checkpoint, with `checkpoint.keep_best`
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
-        self._lock, self.config = lock, config or {}  # as the process that has opened it has written it
+        self._lock, self.config = lock, config or {}  # what `open` wrote; empty in other processes
         self.manifest: Mapping[str, Any] = {}  # likewise
 
     @classmethod
     def open(cls, path: Path, *, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Self:
-        """Take the directory for this process, made if need be, and write `config.yaml` and `manifest.json`.
+        """Create and lock the directory, and write `config.yaml` and `manifest.json`.
 
         Raises:
-            UserError: another process has it (named), it holds a run of another config (the differing keys are
-                listed), or it cannot be written to.
+            UserError: another process holds the lock (it is named), the directory belongs to a run with another
+                config (the differing keys are listed), or it is not writable.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -92,35 +92,35 @@ class RunDir:
     def _check_config(self, config: Mapping[str, Any]) -> None:
         stored = self.path / "config.yaml"
         if not stored.exists() or not self.has_results():
-            return  # nothing that this command could continue by mistake
+            return  # there is nothing that this command could resume by mistake
         before = read_mapping(
             stored,
-            "nobody knows whether this is the run that this command began. Put the file back from a copy, delete it if "
+            "so it cannot be compared with this command. Restore the file from a copy, delete it if "
             "the command is the same, or choose another exp_name.",
         )
         lines = differing_keys(before, config)
         if lines:
             raise UserError(
                 f"run_dir {self.path} holds a run of another config:\n  " + "\n  ".join(lines) + "\nGive this run its "
-                "own exp_name (or run_dir), put the values back to continue that one, or delete the directory."
+                "own exp_name (or run_dir), restore the values to resume that run, or delete the directory."
             )
 
     def has_results(self) -> bool:
-        """Return whether there is a checkpoint, or a row of metrics."""
+        """Return whether there is a checkpoint or a row of metrics."""
         has_metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
         return has_metrics or any(self.checkpoints.glob("step-*"))
 
     def _remove_partials(self) -> None:
-        """Remove what a killed process was writing. No other process can be writing: the lock is ours."""
+        """Remove unfinished checkpoints of a killed process. We hold the lock, so no other process is writing."""
         for partial in self.checkpoints.glob(".*.partial"):
             remove(partial)
 
     def owner(self, checkpoint: Path) -> str:
-        """Return whose a checkpoint of this run is, in the process that has opened it."""
+        """Return the owner recorded in a checkpoint of this run (rank 0 only: the others have no config)."""
         return checkpoint_owner(self.config, checkpoint.name)
 
     def close(self) -> None:
-        """Give the directory back."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release()
 
@@ -132,7 +132,7 @@ class RunDir:
 
 
 def truncate(path: Path, length: int) -> None:
-    """Cut a file back to the `length` bytes that a checkpoint had seen; a file that is gone stays gone."""
+    """Truncate a file to the `length` bytes that a checkpoint recorded; do nothing if the file is missing."""
     with suppress(FileNotFoundError):
         if path.stat().st_size > length:
             os.truncate(path, length)

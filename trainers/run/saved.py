@@ -1,4 +1,4 @@
-"""What a run has saved: its checkpoints, where it stood at each of them, and the links to the newest and the best."""
+"""What a run has saved: its checkpoints, the progress in each, and the links to the newest and the best."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from trainers.run.run_dir import RunDir, remove
 
 @dataclass
 class RunProgress:
-    """Where a run stands, besides weights, optimizer and random numbers. All of it is JSON."""
+    """The progress of a run, without weights, optimizer and random state. All of it is JSON."""
 
     examples: int = 0  # seen so far; with the seed, this is the position in the data
     updates: int = 0  # optimizer steps taken
-    skipped: int = 0  # steps left out because they were not finite
-    refreshed_at: int = 0  # examples seen when the reference was renewed
+    skipped: int = 0  # steps skipped because they were not finite
+    refreshed_at: int = 0  # examples seen when the reference was last renewed
     evaluated_at: int = -1  # examples seen at the last evaluation; -1: none yet
-    evaluation: dict[str, float] = field(default_factory=dict)  # what it measured
-    identity: dict[str, str] = field(default_factory=dict)  # what a resumed run must agree on: keys of data, weights
-    objective: dict[str, float] = field(default_factory=dict)  # what it keeps from batch to batch
+    evaluation: dict[str, float] = field(default_factory=dict)  # the metrics of that evaluation
+    identity: dict[str, str] = field(default_factory=dict)  # must be unchanged on resume: keys of data and weights
+    objective: dict[str, float] = field(default_factory=dict)  # state of the objective across batches
     log: dict[str, Any] = field(default_factory=dict)  # state of the metrics log: lengths of its files, wandb id
 
 
 def unusable(folder: Path, damage: str) -> UserError:
-    """Return the error for a checkpoint that is not what was saved there, with the way out."""
+    """Return the error for a damaged checkpoint, with the way out."""
     return UserError(
-        f"checkpoint {folder} cannot be used ({damage}); delete that folder to go on from the one before it (from the "
-        "beginning, if there is none)."
+        f"checkpoint {folder} cannot be used ({damage}); delete that folder to resume from the previous one (or from "
+        "the beginning, if there is none)."
     )
 
 
 def read_progress(folder: Path) -> RunProgress:
-    """Read where the run stood at a checkpoint.
+    """Read the progress of the run at a checkpoint.
 
     Raises:
         UserError: The file is missing or damaged.
@@ -53,14 +53,14 @@ def read_progress(folder: Path) -> RunProgress:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint so that no crash in between leaves a part of it that looks whole."""
+    """Delete a checkpoint; it is renamed first, so that a crash leaves no partial one that looks complete."""
     discarded = folder.with_name(f".{folder.name}.discarded.partial")
     folder.rename(discarded)
     remove(discarded)
 
 
 def require_measured(key: str, metric: str | None, evaluation: Mapping[str, float]) -> None:
-    """Raise a UserError if an evaluation lacks the metric that a key of the command names."""
+    """Raise a UserError if the evaluation lacks the metric that `key` of the config names."""
     if metric is not None and metric not in evaluation:
         raise UserError(
             f"{key}={metric}: an evaluation of this run does not measure it; choose one of "
@@ -69,7 +69,7 @@ def require_measured(key: str, metric: str | None, evaluation: Mapping[str, floa
 
 
 def best_checkpoint(folders: list[Path], metric: str | None) -> Path | None:
-    """Return the checkpoint whose own evaluation was best, the later of equals; None if none was taken at one."""
+    """Return the checkpoint with the best evaluation at its own step (ties: the latest), or None."""
     if metric is None:
         return None
     scores = {}
@@ -82,18 +82,18 @@ def best_checkpoint(folders: list[Path], metric: str | None) -> Path | None:
 
 
 def repair_links(run: RunDir, settings: CheckpointSettings) -> None:
-    """Point LATEST and BEST where they belong; call it under the run's lock.
+    """Point LATEST and BEST at the right checkpoints; call it under the run's lock.
 
-    A process that is killed between a checkpoint and its links leaves older ones behind.
+    They are stale if a process was killed after it had written a checkpoint and before it updated the links.
 
     Raises:
-        UserError: One of them is no link: a copy of the run has followed it, and would show these weights for ever.
+        UserError: One of them is a folder, not a link: a copy of the run followed the link, and would never change.
     """
     for link in (run.latest, run.best):
         if link.exists() and not link.is_symlink():
             raise UserError(
-                f"{link} is no link: a copy of this run has put old weights in its place. Delete it, it is made anew "
-                f"from {run.checkpoints}; `cp -a` keeps links."
+                f"{link} is not a link: copying this run replaced it by a copy of old weights. Delete it; it is made "
+                f"again from {run.checkpoints}. `cp -a` keeps links."
             )
     folders = saved_checkpoints(run.path)
     targets = {run.latest: folders[-1] if folders else None, run.best: best_checkpoint(folders, settings.keep_best)}
@@ -105,9 +105,9 @@ def repair_links(run: RunDir, settings: CheckpointSettings) -> None:
 
 
 def point(link: Path, target: Path) -> None:
-    """Make a link of the run directory name a checkpoint; a reader sees the old or the new one."""
+    """Point a link of the run directory at a checkpoint, atomically: a reader sees the old or the new target."""
     with replacing(link) as partial:
-        partial.unlink(missing_ok=True)  # of a process that was killed here
+        partial.unlink(missing_ok=True)  # left over if a process was killed here
         partial.symlink_to(target.relative_to(link.parent))
     for folder in (target.parent, link.parent):
         sync(folder)

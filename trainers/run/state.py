@@ -1,9 +1,9 @@
-"""The state of an optimizer and of the random generators, in forms that any checkpoint can hold.
+"""The state of an optimizer and of the random generators, in plain forms for a checkpoint.
 
-A quantised tensor (torchao's states of 8 bits) is a subclass with a few plain tensors inside: codes, scales, a map.
-torch.distributed.checkpoint would copy such a class by operators that it lacks, and write it as a pickle of code. The
-parts are copied, written and read as any other tensor; they share the memory of the whole, so that a checkpoint that is
-read into them is read into it.
+A quantised tensor (torchao's 8-bit states) is a subclass that wraps a few plain tensors: codes, scales, a map.
+torch.distributed.checkpoint would copy it with operators that it does not implement, and write it as a pickle that runs
+code. So its inner tensors are saved and loaded instead. They share memory with the wrapper, so loading into them loads
+the wrapper.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from trainers.distributed.sharding import local_part
 
 
 def _is_wrapper(value: Any) -> bool:
-    # A DTensor, which has a local part, is one, too; but DCP knows it.
+    # A DTensor is a wrapper too, but DCP handles it.
     return local_part(value) is value and is_traceable_wrapper_subclass(value)
 
 
 def plain_state(state: Any) -> Any:
-    """Return a nested dict like `state`, in which a dict of its parts, by name, stands for each wrapping tensor."""
+    """Return a nested dict like `state`, with each wrapper tensor replaced by a dict of its inner tensors by name."""
     if isinstance(state, dict):
         return {key: plain_state(value) for key, value in state.items()}
     if _is_wrapper(state):
@@ -34,14 +34,14 @@ def plain_state(state: Any) -> Any:
 
 
 def wrapped_state(plain: Any, state: Any) -> Any:
-    """Return `plain`, made by `plain_state` of `state` and filled since then, with the wrapping tensors put back."""
+    """Undo `plain_state`: return `plain`, made from `state` and filled since, with the wrapper tensors put back."""
     if isinstance(state, dict):
         return {key: wrapped_state(value, state[key]) for key, value in plain.items()}
     return state if _is_wrapper(state) else plain
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of this process's random generators, as JSON."""
+    """Return the state of this process's random generators, ready for JSON."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -55,7 +55,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put `random_state()` back; a GPU's generator stays as it is if the state is of a machine without one."""
+    """Restore `random_state()`; the GPU's generator is left alone if the state comes from a machine without a GPU."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

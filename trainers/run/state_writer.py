@@ -1,7 +1,7 @@
-"""Writing the shards of `state/` with torch.distributed.checkpoint, hashed while they are written.
+"""Write the shards of `state/` with torch.distributed.checkpoint (DCP), and hash them while they are written.
 
-Each process hashes its own, and DCP brings the digests to rank 0 with what else it tells there of a shard. Rank 0 alone
-would read all of them again, from a file system that other machines have written to.
+Each process hashes its own shards, and DCP sends the digests to rank 0 with the other metadata. Hashing in rank 0 would
+mean reading back the shards of all machines.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from config.checksums import HashedFile
 
 @dataclass(frozen=True)
 class _HashedResult(WriteResult):
-    digest: str  # of the whole file that the item is in
+    digest: str  # of the whole file that contains the item
 
 
 class _HashingFileSystem(FileSystem):
     def __init__(self) -> None:
-        self.digests: dict[str, str] = {}  # by the file's name
+        self.digests: dict[str, str] = {}  # file name -> digest
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IOBase]:
-        assert mode == "wb", "a reader has its own"
+        assert mode == "wb", "for writing only"
         raw, crc32 = HashedFile(path), get_crc32_options()
-        # torch.load looks at no CRC-32, and to compute it takes ten times as long as the digest that is looked at.
+        # torch.load does not check the CRC-32, and it takes ten times as long as our digest.
         set_crc32_options(False)
         try:
             with BufferedWriter(raw) as stream:
@@ -49,7 +49,7 @@ class _HashingFileSystem(FileSystem):
 
 
 class HashingWriter(dcp.FileSystemWriter):
-    """DCP's writer; after its save `digests` has in rank 0 the digests of all processes' shards, by file."""
+    """DCP's writer; after a save, `digests` in rank 0 maps the shard files of all processes to their digests."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -57,7 +57,7 @@ class HashingWriter(dcp.FileSystemWriter):
         self.digests: dict[Path, str] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this process's shards; what is returned of each travels to rank 0."""
+        """Write this process's shards; the returned results, with the digests, are sent to rank 0."""
         written = super().write_data(plan, planner).wait()
         digests = self._hashing.digests
         done: Future[list[WriteResult]] = Future()
@@ -65,7 +65,7 @@ class HashingWriter(dcp.FileSystemWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index, in rank 0, from what all processes returned."""
+        """Write the index, in rank 0, from the results of all processes."""
         for result in (one for rank in results for one in rank if isinstance(one, _HashedResult)):
             self.digests[Path(self.path, result.storage_data.relative_path)] = result.digest
         super().finish(metadata, results)
