@@ -83,7 +83,7 @@ def main(config: TrainConfig) -> float | None:
     if config.sweep_metric is None or config.dry_run or config.debug:
         return None
     evaluation = read_progress(Path(config.run_dir or "") / "LATEST").evaluation
-    require_measured("sweep_metric", config.sweep_metric, evaluation)  # also if the run had already finished
+    require_measured(config, evaluation)  # also if the run had already finished
     return evaluation[config.sweep_metric]
 
 

@@ -277,8 +277,7 @@ class Trainer:
                     samples = self.sampler(self.policy)
                 means |= refusal_rates(samples)
         reshard(self.policy)
-        require_measured("checkpoint.keep_best", self.settings.checkpoint.keep_best, means)
-        require_measured("sweep_metric", self.settings.sweep_metric, means)
+        require_measured(self.settings, means)
         return means, samples
 
     def _evaluation_means(self, loader: BatchLoader) -> dict[str, float]:

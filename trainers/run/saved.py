@@ -13,7 +13,7 @@ from config.errors import UserError
 from config.files import replacing, sync
 from config.paths import saved_checkpoints
 from config.searches import lower_is_better
-from config.settings import CheckpointSettings
+from config.settings import CheckpointSettings, TrainConfig
 from trainers.run.run_dir import RunDir, remove
 
 
@@ -59,13 +59,15 @@ def discard(folder: Path) -> None:
     remove(discarded)
 
 
-def require_measured(key: str, metric: str | None, evaluation: Mapping[str, float]) -> None:
-    """Raise a UserError if the evaluation lacks the metric that `key` of the config names."""
-    if metric is not None and metric not in evaluation:
-        raise UserError(
-            f"{key}={metric}: an evaluation of this run does not measure it; choose one of "
-            f"{', '.join(sorted(evaluation)) or 'none: nothing is held out'}."
-        )
+def require_measured(settings: TrainConfig, evaluation: Mapping[str, float]) -> None:
+    """Raise a UserError if an evaluation lacks the metric of `checkpoint.keep_best` or `sweep_metric`."""
+    named = {"checkpoint.keep_best": settings.checkpoint.keep_best, "sweep_metric": settings.sweep_metric}
+    for key, metric in named.items():
+        if metric is not None and metric not in evaluation:
+            raise UserError(
+                f"{key}={metric}: an evaluation of this run does not measure it; choose one of "
+                f"{', '.join(sorted(evaluation)) or 'none: nothing is held out'}."
+            )
 
 
 def best_checkpoint(folders: list[Path], metric: str | None) -> Path | None:
