@@ -290,11 +290,11 @@ def test_reviews_that_are_none(change: dict[str, Any], tmp_path: Path) -> None:
     decision = {"id": "1", "pair": "p", "label": "l", "whole": True, "decision": "keep"}
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"format": FORMAT, "decisions": [decision | change]}))
-    with pytest.raises(UserError, match="is no export of a review page"):
+    with pytest.raises(UserError, match="is not an export of a review page"):
         read_reviews([str(file)])
     for text in ("[" * 100_000, '{"format": ' + "9" * 5000 + "}"):
         file.write_text(text)
-        with pytest.raises(UserError, match="is no export of a review page"):
+        with pytest.raises(UserError, match="is not an export of a review page"):
             read_reviews([str(file)])
 
 

@@ -252,7 +252,7 @@ def test_an_attention_that_is_asked_for_more_than_packed_rows_have_is_refused(tm
         layer.self_attn.register_forward_pre_hook(
             lambda module, args, kwargs: (args, {**kwargs, "block_indices": torch.zeros(1)}), with_kwargs=True
         )
-    with pytest.raises(UserError, match="Qwen3Attention attends with block_indices"):
+    with pytest.raises(UserError, match="Qwen3Attention uses block_indices"):
         packed_and_alone(model, device=torch.device("cpu"))
     without = {key: value for key, value in SMALL.items() if key != "head_dim"}
     saved("falcon", without, tmp_path / "falcon")

@@ -131,7 +131,7 @@ def test_a_judge_that_abstains_on_everything_is_an_error_and_keeps_the_answers(t
             "prompts=published", "responses=csv", f"path={tmp_path}/test_set.csv", "expert=openai", "expert.model=m",
             f"expert.base_url={server.url}", f"output={tmp_path}/out",
         )  # fmt: skip
-    assert "openai:m abstained on all 34 answers" in str(raised.value)
+    assert "openai:m: none of the first 30 answers can be used (abstain_unreadable 30)" in str(raised.value)
     assert "expert.max_new_tokens" in str(raised.value)
 
 

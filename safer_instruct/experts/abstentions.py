@@ -1,4 +1,4 @@
-"""Answers of a model that cannot be used: why, and when there are too many of them."""
+"""Say why an answer of a model cannot be used, and stop when none of the first ones can."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from config.errors import UserError
 from safer_instruct.experts.verdicts import Judgement
 from safer_instruct.generation.completions import Generation
 
-FIRST = 30  # answers of a call: if none of them can be used, those behind them will hardly be better
-# Of reasons that begin so nothing came at all, and what asks the model sees to it.
+FIRST = 30  # answers of a call; if none of them can be used, later ones hardly will
+# Reasons that begin like this mean that no answer came; the client deals with those.
 NOT_ANSWERED = ("http_", "malformed_reply", "no_connection", "timeout", "unfinished")
 
 T = TypeVar("T")
 
 
 def abstention(generation: Generation) -> str:
-    """Return why there is no answer: one of a few words, for the counts."""
+    """Return the reason for an abstention, one of a few words that can be counted."""
     if generation.error:
         return f"abstain_{generation.error}"
     if generation.truncated:
@@ -28,16 +28,16 @@ def abstention(generation: Generation) -> str:
 
 
 def judgement_of(generation: Generation, read: Judgement | None) -> Judgement:
-    """Return what a judge's answer reads as, or its abstention, with what it cost."""
+    """Return a judge's verdict, or an abstention, with the tokens and cost of the answer."""
     judgement = read or Judgement("abstain", reason=abstention(generation))
     return replace(judgement, tokens=generation.tokens, cost=generation.cost)
 
 
 def stop_if_mute(name: str, answers: Iterable[tuple[Generation, T | None]]) -> Iterator[tuple[Generation, T | None]]:
-    """Yield what came back and how it reads (None: it cannot be used).
+    """Pass on each answer with what was read from it (None: it cannot be used).
 
     Raises:
-        UserError: None of the first ones could be used.
+        UserError: None of the first `FIRST` answers can be used.
     """
     reasons: Counter[str] | None = Counter()
     for generation, read in answers:
@@ -49,7 +49,7 @@ def stop_if_mute(name: str, answers: Iterable[tuple[Generation, T | None]]) -> I
             if reasons.total() == FIRST:
                 counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
                 raise UserError(
-                    f"{name} gave no answer that can be used to any of the first {FIRST} rows ({counts}), so nothing "
-                    "more is asked. truncated: raise its max_new_tokens; unreadable: it does not keep to the form that "
-                    "it is asked for, and a larger model may (docs/faq.md). These rows are kept as abstentions"
+                    f"{name}: none of the first {FIRST} answers can be used ({counts}), so it is not asked further. If "
+                    "they are truncated, raise expert.max_new_tokens (or expert.generation.max_new_tokens); if "
+                    "unreadable, try a larger model (docs/faq.md). These rows stay abstentions"
                 )

@@ -121,8 +121,8 @@ def resolve_min_score(roundtrip: RoundTripSettings, paths: Mapping[str, Path], c
     ledgers = stage_ledgers(paths[SCORE].parent, SCORE, count)
     if missing := ledgers.num_missing():
         raise UserError(
-            f"roundtrip.top_fraction={roundtrip.top_fraction} is of all pairs, and {missing} have no score yet: run "
-            f"stage=score of all {count} shards to its end before stage=filter"
+            f"roundtrip.top_fraction={roundtrip.top_fraction} ranks all pairs, but {missing} have no score yet: finish "
+            f"stage=score on all {count} shards"
         )
     scores = [record["scores"][record["best"]] for record in ledgers.by_id().values()]
     return stages.least_score((score for score in scores if score is not None), roundtrip.top_fraction)

@@ -21,7 +21,7 @@ from safer_instruct.experts.verdicts import Judgement, Outcome
 from safer_instruct.measures.rates import JudgedOutput, correctness
 from safer_instruct.text.prompt_sets import EvaluationPrompt
 
-AGAIN = "type its command again to have it written anew from its ledgers"
+AGAIN = "rerun its command to write it again from its ledgers"
 
 
 class _Checked(BaseModel):

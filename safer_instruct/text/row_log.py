@@ -118,7 +118,7 @@ def _describe_files(name: str, files: Mapping[str, list[str]]) -> list[str]:
     lines = [f"  files: {', '.join(read[:FILES_SHOWN])}{more}"] if read else []
     if left_out:
         named = ", ".join(left_out[:FILES_SHOWN])
-        lines.append(f"  not read, by their names: {named}; datasets.{name}.eval_path=FILE evaluates on one")
+        lines.append(f"  not read because of their names: {named}; datasets.{name}.eval_path=FILE evaluates on one")
     if others:
         lines.append(f"  not read, no data files by their endings: {', '.join(others[:FILES_SHOWN])}")
     return lines
