@@ -663,7 +663,7 @@ def test_an_expert_whose_first_answers_cannot_be_used_is_asked_no_more() -> None
 
     done, stopped = screen(lambda prompt, _: GOOD if row_of(prompt) is None else "I think it is fine")
     assert done == ["abstain_unreadable"] * FIRST
-    assert f"first {FIRST} rows (abstain_unreadable {FIRST})" in stopped
+    assert f"first {FIRST} answers can be used (abstain_unreadable {FIRST})" in stopped
     for fine in (7, 12):
         done, stopped = screen(lambda prompt, _, fine=fine: GOOD if row_of(prompt) in (fine, None) else "Hm")
         assert (len(done), done.count("keep"), stopped) == (60, 1, "")
