@@ -77,7 +77,8 @@ def _check(key: str, value: Any, hint: Any) -> list[Fault]:
 
 
 def _holds_containers(entries: Iterable[Any], hint: Any) -> bool:
-    return hint is not Any and any(isinstance(entry, list | dict) for entry in entries)  # OmegaConf lets them through
+    # OmegaConf accepts a list or a dictionary as an entry of either.
+    return hint is not Any and any(isinstance(entry, list | dict) for entry in entries)
 
 
 def _notes(hint: Any) -> list[Any]:
@@ -160,12 +161,12 @@ def matches(pattern: str, complaint: str) -> Rule:
 
 
 def not_empty(value: str) -> str:
-    """Demand a text: a variable of the shell that is not set leaves none, and as a path it would be this folder."""
+    """Require a text that is not empty: as a path, that of an unset shell variable is the working directory."""
     return "" if value else "is empty; a variable that is not set?"
 
 
 def existing_path(value: str) -> str:
-    """Demand a file or folder that is there."""
+    """Require a file or folder that exists."""
     if not value or find_path(value).exists():
         return not_empty(value)
     address = "; addresses are not read: download it, or write ORG/NAME for a dataset of the Hugging Face hub"

@@ -139,7 +139,7 @@ def read_command(config_name: str, config_class: type[ConfigT], check: Callable[
         print(_all_keys(config_name))
         sys.exit()
     arguments, unknown = get_args_parser().parse_known_args()
-    # Another config than was checked; and what is to be run again is a pickle.
+    # The first two would run another config than the checked one; the last one loads a pickle.
     if not_ours := [name for name in ("config_name", "config_path", "experimental_rerun") if vars(arguments)[name]]:
         flag = not_ours[0].replace("_", "-")
         _print_error(
